@@ -1,0 +1,209 @@
+"""Where ops meet PyTorch: schemas, the compiled library, and the choice of a backend.
+
+An op is declared once, here in Python. C++ attaches to it by name (`csrc/`), Triton as an opaque
+op of its own; both share the fake kernel, the autograd formula and the FLOP formula.
+"""
+
+import functools
+import importlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+BACKENDS = ("compiled", "triton", "reference")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# What "auto" tries, in this order. A GPU backend enters the list of an op once a committed result
+# from a real card shows it right and fastest there; on the CPU bench/results/ has that evidence.
+AUTO = {"cpu": ("compiled", "reference"), "cuda": ("reference",)}
+
+# Backends whose kernels are ops of their own, and the suffix of those ops.
+_suffixes = {"compiled": "", "triton": "_triton"}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One declared op: what all its backends share."""
+
+    schema: str  # name, arguments and results, in PyTorch's schema language
+    module: str  # the op's package; its triton_kernels.py has a function of the op's name
+    fake: Callable[..., Any]  # empty results of the right shape, dtype and device
+    flops: Callable[..., int]  # useful floating-point operations, from the arguments' shapes
+    setup_context: Callable[..., None] | None = None  # as torch.library.register_autograd has it
+    backward: Callable[..., Any] | None = None  # backward(<name>_bwd of this backend, ctx, *grads)
+
+    @property
+    def name(self) -> str:
+        return self.schema.split("(")[0]
+
+
+OPS: dict[str, Op] = {}
+_library = torch.library.Library("vidl", "DEF")
+
+
+def _library_files() -> Sequence[Path]:
+    files = [Path(__file__).parents[1] / "_C.so"]
+    try:  # a source tree in front of a regular install: the tree has no library of its own
+        files.append(Path(str(metadata.distribution("vidl").locate_file("vidl/_C.so"))))
+    except metadata.PackageNotFoundError:
+        pass
+    return files
+
+
+@functools.cache
+def build_record() -> dict[str, Any]:
+    """What was built, by which compiler, for which devices; or the reason why nothing was.
+
+    Returns:
+        "file" (str or None), "error" (str or None) and what `CMakeLists.txt` or `setup.py` wrote
+        to `_build.json` beside the library.
+    """
+    record: dict[str, Any] = {
+        "file": None,
+        "error": "not built: this is a source tree that was never installed (README, Install)",
+    }
+    for file in _library_files():
+        notes = file.with_name("_build.json")
+        if notes.is_file():
+            record |= {"error": None} | json.loads(notes.read_text())
+        if file.is_file():
+            return record | {"file": str(file), "error": None}
+        if record["error"] is None:
+            record["error"] = "not built"
+    return record
+
+
+def _load() -> str | None:
+    """Load the compiled library; returns the reason if there is none."""
+    record = build_record()
+    if record["file"] is None:
+        return str(record.get("reason") or record["error"])
+    try:
+        torch.ops.load_library(record["file"])
+    except OSError as error:
+        reason = f"{record['file']} does not load under torch {torch.__version__}: "
+        reason += str(error.__cause__ or error)
+        warnings.warn(f"vidl: {reason}; see `vidl info`", stacklevel=2)
+        return reason
+    return None
+
+
+LOAD_ERROR = _load()
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run on the CPU, in Triton's interpreter (slow: for tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def define(op: Op) -> None:
+    """Declare `vidl::<name>` and its twin `vidl::<name>_triton`; `<name>_bwd` comes before them."""
+    OPS[op.name] = op
+    for backend in _suffixes:
+        _declare(op, backend)
+
+
+def add_backend(backend: str) -> None:
+    """Declare every op once more, for a backend that tests bring (the emulated CUDA kernels)."""
+    _suffixes[backend] = f"_{backend}"
+    for op in OPS.values():
+        _declare(op, backend)
+
+
+def kernel(name: str, backend: str) -> Callable[..., Any]:
+    """The registered op that runs `name` on `backend`."""
+    return getattr(torch.ops.vidl, name + _suffixes[backend]).default
+
+
+def _declare(op: Op, backend: str) -> None:
+    name = op.name + _suffixes[backend]
+    _library.define(op.schema.replace(op.name, name, 1))
+    torch.library.register_fake(f"vidl::{name}", op.fake, lib=_library)
+    register_flop_formula(getattr(torch.ops.vidl, name))(op.flops)
+    if op.backward is not None:
+        torch.library.register_autograd(
+            f"vidl::{name}",
+            functools.partial(op.backward, kernel(f"{op.name}_bwd", backend)),
+            setup_context=op.setup_context,
+            lib=_library,
+        )
+    if backend == "triton":
+        for key in ("CUDA", "CPU"):  # the CPU only in Triton's interpreter: see why_not()
+            _library.impl(name, functools.partial(_run_triton, op), key)
+
+
+def _run_triton(op: Op, *args: Any) -> Any:
+    return getattr(importlib.import_module(f"{op.module}.triton_kernels"), op.name)(*args)
+
+
+def why_not(backend: str, name: str, device: str, dtype: torch.dtype) -> str | None:
+    """The reason why `backend` cannot run the op `name` there, or None if it can.
+
+    Serves the choice of a backend, error messages, `vidl info`, and the skips of tests and
+    benchmarks.
+
+    Args:
+        device: "cpu", "cuda" or another device type.
+        dtype: of the computation.
+    """
+    if backend == "reference":
+        return None
+    if dtype not in DTYPES:
+        return f"it computes in {', '.join(map(_short, DTYPES))}, not in {_short(dtype)}"
+    if backend == "triton":
+        if find_spec("triton") is None:
+            return "triton is not installed"
+        if device == "cuda" and interpreting():
+            return "TRITON_INTERPRET=1 is set: kernels run on CPU tensors only"
+        if device == "cpu" and not interpreting():
+            return "Triton kernels run on CUDA tensors (on the CPU only under TRITON_INTERPRET=1)"
+    elif not torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"vidl::{name}{_suffixes[backend]}", device.upper()
+    ):
+        return f"no {device} kernel was built ({LOAD_ERROR or 'see `vidl info`'})"
+    if device not in AUTO:
+        return f"there are no kernels for {device}"
+    return None
+
+
+def choose(backend: str, name: str, device: str, dtype: torch.dtype) -> str:
+    """The backend to run the op `name` with; one asked for by name never falls back.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the backend asked for cannot run here; lists every backend with its reason.
+    """
+    if backend == "auto":
+        order = AUTO.get(device, ("reference",))
+        return next(b for b in order if why_not(b, name, device, dtype) is None)
+    if backend != "reference" and backend not in _suffixes:
+        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+    if why_not(backend, name, device, dtype) is not None:
+        reasons = {b: why_not(b, name, device, dtype) for b in BACKENDS}
+        raise RuntimeError(
+            f"{name}: backend {backend!r} cannot run on {device} in {_short(dtype)}\n"
+            + "\n".join(f"  {b}: {reason or 'can run'}" for b, reason in reasons.items())
+        )
+    return backend
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to compute in: autocast's where it is on and `x` is float32, else that of `x`."""
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

@@ -1,0 +1,277 @@
+"""masked_patch_embed: the visible patches of a clip become tokens; the others are never touched.
+
+    out[m] = weight . normalise(patch[ids_keep[m]]) + bias + position[ids_keep[m]]
+
+Sources: patch embedding of ViT (arXiv 2010.11929, 3.1) and of tubelets (VideoMAE, arXiv 2203.12602,
+3.2), with the order of MAE (arXiv 2111.06377, 3) turned round: first drop, then embed.
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidl.kernels import library
+
+from . import reference
+
+Position = Tensor | tuple[Tensor, Tensor]
+
+
+def num_patches(video_shape: Sequence[int], weight_shape: Sequence[int]) -> int:
+    """Patches of a clip [B, C, T, H, W] under a weight [D, C, t, h, w]."""
+    return prod(n // p for n, p in zip(video_shape[2:], weight_shape[2:], strict=True))
+
+
+def _fake(video, weight, bias, space, time, ids_keep, cu_seqlens, mean, std):
+    rows = (video.shape[0], num_patches(video.shape, weight.shape))
+    return weight.new_empty(*(rows if ids_keep is None else ids_keep.shape), weight.shape[0])
+
+
+def _flops(video, weight, bias, space, time, ids_keep, *args, **kwargs) -> int:
+    rows = (video[0], num_patches(video, weight)) if ids_keep is None else ids_keep
+    return 2 * prod(rows) * prod(weight)
+
+
+def _fake_bwd(
+    grad_out, video, weight, ids_keep, cu_seqlens, mean, std, need_video, need_weight, need_position
+):
+    N = num_patches(video.shape, weight.shape)
+    return (
+        video.new_empty(video.shape if need_video else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        grad_out.new_empty(
+            (N, weight.shape[0]) if need_position else (0,), dtype=torch.float32
+        ),
+    )
+
+
+def _flops_bwd(
+    grad_out,
+    video,
+    weight,
+    ids_keep,
+    cu_seqlens,
+    mean,
+    std,
+    need_video,
+    need_weight,
+    *args,
+    **kwargs,
+) -> int:
+    return 2 * prod(grad_out[:-1]) * prod(weight) * (need_video + need_weight)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    video, weight, bias, space, time, ids_keep, cu_seqlens, ctx.mean, ctx.std = inputs
+    ctx.save_for_backward(video, weight, ids_keep, cu_seqlens)
+    ctx.position_like = [None if p is None else (p.shape, p.dtype) for p in (bias, space, time)]
+
+
+def _backward(bwd: Callable[..., Any], ctx, grad_out: Tensor):
+    video, weight, ids_keep, cu_seqlens = ctx.saved_tensors
+    need_video, need_weight, need_bias, need_space, need_time = ctx.needs_input_grad[:5]
+    need_position = need_space or need_time
+    grad_video, grad_weight, grad_position = bwd(
+        grad_out.contiguous(),
+        video,
+        weight,
+        ids_keep,
+        cu_seqlens,
+        ctx.mean,
+        ctx.std,
+        need_video,
+        need_weight,
+        need_position,
+    )
+    bias, space, time = ctx.position_like
+    grad_bias = grad_space = grad_time = None
+    if need_bias:
+        sums = grad_position if need_position else grad_out.flatten(0, -2)
+        grad_bias = sums.sum(0, dtype=torch.float32).to(bias[1])
+    if need_space:
+        grad_space = grad_position.view(-1, *space[0]).sum(0).to(space[1])
+    if need_time:
+        grad_time = grad_position.view(-1, *space[0]).sum(1).to(time[1])
+    return (
+        grad_video if need_video else None,
+        grad_weight if need_weight else None,
+        grad_bias,
+        grad_space,
+        grad_time,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+library.define(
+    library.Op(
+        "masked_patch_embed_bwd(Tensor grad_out, Tensor video, Tensor weight, Tensor? ids_keep, "
+        "Tensor? cu_seqlens, float[] mean, float[] std, bool need_video, bool need_weight, "
+        "bool need_position) -> (Tensor, Tensor, Tensor)",
+        module=__package__,
+        fake=_fake_bwd,
+        flops=_flops_bwd,
+    )
+)
+library.define(
+    library.Op(
+        "masked_patch_embed(Tensor video, Tensor weight, Tensor? bias, Tensor? space, "
+        "Tensor? time, Tensor? ids_keep, Tensor? cu_seqlens, float[] mean, float[] std) -> Tensor",
+        module=__package__,
+        fake=_fake,
+        flops=_flops,
+        setup_context=_setup_context,
+        backward=_backward,
+    )
+)
+
+
+def masked_patch_embed(
+    video: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    position: Position | None = None,
+    ids_keep: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Embed the visible patches of a clip, and only those.
+
+    Equal to `conv3d` over the whole normalised clip, flattened to tokens in the order (time, row,
+    column), plus `position`, then a gather of `ids_keep`. Deterministic, forward and backward.
+
+    Args:
+        video: [B, C, T, H, W], any strides: `permute` a [B, T, C, H, W] or a channels-last
+            [B, T, H, W, C] clip, nothing is copied. uint8 (0 to 255) or floating point.
+        weight: [D, C, t, h, w] as in `nn.Conv3d`, or [D, C, h, w] as in `nn.Conv2d` (then t = 1);
+            float32, float16 or bfloat16; the dtype of the result. Under autocast float32 is cast.
+        bias: [D], in the dtype of `weight` or float32.
+        position: [N, D], added to the tokens; or a pair ([N / S, D], [S, D]) for time and space,
+            where S is the number of patches in a frame. In the dtype of `weight` or float32.
+        ids_keep: int64, the visible patches in [0, N), N = T/t * H/h * W/w. [B, K], or [total] with
+            `cu_seqlens`; None embeds all. An id given twice is embedded twice: its gradients add.
+        cu_seqlens: [B + 1] int32, where each sample begins in a packed `ids_keep`, from 0 to total.
+        mean: C numbers, subtracted from the pixels of a uint8 clip after division by 255.
+        std: C positive numbers that then divide them. Default: mean 0 and std 1.
+        backend: "auto", "compiled", "triton" or "reference".
+
+    Returns:
+        [B, K, D], [total, D] if packed, or [B, N, D] without `ids_keep`. Gradients flow to
+        `weight`, `bias`, `position`, and to a floating-point `video`.
+
+    Raises:
+        TypeError: a dtype is not one of those above.
+        ValueError: shapes, devices or options do not fit together.
+        RuntimeError: a backend asked for by name cannot run here; or, found by the kernel, an id
+            or an offset is out of range (on CUDA as a device-side assertion).
+    """
+    if weight.ndim == 4:
+        weight = weight.unsqueeze(2)
+    _check_clip(video, weight)
+    _check_ids(video, ids_keep, cu_seqlens)
+    mean, std = _check_normalisation(video, mean, std)
+    weight = weight.to(library.autocast_dtype(weight))
+    time, space = position if isinstance(position, tuple) else (None, position)
+    _check_position(video, weight, bias, space, time)
+    args = (video, weight, bias, space, time, ids_keep, cu_seqlens, mean, std)
+    backend = library.choose(backend, "masked_patch_embed", video.device.type, weight.dtype)
+    if backend == "reference":
+        return reference.masked_patch_embed(*args)
+    return library.kernel("masked_patch_embed", backend)(*args)
+
+
+def _check_clip(video: Tensor, weight: Tensor) -> None:
+    if video.ndim != 5:
+        raise ValueError(f"need video [B, C, T, H, W], got {tuple(video.shape)}")
+    if video.dtype != torch.uint8 and not video.is_floating_point():
+        raise TypeError(f"need a uint8 or floating-point video, got {video.dtype}")
+    if not weight.is_floating_point():
+        raise TypeError(f"need a floating-point weight, got {weight.dtype}")
+    if weight.ndim != 5 or weight.shape[1] != video.shape[1]:
+        raise ValueError(
+            f"need weight [D, {video.shape[1]}, t, h, w] or [D, {video.shape[1]}, h, w] for video "
+            f"{tuple(video.shape)}, got {tuple(weight.shape)}"
+        )
+    if any(n % p for n, p in zip(video.shape[2:], weight.shape[2:], strict=True)):
+        raise ValueError(
+            f"need T, H, W that the patch {tuple(weight.shape[2:])} divides, "
+            f"got {tuple(video.shape[2:])}"
+        )
+    if weight.device != video.device:
+        raise ValueError(f"need weight on {video.device}, got {weight.device}")
+
+
+def _check_ids(video: Tensor, ids_keep: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    B = video.shape[0]
+    if ids_keep is None:
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens needs a packed ids_keep, got None")
+        return
+    if ids_keep.dtype != torch.int64:
+        raise TypeError(f"need ids_keep in int64, got {ids_keep.dtype}")
+    if ids_keep.device != video.device:
+        raise ValueError(f"need ids_keep on {video.device}, got {ids_keep.device}")
+    if cu_seqlens is None:
+        if ids_keep.ndim != 2 or ids_keep.shape[0] != B:
+            raise ValueError(
+                f"need ids_keep [{B}, K], or [total] with cu_seqlens, got {tuple(ids_keep.shape)}"
+            )
+        return
+    if ids_keep.ndim != 1:
+        raise ValueError(f"need ids_keep [total] with cu_seqlens, got {tuple(ids_keep.shape)}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"need cu_seqlens in int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.shape != (B + 1,):
+        raise ValueError(f"need cu_seqlens [{B + 1}], got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != video.device:
+        raise ValueError(f"need cu_seqlens on {video.device}, got {cu_seqlens.device}")
+
+
+def _check_normalisation(
+    video: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    C = video.shape[1]
+    if video.dtype != torch.uint8:
+        if mean is not None or std is not None:
+            raise ValueError(
+                f"mean and std are for uint8 clips; a {video.dtype} clip is taken as normalised"
+            )
+        return [], []
+    mean = [0.0] * C if mean is None else [float(m) for m in mean]
+    std = [1.0] * C if std is None else [float(s) for s in std]
+    if len(mean) != C or len(std) != C:
+        raise ValueError(f"need {C} numbers in mean and std, got {len(mean)} and {len(std)}")
+    if not all(s > 0 for s in std):
+        raise ValueError(f"need positive numbers in std, got {std}")
+    return mean, std
+
+
+def _check_position(
+    video: Tensor, weight: Tensor, bias: Tensor | None, space: Tensor | None, time: Tensor | None
+) -> None:
+    D, N = weight.shape[0], num_patches(video.shape, weight.shape)
+    S = N if time is None else (video.shape[3] // weight.shape[3]) * (
+        video.shape[4] // weight.shape[4]
+    )
+    wanted = {
+        "bias": (bias, (D,)),
+        "position": (space, (S, D)),
+        "position for time": (time, (video.shape[2] // weight.shape[2], D)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"need {name} {list(shape)}, got {tuple(tensor.shape)}")
+        if tensor.dtype not in (weight.dtype, torch.float32):
+            raise TypeError(f"need {name} in {weight.dtype} or float32, got {tensor.dtype}")
+        if tensor.device != weight.device:
+            raise ValueError(f"need {name} on {weight.device}, got {tensor.device}")
