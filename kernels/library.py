@@ -176,6 +176,7 @@ def why_not(backend: str, name: str, device: str, dtype: torch.dtype) -> str | N
     return None
 
 
+@torch.compiler.assume_constant_result  # so that torch.compile need not trace it
 def choose(backend: str, name: str, device: str, dtype: torch.dtype) -> str:
     """The backend to run the op `name` with; one asked for by name never falls back.
 

@@ -20,9 +20,15 @@ from . import reference
 Position = Tensor | tuple[Tensor, Tensor]
 
 
-def num_patches(video_shape: Sequence[int], weight_shape: Sequence[int]) -> int:
-    """Patches of a clip [B, C, T, H, W] under a weight [D, C, t, h, w]."""
-    return prod(n // p for n, p in zip(video_shape[2:], weight_shape[2:], strict=True))
+def patch_grid(video: Sequence[int], weight: Sequence[int]) -> tuple[int, int, int]:
+    """Patches along time, height and width of a clip [B, C, T, H, W], weight [D, C, t, h, w]."""
+    return video[2] // weight[2], video[3] // weight[3], video[4] // weight[4]
+
+
+def num_patches(video: Sequence[int], weight: Sequence[int]) -> int:
+    """All patches of a clip: N."""
+    frames, rows, columns = patch_grid(video, weight)
+    return frames * rows * columns
 
 
 def _fake(video, weight, bias, space, time, ids_keep, cu_seqlens, mean, std):
@@ -92,7 +98,8 @@ def _backward(bwd: Callable[..., Any], ctx, grad_out: Tensor):
         sums = grad_position if need_position else grad_out.flatten(0, -2)
         grad_bias = sums.sum(0, dtype=torch.float32).to(bias[1])
     if need_space:
-        grad_space = grad_position.view(-1, *space[0]).sum(0).to(space[1])
+        per_frame = grad_position if time is None else grad_position.view(-1, *space[0]).sum(0)
+        grad_space = per_frame.to(space[1])
     if need_time:
         grad_time = grad_position.view(-1, *space[0]).sum(1).to(time[1])
     return (
@@ -200,7 +207,7 @@ def _check_clip(video: Tensor, weight: Tensor) -> None:
             f"need weight [D, {video.shape[1]}, t, h, w] or [D, {video.shape[1]}, h, w] for video "
             f"{tuple(video.shape)}, got {tuple(weight.shape)}"
         )
-    if any(n % p for n, p in zip(video.shape[2:], weight.shape[2:], strict=True)):
+    if any(p == 0 or n % p for n, p in zip(video.shape[2:], weight.shape[2:], strict=True)):
         raise ValueError(
             f"need T, H, W that the patch {tuple(weight.shape[2:])} divides, "
             f"got {tuple(video.shape[2:])}"
@@ -257,14 +264,12 @@ def _check_normalisation(
 def _check_position(
     video: Tensor, weight: Tensor, bias: Tensor | None, space: Tensor | None, time: Tensor | None
 ) -> None:
-    D, N = weight.shape[0], num_patches(video.shape, weight.shape)
-    S = N if time is None else (video.shape[3] // weight.shape[3]) * (
-        video.shape[4] // weight.shape[4]
-    )
+    frames, rows, columns = patch_grid(video.shape, weight.shape)
+    D, S = weight.shape[0], rows * columns * (frames if time is None else 1)
     wanted = {
         "bias": (bias, (D,)),
         "position": (space, (S, D)),
-        "position for time": (time, (video.shape[2] // weight.shape[2], D)),
+        "position for time": (time, (frames, D)),
     }
     for name, (tensor, shape) in wanted.items():
         if tensor is None:

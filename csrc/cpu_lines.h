@@ -1,0 +1,198 @@
+// Lines of numbers on the CPU, in any dtype: convert, scale, add. Every function is compiled for
+// each level of x86-64 and chosen at run time; arithmetic is in float32.
+#pragma once
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+
+#include "masked_patch_embed.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VIDL_EACH_CPU \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), unused))
+#else
+#define VIDL_EACH_CPU __attribute__((unused))
+#endif
+// Clones do not reach into what they call, unless it is inlined.
+#define VIDL_INLINE __attribute__((always_inline)) inline
+
+namespace vidl {
+namespace {
+
+using c10::BFloat16;
+using c10::Half;
+
+constexpr int64_t itemsize(Dtype dtype) {
+  return dtype == Dtype::kUInt8 ? 1 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+// Whether torch's bf16 products use instructions made for them. VIDL_CPU_BF16=0 or 1 overrides it.
+[[maybe_unused]] bool cpu_multiplies_bf16() {
+  static const bool answer = [] {
+    if (const char* forced = std::getenv("VIDL_CPU_BF16")) return forced[0] == '1';
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return false;
+#endif
+  }();
+  return answer;
+}
+
+// Runs `statement` with `type` standing for the C++ type of a floating `dtype`.
+#define VIDL_FLOATING(dtype, type, statement) \
+  switch (dtype) {                            \
+    case Dtype::kFloat32: {                   \
+      using type = float;                     \
+      statement;                              \
+      break;                                  \
+    }                                         \
+    case Dtype::kFloat16: {                   \
+      using type = Half;                      \
+      statement;                              \
+      break;                                  \
+    }                                         \
+    default: {                                \
+      using type = BFloat16;                  \
+      statement;                              \
+    }                                         \
+  }
+
+// The same, for uint8 as well.
+#define VIDL_ANY(dtype, type, statement)  \
+  if (dtype == Dtype::kUInt8) {           \
+    using type = uint8_t;                 \
+    statement;                            \
+  } else {                                \
+    VIDL_FLOATING(dtype, type, statement) \
+  }
+
+template <class S, class T, int kStride, int kWidth>
+VIDL_INLINE void pack_lines(const S* from, int64_t stride_h, int64_t stride_w, int64_t h, int64_t w,
+                            float centre, float scale, float shift, T* to) {
+  const int64_t step = kStride ? kStride : stride_w, width = kWidth ? kWidth : w;
+  for (int64_t y = 0; y < h; y++) {
+    const S* line = from + y * stride_h;
+    for (int64_t x = 0; x < width; x++) {
+      to[y * width + x] =
+          static_cast<T>((static_cast<float>(line[x * step]) - centre) * scale + shift);
+    }
+  }
+}
+
+template <class S, class T>
+VIDL_INLINE void pack_any(const S* from, int64_t stride_h, int64_t stride_w, int64_t h, int64_t w,
+                          float centre, float scale, float shift, T* to) {
+  if (stride_w == 1 && w == 16) {
+    pack_lines<S, T, 1, 16>(from, stride_h, stride_w, h, w, centre, scale, shift, to);
+  } else if (stride_w == 1) {
+    pack_lines<S, T, 1, 0>(from, stride_h, stride_w, h, w, centre, scale, shift, to);
+  } else if (stride_w == 3) {  // channels last
+    pack_lines<S, T, 3, 0>(from, stride_h, stride_w, h, w, centre, scale, shift, to);
+  } else {
+    pack_lines<S, T, 0, 0>(from, stride_h, stride_w, h, w, centre, scale, shift, to);
+  }
+}
+
+// to[at + y * w + x] = (from[start + y * stride_h + x * stride_w] - centre) * scale + shift;
+// `to_dtype` is float32 or bfloat16, in which the CPU multiplies.
+VIDL_EACH_CPU void pack_plane(const void* from, Dtype from_dtype, int64_t start, int64_t stride_h,
+                              int64_t stride_w, int64_t h, int64_t w, float centre, float scale,
+                              float shift, void* to, Dtype to_dtype, int64_t at) {
+  if (to_dtype == Dtype::kFloat32) {
+    VIDL_ANY(from_dtype, S,
+             (pack_any(static_cast<const S*>(from) + start, stride_h, stride_w, h, w, centre, scale,
+                       shift, static_cast<float*>(to) + at)))
+  } else {
+    VIDL_ANY(from_dtype, S,
+             (pack_any(static_cast<const S*>(from) + start, stride_h, stride_w, h, w, centre, scale,
+                       shift, static_cast<BFloat16*>(to) + at)))
+  }
+}
+
+template <class S, class T>
+VIDL_INLINE float fold_any(const S* from, T* to, int64_t count, float scale) {
+  constexpr int kLanes = 16;  // separate sums, so that the loop can be vectorised
+  float sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int lane = 0; lane < kLanes; lane++) {
+      to[i + lane] = static_cast<T>(static_cast<float>(from[i + lane]) * scale);
+      sums[lane] += static_cast<float>(to[i + lane]);
+    }
+  }
+  float sum = 0.0f;
+  for (; i < count; i++) {
+    to[i] = static_cast<T>(static_cast<float>(from[i]) * scale);
+    sum += static_cast<float>(to[i]);
+  }
+  for (float lane : sums) sum += lane;
+  return sum;
+}
+
+// to[i] = from[i] * scale for `count` numbers from `at` on; returns the sum of what was written.
+VIDL_EACH_CPU float fold_line(const void* from, Dtype from_dtype, void* to, Dtype to_dtype,
+                              int64_t at, int64_t count, float scale) {
+  float sum = 0.0f;
+  VIDL_FLOATING(from_dtype, S,
+                VIDL_FLOATING(to_dtype, T,
+                              sum = fold_any(static_cast<const S*>(from) + at,
+                                             static_cast<T*>(to) + at, count, scale)))
+  return sum;
+}
+
+// sums[i] += from[start + i]
+VIDL_EACH_CPU void add_line(const void* from, Dtype from_dtype, int64_t start, float* sums,
+                            int64_t count){VIDL_FLOATING(from_dtype, S,
+                                                         {
+                                                           const S* line =
+                                                               static_cast<const S*>(from) + start;
+                                                           for (int64_t i = 0; i < count; i++)
+                                                             sums[i] += static_cast<float>(line[i]);
+                                                         })}
+
+// to[at + i] += from[start + i]
+VIDL_EACH_CPU void accumulate_line(const void* from, Dtype from_dtype, int64_t start, void* to,
+                                   Dtype to_dtype, int64_t at, int64_t count){
+    VIDL_FLOATING(from_dtype, S,
+                  VIDL_FLOATING(to_dtype, T,
+                                {
+                                  const S* line = static_cast<const S*>(from) + start;
+                                  T* sums = static_cast<T*>(to) + at;
+                                  for (int64_t i = 0; i < count; i++) {
+                                    sums[i] = static_cast<T>(static_cast<float>(sums[i]) +
+                                                             static_cast<float>(line[i]));
+                                  }
+                                }))}
+
+// to[i] = first[i] + second[start + i] + third[begin + i]; a null one counts as zero.
+VIDL_EACH_CPU void add_three(const float* first, const void* second, Dtype second_dtype,
+                             int64_t start, const void* third, Dtype third_dtype, int64_t begin,
+                             void* to, Dtype to_dtype, int64_t at, int64_t count) {
+  constexpr int64_t kBlock = 256;
+  for (int64_t done = 0; done < count; done += kBlock) {
+    const int64_t part = count - done < kBlock ? count - done : kBlock;
+    float sums[kBlock];
+    for (int64_t i = 0; i < part; i++) sums[i] = first == nullptr ? 0.0f : first[done + i];
+    if (second != nullptr) {
+      VIDL_FLOATING(second_dtype, S, {
+        const S* line = static_cast<const S*>(second) + start + done;
+        for (int64_t i = 0; i < part; i++) sums[i] += static_cast<float>(line[i]);
+      })
+    }
+    if (third != nullptr) {
+      VIDL_FLOATING(third_dtype, S, {
+        const S* line = static_cast<const S*>(third) + begin + done;
+        for (int64_t i = 0; i < part; i++) sums[i] += static_cast<float>(line[i]);
+      })
+    }
+    VIDL_FLOATING(to_dtype, T, {
+      T* line = static_cast<T*>(to) + at + done;
+      for (int64_t i = 0; i < part; i++) line[i] = static_cast<T>(sums[i]);
+    })
+  }
+}
+
+}  // namespace
+}  // namespace vidl

@@ -1,0 +1,88 @@
+// What csrc/ needs of torch beyond the stable ABI's C++ headers: the current CUDA stream and the
+// matrix product of each device, as C functions of libtorch.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name up to torch 2.12
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
+extern "C" {
+AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
+                                        AtenTensorHandle mat1, AtenTensorHandle mat2, double beta,
+                                        double alpha);
+#ifdef VIDL_CUDA
+// Weak, so that the same library loads under a torch without CUDA, where they are null and never
+// called: no CUDA tensor can exist there.
+__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                        void** stream);
+__attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out,
+                                                               AtenTensorHandle self,
+                                                               AtenTensorHandle mat1,
+                                                               AtenTensorHandle mat2, double beta,
+                                                               double alpha);
+const char* cudaGetErrorString(int error);
+#endif
+}
+
+namespace vidl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline void* pointer(const OptionalTensor& x) { return x ? x->data_ptr() : nullptr; }
+
+inline bool is_16bit(ScalarType dtype) {
+  return dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+}
+
+#ifdef VIDL_EMULATED
+// Builds of the tests: CUDA code on CPU tensors (tests/cuda_on_cpu).
+inline void* current_stream(const Tensor&) { return nullptr; }
+inline void check_cuda(int error) { STD_TORCH_CHECK(error == 0, "vidl: CUDA error ", error); }
+#elif defined(VIDL_CUDA)
+inline void* current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return stream;
+}
+inline void check_cuda(int error) {
+  STD_TORCH_CHECK(error == 0, "vidl: CUDA error: ", cudaGetErrorString(error));
+}
+#endif
+
+// Makes the device of a tensor the current one for a while.
+class DeviceScope {
+ public:
+#if defined(VIDL_CUDA)
+  explicit DeviceScope(const Tensor& x) {
+    if (x.is_cuda()) guard_.emplace(x.get_device_index());
+  }
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+#else
+  explicit DeviceScope(const Tensor&) {}
+#endif
+};
+
+// out = beta * out + a @ b, on the device of `out`. With beta = 0 what `out` held is ignored.
+inline void addmm(Tensor& out, const Tensor& a, const Tensor& b, double beta) {
+#ifdef VIDL_CUDA
+  if (out.is_cuda()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
+    return;
+  }
+#endif
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
+}
+
+}  // namespace vidl

@@ -1,0 +1,38 @@
+"""Compare a kernel with PyTorch: it may err as PyTorch does in the same dtype, twice at most."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def random_like(x: Tensor) -> Tensor:
+    """The same random numbers in every dtype and on every device, rounded to those of `x`."""
+    numbers = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return numbers.to(x.device, x.dtype)
+
+
+def gradients(out: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """`out` and the gradients of its product with random numbers, in the order of `leaves`."""
+    return [out, *torch.autograd.grad(out, leaves, random_like(out))]
+
+
+def assert_as_accurate(ours: Tensor, low: Tensor, true: Tensor, dtype: torch.dtype) -> None:
+    """`ours` is at most twice as far from `true` as `low`, in the mean square and at worst.
+
+    Args:
+        ours: of the kernel under test, computed in `dtype`.
+        low: of plain PyTorch, computed in `dtype`.
+        true: of plain PyTorch, computed in float64.
+    """
+    assert ours.shape == true.shape
+    assert not ours.isnan().any(), "NaN: something was read or left that should not have been"
+    if true.numel() == 0:
+        return
+    true = true.detach().cpu()
+    errors = [(x.detach().cpu().double() - true).abs() for x in (ours, low)]
+    eps = torch.finfo(dtype).eps  # PyTorch may be exact by luck: half a rounding is always allowed
+    for size, slack in ((lambda x: x.square().mean().sqrt(), 0.3), (torch.max, 0.5)):
+        our, theirs = (float(size(error)) for error in errors)
+        bound = 2 * theirs + slack * eps * float(size(true.abs()))
+        assert our <= bound, f"error {our:.2e}, PyTorch's own {theirs:.2e}, allowed {bound:.2e}"

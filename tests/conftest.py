@@ -1,0 +1,42 @@
+"""Where every op is tested: each backend on each device, in each dtype, on poisoned memory."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
+
+from where import Where  # noqa: E402
+
+from vidl import ops  # noqa: E402, F401  (declares every op)
+
+PLACES = [
+    *(pytest.param(Where(b, "cpu"), id=f"{b}-cpu") for b in ("compiled", "triton", "emulated")),
+    *(
+        pytest.param(Where(b, "cuda"), id=f"{b}-cuda", marks=pytest.mark.gpu)
+        for b in ("compiled", "triton")
+    ),
+]
+
+
+@pytest.fixture(params=PLACES)
+def where(request) -> Where:
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """`torch.empty`, in Python and in C++, is full of NaN: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,26 @@
+"""A backend on a device: what a test of an op runs on."""
+
+from dataclasses import dataclass
+
+import emulated
+import pytest
+import torch
+
+from vidl.kernels import library
+
+
+@dataclass(frozen=True)
+class Where:
+    backend: str
+    device: str
+
+    def skip_unless_runs(self, op: str, dtype: torch.dtype = torch.float32) -> None:
+        """Skip the test, with the reason, if `op` cannot run in `dtype` here."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device")
+        if self.backend == "emulated":
+            emulated.load()
+        if reason := library.why_not(self.backend, op, self.device, dtype):
+            pytest.skip(reason)
+        if self.backend == "triton" and self.device == "cpu" and dtype == torch.bfloat16:
+            pytest.skip("Triton's interpreter computes wrongly in bfloat16")
