@@ -38,7 +38,7 @@ class Op:
     schema: str  # name, arguments and results, in PyTorch's schema language
     module: str  # the op's package; its triton_kernels.py has a function of the op's name
     fake: Callable[..., Any]  # empty results of the right shape, dtype and device
-    flops: Callable[..., int]  # useful floating-point operations, from the arguments' shapes
+    flops: Callable[..., int]  # useful floating-point operations, from the arguments
     setup_context: Callable[..., None] | None = None  # as torch.library.register_autograd has it
     backward: Callable[..., Any] | None = None  # backward(<name>_bwd of this backend, ctx, *grads)
 
@@ -52,11 +52,10 @@ _library = torch.library.Library("vidl", "DEF")
 
 
 def _library_files() -> Sequence[Path]:
+    # Beside this package; or, for a source tree in front of a regular install, beside that.
     files = [Path(__file__).parents[1] / "_C.so"]
-    try:  # a source tree in front of a regular install: the tree has no library of its own
-        files.append(Path(str(metadata.distribution("vidl").locate_file("vidl/_C.so"))))
-    except metadata.PackageNotFoundError:
-        pass
+    for installed in metadata.distributions(name="vidl"):
+        files.append(Path(str(installed.locate_file("vidl/_C.so"))))
     return files
 
 
@@ -129,7 +128,7 @@ def _declare(op: Op, backend: str) -> None:
     name = op.name + _suffixes[backend]
     _library.define(op.schema.replace(op.name, name, 1))
     torch.library.register_fake(f"vidl::{name}", op.fake, lib=_library)
-    register_flop_formula(getattr(torch.ops.vidl, name))(op.flops)
+    register_flop_formula(getattr(torch.ops.vidl, name), get_raw=True)(op.flops)
     if op.backward is not None:
         torch.library.register_autograd(
             f"vidl::{name}",

@@ -322,9 +322,7 @@ def test_autocast_casts_the_weight_and_not_the_clip(where):
     weight.requires_grad_()
     with torch.autocast(where.device, torch.bfloat16):
         out = masked_patch_embed(clip, weight, bias, position, ids, backend=where.backend)
-    low = masked_patch_embed(
-        clip, weight.bfloat16(), bias, position, ids, backend=where.backend
-    )
+    low = masked_patch_embed(clip, weight.bfloat16(), bias, position, ids, backend=where.backend)
     assert out.dtype == torch.bfloat16 and torch.equal(out, low)
     assert torch.autograd.grad(out.sum(), weight)[0].dtype == torch.float32
 
@@ -356,9 +354,7 @@ def test_offsets_that_do_not_fit_are_caught(offsets, backend):
     clip, weight, *_ = Case().inputs(torch.float32, "cpu")
     ids, cu_seqlens = torch.tensor([0, 1, 2, 3]), torch.tensor(offsets, dtype=torch.int32)
     with pytest.raises((RuntimeError, AssertionError), match="ascend|assert"):
-        masked_patch_embed(
-            clip, weight, ids_keep=ids, cu_seqlens=cu_seqlens, backend=backend
-        )
+        masked_patch_embed(clip, weight, ids_keep=ids, cu_seqlens=cu_seqlens, backend=backend)
 
 
 CLIP = torch.zeros(2, 3, 2, 32, 32, dtype=torch.uint8)
@@ -429,7 +425,10 @@ def test_products_in_bf16():
         pytest.skip(reason)
     if os.environ.get("VIDL_CPU_BF16") == "1":
         pytest.skip("this is that run")
-    tests = f"{__file__}::test_as_accurate_as_torch", f"{__file__}::test_the_mean_does_not_cost_accuracy"
+    tests = (
+        f"{__file__}::test_as_accurate_as_torch",
+        f"{__file__}::test_the_mean_does_not_cost_accuracy",
+    )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", "bf16 and compiled-cpu"]
         + list(tests),

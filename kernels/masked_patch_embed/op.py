@@ -7,7 +7,6 @@ Sources: patch embedding of ViT (arXiv 2010.11929, 3.1) and of tubelets (VideoMA
 """
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -37,8 +36,9 @@ def _fake(video, weight, bias, space, time, ids_keep, cu_seqlens, mean, std):
 
 
 def _flops(video, weight, bias, space, time, ids_keep, *args, **kwargs) -> int:
-    rows = (video[0], num_patches(video, weight)) if ids_keep is None else ids_keep
-    return 2 * prod(rows) * prod(weight)
+    N = num_patches(video.shape, weight.shape)
+    rows = video.shape[0] * N if ids_keep is None else ids_keep.numel()
+    return 2 * rows * weight.numel()
 
 
 def _fake_bwd(
@@ -48,26 +48,15 @@ def _fake_bwd(
     return (
         video.new_empty(video.shape if need_video else (0,)),
         weight.new_empty(weight.shape if need_weight else (0,)),
-        grad_out.new_empty(
-            (N, weight.shape[0]) if need_position else (0,), dtype=torch.float32
-        ),
+        grad_out.new_empty((N, weight.shape[0]) if need_position else (0,), dtype=torch.float32),
     )
 
 
 def _flops_bwd(
-    grad_out,
-    video,
-    weight,
-    ids_keep,
-    cu_seqlens,
-    mean,
-    std,
-    need_video,
-    need_weight,
-    *args,
-    **kwargs,
+    grad_out, video, weight, ids_keep, cu_seqlens, mean, std, need_video, need_weight, *a, **kw
 ) -> int:
-    return 2 * prod(grad_out[:-1]) * prod(weight) * (need_video + need_weight)
+    rows = grad_out.numel() // max(weight.shape[0], 1)
+    return 2 * rows * weight.numel() * (need_video + need_weight)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -6,7 +6,8 @@ Backward: the same rows again for the weight; for the video and the positions on
 which adds the rows of its patch in ascending order, so that nothing depends on timing.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from contextlib import nullcontext
 from math import prod
 from typing import Any
@@ -572,8 +573,13 @@ class _Clip:
     ) -> None:
         """Write the rows from `first` on as a matrix; and into `out` bias and position of each."""
         M = packed.shape[0]
+        # The stride of a dimension of size 1 means nothing; as 0 it leaves the others aligned.
+        sizes = zip(self.video.shape, self.video.stride(), strict=True)
+        strides = [stride if n > 1 else 0 for n, stride in sizes]
         width = triton.next_power_of_2(self.patch[-1])
         lines = max(TILE // width, 1)
+        if width != self.patch[-1] or strides[-1] != 1 or any(s % 16 for s in strides[:-1]):
+            lines = max(lines // 4, 1)  # an address a pixel, not one a vector: else registers spill
         programs = triton.cdiv(M * prod(self.patch[:-1]), lines)
         D = block_d = 1
         if out is not None:
@@ -582,10 +588,6 @@ class _Clip:
             programs += triton.cdiv(M, TILE // block_d) * triton.cdiv(D, block_d)
         if self.cu_seqlens is not None:
             programs = max(programs, 1)  # which checks the offsets
-        # The stride of a dimension of size 1 means nothing; as 0 it leaves the others aligned.
-        strides = [s if n > 1 else 0 for s, n in zip(self.video.stride(), self.video.shape)]
-        if self.video.shape[-1] == 1:
-            strides[-1] = 1
         with _device(packed):
             pack_kernel[(programs,)](
                 self.video,
@@ -695,79 +697,29 @@ def _device(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def ahead_of_time() -> Iterator[tuple[Any, dict[str, Any], dict[str, Any]]]:
-    """What the launches above can choose: kernel, arguments and options (tests/test_triton_aot.py).
-
-    The commonest variants of each kernel come first.
-    """
-    rows_of = {  # how the rows are told their patch
-        "uniform": {"ids_ptr": "*i64:16", "cu_seqlens_ptr": None},
-        "ragged": {"ids_ptr": "*i64:16", "cu_seqlens_ptr": "*i32:16"},
-        "dense": {"ids_ptr": None, "cu_seqlens_ptr": None},
-    }
-    planar = {f"stride_{axis}": "i32:16" for axis in "bcth"} | {"stride_w": 1}
-    pixels_first = dict.fromkeys(planar, "i32") | {"stride_c": 1, "stride_w": 3}
-    pairs = [
-        ("u8", "bf16"),
-        ("u8", "fp16"),
-        ("u8", "fp32"),
-        ("fp32", "bf16"),
-        ("fp32", "fp32"),
-        ("bf16", "bf16"),
-        ("fp16", "fp16"),
+def ahead_of_time() -> None:
+    """Launch every variant of every kernel once (tests/test_triton_aot.py compiles them)."""
+    dtypes = [
+        (torch.uint8, torch.bfloat16),
+        (torch.uint8, torch.float16),
+        (torch.uint8, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
     ]
-    sizes = {"C": 3, "PATCH_T": 2, "PATCH_H": 16, "PATCH_W": 16}
-    odd_sizes = sizes | {"PATCH_H": 14, "PATCH_W": 14}
-    scalars = dict.fromkeys(("B", "K", "N", "S", "rows", "columns", "first", "M", "total"), "i32")
-    tile = {"BLOCK_LINES": TILE // 16, "BLOCK_W": 16}
-    for video, weight in pairs:
-        for kind, rows in rows_of.items():
-            for layout, patch in ((planar, sizes), (pixels_first, odd_sizes)):
-                if layout is pixels_first and (kind != "ragged" or video == "fp16"):
-                    continue
-                tensors = {"video_ptr": f"*{video}:16", "packed_ptr": f"*{weight}:16"}
-                prefill = {"bias_ptr": f"*{weight}:16", "space_ptr": "*fp32:16", "time_ptr": None}
-                if layout is pixels_first:
-                    tensors["video_ptr"] = f"*{video}"
-                    prefill["time_ptr"] = "*fp32:16"
-                prefill |= {"out_ptr": f"*{weight}:16", "D": "i32:16"}
-                prefill |= {"BLOCK_M": TILE // 1024, "BLOCK_D": 1024}
-                affine = {
-                    "scale": ("fp32",) * 3,
-                    "shift": ("fp32",) * 3,
-                    "NORMALISE": video == "u8",
-                }
-                shared = tensors | rows | affine | layout | scalars | patch | tile
-                yield pack_kernel, shared | prefill, OPTIONS
-                if kind == "uniform":  # in the backward pass
-                    nothing = dict.fromkeys(("bias_ptr", "space_ptr", "time_ptr", "out_ptr"))
-                    yield pack_kernel, shared | prefill | nothing | {"D": 1, "BLOCK_D": 1}, OPTIONS
-    for weight in ("bf16", "fp16"):
-        for bias in (f"*{weight}:16", "*fp32:16", None):
-            yield (
-                fold_kernel,
-                {
-                    "weight_ptr": f"*{weight}:16",
-                    "bias_ptr": bias,
-                    "folded_ptr": f"*{weight}:16",
-                    "folded_bias_ptr": "*fp32:16",
-                    "scale": ("fp32",) * 3,
-                    "rest": ("fp32",) * 3,
-                    "K": "i32:16",
-                    "C": 3,
-                    "PIXELS": 512,
-                    "BLOCK_K": 1024,
-                },
-                OPTIONS,
-            )
-    for video, weight in pairs[3:]:
-        for rows in rows_of.values():
-            for patch in (sizes, odd_sizes):
-                tensors = {"packed_ptr": f"*{weight}:16", "video_ptr": f"*{video}:16"}
-                block = {"BLOCK_LINES": 128, "BLOCK_W": 16, "BLOCK_IDS": IDS_PER_STEP}
-                yield unpack_kernel, tensors | rows | planar | scalars | patch | block, OPTIONS
-    for weight in ("bf16", "fp16", "fp32"):
-        for rows in (rows_of["uniform"], rows_of["dense"]):
-            tensors = {"grad_ptr": f"*{weight}:16", "position_ptr": "*fp32:16", "D": "i32:16"}
-            block = {"BLOCK_D": 1024, "BLOCK_IDS": ALL_IDS_PER_STEP}
-            yield position_kernel, tensors | rows | scalars | block, OPTIONS
+    packed, offsets = torch.zeros(8, dtype=torch.int64), torch.tensor([0, 3, 8], dtype=torch.int32)
+    rows = ((packed.view(2, 4), None), (packed, offsets), (None, None))
+    for (video_dtype, dtype), (ids, cu_seqlens), p in itertools.product(dtypes, rows, (16, 14)):
+        video = torch.zeros(2, 3, 4, 3 * p, 3 * p).to(video_dtype)
+        if p == 14:
+            video = video.to(memory_format=torch.channels_last_3d)
+        weight, bias = torch.zeros(768, 3, 2, p, p, dtype=dtype), torch.zeros(768)
+        space, time = torch.zeros(9, 768), torch.zeros(2, 768, dtype=dtype)
+        mean, std = ([0.5] * 3, [0.5] * 3) if video_dtype == torch.uint8 else ([], [])
+        out = masked_patch_embed(video, weight, bias, space, time, ids, cu_seqlens, mean, std)
+        masked_patch_embed(video, weight, None, None, None, ids, cu_seqlens, mean, std)
+        need_video = video_dtype != torch.uint8
+        masked_patch_embed_bwd(
+            out, video, weight, ids, cu_seqlens, mean, std, need_video, True, True
+        )

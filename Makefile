@@ -1,0 +1,121 @@
+# Everything a newcomer types. Each target sets up what it needs in .venv; a second call is instant.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-torch lint format bench gpu docs clean
+
+PYTHON ?= python3
+VENV := .venv
+TORCH ?= 2.11.0
+ARGS ?=
+RESULTS ?= bench/results
+
+# Said by name, not "auto", so that kernels which do not compile are an error here.
+VIDL_BUILD ?= $(if $(shell command -v $(firstword $(CXX)) c++ g++ clang++),$(if $(NVCC),cuda,cpu),none)
+NVCC := $(shell command -v "$${CUDACXX:-nvcc}" "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")
+
+# uv reads neither pip's variable nor a value that is empty.
+UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+ifneq ($(UV_FIND_LINKS),)
+export UV_FIND_LINKS
+endif
+# Without bytecode every process compiles torch, timm and transformers anew: seconds each.
+unexport PYTHONDONTWRITEBYTECODE
+
+DEPS := $(VENV)/installed
+READY := $(VENV)/ready-$(VIDL_BUILD)
+TORCH_VENV := .venv-torch-$(TORCH)
+SOURCES := CMakeLists.txt setup.py vidl/__init__.py $(wildcard csrc/*)
+# install packages, or vidl itself, into the environment $(1)
+packages = $(1)/bin/uv pip install --quiet --python $(1)/bin/python -r pyproject.toml --all-extras
+vidl = VIDL_BUILD=$(VIDL_BUILD) $(1)/bin/uv pip install --quiet --python $(1)/bin/python \
+  --no-build-isolation --no-deps --reinstall-package vidl --editable .
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(READY) ## the op at work on a real clip
+	$(VENV)/bin/python examples/masked_clip.py $(ARGS)
+
+test: $(READY) ## the whole test suite; ARGS="-k name" for a part
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+test-torch: $(TORCH_VENV)/bin/uv ## the same with another torch: make test-torch TORCH=2.11.0
+	# Triton 3.6, which torch 2.11 brings, fails in its interpreter under numpy 2.4 and later.
+	$(call packages,$(TORCH_VENV)) torch==$(TORCH) 'numpy<2.4'
+	@rm -f $(VENV)/ready-* # the library in vidl/ becomes one built against this torch
+	$(call vidl,$(TORCH_VENV))
+	$(TORCH_VENV)/bin/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+lint: $(DEPS) ## ruff, mypy and clang-format, as CI runs them
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+
+format: $(DEPS) ## let ruff and clang-format rewrite the sources
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+
+bench: $(READY) ## time every op against its peers; ARGS="--write" keeps the results
+	$(VENV)/bin/vidl bench $(ARGS)
+
+docs: $(READY) ## the manual, in docs/_build/html
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "see docs/_build/html/index.html"
+
+clean: ## remove what was built, but not the environments
+	rm -rf build dist demo *.egg-info docs/_build vidl/_C.so vidl/_build.json .venv*/ready-*
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .benchmarks
+
+$(DEPS): pyproject.toml | $(VENV)/bin/uv
+	@echo "vidl: installing into $(VENV)"
+	@$(call packages,$(VENV))
+	@touch $@
+
+$(READY): $(DEPS) $(SOURCES)
+	@echo "vidl: building with VIDL_BUILD=$(VIDL_BUILD)"
+	@rm -f $(VENV)/ready-*
+	@$(call vidl,$(VENV))
+	@touch $@
+
+# Debian and Ubuntu keep what `python3 -m venv` needs in a package of its own.
+$(VENV)/bin/uv $(TORCH_VENV)/bin/uv:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit( \
+	  f"vidl: need Python 3.10 or newer, got {v[0]}.{v[1]}; try: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  install="apt-get update -qq && apt-get install -y python3-venv"; \
+	  if ! command -v apt-get >/dev/null; then echo "vidl: $(PYTHON) has no venv module" >&2; exit 1; \
+	  elif [ "$$(id -u)" = 0 ]; then sh -c "$$install"; \
+	  elif sudo -n true 2>/dev/null; then sudo -n sh -c "$$install"; \
+	  else echo "vidl: $(PYTHON) has no venv; run: sudo sh -c '$$install'" >&2; exit 1; fi; }
+	@$(PYTHON) -m venv $(@:/bin/uv=)
+	@$(@D)/python -m pip install --quiet --disable-pip-version-check uv
+
+# On a machine with a GPU; needs no network if $(PYTHON) has torch, pytest, cmake, ninja and nvcc.
+gpu: ## build with CUDA, test, benchmark and report; RESULTS=folder
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then python=$(PYTHON); \
+	elif ! compgen -G '/dev/nvidia[0-9]*' >/dev/null && ! nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "vidl: make gpu needs an NVIDIA GPU, and this machine has none" >&2; exit 1; \
+	else $(MAKE) --no-print-directory $(DEPS) && python=$(VENV)/bin/python; fi && \
+	$(MAKE) --no-print-directory gpu-run GPU_PYTHON="$$python"
+
+.PHONY: gpu-run
+gpu-run: export PATH := $(PATH):$(CURDIR)/$(VENV)/bin
+gpu-run:
+	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
+	  f"vidl: make gpu needs an NVIDIA GPU, and torch {torch.__version__} sees none")'
+	@# CMake refuses a build folder that was made for another copy of the sources.
+	@grep -qs 'CMAKE_HOME_DIRECTORY:INTERNAL=$(CURDIR)$$' build/cmake-gpu/CMakeCache.txt \
+	  || rm -rf build/cmake-gpu
+	cmake -S . -B build/cmake-gpu $(if $(shell command -v ninja),-G Ninja) -DVIDL_CUDA=ON \
+	  -DPython3_EXECUTABLE="$$(command -v $(GPU_PYTHON))" \
+	  -DCMAKE_CUDA_ARCHITECTURES="$(or $(CMAKE_CUDA_ARCHITECTURES),$(CUDAARCHS),90)"
+	cmake --build build/cmake-gpu --parallel
+	cmake --install build/cmake-gpu --prefix vidl
+	@status=0; \
+	step() { echo "==> $$*"; "$$@" || { echo "==> failed: $$*"; status=1; }; }; \
+	step $(GPU_PYTHON) -m pytest -m gpu -r fEs $(ARGS); \
+	step $(GPU_PYTHON) -m vidl bench --device cuda --write $(RESULTS); \
+	step $(GPU_PYTHON) -m vidl info; \
+	exit $$status

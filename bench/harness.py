@@ -1,0 +1,75 @@
+"""One way to time every op: check the answers, let the candidates take turns, report the limit.
+
+A description (`bench/<op>.py`) says what: `SHAPES`, `PARAMETERS`, `make`, `work`, `truth` and
+`candidates`. The rest is alike for all:
+
+1. `check`: result and gradients of every candidate are compared with those of the reference one
+   precision up. One that is wrong gets no time.
+2. `hardware`: the device's copy and matmul rates, for the time below which nothing can go.
+3. `timing`: the candidates take turns over input sets that exceed the last-level cache.
+4. `report`: median and quantiles, TFLOP/s, GB/s, share of the limit, ratio to every peer.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from vidl.bench import hardware, timing
+from vidl.bench.cases import Plan, plan, short
+from vidl.bench.check import check
+from vidl.bench.report import Record, records, table, write
+
+__all__ = ["dry_run", "plan", "run", "table", "write"]
+
+
+def dry_run(plan: Plan, as_json: bool = False) -> Iterator[str]:
+    """One line for each candidate of each case: whether it would be timed, or why not."""
+    for case in plan.cases:
+        if not as_json:
+            yield f"{case.op} · {case.shape} · {short(case.dtype)} · {case.device}"
+        for c in case.candidates():
+            if as_json:
+                row = {"op": case.op, "shape": case.shape, "dtype": short(case.dtype)}
+                row |= {"device_type": case.device, "candidate": c.name, "kind": c.kind}
+                yield json.dumps(row | {"reason": c.reason})
+            else:
+                yield f"  {c.name:40} {c.kind:6} {c.reason or 'would be timed'}"
+
+
+def run(plan: Plan) -> Iterator[list[Record]]:
+    """Time everything planned; yields the records of one case, mode and number of threads."""
+    before = torch.get_num_threads()
+    total, done = len(plan.cases) * len(plan.threads) * len(plan.modes), 0
+    try:
+        # Of the two settings the first is fair to convolutions, the second keeps float32 float32.
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
+        for case in plan.cases:
+            _progress(f"[{done + 1}/{total}] {case.op} · {case.shape}: comparing the answers")
+            if case.device == "cuda":  # or the limit of recompilations makes later shapes eager
+                torch.compiler.reset()
+            trials = check(case)
+            for threads in plan.threads:
+                torch.set_num_threads(threads)
+                _progress("measuring what the device can do")
+                limits = hardware.limits(case.device, threads, case.dtype)
+                for mode in plan.modes:
+                    done += 1
+                    _progress(
+                        f"[{done}/{total}] {case.op} · {case.shape} · {short(case.dtype)}"
+                        f" · {mode} · {threads} threads"
+                    )
+                    timed = [trial.candidate for trial in trials if trial.status == "ok"]
+                    times = timing.measure(timed, case, mode, plan.quick)
+                    yield records(case, mode, threads, limits, trials, times, plan.quick)
+    finally:
+        torch.set_num_threads(before)
+        _progress("")
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    elif text.startswith("["):
+        print(text, file=sys.stderr, flush=True)

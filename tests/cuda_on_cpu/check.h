@@ -1,0 +1,62 @@
+// A few lines of test framework: CHECK, and raises(text, function) for launches that must report a
+// bug.
+#pragma once
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "device_primitives.h"
+
+inline int failures = 0;
+#define CHECK(c) \
+  ((c) ? void(0) \
+       : (failures++, void(std::printf("%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #c))))
+
+template <class F>
+bool raises(const char* text, F f) {
+  try {
+    f();
+  } catch (const cuda_on_cpu::Error& e) {
+    if (std::strstr(e.what(), text)) {
+      if (std::getenv("VERBOSE")) std::printf("  %s\n", e.what());
+      return true;
+    }
+    std::printf("another error than '%s': %s\n", text, e.what());
+    return false;
+  }
+  std::printf("no error, expected '%s'\n", text);
+  return false;
+}
+// Runs f with seeds 0 (in order), 1, 2, ...; returns for how many of them it gave true.
+template <class F>
+int count_seeds(int n, F f) {
+  auto saved = cuda_on_cpu::options();
+  int hits = 0;
+  for (int s = 0; s < n; s++) {
+    cuda_on_cpu::options().seed = s;
+    hits += f();
+  }
+  cuda_on_cpu::options() = saved;
+  return hits;
+}
+// Zeroed memory, 16-byte aligned and exactly as long as asked for: AddressSanitizer sees every
+// access past its end.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) : bytes_(bytes) {
+    if (posix_memalign(&data_, 16, bytes)) std::abort();
+    std::memset(data_, 0, bytes);
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_;
+  size_t bytes_;
+};
+inline int report(const char* name) {
+  std::printf("%-16s %s\n", name, failures ? "FAILED" : "ok");
+  return failures != 0;
+}

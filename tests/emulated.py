@@ -1,0 +1,119 @@
+"""The CUDA sources of csrc/ compiled with g++, for the emulator of tests/cuda_on_cpu/."""
+
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from vidl.kernels import library
+
+ROOT = Path(__file__).parents[1]
+EMULATOR = ROOT / "tests/cuda_on_cpu"
+BUILD = ROOT / "build/emulated"
+CXX = os.environ.get("CXX", "g++")
+
+FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread", "-fPIC"]
+FLAGS += ["-fvisibility=hidden", f"-I{ROOT / 'csrc'}", f"-I{EMULATOR}"]
+KINDS = {
+    "plain": ["-O2"],
+    "ucontext": ["-O2", "-DCUDA_ON_CPU_UCONTEXT"],
+    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-O1", "-g", "-fsanitize=thread"],
+}
+
+
+@functools.cache
+def load() -> None:
+    """Register the CUDA code of every op for CPU tensors, as the backend "emulated"."""
+    file = build()
+    library.add_backend("emulated")
+    torch.ops.load_library(file)
+
+
+def build() -> Path:
+    """The operator library: every .cu emulated, and the host code beside it."""
+    torch_dir = Path(torch.__file__).parent
+    host = [f"-isystem{torch_dir / 'include'}", "-DVIDL_EMULATED"]
+    host += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
+    sources = [(file, host) for file in sorted(ROOT.glob("csrc/*.cpp"))]
+    sources += [(file, []) for file in sorted(ROOT.glob("csrc/*.cu"))]
+    link = ["-shared", f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    return _link("library.so", sources, KINDS["plain"], link)
+
+
+def program(name: str, kind: str = "plain") -> Path:
+    """The program of cuda_on_cpu/test_<name>.cpp, with the kernels of the op `name` if it is one.
+
+    Args:
+        kind: of `KINDS`: an ordinary build, or one with sanitizers.
+    """
+    sources: list[tuple[Path, list[str]]] = [(EMULATOR / f"test_{name}.cpp", [])]
+    if (kernels := ROOT / f"csrc/{name}.cu").is_file():
+        sources.append((kernels, []))
+    return _link(f"{name}-{kind}", sources, KINDS[kind], [])
+
+
+def _link(
+    name: str, sources: Sequence[tuple[Path, list[str]]], kind: list[str], link: list[str]
+) -> Path:
+    if shutil.which(CXX) is None:
+        pytest.skip(f"needs a C++ compiler, {CXX} is not there")
+    with _locked(name):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda s: _compile(s[0], [*kind, *s[1]]), sources))
+        key = _hash([*kind, *link], [file.name.encode() for file in objects])
+        stem, dot, suffix = name.partition(".")
+        file = BUILD / f"{stem}-{key}{dot}{suffix}"
+        _make(file, [*FLAGS, *kind, *map(str, objects), *link])
+    return file
+
+
+def _compile(source: Path, flags: list[str]) -> Path:
+    headers = sorted([*ROOT.glob("csrc/*.h"), *EMULATOR.glob("*.h")])
+    key = _hash(
+        [str(source), torch.__version__, *flags], [f.read_bytes() for f in [source, *headers]]
+    )
+    file = BUILD / f"{source.stem}-{key}.o"
+    _make(file, [*FLAGS, *flags, "-x", "c++", "-c", str(source)])
+    return file
+
+
+def _hash(words: Sequence[str], contents: Sequence[bytes]) -> str:
+    key = hashlib.sha256(repr([_compiler(), FLAGS, words]).encode())
+    for content in contents:
+        key.update(hashlib.sha256(content).digest())
+    return key.hexdigest()[:16]
+
+
+@functools.cache
+def _compiler() -> str:
+    return subprocess.run([CXX, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _make(file: Path, arguments: list[str]) -> None:
+    """Run the compiler unless `file` is there; it appears when it is complete."""
+    if file.exists():
+        return
+    unfinished = file.with_name(f"{os.getpid()}-{file.name}")
+    run = subprocess.run([CXX, *arguments, "-o", unfinished], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{' '.join([CXX, *arguments])}\n{run.stderr[-8000:]}")
+    unfinished.replace(file)
+
+
+@contextmanager
+def _locked(name: str) -> Iterator[None]:
+    """One process at a time: pytest-xdist's workers all want the same file."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

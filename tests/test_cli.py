@@ -1,0 +1,136 @@
+"""The command line: what `vidl info` tells, help, and errors that say what was needed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vidl import info
+from vidl.cli import main
+from vidl.kernels import library
+
+
+def test_info_json_covers_every_op_backend_and_device(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    rows = {(row["op"], row["backend"], row["device"]): row for row in facts["ops"]}
+    assert set(rows) == {
+        (op, backend, device)
+        for op in library.OPS
+        if not op.endswith("_bwd")
+        for backend in library.BACKENDS
+        for device in ("cpu", "cuda")
+    }
+    for (op, backend, device), row in rows.items():
+        assert bool(row["reason"]) != bool(row["dtypes"]), "a reason for every no, and only then"
+        if device == "cpu":
+            reason = library.why_not(backend, op, device, torch.float32)
+            assert (row["reason"] is None) == (reason is None)
+        elif not torch.cuda.is_available():
+            assert row["reason"] == "no CUDA device"
+    picked = [key for key, row in rows.items() if row["auto"]]
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    assert len(picked) == len(info.op_names()) * len(devices)
+
+
+def test_info_names_versions_build_devices_and_decoders():
+    facts = info.collect()
+    assert facts["versions"]["torch"] == torch.__version__ and facts["versions"]["vidl"]
+    assert {"file", "error", "loads"} <= set(facts["build"])
+    assert facts["cpu"]["model"] and facts["cpu"]["cores"] >= 1
+    assert set(facts["decoders"]) == {"PyAV", "torchcodec"}
+    assert len(facts["gpus"]) == torch.cuda.device_count()
+
+
+def test_info_as_text(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for part in ("versions", "build", "devices", "video decoders", "ops", torch.__version__):
+        assert part in text
+    for op in info.op_names():
+        assert op in text
+    assert "reference " in text and "yes: float32, float16, bfloat16" in text
+
+
+def test_a_decoder_that_is_there_decodes():
+    pytest.importorskip("av")
+    assert info.decoders()["PyAV"] is None
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (ModuleNotFoundError("No module named 'x'", name="x"), "x is not installed"),
+        (
+            RuntimeError("\nCould not load libav.\nMore.\n"),
+            "RuntimeError: Could not load libav. More.",
+        ),
+    ],
+)
+def test_a_decoder_that_is_half_there_gives_a_reason(monkeypatch, error, reason):
+    def probe(clip):
+        raise error
+
+    monkeypatch.setattr(info, "_frames_by_torchcodec", probe)
+    assert info.decoders()["torchcodec"] == reason
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--help"], ["info", "bench"]),
+        (["info", "--help"], ["--json", "which backend runs each op"]),
+        (["bench", "--help"], ["--shapes", "--peers", "--dry-run", "--write", "--threads"]),
+    ],
+)
+def test_help(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(word in text for word in words)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["bench", "fly"], "need ops among masked_patch_embed"),
+        (["bench", "--shapes", "nothing of the kind"], "no shape matches 'nothing of the kind'"),
+        (["bench", "--dtype", "int8"], "need dtype among float32, float16, bfloat16; got int8"),
+        (["bench", "--device", "cpu", "--threads", "0"], "need positive numbers of threads"),
+        (["bench", "--device", "cpu", "--threads", "two"], "got 'two'"),
+        (["bench", "--modes", "backward"], "need modes among forward, full; got backward"),
+        (["bench", "--device", "tpu"], "invalid choice: 'tpu'"),
+    ],
+)
+def test_bad_arguments(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--device", "cuda"])
+    assert "need a CUDA device" in capsys.readouterr().err
+
+
+def test_help_loads_nothing_heavy(tmp_path):
+    """`python -m vidl --help` answers without importing torch."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    answer = subprocess.run(
+        [sys.executable, "-m", "vidl", "--help"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "COMMAND" in answer.stdout

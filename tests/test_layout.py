@@ -1,0 +1,110 @@
+"""The house rules that a machine can check: one op, one word; imports point down."""
+
+import ast
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OPS = sorted(file.parent.name for file in ROOT.glob("kernels/*/op.py"))
+FOLDERS = sorted(
+    folder.name
+    for folder in ROOT.glob("kernels/*")
+    if folder.is_dir() and folder.name != "__pycache__"
+)
+SOURCES = sorted(
+    file.relative_to(ROOT)
+    for folder in ("kernels", "bench", "vidl", "tests", "examples", "csrc")
+    for file in (ROOT / folder).rglob("*")
+    if file.is_file() and "__pycache__" not in file.parts
+)
+KERNELS = [file for file in SOURCES if file.parts[0] == "kernels" and file.suffix == ".py"]
+BACKENDS = ("reference", "triton_kernels")
+
+
+def imports(file: Path) -> Iterator[str]:
+    """The full names of the modules, and of the names in them, that a file imports anywhere."""
+    package = ["vidl", *file.with_suffix("").parts[:-1]]
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package[: len(package) - node.level + 1] if node.level else []
+            parts = [*parts, node.module] if node.module else parts
+            yield ".".join(parts)
+            yield from (".".join([*parts, alias.name]) for alias in node.names)
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def test_imports_finds_every_form():
+    file = Path("kernels/masked_patch_embed/op.py")
+    found = set(imports(file))
+    assert {"torch", "torch.Tensor", "vidl.kernels.library"} <= found
+    assert "vidl.kernels.masked_patch_embed.reference" in found  # from . import reference
+
+
+def test_there_are_ops():
+    assert "masked_patch_embed" in OPS
+    assert FOLDERS == OPS, "a folder of kernels/ is an op, and an op has an op.py"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_its_files(op):
+    parts = ("__init__.py", "op.py", "reference.py", "triton_kernels.py")
+    wanted = [f"kernels/{op}/{part}" for part in parts]
+    wanted += [f"csrc/{op}.cpp", f"csrc/{op}.cu", f"tests/test_{op}.py", f"bench/{op}.py"]
+    missing = [file for file in wanted if not (ROOT / file).is_file()]
+    assert not missing
+
+
+@pytest.mark.parametrize("folder", ["kernels", "bench"])
+def test_the_folder_is_not_a_package_of_its_own(folder):
+    # With an __init__.py, `kernels` would hide Hugging Face's package of that name from
+    # transformers wherever Python is started in the root. Without one any real package wins.
+    assert not (ROOT / folder / "__init__.py").exists()
+    link = ROOT / "vidl" / folder
+    assert link.is_symlink(), f"run: ln -sfn ../{folder} vidl/{folder}"
+    assert os.readlink(link) == f"../{folder}"
+
+
+@pytest.mark.parametrize("file", KERNELS, ids=str)
+def test_ops_import_nothing_from_above(file):
+    above = [name for name in imports(file) if within(name, "vidl")]
+    above = [name for name in above if name != "vidl" and not within(name, "vidl.kernels")]
+    assert not above, "ops know nothing of models, modules, benchmarks or the command line"
+
+
+@pytest.mark.parametrize("file", KERNELS, ids=str)
+def test_triton_is_imported_in_triton_kernels_only(file):
+    if file.name != "triton_kernels.py":
+        assert not [name for name in imports(file) if within(name, "triton")]
+
+
+@pytest.mark.parametrize("file", [f for f in KERNELS if f.stem in BACKENDS], ids=str)
+def test_backends_do_not_import_each_other(file):
+    others = [name for name in imports(file) if name.split(".")[-1] in (*BACKENDS, "op")]
+    assert not others
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_do_not_import_other_ops(op):
+    others = [f"vidl.kernels.{other}" for other in OPS if other != op]
+    for file in (file for file in KERNELS if file.parts[1] == op):
+        assert not [name for name in imports(file) if within(name, *others)]
+
+
+def test_nothing_imports_the_folders_by_their_own_names():
+    # `vidl` is the only import package: a module loaded under two names would declare its op twice.
+    for file in (file for file in SOURCES if file.suffix == ".py"):
+        wrong = [name for name in imports(file) if within(name, "kernels", "bench")]
+        assert not wrong, f"{file} imports {wrong}"
+
+
+def test_a_name_says_what_a_file_holds():
+    vague = {"utils", "util", "common", "misc", "helpers", "core"}
+    assert not [str(file) for file in SOURCES if vague & set(file.with_suffix("").parts)]

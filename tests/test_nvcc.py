@@ -1,0 +1,90 @@
+"""Every CUDA source compiles with nvcc without a warning, and its kernels fit into registers.
+
+`python tests/test_nvcc.py` prints registers and shared memory of every kernel.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(ROOT.glob("csrc/*.cu"))
+ARCHITECTURES = ("sm_80", "sm_90")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    registers: int
+    stack: int  # bytes a thread
+    spills: int  # bytes stored and loaded
+    shared: int  # bytes a block, static
+
+
+def nvcc() -> str | None:
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    return shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which(home / "bin/nvcc")
+
+
+def kernels(source: Path, architecture: str) -> list[Kernel]:
+    """What ptxas says of every kernel of a source file."""
+    compiler = nvcc()
+    assert compiler is not None
+    flags = ["-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas=-v", "-Werror=all-warnings"]
+    flags += ["-Xcompiler=-Wall,-Wextra", f"-I{ROOT / 'csrc'}", "-cubin"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [compiler, *flags, str(source), "-o", f"{folder}/out.cubin"]
+        run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = []
+    for part in run.stderr.split("Compiling entry function ")[1:]:
+        symbol = part.split("'")[1]
+        stack, stores, loads = map(
+            int,
+            re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", part)[:3],
+        )
+        registers = re.search(r"Used (\d+) registers", part)
+        shared = re.search(r"(\d+) bytes smem", part)
+        assert registers is not None, part
+        found.append(
+            Kernel(
+                _demangled(symbol),
+                int(registers[1]),
+                stack,
+                stores + loads,
+                int(shared[1]) if shared else 0,
+            )
+        )
+    return found
+
+
+def _demangled(symbol: str) -> str:
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None:
+        return symbol
+    name = subprocess.run([tool, symbol], capture_output=True, text=True).stdout.strip()
+    name = name.replace("(anonymous namespace)::", "").replace("vidl::", "")
+    return re.sub(r"\(.*", "", name.removeprefix("void "))
+
+
+@pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda file: file.name)
+def test_kernels_compile_and_do_not_spill(source, architecture):
+    compiled = kernels(source, architecture)
+    assert compiled
+    bad = [kernel for kernel in compiled if kernel.stack or kernel.spills]
+    assert not bad
+
+
+if __name__ == "__main__":
+    for source in SOURCES:
+        for architecture in ARCHITECTURES:
+            for k in kernels(source, architecture):
+                print(architecture, f"{k.registers:4} registers {k.shared:6} bytes shared", k.name)

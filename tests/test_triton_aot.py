@@ -1,0 +1,200 @@
+"""Every Triton kernel compiles for sm_80 and sm_90, here, without a GPU, and fits into registers.
+
+Each kernels/<op>/triton_kernels.py has a function `ahead_of_time()`. It calls the op, on small CPU
+tensors, once with every kind of argument that makes Triton compile another variant of a kernel (the
+commonest first): dtypes, absent tensors, strides that are 1 or a multiple of 16, block sizes. The
+launches are not executed but noted, and then compiled as Triton would compile them.
+
+`python tests/test_triton_aot.py [module ...]` prints registers and shared memory of every variant.
+"""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(
+    f"vidl.kernels.{file.parent.name}.triton_kernels"
+    for file in (ROOT / "kernels").glob("*/triton_kernels.py")
+)
+TYPES = {
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What Triton compiles a kernel for."""
+
+    kernel: Any
+    types: dict[str, Any]  # of every parameter; "constexpr" for constants
+    constants: dict[str, Any]
+    divisible: dict[tuple[int, ...], Any]  # parameters that are multiples of 16
+    options: dict[str, Any]
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("module", MODULES)
+def test_common_variants(module: str, arch: int) -> None:
+    check(module, arch, "--most=3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("module", MODULES)
+def test_every_variant(module: str, arch: int) -> None:
+    check(module, arch)
+
+
+def check(module: str, arch: int, *flags: str) -> None:
+    pytest.importorskip("triton")
+    # The interpreter, which other tests use, takes the place of the compiler within a process.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, __file__, "--json", f"--arch={arch}", *flags, module]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    variants = [json.loads(line) for line in run.stdout.splitlines()]
+    assert variants
+    for variant in variants:
+        assert variant["stack"] == 0 and variant["local"] == 0, f"registers spill: {variant}"
+        assert variant["shared"] <= SHARED_MEMORY[arch], f"too much shared memory: {variant}"
+
+
+class Recorder:
+    """Stands in for a kernel: notes its launches."""
+
+    def __init__(self, kernel: Any, variants: dict[str, Variant]) -> None:
+        self.kernel, self.variants = kernel, variants
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *args: Any, **kwargs: Any) -> None:
+        given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+        options = {k: given.pop(k) for k in kwargs if k not in self.kernel.arg_names}
+        types: dict[str, Any] = {}
+        constants: dict[str, Any] = {}
+        divisible: dict[tuple[int, ...], Any] = {}
+        for parameter in self.kernel.params:
+            name, value = parameter.name, given[parameter.name]
+            free = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (free and is_int(value) and value == 1):
+                types[name], constants[name] = "constexpr", value
+                continue
+            types[name] = type_of(value)
+            number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            if free and is_int(number) and number % 16 == 0:
+                divisible[(parameter.num,)] = [["tt.divisibility", 16]]
+        variant = Variant(self.kernel, types, constants, divisible, options)
+        self.variants.setdefault(repr(variant), variant)
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def type_of(value: Any) -> Any:
+    """The type that Triton gives to an argument."""
+    if isinstance(value, tuple):
+        return tuple(map(type_of, value))
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    if is_int(value):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def variants_of(module: str, most: int | None) -> list[Variant]:
+    """What `ahead_of_time()` of a module launches; at most so many of each kernel."""
+    from triton import JITFunction
+
+    kernels = importlib.import_module(module)
+    originals = {k: v for k, v in vars(kernels).items() if isinstance(v, JITFunction)}
+    recorded: dict[str, Variant] = {}
+    vars(kernels).update({k: Recorder(v, recorded) for k, v in originals.items()})
+    kernels.ahead_of_time()
+    vars(kernels).update(originals)
+    seen: Counter[str] = Counter()
+    chosen = []
+    for variant in recorded.values():
+        seen[variant.kernel.__name__] += 1
+        if most is None or seen[variant.kernel.__name__] <= most:
+            chosen.append(variant)
+    return chosen
+
+
+def compile_for(arch: int, variant: Variant) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=variant.types,
+        constexprs=variant.constants,
+        attrs=variant.divisible,
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers a thread, bytes of stack and local memory a thread, bytes of shared memory."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        run = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", run.stdout))
+    assert found.keys() == {"REG", "STACK", "LOCAL"}, run.stdout + run.stderr
+    return {
+        "registers": int(found["REG"]),
+        "stack": int(found["STACK"]),
+        "local": int(found["LOCAL"]),
+        "shared": compiled.metadata.shared,
+    }
+
+
+def main(arguments: list[str]) -> None:
+    flags = dict(a.lstrip("-").partition("=")[::2] for a in arguments if a.startswith("--"))
+    modules = [a for a in arguments if not a.startswith("--")] or MODULES
+    most = int(flags["most"]) if "most" in flags else None
+    for module in modules:
+        for variant in variants_of(module, most):
+            for arch in [int(flags["arch"])] if "arch" in flags else SHARED_MEMORY:
+                types = {k: v for k, v in variant.types.items() if k.endswith("_ptr")}
+                report = {
+                    "kernel": variant.kernel.__name__,
+                    "arch": arch,
+                    **resources(compile_for(arch, variant)),
+                    "types": " ".join(f"{k}={v}" for k, v in types.items() if v != "constexpr"),
+                }
+                print(
+                    json.dumps(report) if "json" in flags else "\t".join(map(str, report.values()))
+                )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

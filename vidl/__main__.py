@@ -1,0 +1,8 @@
+"""`python -m vidl` is the command `vidl`."""
+
+import sys
+
+from vidl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""What this machine can run: versions, build, devices, decoders, and each op's backends.
+
+`vidl info` prints it; `vidl info --json` gives the same facts to a program or a bug report.
+"""
+
+import io
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vidl
+import vidl.ops  # noqa: F401  declares the ops
+from vidl.kernels import library
+
+PACKAGES = ("triton", "numpy", "timm", "transformers", "xformers", "flash_attn")
+# Of a CPU's flags, those that decide which matrix units PyTorch and our kernels use.
+ISA = (
+    *("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "asimd", "sve", "bf16", "i8mm"),
+)
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `vidl info` shows, as plain lists, dicts, strings and numbers.
+
+    Returns:
+        "versions", "build" (see `library.build_record`), "cpu", "gpus", "decoders" and "ops": one
+        row for each op, backend and device, whose "reason" is None where the backend can run.
+    """
+    return {
+        "versions": versions(),
+        "build": library.build_record() | {"loads": library.LOAD_ERROR is None},
+        "cpu": cpu(),
+        "gpus": gpus(),
+        "decoders": decoders(),
+        "ops": list(backends()),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of vidl, Python, PyTorch and the packages it works with; None is not installed."""
+    found: dict[str, str | None] = {
+        "vidl": vidl.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda (of torch)": torch.version.cuda,
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def cpu() -> dict[str, Any]:
+    """Model, usable cores, threads of PyTorch, instruction sets and what PyTorch makes of them."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*: (.+)$", text, re.MULTILINE)
+    has = set(flags[1].split()) if flags else set()
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return {
+        "model": model[1].strip() if model else platform.processor() or platform.machine(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": [flag for flag in ISA if flag in has],
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, memory in bytes, compute capability and driver of every CUDA device."""
+    rows: list[dict[str, Any]] = []
+    if not torch.cuda.is_available():
+        return rows
+    notes = Path("/proc/driver/nvidia/version")
+    driver = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", notes.read_text() if notes.exists() else "")
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        rows.append(
+            {
+                "name": card.name,
+                "memory": card.total_memory,
+                "capability": f"{card.major}.{card.minor}",
+                "multiprocessors": card.multi_processor_count,
+                "driver": driver[0] if driver else None,
+            }
+        )
+    return rows
+
+
+def decoders() -> dict[str, str | None]:
+    """The reason why a video decoder cannot decode here, or None: each one is given a clip."""
+    probes: dict[str, Callable[[bytes], int]] = {
+        "PyAV": _frames_by_pyav,
+        "torchcodec": _frames_by_torchcodec,
+    }
+    # two grey frames, uncompressed: enough to find FFmpeg missing, which importing does not
+    clip = b"YUV4MPEG2 W16 H16 F1:1 Ip A1:1 C420jpeg\n" + 2 * (b"FRAME\n" + bytes(16 * 16 * 3 // 2))
+    found: dict[str, str | None] = {}
+    for name, frames in probes.items():
+        try:
+            count = frames(clip)
+            found[name] = None if count == 2 else f"decoded {count} frames of 2"
+        except ModuleNotFoundError as error:
+            found[name] = f"{error.name} is not installed"
+        except Exception as error:  # whatever a library that is half there raises is the reason
+            found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return found
+
+
+def _frames_by_pyav(clip: bytes) -> int:
+    import av
+
+    av.codec.Codec("h264", "r")
+    with av.open(io.BytesIO(clip)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def _frames_by_torchcodec(clip: bytes) -> int:
+    from torchcodec.decoders import VideoDecoder
+
+    return sum(1 for _ in VideoDecoder(clip))
+
+
+def backends() -> Iterator[dict[str, Any]]:
+    """One row for each op, device and backend: the dtypes it can run in, or the reason why not."""
+    for name in op_names():
+        for device in ("cpu", "cuda"):
+            missing = None
+            if device == "cuda" and not torch.cuda.is_available():
+                missing = "no CUDA device"
+            auto = None if missing else library.choose("auto", name, device, torch.float32)
+            for backend in library.BACKENDS:
+                reasons = {d: library.why_not(backend, name, device, d) for d in library.DTYPES}
+                dtypes = [str(d).removeprefix("torch.") for d, why in reasons.items() if not why]
+                unfit = None if dtypes else next(iter(reasons.values()))
+                yield {
+                    "op": name,
+                    "device": device,
+                    "backend": backend,
+                    "reason": missing or unfit,
+                    "dtypes": [] if missing else dtypes,
+                    "auto": backend == auto,
+                }
+
+
+def op_names() -> list[str]:
+    """The public ops; the op that is the backward of another goes with it."""
+    return [name for name in library.OPS if not name.endswith("_bwd")]
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The facts of `collect` as text for a terminal."""
+    lines = ["versions"]
+    lines += [
+        f"  {name:16} {value or 'not installed'}" for name, value in facts["versions"].items()
+    ]
+
+    lines += ["", "build"]
+    lines += [
+        f"  {name:16} {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in facts["build"].items()
+        if value not in (None, "", [], {})
+    ]
+
+    cpu = facts["cpu"]
+    lines += ["", "devices", f"  cpu              {cpu['model']}, {cpu['cores']} cores"]
+    lines += [f"  {'':16} {cpu['threads']} threads, PyTorch uses {cpu['torch_capability']}"]
+    lines += [f"  {'':16} has {' '.join(cpu['isa']) or 'none of the instruction sets we look for'}"]
+    for index, gpu in enumerate(facts["gpus"]):
+        lines += [
+            f"  cuda:{index:<11} {gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB, "
+            f"capability {gpu['capability']}, driver {gpu['driver'] or 'unknown'}"
+        ]
+    if not facts["gpus"]:
+        lines += ["  cuda             no CUDA device"]
+
+    lines += ["", "video decoders"]
+    lines += [f"  {name:16} {why or 'decodes'}" for name, why in facts["decoders"].items()]
+
+    lines += ["", "ops (* is what backend='auto' picks)"]
+    last = None
+    for row in facts["ops"]:
+        if row["op"] != last:
+            lines += [f"  {row['op']}"]
+            last = row["op"]
+        state = f"no: {row['reason']}" if row["reason"] else f"yes: {', '.join(row['dtypes'])}"
+        mark = "*" if row["auto"] else " "
+        lines += [f"    {row['device']:5} {row['backend']:10}{mark} {state}"]
+    return "\n".join(lines)

@@ -1,0 +1,5 @@
+"""Building blocks of models: modules whose parameters are named as their stock twins' are."""
+
+from vidl.nn.patch_embed import MaskedPatchEmbed
+
+__all__ = ["MaskedPatchEmbed"]

@@ -1,0 +1,138 @@
+"""Patch embedding that drops first and embeds then, with the parameters of a convolution."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidl.kernels.masked_patch_embed import masked_patch_embed
+from vidl.kernels.masked_patch_embed.op import Position
+
+
+class MaskedPatchEmbed(nn.Module):
+    """Embed the visible patches of a clip or an image, and only those.
+
+    Equal to `proj(x).flatten(2).transpose(1, 2)`, plus `position`, then a gather of `ids_keep`. The
+    convolution `proj` holds the parameters and is never called, so a state_dict of timm's
+    `PatchEmbed` loads as it is, and one of a Hugging Face `...PatchEmbeddings`, whose convolution
+    is called `projection`, too. Sources: ViT, arXiv 2010.11929, 3.1; MAE, arXiv 2111.06377, 3.
+
+    Args:
+        patch_size: pixels, one number or (height, width).
+        in_chans: channels of the clip.
+        embed_dim: width of the tokens.
+        tubelet_size: frames in a patch, for a `Conv3d`; None for a `Conv2d`, which embeds images
+            and, frame by frame, clips.
+        bias: whether there is one.
+        mean, std: normalisation of uint8 clips, one number a channel, of pixels in 0 to 1; a
+            floating-point clip is taken as normalised.
+        backend: as in `vidl.ops.masked_patch_embed`.
+    """
+
+    def __init__(
+        self,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        tubelet_size: int | None = None,
+        bias: bool = True,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        h, w = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.proj: nn.Conv2d | nn.Conv3d
+        if tubelet_size is None:
+            self.proj = nn.Conv2d(in_chans, embed_dim, (h, w), (h, w), **options)
+        else:
+            size = (tubelet_size, h, w)
+            self.proj = nn.Conv3d(in_chans, embed_dim, size, size, **options)
+        self.mean, self.std, self.backend = mean, std, backend
+        self.register_load_state_dict_pre_hook(_rename_projection)
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d | nn.Conv3d,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        backend: str = "auto",
+    ) -> "MaskedPatchEmbed":
+        """Take over a patch embedding's convolution; its parameters are shared, not copied.
+
+        Raises:
+            TypeError: it is neither a Conv2d nor a Conv3d.
+            ValueError: it is no patch embedding: its patches overlap, are padded, have holes or
+                see only some of the channels.
+        """
+        if not isinstance(conv, nn.Conv2d | nn.Conv3d):
+            raise TypeError(f"need nn.Conv2d or nn.Conv3d, got {type(conv).__name__}")
+        padded = conv.padding not in ("valid", (0,) * len(conv.kernel_size))
+        whole = conv.stride == conv.kernel_size and not padded and set(conv.dilation) == {1}
+        if not whole or conv.groups != 1:
+            raise ValueError(
+                "need a convolution whose stride is its kernel_size, without padding, dilation or "
+                f"groups, got {conv}"
+            )
+        *t, h, w = conv.kernel_size
+        made = cls(
+            (h, w), conv.in_channels, conv.out_channels, t[0] if t else None,
+            conv.bias is not None, mean=mean, std=std, backend=backend, device="meta",
+        )  # fmt: skip
+        made.proj = conv
+        return made.train(conv.training)
+
+    def forward(
+        self,
+        video: Tensor,
+        ids_keep: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        position: Position | None = None,
+    ) -> Tensor:
+        """Embed.
+
+        Args:
+            video: [B, C, T, H, W], or [B, C, H, W] where `proj` is a Conv2d; uint8 or floating
+                point, any strides.
+            ids_keep: visible patches, [B, K] int64, or [total] with `cu_seqlens`; None: all.
+            cu_seqlens: [B + 1] int32, the offsets of samples in a packed `ids_keep`.
+            position: [N, D], or a pair for time and space; added to the tokens.
+
+        Returns:
+            [B, K, D], [total, D] if packed, or [B, N, D] without `ids_keep`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `vidl.ops.masked_patch_embed` does.
+        """
+        if video.ndim == 4 and isinstance(self.proj, nn.Conv2d):
+            video = video.unsqueeze(2)
+        uint8 = video.dtype == torch.uint8
+        return masked_patch_embed(
+            video,
+            self.proj.weight,
+            self.proj.bias,
+            position,
+            ids_keep,
+            cu_seqlens,
+            mean=self.mean if uint8 else None,
+            std=self.std if uint8 else None,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        parts = [f"{name}={getattr(self, name)}" for name in ("mean", "std")]
+        parts = [part for part in parts if not part.endswith("=None")]
+        return ", ".join([*parts, f"backend={self.backend!r}"])
+
+
+def _rename_projection(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in ("weight", "bias"):
+        if f"{prefix}projection.{name}" in state_dict:
+            state_dict[f"{prefix}proj.{name}"] = state_dict.pop(f"{prefix}projection.{name}")
