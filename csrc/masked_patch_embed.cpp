@@ -112,7 +112,10 @@ Affine identity() {
   return affine;
 }
 
-double centre_of(double mean) { return std::nearbyint(255.0 * mean); }
+// Of the range of a pixel, so that the difference fits the 8 bits of a bfloat16.
+double centre_of(double mean) {
+  return std::min(std::max(std::nearbyint(255.0 * mean), 0.0), 255.0);
+}
 
 void check_channels(const std::vector<double>& mean, const std::vector<double>& std, int32_t C) {
   STD_TORCH_CHECK(mean.size() == std.size() && (mean.empty() || int32_t(mean.size()) == C),

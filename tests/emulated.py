@@ -4,6 +4,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -78,13 +79,22 @@ def _link(
 
 
 def _compile(source: Path, flags: list[str]) -> Path:
-    headers = sorted([*ROOT.glob("csrc/*.h"), *EMULATOR.glob("*.h")])
-    key = _hash(
-        [str(source), torch.__version__, *flags], [f.read_bytes() for f in [source, *headers]]
-    )
+    contents = [file.read_bytes() for file in sorted(_with_headers(source))]
+    key = _hash([str(source), torch.__version__, *flags], contents)
     file = BUILD / f"{source.stem}-{key}.o"
     _make(file, [*FLAGS, *flags, "-x", "c++", "-c", str(source)])
     return file
+
+
+def _with_headers(file: Path) -> set[Path]:
+    """A source and those of our headers that it includes, directly or not."""
+    found, todo = set(), [file]
+    while todo:
+        found.add(file := todo.pop())
+        for name in re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE):
+            headers = (folder / name for folder in (ROOT / "csrc", EMULATOR))
+            todo += [header for header in headers if header.is_file() and header not in found]
+    return found
 
 
 def _hash(words: Sequence[str], contents: Sequence[bytes]) -> str:

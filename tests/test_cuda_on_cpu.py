@@ -51,6 +51,7 @@ def test_planted_bugs_are_found(kind):
     assert_passes(emulated.program("bugs", kind))
 
 
+@pytest.mark.slow
 def test_a_read_past_a_shared_array_ends_the_program():
     done = run(emulated.program("bugs", "address"), "overrun")
     assert done.returncode != 0

@@ -363,6 +363,12 @@ IDS = torch.zeros(2, 4, dtype=torch.int64)
 MISUSE = {
     "a clip of four dimensions": (ValueError, "video", {"video": CLIP[0]}),
     "an int32 clip": (TypeError, "uint8", {"video": CLIP.int()}),
+    "a float8 clip": (TypeError, "uint8", {"video": CLIP.float().to(torch.float8_e4m3fn)}),
+    "a clip without channels": (
+        ValueError,
+        "weight",
+        {"video": CLIP[:, :0], "weight": WEIGHT[:, :0]},
+    ),
     "an integer weight": (TypeError, "weight", {"weight": WEIGHT.int()}),
     "other channels": (ValueError, r"weight \[D, 3", {"weight": torch.zeros(8, 4, 1, 16, 16)}),
     "a flat weight": (ValueError, r"weight \[D, 3", {"weight": torch.zeros(8, 768)}),

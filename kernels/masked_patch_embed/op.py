@@ -17,6 +17,7 @@ from vidl.kernels import library
 from . import reference
 
 Position = Tensor | tuple[Tensor, Tensor]
+FLOATING = (*library.DTYPES, torch.float64)  # float64 only for the reference
 
 
 def patch_grid(video: Sequence[int], weight: Sequence[int]) -> tuple[int, int, int]:
@@ -187,11 +188,11 @@ def masked_patch_embed(
 def _check_clip(video: Tensor, weight: Tensor) -> None:
     if video.ndim != 5:
         raise ValueError(f"need video [B, C, T, H, W], got {tuple(video.shape)}")
-    if video.dtype != torch.uint8 and not video.is_floating_point():
-        raise TypeError(f"need a uint8 or floating-point video, got {video.dtype}")
-    if not weight.is_floating_point():
-        raise TypeError(f"need a floating-point weight, got {weight.dtype}")
-    if weight.ndim != 5 or weight.shape[1] != video.shape[1]:
+    if video.dtype not in (torch.uint8, *FLOATING):
+        raise TypeError(f"need a video in uint8 or one of {FLOATING}, got {video.dtype}")
+    if weight.dtype not in FLOATING:
+        raise TypeError(f"need a weight in one of {FLOATING}, got {weight.dtype}")
+    if weight.ndim != 5 or weight.shape[1] != video.shape[1] or video.shape[1] == 0:
         raise ValueError(
             f"need weight [D, {video.shape[1]}, t, h, w] or [D, {video.shape[1]}, h, w] for video "
             f"{tuple(video.shape)}, got {tuple(weight.shape)}"

@@ -29,6 +29,9 @@ ROWS_PER_STEP = 65536
 # debug keeps the assertions about indices; it would also check every addition for overflow.
 OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
 
+# A pixel x of channel c becomes (x - centre[c]) * scale[c] + shift[c].
+Affine = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+
 
 @triton.jit
 def _pick(values, index, C: tl.constexpr):
@@ -118,6 +121,7 @@ def _pack(
     ids_ptr,
     cu_seqlens_ptr,
     packed_ptr,
+    centre,
     scale,
     shift,
     stride_b,
@@ -169,7 +173,8 @@ def _pack(
     ).to(tl.float32)
     if NORMALISE:
         channel = within // (PATCH_T * PATCH_H)
-        pixels = pixels * _pick(scale, channel, C)[:, None] + _pick(shift, channel, C)[:, None]
+        pixels = (pixels - _pick(centre, channel, C)[:, None]) * _pick(scale, channel, C)[:, None]
+        pixels += _pick(shift, channel, C)[:, None]
     tl.store(
         packed_ptr + line[:, None] * PATCH_W + x,
         pixels.to(packed_ptr.dtype.element_ty),
@@ -224,6 +229,7 @@ def pack_kernel(
     space_ptr,  # [S, D] or None
     time_ptr,  # [N / S, D] or None
     out_ptr,  # [M, D] or None
+    centre,
     scale,
     shift,
     stride_b,
@@ -251,7 +257,7 @@ def pack_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """packed[m] = patch * scale + shift and out[m] = bias + position, rows [first, first + M)."""
+    """packed[m] = (patch - centre) * scale + shift, out[m] = bias + position, row `first` on."""
     program = tl.program_id(0).to(tl.int64)
     if cu_seqlens_ptr is not None:
         if program == 0:
@@ -264,6 +270,7 @@ def pack_kernel(
             ids_ptr,
             cu_seqlens_ptr,
             packed_ptr,
+            centre,
             scale,
             shift,
             stride_b,
@@ -470,17 +477,13 @@ def masked_patch_embed(
     clip = _Clip(video, weight.shape, ids_keep, cu_seqlens)
     D, matrix = weight.shape[0], weight.contiguous().flatten(1)
     bias, space, time = (x if x is None else x.contiguous() for x in (bias, space, time))
-    scale: tuple[float, ...] | None = None
-    shift: tuple[float, ...] | None = None
-    if len(mean):
-        if weight.dtype == torch.float32:
-            scale, shift = _affine(mean, std)
-        else:
-            matrix, bias, scale, shift = _fold(matrix, bias, mean, std)
+    affine = _normalising(mean, std)
+    if affine is not None and weight.dtype != torch.float32:
+        matrix, bias, affine = _fold(matrix, bias, mean, std)
     out = matrix.new_empty(clip.M, D)
     packed = matrix.new_empty(clip.M, matrix.shape[1])
     prefill = bias is not None or space is not None
-    clip.pack(packed, scale, shift, out=out if prefill else None, position=(bias, space, time))
+    clip.pack(packed, affine, out=out if prefill else None, position=(bias, space, time))
     if prefill:
         out.addmm_(packed, matrix.t())
     else:
@@ -509,12 +512,12 @@ def masked_patch_embed_bwd(
     if need_video:
         grad_video = clip.unpack(grad @ weight.contiguous().flatten(1).to(grad.dtype))
     if need_weight:
-        scale, shift = _affine(mean, std) if len(mean) else (None, None)
+        affine = _normalising(mean, std)
         total = weight.new_zeros(D, prod(weight.shape[1:]), dtype=torch.float32)
         for first in range(0, clip.M, ROWS_PER_STEP):
             part = grad[first : first + ROWS_PER_STEP]
             packed = weight.new_empty(part.shape[0], total.shape[1])
-            clip.pack(packed, scale, shift, first=first)
+            clip.pack(packed, affine, first=first)
             total += _multiply_in_float32(part.t(), packed)
         grad_weight = total.to(weight.dtype).view(weight.shape)
     if need_position:
@@ -564,8 +567,7 @@ class _Clip:
     def pack(
         self,
         packed: Tensor,  # [M', C * t * h * w]
-        scale: tuple[float, ...] | None,
-        shift: tuple[float, ...] | None,
+        affine: Affine | None,
         *,
         first: int = 0,
         out: Tensor | None = None,  # [M', D]
@@ -596,8 +598,7 @@ class _Clip:
                 packed,
                 *position,
                 out,
-                scale or (1.0,),
-                shift or (0.0,),
+                *(affine or ((0.0,), (1.0,), (0.0,))),
                 *strides,
                 self.video.shape[0],
                 max(1, self.shape[-1]),
@@ -610,7 +611,7 @@ class _Clip:
                 self.M,
                 D,
                 *self.patch,
-                NORMALISE=scale is not None,
+                NORMALISE=affine is not None,
                 BLOCK_LINES=lines,
                 BLOCK_W=width,
                 BLOCK_M=TILE // block_d,
@@ -644,21 +645,25 @@ class _Clip:
         return grad_video
 
 
-def _affine(
-    mean: Sequence[float], std: Sequence[float]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(pixel / 255 - mean) / std = pixel * scale + shift, for each channel."""
-    return (
-        tuple(1 / (255 * s) for s in std),
-        tuple(-m / s for m, s in zip(mean, std, strict=True)),
-    )
+def _centre(mean: Sequence[float]) -> tuple[int, ...]:
+    """The pixel nearest to the mean: differences from it are exact, in 16 bits too."""
+    return tuple(min(max(round(255 * m), 0), 255) for m in mean)
+
+
+def _normalising(mean: Sequence[float], std: Sequence[float]) -> Affine | None:
+    """(pixel / 255 - mean) / std = (pixel - centre) * scale + shift."""
+    if not len(mean):
+        return None
+    centre = _centre(mean)
+    shift = ((c / 255 - m) / s for c, m, s in zip(centre, mean, std, strict=True))
+    return tuple(map(float, centre)), tuple(1 / (255 * s) for s in std), tuple(shift)
 
 
 def _fold(
     weight: Tensor, bias: Tensor | None, mean: Sequence[float], std: Sequence[float]
-) -> tuple[Tensor, Tensor, tuple[float, ...], tuple[float, ...]]:
+) -> tuple[Tensor, Tensor, Affine]:
     """A weight and a bias for (pixel - centre) / 128, which 16 bits hold exactly."""
-    centre = [min(max(round(255 * m), 0), 255) for m in mean]
+    centre = _centre(mean)
     D, K = weight.shape
     C = len(mean)
     folded = torch.empty_like(weight)
@@ -677,7 +682,7 @@ def _fold(
             _block(K, 1024),
             **OPTIONS,
         )
-    return folded, folded_bias, (1 / 128,) * C, tuple(-c / 128 for c in centre)
+    return folded, folded_bias, (tuple(map(float, centre)), (1 / 128,) * C, (0.0,) * C)
 
 
 def _multiply_in_float32(a: Tensor, b: Tensor) -> Tensor:

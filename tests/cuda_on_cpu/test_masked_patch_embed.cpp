@@ -107,7 +107,8 @@ void check(const Case& c) {
   Affine affine{};
   for (int i = 0; i < kC; i++) {
     affine.scale[i] = c.video == Dtype::kUInt8 ? 1.0f / 128 : 1.0f;
-    affine.shift[i] = c.video == Dtype::kUInt8 ? -static_cast<float>(100 + i) / 128 : 0.0f;
+    affine.centre[i] = c.video == Dtype::kUInt8 ? static_cast<float>(100 + i) : 0.0f;
+    affine.shift[i] = static_cast<float>(i) * affine.scale[i];
   }
   Tensor bias(Dtype::kFloat32, c.D), space(c.dtype, kN / 2 * c.D), time(Dtype::kFloat32, 2 * c.D);
   bias.fill(11), space.fill(13), time.fill(7);
@@ -131,7 +132,8 @@ void check(const Case& c) {
     for (int k = 0; k < kdim; k++) {
       const int channel = k / (kdim / kC);
       const float pixel = video[place(clip, sample(m), patch(m), k)];
-      CHECK(patches[m * kdim + k] == pixel * affine.scale[channel] + affine.shift[channel]);
+      const float scaled = (pixel - affine.centre[channel]) * affine.scale[channel];
+      CHECK(patches[m * kdim + k] == scaled + affine.shift[channel]);
     }
     for (int64_t d = 0; d < c.D; d++) {
       const float sum =
