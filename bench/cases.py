@@ -43,6 +43,7 @@ class Candidate:
     prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs  # not timed
     gradients: Sequence[str] | None = None  # what it differentiates; None: the op's PARAMETERS
     reason: str | None = None  # why it cannot run here
+    forward_only: str | None = None  # why it has no gradients here
 
 
 def ours(op: str, call: Callable[..., Tensor], device: str, dtype: torch.dtype) -> list[Candidate]:
@@ -87,6 +88,8 @@ class Case:
 
     def gradients(self, candidate: Candidate) -> Sequence[str]:
         """The inputs by which `candidate` differentiates."""
+        if candidate.forward_only is not None:
+            return ()
         if candidate.gradients is not None:
             return candidate.gradients
         return self.description.PARAMETERS

@@ -24,6 +24,13 @@ class Trial:
     errors: dict[str, float] = dataclasses.field(default_factory=dict)  # relative to the largest
     torch_errors: dict[str, float] = dataclasses.field(default_factory=dict)
 
+    def in_mode(self, mode: str) -> "Trial":
+        """The same, or why it has nothing to time in `mode`."""
+        only = self.candidate.forward_only
+        if mode == "forward" or only is None or self.status != "ok":
+            return self
+        return Trial(self.candidate, "cannot run", only)
+
 
 def check(case: Case, candidates: Sequence[Candidate] | None = None) -> list[Trial]:
     """Compare result and gradients of every candidate with a more precise reference.
@@ -88,6 +95,9 @@ def answers(
 ) -> dict[str, Tensor]:
     """The result of a call and its gradients by the named inputs."""
     inputs = leaves(inputs, parameters)
-    out = call(inputs)
+    with torch.set_grad_enabled(bool(parameters)):  # as it will be timed: compiled once
+        out = call(inputs)
+    if not parameters:
+        return {"result": out}
     found = torch.autograd.grad(out, [getattr(inputs, name) for name in parameters], inputs.grad)
     return {"result": out.detach(), **dict(zip(parameters, found, strict=True))}

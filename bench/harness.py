@@ -49,7 +49,7 @@ def run(plan: Plan) -> Iterator[list[Record]]:
             _progress(f"[{done + 1}/{total}] {case.op} · {case.shape}: comparing the answers")
             if case.device == "cuda":  # or the limit of recompilations makes later shapes eager
                 torch.compiler.reset()
-            trials = check(case)
+            checked = check(case)
             for threads in plan.threads:
                 torch.set_num_threads(threads)
                 _progress("measuring what the device can do")
@@ -60,6 +60,7 @@ def run(plan: Plan) -> Iterator[list[Record]]:
                         f"[{done}/{total}] {case.op} · {case.shape} · {short(case.dtype)}"
                         f" · {mode} · {threads} threads"
                     )
+                    trials = [trial.in_mode(mode) for trial in checked]
                     timed = [trial.candidate for trial in trials if trial.status == "ok"]
                     times = timing.measure(timed, case, mode, plan.quick)
                     yield records(case, mode, threads, limits, trials, times, plan.quick)

@@ -52,7 +52,7 @@ def checked(case_index: int) -> dict:
 @pytest.mark.parametrize("case, mode, name", BENCHMARKS)
 @pytest.mark.benchmark(min_rounds=5, max_time=0.5, warmup=True, warmup_iterations=1)
 def test_benchmark(case, mode, name, benchmark, summary):
-    trial = checked(PLAN.cases.index(case))[name]
+    trial = checked(PLAN.cases.index(case))[name].in_mode(mode)
     if trial.status == "cannot run":
         pytest.skip(trial.reason)
     assert trial.status == "ok", trial.reason

@@ -1,11 +1,14 @@
 """Then time: the candidates take turns, over sets of inputs that no cache holds all at once."""
 
+import ctypes
 import dataclasses
 import functools
 import itertools
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ class Times:
     cold: list[float] = dataclasses.field(default_factory=list)
     warm: list[float] = dataclasses.field(default_factory=list)  # CUDA: the same inputs each time
     eager: list[float] = dataclasses.field(default_factory=list)  # CUDA: without a graph
-    memory: int | None = None  # CUDA: bytes at the peak, above the inputs
+    memory: int | None = None  # bytes at the peak, above the inputs; CPU: of the whole process
     note: str | None = None
 
 
@@ -36,7 +39,11 @@ def measure(
     inputs = [case.make()]
     inputs += [map_tensors(Tensor.clone, inputs[0]) for _ in range(_rotation(case) - 1)]
     calls = {c.name: [caller(c, case, each, mode) for each in inputs] for c in candidates}
-    return take_turns(calls, case.device, quick)
+    times = take_turns(calls, case.device, quick)
+    if case.device == "cpu":
+        for name, each in times.items():
+            each.memory = _peak_of_process(calls[name][0])
+    return times
 
 
 def take_turns(calls: dict[str, list[Call]], device: str, quick: bool = False) -> dict[str, Times]:
@@ -58,7 +65,8 @@ def take_turns(calls: dict[str, list[Call]], device: str, quick: bool = False) -
         rounds[name] = max(fewest, min(most, int(budget / max(first, 1e-9))))
     total = max(rounds.values(), default=0)
     for turn in range(total):
-        for name, count in rounds.items():
+        # In another order each turn: what follows a slow one finds the caches as that left them.
+        for name, count in random.Random(turn).sample(sorted(rounds.items()), len(rounds)):
             if (turn + 1) * count // total > turn * count // total:  # spread over the whole run
                 for kind, sample in samplers[name].items():
                     getattr(times[name], kind).append(sample())
@@ -92,6 +100,22 @@ def _prepare_cpu(calls: list[Call], times: Times) -> dict[str, Sampler]:
         return time.perf_counter() - begin
 
     return {"cold": sample}
+
+
+def _peak_of_process(call: Call) -> int | None:
+    """How far the resident memory rises during a call; Linux with glibc, else None.
+
+    What a kernel keeps from earlier calls, such as scratch of its threads, is not seen.
+    """
+    status, watermark = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what was freed before would be used again
+        before = int(status.read_text().split("VmRSS:")[1].split()[0])
+        watermark.write_text("5")  # the highest value seen starts again from here
+        call()
+        return (int(status.read_text().split("VmHWM:")[1].split()[0]) - before) * 1024
+    except (AttributeError, IndexError, OSError):
+        return None
 
 
 def _prepare_cuda(calls: list[Call], times: Times) -> dict[str, Sampler]:

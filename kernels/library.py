@@ -41,6 +41,8 @@ class Op:
     flops: Callable[..., int]  # useful floating-point operations, from the arguments
     setup_context: Callable[..., None] | None = None  # as torch.library.register_autograd has it
     backward: Callable[..., Any] | None = None  # backward(<name>_bwd of this backend, ctx, *grads)
+    # The reason why a backend's kernels cannot take arguments with such facts, as why_not() has it.
+    limits: Callable[..., str | None] = lambda backend, **facts: None
 
     @property
     def name(self) -> str:
@@ -145,7 +147,7 @@ def _run_triton(op: Op, *args: Any) -> Any:
     return getattr(importlib.import_module(f"{op.module}.triton_kernels"), op.name)(*args)
 
 
-def why_not(backend: str, name: str, device: str, dtype: torch.dtype) -> str | None:
+def why_not(backend: str, name: str, device: str, dtype: torch.dtype, **facts: Any) -> str | None:
     """The reason why `backend` cannot run the op `name` there, or None if it can.
 
     Serves the choice of a backend, error messages, `vidl info`, and the skips of tests and
@@ -154,9 +156,15 @@ def why_not(backend: str, name: str, device: str, dtype: torch.dtype) -> str | N
     Args:
         device: "cpu", "cuda" or another device type.
         dtype: of the computation.
+        facts: what else of the arguments the op's own limits depend on.
     """
     if backend == "reference":
         return None
+    return _why_not_here(backend, name, device, dtype) or OPS[name].limits(backend, **facts)
+
+
+@torch.compiler.assume_constant_result  # so that torch.compile need not trace it
+def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"it computes in {', '.join(map(_short, DTYPES))}, not in {_short(dtype)}"
     if backend == "triton":
@@ -175,8 +183,7 @@ def why_not(backend: str, name: str, device: str, dtype: torch.dtype) -> str | N
     return None
 
 
-@torch.compiler.assume_constant_result  # so that torch.compile need not trace it
-def choose(backend: str, name: str, device: str, dtype: torch.dtype) -> str:
+def choose(backend: str, name: str, device: str, dtype: torch.dtype, **facts: Any) -> str:
     """The backend to run the op `name` with; one asked for by name never falls back.
 
     Raises:
@@ -185,11 +192,11 @@ def choose(backend: str, name: str, device: str, dtype: torch.dtype) -> str:
     """
     if backend == "auto":
         order = AUTO.get(device, ("reference",))
-        return next(b for b in order if why_not(b, name, device, dtype) is None)
+        return next(b for b in order if why_not(b, name, device, dtype, **facts) is None)
     if backend != "reference" and backend not in _suffixes:
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
-    if why_not(backend, name, device, dtype) is not None:
-        reasons = {b: why_not(b, name, device, dtype) for b in BACKENDS}
+    if why_not(backend, name, device, dtype, **facts) is not None:
+        reasons = {b: why_not(b, name, device, dtype, **facts) for b in BACKENDS}
         raise RuntimeError(
             f"{name}: backend {backend!r} cannot run on {device} in {_short(dtype)}\n"
             + "\n".join(f"  {b}: {reason or 'can run'}" for b, reason in reasons.items())

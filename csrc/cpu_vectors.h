@@ -1,0 +1,173 @@
+// Small matrix products and exponentials in float32 on the CPU, written in vectors of kWidth
+// floats.
+//
+// Included once for each instruction set, between `#pragma GCC target` and its end, into a
+// namespace of its own, with VIDL_WIDTH the floats of one register; so there is no include guard.
+
+constexpr int kWidth = VIDL_WIDTH;
+constexpr int kTileRows = 6;  // of two registers each: twelve sums hide the latency of one
+
+typedef float Vector __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef int32_t EightIntegers __attribute__((vector_size(32), unused));
+
+VIDL_VECTOR_INLINE Vector load(const float* p) {
+  Vector v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+VIDL_VECTOR_INLINE void store(float* p, Vector v) { memcpy(p, &v, sizeof v); }
+
+// 0, 1, 2, ... kWidth - 1
+VIDL_VECTOR_INLINE Integers lanes() {
+  Integers v;
+  for (int i = 0; i < kWidth; i++) v[i] = i;
+  return v;
+}
+
+VIDL_VECTOR_INLINE float sum_of(Vector v) {
+  float sum = 0.0f;
+  for (int i = 0; i < kWidth; i++) sum += v[i];
+  return sum;
+}
+VIDL_VECTOR_INLINE float max_of(Vector v) {
+  float most = v[0];
+  for (int i = 1; i < kWidth; i++) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+// e^x to about one unit in the last place for x <= 0 (0 below -87.3, NaN stays NaN): 2^n times a
+// polynomial in the rest, with Cephes' way of taking n ln 2 off in two parts.
+VIDL_VECTOR_INLINE Vector exponential(Vector x) {
+  const Vector low = x < -87.3f ? Vector{} - 87.3f : x;
+  const Vector shifted = low * 1.44269504f + 12582912.0f;  // the integer part in the low bits
+  const Vector n = shifted - 12582912.0f;
+  Vector r = low - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Integers bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + (127 << 23);  // the magic number's own bits leave at the top
+  Vector power;
+  memcpy(&power, &bits, sizeof power);
+  const Vector result = p * power;
+  return x < -87.3f ? Vector{} : result;
+}
+
+// to[c][r] = from[r][c] for 8 rows and 8 columns.
+VIDL_VECTOR_INLINE void transpose_8x8(const float* from, int64_t from_stride, float* to,
+                                      int64_t to_stride) {
+  Eight a[8], b[8];
+  for (int i = 0; i < 8; i++) memcpy(&a[i], from + i * from_stride, sizeof(Eight));
+  for (int i = 0; i < 4; i++) {
+    b[2 * i] = VIDL_SHUFFLE(a[2 * i], a[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    b[2 * i + 1] = VIDL_SHUFFLE(a[2 * i], a[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 2; i++) {
+    for (int j = 0; j < 2; j++) {
+      const Eight x = b[4 * i + j], y = b[4 * i + j + 2];
+      a[4 * i + 2 * j] = VIDL_SHUFFLE(x, y, 0, 1, 8, 9, 4, 5, 12, 13);
+      a[4 * i + 2 * j + 1] = VIDL_SHUFFLE(x, y, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int i = 0; i < 4; i++) {
+    const Eight low = VIDL_SHUFFLE(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    const Eight high = VIDL_SHUFFLE(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    memcpy(to + i * to_stride, &low, sizeof low);
+    memcpy(to + (i + 4) * to_stride, &high, sizeof high);
+  }
+}
+
+// to[c][r] = from[r][c]; `rows` and `columns` are multiples of 8.
+VIDL_VECTOR_INLINE void transpose(const float* from, int64_t rows, int64_t columns,
+                                  int64_t from_stride, float* to, int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r += 8) {
+    for (int64_t c = 0; c < columns; c += 8) {
+      transpose_8x8(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+    }
+  }
+}
+
+// kRows rows and kVectors vectors of C; see multiply().
+template <int kRows, int kVectors, bool kAdd>
+VIDL_VECTOR_INLINE void tile(const float* a, int64_t a_row, int64_t a_depth, const float* b,
+                             int64_t b_depth, float* c, int64_t c_row, int64_t depth) {
+  Vector sum[kRows][kVectors];
+  for (int r = 0; r < kRows; r++) {
+    for (int i = 0; i < kVectors; i++) {
+      sum[r][i] = kAdd ? load(c + r * c_row + i * kWidth) : Vector{};
+    }
+  }
+  for (int64_t k = 0; k < depth; k++) {
+    Vector line[kVectors];
+    for (int i = 0; i < kVectors; i++) line[i] = load(b + k * b_depth + i * kWidth);
+    for (int r = 0; r < kRows; r++) {
+      const float x = a[r * a_row + k * a_depth];
+      for (int i = 0; i < kVectors; i++) sum[r][i] += line[i] * x;
+    }
+  }
+  for (int r = 0; r < kRows; r++) {
+    for (int i = 0; i < kVectors; i++) store(c + r * c_row + i * kWidth, sum[r][i]);
+  }
+}
+
+template <int kRows, int kVectors, bool kAdd>
+VIDL_VECTOR_INLINE void rows_of_tiles(int64_t rows, const float* a, int64_t a_row, int64_t a_depth,
+                                      const float* b, int64_t b_depth, float* c, int64_t c_row,
+                                      int64_t depth) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) {
+      tile<kRows, kVectors, kAdd>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    } else {
+      rows_of_tiles<kRows - 1, kVectors, kAdd>(rows, a, a_row, a_depth, b, b_depth, c, c_row,
+                                               depth);
+    }
+  }
+}
+
+// Products are summed over this many steps at a time: the part of B that they read stays in the
+// first-level cache, and the sums' rounding errors grow with their number, not with the whole
+// depth.
+constexpr int64_t kDepthStep = 128;
+
+// C[m][n] = (or +=, with kAdd) sum over k of A[m][k] B[k][n]. A has any strides, so that it may be
+// a transpose; B and C have contiguous rows of `columns` numbers, a multiple of kWidth.
+template <bool kAdd>
+__attribute__((noinline)) void multiply(int64_t rows, int64_t columns, int64_t depth,
+                                        const float* a, int64_t a_row, int64_t a_depth,
+                                        const float* b, int64_t b_depth, float* c, int64_t c_row) {
+  const int64_t parts = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t n = 0; n < columns; n += 2 * kWidth) {
+    for (int64_t k = 0; k < depth; k += kDepthStep) {
+      const int64_t steps = depth - k < kDepthStep ? depth - k : kDepthStep;
+      for (int64_t part = 0; part < parts; part++) {  // of nearly equal numbers of rows
+        const int64_t m = rows * part / parts, count = rows * (part + 1) / parts - m;
+        const float* const left = a + m * a_row + k * a_depth;
+        const float* const right = b + k * b_depth + n;
+        float* const sums = c + m * c_row + n;
+        const bool wide = columns - n >= 2 * kWidth;
+        if (kAdd || k > 0) {
+          if (wide) {
+            rows_of_tiles<kTileRows, 2, true>(count, left, a_row, a_depth, right, b_depth, sums,
+                                              c_row, steps);
+          } else {
+            rows_of_tiles<kTileRows, 1, true>(count, left, a_row, a_depth, right, b_depth, sums,
+                                              c_row, steps);
+          }
+        } else if (wide) {
+          rows_of_tiles<kTileRows, 2, false>(count, left, a_row, a_depth, right, b_depth, sums,
+                                             c_row, steps);
+        } else {
+          rows_of_tiles<kTileRows, 1, false>(count, left, a_row, a_depth, right, b_depth, sums,
+                                             c_row, steps);
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,241 @@
+"""space_time_attention: attention of packed tokens in groups.
+
+    out[i] = sum over the keys j of i's group: softmax_j(scale q_i . k_j) v_j
+
+Every query belongs to exactly one group, a key may belong to several: that one idea gives per-frame
+spatial, per-position temporal, joint, windowed, divided, block-sparse and cross-attention, before
+and after masking and pruning. Sources: Frozen in Time (arXiv 2104.00650, 3.1), TimeSformer (arXiv
+2102.05095, 3), Video Swin (arXiv 2106.13230, 3.2), SViTT (arXiv 2304.08809, 3.2).
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from vidl.kernels import library
+
+from . import reference
+from .groups import Groups
+
+Scores = Literal["cls", "mean"]
+HEAD_SIZES = (32, 64, 80, 96, 128)
+
+
+def _limits(backend: str, head_size: int = 64) -> str | None:
+    if head_size in HEAD_SIZES:
+        return None
+    return f"its heads have {', '.join(map(str, HEAD_SIZES))} channels, not {head_size}"
+
+
+def _fake(
+    q, k, v, query_offsets, key_offsets, query_rows, key_rows, *rest
+) -> tuple[Tensor, Tensor, Tensor]:
+    entries = k.shape[0] if key_rows is None else key_rows.shape[0]
+    scores = rest[-1]
+    high = torch.promote_types(q.dtype, torch.float32)
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        q.new_empty(q.shape[1], q.shape[0], dtype=high),
+        q.new_empty(entries if scores else 0, dtype=high),
+    )
+
+
+def _fake_bwd(grad_out, grad_scores, q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    grad_q, grad_k, grad_v = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
+    )
+    return grad_q, grad_k, grad_v
+
+
+def _pairs(query_offsets: Tensor, key_offsets: Tensor) -> int:
+    """Pairs of a query and a key that meet: the useful work, without padding."""
+    queries, keys = query_offsets.diff().long(), key_offsets.diff().long()
+    return int((queries * keys).sum())
+
+
+def _flops(q, k, v, query_offsets, key_offsets, *args, **kwargs) -> int:
+    _, H, D = q.shape
+    return 2 * 2 * _pairs(query_offsets, key_offsets) * H * D
+
+
+def _flops_bwd(grad_out, grad_scores, q, k, v, out, lse, query_offsets, key_offsets, *a, **kw):
+    _, H, D = q.shape
+    return 5 * 2 * _pairs(query_offsets, key_offsets) * H * D
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    out, lse, _ = output
+    *tensors, ctx.max_queries, ctx.max_keys, ctx.scale, ctx.scores = inputs
+    ctx.save_for_backward(*tensors, out, lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(bwd: Callable[..., Any], ctx, grad_out, grad_lse, grad_scores):
+    *tensors, out, lse = ctx.saved_tensors
+    q, k, v, query_offsets, key_offsets, query_rows, key_rows, entry_offsets, entries = tensors
+    nothing = (None,) * 10
+    if grad_out is None and grad_scores is None:
+        return None, None, None, *nothing
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
+    grad_q, grad_k, grad_v = bwd(
+        grad_out,
+        grad_scores if grad_scores is None else grad_scores.contiguous(),
+        q,
+        k,
+        v,
+        out,
+        lse,
+        query_offsets,
+        key_offsets,
+        query_rows,
+        key_rows,
+        entry_offsets,
+        entries,
+        ctx.max_queries,
+        ctx.max_keys,
+        ctx.scale,
+        ctx.scores,
+    )
+    return grad_q, grad_k, grad_v, *nothing
+
+
+_GROUPS = (
+    "Tensor query_offsets, Tensor key_offsets, Tensor? query_rows, Tensor? key_rows, "
+    "Tensor? entry_offsets, Tensor? entries, SymInt max_queries, SymInt max_keys, "
+    "float scale, str scores"
+)
+library.define(
+    library.Op(
+        "space_time_attention_bwd(Tensor grad_out, Tensor? grad_scores, Tensor q, Tensor k, "
+        f"Tensor v, Tensor out, Tensor lse, {_GROUPS}) -> (Tensor, Tensor, Tensor)",
+        module=__package__,
+        fake=_fake_bwd,
+        flops=_flops_bwd,
+    )
+)
+library.define(
+    library.Op(
+        f"space_time_attention(Tensor q, Tensor k, Tensor v, {_GROUPS}) "
+        "-> (Tensor out, Tensor lse, Tensor scores)",
+        module=__package__,
+        fake=_fake,
+        flops=_flops,
+        limits=_limits,
+        setup_context=_setup_context,
+        backward=_backward,
+    )
+)
+
+
+@overload
+def space_time_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: Groups,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    return_scores: None = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def space_time_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: Groups,
+    *,
+    scale: float | None = ...,
+    return_lse: bool = ...,
+    return_scores: Scores | None = ...,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, ...]: ...
+
+
+def space_time_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: Groups,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    return_scores: Scores | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Softmax attention of every query to the keys of its group.
+
+    No tensor of queries x keys is made. Deterministic, forward and backward. NaN or infinity in one
+    group never reaches another. A group without keys gives zeros, with zero gradients.
+
+    Args:
+        q: [queries, H, D] float32, float16 or bfloat16; D is 32, 64, 80, 96 or 128 (any, for the
+            backend "reference"). The last dimension is contiguous, the others have any stride: the
+            slices of a fused [total, 3, H, D] buffer need no copy.
+        k, v: [keys, H, D], the same dtype and device.
+        groups: which queries attend to which keys.
+        scale: of the products before the softmax; default 1 / sqrt(D).
+        return_lse: also return the log-sum-exp of every query's scaled products, [H, queries] in
+            float32, natural logarithm; not differentiable.
+        return_scores: also return how important each key is, averaged over heads, float32, [E] in
+            the order of the groups' entries (the rows of k, unless `groups.key_rows` says
+            otherwise). "cls": the attention of the first query of its group; "mean": of all queries
+            of its group. Differentiable.
+        backend: "auto", "compiled", "triton" or "reference".
+
+    Returns:
+        The output [queries, H, D]; with options a tuple (output, log-sum-exp, scores), of those
+        asked for.
+
+    Raises:
+        TypeError: a dtype is not one of those above, or `groups` is something else.
+        ValueError: shapes, devices or options do not fit together.
+        RuntimeError: a backend asked for by name cannot run here; or, found by the kernel, the
+            groups' offsets or rows are out of range. `groups.check()` finds more.
+    """
+    _check(q, k, v, groups, return_scores)
+    dtype = library.autocast_dtype(q)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    backend = library.choose(
+        backend, "space_time_attention", q.device.type, dtype, head_size=q.shape[2]
+    )
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    index = (groups.query_offsets, groups.key_offsets, groups.query_rows, groups.key_rows)
+    sizes = (groups.max_queries, groups.max_keys, scale, return_scores or "")
+    if backend == "reference":
+        out, lse, scores = reference.space_time_attention(q, k, v, *index, *sizes)
+    else:
+        out, lse, scores = library.kernel("space_time_attention", backend)(
+            q, k, v, *index, groups.entry_offsets, groups.entries, *sizes
+        )
+    results = [out, *([lse.detach()] if return_lse else []), *([scores] if return_scores else [])]
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, groups: Groups, return_scores: Scores | None) -> None:
+    if not isinstance(groups, Groups):
+        raise TypeError(f"need groups made by vidl.Groups, got {type(groups).__name__}")
+    if q.ndim != 3 or k.ndim != 3 or v.shape != k.shape or q.shape[1:] != k.shape[1:]:
+        raise ValueError(
+            "need q [queries, H, D] and k, v [keys, H, D], got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"need one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.device == k.device == v.device == groups.query_offsets.device:
+        raise ValueError(
+            f"need q, k, v and groups on one device, got {q.device}, {k.device}, {v.device} and "
+            f"{groups.query_offsets.device}"
+        )
+    if q.shape[0] != groups.num_queries or k.shape[0] != groups.num_keys:
+        raise ValueError(
+            f"need {groups.num_queries} queries and {groups.num_keys} keys for these groups, "
+            f"got {q.shape[0]} and {k.shape[0]}"
+        )
+    if return_scores not in (None, "cls", "mean"):
+        raise ValueError(f"need return_scores None, 'cls' or 'mean', got {return_scores!r}")

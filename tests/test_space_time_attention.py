@@ -1,0 +1,383 @@
+"""space_time_attention against its definition, against other attentions, and against misuse."""
+
+import random
+
+import pytest
+import torch
+from compare import assert_as_accurate, gradients
+from torch.nn import functional as F
+from where import Where
+
+from vidl.kernels import library
+from vidl.ops import Groups, space_time_attention
+
+OP = "space_time_attention"
+EDGES = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 200, 257)
+
+
+def visible(B=2, grid=(3, 4, 5), K=25):
+    return torch.stack([torch.randperm(grid[0] * grid[1] * grid[2])[:K] for _ in range(B)])
+
+
+GRID = (3, 4, 5)
+GROUPS = {
+    "equal": lambda: Groups.equal(3, 50),
+    "one row each": lambda: Groups.equal(5, 1),
+    "frames": lambda: Groups.spatial(visible(), GRID),
+    "positions": lambda: Groups.temporal(visible(), GRID),
+    "eight rows": lambda: Groups.equal(11, 8),
+    "windows": lambda: Groups.window(visible(), GRID, (2, 3, 3), (1, 1, 0)),
+    "frames and a global token": lambda: Groups.spatial(visible(), GRID).with_global(),
+    "positions and a global token": lambda: Groups.temporal(visible(), GRID).with_global(),
+    "block-sparse": lambda: Groups.block_sparse(2, 60, 16, local=1, random=2),
+    "ragged": lambda: Groups.joint(torch.tensor([0, 30, 30, 170]).int(), 170, 140),
+    "cross": lambda: Groups.equal(3, 20, keys=33),
+    "queries without keys": lambda: Groups.cross(
+        torch.tensor([0, 3, 5, 9]).int(),
+        torch.tensor([0, 4, 4, 20]).int(),
+        num_queries=9,
+        num_keys=20,
+        max_queries=4,
+        max_keys=16,
+    ),
+    "keys without queries": lambda: Groups.cross(
+        torch.tensor([0, 0, 9]).int(),
+        torch.tensor([0, 4, 20]).int(),
+        num_queries=9,
+        num_keys=20,
+        max_queries=9,
+        max_keys=16,
+    ),
+    "long": lambda: Groups.equal(1, 150),
+    "no rows": lambda: Groups.equal(3, 0),
+    "no groups": lambda: Groups.equal(0, 4),
+}
+
+
+def fused(groups, H, D, dtype, device):
+    """q, k, v as slices of one buffer, with NaN around every row; the same numbers each time."""
+    generator = torch.Generator().manual_seed(groups.num_queries * 31 + groups.num_keys)
+    around = torch.full((max(groups.num_queries, groups.num_keys) + 2, 3, H, D + 8), float("nan"))
+    inside = around[1:-1, :, :, :D]
+    inside.copy_(torch.randn(inside.shape, generator=generator))
+    around = around.to(device, dtype)
+    q, k, v = around[1:-1, :, :, :D].unbind(1)
+    return q[: groups.num_queries], k[: groups.num_keys], v[: groups.num_keys]
+
+
+def run(groups, H, D, dtype, device, backend, scores=None, compute=None):
+    """The results and the gradients of q, k and v, of `dtype` inputs computed in `compute`."""
+    q, k, v = (x.detach().to(compute or dtype) for x in fused(groups, H, D, dtype, device))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = space_time_attention(
+        *leaves, groups, return_lse=True, return_scores=scores, backend=backend
+    )
+    results = list(out) if scores else [out[0], out[1]]
+    grad = gradients(out[0], leaves)[1:]
+    if scores:  # the scores' own gradient beside the output's
+        more = torch.autograd.grad(
+            space_time_attention(*leaves, groups, return_scores=scores, backend=backend)[1],
+            leaves[:2],
+            torch.linspace(-1, 1, out[2].numel(), device=device, dtype=out[2].dtype),
+        )
+        grad = [*grad, *more]
+    return [*results, *grad]
+
+
+def three_ways(groups, H, D, dtype, where, scores=None):
+    """(ours, PyTorch's, the truth), flat and finite, of every result and gradient."""
+    placed = groups.to(where.device)
+    ours = run(placed, H, D, dtype, where.device, where.backend, scores)
+    low = run(placed, H, D, dtype, where.device, "reference", scores)
+    true = run(groups, H, D, dtype, "cpu", "reference", scores, torch.float64)
+    for our, theirs, truth in zip(ours, low, true, strict=True):
+        assert our.shape == truth.shape and our.dtype == theirs.dtype
+        finite = torch.isfinite(truth)  # the log-sum-exp of no keys is -inf
+        assert torch.equal(torch.isfinite(our).cpu(), finite)
+        yield [x.detach().cpu()[finite] for x in (our, theirs, truth)]
+
+
+def assert_right(dtype, *results):
+    """Judge several layouts together, result by result: one alone may be exact by luck."""
+    longest = max(results, key=len)
+    for i in range(len(longest)):
+        parts = [r[i] for r in results if len(r) == len(longest)]
+        # The gradient of a softmax is a difference of numbers of the order of one.
+        assert_as_accurate(*map(torch.cat, zip(*parts, strict=True)), dtype, order=0.5)
+    if rest := [r for r in results if len(r) < len(longest)]:
+        assert_right(dtype, *rest)
+
+
+@pytest.mark.parametrize("scores", [None, "cls", "mean"])
+@pytest.mark.parametrize("name", GROUPS)
+def test_as_accurate_as_torch(name, scores, dtype, where):
+    where.skip_unless_runs(OP, dtype)
+    interpreted = where.backend == "triton" and where.device == "cpu"
+    if interpreted and dtype != torch.float32 and scores != "mean":
+        pytest.skip("Triton's interpreter is slow: float16 with one kind of scores only")
+    H = 1 if interpreted else 2
+    assert_right(dtype, list(three_ways(GROUPS[name](), H, 64, dtype, where, scores)))
+
+
+@pytest.mark.parametrize("D", [32, 80, 96, 128])
+def test_head_sizes(D, dtype, where):
+    where.skip_unless_runs(OP, dtype)
+    names = ("frames", "eight rows", "frames and a global token")
+    assert_right(
+        dtype, *(list(three_ways(GROUPS[name](), 1, D, dtype, where, "cls")) for name in names)
+    )
+
+
+def random_groups(generator, most, longest):
+    """Groups of any sizes around the edges of tiles; rows in any order, shared or not."""
+    G = generator.randint(1, most)
+    edges = [e for e in EDGES if e <= longest]
+    queries = [generator.choice(edges) for _ in range(G)]
+    keys = queries if generator.random() < 0.5 else [generator.choice(edges) for _ in range(G)]
+    Q, E = sum(queries), sum(keys)
+    shared = generator.random() < 0.3 and E > 0
+    K = generator.randint(1, E) if shared else E
+    seed = torch.Generator().manual_seed(generator.randint(0, 2**31))
+    rows = None if generator.random() < 0.3 else torch.randperm(Q, generator=seed).int()
+    key_rows = None if rows is None and K == E else torch.randperm(E, generator=seed).int() % K
+    groups = Groups(
+        torch.tensor([0, *queries]).cumsum(0).int(),
+        torch.tensor([0, *keys]).cumsum(0).int(),
+        rows,
+        key_rows if shared or key_rows is not None else None,
+        max_queries=max(queries),
+        max_keys=max(keys) + generator.choice([0, 0, 5]),
+        num_queries=Q,
+        num_keys=K,
+    )
+    return groups._share() if shared and key_rows is not None else groups
+
+
+def fuzz(seed, count, dtype, where, most, longest):
+    generator, results = random.Random(seed), []
+    for _ in range(count):
+        groups = random_groups(generator, most, longest)
+        scores = generator.choice([None, "cls", "mean"])
+        D, H = generator.choice([32, 64, 64, 80, 96, 128]), generator.choice([1, 2, 3])
+        try:
+            results.append(list(three_ways(groups, H, D, dtype, where, scores)))
+            for our, _, truth in results[-1]:  # coarsely, so that a failure names its layout
+                torch.testing.assert_close(our.double(), truth.double(), rtol=0.05, atol=0.05)
+        except BaseException:
+            sizes = (groups.query_offsets.diff().tolist(), groups.key_offsets.diff().tolist())
+            print(f"seed {seed}: groups {sizes}, {scores=}, {D=}, {H=}")
+            raise
+    assert_right(dtype, *results)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_groups(seed, dtype, where):
+    where.skip_unless_runs(OP, dtype)
+    if where.backend == "triton" and where.device == "cpu":
+        fuzz(seed, 2, dtype, where, most=3, longest=33)
+    elif dtype == torch.float32 or where.device == "cuda":
+        fuzz(seed, 10, dtype, where, most=6, longest=257)
+    else:  # PyTorch multiplies half floats slowly on many CPUs
+        fuzz(seed, 8, dtype, where, most=6, longest=129)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10, 20))
+def test_thousands_of_groups(seed, dtype):
+    where = Where("compiled", "cpu")
+    where.skip_unless_runs(OP, dtype)
+    fuzz(seed, 100, dtype, where, most=6, longest=65)
+
+
+@pytest.mark.parametrize("name", ["frames", "frames and a global token", "block-sparse", "cross"])
+def test_equals_sdpa_with_a_dense_mask(name):
+    groups = GROUPS[name]()
+    q, k, v = (x.detach() for x in fused(groups, 2, 64, torch.float64, "cpu"))
+    mask = torch.zeros(groups.num_queries, groups.num_keys, dtype=torch.bool)
+    for g in range(groups.num_groups):
+        (a, b), (c, d) = (o[g : g + 2].tolist() for o in (groups.query_offsets, groups.key_offsets))
+        rows = torch.arange(a, b) if groups.query_rows is None else groups.query_rows[a:b].long()
+        keys = torch.arange(c, d) if groups.key_rows is None else groups.key_rows[c:d].long()
+        mask[rows[:, None], keys] = True
+    expected = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask
+    ).transpose(0, 1)
+    out = space_time_attention(q, k, v, groups)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_equals_flex_attention():
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    groups = Groups.joint(torch.tensor([0, 40, 100, 128]).int(), 128, 60)
+    q, k, v = (x.detach() for x in fused(groups, 2, 32, torch.float32, "cpu"))
+    label = torch.searchsorted(groups.query_offsets[1:].contiguous(), torch.arange(128), right=True)
+    mask = create_block_mask(
+        lambda b, h, i, j: label[i] == label[j], None, None, 128, 128, device="cpu"
+    )
+    expected = flex_attention(
+        *(x.transpose(0, 1)[None].contiguous() for x in (q, k, v)), block_mask=mask
+    )
+    out = space_time_attention(q, k, v, groups)
+    torch.testing.assert_close(out, expected[0].transpose(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_gradcheck():
+    for name in ("positions and a global token", "queries without keys"):
+        groups = GROUPS[name]()
+        q, k, v = (x.detach() for x in fused(groups, 1, 3, torch.float64, "cpu"))
+        for scores in ("cls", "mean"):
+            assert torch.autograd.gradcheck(
+                lambda *x, g=groups, s=scores: space_time_attention(*x, g, return_scores=s),
+                [x.requires_grad_() for x in (q, k, v)],
+            )
+
+
+def test_what_is_not_a_number_stays_in_its_group(dtype, where):
+    where.skip_unless_runs(OP, dtype)
+    groups = Groups.joint(torch.tensor([0, 20, 55, 70]).int(), 70, 35).to(where.device)
+    q, k, v = (x.detach().clone() for x in fused(groups, 2, 64, dtype, where.device))
+    clean = space_time_attention(q, k, v, groups, backend=where.backend)
+    for tensor in (q, k, v):
+        tensor[20:55:7] = float("nan")
+        tensor[21:55:7] = float("inf")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = space_time_attention(*leaves, groups, backend=where.backend)
+    for rows in (slice(0, 20), slice(55, 70)):
+        assert torch.equal(out[rows], clean[rows])
+        for grad in torch.autograd.grad(out[rows].sum(), leaves, retain_graph=True):
+            assert grad[rows].isfinite().all()
+    assert out[20:55].isnan().any()
+
+
+def test_same_bits_every_time(where):
+    where.skip_unless_runs(OP)
+    groups = GROUPS["frames and a global token"]().to(where.device)
+    repeats = 3 if where.backend == "triton" and where.device == "cpu" else 100
+    first = run(groups, 2, 64, torch.float32, where.device, where.backend, "mean")
+    for _ in range(repeats):
+        again = run(groups, 2, 64, torch.float32, where.device, where.backend, "mean")
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("name", ["frames", "frames and a global token", "no rows"])
+@pytest.mark.parametrize("scores", ["", "cls"])
+def test_opcheck(name, scores, where):
+    where.skip_unless_runs(OP)
+    groups = GROUPS[name]().to(where.device)
+    q, k, v = (
+        (x.detach() if x.numel() else x.new_empty(x.shape)).requires_grad_()  # opcheck cannot clone
+        for x in fused(groups, 1, 32, torch.float32, where.device)  # strided tensors of no rows
+    )
+    index = (groups.query_offsets, groups.key_offsets, groups.query_rows, groups.key_rows)
+    index += (
+        groups.entry_offsets,
+        groups.entries,
+        groups.max_queries,
+        groups.max_keys,
+        0.2,
+        scores,
+    )
+    forward = library.kernel(OP, where.backend)
+    torch.library.opcheck(forward, (q, k, v, *index))
+    out, lse, importance = (x.detach() for x in forward(q, k, v, *index))
+    plain = [x.detach() for x in (q, k, v)]
+    torch.library.opcheck(
+        library.kernel(f"{OP}_bwd", where.backend),
+        (out, importance if scores else None, *plain, out, lse, *index),
+    )
+
+
+def test_compiles_once_for_all_lengths(where):
+    where.skip_unless_runs(OP)
+    if where.backend != "compiled":
+        pytest.skip("the graph is the same for every kernel")
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def attend(q, k, v, groups):
+        return space_time_attention(q, k, v, groups, return_scores="cls", backend=where.backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend=count, dynamic=True)
+    for K in (20, 25, 31, 40):
+        groups = Groups.spatial(visible(K=K), GRID).to(where.device)
+        args = [x.detach() for x in fused(groups, 2, 32, torch.float32, where.device)]
+        for ours, eager in zip(compiled(*args, groups), attend(*args, groups), strict=True):
+            torch.testing.assert_close(ours, eager)
+    assert len(graphs) <= 2  # the second has symbols for the numbers inside the groups
+
+
+def test_autocast(where):
+    where.skip_unless_runs(OP, torch.bfloat16)
+    groups = GROUPS["frames"]().to(where.device)
+    args = [x.detach().clone() for x in fused(groups, 2, 64, torch.float32, where.device)]
+    with torch.autocast(where.device, torch.bfloat16):
+        out, scores = space_time_attention(
+            *args, groups, return_scores="cls", backend=where.backend
+        )
+    assert out.dtype == torch.bfloat16 and scores.dtype == torch.float32
+
+
+def test_flops(where):
+    where.skip_unless_runs(OP)
+    groups = Groups.joint(torch.tensor([0, 3, 10]).int(), 10, 7).to(where.device)
+    q, k, v = (
+        x.detach().requires_grad_() for x in fused(groups, 2, 32, torch.float32, where.device)
+    )
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        space_time_attention(q, k, v, groups, backend=where.backend).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * (3 * 3 + 7 * 7) * 2 * 32
+
+
+SMALL = Groups.equal(2, 4)
+ROWS = torch.zeros(8, 2, 32)
+
+
+@pytest.mark.parametrize(
+    "error, text, change",
+    [
+        (TypeError, "vidl.Groups", {"groups": torch.zeros(3)}),
+        (ValueError, r"\[queries, H, D\]", {"q": ROWS[0]}),
+        (ValueError, r"\[queries, H, D\]", {"v": ROWS[:, :, :16]}),
+        (ValueError, r"\[queries, H, D\]", {"q": ROWS[:, :1]}),
+        (TypeError, "one floating dtype", {"k": ROWS.half()}),
+        (TypeError, "one floating dtype", {x: ROWS.int() for x in "qkv"}),
+        (ValueError, "one device", {"q": ROWS.to("meta")}),
+        (ValueError, "8 queries and 8 keys", {"q": ROWS[:7]}),
+        (ValueError, "return_scores", {"return_scores": "max"}),
+        (ValueError, "backend", {"backend": "flash"}),
+        (
+            RuntimeError,
+            "32, 64, 80, 96, 128 channels, not 24",
+            {**{x: ROWS[:, :, :24] for x in "qkv"}, "backend": "compiled"},
+        ),
+        (
+            RuntimeError,
+            "not in float64",
+            {**{x: ROWS.double() for x in "qkv"}, "backend": "compiled"},
+        ),
+    ],
+)
+def test_misuse_is_explained(error, text, change):
+    with pytest.raises(error, match=text):
+        space_time_attention(**({"q": ROWS, "k": ROWS, "v": ROWS, "groups": SMALL} | change))
+
+
+@pytest.mark.parametrize(
+    "text, change",
+    [
+        ("query_offsets must ascend from 0 to 8", {"query_offsets": torch.tensor([0, 9, 8]).int()}),
+        ("key_offsets must ascend from 0 to 8", {"key_offsets": torch.tensor([0, 4, 7]).int()}),
+        (r"query_rows must lie in \[0, 8\)", {"query_rows": torch.arange(1, 9).int()}),
+        (r"key_rows must lie in \[0, 8\)", {"key_rows": torch.arange(-1, 7).int()}),
+    ],
+)
+def test_groups_that_do_not_fit_are_caught(text, change):
+    Where("compiled", "cpu").skip_unless_runs(OP)
+    groups = Groups(**{**vars(SMALL), **change})
+    with pytest.raises(RuntimeError, match=text):
+        space_time_attention(ROWS, ROWS, ROWS, groups, backend="compiled")
