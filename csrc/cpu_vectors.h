@@ -144,7 +144,7 @@ __attribute__((noinline)) void multiply(int64_t rows, int64_t columns, int64_t d
                                         const float* b, int64_t b_depth, float* c, int64_t c_row) {
   const int64_t parts = (rows + kTileRows - 1) / kTileRows;
   for (int64_t n = 0; n < columns; n += 2 * kWidth) {
-    for (int64_t k = 0; k < depth; k += kDepthStep) {
+    for (int64_t k = 0; k == 0 || k < depth; k += kDepthStep) {  // no depth at all: zeros
       const int64_t steps = depth - k < kDepthStep ? depth - k : kDepthStep;
       for (int64_t part = 0; part < parts; part++) {  // of nearly equal numbers of rows
         const int64_t m = rows * part / parts, count = rows * (part + 1) / parts - m;

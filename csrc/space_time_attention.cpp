@@ -222,7 +222,10 @@ std::tuple<Tensor, Tensor, Tensor> space_time_attention_bwd(
       attention(q, k, v, query_offsets, key_offsets, query_rows, key_rows, scale, scores);
   grad_out = torch::stable::contiguous(grad_out);
   lse = torch::stable::contiguous(lse);
+  if (a.scores == Scores::kNone) grad_scores.reset();
   if (grad_scores) grad_scores = torch::stable::contiguous(*grad_scores);
+  STD_TORCH_CHECK(!grad_scores || grad_scores->numel() == a.E,
+                  "space_time_attention_bwd: need grad_scores of ", a.E, " entries");
   Tensor grad_q = new_empty(q, {a.Q, a.H, a.D});
   Tensor grad_k = new_empty(k, {a.K, a.H, a.D});
   Tensor grad_v = new_empty(v, {a.K, a.H, a.D});

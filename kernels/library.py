@@ -160,7 +160,9 @@ def why_not(backend: str, name: str, device: str, dtype: torch.dtype, **facts: A
     """
     if backend == "reference":
         return None
-    return _why_not_here(backend, name, device, dtype) or OPS[name].limits(backend, **facts)
+    return _why_not_here(backend, name, device, dtype) or OPS[name].limits(
+        backend, dtype=dtype, **facts
+    )
 
 
 @torch.compiler.assume_constant_result  # so that torch.compile need not trace it

@@ -65,7 +65,7 @@ def space_time_attention(
 
     if scores == "cls":
         importance = weights[:, :, :1].sum(2).mean(1)  # [G, max_keys]; no query, no importance
-        importance = torch.where(query_real[:, :1], importance, 0)
+        importance = torch.where((query_offsets.diff() > 0)[:, None], importance, 0)
     else:
         sizes = query_offsets.diff().clamp(min=1)[:, None]
         real = torch.where(query_real[:, None, :, None], weights, 0)

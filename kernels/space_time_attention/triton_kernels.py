@@ -297,9 +297,10 @@ def packed_backward_kernel(
     lse = tl.load(lse_ptr + h * Q + query, mask=real_query, other=0.0)
     grad_score = tl.zeros([PACK, SLOT], tl.float32)
     if grad_scores_ptr is not None:
-        grad_score = tl.load(grad_scores_ptr + first_key + i, mask=real_key, other=0.0) / H
+        share = 1.0 / H
         if SCORES == "mean":
-            grad_score = grad_score / tl.maximum(queries, 1)
+            share = share / tl.maximum(queries, 1)
+        grad_score = tl.load(grad_scores_ptr + first_key + i, mask=real_key, other=0.0) * share
     weights, grads = _weights_back(
         q, k, v, grad_out, lse, grad_score, i, real_query, real_key, scale, SCORES
     )
@@ -1076,6 +1077,8 @@ def space_time_attention_bwd(
     scores: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
+    if not scores:
+        grad_scores = None
     c = _Call(q, k, v, query_offsets, key_offsets, query_rows, key_rows, max_queries, max_keys)
     grad_out = grad_out.contiguous()
     if grad_scores is None:
