@@ -103,12 +103,12 @@ VIDL_VECTOR_INLINE void forward(const Attention& a, const Forward& f, int64_t g,
     }
     if (scores == nullptr) continue;
     const int64_t scored = a.scores == Scores::kMean ? count : start == 0 ? 1 : 0;
-    const float share = a.scores == Scores::kMean ? 1.0f / static_cast<float>(queries) : 1.0f;
     for (int64_t i = 0; i < scored; i++) {
-      const float weight = inverse[i] * share;
-      for (int64_t j = 0; j < keys; j++) scores[j] += weights[i * columns + j] * weight;
+      for (int64_t j = 0; j < keys; j++) scores[j] += weights[i * columns + j] * inverse[i];
     }
   }
+  if (scores == nullptr || a.scores != Scores::kMean || queries == 0) return;
+  for (int64_t j = 0; j < keys; j++) scores[j] /= static_cast<float>(queries);
 }
 
 template <class T>

@@ -180,7 +180,7 @@ def space_time_attention(
     Args:
         q: [queries, H, D] float32, float16 or bfloat16; D is 32, 64, 80, 96 or 128 (any, for the
             backend "reference"). The last dimension is contiguous, the others have any stride: the
-            slices of a fused [total, 3, H, D] buffer need no copy.
+            slices of a fused [total, 3, H, D] buffer need no copy. "triton" takes half floats only.
         k, v: [keys, H, D], the same dtype and device.
         groups: which queries attend to which keys.
         scale: of the products before the softmax; default 1 / sqrt(D).
