@@ -178,9 +178,9 @@ def space_time_attention(
     group never reaches another. A group without keys gives zeros, with zero gradients.
 
     Args:
-        q: [queries, H, D] float32, float16 or bfloat16; D is 32, 64, 80, 96 or 128 (any, for the
-            backend "reference"). The last dimension is contiguous, the others have any stride: the
-            slices of a fused [total, 3, H, D] buffer need no copy. "triton" takes half floats only.
+        q: [queries, H, D] float32 (not for the backend "triton"), float16 or bfloat16; D is 32, 64,
+            80, 96 or 128 (any, for "reference"). The last dimension is contiguous, the others have
+            any stride: the slices of a fused [total, 3, H, D] buffer need no copy.
         k, v: [keys, H, D], the same dtype and device.
         groups: which queries attend to which keys.
         scale: of the products before the softmax; default 1 / sqrt(D).
