@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from vidl.ops import Groups
+from vidl.ops import Groups, ReplicatedGlobal, space_time_attention
 
 GRID = (4, 5, 6)
 
@@ -194,3 +195,65 @@ def test_check_finds(text, change):
 def test_misuse_is_explained(text, make):
     with pytest.raises(ValueError, match=text):
         make()
+
+
+def drawn_replicated(ragged, kind):
+    ids, cu_seqlens, places = drawn(ragged)
+    groups = getattr(Groups, kind)(ids, GRID, cu_seqlens)
+    return ReplicatedGlobal(groups), places
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("kind", ["spatial", "temporal"])
+def test_replicated_global_is_timesformers_rule(ragged, kind):
+    """Frame by frame [replica, patches] through attention; the replicas' mean is the global row."""
+    replicated, places = drawn_replicated(ragged, kind)
+    replicated.groups.check()
+    H, D = 2, 8
+    qkv = torch.randn(3 + len(places), 3, H, D, dtype=torch.float64, requires_grad=True)
+    rows = replicated.replicate(qkv)
+    out = replicated.average(
+        space_time_attention(*rows.unbind(1), replicated.groups, backend="reference")
+    )
+
+    T, height, width = GRID
+    labels = [(t,) for t in range(T)]
+    if kind == "temporal":
+        labels = [(y, x) for y in range(height) for x in range(width)]
+    expected = [None] * qkv.shape[0]
+    for b in range(3):
+        start = sum(p[0] < b for p in places) + b
+        label_of = {
+            start + 1 + i: p[1:2] if kind == "spatial" else p[2:]
+            for i, p in enumerate(p for p in places if p[0] == b)
+        }
+        heads = []
+        for label in labels:
+            rows = [r for r, one in label_of.items() if one == label]
+            q, k, v = qkv[[start, *rows]].permute(1, 2, 0, 3)
+            head, *rest = F.scaled_dot_product_attention(q, k, v).transpose(0, 1)
+            heads.append(head)
+            for row, found in zip(rows, rest, strict=True):
+                expected[row] = found
+        expected[start] = torch.stack(heads).mean(0)
+    expected = torch.stack(expected)
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad((out * weight).sum(), qkv, retain_graph=True),
+        torch.autograd.grad((expected * weight).sum(), qkv),
+    )
+
+
+def test_average_undoes_replicate():
+    replicated, places = drawn_replicated(True, "spatial")
+    x = torch.randn(3 + len(places), 5)
+    rows = replicated.replicate(x)
+    assert rows.shape[0] == replicated.groups.num_queries == len(places) + 3 * GRID[0]
+    assert torch.equal(replicated.average(rows), x)
+    with pytest.raises(ValueError, match=f"need {len(places) + 3} rows"):
+        replicated.replicate(rows)
+    with pytest.raises(ValueError, match="know their samples"):
+        ReplicatedGlobal(Groups.labelled(torch.zeros(3, dtype=torch.int64), 1, 3))
+    no_rows = ReplicatedGlobal(Groups.spatial(torch.empty(2, 0, dtype=torch.int64), GRID))
+    assert torch.equal(no_rows.average(no_rows.replicate(x[:2])), x[:2])

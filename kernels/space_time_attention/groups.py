@@ -328,7 +328,7 @@ class Groups:
             raise ValueError(
                 f"need as many keys as queries, got {self.num_queries} and {self.num_keys}"
             )
-        device, G = self.query_offsets.device, self.num_groups
+        device = self.query_offsets.device
         B = self.row_offsets.shape[0] - 1
         samples = torch.arange(B, device=device)
         total = self.num_queries
@@ -338,17 +338,9 @@ class Groups:
         moved = row + sample.int() + 1
 
         query_rows = moved if self.query_rows is None else moved[self.query_rows]
-        entries = moved if self.key_rows is None else moved[self.key_rows]
-        group = group_of(self.key_offsets, entries.shape[0])
-        # Entry e of group g moves by the g + 1 global keys before it.
-        keys = torch.empty(entries.shape[0] + G + total + B, dtype=torch.int32, device=device)
-        place = torch.arange(entries.shape[0], device=device)
-        keys[place + group + 1] = entries
-        head = self.key_offsets[:-1] + torch.arange(G, device=device, dtype=torch.int32)
-        keys[head.long()] = firsts[self.group_sample]
-        keys[entries.shape[0] + G :] = torch.arange(total + B, device=device, dtype=torch.int32)
-
-        inner = self.key_offsets + torch.arange(G + 1, device=device, dtype=torch.int32)
+        # A group's first key is the global one; the global queries' groups follow, of all rows.
+        inner, keys = lead(self.key_offsets, self.key_rows, moved, firsts[self.group_sample])
+        everything = torch.arange(total + B, device=device, dtype=torch.int32)
         row_offsets = self.row_offsets + torch.arange(B + 1, device=device, dtype=torch.int32)
         steps = torch.arange(1, B + 1, device=device, dtype=torch.int32)
         return replace(
@@ -356,7 +348,7 @@ class Groups:
             query_offsets=torch.cat([self.query_offsets, self.query_offsets[-1:] + steps]),
             key_offsets=torch.cat([inner, inner[-1:] + row_offsets[1:]]),
             query_rows=torch.cat([query_rows, firsts]),
-            key_rows=keys,
+            key_rows=torch.cat([keys, everything]),
             max_queries=max(self.max_queries, 1),
             max_keys=total + 1 if B else 0,
             num_queries=total + B,
@@ -451,6 +443,29 @@ def _offsets(labels: Tensor, count: int) -> Tensor:
     sizes = torch.zeros(count + 1, dtype=torch.int32, device=labels.device)
     sizes.scatter_add_(0, labels + 1, torch.ones_like(labels, dtype=torch.int32))
     return sizes.cumsum(0, dtype=torch.int32)
+
+
+def lead(
+    offsets: Tensor, rows: Tensor | None, moved: Tensor, leaders: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Put one more row before the rows of each group.
+
+    Args:
+        offsets, rows: of G groups, as `Groups` has them.
+        moved: the new number of every row.
+        leaders: [G], the row that comes first in each group.
+
+    Returns:
+        The new offsets [G + 1] and rows, int32.
+    """
+    G, members = leaders.shape[0], moved if rows is None else moved[rows]
+    device = offsets.device
+    found = torch.empty(members.shape[0] + G, dtype=torch.int32, device=device)
+    # Row i of group g moves by the g + 1 leaders before it.
+    place = torch.arange(members.shape[0], device=device)
+    found[place + group_of(offsets, members.shape[0]) + 1] = members.int()
+    found[offsets[:-1].long() + torch.arange(G, device=device)] = leaders.int()
+    return offsets + torch.arange(G + 1, device=device, dtype=torch.int32), found
 
 
 def group_of(offsets: Tensor, count: int) -> Tensor:
