@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from where import Where
 
 from vidl.kernels import library
+from vidl.kernels.space_time_attention import peers
 from vidl.ops import Groups, space_time_attention
 
 OP = "space_time_attention"
@@ -200,7 +201,7 @@ def test_equals_sdpa_with_a_dense_mask(name):
     expected = F.scaled_dot_product_attention(
         *(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask
     ).transpose(0, 1)
-    out = space_time_attention(q, k, v, groups)
+    out = space_time_attention(q, k, v, groups, backend="reference")
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -216,8 +217,57 @@ def test_equals_flex_attention():
     expected = flex_attention(
         *(x.transpose(0, 1)[None].contiguous() for x in (q, k, v)), block_mask=mask
     )
-    out = space_time_attention(q, k, v, groups)
+    out = space_time_attention(q, k, v, groups, backend="reference")
     torch.testing.assert_close(out, expected[0].transpose(0, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["equal", "cross", "ragged", "frames"])
+@pytest.mark.parametrize("peer", [peers.sdpa, peers.varlen_attn, peers.flash_attn])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_peers_agree(peer, name, device):
+    """The second oracles, and what long groups are handed to."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    groups = GROUPS[name]().to(device)
+    if device == "cpu" and peer is not peers.sdpa:
+        pytest.skip("needs CUDA")
+    if peer is peers.flash_attn:
+        pytest.importorskip("flash_attn")
+    if peer is peers.sdpa and not (groups.uniform and groups.query_rows is None):
+        pytest.skip("needs equal groups")
+
+    def results(attend):
+        leaves = fused(groups, 2, 64, torch.float32, device)
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        out = attend(*(x.bfloat16() if device == "cuda" else x for x in leaves))
+        return gradients(out.float(), leaves)
+
+    true = results(
+        lambda q, k, v: space_time_attention(q, k, v, groups, scale=0.2, backend="reference")
+    )
+    tolerance = 1e-4 if device == "cpu" else 3e-2
+    for ours, theirs in zip(results(lambda *x: peer(*x, groups, 0.2)), true, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_long_groups_go_to_a_peer(monkeypatch):
+    q = torch.zeros(90, 1, 64)
+    joint, equal = Groups.joint(torch.tensor([0, 40, 90]).int(), 90, 50), Groups.equal(2, 45)
+    monkeypatch.setitem(peers.LONG, "cpu", 45)
+    assert peers.find(q, equal, "compiled") is peers.sdpa
+    assert peers.find(q, Groups.equal(3, 30), "compiled") is None
+    assert peers.find(q, Groups.equal(3, 30), "reference") is peers.sdpa
+    assert peers.find(q, Groups.equal(3, 0), "reference") is None
+    assert peers.find(q, joint, "compiled") is None  # packed groups only have peers on CUDA
+    assert peers.find(q, equal.with_global(), "compiled") is None  # keys that are shared
+
+    calls = []
+    monkeypatch.setattr(peers, "sdpa", lambda *args: calls.append(args) or args[0])
+    space_time_attention(q, q, q, equal)
+    assert len(calls) == 1
+    for options in ({"return_lse": True}, {"return_scores": "cls"}, {"backend": "reference"}):
+        space_time_attention(q, q, q, equal, **options)
+    assert len(calls) == 1
 
 
 def test_gradcheck():
@@ -381,3 +431,13 @@ def test_groups_that_do_not_fit_are_caught(text, change):
     groups = Groups(**{**vars(SMALL), **change})
     with pytest.raises(RuntimeError, match=text):
         space_time_attention(ROWS, ROWS, ROWS, groups, backend="compiled")
+
+
+def test_debugging_checks_all_of_the_groups(monkeypatch):
+    groups = Groups(**{**vars(SMALL), "query_rows": torch.tensor([0, 0, 2, 3, 4, 5, 6, 7]).int()})
+    monkeypatch.setenv("VIDL_DEBUG", "1")
+    with pytest.raises(
+        ValueError, match=r"every query in exactly one group, not so: rows \[0, 1\]"
+    ):
+        space_time_attention(ROWS, ROWS, ROWS, groups)
+    space_time_attention(ROWS, ROWS, ROWS, SMALL)

@@ -8,6 +8,7 @@ and after masking and pruning. Sources: Frozen in Time (arXiv 2104.00650, 3.1), 
 2102.05095, 3), Video Swin (arXiv 2106.13230, 3.2), SViTT (arXiv 2304.08809, 3.2).
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from vidl.kernels import library
 
-from . import reference
+from . import peers, reference
 from .groups import Groups
 
 Scores = Literal["cls", "mean"]
@@ -190,7 +191,9 @@ def space_time_attention(
             the order of the groups' entries (the rows of k, unless `groups.key_rows` says
             otherwise). "cls": the attention of the first query of its group; "mean": of all queries
             of its group. Differentiable.
-        backend: "auto", "compiled", "triton" or "reference".
+        backend: "auto", "compiled", "triton" or "reference". "auto" hands long groups of which only
+            the output is wanted to a peer (peers.py has the rule); under
+            `torch.use_deterministic_algorithms` such a peer is as deterministic as PyTorch.
 
     Returns:
         The output [queries, H, D]; with options a tuple (output, log-sum-exp, scores), of those
@@ -200,21 +203,26 @@ def space_time_attention(
         TypeError: a dtype is not one of those above, or `groups` is something else.
         ValueError: shapes, devices or options do not fit together.
         RuntimeError: a backend asked for by name cannot run here; or, found by the kernel, the
-            groups' offsets or rows are out of range. `groups.check()` finds more.
+            groups' offsets or rows are out of range. `groups.check()` finds more; with VIDL_DEBUG=1
+            in the environment it is called each time.
     """
     _check(q, k, v, groups, return_scores)
     dtype = library.autocast_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    backend = library.choose(
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    chosen = library.choose(
         backend, "space_time_attention", q.device.type, dtype, head_size=q.shape[2]
     )
-    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    if backend == "auto" and not return_lse and not return_scores:
+        peer = peers.find(q, groups, chosen)
+        if peer is not None:
+            return peer(q, k, v, groups, scale)
     index = (groups.query_offsets, groups.key_offsets, groups.query_rows, groups.key_rows)
     sizes = (groups.max_queries, groups.max_keys, scale, return_scores or "")
-    if backend == "reference":
+    if chosen == "reference":
         out, lse, scores = reference.space_time_attention(q, k, v, *index, *sizes)
     else:
-        out, lse, scores = library.kernel("space_time_attention", backend)(
+        out, lse, scores = library.kernel("space_time_attention", chosen)(
             q, k, v, *index, groups.entry_offsets, groups.entries, *sizes
         )
     results = [out, *([lse.detach()] if return_lse else []), *([scores] if return_scores else [])]
@@ -243,3 +251,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, groups: Groups, return_scores: Score
         )
     if return_scores not in (None, "cls", "mean"):
         raise ValueError(f"need return_scores None, 'cls' or 'mean', got {return_scores!r}")
+    if os.environ.get("VIDL_DEBUG") == "1":
+        groups.check()

@@ -75,21 +75,23 @@ class ReplicatedGlobal:
             [B x groups of a sample + tokens, ...]: each sample's replicas, then its other rows.
         """
         _check_rows(x, self.num_samples + self.token_rows.shape[0])
-        whole = x[self.global_rows][:, None].expand(-1, self.each, *x.shape[1:])
-        rows = torch.cat([whole.flatten(0, 1), x[self.token_rows]])
+        whole = x.index_select(0, self.global_rows)[:, None]
+        whole = whole.expand(-1, self.each, *x.shape[1:]).flatten(0, 1)
+        rows = torch.cat([whole, x.index_select(0, self.token_rows)])
         return _place(rows, torch.cat([self.replica_rows, self.moved_rows]))
 
     def average(self, x: Tensor) -> Tensor:
         """The inverse of `replicate`, with the mean of a sample's replicas as its global token."""
         _check_rows(x, self.groups.num_queries)
-        whole = x[self.replica_rows].unflatten(0, (self.num_samples, self.each)).mean(1)
-        rows = torch.cat([whole.to(x.dtype), x[self.moved_rows]])
+        replicas = x.index_select(0, self.replica_rows)
+        whole = replicas.unflatten(0, (self.num_samples, self.each)).mean(1)
+        rows = torch.cat([whole, x.index_select(0, self.moved_rows)])
         return _place(rows, torch.cat([self.global_rows, self.token_rows]))
 
 
 def _place(x: Tensor, rows: Tensor) -> Tensor:
     """Put x[i] into row `rows[i]`; a gather by the inverse, so that its gradient is one, too."""
-    return x[torch.argsort(rows)]
+    return x.index_select(0, torch.argsort(rows))
 
 
 def _check_rows(x: Tensor, rows: int) -> None:
