@@ -26,38 +26,43 @@ VIDL_VECTOR_INLINE Integers lanes() {
   return v;
 }
 
+// The lanes are added in halves: a chain of additions would take longer than a short row.
 VIDL_VECTOR_INLINE float sum_of(Vector v) {
-  float sum = 0.0f;
-  for (int i = 0; i < kWidth; i++) sum += v[i];
-  return sum;
+  float part[kWidth];
+  store(part, v);
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; i++) part[i] += part[i + half];
+  }
+  return part[0];
 }
 VIDL_VECTOR_INLINE float max_of(Vector v) {
-  float most = v[0];
-  for (int i = 1; i < kWidth; i++) most = v[i] > most ? v[i] : most;
-  return most;
+  float part[kWidth];
+  store(part, v);
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; i++) part[i] = part[i + half] > part[i] ? part[i + half] : part[i];
+  }
+  return part[0];
 }
 
-// e^x to about one unit in the last place for x <= 0 (0 below -87.3, NaN stays NaN): 2^n times a
-// polynomial in the rest, with Cephes' way of taking n ln 2 off in two parts.
-VIDL_VECTOR_INLINE Vector exponential(Vector x) {
-  const Vector low = x < -87.3f ? Vector{} - 87.3f : x;
-  const Vector shifted = low * 1.44269504f + 12582912.0f;  // the integer part in the low bits
-  const Vector n = shifted - 12582912.0f;
-  Vector r = low - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+// 2^x to about one unit in the last place for x <= 0 (0 below -126.5, NaN stays NaN): 2^n times a
+// minimax polynomial of the rest in [-1/2, 1/2].
+VIDL_VECTOR_INLINE Vector power_of_two(Vector x) {
+  const Vector least = Vector{} - 127.0f;  // n is -127 there, and 2^n comes out as zero
+  const Vector low = x < least ? least : x;
+  const Vector shifted = low + 12582912.0f;  // the integer part is in the low bits
+  const Vector r = low - (shifted - 12582912.0f);
+  Vector p = r * 1.535336186e-4f + 1.339887449e-3f;
+  p = p * r + 9.618437358e-3f;
+  p = p * r + 5.550332471e-2f;
+  p = p * r + 2.402264791e-1f;
+  p = p * r + 6.931472029e-1f;
+  p = p * r + 1.0f;
   Integers bits;
   memcpy(&bits, &shifted, sizeof bits);
   bits = (bits << 23) + (127 << 23);  // the magic number's own bits leave at the top
   Vector power;
   memcpy(&power, &bits, sizeof power);
-  const Vector result = p * power;
-  return x < -87.3f ? Vector{} : result;
+  return p * power;
 }
 
 // to[c][r] = from[r][c] for 8 rows and 8 columns.
@@ -134,7 +139,7 @@ VIDL_VECTOR_INLINE void rows_of_tiles(int64_t rows, const float* a, int64_t a_ro
 // Products are summed over this many steps at a time: the part of B that they read stays in the
 // first-level cache, and the sums' rounding errors grow with their number, not with the whole
 // depth.
-constexpr int64_t kDepthStep = 128;
+constexpr int64_t kDepthStep = 256;
 
 // C[m][n] = (or +=, with kAdd) sum over k of A[m][k] B[k][n]. A has any strides, so that it may be
 // a transpose; B and C have contiguous rows of `columns` numbers, a multiple of kWidth.

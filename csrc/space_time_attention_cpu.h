@@ -9,6 +9,8 @@
 
 constexpr int64_t kKeyStep = kWidth < 8 ? 8 : kWidth;  // rows of keys are padded to this number
 
+constexpr float kLogOfE = 1.44269504f;  // to the base two, in which exponentials are taken
+
 // How many queries meet the keys at once: their products stay in the second-level cache.
 VIDL_VECTOR_INLINE int64_t block_of(int64_t columns) {
   const int64_t rows = 32768 / columns / kTileRows * kTileRows;
@@ -18,6 +20,12 @@ VIDL_VECTOR_INLINE int64_t block_of(int64_t columns) {
 template <class T>
 VIDL_VECTOR_INLINE void read_row(const T* from, int64_t D, float scale, float* to) {
   for (int64_t d = 0; d < D; d++) to[d] = static_cast<float>(from[d]) * scale;
+}
+
+// The next head is the next task: its part of the row, on a page of its own, would come too late.
+template <class T>
+VIDL_VECTOR_INLINE void prefetch(const T* from, int64_t D) {
+  for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(from + d, 0, 2);
 }
 
 template <class T>
@@ -33,6 +41,7 @@ VIDL_VECTOR_INLINE void read_rows(const Strided& x, const int32_t* rows, int64_t
   for (int64_t j = 0; j < count; j++) {
     const int64_t row = rows == nullptr ? first + j : rows[first + j];
     read_row(from + row * x.row, D, 1.0f, to + j * D);
+    prefetch(from + row * x.row + x.head, D);
   }
   memset(to + count * D, 0, (padded - count) * D * sizeof(float));
 }
@@ -44,6 +53,7 @@ VIDL_VECTOR_INLINE void forward(const Attention& a, const Forward& f, int64_t g,
   const int64_t queries = a.query_offsets[g + 1] - first_query;
   const int64_t keys = a.key_offsets[g + 1] - first_key;
   const float sign = a.scale < 0 ? -1.0f : 1.0f, scale = a.scale * sign;
+  const float scale_of_two = scale * kLogOfE;
   T* const out = static_cast<T*>(f.out) + h * D;
   float* const scores = f.scores == nullptr ? nullptr : f.scores + h * a.E + first_key;
   if (keys == 0) {
@@ -70,7 +80,9 @@ VIDL_VECTOR_INLINE void forward(const Attention& a, const Forward& f, int64_t g,
     for (int64_t i = 0; i < count; i++) {
       const int64_t at = first_query + start + i;
       const int64_t row = a.query_rows == nullptr ? at : a.query_rows[at];
-      read_row(static_cast<const T*>(a.q.data) + row * a.q.row + h * a.q.head, D, sign, q + i * D);
+      const T* const from = static_cast<const T*>(a.q.data) + row * a.q.row + h * a.q.head;
+      read_row(from, D, sign, q + i * D);
+      prefetch(from + a.q.head, D);
     }
     multiply<false>(count, columns, D, q, D, 1, keys_across, columns, weights, columns);
     float inverse[60];
@@ -85,7 +97,7 @@ VIDL_VECTOR_INLINE void forward(const Attention& a, const Forward& f, int64_t g,
       const float top = max_of(most);
       Vector total = {};
       for (int64_t j = 0; j < columns; j += kWidth) {
-        const Vector weight = exponential((load(line + j) - top) * scale);
+        const Vector weight = power_of_two((load(line + j) - top) * scale_of_two);
         store(line + j, weight);
         total += weight;
       }
@@ -118,6 +130,7 @@ VIDL_VECTOR_INLINE void backward(const Attention& a, const Backward& b, int64_t 
   const int64_t queries = a.query_offsets[g + 1] - first_query;
   const int64_t keys = a.key_offsets[g + 1] - first_key;
   const float sign = a.scale < 0 ? -1.0f : 1.0f, scale = a.scale * sign;
+  const float scale_of_two = scale * kLogOfE;
   T* const grad_q = static_cast<T*>(b.grad_q) + h * D;
   const int64_t columns = round_up(keys, kKeyStep), block = block_of(columns + 1);
   float* const k = scratch.take(columns * D);
@@ -142,15 +155,19 @@ VIDL_VECTOR_INLINE void backward(const Attention& a, const Backward& b, int64_t 
     for (int64_t i = 0; i < count; i++) {
       const int64_t at = first_query + start + i;
       const int64_t row = a.query_rows == nullptr ? at : a.query_rows[at];
-      read_row(static_cast<const T*>(a.q.data) + row * a.q.row + h * a.q.head, D, sign, q + i * D);
-      read_row(static_cast<const T*>(b.grad_out) + (row * a.H + h) * D, D, 1.0f, grad_out + i * D);
+      const T* const from = static_cast<const T*>(a.q.data) + row * a.q.row + h * a.q.head;
+      const T* const grad_from = static_cast<const T*>(b.grad_out) + (row * a.H + h) * D;
+      read_row(from, D, sign, q + i * D);
+      read_row(grad_from, D, 1.0f, grad_out + i * D);
+      prefetch(from + a.q.head, D);
+      prefetch(grad_from + D, D);
     }
     multiply<false>(count, columns, D, q, D, 1, keys_across, columns, weights, columns);
     multiply<false>(count, columns, D, grad_out, D, 1, values_across, columns, grads, columns);
     for (int64_t i = 0; i < count; i++) {
       const int64_t at = first_query + start + i;
       const int64_t row = a.query_rows == nullptr ? at : a.query_rows[at];
-      const float lse = b.lse[h * a.Q + row];
+      const float lse = b.lse[h * a.Q + row] * kLogOfE;
       float* const weight = weights + i * columns;
       float* const grad = grads + i * columns;
       if (b.grad_scores != nullptr && (a.scores == Scores::kMean || start + i == 0)) {
@@ -159,7 +176,7 @@ VIDL_VECTOR_INLINE void backward(const Attention& a, const Backward& b, int64_t 
         for (int64_t j = 0; j < keys; j++) grad[j] += b.grad_scores[first_key + j] * share;
       }
       for (int64_t j = 0; j < columns; j += kWidth) {
-        store(weight + j, exponential(load(weight + j) * scale - lse));
+        store(weight + j, power_of_two(load(weight + j) * scale_of_two - lse));
       }
       for (int64_t j = keys; j < columns; j++) weight[j] = 0.0f;
       // The weights of a row are made to sum to one again, as far as rounding in the log-sum-exp
