@@ -2,8 +2,8 @@
 
     loss = mean over masked patches m of mean((prediction[m] - normalise(patch[ids_masked[m]]))^2)
 
-Sources: normalised pixels of MAE (arXiv 2111.06377, 4.1; facebookresearch/mae, models_mae.py) and of
-VideoMAE (arXiv 2203.12602, 3; MCG-NJU/VideoMAE, engine_for_pretraining.py).
+Sources: normalised pixels of MAE (arXiv 2111.06377, 3; facebookresearch/mae, models_mae.py) and of
+VideoMAE (arXiv 2203.12602, 3.1; MCG-NJU/VideoMAE, engine_for_pretraining.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -90,7 +90,7 @@ def masked_patch_loss(
     ids_masked: Tensor,
     cu_seqlens: Tensor | None = None,
     *,
-    patch_size: int | tuple[int, int],
+    patch_size: int | Sequence[int],
     tubelet_size: int = 1,
     target: Target = "mae",
     norm_pix: bool = True,
@@ -144,8 +144,8 @@ def masked_patch_loss(
         RuntimeError: a backend asked for by name cannot run here; or, found by the kernel, an id
             or an offset is out of range (on CUDA as a device-side assertion).
     """
-    size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
-    patch = (tubelet_size, *size)
+    sides = patch_size if isinstance(patch_size, Sequence) else (patch_size, patch_size)
+    patch = (tubelet_size, *sides)
     _check_options(patch, target, reduction)
     check_video(video)
     check_divides(video, patch)
