@@ -1,6 +1,13 @@
 """The ops, one line each; `help(op)` gives shapes, dtypes and errors."""
 
 from vidl.kernels.masked_patch_embed import masked_patch_embed
+from vidl.kernels.masked_patch_loss import masked_patch_loss
 from vidl.kernels.space_time_attention import Groups, ReplicatedGlobal, space_time_attention
 
-__all__ = ["Groups", "ReplicatedGlobal", "masked_patch_embed", "space_time_attention"]
+__all__ = [
+    "Groups",
+    "ReplicatedGlobal",
+    "masked_patch_embed",
+    "masked_patch_loss",
+    "space_time_attention",
+]
