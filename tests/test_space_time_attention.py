@@ -309,6 +309,19 @@ def test_same_bits_every_time(where):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+def test_threads_change_no_bit():
+    Where("compiled", "cpu").skip_unless_runs(OP)
+    groups, threads, results = GROUPS["frames and a global token"](), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(groups, 5, 64, torch.float32, "cpu", "compiled", "mean"))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two, three in zip(*results, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
 @pytest.mark.parametrize("name", ["frames", "frames and a global token", "no rows"])
 @pytest.mark.parametrize("scores", ["", "cls"])
 def test_opcheck(name, scores, where):
