@@ -103,12 +103,7 @@ VIDL_VECTOR_INLINE void transpose(const float* from, int64_t rows, int64_t colum
 template <int kRows, int kVectors, bool kAdd>
 VIDL_VECTOR_INLINE void tile(const float* a, int64_t a_row, int64_t a_depth, const float* b,
                              int64_t b_depth, float* c, int64_t c_row, int64_t depth) {
-  Vector sum[kRows][kVectors];
-  for (int r = 0; r < kRows; r++) {
-    for (int i = 0; i < kVectors; i++) {
-      sum[r][i] = kAdd ? load(c + r * c_row + i * kWidth) : Vector{};
-    }
-  }
+  Vector sum[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; k++) {
     Vector line[kVectors];
     for (int i = 0; i < kVectors; i++) line[i] = load(b + k * b_depth + i * kWidth);
@@ -118,7 +113,10 @@ VIDL_VECTOR_INLINE void tile(const float* a, int64_t a_row, int64_t a_depth, con
     }
   }
   for (int r = 0; r < kRows; r++) {
-    for (int i = 0; i < kVectors; i++) store(c + r * c_row + i * kWidth, sum[r][i]);
+    for (int i = 0; i < kVectors; i++) {
+      float* const to = c + r * c_row + i * kWidth;
+      store(to, kAdd ? load(to) + sum[r][i] : sum[r][i]);
+    }
   }
 }
 
