@@ -26,8 +26,6 @@ HEAD_SIZES = (32, 64, 80, 96, 128)
 def _limits(backend: str, dtype: torch.dtype, head_size: int = 64) -> str | None:
     if head_size not in HEAD_SIZES:
         return f"its heads have {', '.join(map(str, HEAD_SIZES))} channels, not {head_size}"
-    if backend == "triton" and dtype == torch.float32:
-        return "its gradients in float32 are up to five times less accurate than PyTorch's"
     return None
 
 
