@@ -18,6 +18,7 @@ from .triton_softmax import (
     LN_2,
     LOG2_E,
     multiply,
+    one_over,
     slope,
     transpose,
     weights_back,
@@ -194,14 +195,15 @@ def block_back(
     weights, grads = weights_back(  # [queries, keys]
         q,
         k,
-        grad_out,
         v,
-        real_key[None, :],
+        grad_out,
         lse[:, None],
         grad_score[None, :],
         (i == 0)[:, None],
+        real_key[None, :],
         scale,
         SCORES,
+        KEYS_FIRST=False,
     )
     return k, weights, grads
 
@@ -244,7 +246,7 @@ def query_backward_kernel(
 
     delta is also the sum of the output times its gradient, without a pass over the keys, for
     queries that have no scores. In float32 that is not exact enough: a first pass adds up delta,
-    and the weights, for whose sum see one_over_sum().
+    and the weights, for whose sum see one_over().
     """
     program = tl.program_id(0).to(tl.int64)
     g, start, h = find_work(program, query_offsets_ptr, G, H, blocks, BLOCK_M, SEARCH)
@@ -297,7 +299,7 @@ def query_backward_kernel(
             )
             total += tl.sum(weights, 1)
             products += tl.sum(weights * grads, 1)
-        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+        inverse = one_over(total)
         delta = tl.where(total == 0.0, delta, products * inverse)
     tl.store(delta_ptr + h * Q + query, delta, mask=real_query)
     if inverse_ptr is not None:
@@ -396,16 +398,17 @@ def key_backward_kernel(
         lse = tl.load(lse_ptr + query, mask=real_query, other=0.0)
         delta = tl.load(delta_ptr + query, mask=real_query, other=0.0)
         weights, grads = weights_back(  # [keys, queries]
-            k,
             q,
+            k,
             v,
             grad_out,
-            real_key[:, None] & real_query[None, :],
             lse[None, :],
             grad_score[:, None],
             (i == 0)[None, :],
+            real_key[:, None] & real_query[None, :],
             scale,
             SCORES,
+            KEYS_FIRST=True,
         )
         if inverse_ptr is not None:
             inverse = tl.load(inverse_ptr + h * Q + query, mask=real_query, other=0.0)

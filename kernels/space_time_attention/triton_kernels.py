@@ -144,9 +144,15 @@ def backward_tiles(
 
 
 def _float32_tile(max_keys: int, D: int) -> Tile:
-    """Exact products have no tensor cores and are unrolled: larger blocks spill registers."""
-    whole = max_keys <= 16 and D <= 64
-    return Tile("whole" if whole else "blocked", M=16, N=16, warps=8)
+    """Exact products have no tensor cores and are unrolled: larger blocks spill registers.
+
+    Blocked groups have the same blocks in both backward kernels, and so the same rounding.
+    """
+    if max_keys <= (128 if D <= 64 else 64):
+        N = max(SLOT, triton.next_power_of_2(max_keys))
+        return Tile("whole", M=16, N=N, warps=4 if N == SLOT else 8)
+    side = 32 if D <= 64 else 16
+    return Tile("blocked", M=side, N=side, warps=8)
 
 
 def _packed_tile(D: int) -> Tile:
@@ -172,8 +178,8 @@ def ahead_of_time() -> None:
     for D, size in itertools.product((32, 80), sizes[1:4]):
         _launch(D, torch.bfloat16, *size, shared=True)
     _launch(64, torch.float16, *sizes[1], shared=True)
-    for D, size in itertools.product((64, 128), sizes[2:4]):
-        _launch(D, torch.float32, *size, scores="mean", shared=True)
+    for D, size in itertools.product((64, 128), (785, 8, 32, 64, 128)):
+        _launch(D, torch.float32, size, size, scores="mean", shared=True)
 
 
 def _launch(

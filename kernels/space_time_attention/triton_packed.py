@@ -15,8 +15,6 @@ from .triton_softmax import (
     LOG2_E,
     key_scores,
     multiply,
-    one_over_sum,
-    slope,
     softmax,
     transpose,
     weights_back,
@@ -148,30 +146,28 @@ def packed_backward_kernel(
         if SCORES == "mean":
             grad_score = grad_score / tl.maximum(queries, 1)
     weights, grads = weights_back(  # [PACK, keys, queries]
-        k,
         q,
+        k,
         v,
         grad_out,
-        real_key[:, :, None] & real_query[:, None, :],
         lse[:, None, :],
         grad_score[:, :, None],
         (i == 0)[:, None, :],
+        real_key[:, :, None] & real_query[:, None, :],
         scale,
         SCORES,
+        KEYS_FIRST=True,
     )
-    if q.dtype == tl.float32:
-        weights *= one_over_sum(weights, 1)[:, None, :]
     delta = tl.sum(weights * grads, 1)
     grad_logits = (weights * (grads - delta[:, None, :])).to(q.dtype)
-    factor = slope(keys, scale)[:, :, None]
     entry = key
     if SHARED:
         entry = (first_key + i).to(tl.int64)
     grad_v = multiply(weights.to(v.dtype), grad_out)
     store_rows(grad_v_ptr, (entry * H + h) * D, grad_v, real_key, D, BLOCK_D)
-    grad_k = multiply(grad_logits, q) * factor
+    grad_k = multiply(grad_logits, q) * scale
     store_rows(grad_k_ptr, (entry * H + h) * D, grad_k, real_key, D, BLOCK_D)
-    grad_q = multiply(transpose(grad_logits), k) * factor
+    grad_q = multiply(transpose(grad_logits), k) * scale
     store_rows(grad_q_ptr, (query * H + h) * D, grad_q, real_query, D, BLOCK_D)
 
 

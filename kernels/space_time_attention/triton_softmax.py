@@ -43,15 +43,38 @@ def key_scores(weights, total, i, real_query, queries, SCORES: tl.constexpr):
 
 
 @triton.jit
-def weights_back(a, b, c, d, real, lse, grad_score, first_query, scale, SCORES: tl.constexpr):
+def products(queries, keys, KEYS_FIRST: tl.constexpr):
+    """Of every query's and key's row; the same in either order, in float32 to the last bit."""
+    if not KEYS_FIRST:
+        return multiply(queries, transpose(keys))
+    elif queries.dtype == tl.float32:
+        return transpose(multiply(queries, transpose(keys)))
+    else:
+        return multiply(keys, transpose(queries))
+
+
+@triton.jit
+def weights_back(
+    q,
+    k,
+    v,
+    grad_out,
+    lse,
+    grad_score,
+    first_query,
+    real,
+    scale,
+    SCORES: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+):
     """The weights, from the log-sum-exp, and the gradient that reaches them.
 
-    [queries, keys] if a, b, c, d are q, k, grad_out, v; [keys, queries] if they are k, q, v,
-    grad_out. The others have one of these shapes, or 1 in place of a length.
+    Both are [queries, keys] or, with KEYS_FIRST, [keys, queries]. So are `lse`, `grad_score`,
+    `first_query` and `real`, with 1 in place of a length where all are the same.
     """
-    logits = multiply(a, transpose(b)) * (scale * LOG2_E)
+    logits = products(q, k, KEYS_FIRST) * (scale * LOG2_E)
     weights = tl.where(real, tl.exp2(logits - lse * LOG2_E), 0.0)
-    grads = multiply(c, transpose(d))
+    grads = products(grad_out, v, KEYS_FIRST)
     if SCORES == "cls":
         grads += tl.where(first_query, grad_score, 0.0)
     elif SCORES == "mean":
@@ -60,13 +83,12 @@ def weights_back(a, b, c, d, real, lse, grad_score, first_query, scale, SCORES: 
 
 
 @triton.jit
-def one_over_sum(weights, KEYS: tl.constexpr):
-    """What makes weights from the log-sum-exp sum to one again, along the dimension KEYS.
+def one_over(total):
+    """What makes weights of this sum, from the log-sum-exp, sum to one again.
 
     Rounding in the log-sum-exp lets them stray, and the gradient of a softmax is a difference that
-    shows it in float32. Half floats round the weights far more than that.
+    shows it in float32. Half floats round the weights far more than that. 0: there are no keys.
     """
-    total = tl.sum(weights, KEYS)
     return 1.0 / tl.where(total == 0.0, 1.0, total)
 
 

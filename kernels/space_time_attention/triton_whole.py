@@ -18,7 +18,7 @@ from .triton_softmax import (
     LOG2_E,
     key_scores,
     multiply,
-    one_over_sum,
+    one_over,
     slope,
     softmax,
     transpose,
@@ -161,19 +161,20 @@ def whole_backward_kernel(
         grad_out = load_rows(grad_out_ptr, here, real_query, D, BLOCK_D)
         lse = tl.load(lse_ptr + query, mask=real_query, other=0.0)
         weights, grads = weights_back(  # [keys, queries]
-            k,
             q,
+            k,
             v,
             grad_out,
-            real_key[:, None] & real_query[None, :],
             lse[None, :],
             grad_score[:, None],
             (i == 0)[None, :],
+            real_key[:, None] & real_query[None, :],
             scale,
             SCORES,
+            KEYS_FIRST=True,
         )
         if q.dtype == tl.float32:
-            weights *= one_over_sum(weights, 0)[None, :]
+            weights *= one_over(tl.sum(weights, 0))[None, :]
         grad_v += multiply(weights.to(v.dtype), grad_out)
         delta = tl.sum(weights * grads, 0)
         grad_logits = (weights * (grads - delta[None, :])).to(q.dtype)
