@@ -25,7 +25,7 @@ from .triton_softmax import (
 )
 
 
-@triton.jit(do_not_specialize=["G", "H", "Q", "K", "E", "blocks", "max_queries", "max_keys"])
+@triton.jit(do_not_specialize=["G", "H", "Q", "E", "K", "blocks", "max_queries", "max_keys"])
 def blocked_forward_kernel(
     q_ptr,
     k_ptr,
@@ -45,8 +45,8 @@ def blocked_forward_kernel(
     G,
     H,
     Q,
-    K,
     E,
+    K,
     max_queries,
     max_keys,
     blocks,
@@ -57,7 +57,7 @@ def blocked_forward_kernel(
     BLOCK_N: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """A block of queries of a group and a head meets block after block of keys."""
+    """A block of queries of a group and a head meets block after block of keys; bound by FLOPs."""
     program = tl.program_id(0).to(tl.int64)
     if program == 0:
         check_offsets(query_offsets_ptr, G, Q, max_queries, BLOCK=128)
@@ -432,11 +432,7 @@ def forward(c: Call, tile: Tile, out: Tensor, lse: Tensor, scores: Tensor | None
         out,
         lse,
         *c.strides,
-        c.G,
-        c.H,
-        c.Q,
-        c.K,
-        c.E,
+        *c.sizes,
         *c.most,
         blocks,
         c.scale,
@@ -454,10 +450,7 @@ def forward(c: Call, tile: Tile, out: Tensor, lse: Tensor, scores: Tensor | None
         lse,
         scores,
         *c.strides[:4],
-        c.G,
-        c.H,
-        c.Q,
-        c.E,
+        *c.sizes[:4],
         blocks,
         c.scale,
         **c.channels,
@@ -494,9 +487,7 @@ def backward(
         inverse,
         grad_q,
         *c.strides,
-        c.G,
-        c.H,
-        c.Q,
+        *c.sizes[:3],
         blocks,
         c.scale,
         **c.channels,
@@ -517,9 +508,7 @@ def backward(
         grad_k,
         grad_v,
         *c.strides,
-        c.G,
-        c.H,
-        c.Q,
+        *c.sizes[:3],
         blocks,
         c.scale,
         **c.channels,

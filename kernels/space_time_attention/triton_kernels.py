@@ -178,8 +178,8 @@ def ahead_of_time() -> None:
     for D, size in itertools.product((32, 80), sizes[1:4]):
         _launch(D, torch.bfloat16, *size, shared=True)
     _launch(64, torch.float16, *sizes[1], shared=True)
-    for D, size in itertools.product((64, 128), (785, 8, 32, 64, 128)):
-        _launch(D, torch.float32, size, size, scores="mean", shared=True)
+    for D, keys in itertools.product((64, 128), (785, 8, 32, 64, 128)):
+        _launch(D, torch.float32, 785, keys, scores="mean", shared=True)
 
 
 def _launch(

@@ -61,6 +61,7 @@ class Call:
         self.Q, self.H, self.D = q.shape
         self.K = k.shape[0]
         self.E = self.K if key_rows is None else key_rows.shape[0]
+        self.sizes = (self.G, self.H, self.Q, self.E, self.K)
         self.channels = {"D": self.D, "BLOCK_D": triton.next_power_of_2(self.D)}
 
     def blocks(self, of: int, size: int) -> tuple[int, int, bool]:

@@ -36,7 +36,7 @@ def packed_work(query_offsets_ptr, key_offsets_ptr, G, H, PACK: tl.constexpr):
     return item % H, first_query, queries, first_key, keys
 
 
-@triton.jit(do_not_specialize=["G", "H", "Q", "K", "E", "max_queries", "max_keys"])
+@triton.jit(do_not_specialize=["G", "H", "Q", "E", "K", "max_queries", "max_keys"])
 def packed_forward_kernel(
     q_ptr,  # [Q, H, D]
     k_ptr,  # [K, H, D]
@@ -57,8 +57,8 @@ def packed_forward_kernel(
     G,
     H,
     Q,
-    K,
     E,
+    K,
     max_queries,
     max_keys,
     scale,
@@ -179,11 +179,7 @@ def forward(c: Call, tile: Tile, out: Tensor, lse: Tensor, scores: Tensor | None
         lse,
         scores,
         *c.strides,
-        c.G,
-        c.H,
-        c.Q,
-        c.K,
-        c.E,
+        *c.sizes,
         *c.most,
         c.scale,
         **c.channels,
@@ -214,9 +210,7 @@ def backward(
         grad_k,
         grad_v,
         *c.strides,
-        c.G,
-        c.H,
-        c.Q,
+        *c.sizes[:3],
         c.scale,
         **c.channels,
         PACK=PACK,

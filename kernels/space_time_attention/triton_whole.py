@@ -1,11 +1,10 @@
 """Whole groups: at most 128 keys, all of them in one block, so that a row has a plain softmax.
 
-Forward a program has a block of queries. Backward it has them all, block after block, and keeps the
-sums of the keys' and the values' gradients in registers. The limit is the memory: 4 queries * keys
-* D FLOPs for (2 queries + 2 keys) * D numbers are at most 128 a byte in half floats, less than the
-150 to 300 at which tensor cores become the limit; backward it is 10 * queries * keys * D FLOPs for
-(3 queries + 4 keys) * D numbers, at most 183 a byte. float32 has no tensor cores: it is bound by
-its FLOPs from about 20 keys on.
+Forward a program has a block of queries. Backward it has them all, block after block, and keeps
+the sums of the keys' and the values' gradients in registers. The limit is the memory: forward
+4 queries * keys * D FLOPs for (2 queries + 2 keys) * D numbers, backward 10 for (3 queries + 4 keys)
+* D. In half floats, with as many queries as keys, that is 1/2 and 5/7 of the keys a byte; tensor
+cores become the limit at 150 to 300. float32 has none: FLOPs are its limit from about 40 keys on.
 """
 
 import triton
@@ -26,7 +25,7 @@ from .triton_softmax import (
 )
 
 
-@triton.jit(do_not_specialize=["G", "H", "Q", "K", "E", "blocks", "max_queries", "max_keys"])
+@triton.jit(do_not_specialize=["G", "H", "Q", "E", "K", "blocks", "max_queries", "max_keys"])
 def whole_forward_kernel(
     q_ptr,  # [Q, H, D]
     k_ptr,  # [K, H, D]
@@ -47,8 +46,8 @@ def whole_forward_kernel(
     G,
     H,
     Q,
-    K,
     E,
+    K,
     max_queries,
     max_keys,
     blocks,
@@ -59,7 +58,7 @@ def whole_forward_kernel(
     BLOCK_N: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """A block of queries, or for mean scores all queries, of a group and a head."""
+    """A block of queries, or for mean scores all, of a group and a head; bound by memory."""
     program = tl.program_id(0).to(tl.int64)
     if program == 0:
         check_offsets(query_offsets_ptr, G, Q, max_queries, BLOCK=128)
@@ -132,7 +131,7 @@ def whole_backward_kernel(
     SCORES: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """All gradients of a group and a head."""
+    """All gradients of a group and a head; bound by memory, 3 rows a query and 4 a key pass."""
     program = tl.program_id(0).to(tl.int64)
     h, g = program % H, program // H
     first_query, queries = span(query_offsets_ptr, g, True)
@@ -197,11 +196,7 @@ def forward(c: Call, tile: Tile, out: Tensor, lse: Tensor, scores: Tensor | None
         lse,
         scores,
         *c.strides,
-        c.G,
-        c.H,
-        c.Q,
-        c.K,
-        c.E,
+        *c.sizes,
         *c.most,
         blocks,
         c.scale,
@@ -232,9 +227,7 @@ def backward(
         grad_k,
         grad_v,
         *c.strides,
-        c.G,
-        c.H,
-        c.Q,
+        *c.sizes[:3],
         c.scale,
         **c.channels,
         **tile.blocks,
