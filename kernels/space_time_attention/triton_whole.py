@@ -2,7 +2,7 @@
 
 Forward a program has a block of queries. Backward it has them all, block after block, and keeps
 the sums of the keys' and the values' gradients in registers. The limit is the memory: forward
-4 queries * keys * D FLOPs for (2 queries + 2 keys) * D numbers, backward 10 for (3 queries + 4 keys)
+4 queries * keys * D FLOPs for 2 (queries + keys) * D numbers, backward 10 for (3 queries + 4 keys)
 * D. In half floats, with as many queries as keys, that is 1/2 and 5/7 of the keys a byte; tensor
 cores become the limit at 150 to 300. float32 has none: FLOPs are its limit from about 40 keys on.
 """
