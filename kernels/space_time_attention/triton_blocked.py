@@ -409,6 +409,7 @@ def key_backward_kernel(
             scale,
             SCORES,
             KEYS_FIRST=True,
+            SAME_BITS=inverse_ptr is not None,  # as delta and the inverse were added up
         )
         if inverse_ptr is not None:
             inverse = tl.load(inverse_ptr + h * Q + query, mask=real_query, other=0.0)

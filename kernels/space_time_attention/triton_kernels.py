@@ -152,7 +152,7 @@ def _float32_tile(max_keys: int, D: int) -> Tile:
 
     Blocked groups have the same blocks in both backward kernels, and so the same rounding.
     """
-    if max_keys <= (128 if D <= 64 else 64):
+    if max_keys <= (64 if D <= 64 else 32):
         N = max(SLOT, triton.next_power_of_2(max_keys))
         return Tile("whole", M=16, N=N, warps=4 if N == SLOT else 8)
     side = 32 if D <= 64 else 16
@@ -182,7 +182,7 @@ def ahead_of_time() -> None:
     for D, size in itertools.product((32, 80), sizes[1:4]):
         _launch(D, torch.bfloat16, *size, shared=True)
     _launch(64, torch.float16, *sizes[1], shared=True)
-    for D, keys in itertools.product((64, 128), (785, 8, 32, 64, 128)):
+    for D, keys in itertools.product((64, 128), (785, 8, 32, 64)):
         _launch(D, torch.float32, 785, keys, scores="mean", shared=True)
 
 

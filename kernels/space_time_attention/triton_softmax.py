@@ -43,11 +43,14 @@ def key_scores(weights, total, i, real_query, queries, SCORES: tl.constexpr):
 
 
 @triton.jit
-def products(queries, keys, KEYS_FIRST: tl.constexpr):
-    """Of every query's and key's row; the same in either order, in float32 to the last bit."""
+def products(queries, keys, KEYS_FIRST: tl.constexpr, SAME_BITS: tl.constexpr):
+    """Of every query's and key's row; with SAME_BITS rounded in either order as without KEYS_FIRST.
+
+    That takes more registers.
+    """
     if not KEYS_FIRST:
         return multiply(queries, transpose(keys))
-    elif queries.dtype == tl.float32:
+    elif SAME_BITS:
         return transpose(multiply(queries, transpose(keys)))
     else:
         return multiply(keys, transpose(queries))
@@ -66,15 +69,16 @@ def weights_back(
     scale,
     SCORES: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
+    SAME_BITS: tl.constexpr = False,
 ):
     """The weights, from the log-sum-exp, and the gradient that reaches them.
 
     Both are [queries, keys] or, with KEYS_FIRST, [keys, queries]. So are `lse`, `grad_score`,
     `first_query` and `real`, with 1 in place of a length where all are the same.
     """
-    logits = products(q, k, KEYS_FIRST) * (scale * LOG2_E)
+    logits = products(q, k, KEYS_FIRST, SAME_BITS) * (scale * LOG2_E)
     weights = tl.where(real, tl.exp2(logits - lse * LOG2_E), 0.0)
-    grads = products(grad_out, v, KEYS_FIRST)
+    grads = products(grad_out, v, KEYS_FIRST, SAME_BITS)
     if SCORES == "cls":
         grads += tl.where(first_query, grad_score, 0.0)
     elif SCORES == "mean":
