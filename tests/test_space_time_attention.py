@@ -299,13 +299,12 @@ def test_what_is_not_a_number_stays_in_its_group(dtype, where):
 
 
 def test_same_bits_every_time(where):
-    dtype = torch.float16 if where.backend == "triton" else torch.float32
-    where.skip_unless_runs(OP, dtype)
+    where.skip_unless_runs(OP)
     groups = GROUPS["frames and a global token"]().to(where.device)
-    repeats = 3 if where.backend == "triton" and where.device == "cpu" else 100
-    first = run(groups, 2, 64, dtype, where.device, where.backend, "mean")
+    repeats = 1 if where.backend == "triton" and where.device == "cpu" else 100
+    first = run(groups, 2, 64, torch.float32, where.device, where.backend, "mean")
     for _ in range(repeats):
-        again = run(groups, 2, 64, dtype, where.device, where.backend, "mean")
+        again = run(groups, 2, 64, torch.float32, where.device, where.backend, "mean")
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -325,12 +324,11 @@ def test_threads_change_no_bit():
 @pytest.mark.parametrize("name", ["frames", "frames and a global token", "no rows"])
 @pytest.mark.parametrize("scores", ["", "cls"])
 def test_opcheck(name, scores, where):
-    dtype = torch.float16 if where.backend == "triton" else torch.float32
-    where.skip_unless_runs(OP, dtype)
+    where.skip_unless_runs(OP)
     groups = GROUPS[name]().to(where.device)
     q, k, v = (
         (x.detach() if x.numel() else x.new_empty(x.shape)).requires_grad_()  # opcheck cannot clone
-        for x in fused(groups, 1, 32, dtype, where.device)  # strided tensors of no rows
+        for x in fused(groups, 1, 32, torch.float32, where.device)  # strided tensors of no rows
     )
     index = (groups.query_offsets, groups.key_offsets, groups.query_rows, groups.key_rows)
     index += (
