@@ -1,6 +1,15 @@
 """The ops, one line each; `help(op)` gives shapes, dtypes and errors."""
 
 from vidl.kernels.masked_patch_embed import masked_patch_embed
+from vidl.kernels.select_tokens import Selected, gumbel_scores, kept_count, select_tokens
 from vidl.kernels.space_time_attention import Groups, space_time_attention
 
-__all__ = ["Groups", "masked_patch_embed", "space_time_attention"]
+__all__ = [
+    "Groups",
+    "Selected",
+    "gumbel_scores",
+    "kept_count",
+    "masked_patch_embed",
+    "select_tokens",
+    "space_time_attention",
+]
