@@ -25,6 +25,12 @@ ROUNDINGS = ("ceil", "floor", "floor_min_one", "drop_floor")
 FLOATING = (*library.DTYPES, torch.float64)  # float64 only for the reference
 
 
+def _limits(backend: str, dtype: torch.dtype, rows: int = 0) -> str | None:
+    if backend == "triton" and rows >= 2**21:
+        return f"it counts fewer than {2**21} rows of a sample, not {rows}"
+    return None
+
+
 class Selected(NamedTuple):
     """What `select_tokens` returns.
 
@@ -138,6 +144,7 @@ library.define(
         module=__package__,
         fake=_fake,
         flops=_flops,
+        limits=_limits,
         setup_context=_setup_context,
         backward=_backward,
     )
@@ -205,16 +212,18 @@ def select_tokens(
     high = torch.promote_types(x.dtype, torch.float32)
     ranks = (scores if rank_by is None else rank_by).detach().to(high)
     weights = scores.to(high) if fuse else None
-    backend = library.choose(backend, "select_tokens", x.device.type, x.dtype)
+    backend = library.choose(
+        backend, "select_tokens", x.device.type, x.dtype, rows=scores.shape[-1]
+    )
     run = reference.select_tokens
     if backend != "reference":
         run = library.kernel("select_tokens", backend)
     if cu_seqlens is not None:
         cu_kept, num_kept = _packed_counts(cu_seqlens, keep, rounding, num_kept, prefix)
         rows = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-        found = run(
-            rows, ranks, weights, cu_seqlens, cu_kept, num_kept, prefix, order, fuse or ""
-        )[:4]
+        found = run(rows, ranks, weights, cu_seqlens, cu_kept, num_kept, prefix, order, fuse or "")[
+            :4
+        ]
         return Selected(found[0].view(-1, *x.shape[1:]), *found[1:])
 
     if num_kept is not None:

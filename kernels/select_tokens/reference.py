@@ -46,7 +46,7 @@ def _packed(
     order: str,
     fuse: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, (total, C) = cu_seqlens.shape[0] - 1, x.shape
+    B, total = cu_seqlens.shape[0] - 1, x.shape[0]
     _check(cu_seqlens, cu_kept, total, num_kept, prefix)
     row = torch.arange(total, device=x.device)
     sample = torch.searchsorted(cu_seqlens[1:], row.to(cu_seqlens.dtype), right=True)
