@@ -168,20 +168,21 @@ VIDL_EACH_CPU void add_scaled_lines(const void* data, Dtype dtype, const int64_t
 
 // to[at + i] = from[i] * scale
 VIDL_EACH_CPU void scale_to(const float* from, float scale, void* to, Dtype dtype, int64_t at,
-                            int64_t count){
-    VIDL_FLOATING(dtype, T,
-                  {
-                    T* line = static_cast<T*>(to) + at;
-                    for (int64_t i = 0; i < count; i++) line[i] = static_cast<T>(from[i] * scale);
-                  })}
+                            int64_t count){VIDL_FLOATING(dtype, T,
+                                                         {
+                                                           T* line = static_cast<T*>(to) + at;
+                                                           for (int64_t i = 0; i < count; i++)
+                                                             line[i] =
+                                                                 static_cast<T>(from[i] * scale);
+                                                         })}
 
 // to[i] = from[start + i]
-VIDL_EACH_CPU void widen(const void* from, Dtype dtype, int64_t start, float* to, int64_t count){
-    VIDL_FLOATING(dtype, S,
-                  {
-                    const S* line = static_cast<const S*>(from) + start;
-                    for (int64_t i = 0; i < count; i++) to[i] = static_cast<float>(line[i]);
-                  })}
+VIDL_EACH_CPU void widen(const void* from, Dtype dtype, int64_t start, float* to, int64_t count) {
+  VIDL_FLOATING(dtype, S, {
+    const S* line = static_cast<const S*>(from) + start;
+    for (int64_t i = 0; i < count; i++) to[i] = static_cast<float>(line[i]);
+  })
+}
 
 template <class S>
 VIDL_INLINE float dot_block(const S* a, const float* b, int64_t count) {
@@ -284,13 +285,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(
   const int64_t extra = prefix + fuses(fuse);
   const int64_t rows = packed ? keep + B * extra : B * (keep + extra);
   Tensor tokens = packed ? new_empty(x, {rows, C}) : new_empty(x, {B, keep + extra, C});
-  Tensor ids = packed ? new_empty(x, {keep}, ScalarType::Long)
-                      : new_empty(x, {B, keep}, ScalarType::Long);
+  Tensor ids =
+      packed ? new_empty(x, {keep}, ScalarType::Long) : new_empty(x, {B, keep}, ScalarType::Long);
   Tensor inverse = new_empty(x, ranks.sizes(), ScalarType::Long);
   Tensor offsets = new_empty(x, {B + 1}, ScalarType::Int);
   const bool divides = fuse == "mean";
-  Tensor mean = divides ? new_empty(x, {B, C}, ScalarType::Float)
-                        : new_empty(x, {0}, ScalarType::Float);
+  Tensor mean =
+      divides ? new_empty(x, {B, C}, ScalarType::Float) : new_empty(x, {0}, ScalarType::Float);
   Tensor mass = new_empty(x, {divides ? B : 0}, ScalarType::Float);
 
   int64_t* const all_ids = ids.mutable_data_ptr<int64_t>();
@@ -400,9 +401,8 @@ std::tuple<Tensor, Tensor> select_tokens_bwd(Tensor grad_tokens, OptionalTensor 
       const int64_t n = row - samples.begin(b) - prefix, scored = samples.scored(b) + n;
       const int64_t place = n < 0 ? n : places[scored];
       const bool stays = n < 0 || place >= 0;
-      const float given = stays || weight.data == nullptr
-                              ? 0.0f
-                              : samples.in(weight, b)[n * weight.token];
+      const float given =
+          stays || weight.data == nullptr ? 0.0f : samples.in(weight, b)[n * weight.token];
       const bool used = !stays && weight.data != nullptr && std::isfinite(given);
       if (need_x && stays) {
         std::memcpy(to + row * bytes, from + (ends[b] + prefix + place) * bytes, bytes);
@@ -414,8 +414,8 @@ std::tuple<Tensor, Tensor> select_tokens_bwd(Tensor grad_tokens, OptionalTensor 
       if (!need_weights || (n < 0 && !packed)) continue;
       float grad = 0.0f;
       if (used) {
-        const int64_t start = packed ? row * x->stride(0)
-                                     : b * x->stride(0) + (prefix + n) * x->stride(1);
+        const int64_t start =
+            packed ? row * x->stride(0) : b * x->stride(0) + (prefix + n) * x->stride(1);
         grad = dot(x->data_ptr(), dtype, start, fused.grads.data() + b * C, C);
         grad = (grad - fused.shift[b]) * fused.scale[b];
       }
