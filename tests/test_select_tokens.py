@@ -43,9 +43,8 @@ class Case:
         if self.packed:
             sizes = [self.prefix + n for n in self.lengths]
             offsets = torch.tensor([0, *sizes]).cumsum(0).int().to(device)
-            rows = [torch.cat([x[:0, 0], *(x[b, :n] for b, n in enumerate(sizes))])]
-            rows += [torch.cat([scores[:0, 0], *(scores[b, :n] for b, n in enumerate(sizes))])]
-            return *rows, offsets
+            real = (torch.arange(N) < torch.tensor(sizes)[:, None]).to(device) if B else ...
+            return x[real].reshape(-1, self.C), scores[real].reshape(-1), offsets
         if self.strided:  # every other channel of every other row, in the other order of memory
             wide = torch.full((2 * N, B, 2 * self.C), NAN, device=device, dtype=dtype)
             wide[::2, :, ::2] = x.transpose(0, 1)
@@ -143,18 +142,19 @@ def test_the_order_is_total(backend):
             assert sorted(inverse) == [-1] * (N - K) + list(range(K))
 
 
-@pytest.mark.parametrize("N", [1568, 5000])
-def test_long_samples(N, where):
+@pytest.mark.parametrize("N, order", [(1200, "index"), (1568, "score"), (5000, "index")])
+def test_long_samples(N, order, where):
     where.skip_unless_runs(OP)
+    if where.backend == "triton" and where.device == "cpu" and N > 1200:
+        pytest.skip("minutes in Triton's interpreter")
     scores = torch.randint(0, 200, (1, N)) / 7.0
-    for order in ("score", "index"):
-        found = select_tokens(
-            torch.arange(N, dtype=torch.float32).view(1, N, 1).to(where.device),
-            scores.to(where.device), 0.3, order=order, backend=where.backend,
-        )  # fmt: skip
-        expected = plain(scores[0].tolist(), math.ceil(0.3 * N), order)
-        assert found.ids_keep[0].tolist() == expected
-        assert found.tokens.flatten().tolist() == expected
+    x = torch.arange(N, dtype=torch.float32).view(1, N, 1)
+    found = select_tokens(
+        x.to(where.device), scores.to(where.device), 0.3, order=order, backend=where.backend
+    )
+    expected = plain(scores[0].tolist(), math.ceil(0.3 * N), order)
+    assert found.ids_keep[0].tolist() == expected
+    assert found.tokens.flatten().tolist() == expected
 
 
 @pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
@@ -256,16 +256,21 @@ def test_a_mean_of_nothing_is_zero(backend):
 def test_gradcheck(name):
     case = CASES[name]
     x, scores, offsets = case.inputs(torch.float64, "cpu")
-    x, scores = x[..., :2].clone().requires_grad_(), scores.double().requires_grad_()
+    leaves = x[..., :2].clone().requires_grad_(), scores.double().requires_grad_()
 
-    def op(x, scores):
+    def op(x, weights):
         return select_tokens(
-            x, scores, case.keep, rank_by=scores.detach() if case.ties else None,
-            order=case.order, fuse=case.fuse, cu_seqlens=offsets, prefix=case.prefix,
-        ).tokens  # fmt: skip
+            x,
+            weights,
+            case.keep,
+            rank_by=scores,  # the steps of the check must not choose other tokens
+            order=case.order,
+            fuse=case.fuse,
+            cu_seqlens=offsets,
+            prefix=case.prefix,
+        ).tokens
 
-    assert select_tokens(x, scores.detach(), 1.0, prefix=case.prefix, cu_seqlens=offsets)
-    assert torch.autograd.gradcheck(op, (x, scores), eps=1e-7)
+    assert torch.autograd.gradcheck(op, leaves)
 
 
 @pytest.mark.parametrize("name", ["EViT", "packed mean", "by index"])
@@ -404,7 +409,7 @@ def test_kept_count_is_that_of_the_sources():
             assert kept_count(n, rate, "floor_min_one") == min(n, max(1, int(n * rate)))
             assert kept_count(n, drop, "drop_floor") == n - int(rate * n)
     assert kept_count(10, 0.9, "drop_floor") == kept_count(10, 1 - 0.1, "drop_floor") == 9
-    assert kept_count(30, 0.1) == 4  # 0.1 * 30 > 3 in floating point, in EViT too
+    assert kept_count(50, 0.14) == 8  # 0.14 * 50 > 7 in floating point, in EViT too
 
 
 @pytest.mark.parametrize("rounding", ["ceil", "floor", "floor_min_one", "drop_floor"])
