@@ -21,7 +21,7 @@ def stack(**options):
     blocks = nn.ModuleList()
     for layer in range(12):
         pruning = options if layer in PRUNING else {}
-        blocks.append(PrunedBlock(WIDTH, HEADS, qkv_bias=True, init_values=0.5, **pruning))
+        blocks.append(PrunedBlock(WIDTH, HEADS, 1.0, True, init_values=0.5, **pruning))
         blocks[-1].attn.qkv.weight.data *= 4
     return blocks
 

@@ -55,9 +55,9 @@ def _fake(x, ranks, weights, cu_seqlens, cu_kept, keep, prefix, order, fuse):
     C, extra = x.shape[-1], prefix + bool(fuse)
     B = ranks.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if cu_seqlens is None:
-        tokens, ids = x.new_empty(B, keep + extra, C), (B, keep)
+        tokens, ids = x.new_empty(B, keep + extra, C), [B, keep]
     else:
-        tokens, ids = x.new_empty(keep + B * extra, C), (keep,)
+        tokens, ids = x.new_empty(keep + B * extra, C), [keep]
     mean = (B, C) if fuse == "mean" else (0,)
     return (
         tokens,

@@ -435,9 +435,10 @@ def select_tokens(
     samples = _Samples(x, cu_seqlens, prefix)
     B, C, extra = samples.B, samples.C, prefix + bool(fuse)
     if cu_seqlens is None:
-        tokens, ids = x.new_empty(B, keep + extra, C), (B, keep)
+        tokens, ids = x.new_empty(B, keep + extra, C), [B, keep]
     else:
-        tokens, ids = x.new_empty(keep + B * extra, C), (keep,)
+        tokens, ids = x.new_empty(keep + B * extra, C), [keep]
+    if cu_kept is not None:
         cu_kept = cu_kept.contiguous()
         if library.interpreting():
             samples.check(cu_kept, keep)
@@ -554,6 +555,7 @@ class _Samples:
 
     def check(self, cu_kept: Tensor, num_kept: int) -> None:
         """What the kernel asserts on CUDA: Triton's interpreter leaves assertions out."""
+        assert self.cu_seqlens is not None
         offsets, kept = self.cu_seqlens.tolist(), cu_kept.tolist()
         lengths = [b - a - self.prefix for a, b in itertools.pairwise(offsets)]
         if offsets[0] != 0 or offsets[-1] != self.total or min(lengths, default=0) < 0:
@@ -569,7 +571,7 @@ class _Samples:
 
 
 def _strides(numbers: Tensor) -> tuple[int, int]:
-    return (0, *numbers.stride())[-2:]
+    return numbers.stride(0) if numbers.ndim == 2 else 0, numbers.stride(-1)
 
 
 def _block(n: int, most: int) -> int:

@@ -91,7 +91,7 @@ class PrunedBlock(nn.Module):
             TypeError: it is no such block.
             ValueError: it has what this block cannot do: attention dropout or a gate.
         """
-        attention = getattr(block, "attn", None)
+        attention: Any = getattr(block, "attn", None)
         if type(block).__name__ != "Block" or type(attention).__name__ != "Attention":
             raise TypeError(
                 "need timm's vision_transformer.Block with its Attention, got "
