@@ -26,8 +26,8 @@ RIVALS_PER_STEP = 64
 # Elements of a tile of rows, and columns that a program which copies takes, at most.
 TILE = 8192
 COLUMNS = 8192
-# Rows and columns that are added up at a time.
-FUSED_ROWS, FUSED_COLUMNS = 32, 64
+# Elements of a tile of rows that are added up, and its rows, at most.
+FUSED_TILE, FUSED_ROWS = 2048, 32
 # debug keeps the assertions about indices; it would also check every addition for overflow.
 OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
 
@@ -449,7 +449,9 @@ def select_tokens(
     mean, mass = ranks.new_empty(mean_shape), ranks.new_empty(mean_shape[:1])
     divides = fuse == "mean"
     block_n, block_c = samples.tile()
-    chunks, slices = samples.chunks(COLUMNS), triton.cdiv(C, FUSED_COLUMNS) if fuse else 0
+    fused_rows = _block(samples.N or samples.total, FUSED_ROWS)
+    fused_columns = _block(C, FUSED_TILE // fused_rows)
+    chunks, slices = samples.chunks(COLUMNS), triton.cdiv(C, fused_columns) if fuse else 0
     programs = samples.programs(block_n) * chunks + B * slices
     with _device(x):
         select_kernel[(programs,)](
@@ -466,8 +468,8 @@ def select_tokens(
             BLOCK_N=block_n,
             BLOCK_C=block_c,
             COLUMNS=COLUMNS,
-            FUSED_ROWS=FUSED_ROWS,
-            FUSED_COLUMNS=FUSED_COLUMNS,
+            FUSED_ROWS=fused_rows,
+            FUSED_COLUMNS=fused_columns,
             **OPTIONS,
         )  # fmt: skip
     return tokens, found, inverse, offsets, mean, mass
