@@ -537,7 +537,7 @@ class _Samples:
 
     def tile(self, most: int = TILE) -> tuple[int, int]:
         """Rows and columns that a program holds at a time, at most so many elements."""
-        columns = _block(self.C, 256 if self.C <= 4096 else 2048)
+        columns = _block(self.C, 256 if self.C <= 4096 else 1024)
         longest = self.prefix + self.N if self.cu_seqlens is None else self.total
         return _block(longest, min(32, most // columns)), columns
 
