@@ -50,6 +50,12 @@ GROUPS = {
 }
 
 
+SMALL_GROUPS = {
+    "two frames": lambda: Groups.spatial(torch.tensor([[3, 7, 19, 25, 30]]), GRID),
+    "two frames and a global token": lambda: SMALL_GROUPS["two frames"]().with_global(),
+}
+
+
 def fused(groups, H, D, dtype, device):
     """q, k, v as slices of one buffer, with NaN around every row; the same numbers each time."""
     generator = torch.Generator().manual_seed(groups.num_queries * 31 + groups.num_keys)
@@ -110,14 +116,31 @@ def assert_right(dtype, *results):
         assert_as_accurate(ours, low, true, dtype, order=0.01)
 
 
+def interpreted(where):
+    return where.backend == "triton" and where.device == "cpu"
+
+
 def heads(where):
-    return 1 if where.backend == "triton" and where.device == "cpu" else 3
+    return 1 if interpreted(where) else 3
+
+
+# What Triton's interpreter, which is slow, is tested with.
+FEW = (
+    "one row each",
+    "frames and a global token",
+    "caption and patches",
+    "queries without keys",
+    "keys without queries",
+    "no groups",
+)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "mean, given the log-sum-exp"])
 @pytest.mark.parametrize("name", GROUPS)
 def test_as_accurate_as_torch(name, kind, dtype, where):
     where.skip_unless_runs(OP, dtype)
+    if interpreted(where) and name not in FEW:
+        pytest.skip("slow in Triton's interpreter")
     kind, given = kind.split(",")[0], "given" in kind
     groups = GROUPS[name]()
     assert_right(dtype, list(three_ways(groups, heads(where), 64, dtype, where, kind, given)))
@@ -127,7 +150,9 @@ def test_as_accurate_as_torch(name, kind, dtype, where):
 @pytest.mark.parametrize("D", [3, 24, 80, 128])
 def test_head_sizes(D, kind, dtype, where):
     where.skip_unless_runs(OP, dtype)
-    names = ("frames", "caption and patches", "frames and a global token")
+    names = ("caption and patches", "queries without keys")
+    if not interpreted(where):
+        names += ("frames and a global token", "frames")
     assert_right(
         dtype,
         *(list(three_ways(GROUPS[name](), heads(where), D, dtype, where, kind)) for name in names),
@@ -174,8 +199,8 @@ def fuzz(seed, count, dtype, where, most, longest):
 @pytest.mark.parametrize("seed", range(3))
 def test_any_groups(seed, dtype, where):
     where.skip_unless_runs(OP, dtype)
-    if where.backend == "triton" and where.device == "cpu":
-        fuzz(seed, 2, dtype, where, most=3, longest=17)
+    if interpreted(where):
+        fuzz(seed, 2, dtype, where, most=2, longest=17)
     else:
         fuzz(seed, 8, dtype, where, most=6, longest=129 if dtype == torch.float32 else 65)
 
@@ -257,8 +282,10 @@ def test_the_log_sum_exp_does_not_change_the_gradient():
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_values_and_keys_give_no_nan(kind, where):
     where.skip_unless_runs(OP)
-    groups = GROUPS["ragged"]().to(where.device)
-    zeros = [torch.zeros(131, 2, 32, device=where.device, requires_grad=True) for _ in range(3)]
+    groups = GROUPS["queries without keys"]().to(where.device)
+    zeros = [
+        torch.zeros(rows, 2, 32, device=where.device, requires_grad=True) for rows in (9, 20, 20)
+    ]
     q, k, v = zeros
     scores = token_scores(q, k, groups, kind, **options(kind, v), backend=where.backend)
     expected = token_scores(q, k, groups, kind, **options(kind, v), backend="reference")
@@ -272,15 +299,15 @@ def test_zero_values_and_keys_give_no_nan(kind, where):
 @pytest.mark.parametrize("bad", ["nan", "inf"])
 def test_what_is_not_a_number_stays_in_its_group(bad, kind, where):
     where.skip_unless_runs(OP)
-    groups = Groups.joint(torch.tensor([0, 20, 55, 70]).int(), 70, 35).to(where.device)
+    groups = Groups.joint(torch.tensor([0, 10, 27, 35]).int(), 35, 17).to(where.device)
     q, k, v = (x.detach().clone() for x in fused(groups, 2, 64, torch.float32, where.device))
     clean = token_scores(q, k, groups, kind, **options(kind, v), backend=where.backend)
     for tensor in (q, k, v):
-        tensor[20:55:7] = float(bad)
+        tensor[10:27:4] = float(bad)
     q, k, v = leaves = [x.requires_grad_() for x in (q, k, v)]
     scores = token_scores(q, k, groups, kind, **options(kind, v), backend=where.backend)
-    assert scores[20:55].isnan().any()
-    for rows in (slice(0, 20), slice(55, 70)):
+    assert scores[10:27].isnan().any()
+    for rows in (slice(0, 10), slice(27, 35)):
         assert torch.equal(scores[rows], clean[rows])
         if kind == "similarity":
             continue
@@ -293,8 +320,8 @@ def test_what_is_not_a_number_stays_in_its_group(bad, kind, where):
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_bits_every_time(kind, where):
     where.skip_unless_runs(OP)
-    groups = GROUPS["frames and a global token"]().to(where.device)
-    repeats = 2 if where.backend == "triton" and where.device == "cpu" else 50
+    groups = SMALL_GROUPS["two frames and a global token"]().to(where.device)
+    repeats = 1 if interpreted(where) else 50
     first = run(groups, 2, 64, torch.float32, where.device, where.backend, kind)
     for _ in range(repeats):
         again = run(groups, 2, 64, torch.float32, where.device, where.backend, kind)
@@ -322,15 +349,16 @@ def test_any_stride(where):
                 lambda x: x.mT.contiguous().mT,
             )
         ]
-        assert all(torch.equal(scores[0], each) for each in scores[1:])
+        for each in scores[1:]:
+            torch.testing.assert_close(each, scores[0], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["frames", "frames and a global token", "no rows"])
+@pytest.mark.parametrize("name", [*SMALL_GROUPS, "no rows"])
 @pytest.mark.parametrize("kind", [*KINDS, "mean, given the log-sum-exp"])
 def test_opcheck(name, kind, where):
     where.skip_unless_runs(OP)
     kind, given = kind.split(",")[0], "given" in kind
-    groups = GROUPS[name]().to(where.device)
+    groups = (GROUPS | SMALL_GROUPS)[name]().to(where.device)
     q, k, v = (
         (x.detach() if x.numel() else x.new_empty(x.shape)).requires_grad_()  # opcheck cannot clone
         for x in fused(groups, 1, 32, torch.float32, where.device)  # strided tensors of no rows
@@ -434,11 +462,6 @@ ROWS = torch.zeros(8, 2, 32)
         (ValueError, "backend", {"backend": "flash"}),
         (
             RuntimeError,
-            "at most 256 channels, not 257",
-            {**{x: torch.zeros(8, 1, 257) for x in "qk"}, "backend": "compiled"},
-        ),
-        (
-            RuntimeError,
             "not in float64",
             {**{x: ROWS.double() for x in "qk"}, "backend": "compiled"},
         ),
@@ -447,6 +470,12 @@ ROWS = torch.zeros(8, 2, 32)
 def test_misuse_is_explained(error, text, change):
     with pytest.raises(error, match=text):
         token_scores(**({"q": ROWS, "k": ROWS, "groups": SMALL} | change))
+
+
+def test_long_heads():
+    assert "at most 128 channels, not 129" in library.OPS[OP].limits(
+        "triton", dtype=torch.float32, head_size=129
+    )
 
 
 @pytest.mark.parametrize(

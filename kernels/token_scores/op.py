@@ -25,11 +25,11 @@ from . import reference
 
 Kind = Literal["cls", "mean", "value", "similarity"]
 KINDS = get_args(Kind)
-LARGEST_HEAD = 256
+LARGEST_HEAD = 128
 
 
 def _limits(backend: str, dtype: torch.dtype, head_size: int = 64) -> str | None:
-    if head_size > LARGEST_HEAD:
+    if backend == "triton" and head_size > LARGEST_HEAD:
         return f"its heads have at most {LARGEST_HEAD} channels, not {head_size}"
     return None
 
@@ -160,8 +160,9 @@ def token_scores(
     without queries gives zeros; so does "value" where all values of a group are zero.
 
     Args:
-        q: [queries, H, D] float32, float16 or bfloat16, D at most 256; any strides. "similarity"
-            does not use it: it may be None.
+        q: [queries, H, D] float32, float16 or bfloat16; D at most 128 for "triton". The last
+            dimension is contiguous, or copied; the others have any stride. "similarity" does not
+            use it: it may be None.
         k: [keys, H, D], the same dtype and device.
         groups: which queries attend to which keys, as for `space_time_attention`.
         kind: "cls", "mean", "value" or "similarity".
@@ -186,7 +187,8 @@ def token_scores(
     dtype = library.autocast_dtype(k)
     if kind == "similarity":
         q, k = None, k.detach()
-    q, k, v = (None if x is None else x.to(dtype) for x in (q, k, v))
+    k = k.to(dtype)
+    q, v = (None if x is None else x.to(dtype) for x in (q, v))
     backend = library.choose(backend, "token_scores", k.device.type, dtype, head_size=k.shape[2])
     scale = k.shape[2] ** -0.5 if scale is None else float(scale)
     index = (groups.query_offsets, groups.key_offsets, groups.query_rows, groups.key_rows)

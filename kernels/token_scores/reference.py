@@ -76,7 +76,7 @@ def _attention(
     if lse is not None:
         given = queries.of(lse.T).transpose(1, 2)[..., None]  # [G, H, max_queries, 1]
         exact = torch.where(empty, 0, torch.exp(logits - given))
-        # The value by the log-sum-exp that was given, the gradient of the softmax that it is part of
+        # The value by the log-sum-exp that was given; the gradient of the softmax it is part of.
         weights = weights + (exact - weights).detach()
     weights = torch.where(queries.real[:, None, :, None], weights, 0)
     count = queries.real.sum(1).clamp(min=1)

@@ -26,11 +26,8 @@ from vidl.kernels.space_time_attention.groups import group_of
 OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
 # Numbers of k that a program of "cls" holds at a time.
 TILE = 8192
-# Entries, and heads times channels, that are added at a time for a row that several groups share.
+# Heads times channels of a program for a row that several groups share.
 CHANNELS = 256
-# softmax works with powers of two, which the hardware has.
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 # ---- Where things are ---------------------------------------------------------------------------
@@ -180,20 +177,20 @@ def cls_forward_kernel(
         real = at + j < keys
         key = _rows(key_rows_ptr, first_key + at + j, real)
         k = _load(k_ptr, key * k_row, real, D, BLOCK_D).to(tl.float32)
-        logits = tl.sum(k * q[None, :], 1) * (scale * LOG2_E)
+        logits = tl.sum(k * q[None, :], 1) * scale
         tl.store(weights_ptr + at + j, logits, mask=real)
         # Every lane has a softmax of its own; where it has no key yet, nothing is taken from it.
         higher = tl.where(real, tl.where(logits > highest, logits, highest), highest)
-        shrink = tl.where(higher == highest, 1.0, tl.exp2(highest - higher))
-        total = total * shrink + tl.where(real, tl.exp2(logits - higher), 0.0)
+        shrink = tl.where(higher == highest, 1.0, tl.exp(highest - higher))
+        total = total * shrink + tl.where(real, tl.exp(logits - higher), 0.0)
         highest = higher
     top = tl.max(highest, 0)
-    total = tl.sum(tl.where(total == 0, 0.0, total * tl.exp2(highest - top)), 0)
+    total = tl.sum(tl.where(total == 0, 0.0, total * tl.exp(highest - top)), 0)
     tl.debug_barrier()  # other threads' products
     for at in range(0, keys, BLOCK_N):
         real = at + j < keys
         logits = tl.load(weights_ptr + at + j, mask=real, other=0.0)
-        tl.store(weights_ptr + at + j, tl.exp2(logits - top) / total, mask=real)
+        tl.store(weights_ptr + at + j, tl.exp(logits - top) / total, mask=real)
 
 
 @triton.jit(do_not_specialize=["H", "E"])
@@ -258,7 +255,7 @@ def cls_backward_kernel(
         _store(grad_q_ptr, (row * H + h) * D, grad_q[None, :], row >= 0, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["H", "E"])
+@triton.jit(do_not_specialize=["E"])
 def cls_rows_kernel(
     grad_logits_ptr,  # [H, E]
     group_ptr,  # [E]
@@ -274,23 +271,25 @@ def cls_rows_kernel(
     E,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
-    """The gradient of a row that several groups share, of one head: over its entries in order."""
+    """The gradient of a row that several groups share, of some heads: its entries in order."""
     program = tl.program_id(0).to(tl.int64)
-    row = program // H
-    h = program % H
+    blocks = tl.cdiv(H, BLOCK_H)
+    row = program // blocks
+    h = program % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     begin = tl.load(entry_offsets_ptr + row)
     end = tl.load(entry_offsets_ptr + row + 1)
-    grad_k = tl.zeros([BLOCK_D], tl.float32)
+    grad_k = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     for i in range(begin, end):
         entry = tl.load(entries_ptr + i).to(tl.int64)
         tl.device_assert((entry >= 0) & (entry < E), "entries are out of range")
         first_query, queries = _span(query_offsets_ptr, tl.load(group_ptr + entry))
         if queries > 0:
-            q, _ = _first_query(q_ptr + h * q_head, query_rows_ptr, first_query, q_row, D, BLOCK_D)
-            grad_k += tl.load(grad_logits_ptr + h * E + entry) * q
-    here = (tl.zeros([1], tl.int64) + row * H + h) * D
-    _store(grad_k_ptr, here, grad_k[None, :], here >= 0, D, BLOCK_D)
+            query = _rows(query_rows_ptr, first_query + tl.zeros([BLOCK_H], tl.int32), h < H)
+            q = _load(q_ptr, query * q_row + h * q_head, h < H, D, BLOCK_D).to(tl.float32)
+            grad_k += tl.load(grad_logits_ptr + h * E + entry, mask=h < H, other=0.0)[:, None] * q
+    _store(grad_k_ptr, (row * H + h) * D, grad_k, h < H, D, BLOCK_D)
 
 
 # ---- value --------------------------------------------------------------------------------------
@@ -436,13 +435,13 @@ def lse_kernel(
         real_key = j < keys
         key = _rows(key_rows_ptr, first_key + j, real_key)
         k = _load(k_ptr + h * k_head, key * k_row, real_key, D, BLOCK_D)
-        logits = _multiply(q, tl.trans(k)) * (scale * LOG2_E)
+        logits = _multiply(q, tl.trans(k)) * scale
         logits = tl.where(real_key[None, :], logits, float("-inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
-        weights = tl.exp2(logits - higher[:, None])
-        total = total * tl.exp2(highest - higher) + tl.sum(weights, 1)
+        weights = tl.exp(logits - higher[:, None])
+        total = total * tl.exp(highest - higher) + tl.sum(weights, 1)
         highest = higher
-    lse = (highest + tl.log2(tl.where(keys > 0, total, 1.0))) * LN_2  # -inf without keys
+    lse = highest + tl.log(tl.where(keys > 0, total, 1.0))  # -inf without keys
     tl.store(lse_ptr + h * Q + query, lse, mask=real_query)
 
 
@@ -498,7 +497,7 @@ def mean_forward_kernel(
         q = _load(q_ptr + h * q_head, query * q_row, real_query, D, BLOCK_D)
         lse = tl.load(lse_ptr + h * Q + query, mask=real_query, other=0.0)
         logits = _multiply(k, tl.trans(q)) * scale
-        weights = tl.exp2((logits - lse[None, :]) * LOG2_E)
+        weights = tl.exp(logits - lse[None, :])
         total += tl.sum(tl.where(real_query[None, :], weights, 0.0), 1)
     tl.store(weights_ptr + h * E + first_key + j, total / tl.maximum(queries, 1), mask=real_key)
 
@@ -558,7 +557,7 @@ def mean_queries_kernel(
         k = _load(k_ptr, key * k_row, real_key, D, BLOCK_D)
         grad = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0)
         logits = _multiply(q, tl.trans(k)) * scale
-        weights = tl.where(real_key[None, :], tl.exp2((logits - lse[:, None]) * LOG2_E), 0.0)
+        weights = tl.where(real_key[None, :], tl.exp(logits - lse[:, None]), 0.0)
         total += tl.sum(weights, 1)
         delta += tl.sum(weights * grad[None, :], 1)
     total = tl.where(total == 0, 1.0, total)  # no keys
@@ -573,8 +572,10 @@ def mean_queries_kernel(
         k = _load(k_ptr, key * k_row, real_key, D, BLOCK_D)
         grad = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0)
         logits = _multiply(q, tl.trans(k)) * scale
-        weights = tl.where(real_key[None, :], tl.exp2((logits - lse[:, None]) * LOG2_E), 0.0)
+        weights = tl.where(real_key[None, :], tl.exp(logits - lse[:, None]), 0.0)
         grad_logits = weights / total[:, None] * (grad[None, :] - delta[:, None])
+        if keys == 1:  # one key always has all the weight
+            grad_logits = 0.0 * grad_logits
         grad_q += _multiply(grad_logits.to(k.dtype), k)
     share = scale / (H * queries.to(tl.float32))
     _store(grad_q_ptr, (query * H + h) * D, grad_q * share, real_query, D, BLOCK_D)
@@ -631,9 +632,11 @@ def mean_keys_kernel(
         total = tl.load(total_ptr + h * Q + query, mask=real_query, other=1.0)
         delta = tl.load(delta_ptr + h * Q + query, mask=real_query, other=0.0)
         logits = _multiply(k, tl.trans(q)) * scale
-        weights = tl.exp2((logits - lse[None, :]) * LOG2_E) / total[None, :]
+        weights = tl.exp(logits - lse[None, :]) / total[None, :]
         weights = tl.where(real_key[:, None] & real_query[None, :], weights, 0.0)
         grad_logits = weights * (grad[:, None] - delta[None, :])
+        if keys == 1:
+            grad_logits = 0.0 * grad_logits
         grad_k += _multiply(grad_logits.to(q.dtype), q)
     if SHARED:
         key = (first_key + j).to(tl.int64)
@@ -737,7 +740,8 @@ class _Call:
         self.q = self.k if q is None else _readable(q)
         self.key_index = (key_offsets, key_rows)
         self.index = (query_offsets, key_offsets, query_rows, key_rows)
-        self.shared = None if entries is None else (entry_offsets, entries)
+        self.shared = entries is not None
+        self.entries = (entry_offsets, entries)
         self.G = key_offsets.shape[0] - 1
         self.Q = 0 if q is None else q.shape[0]
         self.K, self.H, self.D = k.shape
@@ -746,8 +750,7 @@ class _Call:
         self.head = {"D": self.D, "BLOCK_D": max(16, triton.next_power_of_2(self.D))}
         # Of "cls": a tile of keys; of products: a side, 64 unless exact products would spill.
         self.keys = {"BLOCK_N": max(16, TILE // self.head["BLOCK_D"])}
-        long = k.dtype != torch.float32 and self.D <= 128
-        self.side = 64 if long else 16
+        self.side = 16 if k.dtype == torch.float32 else 64
         self.tile = {"BLOCK_M": self.side, "BLOCK_N": self.side}
         self.options: dict[str, Any] = {"num_warps": 4 if self.D <= 64 else 8, **OPTIONS}
         self.sizes = (self.G, self.H, self.Q, self.K, self.E)
@@ -778,7 +781,7 @@ class _Call:
         for offsets, rows, members, count in (
             (query_offsets, query_rows, self.Q, self.Q),
             (key_offsets, key_rows, self.E, self.K),
-            (*(self.shared or (None, None)), self.E, self.E),
+            (*self.entries, self.E, self.E),
         )[keys_only:]:
             if offsets is None:
                 continue
@@ -899,7 +902,7 @@ def _similarity(c: _Call) -> Tensor:
             BLOCK_N=32,
             **c.options,
         )
-    side = 64 if c.D <= 64 else 32
+    side = 32 if c.D <= 64 else 16  # larger ones spill registers
     programs, blocks, search = c.blocks(1, 2 * side, 1)
     if programs:
         similarity_kernel[(programs,)](
@@ -976,20 +979,21 @@ def _cls_back(
         )
     if c.shared and c.K * c.H:
         query_offsets, key_offsets, query_rows, _ = c.index
-        cls_rows_kernel[(c.K * c.H,)](
+        heads = min(triton.next_power_of_2(c.H), 16)
+        cls_rows_kernel[(c.K * triton.cdiv(c.H, heads),)](
             grad_logits,
             group_of(key_offsets, c.E),
             c.q,
             query_offsets,
             query_rows,
-            *c.shared,
+            *c.entries,
             grad_k,
             *c.strides(c.q),
             c.H,
             c.E,
             **c.head,
-            num_warps=1,
-            **OPTIONS,
+            BLOCK_H=heads,
+            **c.options,
         )
     return grad_q, grad_k
 
@@ -1008,7 +1012,7 @@ def _value_back(
             *c.key_index,
             grad_attention,
             grad_norms,
-            SHARED=c.shared is not None,
+            SHARED=c.shared,
             BLOCK_N=1024,
             **OPTIONS,
         )
@@ -1062,7 +1066,7 @@ def _mean_back(c: _Call, grad_scores: Tensor, lse: Tensor, scale: float) -> tupl
             scale,
             **c.head,
             **c.tile,
-            SHARED=c.shared is not None,
+            SHARED=c.shared,
             SEARCH=search,
             **c.options,
         )
@@ -1077,7 +1081,7 @@ def _sum_entries(c: _Call, entries: Tensor, rows: Tensor) -> Tensor:
     programs = c.K * triton.cdiv(channels, CHANNELS)
     if programs:
         sum_entries_kernel[(programs,)](
-            entries, *c.shared, rows, channels, c.E, BLOCK_C=CHANNELS, **OPTIONS
+            entries, *c.entries, rows, channels, c.E, BLOCK_C=CHANNELS, **OPTIONS
         )
     return rows
 
@@ -1095,7 +1099,6 @@ def ahead_of_time() -> None:
         _launch(128, torch.bfloat16, kind, shared=True)
         _launch(128, torch.float32, kind)
         _launch(80, torch.float16, kind, many=True)
-        _launch(256, torch.bfloat16, kind)
 
 
 def _launch(
