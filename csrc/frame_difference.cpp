@@ -24,16 +24,19 @@ struct Lines {
   int64_t patches, width, stride_w;  // `width` pixels of each line a patch
 };
 
-// integers[p] += the sum of |a - b| over the pixels of patch p, any width and stride
-VIDL_INLINE void add_any_bytes(const Lines& lines, int32_t* integers) {
+// integers[p] += the sum of |a - b| over the pixels of patch p, side by side if their number is
+// known
+template <int64_t kWidth>
+VIDL_INLINE void add_bytes(const Lines& lines, int32_t* integers) {
   const uint8_t* a = static_cast<const uint8_t*>(lines.a);
   const uint8_t* b = static_cast<const uint8_t*>(lines.b);
+  const int64_t width = kWidth ? kWidth : lines.width, stride = kWidth ? 1 : lines.stride_w;
   for (int64_t y = 0; y < lines.height; y++) {
     for (int64_t p = 0; p < lines.patches; p++) {
-      const int64_t start = y * lines.stride_h + p * lines.width * lines.stride_w;
+      const int64_t start = y * lines.stride_h + p * width * stride;
       int32_t sum = 0;
-      for (int64_t x = 0; x < lines.width; x++) {
-        const int64_t at = start + x * lines.stride_w;
+      for (int64_t x = 0; x < width; x++) {
+        const int64_t at = start + x * stride;
         sum += std::abs(int{a[at]} - int{b[at]});
       }
       integers[p] += sum;
@@ -41,23 +44,20 @@ VIDL_INLINE void add_any_bytes(const Lines& lines, int32_t* integers) {
   }
 }
 
-// The same for kWidth pixels side by side, a multiple of kLanes: 16-bit sums of few enough lines.
-template <int64_t kWidth>
-VIDL_INLINE void add_wide_bytes(const Lines& lines, int32_t* integers) {
-  constexpr int64_t kMost = 65535 / 255 / (kWidth / kLanes);
+// The same for kLanes pixels, too few for a sum of their own: 16-bit sums of some lines.
+VIDL_INLINE void add_narrow_bytes(const Lines& lines, int32_t* integers) {
+  constexpr int64_t kMost = 65535 / 255;
   for (int64_t p = 0; p < lines.patches; p++) {
-    const uint8_t* a = static_cast<const uint8_t*>(lines.a) + p * kWidth;
-    const uint8_t* b = static_cast<const uint8_t*>(lines.b) + p * kWidth;
+    const uint8_t* a = static_cast<const uint8_t*>(lines.a) + p * kLanes;
+    const uint8_t* b = static_cast<const uint8_t*>(lines.b) + p * kLanes;
     for (int64_t start = 0; start < lines.height; start += kMost) {
       const int64_t end = start + kMost < lines.height ? start + kMost : lines.height;
       uint16_t sums[kLanes] = {};
       for (int64_t y = start; y < end; y++) {
-        for (int64_t x = 0; x < kWidth; x += kLanes) {
-          for (int64_t lane = 0; lane < kLanes; lane++) {
-            const uint8_t one = a[x + lane], other = b[x + lane];
-            const uint8_t apart = one > other ? one - other : other - one;
-            sums[lane] = static_cast<uint16_t>(sums[lane] + apart);
-          }
+        for (int64_t lane = 0; lane < kLanes; lane++) {
+          const uint8_t one = a[lane], other = b[lane];
+          const uint8_t apart = one > other ? one - other : other - one;
+          sums[lane] = static_cast<uint16_t>(sums[lane] + apart);
         }
         a += lines.stride_h;
         b += lines.stride_h;
@@ -93,14 +93,14 @@ VIDL_INLINE void add_floats(const Lines& lines, float* lanes) {
 }
 
 VIDL_EACH_CPU void add_lines_of_bytes(const Lines& lines, int32_t* integers) {
-  if (lines.stride_w == 1 && lines.width == 16) {
-    add_wide_bytes<16>(lines, integers);
+  if (lines.stride_w == 1 && lines.width == kLanes) {
+    add_narrow_bytes(lines, integers);
   } else if (lines.stride_w == 1 && lines.width == 32) {
-    add_wide_bytes<32>(lines, integers);
+    add_bytes<32>(lines, integers);
   } else if (lines.stride_w == 1 && lines.width == 48) {  // sixteen pixels, channels last
-    add_wide_bytes<48>(lines, integers);
+    add_bytes<48>(lines, integers);
   } else {
-    add_any_bytes(lines, integers);
+    add_bytes<0>(lines, integers);
   }
 }
 
