@@ -44,6 +44,8 @@ VIDL_VECTOR_INLINE float max_of(Vector v) {
   return part[0];
 }
 
+constexpr float kLogOfE = 1.44269504f;  // to the base two, in which exponentials are taken
+
 // 2^x to about one unit in the last place for x <= 0 (0 below -126.5, NaN stays NaN): 2^n times a
 // minimax polynomial of the rest in [-1/2, 1/2].
 VIDL_VECTOR_INLINE Vector power_of_two(Vector x) {

@@ -9,8 +9,6 @@
 
 constexpr int64_t kKeyStep = kWidth < 8 ? 8 : kWidth;  // rows of keys are padded to this number
 
-constexpr float kLogOfE = 1.44269504f;  // to the base two, in which exponentials are taken
-
 // How many queries meet the keys at once: their products stay in the second-level cache.
 VIDL_VECTOR_INLINE int64_t block_of(int64_t columns) {
   const int64_t rows = 32768 / columns / kTileRows * kTileRows;

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import library
+from vidl.kernels.groups import Groups
 
 from . import peers, reference
-from .groups import Groups
 
 Scores = Literal["cls", "mean"]
 HEAD_SIZES = (32, 64, 80, 96, 128)

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vidl.kernels.groups import Groups
 from vidl.kernels.select_tokens import kept_count, select_tokens
 from vidl.kernels.select_tokens.op import Fuse, Order, Rounding
-from vidl.kernels.space_time_attention import Groups, space_time_attention
+from vidl.kernels.space_time_attention import space_time_attention
 
 When = Literal["before_mlp", "after_mlp"]
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # as timm's ViT has it
