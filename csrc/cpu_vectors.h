@@ -44,15 +44,26 @@ VIDL_VECTOR_INLINE float max_of(Vector v) {
   return part[0];
 }
 
-constexpr float kLogOfE = 1.44269504f;  // to the base two, in which exponentials are taken
+// The factor for power_of_two: exponentials are taken to the base two. Of a scale of zero it leaves
+// just so much that zero times infinity does not occur.
+VIDL_VECTOR_INLINE float of_two(float scale) {
+  const float factor = static_cast<float>(scale * 1.4426950408889634);
+  return factor > 1e-30f ? factor : 1e-30f;
+}
 
-// 2^x to about one unit in the last place for x <= 0 (0 below -126.5, NaN stays NaN): 2^n times a
-// minimax polynomial of the rest in [-1/2, 1/2].
-VIDL_VECTOR_INLINE Vector power_of_two(Vector x) {
-  const Vector least = Vector{} - 127.0f;  // n is -127 there, and 2^n comes out as zero
+// The log-sum-exp of scaled products, as a level of the products themselves.
+VIDL_VECTOR_INLINE float level_of(float lse, float scale) {
+  return lse / (scale > 1e-30f ? scale : 1e-30f);
+}
+
+// 2^(x * factor) to about one unit in the last place for x <= 0 (0 where the exponent is below
+// -126.5; NaN stays NaN): 2^n times a minimax polynomial of the rest in [-1/2, 1/2]. The product
+// itself is never rounded, where there are fused multiply-adds: only the rest is.
+VIDL_VECTOR_INLINE Vector power_of_two(Vector x, float factor) {
+  const Vector least = Vector{} - 127.0f / factor;  // n is -127 there, and 2^n comes out as zero
   const Vector low = x < least ? least : x;
-  const Vector shifted = low + 12582912.0f;  // the integer part is in the low bits
-  const Vector r = low - (shifted - 12582912.0f);
+  const Vector shifted = low * factor + 12582912.0f;  // the integer part is in the low bits
+  const Vector r = low * factor - (shifted - 12582912.0f);
   Vector p = r * 1.535336186e-4f + 1.339887449e-3f;
   p = p * r + 9.618437358e-3f;
   p = p * r + 5.550332471e-2f;

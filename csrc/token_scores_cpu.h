@@ -54,10 +54,10 @@ VIDL_VECTOR_INLINE float softmax(float* line, int64_t keys, int64_t columns, flo
     const Vector next = load(line + j);
     most = next > most ? next : most;
   }
-  const float top = max_of(most), scale_of_two = scale * kLogOfE;
+  const float top = max_of(most), factor = of_two(scale);
   Vector total = {};
   for (int64_t j = 0; j < columns; j += kWidth) {
-    const Vector weight = power_of_two((load(line + j) - top) * scale_of_two);
+    const Vector weight = power_of_two(load(line + j) - top, factor);
     store(line + j, weight);
     total += weight;
   }
@@ -220,9 +220,9 @@ VIDL_VECTOR_INLINE void mean_weights(const Scoring& s, float* by_head, float* ls
           store(sums + j, load(sums + j) + load(line + j));
         }
       } else {
-        const float given = s.lse[h * s.Q + query] * kLogOfE, scale_of_two = scale * kLogOfE;
+        const float level = level_of(s.lse[h * s.Q + query], scale), factor = of_two(scale);
         for (int64_t j = 0; j < columns; j += kWidth) {
-          store(sums + j, load(sums + j) + power_of_two(load(line + j) * scale_of_two - given));
+          store(sums + j, load(sums + j) + power_of_two(load(line + j) - level, factor));
         }
       }
     }
@@ -240,7 +240,7 @@ VIDL_VECTOR_INLINE void mean_grads(const Scoring& s, const Gradients& b, int64_t
   const int64_t columns = round_up(keys, kKeyStep), width = round_up(s.D, 16);
   const int64_t block = block_of(columns);
   const float share = s.scale / static_cast<float>(s.H * (queries == 0 ? 1 : queries));
-  const float scale_of_two = s.scale * kLogOfE;
+  const float sign = s.scale < 0 ? -1.0f : 1.0f, scale = s.scale * sign, factor = of_two(scale);
   float* const k = scratch.take(columns * width);
   float* const keys_across = scratch.take(width * columns);
   float* const grad_k = scratch.take(columns * width);
@@ -256,16 +256,19 @@ VIDL_VECTOR_INLINE void mean_grads(const Scoring& s, const Gradients& b, int64_t
   for (int64_t start = 0; start < queries; start += block) {
     const int64_t count = queries - start < block ? queries - start : block;
     read_rows<T>(s.q, s.query_rows, first_query + start, count, count, h, s.D, width, q);
+    if (sign < 0) {
+      for (int64_t i = 0; i < count * width; i++) q[i] = -q[i];
+    }
     multiply<false>(count, columns, s.D, q, width, 1, keys_across, columns, weights, columns);
     for (int64_t i = 0; i < count; i++) {
       float* const line = weights + i * columns;
       const int64_t query = row_of(s.query_rows, first_query + start + i);
-      const float lse = b.weights[h * s.Q + query] * kLogOfE;
+      const float level = level_of(b.weights[h * s.Q + query], scale);
       // Divided by their sum, the weights add up to one, as far as rounding in the log-sum-exp let
       // them stray: their gradient is a difference that would show it.
       Vector sum = {}, total = {};
       for (int64_t j = 0; j < columns; j += kWidth) {
-        store(line + j, power_of_two(load(line + j) * scale_of_two - lse));
+        store(line + j, power_of_two(load(line + j) - level, factor));
       }
       for (int64_t j = keys; j < columns; j++) line[j] = 0.0f;
       for (int64_t j = 0; j < columns; j += kWidth) {
@@ -290,10 +293,11 @@ VIDL_VECTOR_INLINE void mean_grads(const Scoring& s, const Gradients& b, int64_t
     const int64_t entry = first_key + j;
     if (b.entry_grad_k != nullptr) {  // rows that several groups share are summed afterwards
       float* const to = b.entry_grad_k + (entry * s.H + h) * s.D;
-      for (int64_t d = 0; d < s.D; d++) to[d] = grad_k[j * width + d] * share;
+      for (int64_t d = 0; d < s.D; d++) to[d] = grad_k[j * width + d] * (share * sign);
     } else {
       T* const to = static_cast<T*>(b.grad_k) + (row_of(s.key_rows, entry) * s.H + h) * s.D;
-      for (int64_t d = 0; d < s.D; d++) to[d] = static_cast<T>(grad_k[j * width + d] * share);
+      for (int64_t d = 0; d < s.D; d++)
+        to[d] = static_cast<T>(grad_k[j * width + d] * (share * sign));
     }
   }
 }
