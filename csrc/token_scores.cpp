@@ -20,7 +20,6 @@ constexpr int64_t kHeads = 4;  // of an item of "cls"
 
 struct Scoring {
   Strided q, k, v;
-  const float* lse;                            // [H, Q] or null
   const int32_t *query_offsets, *key_offsets;  // [G + 1]
   const int32_t *query_rows, *key_rows;        // [Q], [E], or null
   int64_t G, H, D, Q, K, E;                    // Q rows of q, K rows of k and v
@@ -140,17 +139,13 @@ std::tuple<Tensor, Tensor, Tensor> token_scores(OptionalTensor q, Tensor k, Opti
   Tensor by_head = floats({s.H, s.E});
   float* const head_scores = static_cast<float*>(by_head.data_ptr());
   if (kind == "mean") {
-    if (lse) {
-      STD_TORCH_CHECK(lse->is_contiguous() && lse->scalar_type() == ScalarType::Float &&
-                          lse->numel() == s.H * s.Q,
-                      "token_scores: need lse [H, queries] in float32, contiguous");
-      s.lse = lse->const_data_ptr<float>();
-    }
+    // A log-sum-exp that is given saves no time here, where whole rows of weights are at hand, and
+    // weights that are divided by their own sum are more accurate.
     Tensor found = floats(lse ? std::vector<int64_t>{0} : std::vector<int64_t>{s.H, s.Q});
+    float* const to_lse = lse ? nullptr : static_cast<float*>(found.data_ptr());
     const auto items = VIDL_FOR_THIS_CPU(mean_items);
-    parallel_for(0, s.G * s.H, grain(s.G, pairs(s) * s.D), [&](int64_t begin, int64_t end) {
-      items(s, head_scores, static_cast<float*>(found.data_ptr()), begin, end);
-    });
+    parallel_for(0, s.G * s.H, grain(s.G, pairs(s) * s.D),
+                 [&](int64_t begin, int64_t end) { items(s, head_scores, to_lse, begin, end); });
     mean_over_heads(s, head_scores, to);
     return {scores, found, none};
   }

@@ -214,16 +214,10 @@ VIDL_VECTOR_INLINE void mean_weights(const Scoring& s, float* by_head, float* ls
     for (int64_t i = 0; i < count; i++) {
       float* const line = weights + i * columns;
       const int64_t query = row_of(s.query_rows, first_query + start + i);
-      if (s.lse == nullptr) {
-        lse[h * s.Q + query] = keys == 0 ? -INFINITY : softmax(line, keys, columns, scale);
-        for (int64_t j = 0; j < columns; j += kWidth) {
-          store(sums + j, load(sums + j) + load(line + j));
-        }
-      } else {
-        const float level = level_of(s.lse[h * s.Q + query], scale), factor = of_two(scale);
-        for (int64_t j = 0; j < columns; j += kWidth) {
-          store(sums + j, load(sums + j) + power_of_two(load(line + j) - level, factor));
-        }
+      const float found = keys == 0 ? -INFINITY : softmax(line, keys, columns, scale);
+      if (lse != nullptr) lse[h * s.Q + query] = found;
+      for (int64_t j = 0; j < columns; j += kWidth) {
+        store(sums + j, load(sums + j) + load(line + j));
       }
     }
   }
