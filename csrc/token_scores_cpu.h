@@ -124,8 +124,9 @@ VIDL_VECTOR_INLINE void first_query_grads(const Scoring& s, const Gradients& b, 
       read_row(static_cast<const T*>(s.q.data) + query * s.q.row + head * s.q.head, D, q + h * D);
     }
     const float* const weights = b.weights + head * s.E + first_key;
-    float delta = 0.0f;
-    for (int64_t j = 0; j < keys; j++) delta += weights[j] * b.grad_scores[first_key + j];
+    double reached = 0.0;
+    for (int64_t j = 0; j < keys; j++) reached += weights[j] * b.grad_scores[first_key + j];
+    const float delta = static_cast<float>(reached);
     for (int64_t j = 0; j < keys; j++) {
       const float grad = weights[j] * (b.grad_scores[first_key + j] - delta) * share * s.scale;
       grads[h * keys + j] = asked ? grad : 0.0f;
@@ -239,6 +240,7 @@ VIDL_VECTOR_INLINE void mean_grads(const Scoring& s, const Gradients& b, int64_t
   const int64_t keys = s.key_offsets[g + 1] - first_key;
   const int64_t columns = round_up(keys, kKeyStep), width = round_up(s.D, 16);
   const int64_t block = block_of(columns);
+  const float sign = s.scale < 0 ? -1.0f : 1.0f;
   const float share = s.scale / static_cast<float>(s.H * (queries == 0 ? 1 : queries));
   float* const k = scratch.take(columns * width);
   float* const keys_across = scratch.take(width * columns);
@@ -255,24 +257,20 @@ VIDL_VECTOR_INLINE void mean_grads(const Scoring& s, const Gradients& b, int64_t
   for (int64_t start = 0; start < queries; start += block) {
     const int64_t count = queries - start < block ? queries - start : block;
     read_rows<T>(s.q, s.query_rows, first_query + start, count, count, h, s.D, width, q);
+    if (sign < 0) {
+      for (int64_t i = 0; i < count * width; i++) q[i] = -q[i];
+    }
     multiply<false>(count, columns, s.D, q, width, 1, keys_across, columns, weights, columns);
     for (int64_t i = 0; i < count; i++) {
       float* const line = weights + i * columns;
-      const float lse = b.weights[h * s.Q + row_of(s.query_rows, first_query + start + i)];
-      // Divided by their sum, the weights add up to one, as far as rounding in the log-sum-exp let
-      // them stray: their gradient is a difference that would show it.
-      Vector sum = {}, total = {};
+      if (keys == 0) continue;
+      // From the products again rather than from the log-sum-exp, which would round once more.
+      softmax(line, keys, columns, s.scale * sign);
+      Vector total = {};
+      for (int64_t j = 0; j < columns; j += kWidth) total += load(line + j) * load(grad + j);
+      const float delta = sum_of(total);
       for (int64_t j = 0; j < columns; j += kWidth) {
-        store(line + j, exponential(load(line + j) * s.scale - lse));
-      }
-      for (int64_t j = keys; j < columns; j++) line[j] = 0.0f;
-      for (int64_t j = 0; j < columns; j += kWidth) {
-        sum += load(line + j);
-        total += load(line + j) * load(grad + j);
-      }
-      const float inverse = 1.0f / sum_of(sum), delta = sum_of(total) * inverse;
-      for (int64_t j = 0; j < columns; j += kWidth) {
-        store(line + j, load(line + j) * inverse * (load(grad + j) - delta));
+        store(line + j, load(line + j) * (load(grad + j) - delta));
       }
       if (keys == 1) line[0] = 0.0f * line[0];  // one key always has all the weight
     }
@@ -288,10 +286,11 @@ VIDL_VECTOR_INLINE void mean_grads(const Scoring& s, const Gradients& b, int64_t
     const int64_t entry = first_key + j;
     if (b.entry_grad_k != nullptr) {  // rows that several groups share are summed afterwards
       float* const to = b.entry_grad_k + (entry * s.H + h) * s.D;
-      for (int64_t d = 0; d < s.D; d++) to[d] = grad_k[j * width + d] * share;
+      for (int64_t d = 0; d < s.D; d++) to[d] = grad_k[j * width + d] * share * sign;
     } else {
       T* const to = static_cast<T*>(b.grad_k) + (row_of(s.key_rows, entry) * s.H + h) * s.D;
-      for (int64_t d = 0; d < s.D; d++) to[d] = static_cast<T>(grad_k[j * width + d] * share);
+      for (int64_t d = 0; d < s.D; d++)
+        to[d] = static_cast<T>(grad_k[j * width + d] * share * sign);
     }
   }
 }
