@@ -201,8 +201,10 @@ VIDL_VECTOR_INLINE void mean_weights(const Scoring& s, float* by_head, float* ls
   float* const keys_across = scratch.take(width * columns);
   float* const weights = scratch.take(block * columns);
   float* const q = scratch.take(block * width);
+  // Of a block, then of all: rounding errors grow with the number of terms of one sum.
   float* const sums = scratch.take(columns);
-  memset(sums, 0, columns * sizeof(float));
+  float* const all = scratch.take(columns);
+  memset(all, 0, columns * sizeof(float));
   read_rows<T>(s.k, s.key_rows, first_key, keys, columns, h, s.D, width, rows);
   transpose(rows, columns, width, width, keys_across, columns);
   for (int64_t start = 0; start < queries; start += block) {
@@ -212,6 +214,7 @@ VIDL_VECTOR_INLINE void mean_weights(const Scoring& s, float* by_head, float* ls
       for (int64_t i = 0; i < count * width; i++) q[i] = -q[i];
     }
     multiply<false>(count, columns, s.D, q, width, 1, keys_across, columns, weights, columns);
+    memset(sums, 0, columns * sizeof(float));
     for (int64_t i = 0; i < count; i++) {
       float* const line = weights + i * columns;
       const int64_t query = row_of(s.query_rows, first_query + start + i);
@@ -227,9 +230,10 @@ VIDL_VECTOR_INLINE void mean_weights(const Scoring& s, float* by_head, float* ls
         }
       }
     }
+    for (int64_t j = 0; j < columns; j += kWidth) store(all + j, load(all + j) + load(sums + j));
   }
   const float inverse = queries == 0 ? 0.0f : 1.0f / static_cast<float>(queries);
-  for (int64_t j = 0; j < keys; j++) by_head[h * s.E + first_key + j] = sums[j] * inverse;
+  for (int64_t j = 0; j < keys; j++) by_head[h * s.E + first_key + j] = all[j] * inverse;
 }
 
 template <class T>
@@ -245,6 +249,7 @@ VIDL_VECTOR_INLINE void mean_grads(const Scoring& s, const Gradients& b, int64_t
   float* const k = scratch.take(columns * width);
   float* const keys_across = scratch.take(width * columns);
   float* const grad_k = scratch.take(columns * width);
+  float* const block_grad_k = scratch.take(columns * width);
   float* const weights = scratch.take(block * columns);
   float* const q = scratch.take(block * width);
   float* const sums = scratch.take(block * width);
@@ -274,7 +279,8 @@ VIDL_VECTOR_INLINE void mean_grads(const Scoring& s, const Gradients& b, int64_t
       }
       if (keys == 1) line[0] = 0.0f * line[0];  // one key always has all the weight
     }
-    multiply<true>(keys, width, count, weights, 1, columns, q, width, grad_k, width);
+    multiply<false>(keys, width, count, weights, 1, columns, q, width, block_grad_k, width);
+    for (int64_t i = 0; i < keys * width; i++) grad_k[i] += block_grad_k[i];
     multiply<false>(count, width, keys, weights, columns, 1, k, width, sums, width);
     for (int64_t i = 0; i < count; i++) {
       const int64_t query = row_of(s.query_rows, first_query + start + i);
