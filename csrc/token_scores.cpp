@@ -104,11 +104,12 @@ int64_t row_at(const Scoring& s, int64_t entry) {
 void weigh_by_length(const Scoring& s, const float* norms, float* scores) {
   parallel_for(0, s.G, grain(s.G, s.E), [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; g++) {
-      float total = 0.0f;
+      double sum = 0.0;
       for (int64_t e = s.key_offsets[g]; e < s.key_offsets[g + 1]; e++) {
         scores[e] *= norms[row_at(s, e)];
-        total += scores[e];
+        sum += scores[e];
       }
+      const float total = static_cast<float>(sum);
       if (total == 0.0f) continue;
       for (int64_t e = s.key_offsets[g]; e < s.key_offsets[g + 1]; e++) scores[e] /= total;
     }
@@ -175,14 +176,15 @@ void lengths_back(const Scoring& s, const float* grad_scores, const float* norms
                   float* grad_lengths) {
   parallel_for(0, s.G, grain(s.G, s.E), [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; g++) {
-      float total = 0.0f, reached = 0.0f;
+      double total = 0.0, reached = 0.0;
       for (int64_t e = s.key_offsets[g]; e < s.key_offsets[g + 1]; e++) {
         const float w = attention[e] * norms[row_at(s, e)];
         total += w;
         reached += grad_scores[e] * w;
       }
       for (int64_t e = s.key_offsets[g]; e < s.key_offsets[g + 1]; e++) {
-        const float grad = total == 0.0f ? 0.0f : (grad_scores[e] - reached / total) / total;
+        const auto grad =
+            static_cast<float>(total == 0.0 ? 0.0 : (grad_scores[e] - reached / total) / total);
         grad_lengths[e] = grad * attention[e];
         attention[e] = grad * norms[row_at(s, e)];
       }

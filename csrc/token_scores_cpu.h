@@ -124,8 +124,9 @@ VIDL_VECTOR_INLINE void first_query_grads(const Scoring& s, const Gradients& b, 
       read_row(static_cast<const T*>(s.q.data) + query * s.q.row + head * s.q.head, D, q + h * D);
     }
     const float* const weights = b.weights + head * s.E + first_key;
-    float delta = 0.0f;
-    for (int64_t j = 0; j < keys; j++) delta += weights[j] * b.grad_scores[first_key + j];
+    double reached = 0.0;
+    for (int64_t j = 0; j < keys; j++) reached += weights[j] * b.grad_scores[first_key + j];
+    const float delta = static_cast<float>(reached);
     for (int64_t j = 0; j < keys; j++) {
       const float grad = weights[j] * (b.grad_scores[first_key + j] - delta) * share * s.scale;
       grads[h * keys + j] = asked ? grad : 0.0f;
@@ -200,8 +201,10 @@ VIDL_VECTOR_INLINE void mean_weights(const Scoring& s, float* by_head, float* ls
   float* const keys_across = scratch.take(width * columns);
   float* const weights = scratch.take(block * columns);
   float* const q = scratch.take(block * width);
+  // Of a block, then of all: rounding errors grow with the number of terms of one sum.
   float* const sums = scratch.take(columns);
-  memset(sums, 0, columns * sizeof(float));
+  float* const all = scratch.take(columns);
+  memset(all, 0, columns * sizeof(float));
   read_rows<T>(s.k, s.key_rows, first_key, keys, columns, h, s.D, width, rows);
   transpose(rows, columns, width, width, keys_across, columns);
   for (int64_t start = 0; start < queries; start += block) {
@@ -211,6 +214,7 @@ VIDL_VECTOR_INLINE void mean_weights(const Scoring& s, float* by_head, float* ls
       for (int64_t i = 0; i < count * width; i++) q[i] = -q[i];
     }
     multiply<false>(count, columns, s.D, q, width, 1, keys_across, columns, weights, columns);
+    memset(sums, 0, columns * sizeof(float));
     for (int64_t i = 0; i < count; i++) {
       float* const line = weights + i * columns;
       const int64_t query = row_of(s.query_rows, first_query + start + i);
@@ -220,9 +224,10 @@ VIDL_VECTOR_INLINE void mean_weights(const Scoring& s, float* by_head, float* ls
         store(sums + j, load(sums + j) + load(line + j));
       }
     }
+    for (int64_t j = 0; j < columns; j += kWidth) store(all + j, load(all + j) + load(sums + j));
   }
   const float inverse = queries == 0 ? 0.0f : 1.0f / static_cast<float>(queries);
-  for (int64_t j = 0; j < keys; j++) by_head[h * s.E + first_key + j] = sums[j] * inverse;
+  for (int64_t j = 0; j < keys; j++) by_head[h * s.E + first_key + j] = all[j] * inverse;
 }
 
 template <class T>
@@ -233,8 +238,8 @@ VIDL_VECTOR_INLINE void mean_grads(const Scoring& s, const Gradients& b, int64_t
   const int64_t keys = s.key_offsets[g + 1] - first_key;
   const int64_t columns = round_up(keys, kKeyStep), width = round_up(s.D, 16);
   const int64_t block = block_of(columns);
+  const float sign = s.scale < 0 ? -1.0f : 1.0f;
   const float share = s.scale / static_cast<float>(s.H * (queries == 0 ? 1 : queries));
-  const float sign = s.scale < 0 ? -1.0f : 1.0f, scale = s.scale * sign, factor = of_two(scale);
   float* const k = scratch.take(columns * width);
   float* const keys_across = scratch.take(width * columns);
   float* const grad_k = scratch.take(columns * width);
@@ -256,22 +261,14 @@ VIDL_VECTOR_INLINE void mean_grads(const Scoring& s, const Gradients& b, int64_t
     multiply<false>(count, columns, s.D, q, width, 1, keys_across, columns, weights, columns);
     for (int64_t i = 0; i < count; i++) {
       float* const line = weights + i * columns;
-      const int64_t query = row_of(s.query_rows, first_query + start + i);
-      const float level = level_of(b.weights[h * s.Q + query], scale);
-      // Divided by their sum, the weights add up to one, as far as rounding in the log-sum-exp let
-      // them stray: their gradient is a difference that would show it.
-      Vector sum = {}, total = {};
+      if (keys == 0) continue;
+      // From the products again rather than from the log-sum-exp, which would round once more.
+      softmax(line, keys, columns, s.scale * sign);
+      Vector total = {};
+      for (int64_t j = 0; j < columns; j += kWidth) total += load(line + j) * load(grad + j);
+      const float delta = sum_of(total);
       for (int64_t j = 0; j < columns; j += kWidth) {
-        store(line + j, power_of_two(load(line + j) - level, factor));
-      }
-      for (int64_t j = keys; j < columns; j++) line[j] = 0.0f;
-      for (int64_t j = 0; j < columns; j += kWidth) {
-        sum += load(line + j);
-        total += load(line + j) * load(grad + j);
-      }
-      const float inverse = 1.0f / sum_of(sum), delta = sum_of(total) * inverse;
-      for (int64_t j = 0; j < columns; j += kWidth) {
-        store(line + j, load(line + j) * inverse * (load(grad + j) - delta));
+        store(line + j, load(line + j) * (load(grad + j) - delta));
       }
       if (keys == 1) line[0] = 0.0f * line[0];  // one key always has all the weight
     }
@@ -287,11 +284,11 @@ VIDL_VECTOR_INLINE void mean_grads(const Scoring& s, const Gradients& b, int64_t
     const int64_t entry = first_key + j;
     if (b.entry_grad_k != nullptr) {  // rows that several groups share are summed afterwards
       float* const to = b.entry_grad_k + (entry * s.H + h) * s.D;
-      for (int64_t d = 0; d < s.D; d++) to[d] = grad_k[j * width + d] * (share * sign);
+      for (int64_t d = 0; d < s.D; d++) to[d] = grad_k[j * width + d] * share * sign;
     } else {
       T* const to = static_cast<T*>(b.grad_k) + (row_of(s.key_rows, entry) * s.H + h) * s.D;
       for (int64_t d = 0; d < s.D; d++)
-        to[d] = static_cast<T>(grad_k[j * width + d] * (share * sign));
+        to[d] = static_cast<T>(grad_k[j * width + d] * share * sign);
     }
   }
 }

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
 # Pixels of each frame that a program holds at a time.
 TILE = 4096
 
@@ -104,6 +105,7 @@ def frame_difference(video: Tensor, patch: Sequence[int], std: Sequence[float]) 
                 BLOCK_COLUMNS=block_columns,
                 BLOCK_H=min(triton.next_power_of_2(h), block_h),
                 BLOCK_W=block_w,
+                **OPTIONS,
             )
     return out
 

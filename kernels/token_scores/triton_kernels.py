@@ -574,10 +574,9 @@ def mean_queries_kernel(
         logits = _multiply(q, tl.trans(k)) * scale
         weights = tl.where(real_key[None, :], tl.exp(logits - lse[:, None]), 0.0)
         grad_logits = weights / total[:, None] * (grad[None, :] - delta[:, None])
-        if keys == 1:  # one key always has all the weight
-            grad_logits = 0.0 * grad_logits
         grad_q += _multiply(grad_logits.to(k.dtype), k)
     share = scale / (H * queries.to(tl.float32))
+    share = tl.where(keys == 1, 0.0, share)  # one key always has all the weight
     _store(grad_q_ptr, (query * H + h) * D, grad_q * share, real_query, D, BLOCK_D)
 
 
@@ -635,12 +634,11 @@ def mean_keys_kernel(
         weights = tl.exp(logits - lse[None, :]) / total[None, :]
         weights = tl.where(real_key[:, None] & real_query[None, :], weights, 0.0)
         grad_logits = weights * (grad[:, None] - delta[None, :])
-        if keys == 1:
-            grad_logits = 0.0 * grad_logits
         grad_k += _multiply(grad_logits.to(q.dtype), q)
     if SHARED:
         key = (first_key + j).to(tl.int64)
     share = scale / (H * tl.maximum(queries, 1).to(tl.float32))
+    share = tl.where(keys == 1, 0.0, share)
     _store(grad_k_ptr, (key * H + h) * D, grad_k * share, real_key, D, BLOCK_D)
 
 
@@ -748,9 +746,9 @@ class _Call:
         self.E = self.K if key_rows is None else key_rows.shape[0]
         self.most = (max_queries, max_keys)
         self.head = {"D": self.D, "BLOCK_D": max(16, triton.next_power_of_2(self.D))}
-        # Of "cls": a tile of keys; of products: a side, 64 unless exact products would spill.
+        # Of "cls": a tile of keys; of products: a side, as large as registers allow.
         self.keys = {"BLOCK_N": max(16, TILE // self.head["BLOCK_D"])}
-        self.side = 16 if k.dtype == torch.float32 else 64
+        self.side = 16 if k.dtype == torch.float32 else 64 if self.D <= 64 else 32
         self.tile = {"BLOCK_M": self.side, "BLOCK_N": self.side}
         self.options: dict[str, Any] = {"num_warps": 4 if self.D <= 64 else 8, **OPTIONS}
         self.sizes = (self.G, self.H, self.Q, self.K, self.E)
