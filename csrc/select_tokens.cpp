@@ -185,14 +185,14 @@ VIDL_EACH_CPU void widen(const void* from, Dtype dtype, int64_t start, float* to
 }
 
 template <class S>
-VIDL_INLINE float dot_block(const S* a, const float* b, int64_t count) {
+VIDL_INLINE double dot_block(const S* a, const float* b, int64_t count) {
   float sums[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     for (int j = 0; j < kLanes; j++) sums[j] += static_cast<float>(a[i + j]) * b[i + j];
   }
-  float sum = 0.0f;
-  for (; i < count; i++) sum += static_cast<float>(a[i]) * b[i];
+  double sum = 0.0;
+  for (; i < count; i++) sum += static_cast<double>(static_cast<float>(a[i])) * b[i];
   for (float lane : sums) sum += lane;
   return sum;
 }

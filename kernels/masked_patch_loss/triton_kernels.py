@@ -388,7 +388,7 @@ class _Launch:
             "WIDE": reach >= NARROW,
             "BLOCK_M": block_m,
             "BLOCK_K": block_k,
-            "num_warps": min(max(block_m * block_k // 512, 4), 16),
+            "num_warps": min(max(block_m * block_k // 256, 4), 16),
             **OPTIONS,
         }
 
