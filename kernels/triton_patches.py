@@ -1,17 +1,10 @@
-"""What Triton kernels share that read patches: which patch a row is, and how to launch them."""
+"""What Triton kernels share that read patches: which patch a row is."""
 
-from contextlib import nullcontext
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels import library
-
-# debug keeps the assertions about indices; it would also check every addition for overflow.
-OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -82,13 +75,3 @@ def check_in_interpreter(name: str, ids: Tensor | None, cu_seqlens: Tensor | Non
     offsets, total = cu_seqlens.tolist(), ids.numel()
     if offsets[0] != 0 or offsets[-1] != total or offsets != sorted(offsets):
         raise RuntimeError(f"{name.split(':')[0]}: cu_seqlens must ascend from 0 to {total}")
-
-
-def block_size(n: int, most: int) -> int:
-    """The size of a block for n elements: a power of two, at most `most`."""
-    return min(triton.next_power_of_2(max(n, 1)), most)
-
-
-def on_device(x: Tensor) -> Any:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,7 +1,6 @@
 """frame_difference in Triton: a program takes some patches of one row of one slice."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
+from vidl.kernels.triton_launch import OPTIONS, on_device
+
 # Pixels of each frame that a program holds at a time.
 TILE = 4096
 
@@ -86,7 +86,7 @@ def frame_difference(video: Tensor, patch: Sequence[int], std: Sequence[float]) 
     block_h = max(1, TILE // (block_w * block_columns))
     programs = B * slices * rows * triton.cdiv(columns, block_columns)
     if programs:
-        with torch.cuda.device(video.device) if video.is_cuda else nullcontext():
+        with on_device(video):
             frame_difference_kernel[(programs,)](
                 video,
                 out,

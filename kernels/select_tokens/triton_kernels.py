@@ -10,8 +10,6 @@ two bits at a time, tells which tokens stay, and the place is the number of thos
 """
 
 import itertools
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 import triton
@@ -19,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels import library
+from vidl.kernels.triton_launch import OPTIONS, block_size, on_device
 
 # Keys that a program compares at a time, at most; and those it compares with each of a block.
 KEYS_PER_STEP = 1024
@@ -28,8 +27,6 @@ TILE = 8192
 COLUMNS = 8192
 # Elements of a tile of rows that are added up, and its rows, at most.
 FUSED_TILE, FUSED_ROWS = 2048, 32
-# debug keeps the assertions about indices; it would also check every addition for overflow.
-OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -449,11 +446,11 @@ def select_tokens(
     mean, mass = ranks.new_empty(mean_shape), ranks.new_empty(mean_shape[:1])
     divides = fuse == "mean"
     block_n, block_c = samples.tile()
-    fused_rows = _block(samples.N or samples.total, FUSED_ROWS)
-    fused_columns = _block(C, FUSED_TILE // fused_rows)
+    fused_rows = block_size(samples.N or samples.total, FUSED_ROWS)
+    fused_columns = block_size(C, FUSED_TILE // fused_rows)
     chunks, slices = samples.chunks(COLUMNS), triton.cdiv(C, fused_columns) if fuse else 0
     programs = samples.programs(block_n) * chunks + B * slices
-    with _device(x):
+    with on_device(x):
         select_kernel[(programs,)](
             samples.x, ranks, weights, samples.cu_seqlens, cu_kept,
             tokens, found, inverse, offsets, mean if divides else None, mass if divides else None,
@@ -463,7 +460,7 @@ def select_tokens(
             max(samples.N or samples.total, 1).bit_length(),
             BY_SCORE=order == "score",
             FUSE=int(bool(fuse)),
-            BLOCK=_block(samples.N or samples.total, KEYS_PER_STEP),
+            BLOCK=block_size(samples.N or samples.total, KEYS_PER_STEP),
             RIVALS=RIVALS_PER_STEP,
             BLOCK_N=block_n,
             BLOCK_C=block_c,
@@ -504,7 +501,7 @@ def select_tokens_bwd(
     columns = triton.cdiv(C, block_c) * block_c if need_weights else COLUMNS
     chunks = samples.chunks(columns)
     divides = fuse == "mean"
-    with _device(grad_tokens):
+    with on_device(grad_tokens):
         backward_kernel[(samples.programs(block_n) * chunks,)](
             grad_tokens, None if x is None else samples.x, weights, inverse, samples.cu_seqlens,
             offsets, mean if divides else None, mass if divides else None,
@@ -537,9 +534,9 @@ class _Samples:
 
     def tile(self, most: int = TILE) -> tuple[int, int]:
         """Rows and columns that a program holds at a time, at most so many elements."""
-        columns = _block(self.C, 256 if self.C <= 4096 else 1024)
+        columns = block_size(self.C, 256 if self.C <= 4096 else 1024)
         longest = self.prefix + self.N if self.cu_seqlens is None else self.total
-        return _block(longest, min(32, most // columns)), columns
+        return block_size(longest, min(32, most // columns)), columns
 
     def blocks(self, rows: int) -> int:
         """Of a sample of x; packed ones have different numbers."""
@@ -574,15 +571,6 @@ class _Samples:
 
 def _strides(numbers: Tensor) -> tuple[int, int]:
     return numbers.stride(0) if numbers.ndim == 2 else 0, numbers.stride(-1)
-
-
-def _block(n: int, most: int) -> int:
-    return min(triton.next_power_of_2(max(n, 1)), most)
-
-
-def _device(x: Tensor) -> Any:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def ahead_of_time() -> None:

@@ -12,8 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import Call, Tile
-from .triton_rows import check_offsets, check_rows, find_work, load_rows, rows_at, span, store_rows
+from vidl.kernels.triton_groups import (
+    check_offsets,
+    check_rows,
+    find_work,
+    load_rows,
+    rows_at,
+    span,
+    store_rows,
+)
+
+from .triton_call import Call, Tile
 from .triton_softmax import (
     LN_2,
     LOG2_E,

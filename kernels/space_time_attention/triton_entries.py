@@ -4,7 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import OPTIONS, Call
+from vidl.kernels.triton_launch import OPTIONS
+
+from .triton_call import Call
 
 # Entries added at a time for a row, and the channels of a program.
 ENTRIES_PER_STEP = 8

@@ -5,7 +5,8 @@ triton_whole.py: groups of at most 128 keys, all of them in one block.
 triton_blocked.py: longer groups, in blocks of queries and blocks of keys.
 
 Keys in several groups get a gradient for every entry; triton_entries.py adds them in order. What
-the classes share is in triton_rows.py and triton_softmax.py, on the host in triton_launch.py.
+the classes share is in triton_softmax.py and kernels/triton_groups.py; on the host, in
+triton_call.py.
 
 Heads of 80 and 96 channels are padded to 128. In two blocks (64 + 16, 64 + 32) they would take 37%
 and 25% fewer instructions of the tensor cores, but two sets of addresses, which the registers of
@@ -19,11 +20,11 @@ import torch
 import triton
 from torch import Tensor
 
-from vidl.kernels import library
+from vidl.kernels.triton_launch import on_device
 
 from . import triton_blocked, triton_packed, triton_whole
+from .triton_call import Call, Tile
 from .triton_entries import sum_entries
-from .triton_launch import Call, Tile
 from .triton_packed import PACK, SLOT
 
 
@@ -45,8 +46,7 @@ def space_time_attention(
     """The output [Q, H, D], the log-sum-exp [H, Q], and the scores [E] or [0]."""
     index = (query_offsets, key_offsets, query_rows, key_rows, entry_offsets, entries)
     c = Call(q, k, v, *index, max_queries, max_keys, scale, scores)
-    if library.interpreting():
-        c.check()
+    c.check()
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(c.H, c.Q, dtype=torch.float32)
     head_scores = q.new_empty(c.H, c.E, dtype=torch.float32) if scores else None
@@ -56,7 +56,7 @@ def space_time_attention(
         "whole": triton_whole.forward,
         "blocked": triton_blocked.forward,
     }[tile.kind]
-    with c.device():
+    with on_device(q):
         forward(c, tile, out, lse, head_scores)
     return out, lse, lse.new_empty(0) if head_scores is None else head_scores.mean(0)
 
@@ -96,7 +96,7 @@ def space_time_attention_bwd(
         entry_k, entry_v = (k.new_empty(c.E, c.H, c.D, dtype=torch.float32) for _ in range(2))
     query_tile, key_tile = backward_tiles(max_queries, max_keys, c.D, q.dtype, scores)
     results = (grad_q, entry_k, entry_v)
-    with c.device():
+    with on_device(q):
         if key_tile.kind == "packed":
             triton_packed.backward(c, key_tile, grad_out, grad_scores, lse, *results)
         elif key_tile.kind == "whole":

@@ -11,8 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import Call, Tile
-from .triton_rows import check_offsets, check_rows, load_rows, rows_at, span, store_rows
+from vidl.kernels.triton_groups import (
+    check_offsets,
+    check_rows,
+    load_rows,
+    rows_at,
+    span,
+    store_rows,
+)
+
+from .triton_call import Call, Tile
 from .triton_softmax import (
     LOG2_E,
     key_scores,

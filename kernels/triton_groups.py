@@ -1,11 +1,16 @@
-"""Where a program of space_time_attention finds its group, its rows, and their channels.
+"""What Triton kernels share that work on groups: where a program finds its group and its rows.
 
 A row beyond the end of its group is never read: it counts as zeros, so that a neighbour's NaN stays
-there. Addresses are int64.
+there. Addresses are int64. On the host: how many programs there are, and what they assert.
 """
+
+from collections.abc import Iterable
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from vidl.kernels import library
 
 
 @triton.jit
@@ -89,3 +94,52 @@ def store_rows(ptr, start, x, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
     if D < BLOCK_D:
         mask = mask & (d < D)
     tl.store(ptr + (tl.expand_dims(start, -1) + d), x.to(ptr.dtype.element_ty), mask=mask)
+
+
+def strides_of(*tensors: Tensor) -> list[int]:
+    """Of rows and heads; as 0 a stride that means nothing leaves the addresses aligned."""
+    return [x.stride(d) if x.shape[d] > 1 else 0 for x in tensors for d in (0, 1)]
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x`, or a copy whose channels are contiguous."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def programs_for(G: int, members: int, most: int, size: int, heads: int) -> tuple[int, int, bool]:
+    """Programs, blocks of each group, and whether a program has to search for its group.
+
+    Args:
+        G: groups.
+        members: of all groups.
+        most: members of any group.
+        size: members of a block.
+        heads: programs for a block.
+    """
+    count = max(1, triton.cdiv(most, size))
+    total = members // size + G  # of find_work(), with SEARCH
+    search = G * count > 2 * total
+    return heads * (total if search else G * count), count, search
+
+
+def check_in_interpreter(
+    op: str, parts: Iterable[tuple[Tensor | None, Tensor | None, int, int, int]]
+) -> None:
+    """What the kernels assert on CUDA: Triton's interpreter leaves assertions out.
+
+    Args:
+        parts: offsets, rows, members of all groups, bound of the rows, and most members of a group.
+    """
+    if not library.interpreting():
+        return
+    for offsets, rows, members, count, most in parts:
+        if offsets is None:
+            continue
+        steps = offsets.tolist()
+        if steps[0] != 0 or steps[-1] != members or steps != sorted(steps):
+            raise RuntimeError(f"{op}: offsets must ascend from 0 to {members}, got {steps}")
+        longest = int(offsets.diff().max()) if len(steps) > 1 else 0
+        if longest > most:
+            raise RuntimeError(f"{op}: need groups of at most {most} rows, got {longest}")
+        if rows is not None and not ((rows >= 0) & (rows < count)).all():
+            raise RuntimeError(f"{op}: rows must lie in [0, {count})")
