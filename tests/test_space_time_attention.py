@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from compare import assert_as_accurate, gradients
+from grouped import GRID, GROUPS, fused, random_groups, visible
 from torch.nn import functional as F
 from where import Where
 
@@ -13,57 +14,6 @@ from vidl.kernels.space_time_attention import peers
 from vidl.ops import Groups, space_time_attention
 
 OP = "space_time_attention"
-EDGES = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 200, 257)
-
-
-def visible(B=2, grid=(3, 4, 5), K=25):
-    return torch.stack([torch.randperm(grid[0] * grid[1] * grid[2])[:K] for _ in range(B)])
-
-
-GRID = (3, 4, 5)
-GROUPS = {
-    "equal": lambda: Groups.equal(3, 50),
-    "one row each": lambda: Groups.equal(5, 1),
-    "frames": lambda: Groups.spatial(visible(), GRID),
-    "positions": lambda: Groups.temporal(visible(), GRID),
-    "eight rows": lambda: Groups.equal(11, 8),
-    "windows": lambda: Groups.window(visible(), GRID, (2, 3, 3), (1, 1, 0)),
-    "frames and a global token": lambda: Groups.spatial(visible(), GRID).with_global(),
-    "positions and a global token": lambda: Groups.temporal(visible(), GRID).with_global(),
-    "block-sparse": lambda: Groups.block_sparse(2, 60, 16, local=1, random=2),
-    "ragged": lambda: Groups.joint(torch.tensor([0, 30, 30, 170]).int(), 170, 140),
-    "cross": lambda: Groups.equal(3, 20, keys=33),
-    "queries without keys": lambda: Groups.cross(
-        torch.tensor([0, 3, 5, 9]).int(),
-        torch.tensor([0, 4, 4, 20]).int(),
-        num_queries=9,
-        num_keys=20,
-        max_queries=4,
-        max_keys=16,
-    ),
-    "keys without queries": lambda: Groups.cross(
-        torch.tensor([0, 0, 9]).int(),
-        torch.tensor([0, 4, 20]).int(),
-        num_queries=9,
-        num_keys=20,
-        max_queries=9,
-        max_keys=16,
-    ),
-    "long": lambda: Groups.equal(1, 150),
-    "no rows": lambda: Groups.equal(3, 0),
-    "no groups": lambda: Groups.equal(0, 4),
-}
-
-
-def fused(groups, H, D, dtype, device):
-    """q, k, v as slices of one buffer, with NaN around every row; the same numbers each time."""
-    generator = torch.Generator().manual_seed(groups.num_queries * 31 + groups.num_keys)
-    around = torch.full((max(groups.num_queries, groups.num_keys) + 2, 3, H, D + 8), float("nan"))
-    inside = around[1:-1, :, :, :D]
-    inside.copy_(torch.randn(inside.shape, generator=generator))
-    around = around.to(device, dtype)
-    q, k, v = around[1:-1, :, :, :D].unbind(1)
-    return q[: groups.num_queries], k[: groups.num_keys], v[: groups.num_keys]
 
 
 def run(groups, H, D, dtype, device, backend, scores=None, compute=None):
@@ -125,31 +75,6 @@ def test_head_sizes(D, dtype, where):
     assert_right(
         dtype, *(list(three_ways(GROUPS[name](), 1, D, dtype, where, "cls")) for name in names)
     )
-
-
-def random_groups(generator, most, longest):
-    """Groups of any sizes around the edges of tiles; rows in any order, shared or not."""
-    G = generator.randint(1, most)
-    edges = [e for e in EDGES if e <= longest]
-    queries = [generator.choice(edges) for _ in range(G)]
-    keys = queries if generator.random() < 0.5 else [generator.choice(edges) for _ in range(G)]
-    Q, E = sum(queries), sum(keys)
-    shared = generator.random() < 0.3 and E > 0
-    K = generator.randint(1, E) if shared else E
-    seed = torch.Generator().manual_seed(generator.randint(0, 2**31))
-    rows = None if generator.random() < 0.3 else torch.randperm(Q, generator=seed).int()
-    key_rows = None if rows is None and K == E else torch.randperm(E, generator=seed).int() % K
-    groups = Groups(
-        torch.tensor([0, *queries]).cumsum(0).int(),
-        torch.tensor([0, *keys]).cumsum(0).int(),
-        rows,
-        key_rows if shared or key_rows is not None else None,
-        max_queries=max(queries),
-        max_keys=max(keys) + generator.choice([0, 0, 5]),
-        num_queries=Q,
-        num_keys=K,
-    )
-    return groups._share() if shared and key_rows is not None else groups
 
 
 def fuzz(seed, count, dtype, where, most, longest):
@@ -268,6 +193,27 @@ def test_long_groups_go_to_a_peer(monkeypatch):
     for options in ({"return_lse": True}, {"return_scores": "cls"}, {"backend": "reference"}):
         space_time_attention(q, q, q, equal, **options)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2])
+def test_any_scale(scale, where):
+    """Zero makes all weights equal; a negative one prefers the smallest product."""
+    dtype = torch.float16 if where.backend == "emulated" else torch.float32
+    where.skip_unless_runs(OP, dtype)
+    groups = Groups.joint(torch.tensor([0, 3, 40]).int(), 40, 37)
+
+    def results(device, backend):
+        leaves = [x.detach().to(device) for x in fused(groups, 2, 64, dtype, "cpu")]
+        leaves = [x.requires_grad_() for x in leaves]
+        out, scores = space_time_attention(
+            *leaves, groups.to(device), scale=scale, return_scores="mean", backend=backend
+        )
+        weighed = scores * torch.linspace(-1, 1, 40, device=device)
+        grads = torch.autograd.grad([out.float().square().sum(), weighed.sum()], leaves)
+        return [x.cpu() for x in (out, scores, *grads)]
+
+    ours = results(where.device, where.backend)
+    torch.testing.assert_close(ours, results("cpu", "reference"), rtol=1e-3, atol=1e-4)
 
 
 def test_gradcheck():

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from compare import assert_as_accurate, random_like
+from grouped import GRID, GROUPS, fused, random_groups, visible
 from where import Where
 
 from vidl.kernels import library
@@ -12,59 +13,26 @@ from vidl.ops import Groups, space_time_attention, token_scores
 
 OP = "token_scores"
 KINDS = ("cls", "mean", "value", "similarity")
-EDGES = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 129)
-GRID = (3, 4, 5)
-
-
-def visible(B=2, K=25):
-    return torch.stack([torch.randperm(60)[:K] for _ in range(B)])
-
-
-GROUPS = {
-    "equal": lambda: Groups.equal(3, 50),
-    "one row each": lambda: Groups.equal(5, 1),
-    "frames": lambda: Groups.spatial(visible(), GRID),
-    "frames and a global token": lambda: Groups.spatial(visible(), GRID).with_global(),
-    "block-sparse": lambda: Groups.block_sparse(2, 60, 16, local=1, random=2),
-    "ragged": lambda: Groups.joint(torch.tensor([0, 30, 30, 131]).int(), 131, 101),
-    "caption and patches": lambda: Groups.equal(3, 20, keys=33),
-    "queries without keys": lambda: Groups.cross(
-        torch.tensor([0, 3, 5, 9]).int(),
-        torch.tensor([0, 4, 4, 20]).int(),
-        num_queries=9,
-        num_keys=20,
-        max_queries=4,
-        max_keys=16,
-    ),
-    "keys without queries": lambda: Groups.cross(
-        torch.tensor([0, 0, 9]).int(),
-        torch.tensor([0, 4, 20]).int(),
-        num_queries=9,
-        num_keys=20,
-        max_queries=9,
-        max_keys=16,
-    ),
-    "long": lambda: Groups.equal(1, 150),
-    "no rows": lambda: Groups.equal(3, 0),
-    "no groups": lambda: Groups.equal(0, 4),
-}
+NAMES = (
+    "equal",
+    "one row each",
+    "frames",
+    "frames and a global token",
+    "block-sparse",
+    "ragged",
+    "cross",
+    "queries without keys",
+    "keys without queries",
+    "long",
+    "no rows",
+    "no groups",
+)
 
 
 SMALL_GROUPS = {
     "two frames": lambda: Groups.spatial(torch.tensor([[3, 7, 19, 25, 30]]), GRID),
     "two frames and a global token": lambda: SMALL_GROUPS["two frames"]().with_global(),
 }
-
-
-def fused(groups, H, D, dtype, device):
-    """q, k, v as slices of one buffer, with NaN around every row; the same numbers each time."""
-    generator = torch.Generator().manual_seed(groups.num_queries * 31 + groups.num_keys)
-    around = torch.full((max(groups.num_queries, groups.num_keys) + 2, 3, H, D + 8), float("nan"))
-    inside = around[1:-1, :, :, :D]
-    inside.copy_(torch.randn(inside.shape, generator=generator))
-    around = around.to(device, dtype)
-    q, k, v = around[1:-1, :, :, :D].unbind(1)
-    return q[: groups.num_queries], k[: groups.num_keys], v[: groups.num_keys]
 
 
 def options(kind, v, lse=None):
@@ -135,7 +103,7 @@ FEW = (
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "mean, given the log-sum-exp"])
-@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("name", NAMES)
 def test_as_accurate_as_torch(name, kind, dtype, where):
     where.skip_unless_runs(OP, dtype)
     if interpreted(where) and name not in FEW:
@@ -149,38 +117,13 @@ def test_as_accurate_as_torch(name, kind, dtype, where):
 @pytest.mark.parametrize("D", [3, 24, 80, 128])
 def test_head_sizes(D, kind, dtype, where):
     where.skip_unless_runs(OP, dtype)
-    names = ("caption and patches", "queries without keys")
+    names = ("cross", "queries without keys")
     if not interpreted(where):
         names += ("frames and a global token", "frames")
     assert_right(
         dtype,
         *(list(three_ways(GROUPS[name](), heads(where), D, dtype, where, kind)) for name in names),
     )
-
-
-def random_groups(generator, most, longest):
-    """Groups of any sizes around the edges of tiles; rows in any order, shared or not."""
-    G = generator.randint(1, most)
-    edges = [e for e in EDGES if e <= longest]
-    queries = [generator.choice(edges) for _ in range(G)]
-    keys = queries if generator.random() < 0.5 else [generator.choice(edges) for _ in range(G)]
-    Q, E = sum(queries), sum(keys)
-    shared = generator.random() < 0.4 and E > 0
-    K = generator.randint(1, E) if shared else E
-    seed = torch.Generator().manual_seed(generator.randint(0, 2**31))
-    rows = None if generator.random() < 0.3 else torch.randperm(Q, generator=seed).int()
-    key_rows = torch.randperm(E, generator=seed).int() % max(K, 1)
-    groups = Groups(
-        torch.tensor([0, *queries]).cumsum(0).int(),
-        torch.tensor([0, *keys]).cumsum(0).int(),
-        rows,
-        key_rows if shared or rows is not None else None,
-        max_queries=max(queries),
-        max_keys=max(keys) + generator.choice([0, 0, 5]),
-        num_queries=Q,
-        num_keys=K,
-    )
-    return groups._share() if shared else groups
 
 
 def fuzz(seed, count, dtype, where, most, longest):
@@ -226,7 +169,7 @@ def test_hundreds_of_groups(seed):
 
 
 @pytest.mark.parametrize("kind", ["cls", "mean"])
-@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("name", NAMES)
 def test_equals_the_scores_of_space_time_attention(name, kind):
     groups = GROUPS[name]()
     q, k, v = (x.detach() for x in fused(groups, 2, 64, torch.float64, "cpu"))
