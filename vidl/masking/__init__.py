@@ -1,5 +1,21 @@
 """Masks of clips and captions, drawn on the device from (seed, step, sample)."""
 
 from vidl.masking.draws import uniform
+from vidl.masking.visual import (
+    VisualKind,
+    VisualMask,
+    drop_masked,
+    replace_masked,
+    visual_mask,
+    zero_masked,
+)
 
-__all__ = ["uniform"]
+__all__ = [
+    "VisualKind",
+    "VisualMask",
+    "drop_masked",
+    "replace_masked",
+    "uniform",
+    "visual_mask",
+    "zero_masked",
+]
