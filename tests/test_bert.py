@@ -330,6 +330,23 @@ def test_compiles_without_a_graph_for_each_length(known):
     assert counter.frame_count == (2 if known else 1)  # the second is for any number of words
 
 
+def test_every_backend_on_every_device(where):
+    where.skip_unless_runs("space_time_attention")
+    ours = ours_of(stock(), "reference")
+    inputs = [*captions(), torch.randn(4, 6, VISUAL), torch.tensor([2, 0, 2, 2, 1])]
+
+    def run(inputs):
+        ids, mask, visual, partner = inputs
+        out = ours.fuse(ours.encode(ids, mask), mask, visual, partner=partner)
+        return gradients(out, list(ours.parameters()))
+
+    expected = run(inputs)
+    ours.to(where.device).backend = where.backend
+    found = run([x.to(where.device) for x in inputs])
+    for our, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(our.cpu(), reference, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.gpu
 def test_the_same_on_cuda_without_synchronising():
     if not torch.cuda.is_available():
