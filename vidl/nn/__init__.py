@@ -1,6 +1,15 @@
 """Building blocks of models: modules whose parameters are named as their stock twins' are."""
 
 from vidl.nn.block import Block
+from vidl.nn.divided import DividedBlock, SpaceTimeTransformer
 from vidl.nn.patch_embed import MaskedPatchEmbed
+from vidl.nn.vit import Frames, ViT
 
-__all__ = ["Block", "MaskedPatchEmbed"]
+__all__ = [
+    "Block",
+    "DividedBlock",
+    "Frames",
+    "MaskedPatchEmbed",
+    "SpaceTimeTransformer",
+    "ViT",
+]
