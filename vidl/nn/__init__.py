@@ -1,9 +1,21 @@
 """Building blocks of models: modules whose parameters are named as their stock twins' are."""
 
 from vidl.nn.bert import Bert
+from vidl.nn.block import Block
 from vidl.nn.captions import Captions
+from vidl.nn.divided import DividedBlock, SpaceTimeTransformer
 from vidl.nn.patch_embed import MaskedPatchEmbed
 from vidl.nn.projection import Projection
-from vidl.nn.pruned_block import PrunedBlock
+from vidl.nn.vit import Frames, ViT
 
-__all__ = ["Bert", "Captions", "MaskedPatchEmbed", "Projection", "PrunedBlock"]
+__all__ = [
+    "Bert",
+    "Block",
+    "Captions",
+    "DividedBlock",
+    "Frames",
+    "MaskedPatchEmbed",
+    "Projection",
+    "SpaceTimeTransformer",
+    "ViT",
+]
