@@ -248,6 +248,20 @@ def test_a_caption_without_words():
     assert (nothing == 0).all()
 
 
+@BACKENDS
+@pytest.mark.parametrize(
+    "batch, length, tokens, clips", [(0, 9, 6, 0), (0, 5, 6, 3), (2, 0, 6, 2), (2, 5, 0, 2)]
+)
+def test_nothing_at_all(backend, batch, length, tokens, clips):
+    ours = Bert(text_layers=1, fusion_layers=1, visual_width=VISUAL, backend=backend, **SIZES)
+    ids = torch.ones(batch, length, dtype=torch.int64)
+    visual, partner = torch.randn(clips, tokens, VISUAL), torch.zeros(batch, dtype=torch.int64)
+    for mask in (None, ids):
+        out = ours.fuse(ours.encode(ids, mask), mask, visual, partner=partner)
+        out.sum().backward()
+        assert out.shape == (batch, length, 64) and out.isfinite().all()
+
+
 def test_padding_changes_nothing():
     ours = ours_of(stock())
     ids, mask = captions()
