@@ -185,23 +185,23 @@ def test_without_ranks_nothing_is_gathered():
 
 def draw(similarity, clip_ids=None, step=0):
     samples = torch.arange(len(similarity)) + 100
-    return hard_negatives(similarity, clip_ids, seed=5, step=step, samples=samples)
+    return hard_negatives(5, step, samples, similarity, clip_ids)
 
 
 def test_negatives_as_a_plain_loop():
     similarity = 3 * torch.randn(B, B)
-    numbers = [uniform(5, 0, torch.arange(B) + 100, 1, stream=s)[:, 0].tolist() for s in (32, 33)]
+    numbers = [uniform(5, 0, torch.arange(B) + 100, B, stream=s) for s in (4 << 58, 5 << 58)]
     found = draw(similarity, CLIPS)
     for drawn, rows, number in zip(
         (found.captions, found.clips), (similarity, similarity.T), numbers, strict=True
     ):
         for i in range(B):
-            weights = rows[i].double().softmax(0).tolist()
-            weights = [0 if CLIPS[i] == CLIPS[j] else w for j, w in enumerate(weights)]
-            left, j = number[i] * sum(weights), 0
-            while left >= weights[j]:
-                left, j = left - weights[j], j + 1
-            assert drawn[i] == j
+            # Whoever waits least, if the softmax is the rate, is a draw of the softmax.
+            waits = {}
+            for j, weight in enumerate(rows[i].double().softmax(0).tolist()):
+                if CLIPS[i] != CLIPS[j]:
+                    waits[j] = -math.log(number[i, j].item() + 2.0**-25) / weight
+            assert drawn[i] == min(waits, key=waits.get)
     assert found.exist.all()
 
 
@@ -311,7 +311,7 @@ def test_misuse_is_explained():
     with pytest.raises(ValueError, match="clip_ids"):
         loss(video, text, CLIPS[:2])
     with pytest.raises(ValueError, match="similarity"):
-        hard_negatives(torch.zeros(3, 2), seed=0, step=0, samples=torch.arange(3))
+        hard_negatives(0, 0, torch.arange(3), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="at least 2"):
         draw(torch.zeros(1, 1))
     with pytest.raises(ValueError, match="logits"):

@@ -22,7 +22,7 @@ def captions():
 
 def masked(ids, mask, ratio=0.15, seed=1, step=2, samples=None, **options):
     samples = torch.arange(len(ids)) if samples is None else samples
-    return mask_words(ids, mask, ratio, seed=seed, step=step, samples=samples, **options)
+    return mask_words(seed, step, samples, ids, mask, ratio, **options)
 
 
 def assert_share(part, whole, expected):
@@ -82,7 +82,7 @@ def test_whole_words_are_hidden_together():
     assert table.sum() == len([word for word in words if word.startswith("##")])
     starts = ~table[ids] | (ids < 1000)
     found = masked(ids, mask, 0.3, word_starts=starts)
-    drawn = uniform(1, 2, torch.arange(B), L, stream=16)
+    drawn = uniform(1, 2, torch.arange(B), L, stream=1 << 58)
     for b in range(B):
         for n in range(L):
             first = n
@@ -104,7 +104,7 @@ def test_a_mask_is_the_samples_own():
     assert torch.equal(masked(*longer, 0.5).ids[:, :L], whole.ids[:5])
     again = masked(ids, mask, 0.5, step=torch.tensor(2))
     assert torch.equal(again.ids, whole.ids)
-    for options in (dict(seed=2), dict(step=3)):
+    for options in (dict(seed=2), dict(step=3), dict(stream=1)):
         assert not torch.equal(masked(ids, mask, 0.5, **options).hidden, whole.hidden)
 
 
@@ -122,7 +122,7 @@ def test_compiles():
     samples = torch.arange(B)
 
     def run(step):
-        return mask_words(ids, mask, 0.5, seed=1, step=step, samples=samples)
+        return mask_words(1, step, samples, ids, mask, 0.5)
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for step in range(2):
@@ -140,7 +140,7 @@ def test_the_same_on_cuda_without_synchronising():
     on_card = [x.cuda() for x in (ids, mask, torch.arange(B))]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        there = mask_words(*on_card[:2], 0.5, seed=1, step=2, samples=on_card[2])
+        there = mask_words(1, 2, on_card[2], *on_card[:2], 0.5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for name in ("ids", "hidden", "positions", "labels"):
@@ -153,7 +153,9 @@ def test_misuse_is_explained():
         masked(ids.int(), mask)
     with pytest.raises(ValueError, match="attention_mask"):
         masked(ids, mask[:, :3])
-    with pytest.raises(ValueError, match="ratio"):
+    with pytest.raises(ValueError, match="samples"):
+        masked(ids, mask, samples=torch.arange(1))
+    with pytest.raises(ValueError, match="mask_ratio"):
         masked(ids, mask, 1.5)
     with pytest.raises(ValueError, match="replace"):
         masked(ids, mask, replace="zero")

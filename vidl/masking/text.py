@@ -16,8 +16,9 @@ from vidl.masking.draws import uniform
 
 Replace = Literal["bert", "mask"]
 
-# Streams of `uniform`: which words, what replaces each, and by which random word.
-HIDDEN, REPLACED, RANDOM = 16, 17, 18
+# Which words, what replaces each, and by which random word: parts of the stream of `uniform` for
+# which no caller has any use.
+HIDDEN, REPLACED, RANDOM = 1 << 58, 2 << 58, 3 << 58
 IGNORED = -100  # the label of what is not to be predicted, as PyTorch's cross-entropy has it
 
 
@@ -54,19 +55,20 @@ class MaskedWords:
 
 
 def mask_words(
-    ids: Tensor,
-    attention_mask: Tensor,
-    ratio: float,
-    *,
     seed: int,
     step: int | Tensor,
     samples: Tensor,
+    ids: Tensor,
+    attention_mask: Tensor,
+    mask_ratio: float,
+    *,
     replace: Replace = "bert",
     word_starts: Tensor | None = None,
     vocabulary: Vocabulary | None = None,
     most: int | None = None,
+    stream: int = 0,
 ) -> MaskedWords:
-    """Hide each word with a probability of `ratio`, whatever happens to the others.
+    """Hide each word with a probability of `mask_ratio`, whatever happens to the others.
 
     "bert" replaces 80 % of the hidden words by [MASK] and 10 % by a random word, and leaves the
     rest; "mask" replaces all by [MASK], as MAC and SimVTP do. Padding and special tokens are never
@@ -74,27 +76,29 @@ def mask_words(
     google-research/bert, README of May 31st, 2019.
 
     Args:
+        seed, step, samples: as in `vidl.masking.uniform`; samples [B] int64.
         ids: [B, L] int64.
         attention_mask: [B, L], not zero where there is a word.
-        ratio: in [0, 1].
-        seed, step, samples: as `vidl.masking.uniform` has them.
+        mask_ratio: in [0, 1].
         replace: "bert" or "mask".
         word_starts: [B, L] bool, the first piece of each whole word, all pieces of which are then
             hidden together: `~continuations(words)[ids]`. None: each piece for itself.
         vocabulary: default that of bert-base-uncased.
         most: how many hidden words are to be predicted in the whole batch, M; default
-            `most_hidden(B * L, ratio)`. If there are more, the last ones are hidden all the same.
+            `most_hidden(B * L, mask_ratio)`. If there are more, the last ones are hidden all the
+            same.
+        stream: tells two masks of the same samples apart.
 
     Raises:
         TypeError: `ids` is not int64.
         ValueError: a shape, a number or an option is wrong.
     """
     vocabulary = vocabulary or Vocabulary()
-    _check(ids, attention_mask, ratio, replace, word_starts, vocabulary)
+    _check(samples, ids, attention_mask, mask_ratio, replace, word_starts, vocabulary)
     L = ids.shape[1]
 
-    def draw(stream: int) -> Tensor:
-        return uniform(seed, step, samples, L, stream=stream)
+    def draw(use: int) -> Tensor:
+        return uniform(seed, step, samples, L, stream=stream | use)
 
     word = attention_mask != 0
     for special in vocabulary.special:
@@ -104,7 +108,7 @@ def mask_words(
         # A piece shares the number of the nearest start at or before it.
         place = torch.arange(L, device=ids.device)
         chosen = chosen.gather(1, torch.where(word_starts, place, 0).cummax(1).values)
-    hidden = word & (chosen < ratio)
+    hidden = word & (chosen < mask_ratio)
 
     replaced = torch.where(hidden, vocabulary.mask, ids)
     if replace == "bert":
@@ -113,14 +117,14 @@ def mask_words(
         replaced = torch.where(hidden & (fate >= 0.8), other, replaced)
         replaced = torch.where(fate >= 0.9, ids, replaced)
 
-    most = most_hidden(ids.numel(), ratio) if most is None else most
+    most = most_hidden(ids.numel(), mask_ratio) if most is None else most
     # Hidden words first, in their order.
     positions = torch.argsort((~hidden).flatten().byte(), stable=True)[:most]
     labels = torch.where(hidden, ids, IGNORED).flatten().index_select(0, positions)
     return MaskedWords(replaced, hidden, positions, labels)
 
 
-def most_hidden(words: int, ratio: float) -> int:
+def most_hidden(words: int, mask_ratio: float) -> int:
     """How many of `words` words are hidden at most: 8 standard deviations beyond the mean.
 
         n p + 8 sqrt(n p (1 - p))
@@ -128,8 +132,8 @@ def most_hidden(words: int, ratio: float) -> int:
     Known before anything is drawn, so that shapes are static. Ratios from 0.15 exceed it less than
     once in 10^10 batches; of words of three pieces each, hidden whole, once in 20,000.
     """
-    spread = math.sqrt(words * ratio * (1 - ratio))
-    return min(words, math.ceil(words * ratio + 8 * spread))
+    spread = math.sqrt(words * mask_ratio * (1 - mask_ratio))
+    return min(words, math.ceil(words * mask_ratio + 8 * spread))
 
 
 def continuations(words: Sequence[str]) -> Tensor:
@@ -145,9 +149,10 @@ def continuations(words: Sequence[str]) -> Tensor:
 
 
 def _check(
+    samples: Tensor,
     ids: Tensor,
     attention_mask: Tensor,
-    ratio: float,
+    mask_ratio: float,
     replace: Replace,
     word_starts: Tensor | None,
     vocabulary: Vocabulary,
@@ -159,6 +164,8 @@ def _check(
             "need ids and attention_mask [B, L], got "
             f"{tuple(ids.shape)} and {tuple(attention_mask.shape)}"
         )
+    if samples.shape != ids.shape[:1]:
+        raise ValueError(f"need samples [{ids.shape[0]}], got {tuple(samples.shape)}")
     if word_starts is not None and (
         word_starts.shape != ids.shape or word_starts.dtype != torch.bool
     ):
@@ -166,8 +173,8 @@ def _check(
             f"need word_starts {tuple(ids.shape)} in bool, got {tuple(word_starts.shape)} in "
             f"{word_starts.dtype}"
         )
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"need a ratio in [0, 1], got {ratio}")
+    if not 0 <= mask_ratio <= 1:
+        raise ValueError(f"need mask_ratio in [0, 1], got {mask_ratio}")
     if replace not in ("bert", "mask"):
         raise ValueError(f"need replace 'bert' or 'mask', got {replace!r}")
     if not 0 <= vocabulary.mask < vocabulary.size:

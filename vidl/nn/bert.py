@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from vidl.kernels.groups import Groups
 from vidl.kernels.space_time_attention import space_time_attention
-from vidl.nn import checkpoint
 from vidl.nn.captions import Captions
+from vidl.nn.checkpoints import load_or_explain
 
 EPS = 1e-12
 
@@ -201,8 +201,9 @@ class Bert(nn.Module):
         bias = weights.pop("cls.predictions.decoder.bias", None)
         if bias is not None:
             weights.setdefault("cls.predictions.bias", bias)
-        crossed = any(".crossattention." in name for name in weights)
-        checkpoint.load(self, weights, optional=() if crossed else (".crossattention.",))
+        crossing = [name for name in self.state_dict() if ".crossattention." in name]
+        fresh = not any(".crossattention." in name for name in weights)
+        load_or_explain(self, weights, may_miss=crossing if fresh else ())
 
     def _layers(self) -> nn.ModuleList:
         layers = self.encoder.layer

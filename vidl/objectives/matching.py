@@ -8,8 +8,9 @@ from torch import Tensor
 
 from vidl.masking.draws import uniform
 
-# Streams of `uniform`: the negative captions and the negative clips.
-CAPTIONS, CLIPS = 32, 33
+# Negative captions and negative clips: parts of the stream of `uniform` for which no caller has any
+# use.
+CAPTIONS, CLIPS = 4 << 58, 5 << 58
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +38,11 @@ class Negatives:
 
 @torch.no_grad()
 def hard_negatives(
-    similarity: Tensor,
-    clip_ids: Tensor | None = None,
-    *,
     seed: int,
     step: int | Tensor,
     samples: Tensor,
+    similarity: Tensor,
+    clip_ids: Tensor | None = None,
 ) -> Negatives:
     """Draw the negatives that look most like matches.
 
@@ -52,9 +52,9 @@ def hard_negatives(
     2107.07651, 3.2.
 
     Args:
+        seed, step, samples: as in `vidl.masking.uniform`; samples [B] int64.
         similarity: [B, B], clips x captions, over the temperature: `ContrastiveLoss.similarity`.
         clip_ids: [B] int64, the clip of each sample; None: all differ.
-        seed, step, samples: as `vidl.masking.uniform` has them.
 
     Raises:
         ValueError: the shapes do not fit, or there is only one sample.
@@ -72,11 +72,11 @@ def hard_negatives(
     matched = clip_ids[:, None] == clip_ids
 
     def drawn(logits: Tensor, stream: int) -> Tensor:
-        # In float64, in which 1 - 2^-24 times the total is less than the total.
-        weights = logits.double().masked_fill(matched, float("-inf")).softmax(1)
-        upto = weights.nan_to_num(0).cumsum(1).contiguous()
-        place = uniform(seed, step, samples, 1, stream=stream) * upto[:, -1:]
-        return torch.searchsorted(upto, place, right=True)[:, 0].clamp(max=B - 1)
+        # The largest of logit + Gumbel noise is a draw from the softmax. Numbers lie between those
+        # of `uniform`, so that none is zero.
+        numbers = uniform(seed, step, samples, B, stream=stream).double() + 2.0**-25
+        noisy = logits.double() - torch.log(-torch.log(numbers))
+        return noisy.masked_fill(matched, float("-inf")).argmax(1)
 
     return Negatives(drawn(similarity, CAPTIONS), drawn(similarity.T, CLIPS), ~matched.all(1))
 
