@@ -232,6 +232,14 @@ def test_masks_are_applied():
             assert torch.equal(zeroed[..., row, column], pixel)
 
 
+@pytest.mark.parametrize("kind", ["frame", "tube"])
+def test_masks_of_frames(kind):
+    mask = draw(kind)
+    each = mask.per_frame()
+    assert each.grid == (1, 6, 5) and each.ids_keep.shape == (160, 12)
+    assert torch.equal(each.masked().view(40, N), mask.masked())
+
+
 def test_masks_compile():
     torch._dynamo.reset()
 
@@ -253,6 +261,10 @@ def test_misuse_of_masks_is_explained():
         draw(ratio=1.0)
     with pytest.raises(ValueError, match="rounding"):
         draw(rounding="round")
+    with pytest.raises(ValueError, match="each of 4 frames"):
+        draw("clip", 0.01).per_frame()
+    with pytest.raises(RuntimeError, match="as many visible patches in each frame"):
+        draw("clip").per_frame()
     mask = draw()
     with pytest.raises(ValueError, match="tokens"):
         drop_masked(torch.zeros(40, 7, 8), mask)
