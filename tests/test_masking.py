@@ -5,6 +5,7 @@ import torch
 
 from vidl.kernels.select_tokens import kept_count
 from vidl.masking import drop_masked, replace_masked, uniform, visual_mask, zero_masked
+from vidl.nn import MaskedPatchEmbed
 
 SAMPLES = torch.arange(1000)
 
@@ -230,6 +231,13 @@ def test_masks_are_applied():
             gone = grid[:, None, :, row // 2, column // 2].expand(-1, 3, -1)
             pixel = video[..., row, column].masked_fill(gone, 0)
             assert torch.equal(zeroed[..., row, column], pixel)
+
+
+def test_dropping_is_what_the_embedding_does():
+    torch.manual_seed(0)
+    mask, embed = draw(), MaskedPatchEmbed(2, 3, 8)
+    video = torch.randn(40, 3, 4, 12, 10)
+    torch.testing.assert_close(embed(video, mask.ids_keep), drop_masked(embed(video), mask))
 
 
 @pytest.mark.parametrize("kind", ["frame", "tube"])
