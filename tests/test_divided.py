@@ -140,6 +140,14 @@ def test_fewer_frames_and_nothing_visible(kind):
     torch.testing.assert_close(model(video), model(video.float() / 255), rtol=1e-4, atol=1e-4)
 
 
+def test_autocast():
+    model, ids = make(), visual_mask(0, 0, torch.arange(B), GRID, 0.6).ids_keep
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(clip(), ids)
+    assert out.dtype == torch.float32
+    assert (out - model(clip(), ids)).abs().mean() < 0.1
+
+
 def test_compiles():
     torch._dynamo.reset()
     model = make()

@@ -5,6 +5,7 @@ import torch
 
 from vidl.kernels.select_tokens import kept_count
 from vidl.masking import drop_masked, replace_masked, uniform, visual_mask, zero_masked
+from vidl.nn import MaskedPatchEmbed
 
 SAMPLES = torch.arange(1000)
 
@@ -232,6 +233,21 @@ def test_masks_are_applied():
             assert torch.equal(zeroed[..., row, column], pixel)
 
 
+def test_dropping_is_what_the_embedding_does():
+    torch.manual_seed(0)
+    mask, embed = draw(), MaskedPatchEmbed(2, 3, 8)
+    video = torch.randn(40, 3, 4, 12, 10)
+    torch.testing.assert_close(embed(video, mask.ids_keep), drop_masked(embed(video), mask))
+
+
+@pytest.mark.parametrize("kind", ["frame", "tube"])
+def test_masks_of_frames(kind):
+    mask = draw(kind)
+    each = mask.per_frame()
+    assert each.grid == (1, 6, 5) and each.ids_keep.shape == (160, 12)
+    assert torch.equal(each.masked().view(40, N), mask.masked())
+
+
 def test_masks_compile():
     torch._dynamo.reset()
 
@@ -253,6 +269,10 @@ def test_misuse_of_masks_is_explained():
         draw(ratio=1.0)
     with pytest.raises(ValueError, match="rounding"):
         draw(rounding="round")
+    with pytest.raises(ValueError, match="each of 4 frames"):
+        draw("clip", 0.01).per_frame()
+    with pytest.raises(RuntimeError, match="as many visible patches in each frame"):
+        draw("clip").per_frame()
     mask = draw()
     with pytest.raises(ValueError, match="tokens"):
         drop_masked(torch.zeros(40, 7, 8), mask)

@@ -144,6 +144,23 @@ def test_images_uint8_and_nothing_visible():
     assert nothing.tokens.shape == (B * T, 1, WIDTH) and nothing.ids.shape == (B * T, 0)
 
 
+def test_base_is_as_large_as_published():
+    with torch.device("meta"):
+        ours = ViT()
+    assert sum(p.numel() for p in ours.parameters()) == 85_798_656  # ViT-B/16 without a classifier
+
+
+def test_autocast():
+    ours = randomise(ViT(**SIZE, prune_layers=(1,), fuse="sum"))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours(clip(), mask())
+    assert found.tokens.dtype == torch.float32
+    expected = ours(clip(), mask())
+    assert (found.tokens[:, 0] - expected.tokens[:, 0]).abs().mean() < 0.1
+    found.tokens.sum().backward()
+    assert all(p.grad is not None for p in ours.parameters())
+
+
 def test_compiles():
     torch._dynamo.reset()
     ours = ViT(**SIZE, prune_layers=(1,), fuse="sum")

@@ -39,6 +39,28 @@ class VisualMask:
         zeros = torch.zeros(shape, dtype=torch.bool, device=self.ids_mask.device)
         return zeros.scatter(1, self.ids_mask, True)
 
+    def per_frame(self) -> "VisualMask":
+        """The same as masks of B * T clips of one frame; frame t of clip b is row b T + t.
+
+        Raises:
+            ValueError: the frames cannot have equally many visible patches.
+            RuntimeError: they have not ("frame" and "tube" do; on CUDA as a device-side assertion).
+        """
+        T, H, W = self.grid
+        if self.ids_keep.shape[1] % T:
+            raise ValueError(
+                f"need as many visible patches in each of {T} frames, got {self.ids_keep.shape[1]} "
+                "in all: a mask of kind 'frame' or 'tube'"
+            )
+        first = torch.arange(T, device=self.ids_keep.device)[:, None] * H * W
+        keep, mask = (
+            ids.unflatten(1, (T, ids.shape[1] // T)) - first
+            for ids in (self.ids_keep, self.ids_mask)
+        )
+        inside = ((keep >= 0) & (keep < H * W)).all() & ((mask >= 0) & (mask < H * W)).all()
+        torch._assert_async(inside, "need as many visible patches in each frame")
+        return VisualMask(keep.flatten(0, 1), mask.flatten(0, 1), (1, H, W))
+
 
 def visual_mask(
     seed: int,
