@@ -51,14 +51,17 @@ class DividedBlock(nn.Module):
         self.reset_time()
 
     def reset_time(self) -> None:
-        """Let the attention through time add nothing: zeros out of `qkv`, and ones in `proj`.
+        """Let the attention through time add nothing at first: its values are zero.
 
-        The block then is one of a ViT. Zeros in `proj` as well would let neither of them learn.
+        The block then is one of a ViT, and learns from the first step on. Frozen in Time fills
+        `qkv` with zeros and `proj` with ones instead. But queries and keys that are both zero get
+        no gradient from each other, and what such a `proj` adds is the same in all channels, which
+        `norm1` takes away: nothing but rounding noise would move the attention through time.
         """
         with torch.no_grad():
-            for parameter in self.timeattn.parameters():
-                parameter.zero_()
-            self.timeattn.proj.weight.fill_(1)
+            for parameter in self.timeattn.qkv.parameters():
+                parameter.chunk(3)[2].zero_()
+            self.timeattn.proj.bias.zero_()
 
     def forward(self, x: Tensor, space: Groups, time: Groups) -> Tensor:
         """Transform packed tokens.

@@ -64,7 +64,7 @@ class FrameSelector(nn.Module):
         self.keep, self.backend = keep, backend
         self.fc1 = nn.Linear(visual_dim + text_dim, hidden)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, 1)
+        self.fc2 = nn.Linear(hidden, 1, bias=False)  # the softmax would not see it
 
     def forward(self, frames: Tensor, text: Tensor, tokens: Tensor) -> SelectedFrames:
         """Select.
