@@ -8,7 +8,7 @@ import torch
 from vidl import models
 from vidl.cli import main
 from vidl.models.summary import example
-from vidl.nn.vit import ViT
+from vidl.nn import Bert, ViT
 
 SMALL = dict(image_size=32, width=64, heads=2, text_width=64, text_heads=2, dropout=0.0)
 WORDS = models.recipe("mac").vocabulary
@@ -129,6 +129,13 @@ def test_flops_of_vit_b_as_published():
     with torch.utils.flop_counter.FlopCounterMode(display=False) as flops, torch.no_grad():
         model(torch.zeros(1, 3, 1, 224, 224))
     assert flops.get_total_flops() / 2 == pytest.approx(17.6e9, rel=0.005)
+
+
+def test_parameters_of_bert_base_as_published():
+    """110 M (BERT, arXiv 1810.04805, 3): with the pooler, which we do not have."""
+    with torch.device("meta"):
+        text = Bert(text_layers=12, fusion_layers=0)
+    assert sum(p.numel() for p in text.parameters()) == 109_482_240 - (768 + 1) * 768
 
 
 @pytest.mark.parametrize(

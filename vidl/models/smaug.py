@@ -237,7 +237,6 @@ class Smaug(nn.Module):
 
     def reconstruct(self, frames: Frames, mask: VisualMask) -> Tensor:
         """The pixels of masked patches, [B, T m, p p 3]."""
-        T, H, W = mask.grid
-        B, M = mask.ids_mask.shape
-        ids_mask = mask.ids_mask.view(B * T, M // T) % (H * W)
-        return self.decoder(frames.tokens, frames.ids, ids_mask).view(B, M, -1)
+        ids_mask = mask.per_frame().ids_mask
+        pixels = self.decoder(frames.tokens, frames.ids, ids_mask)
+        return pixels.view(*mask.ids_mask.shape, -1)
