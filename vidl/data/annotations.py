@@ -143,14 +143,16 @@ def write(rows: Iterable[Row], to: str | Path) -> int:
     return count
 
 
-def load(*corpora: tuple[str | Path, str | Path] | Sequence[str]) -> Annotations:
+def load(*corpora: str | Path | tuple[str | Path, str | Path | None]) -> Annotations:
     """Open annotation files; one that is not an Arrow table is converted on first use.
 
     The table goes to $VIDL_CACHE (default: ~/.cache/vidl), under a name made of the file's path,
     size and time, so that an edited file is converted anew.
 
     Args:
-        corpora: pairs of an annotation file, Arrow or the common JSON, and the folder of its media.
+        corpora: annotation files, Arrow or the common JSON, or pairs of one and the folder of its
+            media. Default folder: of clips.json the folder `clips` beside it, if there is one, or
+            else the folder that the file is in.
 
     Returns:
         All rows, in this order.
@@ -158,7 +160,15 @@ def load(*corpora: tuple[str | Path, str | Path] | Sequence[str]) -> Annotations
     Raises:
         ValueError: a file is not what its name says.
     """
-    return Annotations((_converted(Path(file)), media) for file, media in corpora)
+    parts = []
+    for corpus in corpora:
+        file, media = corpus if isinstance(corpus, tuple) else (corpus, None)
+        file = Path(file)
+        if media is None:
+            beside = file.with_suffix("")
+            media = beside if beside.is_dir() else file.parent
+        parts.append((_converted(file), media))
+    return Annotations(parts)
 
 
 def _converted(file: Path) -> Path:

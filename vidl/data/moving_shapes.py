@@ -154,7 +154,7 @@ class MovingShapes(ClipSet):
             for plane, value in zip(planes, COLOURS[actor.colour], strict=True):
                 plane += cover * (value - plane)
         clip = planes.clip(0, 255).astype(numpy.uint8)
-        return torch.from_numpy(clip).permute(1, 2, 3, 0).contiguous()
+        return torch.from_numpy(numpy.ascontiguousarray(clip.transpose(1, 2, 3, 0)))
 
 
 def motions(difficulty: int) -> list[tuple[str, ...]]:

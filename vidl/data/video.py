@@ -239,7 +239,7 @@ def _read_by_pyav(source: Source, part: Part, index: int | None) -> Tensor:
         stream = _stream(container, index)
         scale, origin = stream.time_base, stream.start_time or 0
         packets = _packets(container, stream, part.start or 0, part.end or math.inf)
-        count = None if _timed(packets) else sum(1 for _ in _decode(stream, packets, None))
+        count = None if _timed(stream, packets) else sum(1 for _ in _decode(stream, packets, None))
         times, tick = _times(stream, packets, count)
         if not times:
             raise ValueError("it has no frames")
@@ -282,16 +282,17 @@ def _packets(container: Any, stream: Any, start: float, end: float) -> list[Any]
     return found
 
 
-def _timed(packets: list[Any]) -> bool:
-    """Whether packets know when their frames are shown; in AVI they do not."""
-    return all(packet.pts is not None for packet in packets)
+def _timed(stream: Any, packets: list[Any]) -> bool:
+    """Whether packets know when their frames are shown; in AVI they know the order only."""
+    has_times = stream.container.format.name != "avi"
+    return has_times and all(packet.pts is not None for packet in packets)
 
 
 def _times(stream: Any, packets: list[Any], count: int | None) -> tuple[list[int], int]:
     """When frames are shown, ascending, and how long the last one is, in ticks of the stream."""
     rate = stream.average_rate or stream.guessed_rate or 25
     tick = max(1, round(1 / (rate * stream.time_base)))
-    if not _timed(packets):
+    if not _timed(stream, packets):
         return [number * tick for number in range(count or 0)], tick
     shown = sorted((packet.pts, packet.duration) for packet in packets if not packet.is_discard)
     return [time for time, _ in shown], (shown[-1][1] if shown else 0) or tick
@@ -301,10 +302,10 @@ def _decode(stream: Any, packets: list[Any], wanted: set[int] | None) -> Iterato
     """Decode the frames shown at the wanted times, or all, and when each is shown."""
     context = stream.codec_context
     context.flush_buffers()
-    if wanted is None or not _timed(packets):
+    if wanted is None or not _timed(stream, packets):
         _, tick = _times(stream, packets, 0)
         for number, frame in enumerate(_decode_run(context, packets)):
-            time = frame.pts if _timed(packets) else number * tick
+            time = frame.pts if _timed(stream, packets) else number * tick
             if wanted is None or time in wanted:
                 yield time, frame
         return
