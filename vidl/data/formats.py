@@ -29,6 +29,10 @@ class Row:
     start: float | None = None  # of the part that is meant, in seconds
     end: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("captions", "options"):  # equal rows are equal, and hashable
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
 
 class BadAnnotation(ValueError):
     """An annotation file that is not what its format wants: file, line, what was needed."""
