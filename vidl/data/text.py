@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -89,21 +90,34 @@ class Tokenizer:
 def train_tokenizer(texts: Iterable[str], *, size: int = 8192) -> Tokenizer:
     """Make a WordPiece vocabulary of captions, lower case, as BERT's uncased one is.
 
+    The most frequent words are tokens, and so are single characters, of which other words are put
+    together. The trainer of the library `tokenizers` finds longer pieces, but others in each run.
+
     Args:
         texts: the captions of the training set.
-        size: of the vocabulary at most; rare words become pieces.
+        size: of the vocabulary, at most.
 
     Returns:
         The tokenizer; the same texts give the same one.
-    """
-    from tokenizers import models, trainers
 
-    tokenizer = _bert(models.WordPiece(unk_token="[UNK]"))
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=size, special_tokens=list(SPECIAL), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return _framed(tokenizer)
+    Raises:
+        ValueError: the size has no room for the characters.
+    """
+    from tokenizers import models
+
+    splitter = _bert(models.WordPiece())
+    counts: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        words = splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(text))
+        counts.update(word for word, _ in words)
+    characters = sorted(set("".join(counts)))
+    pieces = [*SPECIAL, *characters, *(f"##{character}" for character in characters)]
+    if size < len(pieces):
+        raise ValueError(f"need room for {len(pieces)} tokens and characters, got size={size}")
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    tokens = list(dict.fromkeys([*pieces, *ranked]))[:size]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return _framed(_bert(models.WordPiece(vocabulary, unk_token="[UNK]")))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
