@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_bench(commands)
     _add_summary(commands)
     _add_data(commands)
+    _add_pretrain(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(parser, args)
@@ -253,6 +255,51 @@ def _data_preview(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     names = ("clips", "frames", "size", "mask_ratio", "patch", "seed")
     options = {name: getattr(args, name) for name in names}
     return commands.run(lambda: commands.preview(args.file, args.media, args.out, **options))
+
+
+def _add_pretrain(commands: argparse._SubParsersAction) -> None:
+    about = "train a model on clips and captions, or go on with a run"
+    command = commands.add_parser(
+        "pretrain",
+        help=about,
+        description="Train a model on clips and captions. The same command goes on with a run that "
+        "was stopped. Over several processes: torchrun --nproc-per-node 8 -m vidl pretrain ...",
+        add_help=False,
+    )
+    add = command.add_argument
+    add("-h", "--help", action=_HelpOnFields, help="explain every field of the configuration")
+    add("--config", type=Path, metavar="FILE", help="YAML of sections and their fields")
+    add("overrides", nargs="*", metavar="SECTION.FIELD=VALUE", help="as in model.mask_ratio=0.5")
+    command.set_defaults(run=_pretrain)
+
+
+class _HelpOnFields(argparse.Action):
+    """The help of a command, and that of the fields of a configuration, which loads PyTorch."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from vidl.training import config
+
+        print(f"{parser.format_help()}\n{config.explain()}")
+        parser.exit()
+
+
+def _pretrain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl.data.dataset import TooManyBroken
+    from vidl.training import Config, pretrain
+
+    try:
+        config = Config.read(args.config, args.overrides)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        pretrain(config)
+    except (TooManyBroken, ValueError, OSError) as error:
+        print(f"vidl pretrain: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _list(text: str | None) -> list[str] | None:

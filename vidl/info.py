@@ -18,7 +18,7 @@ import vidl.ops  # noqa: F401  declares the ops
 from vidl.data import video
 from vidl.kernels import library
 
-PACKAGES = ("triton", "numpy", "timm", "transformers", "xformers", "flash_attn")
+PACKAGES = ("triton", "numpy", "timm", "transformers", "xformers", "flash_attn", "av", "pyarrow")
 # Of a CPU's flags, those that decide which matrix units PyTorch and our kernels use.
 ISA = (
     *("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),

@@ -1,6 +1,7 @@
 """Data sets that are asked for whole batches; a broken clip goes together with its caption."""
 
 import dataclasses
+import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -200,7 +201,18 @@ class Clips(ClipSet):
         """The sample of a row; of these bytes, where its media is no file."""
         rng = video.generator(self.seed, key.epoch, key.index) if self.train else None
         text = text_of(row, rng)
-        pictures = video.read_clip(
+        pictures = self.pictures(row, rng, source)
+        if rng is None:
+            return Sample(crops.centre_crop(pictures, self.size), key.index, row, text)
+        flip = self.flip and not re.search(r"\b(left|right)", f"{text} {row.answer}".lower())
+        pictures = crops.random_crop(pictures, self.size, rng, scale=self.scale, flip=flip)
+        return Sample(pictures, key.index, row, text)
+
+    def pictures(
+        self, row: Row, rng: random.Random | None, source: video.Source | None = None
+    ) -> Tensor:
+        """The frames that a sample shows, before they are cut: uint8 [T, H, W, 3]."""
+        return video.read_clip(
             row.media if source is None else source,
             1 if row.kind == "image" else self.frames,
             rng=rng,
@@ -208,11 +220,6 @@ class Clips(ClipSet):
             end=row.end,
             decoder=self.decoder,
         )
-        if rng is None:
-            return Sample(crops.centre_crop(pictures, self.size), key.index, row, text)
-        flip = self.flip and not re.search(r"\b(left|right)", f"{text} {row.answer}".lower())
-        pictures = crops.random_crop(pictures, self.size, rng, scale=self.scale, flip=flip)
-        return Sample(pictures, key.index, row, text)
 
 
 def kinds(rows: Sequence[Row]) -> numpy.ndarray:

@@ -111,7 +111,8 @@ def read_clip(
 ) -> Tensor:
     """Read `frames` pictures spread over a video, or over a part of it.
 
-    A still picture, or a video with fewer frames than asked for, repeats what it has.
+    A still picture, or a video with fewer frames than asked for, repeats what it has. A truncated
+    file is read as far as it goes; `inspect` tells.
 
     Args:
         source: a file, or the bytes of one.

@@ -1,0 +1,344 @@
+"""Runs: what they are configured to be, that they resume exactly, on one process or two."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from vidl import cli, models
+from vidl.data.text import load_tokenizer
+from vidl.training import Config, checkpoints, optimizer, pretrain
+from vidl.training.config import Schedule, explain
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+MODEL = dict(
+    image_size=32, patch_size=16, frames=2, width=32, depth=2, heads=2, text_width=32,
+    text_layers=1, text_heads=2, embed_dim=16,
+)  # fmt: skip
+TINY = [
+    *(f"model.{name}={value}" for name, value in MODEL.items()),
+    "data.source=moving_shapes", "data.clips=20", "data.words=12", "data.batch_size=4",
+    "data.workers=0", "schedule.steps=8", "schedule.warmup=2", "optimizer.lr=1e-3",
+    "run.log_every=1", "run.threads=1", "run.device=cpu", "run.tensorboard=false",
+]  # fmt: skip
+MAC = [*TINY, "model.name=mac"]
+SMAUG = [
+    *TINY, "model.name=smaug", "model.prune_layers=[0]", "model.mask_ratio=0.4",
+    "model.fusion_layers=1", "model.decoder_width=16", "model.decoder_depth=1",
+    "model.decoder_heads=1", "schedule.prune_over=6",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def train(folder, options, *more, evaluate=None):
+    return pretrain(Config.read(None, [*options, f"run.folder={folder}", *more]), evaluate)
+
+
+def records(folder):
+    """What was logged at each step, without times."""
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    timed = ("seconds_per_step", "clips_per_second", "tokens_per_second", "data_wait")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+def same_weights(a, b):
+    one, other = (load_file(checkpoints.newest(Path(x)) / "model.safetensors") for x in (a, b))
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+# Configuration
+
+
+def test_config_reads_files_and_overrides(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {name: mac, mask_ratio: 0.5}\ndata: {files: a.json}\n")
+    config = Config.read(file, ["model.mask_ratio=0.25", "optimizer.lr=3e-4", "data.scale=[0.2,1]"])
+    assert config.model.recipe == {"mask_ratio": 0.25} and config.recipe().mask_ratio == 0.25
+    assert config.optimizer.lr == 3e-4 and config.data.files == ["a.json"]
+    assert config.data.scale == (0.2, 1.0) and isinstance(config.recipe(), models.MacRecipe)
+    config.save(tmp_path / "saved.yaml")
+    assert Config.read(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.mask_ration=0.5", "the nearest is 'model.mask_ratio'"),
+        ("run.steps=5", "the nearest is 'schedule.steps'"),
+        ("optimizer.lr=fast", "need optimizer.lr as float, got 'fast'"),
+        ("schedule.steps=2.5", "need schedule.steps as int, got 2.5"),
+        ("run.parallel=dp", "need run.parallel as Literal['ddp', 'fsdp'], got 'dp'"),
+        ("model.time=slot", "there is no 'model.time'"),  # MAC's
+        ("model.name=clip", "need a model among smaug, mac, got 'clip'"),
+        ("model.mask_ratio=2", "need mask_ratio in [0, 1), got 2.0"),
+        ("schedule.steps=0", "need schedule.steps >= 1, got 0"),
+        ("data.source=clips", "need data.files"),
+        ("run", "need section.field=value, got 'run'"),
+    ],
+)
+def test_config_names_what_is_wrong(override, message):
+    with pytest.raises(ValueError) as error:
+        Config.read(None, ["data.source=moving_shapes", override])
+    assert message in str(error.value)
+
+
+def test_help_explains_every_field(capsys):
+    text = explain().replace("\n      ", " ")
+    for name in Config.read(None, MAC).values():
+        assert f"{name}: " in text or f"{name}, " in text, name
+    with pytest.raises(SystemExit) as status:
+        cli.main(["pretrain", "--help"])
+    assert status.value.code == 0 and "schedule.warmup: " in capsys.readouterr().out
+
+
+def test_command_says_what_is_wrong(tmp_path, capsys):
+    with pytest.raises(SystemExit) as status:
+        cli.main(["pretrain", "data.fils=x"])
+    assert status.value.code == 2 and "'data.files'" in capsys.readouterr().err
+    missing = tmp_path / "missing.json"
+    assert cli.main(["pretrain", f"data.files={missing}", f"run.folder={tmp_path}"]) == 1
+    assert str(missing) in capsys.readouterr().err
+
+
+# Optimizer and schedule
+
+
+def test_what_decays():
+    for name in models.MODELS:
+        model = models.create(name, "tiny")
+        decayed, others = optimizer.make(model, Config.read(None, MAC).optimizer).param_groups
+        names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
+        decayed, others = ({names[id(p)] for p in g["params"]} for g in (decayed, others))
+        assert len(decayed) + len(others) == len(names)
+        assert all(".norm" not in n and "LayerNorm" not in n and "bias" not in n for n in decayed)
+        assert not [n for n in decayed if "pos" in n.lower() or "token_type" in n or "cls_tok" in n]
+        assert {"text.embeddings.word_embeddings.weight", "project_clip.weight"} <= decayed
+        assert "vision.pos_embed" in others and ("time" in others) == (name == "smaug")
+
+
+def test_schedules():
+    schedule = Schedule(steps=110, warmup=10, final=0.1, prune_over=50)
+    rates = [optimizer.learning_rate(step, 2.0, schedule) for step in range(111)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2
+    assert rates[60] == pytest.approx(1.1) and rates[110] == pytest.approx(0.2)
+    kept = [optimizer.keep_rate(step, 0.5, schedule) for step in (0, 25, 50, 99)]
+    assert kept == pytest.approx([1, 0.75, 0.5, 0.5])
+
+
+# Runs
+
+
+@pytest.mark.parametrize("options", [MAC, SMAUG], ids=["mac", "smaug"])
+def test_a_run_resumes_exactly(options, tmp_path):
+    """Five steps an epoch, two batches a step: it breaks in the middle of the second epoch."""
+    more = ["optimizer.accumulate=2", "run.save_every=3", "run.eval_every=4"]
+    whole = train(tmp_path / "whole", options, *more)
+    assert whole["finished"] and whole["step"] == 8 and math.isfinite(whole["loss"])
+
+    def broken(training):
+        raise RuntimeError("the machine is gone")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        train(tmp_path / "broken", options, *more, evaluate=broken)
+    assert records(tmp_path / "broken")[-1]["step"] == 4  # the checkpoint is of step 3
+    train(tmp_path / "broken", options, *more, "data.workers=1")
+    assert records(tmp_path / "broken") == records(tmp_path / "whole")
+    assert same_weights(tmp_path / "broken", tmp_path / "whole")
+    with pytest.raises(ValueError, match="another optimizer.lr"):
+        train(tmp_path / "broken", options, *more, "optimizer.lr=1")
+
+
+def test_what_a_run_leaves(tmp_path, capsys):
+    seen = []
+
+    def evaluate(training):
+        assert not training.model.training and not torch.is_grad_enabled()
+        seen.append(training.step)
+        return {"R@1": 0.5}
+
+    more = ["run.save_every=2", "run.keep=2", "run.eval_every=3"]
+    train(tmp_path, MAC, *more, evaluate=evaluate)
+    folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert folders == ["step-00000006", "step-00000008"] and seen == [3, 6, 8]
+    assert [r["evaluation/R@1"] for r in records(tmp_path) if "evaluation/R@1" in r] == [0.5] * 3
+    shown = capsys.readouterr().err
+    assert "8/8  loss" in shown and "data wait" in shown and "ETA 0:00:00" in shown
+    assert "step 3: R@1 0.5" in shown
+
+    config = Config.read(tmp_path / "config.yaml")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    from vidl.training import sources
+
+    recipe = config.recipe(vocabulary=sources.vocabulary(tokenizer))
+    model = models.Mac(recipe)
+    model.load_state_dict(checkpoints.weights_of(tmp_path))
+    # A run may begin with them.
+    more = [f"start.model={tmp_path}", f"data.tokenizer={tmp_path / 'tokenizer.json'}"]
+    begun = train(tmp_path / "next", MAC, *more, "schedule.steps=1", "optimizer.lr=0")
+    assert begun["step"] == 1 and same_weights(tmp_path, tmp_path / "next")
+
+
+def test_activations_are_computed_again_to_the_same_end(tmp_path):
+    train(tmp_path / "kept", SMAUG, "schedule.steps=3")
+    train(tmp_path / "again", SMAUG, "schedule.steps=3", "run.checkpoint_activations=true")
+    assert records(tmp_path / "kept") == records(tmp_path / "again")
+
+
+def test_bfloat16_is_close(tmp_path):
+    full = train(tmp_path / "full", SMAUG, "schedule.steps=2")
+    half = train(tmp_path / "half", SMAUG, "schedule.steps=2", "run.precision=bfloat16")
+    assert half["loss"] == pytest.approx(full["loss"], rel=0.02) and half["loss"] != full["loss"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    with pytest.raises(RuntimeError, match=r"the loss is (nan|inf) at step"):
+        train(tmp_path, MAC, "optimizer.lr=1e30", "optimizer.clip=0", "schedule.warmup=0")
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path):
+    plain = train(tmp_path / "plain", MAC, "model.dropout=0", "schedule.steps=3")
+    made = train(tmp_path / "made", MAC, "model.dropout=0", "schedule.steps=3", "run.compile=true")
+    assert made["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+
+
+# Runs that are killed
+
+
+def start(folder, options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, "-m", "vidl", "pretrain", *options, f"run.folder={folder}"]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(folder, lines, process):
+    """Until the run has logged so many steps."""
+    log = Path(folder) / "log.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < lines:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+def test_killed_and_terminated(tmp_path):
+    """kill -9, go on, SIGTERM, go on: the log is that of the run that nobody stopped."""
+    options = [*SMAUG, "data.workers=1", "schedule.steps=300", "schedule.prune_over=20"]
+    options += ["run.save_every=2"]
+    process = start(tmp_path / "killed", options)
+    wait_for(tmp_path / "killed", 6, process)
+    process.kill()
+    process.communicate()
+    killed_at = records(tmp_path / "killed")[-1]["step"]
+    assert killed_at % 5, "in the middle of an epoch"
+
+    process = start(tmp_path / "killed", options)
+    wait_for(tmp_path / "killed", killed_at + 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 0 and "the same command goes on" in shown
+    assert "from step " in shown and "from step 0 " not in shown
+    stopped_at = records(tmp_path / "killed")[-1]["step"]
+    assert checkpoints.newest(tmp_path / "killed").name == f"step-{stopped_at:08}"
+
+    def stop(training):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    last = stopped_at + 3
+    for folder in ("killed", "whole"):
+        more = [f"run.eval_every={last}", "run.save_every=1000"]
+        assert not train(tmp_path / folder, options, *more, evaluate=stop)["finished"]
+    assert records(tmp_path / "killed") == records(tmp_path / "whole")
+    assert same_weights(tmp_path / "killed", tmp_path / "whole")
+
+
+# Two ranks
+
+
+def _rank(rank, rendezvous, runs):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    for port, options in runs:
+        os.environ["MASTER_PORT"] = str(port)
+        pretrain(Config.read(None, options))
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_ranks_equal_one_with_the_double_batch(tmp_path):
+    """Where a loss is the mean of the ranks': VTC of all, and MVM."""
+    mac = [*MAC, "model.dropout=0", "schedule.steps=3", "optimizer.accumulate=2"]
+    smaug = [*SMAUG, "model.dropout=0", "schedule.steps=3", "model.vtm=0", "model.mlm=0"]
+    runs = []
+    for name, options, kind in (("mac", mac, "ddp"), ("smaug", smaug, "ddp"), ("f", smaug, "fsdp")):
+        train(tmp_path / name, options, "data.batch_size=8")
+        own = [f"run.folder={tmp_path / name}-{kind}", f"run.parallel={kind}"]
+        runs.append((free_port(), [*options, *own]))
+    mp.spawn(_rank, (None, runs), nprocs=2)
+    for name, kind in (("mac", "ddp"), ("smaug", "ddp"), ("f", "fsdp")):
+        one, two = records(tmp_path / name), records(f"{tmp_path / name}-{kind}")
+        assert len(one) == len(two) == 3
+        for a, b in zip(one, two, strict=True):
+            for key in ("loss", "grad_norm", "lr"):
+                assert b[key] == pytest.approx(a[key], rel=1e-4), (name, kind, key)
+        one, two = (
+            load_file(checkpoints.newest(Path(x)) / "model.safetensors")
+            for x in (tmp_path / name, f"{tmp_path / name}-{kind}")
+        )
+        assert one.keys() == two.keys()
+        for key in one:
+            # Adam divides by the gradient's size: where that is rounding noise, so is the step.
+            torch.testing.assert_close(two[key], one[key], rtol=0, atol=3e-3)
+
+
+# Broken clips
+
+
+def test_broken_clips_are_left_out_with_their_captions(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+    rows = json.loads((EXAMPLES / "clips.json").read_text())[:10]
+    for number, row in enumerate(rows):
+        name = f"{number}.mp4"
+        if number % 10 < 3:
+            (tmp_path / name).write_bytes(b"no video")
+        else:
+            (tmp_path / name).symlink_to(EXAMPLES / "clips" / row["video"])
+        row["video"], row["caption"] = name, f"number{number}"
+    (tmp_path / "clips.json").write_text(json.dumps(rows))
+    options = [*MAC, "data.source=clips", f"data.files={tmp_path / 'clips.json'}"]
+    options += ["data.cache=true", "data.batch_size=3", "schedule.steps=6", "data.broken=0.6"]
+
+    pairs = []
+    from vidl.training import inputs, loop
+
+    def arguments(batch, *args, **kwargs):
+        pairs.extend(zip([row.media for row in batch.rows], batch.text, strict=True))
+        return inputs.arguments(batch, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "arguments", arguments)
+    assert train(tmp_path / "run", options)["finished"]
+    assert len(pairs) == 18
+    assert all(f"number{Path(media).stem}" == text for media, text in pairs)
+    shown = capsys.readouterr().err
+    assert all(f"{tmp_path / f'{n}.mp4'}: " in shown for n in range(3)) and "3.mp4" not in shown
+    assert "times a clip could not be read" in shown
+    assert len(list((tmp_path / "cache" / "clips").glob("*.npy"))) == 7  # each decoded once

@@ -1,0 +1,70 @@
+"""Clips that are decoded once; for small data, where decoding again would be most of a step."""
+
+import hashlib
+import os
+import random
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from vidl.data import crops, video
+from vidl.data.dataset import Clips
+from vidl.data.formats import Row
+
+# Pictures that are kept for each one that a sample shows, and their short side as a multiple of the
+# sample's: a random crop of half the area is then still as sharp.
+DENSE, LARGER = 4, 1.5
+
+
+class CachedClips(Clips):
+    """Clips of which small pictures stay on disk, from the first time that each is read.
+
+    Every clip gives `DENSE` times as many pictures as a sample shows, spread evenly; random
+    instants are drawn from these. They lie in $VIDL_CACHE (default: ~/.cache/vidl), under a name
+    made of the file's path, size and time, and of what was asked for. Arguments are those of
+    `Clips`.
+    """
+
+    def pictures(
+        self, row: Row, rng: random.Random | None, source: video.Source | None = None
+    ) -> Tensor:
+        """As `Clips.pictures`; bytes are not kept."""
+        if source is not None:
+            return super().pictures(row, rng, source)
+        still = row.kind == "image"
+        count = 1 if still else DENSE * self.frames
+        kept = self._kept(row, count)
+        instants = video.instants(0, count, 1 if still else self.frames, rng)
+        return torch.from_numpy(kept[[int(instant) for instant in instants]])
+
+    def _kept(self, row: Row, count: int) -> numpy.ndarray:
+        try:
+            facts = os.stat(row.media)
+        except OSError as error:
+            raise video.BrokenClip(row.media, video.reason_of(error)) from error
+        key = (
+            Path(row.media).resolve(), facts.st_size, facts.st_mtime_ns, row.start, row.end, count,
+            self.size, self.decoder,
+        )  # fmt: skip
+        name = hashlib.sha256(str(key).encode()).hexdigest()[:24]
+        folder = Path(os.environ.get("VIDL_CACHE") or Path.home() / ".cache/vidl") / "clips"
+        file = folder / f"{name}.npy"
+        if not file.exists():
+            pictures = video.read_clip(
+                row.media, count, start=row.start, end=row.end, decoder=self.decoder
+            )
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished = folder / f".{name}.{os.getpid()}.npy"
+            numpy.save(unfinished, _smaller(pictures, self.size).numpy())
+            unfinished.replace(file)
+        return numpy.load(file, mmap_mode="r")
+
+
+def _smaller(pictures: Tensor, size: int) -> Tensor:
+    height, width = pictures.shape[1:3]
+    scale = LARGER * size / min(height, width)
+    if scale >= 1:
+        return pictures
+    return crops.resize(pictures, round(height * scale), round(width * scale)).contiguous()

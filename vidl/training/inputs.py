@@ -1,0 +1,61 @@
+"""From a batch of the loader to the arguments of a model."""
+
+import hashlib
+from typing import Any
+
+import torch
+
+from vidl.data.dataset import Batch
+from vidl.models import Recipe
+
+
+def arguments(
+    batch: Batch,
+    recipe: Recipe,
+    step: int,
+    *,
+    match: str = "clip",
+    device: torch.device | str = "cpu",
+    compiled: bool = False,
+) -> dict[str, Any]:
+    """What `forward` of a model is called with.
+
+    Args:
+        batch: with `ids`.
+        recipe: of the model. Pictures are shown as clips whose frames are all the same.
+        step: of the run.
+        match: samples of one "clip" are no negatives of each other; or those of one "caption".
+        device: of the model.
+        compiled: the step is a tensor then, which recompiles nothing.
+    """
+    assert batch.ids is not None and batch.attention_mask is not None
+    names = batch.text if match == "caption" else [row.media for row in batch.rows]
+    clip_ids = torch.tensor([_number(name) for name in names])
+    device = torch.device(device)
+    found: dict[str, Any] = {"clip_ids": clip_ids.to(device, non_blocking=True)}
+    if compiled or device.type == "cuda":
+        found["words"] = _rounded(int(batch.attention_mask.sum()), batch.ids.numel())
+    batch = batch.to(device)
+    assert batch.ids is not None and batch.attention_mask is not None
+    video = batch.video
+    if video.shape[2] == 1:
+        video = video.expand(-1, -1, recipe.frames, -1, -1)
+    return {
+        "video": video,
+        "ids": batch.ids,
+        "attention_mask": batch.attention_mask,
+        "samples": batch.index,
+        "step": torch.tensor(step, device=device) if compiled else step,
+        **found,
+    }
+
+
+def _number(name: str) -> int:
+    """The same 63 bits for the same name, on every rank."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _rounded(words: int, most: int) -> int:
+    """Up to one of eight sizes: few shapes to compile for."""
+    unit = -(-most // 8)
+    return min(-(-words // unit) * unit, most)

@@ -1,0 +1,299 @@
+"""The loop: batches, steps, checkpoints. What a step computes depends on its number alone."""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidl import models
+from vidl.data.dataset import Batch
+from vidl.data.video import generator
+from vidl.training import checkpoints, optimizer, parallel, sources
+from vidl.training.config import Config
+from vidl.training.inputs import arguments
+from vidl.training.progress import Progress
+
+# Numbers for a run at one of its steps, such as the recall of retrieval.
+Evaluate = Callable[["Training"], dict[str, Any]]
+
+
+def pretrain(config: Config, evaluate: Evaluate | None = None) -> dict[str, Any]:
+    """Train a model as a configuration says, or go on with the run in its folder.
+
+    SIGTERM and Ctrl-C save a checkpoint after the step that is being made, and end the run. A run
+    that goes on computes what it would have computed without the break: bit for bit on a CPU with
+    as many threads.
+
+    Args:
+        config: of the run.
+        evaluate: called every `run.eval_every` steps, on all ranks; its numbers are logged.
+
+    Returns:
+        "step", whether the run is "finished", and the last record of its log.
+
+    Raises:
+        ValueError: the configuration is not that of the run in its folder; or as its parts do.
+        RuntimeError: the loss is no number; or as its parts do.
+    """
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    with parallel.ranks(config.run.device) as ranks:
+        return Training(config, ranks, evaluate).run()
+
+
+class Training:
+    """One run: what it is made of, and where it is.
+
+    Attributes:
+        model: the model itself; `evaluate` may call its methods.
+        tokenizer: of its captions.
+        loader: its batches.
+        step: how many were made.
+    """
+
+    def __init__(
+        self, config: Config, ranks: parallel.Ranks, evaluate: Evaluate | None = None
+    ) -> None:
+        self.config, self.ranks, self.evaluate = config, ranks, evaluate
+        self.folder = Path(config.run.folder)
+        self.checkpoint = checkpoints.newest(self.folder)
+        self._claim_folder()
+        self.tokenizer = sources.open_tokenizer(config, self.folder)
+        if ranks.first and not (self.folder / "tokenizer.json").exists():
+            self.tokenizer.save(self.folder / "tokenizer.json")
+        self.recipe = config.recipe(vocabulary=sources.vocabulary(self.tokenizer))
+        self.loader = sources.open_loader(
+            config, self.recipe, self.tokenizer, ranks.rank, ranks.world_size
+        )
+        self.model = self._model()
+        self.parallel = parallel.wrap(self.model, config.run.parallel, ranks)
+        self.optimizer = optimizer.make(self.parallel, config.optimizer)
+        self.step = 0
+        self.record: dict[str, Any] = {}
+        if self.checkpoint is not None:
+            self._resume(self.checkpoint)
+
+    def _claim_folder(self) -> None:
+        """The folder is new, or has a run of the same configuration."""
+        file = self.folder / "config.yaml"
+        resumes = self.checkpoint is not None and file.exists()
+        if changed := self.config.changed(Config.read(file)) if resumes else []:
+            raise ValueError(
+                f"{self.folder} has a run with another {', '.join(changed)}: need the same to go "
+                "on with it, or another run.folder"
+            )
+        self.ranks.wait()  # all have read it
+        if self.ranks.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.config.save(file)
+        self.ranks.wait()
+
+    def _model(self) -> Any:
+        run, start = self.config.run, self.config.start
+        torch.manual_seed(run.seed)
+        model = models.MODELS[self.config.model.name][0](self.recipe)
+        if start.model is not None and self.checkpoint is None:
+            model.load_state_dict(checkpoints.weights_of(start.model))
+        if start.vision is not None and self.checkpoint is None:
+            model.vision.load_pretrained(checkpoints.weights_of(start.vision))
+        if start.text is not None and self.checkpoint is None:
+            model.text.load_pretrained(checkpoints.weights_of(start.text))
+        model = model.to(self.ranks.device).train()
+        if run.checkpoint_activations:
+            parallel.recompute(model)
+        if run.compile:
+            model.compile()
+        return model
+
+    def _resume(self, checkpoint: Path) -> None:
+        state = checkpoints.load(checkpoint, self.parallel, self.optimizer, self.ranks.device)
+        self.step, self.record = state["step"], state["record"]
+        loaders = state["loaders"]
+        same = len(loaders) == self.ranks.world_size
+        self.loader.load_state_dict(loaders[self.ranks.rank if same else 0])
+
+    def save(self) -> None:
+        """Write a checkpoint; all ranks must call it."""
+        state = {"loaders": self.ranks.gathered(self.loader.state_dict()), "record": self.record}
+        checkpoints.save(
+            self.folder,
+            self.step,
+            self.parallel,
+            self.optimizer,
+            state,
+            keep=self.config.run.keep,
+            write=self.ranks.first,
+        )
+        self.ranks.wait()
+
+    def run(self) -> dict[str, Any]:
+        """Make the steps that are left."""
+        run, steps = self.config.run, self.config.schedule.steps
+        progress = None
+        if self.ranks.first:
+            progress = Progress(self.folder, self.step, steps, tensorboard=run.tensorboard)
+            about = f"{type(self.model).__name__}, {self.ranks.world_size} rank(s)"
+            progress.say(f"{self.folder}: {about}, from step {self.step} to {steps}")
+        with _stop_signals() as stopped:
+            self._steps(progress, stopped)
+        self._finish(progress)
+        return {"finished": self.step >= steps, **self.record, "step": self.step}
+
+    def _steps(self, progress: Progress | None, stopped: Callable[[], bool]) -> None:
+        run, steps = self.config.run, self.config.schedule.steps
+        saved, stop = self.step if self.checkpoint else -1, False
+        batches, watch = iter(self.loader), _Watch(self)
+        while self.step < steps and not stop:
+            losses, norm = self._make_step(batches)
+            self.step += 1
+            last = self.step == steps
+            if last or self.step % run.log_every == 0:
+                self._log(losses, norm, watch, progress)
+            if self.evaluate and (last or (run.eval_every and self.step % run.eval_every == 0)):
+                self._evaluate(progress)
+                watch = _Watch(self)
+            stop = self.ranks.any(stopped())
+            if last or stop or self.step % run.save_every == 0:
+                self.save()
+                saved = self.step
+        assert saved == self.step
+
+    def _make_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Tensor], Tensor]:
+        """One step of the optimizer; returns its losses, and the norm of its gradient."""
+        options, schedule = self.config.optimizer, self.config.schedule
+        self._keep_rate(schedule.prune_over)
+        losses: dict[str, Tensor] = {}
+        for part in range(options.accumulate):
+            inputs = self._inputs(next(batches))
+            # dropout too depends on where it is drawn: nothing of it has to be saved
+            place = self.step * options.accumulate + part
+            random = generator(self.config.run.seed, place, self.ranks.rank, "dropout")
+            torch.manual_seed(random.getrandbits(63))
+            with parallel.synced(self.parallel, part == options.accumulate - 1):
+                with self._autocast():
+                    found = self.parallel(**inputs)
+                (found["loss"] / options.accumulate).backward()
+            for name, loss in found.items():
+                losses[name] = losses.get(name, 0) + loss.detach() / options.accumulate
+        norm = parallel.clip(self.parallel, self.ranks, options.clip)
+        rate = optimizer.learning_rate(self.step, options.lr, schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return losses, norm
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        return arguments(
+            batch,
+            self.recipe,
+            self.step,
+            match=self.config.data.match,
+            device=self.ranks.device,
+            compiled=self.config.run.compile,
+        )
+
+    def _autocast(self) -> Any:
+        kind, precision = self.ranks.device.type, self.config.run.precision
+        low = precision == "bfloat16" or (precision == "auto" and kind == "cuda")
+        return torch.autocast(kind, torch.bfloat16) if low else contextlib.nullcontext()
+
+    def _keep_rate(self, over: int) -> None:
+        if not over or not hasattr(self.recipe, "keep_rate"):
+            return
+        rate = optimizer.keep_rate(self.step, self.recipe.keep_rate, self.config.schedule)
+        for block in self.model.vision.blocks:
+            if block.keep_rate is not None:
+                block.keep_rate = rate
+
+    def _log(
+        self, losses: dict[str, Tensor], norm: Tensor, watch: "_Watch", progress: Progress | None
+    ) -> None:
+        names = list(losses)
+        values = self.ranks.mean(torch.stack([losses[name].float() for name in names])).tolist()
+        found = dict(zip(names, values, strict=True))
+        if not math.isfinite(found["loss"]):
+            raise RuntimeError(f"the loss is {found['loss']} at step {self.step}: {found}")
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.record = {**found, "lr": rate, "grad_norm": float(norm), **watch.read(self)}
+        self.record["losses"] = [name for name in names if name != "loss"]
+        if progress is not None:
+            progress.record(self.step, self.record)
+
+    def _evaluate(self, progress: Progress | None) -> None:
+        assert self.evaluate is not None
+        self.model.eval()
+        with torch.no_grad():
+            found = self.evaluate(self)
+        self.model.train()
+        self.record = {**self.record, "evaluation": found}
+        if progress is not None:
+            progress.evaluated(self.step, found)
+
+    def _finish(self, progress: Progress | None) -> None:
+        reports = [report for report in self.ranks.gathered(self.loader.report()) if report]
+        if progress is None:
+            return
+        progress.close()
+        for report in reports:
+            progress.say(report)
+        if self.step < self.config.schedule.steps:
+            progress.say(f"stopped at step {self.step} and saved; the same command goes on")
+        else:
+            progress.say(f"see {checkpoints.newest(self.folder)}")
+
+
+class _Watch:
+    """Clips and visible patches a second, and the share of the time spent waiting for data."""
+
+    def __init__(self, training: Training) -> None:
+        self._from(training)
+
+    def _from(self, training: Training) -> None:
+        self.begin, self.step = time.perf_counter(), training.step
+        self.waited = training.loader.wait_seconds
+
+    def read(self, training: Training) -> dict[str, float]:
+        """Since the last time; of all ranks, if each is as fast as this one."""
+        seconds = time.perf_counter() - self.begin
+        steps = training.step - self.step
+        config = training.config
+        clips = steps * config.optimizer.accumulate * config.data.batch_size
+        speed = clips * training.ranks.world_size / seconds
+        waited = (training.loader.wait_seconds - self.waited) / seconds
+        self._from(training)
+        return {
+            "seconds_per_step": seconds / steps,
+            "clips_per_second": speed,
+            "tokens_per_second": speed * training.recipe.visible,
+            "data_wait": min(waited, 1.0),
+        }
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or Ctrl-C came; a second one ends the process as ever."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,184 @@
+"""Ranks of torchrun: DDP or FSDP2, gradients of all of them, and what they agree on."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from vidl.models.summary import example
+
+# What is called from outside of forward, as evaluation does.
+METHODS = ("embed_clips", "embed_text", "match")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any rank; over gloo, so that a GPU does not wait."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags)
+        return bool(flags)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of the ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values /= self.world_size
+        return values
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Small objects of all ranks."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.any(False)
+
+
+@contextlib.contextmanager
+def ranks(device: str = "auto") -> Iterator[Ranks]:
+    """Join the other ranks, if torchrun started any, and leave them in the end.
+
+    Args:
+        device: "cpu", "cuda", or "auto": cuda if there is one.
+
+    Raises:
+        RuntimeError: there is no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("need a CUDA device for run.device=cuda, and torch finds none")
+    where = torch.device(device)
+    if device == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(where)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        yield Ranks(0, 1, where)
+        return
+    # gloo beside nccl: what ranks tell one another on the CPU does not wait for the GPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), world_size, where)
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, kind: str, ranks: Ranks) -> nn.Module:
+    """The module to call in place of a model, whose gradients are the mean of all ranks.
+
+    Args:
+        model: of `vidl.models`, on its device; FSDP2 changes it in place.
+        kind: "ddp", or "fsdp", which shards each block, and the rest as one; a temperature stays
+            whole on every rank, since losses use it outside of forward.
+        ranks: of which one alone needs no wrapping.
+    """
+    if ranks.world_size == 1:
+        return model
+    if kind == "ddp":
+        _freeze_unused(model, ranks)
+        return DistributedDataParallel(model, broadcast_buffers=False)
+    for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+        for block in blocks:
+            fully_shard(block)
+    fully_shard(model, ignored_params=set(whole(model).values()))
+    for method in METHODS:
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
+    return model
+
+
+def whole(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that FSDP2 does not shard."""
+    named = model.named_parameters()
+    return {name: p for name, p in named if name.rpartition(".")[2] == "temperature"}
+
+
+def _freeze_unused(model: Any, ranks: Ranks) -> None:
+    """DDP would wait for gradients that never come: of heads whose loss has the weight 0."""
+    losses = model(**example(model.recipe, 2, 8, ranks.device))
+    losses["loss"].backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    model.zero_grad()
+
+
+@contextlib.contextmanager
+def synced(model: nn.Module, last: bool) -> Iterator[None]:
+    """Exchange gradients only in the last backward of a step."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+        return
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    yield
+
+
+def clip(model: nn.Module, ranks: Ranks, most: float) -> Tensor:
+    """Shrink all gradients to a norm of at most `most`, if that is not 0; returns the norm.
+
+    Also brings together the gradients that FSDP2 left apart.
+    """
+    if isinstance(model, FSDPModule):
+        for parameter in whole(model).values():
+            if parameter.grad is not None:
+                ranks.mean(parameter.grad)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    shards = [g for g in gradients if hasattr(g, "full_tensor")]
+    norms = [torch.nn.utils.get_total_norm(g) for g in (shards, _without(gradients, shards)) if g]
+    full = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
+    norm = torch.linalg.vector_norm(torch.stack(full))
+    if most:
+        scale = (most / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+            local.mul_(scale)
+    return norm
+
+
+def _without(tensors: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    left_out = {id(other) for other in others}
+    return [tensor for tensor in tensors if id(tensor) not in left_out]
+
+
+def recompute(model: nn.Module) -> None:
+    """Keep no activations of blocks; the backward computes them again. Names stay as they are.
+
+    A pruning block selects the same tokens again: its ops are deterministic.
+    """
+    for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+        for block in blocks:
+            block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run

@@ -1,0 +1,88 @@
+"""The clips and the tokenizer that a run's configuration asks for."""
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vidl.data.cache import CachedClips
+from vidl.data.dataset import Clips, ClipSet
+from vidl.data.loader import Loader
+from vidl.data.moving_shapes import MovingShapes
+from vidl.data.sampler import EpochSampler
+from vidl.data.shards import ShardStream
+from vidl.data.text import Tokenizer, load_tokenizer, train_tokenizer
+from vidl.masking import Vocabulary
+from vidl.models import Recipe
+from vidl.training.config import Config
+
+# A vocabulary is made of at most so many captions.
+CAPTIONS = 1_000_000
+
+
+def open_tokenizer(config: Config, folder: Path) -> Tokenizer:
+    """That of the run's folder, or of the configuration, or one made of the captions.
+
+    Raises:
+        ValueError: there is none, and captions of shards are not read to make one.
+    """
+    kept = folder / "tokenizer.json"
+    if kept.is_file():
+        return load_tokenizer(kept)
+    data = config.data
+    if data.tokenizer is not None:
+        return load_tokenizer(data.tokenizer)
+    if data.source == "shards":
+        raise ValueError("need data.tokenizer with data.source 'shards'")
+    return train_tokenizer(itertools.islice(_captions(config), CAPTIONS))
+
+
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    """What masks need to know of it."""
+    t = tokenizer
+    special = (t.pad_id, t.unk_id, t.cls_id, t.sep_id, t.mask_id)
+    return Vocabulary(len(t), t.mask_id, tuple(each for each in special if each is not None))
+
+
+def open_loader(
+    config: Config, recipe: Recipe, tokenizer: Tokenizer, rank: int, world_size: int
+) -> Loader:
+    """The batches of one rank."""
+    data = config.data
+    dataset = open_clips(config, recipe, tokenizer)
+    options: dict[str, Any] = dict(workers=data.workers, limit=data.broken)
+    if isinstance(dataset, Clips) and data.source == "shards":
+        stream = ShardStream(data.files, dataset, data.batch_size, rank=rank, world_size=world_size)
+        return Loader(stream, **options)
+    sampler = EpochSampler(
+        dataset.images(), data.batch_size, seed=config.run.seed, rank=rank, world_size=world_size
+    )
+    return Loader(dataset, sampler, **options)
+
+
+def open_clips(config: Config, recipe: Recipe, tokenizer: Tokenizer | None) -> ClipSet:
+    """The clips that are trained on; of shards how they become samples, without their rows."""
+    data = config.data
+    sizes: dict[str, Any] = dict(frames=recipe.frames, size=recipe.image_size)
+    words: dict[str, Any] = dict(seed=config.run.seed, tokenizer=tokenizer, words=data.words)
+    if data.source == "moving_shapes":
+        return MovingShapes("train", data.clips, difficulty=data.difficulty, **sizes, **words)
+    rows = [] if data.source == "shards" else _rows(config)
+    kind = CachedClips if data.cache else Clips
+    return kind(
+        rows, train=True, flip=data.flip, scale=data.scale, decoder=data.decoder, **sizes, **words
+    )
+
+
+def _rows(config: Config) -> Any:
+    from vidl.data import annotations
+
+    return annotations.load(*((file, config.data.media) for file in config.data.files))
+
+
+def _captions(config: Config) -> Iterable[str]:
+    if config.data.source == "moving_shapes":
+        dataset = open_clips(config, config.recipe(), None)
+        assert isinstance(dataset, MovingShapes)
+        return (dataset.caption(index) for index in range(len(dataset)))
+    return (text for row in _rows(config) for text in (*row.captions, row.question or ""))
