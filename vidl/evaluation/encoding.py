@@ -10,6 +10,7 @@ import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vidl.data.commands import progress
 from vidl.data.dataset import ClipSet, Sample
@@ -120,7 +121,14 @@ class Texts:
 
 @contextmanager
 def evaluating(model: Any, options: Options) -> Iterator[None]:
-    """Without gradients and dropout, in `options.dtype`, unpruned if wanted; then as before."""
+    """Without gradients and dropout, in `options.dtype`, unpruned if wanted; then as before.
+
+    Raises:
+        ValueError: the model is sharded. Ranks would wait for one another at each of its layers,
+            and they have other numbers of batches.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError("need a model that is whole on every rank, got a sharded one")
     training, dtype = model.training, options.dtype
     casting = nullcontext() if dtype is None else torch.autocast(device_of(model).type, dtype)
     pruning = nullcontext() if options.pruned else model.unpruned()
@@ -155,11 +163,13 @@ def encoded_clips(
         broken |= batch.broken
         if not len(batch):
             continue
-        device = device_of(model)
+        video = batch.video.to(device_of(model))
+        if video.shape[2] == 1:  # a picture is a clip that does not move, as in training
+            video = video.expand(-1, -1, model.recipe.frames, -1, -1)
         mask = None
         if options.masked:
-            mask = model.recipe.visual_mask(batch.index.to(device), 0)
-        yield batch.index.tolist(), model.encode_clips(batch.video.to(device), mask)
+            mask = model.recipe.visual_mask(batch.index.to(video.device), 0)
+        yield batch.index.tolist(), model.encode_clips(video, mask)
 
 
 def encode_texts(model: TwoTowers, gallery: Gallery, texts: Sequence[str]) -> Texts:

@@ -221,18 +221,13 @@ def _matching(
     model: Any, texts: Texts, tokens: dict[int, Tensor], wanted: Tensor, options: Options
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Clips, captions and scores of the wanted pairs whose clip is this rank's."""
-    device = device_of(model)
-    # Images have other shapes than videos, and go by themselves.
-    for shape in sorted({each.shape for each in tokens.values()}):
-        own = torch.tensor([clip for clip, each in tokens.items() if each.shape == shape])
-        pairs = wanted[own].nonzero()  # ordered by clip: a batch has few clips
-        batches = pairs.split(options.text_batch)
-        for batch in shown(batches, "re-ranking pairs", options):
-            clips, captions = own[batch[:, 0]], batch[:, 1]
-            each, partner = clips.unique(return_inverse=True)
-            visual = torch.stack([tokens[clip] for clip in each.tolist()]).to(device)
-            scores = match_scores(model, visual, texts[captions], partner.to(device))
-            yield clips, captions, scores.cpu()
+    own = torch.tensor(sorted(tokens), dtype=torch.int64)
+    pairs = wanted[own].nonzero()  # ordered by clip: a batch has few clips
+    for batch in shown(pairs.split(options.text_batch), "re-ranking pairs", options):
+        clips, captions = own[batch[:, 0]], batch[:, 1]
+        each, partner = clips.unique(return_inverse=True)
+        visual = torch.stack([tokens[clip] for clip in each.tolist()]).to(device_of(model))
+        yield clips, captions, match_scores(model, visual, texts[captions], partner).cpu()
 
 
 def match_scores(model: Any, clips: Tensor, texts: Texts, partner: Tensor) -> Tensor:
@@ -241,11 +236,11 @@ def match_scores(model: Any, clips: Tensor, texts: Texts, partner: Tensor) -> Te
     Args:
         model: that `matches`.
         clips: tokens of V clips.
-        texts: P texts; on the host, or where the model is.
+        texts: P texts; on the host, where their words are counted, or where the model is.
         partner: the clip of each text, [P] int64 in [0, V).
     """
-    mask = texts.attention_mask
+    mask, device = texts.attention_mask, clips.device
     words = int(mask.sum()) if mask.device.type == "cpu" else None
-    tokens, mask = texts.tokens.to(clips.device), mask.to(clips.device)
+    tokens, mask, partner = texts.tokens.to(device), mask.to(device), partner.to(device)
     logits = model.match(clips, tokens, mask, partner, words).float()
     return logits[:, 1] - logits[:, 0]
