@@ -222,6 +222,8 @@ def _matching(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Clips, captions and scores of the wanted pairs whose clip is this rank's."""
     own = torch.tensor(sorted(tokens), dtype=torch.int64)
+    if not len(own):  # all are broken
+        return
     pairs = wanted[own].nonzero()  # ordered by clip: a batch has few clips
     for batch in shown(pairs.split(options.text_batch), "re-ranking pairs", options):
         clips, captions = own[batch[:, 0]], batch[:, 1]
