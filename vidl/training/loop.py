@@ -139,7 +139,7 @@ class Training:
         progress = None
         if self.ranks.first:
             progress = Progress(self.folder, self.step, steps, tensorboard=run.tensorboard)
-            about = f"{type(self.model).__name__}, {self.ranks.world_size} rank(s)"
+            about = f"{self.config.model.name}, {self.ranks.world_size} rank(s)"
             progress.say(f"{self.folder}: {about}, from step {self.step} to {steps}")
         with _stop_signals() as stopped:
             self._steps(progress, stopped)

@@ -1,6 +1,7 @@
 """Ranks of torchrun: DDP or FSDP2, gradients of all of them, and what they agree on."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), world_size, where)
     finally:
+        gc.collect()  # what holds a process group goes before it
         dist.destroy_process_group()
 
 
@@ -102,7 +104,7 @@ def wrap(model: nn.Module, kind: str, ranks: Ranks) -> nn.Module:
         return model
     if kind == "ddp":
         _freeze_unused(model, ranks)
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model)
     for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
         for block in blocks:
             fully_shard(block)
