@@ -2,16 +2,18 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from clips import EXAMPLES
 
 from vidl.cli import main
-from vidl.data import commands, video
+from vidl.data import video
 
 av = pytest.importorskip("av")
-pytest.importorskip("pyarrow")
+commands = pytest.importorskip("vidl.data.commands")
 Image = pytest.importorskip("PIL.Image")
 av.logging.set_level(None)
 
@@ -90,3 +92,15 @@ def test_progress_is_for_terminals(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert list(commands.progress([1, 2], "counting")) == [1, 2]
     assert "counting: 2/2, 0 s left" in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_named(annotated):
+    code = "import sys; sys.modules['pyarrow'] = None; from vidl.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "data", "check", str(annotated)],
+        cwd=EXAMPLES.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "vidl data needs pyarrow; try: pip install 'vidl[data]'\n"

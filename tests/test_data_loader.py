@@ -287,6 +287,19 @@ def test_workers_use_one_thread_and_end(folder):
     assert all(not process.is_alive() for process in processes)
 
 
+def test_real_clips_in_workers(tmp_path, monkeypatch):
+    annotations = pytest.importorskip("vidl.data.annotations")
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path))
+    rows = annotations.load(EXAMPLES.parent / "clips.json")
+    said = {caption for row in rows for caption in row.captions}
+    clips = Clips(rows, frames=2, size=32, train=True)
+    batches = [
+        told(next(iter(Loader(clips, EpochSampler(clips.images(), 6), workers=workers))))
+        for workers in (0, 2)
+    ]
+    assert batches[0] == batches[1] and set(batches[0][1]) <= said
+
+
 def test_what_fits_together(folder):
     with pytest.raises(ValueError, match="need a sampler with a ClipSet"):
         Loader(clips_of(folder))

@@ -79,6 +79,11 @@ def test_the_same_frames_as_plain_decoding():
             assert torch.equal(read_clip(file, 5, rng=rng), wanted), file
 
 
+def test_no_frames(even):
+    with pytest.raises(ValueError, match="need at least 1 frame, got 0"):
+        read_clip(even, 0)
+
+
 def test_random_instants_repeat(even):
     draws = [
         numbers(read_clip(even, 5, rng=video.generator(*key)))
@@ -151,6 +156,15 @@ def test_frames_without_times_are_counted(folder, name, codec):
     assert inspect(file).frames == 20
     assert numbers(read_clip(file, 4)) == [2, 7, 12, 17]
     assert numbers(read_clip(file, 20)) == list(range(20))
+    tenth = 0.1 if name.endswith("avi") else 0.04  # a raw stream has no rate: FFmpeg takes 25
+    assert numbers(read_clip(file, 2, start=14 * tenth, end=18 * tenth)) == [15, 17]
+
+
+def test_packets_that_are_not_shown(even, monkeypatch):
+    """The hidden frames of VP8 have times of their own, at which no frame appears."""
+    times = video._times
+    monkeypatch.setattr(video, "_times", lambda packets: sorted([*times(packets), 7 * 1024 + 512]))
+    assert numbers(read_clip(even, 4)) == [2, 7, 12, 17]
 
 
 @decoders

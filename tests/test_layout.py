@@ -89,6 +89,7 @@ LAYERS = [
     "objectives",
     "models",
     "data",
+    "evaluation",
     "training",
     "bench",
     "cli",

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -227,12 +228,20 @@ def _add_source(part: argparse.ArgumentParser) -> None:
     )
 
 
-def _data_convert(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from vidl.data import commands
+def _data_commands(parser: argparse.ArgumentParser) -> ModuleType:
+    try:
+        from vidl.data import commands
+    except ModuleNotFoundError as error:
+        parser.exit(1, f"vidl data needs {error.name}; try: pip install 'vidl[data]'\n")
+    return commands
 
+
+def _data_convert(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     options = {"split": args.split, "ids": args.ids} if args.format == "msrvtt" else {}
     if not options and (args.split or args.ids):
         parser.error(f"--split and --ids are for --format msrvtt, not {args.format}")
+
+    commands = _data_commands(parser)
 
     def convert() -> int:
         commands.convert(args.file, args.out, format=args.format, media=args.media, **options)
@@ -242,16 +251,14 @@ def _data_convert(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 def _data_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from vidl.data import commands
-
+    commands = _data_commands(parser)
     return commands.run(lambda: commands.check(args.file, args.media, workers=args.workers))
 
 
 def _data_preview(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from vidl.data import commands
-
     if args.mask_ratio is not None and not 0 <= args.mask_ratio <= 1:
         parser.error(f"need a --mask-ratio from 0 to 1, got {args.mask_ratio}")
+    commands = _data_commands(parser)
     names = ("clips", "frames", "size", "mask_ratio", "patch", "seed")
     options = {name: getattr(args, name) for name in names}
     return commands.run(lambda: commands.preview(args.file, args.media, args.out, **options))

@@ -99,6 +99,10 @@ class ClipSet(Dataset[Batch], ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
+    def row(self, index: int) -> Row:
+        """What is known of a sample before its clip is read."""
+
+    @abstractmethod
     def read(self, key: Key) -> Sample:
         """One sample; raises BrokenClip if it cannot be read."""
 
@@ -186,6 +190,9 @@ class Clips(ClipSet):
 
     def images(self) -> numpy.ndarray:
         return self._images
+
+    def row(self, index: int) -> Row:
+        return self.rows[index]
 
     def read(self, key: Key) -> Sample:
         return self.prepare(self.rows[key.index], key)

@@ -127,11 +127,14 @@ class MovingShapes(ClipSet):
         """The caption of a clip."""
         return " and ".join(actor.text for actor in self.actors(index))
 
+    def row(self, index: int) -> Row:
+        return Row(f"moving_shapes/{self.split}/{index}", captions=[self.caption(index)])
+
     def read(self, key: Key) -> Sample:
-        actors = self.actors(key.index)
-        text = " and ".join(actor.text for actor in actors)
-        row = Row(f"moving_shapes/{self.split}/{key.index}", captions=[text])
-        return Sample(self._draw(actors, key.index), key.index, row, text)
+        row = self.row(key.index)
+        return Sample(
+            self._draw(self.actors(key.index), key.index), key.index, row, row.captions[0]
+        )
 
     def _draw(self, actors: list[Actor], index: int) -> Tensor:
         """Clip of the actors in front of a grey that is not quite even: uint8 [T, H, W, 3]."""

@@ -129,8 +129,10 @@ def read_clip(
     Raises:
         BrokenClip: the file cannot be read, has no such part, or a frame is damaged.
         RuntimeError: the decoder that was asked for cannot run here.
+        ValueError: fewer than one frame, or no such decoder.
     """
-
+    if frames < 1:
+        raise ValueError(f"need at least 1 frame, got {frames}")
     part = Part(frames, rng, start, end)
     read = {"pyav": _read_by_pyav, "torchcodec": _read_by_torchcodec}[choose_decoder(decoder)]
     try:
@@ -153,24 +155,24 @@ def inspect(source: Source, *, stream: int | None = None) -> Facts:
     Raises:
         BrokenClip: the file cannot be read, or frames of it are damaged.
     """
-    frames, damaged, width, height = 0, 0, 0, 0
+    times, damaged, width, height = [], 0, 0, 0
     try:
         with _open(source) as container:
             video = _stream(container, stream)
             packets = _packets(container, video, 0, math.inf)
-            for _, frame in _decode(video, packets, None):
-                frames, damaged = frames + 1, damaged + frame.is_corrupt
+            for time, frame in _decode(video, packets):
+                times.append(time)
+                damaged += frame.is_corrupt
                 width, height = frame.width, frame.height
-            if not frames:
+            if not times:
                 raise ValueError("it has no frames")
-            times, tick = _times(video, packets, frames)
-            seconds = float((times[-1] + tick - times[0]) * video.time_base)
-            declared = _declared(container, video)
+            ticks = max(times) + _last_ticks(video, packets) - min(times)
+            seconds, declared = float(ticks * video.time_base), _declared(container, video)
     except (OSError, ValueError, RuntimeError, IndexError) as error:
         raise BrokenClip(name_of(source), reason_of(error)) from error
     if damaged:
-        raise BrokenClip(name_of(source), f"{damaged} of {frames} frames are damaged")
-    return Facts(frames, seconds, declared, width, height)
+        raise BrokenClip(name_of(source), f"{damaged} of {len(times)} frames are damaged")
+    return Facts(len(times), seconds, declared, width, height)
 
 
 def as_clip(pictures: Tensor) -> Tensor:
@@ -238,35 +240,50 @@ def _read_by_pyav(source: Source, part: Part, index: int | None) -> Tensor:
 
     with _open(source) as container:
         stream = _stream(container, index)
-        scale, origin = stream.time_base, stream.start_time or 0
         packets = _packets(container, stream, part.start or 0, part.end or math.inf)
-        count = None if _timed(stream, packets) else sum(1 for _ in _decode(stream, packets, None))
-        times, tick = _times(stream, packets, count)
-        if not times:
-            raise ValueError("it has no frames")
-        ends = times[0] - origin, times[-1] + tick - origin
-        ticks = part.instants(*ends, second=float(1 / scale))
-        wanted = [times[max(0, bisect.bisect_right(times, origin + t) - 1)] for t in ticks]
-        pictures: dict[int, Any] = {}
-        for time, frame in _decode(stream, packets, set(wanted)):
-            at = f"the frame at {float((time - origin) * scale):.2f} s"
-            if frame.is_corrupt:
-                raise ValueError(f"{at} is damaged")
-            picture = numpy.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-            if pictures and picture.shape != next(iter(pictures.values())).shape:
-                raise ValueError(f"{at} has another size than those before it")
-            pictures[time] = picture
-    for time in wanted:
-        if time not in pictures:
-            raise ValueError(f"the frame at {float((time - origin) * scale):.2f} s is missing")
-    return torch.from_numpy(numpy.stack([pictures[time] for time in wanted]))
+        pictures = None
+        if _timed(stream, packets):
+            pictures = _pictures(stream, packets, part, _times(packets), leave_out=True)
+        if pictures is None:  # also if a packet's frame is not shown, as the hidden ones of VP8
+            times = sorted(time for time, _ in _decode(stream, packets))
+            pictures = _pictures(stream, packets, part, times, leave_out=False)
+        if pictures is None:
+            raise ValueError("its frames are others when they are decoded again")
+    return torch.from_numpy(numpy.stack(pictures))
+
+
+def _pictures(
+    stream: Any, packets: list[Any], part: Part, times: list[int], *, leave_out: bool
+) -> list[Any] | None:
+    """The wanted pictures, of frames shown at these times; None if one is not there."""
+    import numpy
+
+    if not times:
+        raise ValueError("it has no frames")
+    scale, origin = stream.time_base, stream.start_time or 0
+    ends = times[0] - origin, times[-1] + _last_ticks(stream, packets) - origin
+    ticks = part.instants(*ends, second=float(1 / scale))
+    wanted = [times[max(0, bisect.bisect_right(times, origin + t) - 1)] for t in ticks]
+    pictures: dict[int, Any] = {}
+    for time, frame in _decode(stream, packets, set(wanted) if leave_out else None):
+        if time not in wanted:
+            continue
+        at = f"the frame at {float((time - origin) * scale):.2f} s"
+        if frame.is_corrupt:
+            raise ValueError(f"{at} is damaged")
+        picture = numpy.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+        if pictures and picture.shape != next(iter(pictures.values())).shape:
+            raise ValueError(f"{at} has another size than those before it")
+        pictures[time] = picture
+    return [pictures[time] for time in wanted] if pictures.keys() >= set(wanted) else None
 
 
 def _packets(container: Any, stream: Any, start: float, end: float) -> list[Any]:
     """The packets of a part, in the order of the file and from a key frame on."""
     origin, second = stream.start_time or 0, 1 / stream.time_base
     margin = second  # frames are shown later than their packets come
-    if start > 1:
+    # where frames have no times they are counted, from the first one on
+    if start > 1 and stream.start_time is not None and container.format.name != "avi":
         container.seek(int(origin + start * second - margin), stream=stream)
     stop = origin + end * second + margin
     found: list[Any] = []
@@ -289,32 +306,36 @@ def _timed(stream: Any, packets: list[Any]) -> bool:
     return has_times and all(packet.pts is not None for packet in packets)
 
 
-def _times(stream: Any, packets: list[Any], count: int | None) -> tuple[list[int], int]:
-    """When frames are shown, ascending, and how long the last one is, in ticks of the stream."""
+def _times(packets: list[Any]) -> list[int]:
+    """When frames are shown, ascending, in ticks of the stream, as the packets tell."""
+    return sorted(packet.pts for packet in packets if not packet.is_discard)
+
+
+def _ticks(stream: Any) -> int:
+    """How long a frame is shown, where nothing else tells."""
     rate = stream.average_rate or stream.guessed_rate or 25
-    tick = max(1, round(1 / (rate * stream.time_base)))
+    return max(1, round(1 / (rate * stream.time_base)))
+
+
+def _last_ticks(stream: Any, packets: list[Any]) -> int:
+    """How long the last frame is shown."""
     if not _timed(stream, packets):
-        return [number * tick for number in range(count or 0)], tick
-    shown = sorted((packet.pts, packet.duration) for packet in packets if not packet.is_discard)
-    return [time for time, _ in shown], (shown[-1][1] if shown else 0) or tick
+        return _ticks(stream)
+    shown = ((packet.pts, packet.duration) for packet in packets if not packet.is_discard)
+    return max(shown, default=(0, 0))[1] or _ticks(stream)
 
 
-def _decode(stream: Any, packets: list[Any], wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
-    """Decode the frames shown at the wanted times, or all, and when each is shown."""
-    context = stream.codec_context
-    context.flush_buffers()
-    if wanted is None or not _timed(stream, packets):
-        _, tick = _times(stream, packets, 0)
-        for number, frame in enumerate(_decode_run(context, packets)):
-            time = frame.pts if _timed(stream, packets) else number * tick
-            if wanted is None or time in wanted:
-                yield time, frame
-        return
-    for run in _runs(packets, wanted):
-        for frame in _decode_run(context, run, wanted):
-            if frame.pts in wanted:
-                yield frame.pts, frame
+def _decode(
+    stream: Any, packets: list[Any], wanted: set[int] | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Decode all frames, or at least those shown at the wanted times, and when each is shown."""
+    context, timed = stream.codec_context, _timed(stream, packets)
+    number = 0
+    for run in [packets] if wanted is None else _runs(packets, wanted):
         context.flush_buffers()
+        for frame in _decode_run(context, run, wanted):
+            yield frame.pts if timed else number * _ticks(stream), frame
+            number += 1
 
 
 def _runs(packets: list[Any], wanted: set[int]) -> Iterator[list[Any]]:

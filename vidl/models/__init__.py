@@ -7,6 +7,7 @@ from vidl.models.mac import Mac, MacRecipe
 from vidl.models.recipe import Recipe
 from vidl.models.smaug import Smaug, SmaugRecipe
 from vidl.models.summary import Cost, Summary, summarize
+from vidl.models.two_towers import TwoTowers
 
 from . import mac, smaug
 
@@ -19,6 +20,7 @@ __all__ = [
     "Smaug",
     "SmaugRecipe",
     "Summary",
+    "TwoTowers",
     "create",
     "recipe",
     "summarize",

@@ -3,10 +3,11 @@
 import dataclasses
 import math
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vidl.masking import VisualMask, mask_words
 from vidl.models.recipe import Recipe
+from vidl.models.two_towers import TwoTowers
 from vidl.nn import Bert, Projection, SpaceTimeTransformer
 from vidl.nn.divided import TimeGroups
 from vidl.objectives import ContrastiveLoss
@@ -61,7 +62,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Mac(nn.Module):
+class Mac(TwoTowers):
     """Masked contrastive pre-training of a clip and its caption.
 
     Two encoders, no decoder, no fusion: Frozen in Time's divided space-time transformer on the
@@ -122,13 +123,6 @@ class Mac(nn.Module):
         loss = self.contrast(v, t, clip_ids)
         return {"loss": loss, "vtc": loss}
 
-    def embed_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
-        """The features of clips, [B, embed_dim]; for retrieval without a mask."""
-        tokens = self.vision(video, None if mask is None else mask.ids_keep)
-        return self.project_clip(tokens[:, 0])
-
-    def embed_text(
-        self, ids: Tensor, attention_mask: Tensor | None = None, *, words: int | None = None
-    ) -> Tensor:
-        """The features of captions, [B, embed_dim]."""
-        return self.project_text(self.text.encode(ids, attention_mask, words=words)[:, 0])
+    def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
+        """CLS and the tokens of the visible patches, [B, 1 + K, C]."""
+        return self.vision(video, None if mask is None else mask.ids_keep)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from vidl.kernels.select_tokens import kept_count
 from vidl.kernels.select_tokens.op import Fuse
 from vidl.masking import VisualMask, mask_words
 from vidl.models.recipe import Recipe
+from vidl.models.two_towers import TwoTowers
 from vidl.nn import Bert, FrameSelector, MaeDecoder, Projection, ViT
 from vidl.nn.vit import Frames
 from vidl.objectives import (
@@ -115,7 +118,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Smaug(nn.Module):
+class Smaug(TwoTowers):
     """Sparse masked pre-training of a clip and its caption.
 
     Patches are masked at random and only visible ones are embedded; a ViT sees each frame by itself
@@ -184,24 +187,24 @@ class Smaug(nn.Module):
         mask = r.visual_mask(samples, step)
         frames = self.vision(video, None if mask is None else mask.ids_keep)
         clips = self.in_time(frames, video.shape[0])
-        text = self.text.encode(ids, attention_mask, words=words)
-        v, t = self.project_clip(clips[:, :, 0]), self.project_text(text[:, 0])  # [B, T, E], [B, E]
+        text = self.encode_text(ids, attention_mask, words=words)
+        v, t = self.clip_features(clips), self.text_features(text)  # [B, T, E], [B, E]
 
         losses = {}
         if r.vtc:
             losses["vtc"] = self.contrast(v, t, clip_ids)
         if r.vtm:
-            similarity = self.contrast.similarity(v, t)
+            similarity = self.similarity(v, t)
             negatives = hard_negatives(r.seed, step, samples, similarity, clip_ids)
             captions, partner = negatives.pairs()
             most = None if words is None else 2 * words + ids.numel()
-            pairs = self.fuse(clips, text[captions], attention_mask[captions], partner, most)
-            losses["vtm"] = matching_loss(self.matches(pairs[:, 0]), negatives)
+            pairs = self.match(clips, text[captions], attention_mask[captions], partner, most)
+            losses["vtm"] = matching_loss(pairs, negatives)
         if r.mlm:
             hidden = mask_words(
                 r.seed, step, samples, ids, attention_mask, r.word_ratio, vocabulary=r.vocabulary
             )
-            text = self.text.encode(hidden.ids, attention_mask, words=words)
+            text = self.encode_text(hidden.ids, attention_mask, words=words)
             logits = self.text.predict_words(
                 self.fuse(clips, text, attention_mask, words=words), hidden.positions
             )
@@ -210,6 +213,11 @@ class Smaug(nn.Module):
             losses["mvm"] = self.pixels(self.reconstruct(frames, mask), video, mask.ids_mask)
         total = sum(getattr(r, name) * loss for name, loss in losses.items())
         return {"loss": total, **losses}
+
+    def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
+        """The tokens of each frame that the encoder does not prune, [B, T, n, C]."""
+        frames = self.vision(video, None if mask is None else mask.ids_keep)
+        return self.in_time(frames, video.shape[0])
 
     def in_time(self, frames: Frames, B: int) -> Tensor:
         """The tokens of each frame and when it was, [B, T, n, C]; the first one is its CLS."""
@@ -234,6 +242,36 @@ class Smaug(nn.Module):
         clips = clips if partner is None else clips[partner]
         selected = self.selector(clips[:, :, 0], text[:, 0], clips)
         return self.text.fuse(text, attention_mask, selected.tokens.flatten(1, 2), words=words)
+
+    def match(
+        self,
+        clips: Tensor,
+        text: Tensor,
+        attention_mask: Tensor,
+        partner: Tensor | None = None,
+        words: int | None = None,
+    ) -> Tensor:
+        """The logits of "does not match" and "matches" of each caption with a clip, [P, 2].
+
+        Arguments are those of `fuse`.
+        """
+        pairs = self.fuse(clips, text, attention_mask, partner, words)
+        return self.matches(pairs[:, 0])
+
+    @contextmanager
+    def unpruned(self) -> Iterator[None]:
+        """Within this all visible tokens and all frames stay, whatever the recipe says."""
+        blocks = [self.vision.blocks[layer] for layer in self.vision.prune_layers]
+        rates, frames = [block.keep_rate for block in blocks], self.selector.keep
+        try:
+            for block in blocks:
+                block.keep_rate = None
+            self.selector.keep = self.recipe.frames
+            yield
+        finally:
+            for block, rate in zip(blocks, rates, strict=True):
+                block.keep_rate = rate
+            self.selector.keep = frames
 
     def reconstruct(self, frames: Frames, mask: VisualMask) -> Tensor:
         """The pixels of masked patches, [B, T m, p p 3]."""

@@ -1,0 +1,349 @@
+"""Evaluation: ranks against plain loops, broken clips, ranks of torch.distributed, re-ranking."""
+
+import dataclasses
+import json
+import math
+import statistics
+
+import numpy
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from vidl import models
+from vidl.data.dataset import ClipSet, Sample
+from vidl.data.formats import Row
+from vidl.data.moving_shapes import MovingShapes
+from vidl.data.sampler import Key
+from vidl.data.text import train_tokenizer
+from vidl.data.video import BrokenClip
+from vidl.evaluation import Options, ranking, ranks, reranked, retrieval
+
+SMALL = dict(image_size=32, width=64, heads=2, text_width=64, text_heads=2, depth=2)
+SMALL |= dict(text_layers=1, frames=2)
+SMAUG = dict(prune_layers=(1,), frames_kept=1, fusion_layers=1, decoder_width=64)
+QUIET = Options(batch_size=3, text_batch=5, quiet=True)
+
+
+class Stored(ClipSet):
+    """Clips of noise, which is always the same, with the rows that a test wants."""
+
+    def __init__(self, rows, broken=(), train=False):
+        words = " ".join(text for row in rows for text in (*row.captions, row.question or ""))
+        super().__init__(tokenizer=train_tokenizer([words], size=120), words=8)
+        self.rows, self.broken, self.train, self.reads = rows, set(broken), train, []
+
+    def __len__(self):
+        return len(self.rows)
+
+    def images(self):
+        return numpy.array([row.kind == "image" for row in self.rows])
+
+    def row(self, index):
+        return self.rows[index]
+
+    def read(self, key):
+        row = self.rows[key.index]
+        self.reads.append(row.media)
+        if row.media in self.broken:
+            raise BrokenClip(row.media, "no frames")
+        frames = 1 if row.kind == "image" else 2
+        noise = torch.Generator().manual_seed(int(row.media.removesuffix(".mp4")))
+        pictures = torch.randint(256, (frames, 32, 32, 3), dtype=torch.uint8, generator=noise)
+        return Sample(pictures, key.index, row, "")
+
+
+TEXT = "a red dog runs over green grass while two old men sing songs about rain"
+WORDS = TEXT.split()
+
+
+def captioned(count, captions=1):
+    def text(number):
+        return " ".join(WORDS[(number * step) % len(WORDS)] for step in (1, 3, 5, 7))
+
+    return [
+        Row(f"{clip}.mp4", captions=[text(clip * captions + i) for i in range(captions)])
+        for clip in range(count)
+    ]
+
+
+def tiny(name, **overrides):
+    torch.manual_seed(0)
+    words = dataclasses.replace(models.recipe(name).vocabulary, size=120)
+    options = SMALL | (SMAUG if name == "smaug" else {}) | dict(vocabulary=words)
+    model = models.create(name, "tiny", **(options | overrides))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "embedding" not in name:
+            torch.nn.init.normal_(parameter, std=0.2)  # features that differ
+    return model
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ranks_are_those_of_a_plain_loop(seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(4, (7, 9), generator=generator).float()  # ties are the rule
+    scores[torch.rand(7, 9, generator=generator) < 0.1] = math.nan
+    correct = torch.rand(7, 9, generator=generator) < 0.25
+    found = ranks(scores, correct).tolist()
+    for query in range(7):
+        values, right = scores[query].tolist(), correct[query].tolist()
+        own = [value for value, own in zip(values, right, strict=True) if own]
+        best = -math.inf if not own else math.nan if any(map(math.isnan, own)) else max(own)
+        others = [value for value, own in zip(values, right, strict=True) if not own]
+        assert found[query] == 1 + sum(not value < best for value in others)
+
+
+def test_constant_scores_find_nothing():
+    correct = torch.eye(5, dtype=torch.bool)
+    assert ranks(torch.zeros(5, 5), correct).tolist() == [5] * 5
+    assert ranks(torch.full((5, 5), math.nan), correct).tolist() == [5] * 5
+    assert ranks(torch.eye(5), correct).tolist() == [1] * 5
+    with pytest.raises(ValueError, match=r"need scores and correct \[Q, N\], got \(2, 3\)"):
+        ranks(torch.zeros(2, 3), correct)
+
+
+def test_what_is_told_of_ranks():
+    found = ranking(torch.tensor([1, 2, 6, 11]))
+    assert found.recall == {1: 25.0, 5: 50.0, 10: 75.0}
+    assert (found.queries, found.median, found.mean) == (4, 4.0, 5.0)
+    # With a single candidate a miss has rank 1 too, and is still a miss.
+    assert ranking(torch.tensor([1]), torch.tensor([False])).recall[1] == 0
+    with pytest.raises(ValueError, match="need at least one query"):
+        ranking(torch.tensor([], dtype=torch.int64))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_reranking_puts_judged_candidates_first(seed):
+    generator = torch.Generator().manual_seed(seed)
+    similarity = torch.randint(6, (5, 8), generator=generator).float()
+    judged = torch.zeros(5, 8, dtype=torch.bool)
+    order = similarity.argsort(dim=1, descending=True, stable=True)
+    judged.scatter_(1, order[:, :3], True)
+    matching = torch.randint(3, (5, 8), generator=generator).float().masked_fill(~judged, -math.inf)
+    correct = torch.zeros(5, 8, dtype=torch.bool)
+    correct[torch.arange(5), torch.randint(8, (5,), generator=generator)] = True
+    found = reranked(similarity, matching, correct)
+    for query in range(5):
+        (own,) = correct[query].nonzero().flatten().tolist()
+        if judged[query, own]:
+            keys = matching[query].tolist()
+        else:
+            keys = similarity[query].tolist()
+            assert found[query] > 3
+        worse = sum(key < keys[own] for key in keys)
+        assert found[query] == 8 - worse
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("captions", [1, 3])
+def test_retrieval_is_that_of_a_plain_loop(name, captions):
+    model, data = tiny(name), Stored(captioned(7, captions))
+    result = retrieval(model, data, QUIET)
+    assert (result.clips, result.captions, result.broken) == (7, 7 * captions, {})
+    model.eval()
+    clips = [data.read(Key(0, i)).pictures.permute(3, 0, 1, 2)[None] for i in range(7)]
+    texts = [data.tokenizer([text], 8) for row in data.rows for text in row.captions]
+    with torch.no_grad():
+        v, t = [model.embed_clips(clip) for clip in clips], [model.embed_text(*x) for x in texts]
+        scores = [[model.similarity(clip, text).item() for text in t] for clip in v]
+    by_caption, by_clip = [], []
+    for j in range(len(texts)):
+        own = j // captions
+        by_caption.append(sum(scores[i][j] >= scores[own][j] for i in range(7)))
+    for i in range(7):
+        own = range(i * captions, (i + 1) * captions)
+        best = max(scores[i][j] for j in own)
+        by_clip.append(1 + sum(x >= best for j, x in enumerate(scores[i]) if j not in own))
+    for key, expected in (("t2v", by_caption), ("v2t", by_clip)):
+        found = result.rankings[key]
+        assert found.queries == len(expected)
+        assert found.median == statistics.median(expected)
+        assert found.mean == pytest.approx(statistics.mean(expected))
+        for k in (1, 5, 10):
+            share = 100 * sum(rank <= k for rank in expected) / len(expected)
+            assert found.recall[k] == pytest.approx(share)
+
+
+def test_equal_captions_are_ties():
+    rows = [Row(f"{clip}.mp4", captions=["a red dog"]) for clip in range(4)]
+    found = retrieval(tiny("smaug"), Stored(rows), QUIET, rerank=4)
+    assert found.rankings["v2t"].mean == found.reranked["v2t"].mean == 4  # all four look the same
+    assert sorted([found.rankings["t2v"].recall[1], found.rankings["t2v"].mean]) == [2.5, 25]
+
+
+def test_rows_of_the_same_clip_are_one_clip_read_once():
+    rows = captioned(6)
+    twice = [*rows, *(dataclasses.replace(row, captions=["old songs"]) for row in rows[:2])]
+    data = Stored(twice)
+    found = retrieval(tiny("mac"), data, QUIET)
+    assert (found.clips, found.captions) == (6, 8)
+    assert sorted(data.reads) == [row.media for row in rows]
+    # Another part of the same file is another clip.
+    other = dataclasses.replace(rows[0], start=1.0)
+    assert retrieval(tiny("mac"), Stored([*rows, other]), QUIET).clips == 7
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_a_broken_clip_is_a_miss_and_is_named(name):
+    rows = captioned(6, 2)
+    data, without = Stored(rows, broken=["1.mp4"]), Stored(rows[:1] + rows[2:])
+    without.tokenizer = data.tokenizer
+    whole = retrieval(tiny(name), without, QUIET)
+    rerank = 6 if name == "smaug" else 0
+    found = retrieval(tiny(name), data, QUIET, rerank=rerank)
+    assert found.broken == {"1.mp4": "no frames"}
+    assert (found.clips, found.captions) == (6, 12)
+    assert sorted(data.reads) == [row.media for row in rows]  # nothing took its place
+    assert "1 clip could not be read" in str(found) and "1.mp4: no frames" in str(found)
+    # Two of twelve captions look for it in vain, among six clips with R@10; five clips find one.
+    for each in (found.rankings, found.reranked) if rerank else (found.rankings,):
+        assert each["t2v"].recall[10] == pytest.approx(100 * 10 / 12)
+        assert each["v2t"].recall[10] <= 100 * 5 / 6 + 1e-9
+    # It is in nobody's way: the sum of the other captions' ranks is as without it.
+    ours, others = found.rankings["t2v"], whole.rankings["t2v"]
+    assert ours.mean * 12 == pytest.approx(others.mean * 10 + 2 * 6)
+
+
+def test_nothing_is_replaced_whatever_the_data_set_does():
+    data = Stored(captioned(4), broken=[f"{clip}.mp4" for clip in range(4)])
+    data.if_broken = "replace"
+    found = retrieval(tiny("mac"), data, QUIET)
+    assert len(found.broken) == 4
+    assert found.rankings["t2v"].recall == found.rankings["v2t"].recall == {1: 0, 5: 0, 10: 0}
+
+
+def test_reranking_is_that_of_a_plain_loop():
+    model, data = tiny("smaug"), Stored(captioned(7))
+    found = retrieval(model, data, QUIET, rerank=3)
+    model.eval()
+    clips = [data.read(Key(0, i)).pictures.permute(3, 0, 1, 2)[None] for i in range(7)]
+    similarity, matching = torch.empty(7, 7), torch.empty(7, 7)
+    with torch.no_grad():
+        for i, clip in enumerate(clips):
+            for j, row in enumerate(data.rows):
+                ids, mask = data.tokenizer(row.captions, 8)
+                v, t = model.encode_clips(clip), model.encode_text(ids, mask)
+                similarity[i, j] = model.similarity(
+                    model.embed_clips(clip), model.embed_text(ids, mask)
+                )
+                matching[i, j] = model.match(v, t, mask) @ torch.tensor([-1.0, 1.0])
+    for key, s, m in (("t2v", similarity.T, matching.T), ("v2t", similarity, matching)):
+        expected = []
+        for query in range(7):
+            order = sorted(range(7), key=lambda n: -s[query, n])  # noqa: B023
+            order = [*sorted(order[:3], key=lambda n: -m[query, n]), *order[3:]]  # noqa: B023
+            expected.append(1 + order.index(query))
+        assert found.reranked[key].mean == pytest.approx(statistics.mean(expected))
+        assert found.reranked[key].recall[1] == pytest.approx(100 * expected.count(1) / 7)
+    assert found.reranked != found.rankings
+
+
+def test_reranking_finds_what_is_among_the_best(monkeypatch):
+    """A fusion encoder that knows the answers, as far down as it is asked."""
+    model, data = tiny("smaug").eval(), Stored(captioned(8))
+    pictures = torch.stack([data.read(Key(0, i)).pictures for i in range(8)])
+    with torch.no_grad():
+        known_clips = model.encode_clips(pictures.permute(0, 4, 1, 2, 3))
+        known_texts = model.encode_text(*data.tokenizer([row.captions[0] for row in data.rows], 8))
+
+    def match(clips, text, attention_mask, partner, words):
+        nearest = [
+            torch.cdist(x.flatten(1), known.flatten(1)).argmin(1)
+            for x, known in ((clips[partner], known_clips), (text, known_texts))
+        ]
+        right = (nearest[0] == nearest[1]).float()
+        return torch.stack([-right, right], 1)
+
+    monkeypatch.setattr(model, "match", match)
+    for k in (1, 3, 8):
+        found = retrieval(model, data, QUIET, rerank=k)
+        for key in ("t2v", "v2t"):
+            first = found.rankings[key]
+            share = first.recall[1] if k == 1 else found.reranked[key].recall[1]
+            assert found.reranked[key].recall[1] == pytest.approx(share)
+            # All that were among the best k are the first now.
+            assert found.reranked[key].recall[1] >= first.recall[1]
+    assert found.reranked["t2v"].recall[1] == found.reranked["v2t"].recall[1] == 100
+    assert found.rankings["t2v"].recall[1] < 100
+
+
+def test_masks_and_pruning_are_as_asked_for():
+    model, data = tiny("smaug", keep_rate=0.5), Stored(captioned(6))
+    seen = []
+    handle = model.vision.register_forward_hook(
+        lambda module, inputs, output: seen.append((inputs[1] is not None, output.tokens.shape[1]))
+    )
+    for options in (dict(), dict(masked=True), dict(pruned=False)):
+        retrieval(model.train(), data, dataclasses.replace(QUIET, **options), rerank=2)
+    handle.remove()
+    # 16 patches a frame: half of them and the fused token; of 5 visible ones; all of them.
+    assert seen[::2] == [(False, 1 + 8 + 1), (True, 1 + 3 + 1), (False, 1 + 16)]
+    assert model.training and model.vision.blocks[1].keep_rate == 0.5 and model.selector.keep == 1
+    low = retrieval(model, data, dataclasses.replace(QUIET, dtype=torch.bfloat16), rerank=2)
+    assert math.isfinite(low.reranked["t2v"].mean)
+
+
+def test_images_and_videos_together():
+    rows = captioned(6)
+    rows[2:4] = [dataclasses.replace(row, kind="image") for row in rows[2:4]]
+    found = retrieval(tiny("smaug"), Stored(rows), QUIET, rerank=6)
+    assert found.clips == 6 and found.reranked["t2v"].queries == 6
+
+
+def _rank(rank, rendezvous, out):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    model, data = tiny("smaug"), Stored(captioned(7, 2), broken=["3.mp4"])
+    found = retrieval(model, data, QUIET, rerank=4)
+    assert len(data.reads) in (3, 4)  # half of them
+    with open(f"{out}/{rank}.json", "w") as file:
+        file.write(found.to_json())
+    dist.destroy_process_group()
+
+
+def test_two_ranks_find_what_one_finds(tmp_path):
+    mp.spawn(_rank, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
+    data = Stored(captioned(7, 2), broken=["3.mp4"])
+    alone = json.loads(retrieval(tiny("smaug"), data, QUIET, rerank=4).to_json())
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
+
+
+def test_moving_shapes_and_their_table():
+    tokenizer = train_tokenizer(MovingShapes("train", 1).caption(0).split(), size=100)
+    data = MovingShapes("val", 6, frames=2, size=32, same_looks=True, tokenizer=tokenizer)
+    found = retrieval(tiny("smaug"), data, QUIET, rerank=2)
+    lines = str(found).splitlines()
+    assert " ".join(lines[0].split()) == "6 clips, 6 captions R@1 R@5 R@10 median mean"
+    assert [line.split("  ")[0] for line in lines[1:]] == [
+        "text to video", "video to text", "text to video, best 2 re-ranked",
+        "video to text, best 2 re-ranked",
+    ]  # fmt: skip
+    assert json.loads(found.to_json())["rankings"]["t2v"]["recall"]["5"] <= 100
+
+
+@pytest.mark.parametrize(
+    "name, data, rerank, complaint",
+    [
+        ("smaug", Stored([Row("1.mp4", question="what?", answer="yes")]), 0, "need a caption of"),
+        ("smaug", Stored(captioned(2), train=True), 0, "need a data set made with train=False"),
+        ("smaug", MovingShapes("val", 2), 0, "need a data set with a tokenizer"),
+        ("mac", Stored(captioned(2)), 2, "need a model trained with vtm to re-rank"),
+        ("mac", Stored(captioned(2)), -1, "need rerank >= 0"),
+    ],
+)
+def test_what_cannot_be_evaluated(name, data, rerank, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        retrieval(tiny(name), data, QUIET, rerank=rerank)
+
+
+def test_a_tokenizer_of_another_model():
+    words = dataclasses.replace(models.recipe("mac").vocabulary, size=105)
+    with pytest.raises(ValueError, match="need a tokenizer of at most 105 tokens"):
+        data = Stored(captioned(2))
+        data.tokenizer = train_tokenizer([chr(n) for n in range(97, 97 + 26)] * 2 + WORDS + [
+            f"w{n}" for n in range(100)])  # fmt: skip
+        retrieval(tiny("mac", vocabulary=words), data, QUIET)
+    with pytest.raises(ValueError, match="need batch_size >= 1"):
+        Options(batch_size=0)
