@@ -10,14 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from vidl.models.summary import example
-
-# What is called from outside of forward, as evaluation does.
-METHODS = ("embed_clips", "embed_text", "match")
 
 
 @dataclass(frozen=True)
@@ -109,9 +106,6 @@ def wrap(model: nn.Module, kind: str, ranks: Ranks) -> nn.Module:
         for block in blocks:
             fully_shard(block)
     fully_shard(model, ignored_params=set(whole(model).values()))
-    for method in METHODS:
-        if hasattr(model, method):
-            register_fsdp_forward_method(model, method)
     return model
 
 
