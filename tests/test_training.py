@@ -27,8 +27,8 @@ MODEL = dict(
 TINY = [
     *(f"model.{name}={value}" for name, value in MODEL.items()),
     "data.source=moving_shapes", "data.clips=20", "data.words=12", "data.batch_size=4",
-    "data.workers=0", "schedule.steps=8", "schedule.warmup=2", "optimizer.lr=1e-3",
-    "run.log_every=1", "run.threads=1", "run.device=cpu", "run.tensorboard=false",
+    "data.workers=0", "evaluation.pairs=5", "schedule.steps=8", "schedule.warmup=2",
+    "optimizer.lr=1e-3", "run.log_every=1", "run.threads=1", "run.device=cpu", "run.tensorboard=false",
 ]  # fmt: skip
 MAC = [*TINY, "model.name=mac"]
 SMAUG = [
@@ -146,7 +146,7 @@ def test_schedules():
 @pytest.mark.parametrize("options", [MAC, SMAUG], ids=["mac", "smaug"])
 def test_a_run_resumes_exactly(options, tmp_path):
     """Five steps an epoch, two batches a step: it breaks in the middle of the second epoch."""
-    more = ["optimizer.accumulate=2", "run.save_every=3", "run.eval_every=4"]
+    more = ["optimizer.accumulate=2", "run.save_every=3", "evaluation.every=4"]
     whole = train(tmp_path / "whole", options, *more)
     assert whole["finished"] and whole["step"] == 8 and math.isfinite(whole["loss"])
 
@@ -171,7 +171,7 @@ def test_what_a_run_leaves(tmp_path, capsys):
         seen.append(training.step)
         return {"R@1": 0.5}
 
-    more = ["run.save_every=2", "run.keep=2", "run.eval_every=3"]
+    more = ["run.save_every=2", "run.keep=2", "evaluation.every=3"]
     train(tmp_path, MAC, *more, evaluate=evaluate)
     folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert folders == ["step-00000006", "step-00000008"] and seen == [3, 6, 8]
@@ -260,7 +260,7 @@ def test_killed_and_terminated(tmp_path):
 
     last = stopped_at + 3
     for folder in ("killed", "whole"):
-        more = [f"run.eval_every={last}", "run.save_every=1000"]
+        more = [f"evaluation.every={last}", "run.save_every=1000"]
         assert not train(tmp_path / folder, options, *more, evaluate=stop)["finished"]
     assert records(tmp_path / "killed") == records(tmp_path / "whole")
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
@@ -296,6 +296,7 @@ def test_two_ranks_equal_one_with_the_double_batch(tmp_path):
     mp.spawn(_rank, (None, runs), nprocs=2)
     for name, kind in (("mac", "ddp"), ("smaug", "ddp"), ("f", "fsdp")):
         one, two = records(tmp_path / name), records(f"{tmp_path / name}-{kind}")
+        assert one.pop().keys() == two.pop().keys()  # the evaluation
         assert len(one) == len(two) == 3
         for a, b in zip(one, two, strict=True):
             for key in ("loss", "grad_norm", "lr"):

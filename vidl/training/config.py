@@ -105,9 +105,19 @@ class Run:
     threads: int = _field(0, "of the CPU; 0: as PyTorch chooses")
     log_every: int = _field(10, "steps")
     save_every: int = _field(500, "steps; the last one is always saved")
-    eval_every: int = _field(0, "steps; 0: never")
     keep: int = _field(3, "how many checkpoints stay")
     tensorboard: bool = _field(True, "write its files too, if it is installed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Retrieval on the way and at the end; without data.source moving_shapes it needs files."""
+
+    every: int = _field(0, "steps; 0: only at the end")
+    files: list[str] = _field([], "annotation files of the clips that are searched")
+    media: str | None = _field(None, "folder of these clips; default: beside each annotation file")
+    rerank: int = _field(0, "how many of the best the fusion encoder judges again; 0: none")
+    pairs: int = _field(100, "moving_shapes: clips of val whose captions differ in motion only")
 
 
 SECTIONS: dict[str, type] = {
@@ -116,10 +126,11 @@ SECTIONS: dict[str, type] = {
     "data": Data,
     "optimizer": Optimizer,
     "schedule": Schedule,
+    "evaluation": Evaluation,
     "run": Run,
 }
 # What may differ when a run goes on: it changes no number that is computed.
-FREE = ("run", "data.workers", "data.broken", "data.media")
+FREE = ("run.", "evaluation.", "data.workers", "data.broken", "data.media")
 NOT_FREE = ("run.seed", "run.precision")
 # What the run knows by itself: its seed, and its tokenizer's vocabulary.
 GIVEN = ("seed", "vocabulary")
@@ -138,6 +149,7 @@ class Config:
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
+    evaluation: Evaluation = Evaluation()
     run: Run = Run()
 
     def __post_init__(self) -> None:
@@ -146,7 +158,8 @@ class Config:
             "data.batch_size": 1, "data.workers": 0, "data.clips": 1, "optimizer.lr": 0,
             "optimizer.clip": 0, "optimizer.accumulate": 1, "schedule.steps": 1,
             "schedule.warmup": 0, "schedule.prune_over": 0, "run.threads": 0, "run.log_every": 1,
-            "run.save_every": 1, "run.eval_every": 0, "run.keep": 1,
+            "run.save_every": 1, "run.keep": 1, "evaluation.every": 0, "evaluation.rerank": 0,
+            "evaluation.pairs": 1,
         }  # fmt: skip
         values = self.values()
         for name, number in least.items():

@@ -5,23 +5,25 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 
 from vidl import models
 from vidl.data.dataset import Batch
 from vidl.data.video import generator
-from vidl.training import checkpoints, optimizer, parallel, sources
+from vidl.training import checkpoints, measures, optimizer, parallel, sources
 from vidl.training.config import Config
 from vidl.training.inputs import arguments
 from vidl.training.progress import Progress
 
 # Numbers for a run at one of its steps, such as the recall of retrieval.
-Evaluate = Callable[["Training"], dict[str, Any]]
+Evaluate = Callable[["Training"], Mapping[str, Any]]
 
 
 def pretrain(config: Config, evaluate: Evaluate | None = None) -> dict[str, Any]:
@@ -33,7 +35,8 @@ def pretrain(config: Config, evaluate: Evaluate | None = None) -> dict[str, Any]
 
     Args:
         config: of the run.
-        evaluate: called every `run.eval_every` steps, on all ranks; its numbers are logged.
+        evaluate: called every `evaluation.every` steps and at the end, on all ranks; its numbers
+            are logged. Default: retrieval, if `evaluation` says of what.
 
     Returns:
         "step", whether the run is "finished", and the last record of its log.
@@ -52,7 +55,7 @@ class Training:
     """One run: what it is made of, and where it is.
 
     Attributes:
-        model: the model itself; `evaluate` may call its methods.
+        model: the model itself; FSDP2 has sharded it, and `whole_model` makes one that is not.
         tokenizer: of its captions.
         loader: its batches.
         step: how many were made.
@@ -61,7 +64,8 @@ class Training:
     def __init__(
         self, config: Config, ranks: parallel.Ranks, evaluate: Evaluate | None = None
     ) -> None:
-        self.config, self.ranks, self.evaluate = config, ranks, evaluate
+        self.config, self.ranks = config, ranks
+        self.evaluate = evaluate or measures.chosen(config)
         self.folder = Path(config.run.folder)
         self.checkpoint = checkpoints.newest(self.folder)
         self._claim_folder()
@@ -119,6 +123,17 @@ class Training:
         same = len(loaders) == self.ranks.world_size
         self.loader.load_state_dict(loaders[self.ranks.rank if same else 0])
 
+    def whole_model(self) -> Any:
+        """The model with all of its weights on this rank: itself, or under FSDP2 a copy."""
+        if not isinstance(self.model, FSDPModule):
+            return self.model
+        weights = get_model_state_dict(
+            self.parallel, options=StateDictOptions(full_state_dict=True)
+        )
+        model = models.MODELS[self.config.model.name][0](self.recipe).to(self.ranks.device)
+        model.load_state_dict(weights)
+        return model.eval()
+
     def save(self) -> None:
         """Write a checkpoint; all ranks must call it."""
         state = {"loaders": self.ranks.gathered(self.loader.state_dict()), "record": self.record}
@@ -139,7 +154,7 @@ class Training:
         progress = None
         if self.ranks.first:
             progress = Progress(self.folder, self.step, steps, tensorboard=run.tensorboard)
-            about = f"{type(self.model).__name__}, {self.ranks.world_size} rank(s)"
+            about = f"{self.config.model.name}, {self.ranks.world_size} rank(s)"
             progress.say(f"{self.folder}: {about}, from step {self.step} to {steps}")
         with _stop_signals() as stopped:
             self._steps(progress, stopped)
@@ -149,6 +164,7 @@ class Training:
     def _steps(self, progress: Progress | None, stopped: Callable[[], bool]) -> None:
         run, steps = self.config.run, self.config.schedule.steps
         saved, stop = self.step if self.checkpoint else -1, False
+        every = self.config.evaluation.every
         batches, watch = iter(self.loader), _Watch(self)
         while self.step < steps and not stop:
             losses, norm = self._make_step(batches)
@@ -156,7 +172,7 @@ class Training:
             last = self.step == steps
             if last or self.step % run.log_every == 0:
                 self._log(losses, norm, watch, progress)
-            if self.evaluate and (last or (run.eval_every and self.step % run.eval_every == 0)):
+            if self.evaluate and (last or (every and self.step % every == 0)):
                 self._evaluate(progress)
                 watch = _Watch(self)
             stop = self.ranks.any(stopped())
@@ -200,10 +216,17 @@ class Training:
             compiled=self.config.run.compile,
         )
 
-    def _autocast(self) -> Any:
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of autocast; None: there is none."""
         kind, precision = self.ranks.device.type, self.config.run.precision
         low = precision == "bfloat16" or (precision == "auto" and kind == "cuda")
-        return torch.autocast(kind, torch.bfloat16) if low else contextlib.nullcontext()
+        return torch.bfloat16 if low else None
+
+    def _autocast(self) -> Any:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.ranks.device.type, self.dtype)
 
     def _keep_rate(self, over: int) -> None:
         if not over or not hasattr(self.recipe, "keep_rate"):
@@ -233,7 +256,7 @@ class Training:
         with torch.no_grad():
             found = self.evaluate(self)
         self.model.train()
-        self.record = {**self.record, "evaluation": found}
+        self.record = {**self.record, "evaluation": dict(found)}
         if progress is not None:
             progress.evaluated(self.step, found)
 

@@ -1,6 +1,7 @@
 """Ranks of torchrun: DDP or FSDP2, gradients of all of them, and what they agree on."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,14 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from vidl.models.summary import example
-
-# What is called from outside of forward, as evaluation does.
-METHODS = ("embed_clips", "embed_text", "match")
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,7 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), world_size, where)
     finally:
+        gc.collect()  # what holds a process group goes before it
         dist.destroy_process_group()
 
 
@@ -102,14 +101,11 @@ def wrap(model: nn.Module, kind: str, ranks: Ranks) -> nn.Module:
         return model
     if kind == "ddp":
         _freeze_unused(model, ranks)
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model)
     for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
         for block in blocks:
             fully_shard(block)
     fully_shard(model, ignored_params=set(whole(model).values()))
-    for method in METHODS:
-        if hasattr(model, method):
-            register_fsdp_forward_method(model, method)
     return model
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,7 +38,7 @@ class Progress:
         self._write(step, values)
         self.show(step, values)
 
-    def evaluated(self, step: int, values: dict[str, Any]) -> None:
+    def evaluated(self, step: int, values: Mapping[str, Any]) -> None:
         """Write what an evaluation found at a step, and show it."""
         self._write(step, {f"evaluation/{name}": value for name, value in values.items()})
         shown = (f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in values.items())

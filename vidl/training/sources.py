@@ -8,7 +8,7 @@ from typing import Any
 from vidl.data.cache import CachedClips
 from vidl.data.dataset import Clips, ClipSet
 from vidl.data.loader import Loader
-from vidl.data.moving_shapes import MovingShapes
+from vidl.data.moving_shapes import MovingShapes, motions
 from vidl.data.sampler import EpochSampler
 from vidl.data.shards import ShardStream
 from vidl.data.text import Tokenizer, load_tokenizer, train_tokenizer
@@ -74,10 +74,30 @@ def open_clips(config: Config, recipe: Recipe, tokenizer: Tokenizer | None) -> C
     )
 
 
+def open_searched(config: Config, recipe: Recipe, tokenizer: Tokenizer) -> ClipSet | None:
+    """The clips that retrieval is measured on, if there are any."""
+    chosen, data = config.evaluation, config.data
+    sizes: dict[str, Any] = dict(frames=recipe.frames, size=recipe.image_size)
+    words: dict[str, Any] = dict(seed=config.run.seed, tokenizer=tokenizer, words=data.words)
+    if data.source == "moving_shapes" and not chosen.files:
+        pairs = min(chosen.pairs, len(motions(data.difficulty)))
+        sizes |= dict(difficulty=data.difficulty, same_looks=True)
+        return MovingShapes("val", pairs, **sizes, **words)
+    if not chosen.files:
+        return None
+    rows = _load(chosen.files, chosen.media)
+    kind = CachedClips if data.cache else Clips
+    return kind(rows, train=False, decoder=data.decoder, **sizes, **words)
+
+
 def _rows(config: Config) -> Any:
+    return _load(config.data.files, config.data.media)
+
+
+def _load(files: list[str], media: str | None) -> Any:
     from vidl.data import annotations
 
-    return annotations.load(*((file, config.data.media) for file in config.data.files))
+    return annotations.load(*((file, media) for file in files))
 
 
 def _captions(config: Config) -> Iterable[str]:
