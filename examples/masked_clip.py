@@ -109,13 +109,17 @@ def compare(video, parameters, ids_keep, repetitions):
         yield f"{name:18} conv + gather {stock:7.1f} ms  vidl {ours:7.1f} ms  {stock / ours:4.1f} x"
 
 
-def picture(clip, masks):
-    """Frames on top, and one row below for each mask, the hidden patches in grey."""
+def picture(clip, masks, grid=GRID):
+    """Frames on top, and one row below for each mask, the hidden patches in grey.
+
+    Masks are ids of the patches that are seen, of `grid` rows and columns in each frame.
+    """
+    patch = clip.shape[-1] // grid
     rows = [clip]
     for ids_keep in masks:
-        seen = torch.zeros(clip.shape[1] * GRID * GRID, dtype=torch.bool)
+        seen = torch.zeros(clip.shape[1] * grid * grid, dtype=torch.bool)
         seen[ids_keep] = True
-        seen = seen.view(-1, GRID, GRID).repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
+        seen = seen.view(-1, grid, grid).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
         rows.append(torch.where(seen, clip, torch.tensor(127, dtype=torch.uint8)))
     rows = [F.pad(row, (2, 2, 2, 2), value=255).permute(2, 1, 3, 0).flatten(1, 2) for row in rows]
     return Image.fromarray(torch.cat(rows).numpy())

@@ -17,10 +17,32 @@ from masked_clip import GRID, PATCH, picture, read_clip
 from vidl import models
 
 
-def in_clip(ids, frames):
-    """Ids in the whole clip, of ids in each of its frames [T, n]; -1 is a fused token."""
-    ids = ids + torch.arange(frames)[:, None] * GRID**2 * (ids >= 0)
-    return ids[ids >= 0]
+def stages(model, clip, words):
+    """The patches that are left of a clip [C, T, H, W] at each stage of SMAUG, ids in all of it.
+
+    What the mask leaves, what each pruning layer does, and that of the frames which the caption
+    selects; words [1, L] are its ids.
+    """
+    T, rows, columns = model.recipe.grid
+    S = rows * columns
+
+    def in_clip(ids):
+        """Ids in the whole clip, of ids in each of its frames [T, n]; -1 is a fused token."""
+        ids = ids + torch.arange(T)[:, None] * S * (ids >= 0)
+        return ids[ids >= 0]
+
+    with torch.no_grad():
+        mask = model.recipe.visual_mask(torch.tensor([0]), step=0)
+        frames = model.vision(clip[None], None if mask is None else mask.ids_keep)
+        clips = model.in_time(frames, 1)
+        text = model.text.encode(words)
+        chosen = model.selector(clips[:, :, 0], text[:, 0], clips).ids
+    left = [] if mask is None else [mask.ids_keep[0]]
+    left += [in_clip(ids) for ids in frames.kept.values()]
+    selected = torch.zeros(T, dtype=torch.bool)
+    selected[chosen[0]] = True
+    last = left[-1] if left else torch.arange(T * S)
+    return [*left, last[selected[last // S]]]
 
 
 def main(argv=None):
@@ -46,21 +68,8 @@ def main(argv=None):
     if args.weights:
         model.load_state_dict(torch.load(args.weights, weights_only=True))
 
-    T = model.recipe.frames
-    with torch.no_grad():
-        mask = model.recipe.visual_mask(torch.tensor([0]), step=0)
-        frames = model.vision(clip[None], None if mask is None else mask.ids_keep)
-        clips = model.in_time(frames, 1)
-        words = torch.tensor([[101, 1037, 2482, 102]])  # of bert-base-uncased: "a car"
-        text = model.text.encode(words)
-        chosen = model.selector(clips[:, :, 0], text[:, 0], clips).ids
-    rows = [] if mask is None else [mask.ids_keep[0]]
-    rows += [in_clip(ids, T) for ids in frames.kept.values()]
-    selected = torch.zeros(T, dtype=torch.bool)
-    selected[chosen[0]] = True
-    last = rows[-1] if rows else torch.arange(T * GRID**2)
-    rows.append(last[selected[last // GRID**2]])
-
+    words = torch.tensor([[101, 1037, 2482, 102]])  # of bert-base-uncased: "a car"
+    rows = stages(model, clip, words)
     for stage, count in model.recipe.tokens().items():
         print(f"{stage:>16}: {count:5} tokens")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,8 @@ TINY = [
     *(f"model.{name}={value}" for name, value in MODEL.items()),
     "data.source=moving_shapes", "data.clips=20", "data.words=12", "data.batch_size=4",
     "data.workers=0", "evaluation.pairs=5", "schedule.steps=8", "schedule.warmup=2",
-    "optimizer.lr=1e-3", "run.log_every=1", "run.threads=1", "run.device=cpu", "run.tensorboard=false",
+    "optimizer.lr=1e-3", "run.log_every=1", "run.threads=1", "run.device=cpu",
+    "run.tensorboard=false",
 ]  # fmt: skip
 MAC = [*TINY, "model.name=mac"]
 SMAUG = [

@@ -16,8 +16,12 @@ def chosen(config: Config) -> Callable[[Any], dict[str, float]] | None:
 
 
 def recalls(training: Any) -> dict[str, float]:
-    """The recalls of a run's retrieval in percent, by direction and rank."""
-    found = search(training)
+    """The numbers of a run's retrieval."""
+    return numbers(search(training))
+
+
+def numbers(found: Retrieval) -> dict[str, float]:
+    """The recalls in percent, by direction and rank."""
     rankings = dict(found.rankings)
     rankings |= {f"{name} re-ranked": each for name, each in found.reranked.items()}
     return {
