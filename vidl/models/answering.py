@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,11 @@ class Answering(nn.Module):
         total = F.cross_entropy(logits.float(), answers, ignore_index=UNKNOWN, reduction="sum")
         loss = total / (answers != UNKNOWN).sum().clamp(min=1)
         return {"loss": loss, "qa": loss}
+
+    @property
+    def vision(self) -> Any:
+        """The model's encoder of clips."""
+        return self.model.vision
 
     def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
         """As the model does."""
