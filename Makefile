@@ -33,8 +33,8 @@ vidl = VIDL_BUILD=$(VIDL_BUILD) $(1)/bin/uv pip install --quiet --python $(1)/bi
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(READY) ## the op at work on a real clip
-	$(VENV)/bin/python examples/masked_clip.py $(ARGS)
+demo: $(READY) ## train SMAUG on real clips; see what it learns and what sparsity saves
+	$(VENV)/bin/python examples/demo.py $(ARGS)
 
 test: $(READY) ## the tests, without the long sweeps; ARGS="-k name" for a part
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)

@@ -27,8 +27,6 @@ from vidl.training import Config, checkpoints, measures, pretrain
 
 HERE = Path(__file__).parent
 FILE = HERE / "demo.yaml"
-# What the step is timed at: large enough that time goes into arithmetic.
-TIMED = dict(preset="small", mask_ratio=0.65)
 STYLE = """
 body { font: 16px/1.4 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse } td, th { padding: .2em .8em; text-align: right }
@@ -119,11 +117,11 @@ def pictures(training, out):
         yield file.name, rows[name].captions[0]
 
 
-def step_times(repetitions, overrides):
+def step_times(preset, repetitions):
     """Milliseconds of a training step for each clip: {dense, sparse} x {PyTorch, vidl}."""
     made = {}
     for backend in ("reference", "auto"):
-        recipe = models.recipe("smaug", **{**TIMED, **overrides}, backend=backend)
+        recipe = models.recipe("smaug", preset, backend=backend)
         ways = recipe.ways()
         for name in ("dense", "masked", "masked and pruned"):
             made[name, backend] = models.Smaug(ways[name])
@@ -153,7 +151,7 @@ def times_table(times):
     return f"<table>{''.join(rows)}</table>"
 
 
-def page(training, found, shown, times):
+def page(training, found, shown, preset, times):
     """demo/index.html."""
     recipe = training.recipe
     tokens = " &rarr; ".join(f"{name}: {count}" for name, count in recipe.tokens().items())
@@ -177,7 +175,7 @@ def page(training, found, shown, times):
         parts += [f"<figure><img src='{name}' width='600'>"]
         parts += [f"<figcaption>{html.escape(caption)}</figcaption></figure>"]
     parts += ["<h2>A training step</h2><p class='note'>Forward and backward of SMAUG, preset "]
-    parts += [f"{TIMED['preset']}, float32, {torch.get_num_threads()} threads of this CPU; in "]
+    parts += [f"{preset}, float32, {torch.get_num_threads()} threads of this CPU; in "]
     parts += ["brackets the speed-up over dense PyTorch. No GPU was measured.</p>"]
     parts += [times_table(times)]
     return "\n".join(parts)
@@ -187,11 +185,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("overrides", nargs="*", help="of demo.yaml, as in schedule.steps=100")
     parser.add_argument("--repetitions", type=int, default=3, help="of each timing (default 3)")
-    parser.add_argument("--timed", nargs="*", default=[], help="of the recipe that is timed")
+    parser.add_argument("--timed", default="small", help="preset of the step that is timed")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default demo)")
     args = parser.parse_args(argv)
-    timed = Config.read(FILE, [f"model.{each}" for each in args.timed]).model.recipe
-    timed.pop("dropout", None)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         trained = train(args.out, args.overrides)
@@ -205,10 +201,10 @@ def main(argv=None):
     print("drawing clips", file=sys.stderr)
     shown = list(pictures(training, args.out))
     print("timing steps, dense and sparse, with and without kernels", file=sys.stderr)
-    times = step_times(args.repetitions, timed)
+    times = step_times(args.timed, args.repetitions)
     for (name, backend), time in times.items():
         print(f"{name:18} {backend:10} {time:8.0f} ms a clip")
-    (args.out / "index.html").write_text(page(training, found, shown, times))
+    (args.out / "index.html").write_text(page(training, found, shown, args.timed, times))
     print(f"see {args.out / 'index.html'}")
     return 0
 

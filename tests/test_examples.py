@@ -113,3 +113,23 @@ def test_sparse_clip(monkeypatch, tmp_path, capsys):
     for wrong in (["--mask-ratio", "2"], ["--preset", "huge"]):
         assert sparse_clip.main([str(clip), *wrong, "--out", str(tmp_path)]) == 1
         assert "need" in capsys.readouterr().err
+
+
+def test_demo(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(EXAMPLES.parent)  # its configuration names files from there
+    demo = load("demo", monkeypatch)
+    options = ["schedule.steps=4", "run.log_every=1", "data.workers=0", "model.depth=3"]
+    options += ["evaluation.rerank=4"]
+    options += ["--repetitions", "1", "--timed", "tiny", "--out", str(tmp_path)]
+    assert demo.main(options) == 0
+    shown = capsys.readouterr()
+    assert "4/4  loss" in shown.err and "33 clips, 66 captions" in shown.out
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<polyline") == 4 and page.count("<img") == 4
+    assert "captions by clip, re-ranked" in page and "plain PyTorch" in page
+    for name in ("worker", "sign_eat"):
+        # Four frames; the clip, the mask, two layers that prune, the selection.
+        assert demo.open_image(tmp_path / f"{name}.png").size == (4 * 228, 5 * 228)
+    assert demo.main(["schedule.stops=4", "--out", str(tmp_path)]) == 1
+    assert "schedule.steps" in capsys.readouterr().err
