@@ -409,7 +409,7 @@ def _eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
                 print(found)
             if ranks.first and args.json is not None:
                 args.json.write_text(found.to_json() + "\n")
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError) as error:
         print(f"vidl eval: {error}", file=sys.stderr)
         return 1
     return 0

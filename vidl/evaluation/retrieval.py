@@ -39,7 +39,7 @@ class Retrieval:
         rerank: how many candidates of each query were judged again; 0: none.
         reranked: "t2v" and "v2t" after that; empty without it.
         broken: clips that could not be read, and why. Their captions found nothing, they found no
-            caption, and they were in nobody's way.
+            caption, which is the last rank and a miss at any k, and they were in nobody's way.
     """
 
     clips: int
