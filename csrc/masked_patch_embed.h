@@ -2,9 +2,9 @@
 #pragma once
 #include <cstdint>
 
-namespace vidl {
+#include "dtype.h"
 
-enum class Dtype : int32_t { kUInt8, kFloat32, kFloat16, kBFloat16 };
+namespace vidl {
 
 constexpr int kMaxChannels = 64;
 

@@ -24,6 +24,8 @@ CXX = os.environ.get("CXX", "g++")
 
 FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread", "-fPIC"]
 FLAGS += ["-fvisibility=hidden", f"-I{ROOT / 'csrc'}", f"-I{EMULATOR}"]
+# A program needs few head sizes, and compiles in a fraction of the time.
+FEW = ["-DVIDL_HEAD_SIZES=32,80"]
 KINDS = {
     "plain": ["-O2"],
     "ucontext": ["-O2", "-DCUDA_ON_CPU_UCONTEXT"],
@@ -51,16 +53,30 @@ def build() -> Path:
     return _link("library.so", sources, KINDS["plain"], link)
 
 
-def program(name: str, kind: str = "plain") -> Path:
+def program(name: str, kind: str = "plain", bug: tuple[str, str] | None = None) -> Path:
     """The program of cuda_on_cpu/test_<name>.cpp, with the kernels of the op `name` if it is one.
 
     Args:
         kind: of `KINDS`: an ordinary build, or one with sanitizers.
+        bug: a line of the kernels, or a part of it, and what takes its place, once.
     """
     sources: list[tuple[Path, list[str]]] = [(EMULATOR / f"test_{name}.cpp", [])]
     if (kernels := ROOT / f"csrc/{name}.cu").is_file():
-        sources.append((kernels, []))
+        sources.append((_planted(kernels, *bug) if bug else kernels, FEW))
     return _link(f"{name}-{kind}", sources, KINDS[kind], [])
+
+
+def _planted(kernels: Path, right: str, wrong: str) -> Path:
+    """A copy of an op's kernels, with its own headers, and with a bug."""
+    text = kernels.read_text()
+    for header in ROOT.glob(f"csrc/{kernels.stem}_*.h"):
+        text = text.replace(f'#include "{header.name}"', header.read_text())
+    assert text.count(right) == 1, f"{text.count(right)} times: {right}"
+    text = text.replace(right, wrong)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    copy = BUILD / f"{kernels.stem}-{_hash([], [text.encode()])}.cu"
+    copy.write_text(text)
+    return copy
 
 
 def _link(

@@ -13,6 +13,45 @@ OPS = sorted(
     for file in emulated.EMULATOR.glob("test_*.cpp")
     if (emulated.ROOT / "csrc" / f"{file.stem.removeprefix('test_')}.cu").is_file()
 )
+# Bugs for the kernels of an op: what is right once in them, and what takes its place.
+BUGS = {
+    "space_time_attention": {
+        "blocks of keys are read before they are there": (
+            "cp_async_wait();\n    __syncthreads();  // the block",
+            "__syncthreads();  // the block",
+        ),
+        "blocks of keys are overwritten while they are read": (
+            "__syncthreads();  // the block is there, and nobody reads the one before any more",
+            "__syncwarp();",
+        ),
+        "keys are overwritten by weights while they are read": (
+            "__syncthreads();  // nobody reads keys and values any more",
+            "",
+        ),
+        "weights are read before they are there": (
+            "__syncthreads();  // the weights are there",
+            "",
+        ),
+        "one key too many is seen": (
+            "return column < count; }",
+            "return column <= count; }",
+        ),
+        "the last query of a group is forgotten": (
+            "if (member < group.count) row =",
+            "if (member < group.count - 1) row =",
+        ),
+        "NaN reaches another group of the warp": (
+            "!finite<T, D>(v)",
+            "false",
+        ),
+        "weights are not transposed": ("transpose(across);", ""),
+        "the gradient of scores is left out of delta": (
+            "delta[i] += sum_of_row(more[i]) * share[i];",
+            "",
+        ),
+        "a row's entries lack the last": ("n < end; n++", "n < end - 1; n++"),
+    },
+}
 RACES = ["syncthreads", "syncwarp", "two_blocks", "two_warps"]
 
 
@@ -76,3 +115,10 @@ def test_every_kernel_has_a_sanitizer_test():
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_under_sanitizers(op, kind):
     assert_passes(emulated.program(op, kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op, bug", [(op, bug) for op, bugs in BUGS.items() for bug in bugs])
+def test_a_bug_in_a_kernel_is_found(op, bug):
+    done = run(emulated.program(op, "quick", BUGS[op][bug]))
+    assert done.returncode != 0, done.stdout
