@@ -41,7 +41,7 @@ constexpr int kSumThreads = 256;
 // What a warp has of the packed class: rows 0 to 15 are queries, one a lane, and rows 16 to 31
 // keys. A row that no group fills is -1.
 struct Pack {
-  int64_t h;
+  int h;
   int slot, groups;  // rows of a group, groups in 16 rows
   int row, place;    // of q, or of k and v; in the list of all groups' members
   int count;         // of queries, or keys, in the group
@@ -52,7 +52,7 @@ struct Pack {
     groups = 16 / slot;
     const int64_t item = blockIdx.x * int64_t{kPackedWarps} + threadIdx.x / 32;
     const int64_t g = item / a.H * groups + inside / slot;
-    h = item % a.H;
+    h = static_cast<int>(item % a.H);
     row = -1, place = 0, count = 0;
     if (inside / slot < groups && g < a.G) {
       const Members group = lane < 16 ? queries_of(a, g) : keys_of(a, g);
@@ -72,8 +72,7 @@ struct Pack {
 
 // 16 rows of a pack: its queries, or its keys (first = 16).
 template <class T, int D>
-__device__ __forceinline__ void copy_pack(T* tile, const Strided& x, int64_t h, int rows,
-                                          int first) {
+__device__ __forceinline__ void copy_pack(T* tile, const Strided& x, int h, int rows, int first) {
   const T* const head = static_cast<const T*>(x.data) + h * x.head;
 #pragma unroll
   for (int n = 0; n < D / 16; n++) {
@@ -260,7 +259,8 @@ template <class T, int D, int kSquares>
 __global__ void __launch_bounds__(32 * kForwardWarps) whole_forward_kernel(Attention a, Forward f) {
   DYNAMIC_SHARED(T, memory);
   check_ends(a);
-  const int64_t g = blockIdx.x / a.H, h = blockIdx.x % a.H;
+  const int64_t g = blockIdx.x / a.H;
+  const int h = static_cast<int>(blockIdx.x % a.H);
   const Members queries = queries_of(a, g), keys = keys_of(a, g);
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int most = round_up_16(a.max_keys), real = round_up_16(keys.count);
@@ -292,10 +292,6 @@ __global__ void __launch_bounds__(32 * kForwardWarps) whole_forward_kernel(Atten
     store_rows<T, D>(
         static_cast<T*>(f.out), a.H, h, q, softmax.out, inverse[0], inverse[1],
         [&](int r) { return start + r < queries.count ? queries.row(start + r) : -1; });
-    if (start + 16 * warps < queries.count) {
-      copy_rows<T, D>(q, 16, a.q, h, queries, start + 16 * warps, lane_id(), 32);
-      cp_async_commit();
-    }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int query = start + row_of_lane(i);
@@ -314,8 +310,12 @@ __global__ void __launch_bounds__(32 * kForwardWarps) whole_forward_kernel(Atten
         if (lane_id() < 4) columns[warp * most + column] += score;
       }
     }
-    cp_async_wait();
-    __syncwarp();
+    if (start + 16 * warps < queries.count) {
+      copy_rows<T, D>(q, 16, a.q, h, queries, start + 16 * warps, lane_id(), 32);
+      cp_async_commit();
+      cp_async_wait();
+      __syncwarp();
+    }
   }
   if (f.scores == nullptr) return;
   __syncthreads();
@@ -331,7 +331,8 @@ template <class T, int D, int kSquares>
 __global__ void __launch_bounds__(32 * kSquares) whole_backward_kernel(Attention a, Backward b) {
   DYNAMIC_SHARED(T, memory);
   check_ends(a);
-  const int64_t g = blockIdx.x / a.H, h = blockIdx.x % a.H;
+  const int64_t g = blockIdx.x / a.H;
+  const int h = static_cast<int>(blockIdx.x % a.H);
   const Members queries = queries_of(a, g), keys = keys_of(a, g);
   const int warp = threadIdx.x / 32, start = 16 * warp;
   const int stride = round_up_16(a.max_keys) + 8;  // of a row of weights
@@ -422,15 +423,16 @@ __global__ void __launch_bounds__(32 * kSquares) whole_backward_kernel(Attention
 // ---- blocked -----------------------------------------------------------------------------------
 // The block of queries, or of keys, that a block of threads works on.
 struct Work {
-  int64_t g, h;
-  int start;
+  int64_t g;
+  int h, start;
 };
 
 // Either every group has `blocks` blocks, or, with 0, group g has those from
 // offsets[g] / kBlock + g on: always enough, and seldom more, however unequal the groups are.
 __device__ __forceinline__ Work find_work(const int32_t* offsets, const Attention& a,
                                           int64_t blocks) {
-  const int64_t item = blockIdx.x / a.H, h = blockIdx.x % a.H;
+  const int64_t item = blockIdx.x / a.H;
+  const int h = static_cast<int>(blockIdx.x % a.H);
   if (blocks > 0) return {item / blocks, h, static_cast<int>(item % blocks) * kBlock};
   int64_t low = 0, high = a.G;
   while (high - low > 1) {
@@ -443,7 +445,7 @@ __device__ __forceinline__ Work find_work(const int32_t* offsets, const Attentio
 // Brings the rows of x, and of y unless it is null, block after block: body(tile of x, of y, start)
 // runs while the next two tiles are on their way. also(start, parity) starts more copies.
 template <class T, int D, class Also, class Body>
-__device__ __forceinline__ void stream(T* memory, const Strided& x, const Strided* y, int64_t h,
+__device__ __forceinline__ void stream(T* memory, const Strided& x, const Strided* y, int h,
                                        const Members& group, Also also, Body body) {
   constexpr int kTile = kBlock * kStride<D>;
   const auto fetch = [&](int start) {
@@ -508,7 +510,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 // The scores of 16 keys a warp: their weights, transposed, summed over the queries.
 template <class T, int D>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 4)
     blocked_scores_kernel(Attention a, Forward f, int64_t blocks) {
   DYNAMIC_SHARED(T, memory);
   check_ends(a);
@@ -554,7 +556,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
     query_backward_kernel(Attention a, Backward b, int64_t blocks) {
   constexpr int kTile = kBlock * kStride<D>;
   DYNAMIC_SHARED(T, memory);
@@ -668,7 +670,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 // Weights and their gradients are transposed here: a warp has 16 keys.
 template <class T, int D>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
     key_backward_kernel(Attention a, Backward b, int64_t blocks) {
   constexpr int kTile = kBlock * kStride<D>;
   DYNAMIC_SHARED(T, memory);
@@ -694,7 +696,8 @@ __global__ void __launch_bounds__(kBlockThreads)
   for (int i = 0; i < 2; i++) {
     const int key = first + row_of_lane(i);
     if (b.grad_scores != nullptr && key < keys.count) {
-      grad_score[i] = b.grad_scores[keys.first + key] / static_cast<float>(a.H);
+      const float share = share_of(a.scores, 0, queries.count) / static_cast<float>(a.H);
+      grad_score[i] = b.grad_scores[keys.first + key] * share;
     }
   }
   Square grad_k[D / 16], grad_v[D / 16];
@@ -728,8 +731,8 @@ __global__ void __launch_bounds__(kBlockThreads)
             float& weight = weights[e / 4][e % 4];
             float& x = grads[e / 4][e % 4];
             weight = exp2_approx(weight * (a.scale * kLog2E) - lse[parity][column] * kLog2E);
-            const float share = share_of(a.scores, start + column, queries.count);
-            x = weight * (x + grad_score[i] * share - delta[parity][column]);
+            if (a.scores == Scores::kMean || start + column == 0) x += grad_score[i];
+            x = weight * (x - delta[parity][column]);
           }
           uint32_t packed[4];
           pack<T>(packed, weights);
@@ -835,8 +838,7 @@ int forward(const Attention& a, const Forward& f, void* stream) {
     }
   }
   if (error != 0 || f.scores == nullptr) return error;
-  return start(mean_scores_kernel, div_up(a.E, kSumThreads), kSumThreads, 0, stream, f, a.H,
-               a.E);
+  return start(mean_scores_kernel, div_up(a.E, kSumThreads), kSumThreads, 0, stream, f, a.H, a.E);
 }
 
 template <class T, int D>

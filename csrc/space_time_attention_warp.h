@@ -48,7 +48,7 @@ __device__ __forceinline__ void check_ends(const Attention& a) {
 // Addresses come first, four at a time: they need an index from memory, which a copy would wait
 // for.
 template <class T, int D>
-__device__ __forceinline__ void copy_rows(T* tile, int rows, const Strided& x, int64_t h,
+__device__ __forceinline__ void copy_rows(T* tile, int rows, const Strided& x, int h,
                                           const Members& group, int start, int thread,
                                           int threads) {
   constexpr int kUnits = D / 8, kAtOnce = 4;

@@ -122,7 +122,7 @@ __device__ __forceinline__ void clear(Square (&sums)[D / 16]) {
 // [rows, H, D]: row r as row_of(r), or not at all where that is negative. 16-bit rows pass through
 // `tile`, which belongs to this warp alone.
 template <class T, int D, class RowOf>
-__device__ __forceinline__ void store_rows(T* x, int64_t H, int64_t h, T* tile,
+__device__ __forceinline__ void store_rows(T* x, int64_t H, int h, T* tile,
                                            const Square (&sums)[D / 16], float top, float bottom,
                                            RowOf row_of) {
 #pragma unroll
@@ -142,7 +142,7 @@ __device__ __forceinline__ void store_rows(T* x, int64_t H, int64_t h, T* tile,
   __syncwarp();
 }
 template <int D, class RowOf>
-__device__ __forceinline__ void store_floats(float* x, int64_t H, int64_t h,
+__device__ __forceinline__ void store_floats(float* x, int64_t H, int h,
                                              const Square (&sums)[D / 16], float scale,
                                              RowOf row_of) {
   const int64_t rows[2] = {row_of(row_of_lane(0)), row_of(row_of_lane(1))};

@@ -24,12 +24,13 @@ CXX = os.environ.get("CXX", "g++")
 
 FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread", "-fPIC"]
 FLAGS += ["-fvisibility=hidden", f"-I{ROOT / 'csrc'}", f"-I{EMULATOR}"]
-# A program needs few head sizes, and compiles in a fraction of the time.
-FEW = ["-DVIDL_HEAD_SIZES=32,80"]
+# A program has one size of heads only, and compiles in a fraction of the time.
+FEW = ["-DVIDL_HEAD_SIZES=32"]
 KINDS = {
     "plain": ["-O2"],
     "ucontext": ["-O2", "-DCUDA_ON_CPU_UCONTEXT"],
-    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "quick": ["-O0"],
+    "address": ["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
 }
 

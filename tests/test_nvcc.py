@@ -32,12 +32,12 @@ def nvcc() -> str | None:
     return shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which(home / "bin/nvcc")
 
 
-def kernels(source: Path, architecture: str) -> list[Kernel]:
+def kernels(source: Path, architecture: str, *macros: str) -> list[Kernel]:
     """What ptxas says of every kernel of a source file."""
     compiler = nvcc()
     assert compiler is not None
     flags = ["-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas=-v", "-Werror=all-warnings"]
-    flags += ["-Xcompiler=-Wall,-Wextra", f"-I{ROOT / 'csrc'}", "-cubin"]
+    flags += ["-Xcompiler=-Wall,-Wextra", f"-I{ROOT / 'csrc'}", "-cubin", *macros]
     with tempfile.TemporaryDirectory() as folder:
         command = [compiler, *flags, str(source), "-o", f"{folder}/out.cubin"]
         run = subprocess.run(command, capture_output=True, text=True)
@@ -76,8 +76,15 @@ def _demangled(symbol: str) -> str:
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda file: file.name)
-def test_kernels_compile_and_do_not_spill(source, architecture):
-    compiled = kernels(source, architecture)
+@pytest.mark.parametrize(
+    "macros",
+    [
+        pytest.param(["-DVIDL_HEAD_SIZES=64"], id="heads of 64"),  # where a source has sizes
+        pytest.param([], id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_compile_and_do_not_spill(macros, source, architecture):
+    compiled = kernels(source, architecture, *macros)
     assert compiled
     bad = [kernel for kernel in compiled if kernel.stack or kernel.spills]
     assert not bad

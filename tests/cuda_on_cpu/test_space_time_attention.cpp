@@ -316,11 +316,11 @@ int main() {
   const Case cases[] = {
       // packed: two groups of eight in a warp, one of sixteen, five of three; some without members
       {{8, 7, 8, 0, 3}, {8, 8, 5, 4, 0}, 2, 32, kBFloat16, kMean, kGathered, 0.3f},
-      {{16, 1}, {9, 16}, 3, 80, kFloat16, kCls, kInOrder, -0.2f},
+      {{16, 1}, {9, 16}, 3, 32, kFloat16, kCls, kInOrder, -0.2f},
       {{1, 2, 3, 3, 2, 1}, {3, 2, 1, 3, 3, 3}, 1, 32, kFloat16, kNone, kShared, 0.3f},
       // whole: one tile, several, another number of keys
       {{17, 0, 5}, {17, 3, 0}, 2, 32, kBFloat16, kCls, kInOrder, 0.3f},
-      {{70, 33}, {81, 20}, 1, 80, kBFloat16, kMean, kGathered, -0.2f},
+      {{70, 33}, {81, 20}, 1, 32, kBFloat16, kMean, kGathered, -0.2f},
       {{20, 50}, {100, 7}, 1, 32, kFloat16, kMean, kShared, 0.3f},
       // blocked: equal groups and very unequal ones, with a tail or none
       {{129, 64}, {130, 128}, 1, 32, kBFloat16, kCls, kInOrder, 0.3f},
@@ -332,7 +332,7 @@ int main() {
        kMean,
        kShared,
        -0.2f},
-      {{140}, {80}, 1, 80, kBFloat16, kNone, kGathered, 0.2f},
+      {{140}, {80}, 1, 32, kBFloat16, kNone, kGathered, 0.2f},
   };
   count_seeds(2, [&] {
     for (const Case& c : cases) check(c);
