@@ -63,7 +63,7 @@ struct Pack {
     return item / a.H * groups < a.G;
   }
 
-  // As seen by a lane's row: bit c is set where key c belongs to the group of query `r`.
+  // Bit c is set where key c belongs to the group of query r; `rows` are those that are there now.
   __device__ __forceinline__ uint32_t seen_by(int r, int rows) const {
     const uint32_t real = __ballot_sync(kAllLanes, rows >= 0);
     return real >> r & 1 ? real >> 16 & ((1u << slot) - 1) << r / slot * slot : 0u;
@@ -256,7 +256,8 @@ __host__ __device__ constexpr int round_up_16(int64_t n) {
 }
 
 template <class T, int D, int kSquares>
-__global__ void __launch_bounds__(32 * kForwardWarps) whole_forward_kernel(Attention a, Forward f) {
+__global__ void __launch_bounds__(32 * kForwardWarps, kSquares == 4 && D <= 64 ? 4 : 2)
+    whole_forward_kernel(Attention a, Forward f) {
   DYNAMIC_SHARED(T, memory);
   check_ends(a);
   const int64_t g = blockIdx.x / a.H;
@@ -689,8 +690,9 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   cp_async_wait();
   __syncwarp();
   Rows16<D> key_rows, value_rows;
+  constexpr bool kHeld = D <= 96;  // longer rows do not fit into registers beside both sums
   key_rows.load(k);
-  value_rows.load(v);
+  if (kHeld) value_rows.load(v);
   float grad_score[2] = {};
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -724,6 +726,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
           // Beyond the last query these are wrong, but meet rows of zeros.
           Square weights, grads;
           multiply_transposed<T, D>(weights, key_rows, q, 16 * n);
+          if (!kHeld) value_rows.load(v);
           multiply_transposed<T, D>(grads, value_rows, grad_out, 16 * n);
 #pragma unroll
           for (int e = 0; e < 8; e++) {
