@@ -184,7 +184,8 @@ struct Cpu {
   }
 
   static void backward(const Attention& a, const Backward& b, const Tensor&) {
-    if (b.entry_offsets != nullptr) check_groups("entry", b.entry_offsets, a.K, b.entries, a.E, a.E);
+    if (b.entry_offsets != nullptr)
+      check_groups("entry", b.entry_offsets, a.K, b.entries, a.E, a.E);
     const auto items = VIDL_FOR_THIS_CPU(backward_items);
     parallel_for(0, a.G * a.H, grain(a),
                  [&](int64_t begin, int64_t end) { items(a, b, begin, end); });

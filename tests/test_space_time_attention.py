@@ -184,6 +184,8 @@ def test_any_groups(seed, dtype, where):
     where.skip_unless_runs(OP, dtype)
     if where.backend == "triton" and where.device == "cpu":
         fuzz(seed, 2, dtype, where, most=3, longest=33)
+    elif where.backend == "emulated":
+        fuzz(seed, 4, dtype, where, most=3, longest=129)
     elif dtype == torch.float32 or where.device == "cuda":
         fuzz(seed, 10, dtype, where, most=6, longest=257)
     else:  # PyTorch multiplies half floats slowly on many CPUs
