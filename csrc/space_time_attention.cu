@@ -256,7 +256,7 @@ __host__ __device__ constexpr int round_up_16(int64_t n) {
 }
 
 template <class T, int D, int kSquares>
-__global__ void __launch_bounds__(32 * kForwardWarps, kSquares == 4 && D <= 64 ? 4 : 2)
+__global__ void __launch_bounds__(32 * kForwardWarps, kSquares == 4 && D <= 64 ? 3 : 2)
     whole_forward_kernel(Attention a, Forward f) {
   DYNAMIC_SHARED(T, memory);
   check_ends(a);
