@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidl.kernels.space_time_attention.groups import Grid, Groups
+from vidl.kernels.groups import Grid, Groups
 
 Part = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v [G, H, N, D], mask
 

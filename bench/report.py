@@ -130,12 +130,15 @@ def table(records: Sequence[Record]) -> str:
 
 
 def write(records: Sequence[Record], directory: str | Path | None = None) -> Path:
-    """Append records of one op as JSON lines to `<directory>/<device>/<op>.jsonl`."""
+    """Append records of one op as JSON lines to `<directory>/<device>/<op>.jsonl`.
+
+    Without those of candidates that cannot run there, which say nothing about this device.
+    """
     folder = Path(directory or HERE / "results") / hardware.slug(records[0]["device"])
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{records[0]['op']}.jsonl"
     with file.open("a") as lines:
-        lines.writelines(json.dumps(record) + "\n" for record in records)
+        lines.writelines(json.dumps(r) + "\n" for r in records if r["status"] != "cannot run")
     return file
 
 

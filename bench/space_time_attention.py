@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vidl.bench.cases import Candidate, Work, ours
 from vidl.bench.layouts import Layout, Windows, layout_of
-from vidl.kernels.space_time_attention.groups import Grid
+from vidl.kernels.groups import Grid
 from vidl.kernels.space_time_attention.op import Scores, space_time_attention
 
 OP = "space_time_attention"

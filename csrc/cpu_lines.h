@@ -194,5 +194,83 @@ VIDL_EACH_CPU void add_three(const float* first, const void* second, Dtype secon
   }
 }
 
+// The first number of a line, as float32.
+[[maybe_unused]] float first_of(const void* from, Dtype dtype, int64_t at) {
+  float value = 0.0f;
+  VIDL_ANY(dtype, S, (value = static_cast<float>(static_cast<const S*>(from)[at])))
+  return value;
+}
+
+// Sums of `term` over i in [0, count), in separate lanes, so that the loop can be vectorised.
+#define VIDL_SUM_OF(count, term)                                             \
+  constexpr int kLanes = 32;                                                 \
+  float sums[kLanes] = {};                                                   \
+  int64_t done = 0;                                                          \
+  for (; done + kLanes <= (count); done += kLanes) {                         \
+    for (int lane = 0; lane < kLanes; lane++) {                              \
+      const int64_t i = done + lane;                                         \
+      sums[lane] += (term);                                                  \
+    }                                                                        \
+  }                                                                          \
+  for (int64_t i = done; i < (count); i++) sums[0] += (term);                \
+  for (int half = kLanes / 2; half > 0; half /= 2) {                         \
+    for (int lane = 0; lane < half; lane++) sums[lane] += sums[lane + half]; \
+  }                                                                          \
+  return sums[0];
+
+VIDL_EACH_CPU float sum_line(const float* x, int64_t count){VIDL_SUM_OF(count, x[i])}
+
+// Sum of (x - centre)^2.
+VIDL_EACH_CPU float sum_squares(const float* x, float centre, int64_t count) {
+  VIDL_SUM_OF(count, (x[i] - centre) * (x[i] - centre))
+}
+
+template <class S>
+VIDL_INLINE float squared_distance_of(const S* a, const float* b, int64_t count){
+    VIDL_SUM_OF(count, (static_cast<float>(a[i]) - b[i]) * (static_cast<float>(a[i]) - b[i]))}
+
+// Sum of (a[start + i] - b[i])^2.
+VIDL_EACH_CPU float squared_distance(const void* a, Dtype dtype, int64_t start, const float* b,
+                                     int64_t count) {
+  float sum = 0.0f;
+  VIDL_FLOATING(dtype, S, sum = squared_distance_of(static_cast<const S*>(a) + start, b, count))
+  return sum;
+}
+
+// to[at + i] = (a[start + i] - b[i]) * factor, both in `dtype`.
+VIDL_EACH_CPU void scaled_difference(const void* a, Dtype dtype, int64_t start, const float* b,
+                                     float factor, void* to, int64_t at, int64_t count) {
+  VIDL_FLOATING(dtype, S, {
+    const S* line = static_cast<const S*>(a) + start;
+    S* out = static_cast<S*>(to) + at;
+    for (int64_t i = 0; i < count; i++) {
+      out[i] = static_cast<S>((static_cast<float>(line[i]) - b[i]) * factor);
+    }
+  })
+}
+
+template <int kChannels>
+VIDL_INLINE void interleave_planes(const float* planes, int64_t channels, int64_t pixels,
+                                   const float* centre, const float* factor, float* to) {
+  const int64_t C = kChannels ? kChannels : channels;
+  for (int64_t i = 0; i < pixels; i++) {
+    for (int64_t c = 0; c < C; c++) {
+      to[i * C + c] = (planes[c * pixels + i] - centre[c]) * factor[c];
+    }
+  }
+}
+
+// to[i * channels + c] = (planes[c * pixels + i] - centre[c]) * factor[c]
+VIDL_EACH_CPU void interleave(const float* planes, int64_t channels, int64_t pixels,
+                              const float* centre, const float* factor, float* to) {
+  if (channels == 3) {
+    interleave_planes<3>(planes, channels, pixels, centre, factor, to);
+  } else if (channels == 1) {
+    interleave_planes<1>(planes, channels, pixels, centre, factor, to);
+  } else {
+    interleave_planes<0>(planes, channels, pixels, centre, factor, to);
+  }
+}
+
 }  // namespace
 }  // namespace vidl

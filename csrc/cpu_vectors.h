@@ -44,13 +44,26 @@ VIDL_VECTOR_INLINE float max_of(Vector v) {
   return part[0];
 }
 
-// 2^x to about one unit in the last place for x <= 0 (0 below -126.5, NaN stays NaN): 2^n times a
-// minimax polynomial of the rest in [-1/2, 1/2].
-VIDL_VECTOR_INLINE Vector power_of_two(Vector x) {
-  const Vector least = Vector{} - 127.0f;  // n is -127 there, and 2^n comes out as zero
+// The factor for power_of_two: exponentials are taken to the base two. Of a scale of zero it leaves
+// just so much that zero times infinity does not occur.
+VIDL_VECTOR_INLINE float of_two(float scale) {
+  const float factor = static_cast<float>(scale * 1.4426950408889634);
+  return factor > 1e-30f ? factor : 1e-30f;
+}
+
+// The log-sum-exp of scaled products, as a level of the products themselves.
+VIDL_VECTOR_INLINE float level_of(float lse, float scale) {
+  return lse / (scale > 1e-30f ? scale : 1e-30f);
+}
+
+// 2^(x * factor) to about one unit in the last place for x <= 0 (0 where the exponent is below
+// -126.5; NaN stays NaN): 2^n times a minimax polynomial of the rest in [-1/2, 1/2]. The product
+// itself is never rounded, where there are fused multiply-adds: only the rest is.
+VIDL_VECTOR_INLINE Vector power_of_two(Vector x, float factor) {
+  const Vector least = Vector{} - 127.0f / factor;  // n is -127 there, and 2^n comes out as zero
   const Vector low = x < least ? least : x;
-  const Vector shifted = low + 12582912.0f;  // the integer part is in the low bits
-  const Vector r = low - (shifted - 12582912.0f);
+  const Vector shifted = low * factor + 12582912.0f;  // the integer part is in the low bits
+  const Vector r = low * factor - (shifted - 12582912.0f);
   Vector p = r * 1.535336186e-4f + 1.339887449e-3f;
   p = p * r + 9.618437358e-3f;
   p = p * r + 5.550332471e-2f;
@@ -103,12 +116,7 @@ VIDL_VECTOR_INLINE void transpose(const float* from, int64_t rows, int64_t colum
 template <int kRows, int kVectors, bool kAdd>
 VIDL_VECTOR_INLINE void tile(const float* a, int64_t a_row, int64_t a_depth, const float* b,
                              int64_t b_depth, float* c, int64_t c_row, int64_t depth) {
-  Vector sum[kRows][kVectors];
-  for (int r = 0; r < kRows; r++) {
-    for (int i = 0; i < kVectors; i++) {
-      sum[r][i] = kAdd ? load(c + r * c_row + i * kWidth) : Vector{};
-    }
-  }
+  Vector sum[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; k++) {
     Vector line[kVectors];
     for (int i = 0; i < kVectors; i++) line[i] = load(b + k * b_depth + i * kWidth);
@@ -118,7 +126,10 @@ VIDL_VECTOR_INLINE void tile(const float* a, int64_t a_row, int64_t a_depth, con
     }
   }
   for (int r = 0; r < kRows; r++) {
-    for (int i = 0; i < kVectors; i++) store(c + r * c_row + i * kWidth, sum[r][i]);
+    for (int i = 0; i < kVectors; i++) {
+      float* const to = c + r * c_row + i * kWidth;
+      store(to, kAdd ? load(to) + sum[r][i] : sum[r][i]);
+    }
   }
 }
 

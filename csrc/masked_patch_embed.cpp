@@ -18,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "clip_patches.h"
 #include "cpu_lines.h"
 #include "torch_device.h"
 
@@ -30,81 +31,7 @@ using torch::stable::parallel_for;
 using torch::stable::transpose;
 
 constexpr double kPixelScale = 128.0;
-
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Byte:
-      return Dtype::kUInt8;
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "masked_patch_embed: need uint8, float32, float16 or bfloat16");
-  }
-  return Dtype::kFloat32;
-}
-
-Clip clip_of(const Tensor& video, const Tensor& weight) {
-  STD_TORCH_CHECK(video.dim() == 5 && weight.dim() == 5 && weight.size(1) == video.size(1),
-                  "masked_patch_embed: need video [B, C, T, H, W] and weight [D, C, t, h, w]");
-  Clip clip;
-  clip.data = video.data_ptr();
-  clip.dtype = dtype_of(video);
-  clip.stride_b = video.stride(0);
-  clip.stride_c = video.stride(1);
-  clip.stride_t = video.stride(2);
-  clip.stride_h = video.stride(3);
-  clip.stride_w = video.stride(4);
-  clip.C = static_cast<int32_t>(video.size(1));
-  int32_t* patch[] = {&clip.t, &clip.h, &clip.w};
-  int32_t* grid[] = {&clip.grid_t, &clip.grid_h, &clip.grid_w};
-  for (int i = 0; i < 3; i++) {
-    const int64_t size = video.size(2 + i), part = weight.size(2 + i);
-    STD_TORCH_CHECK(part > 0 && size % part == 0, "masked_patch_embed: a patch of ", part,
-                    " does not divide ", size);
-    *patch[i] = static_cast<int32_t>(part);
-    *grid[i] = static_cast<int32_t>(size / part);
-  }
-  return clip;
-}
-
-Rows rows_of(const Tensor& video, const Clip& clip, const OptionalTensor& ids,
-             const OptionalTensor& cu_seqlens) {
-  Rows rows;
-  rows.B = video.size(0);
-  rows.N = int64_t{clip.grid_t} * clip.grid_h * clip.grid_w;
-  rows.ids = nullptr;
-  rows.cu_seqlens = nullptr;
-  if (!ids) {
-    rows.K = rows.N;
-    rows.M = rows.B * rows.N;
-    return rows;
-  }
-  STD_TORCH_CHECK(ids->scalar_type() == ScalarType::Long && ids->is_contiguous(),
-                  "masked_patch_embed: need ids_keep in int64, contiguous");
-  rows.ids = ids->const_data_ptr<int64_t>();
-  rows.M = ids->numel();
-  if (cu_seqlens) {
-    STD_TORCH_CHECK(cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->is_contiguous() &&
-                        cu_seqlens->numel() == rows.B + 1 && ids->dim() == 1,
-                    "masked_patch_embed: need ids_keep [total] and cu_seqlens [B + 1] in int32");
-    rows.cu_seqlens = cu_seqlens->const_data_ptr<int32_t>();
-    rows.K = 0;
-  } else {
-    STD_TORCH_CHECK(ids->dim() == 2 && ids->size(0) == rows.B,
-                    "masked_patch_embed: need ids_keep [B, K]");
-    rows.K = ids->size(1);
-  }
-  return rows;
-}
-
-// x, or a contiguous copy of it.
-OptionalTensor packed(const OptionalTensor& x) {
-  return x ? OptionalTensor(torch::stable::contiguous(*x)) : x;
-}
+constexpr const char* kOp = "masked_patch_embed";
 
 Affine identity() {
   Affine affine = {};
@@ -115,6 +42,11 @@ Affine identity() {
 // Of the range of a pixel, so that the difference fits the 8 bits of a bfloat16.
 double centre_of(double mean) {
   return std::min(std::max(std::nearbyint(255.0 * mean), 0.0), 255.0);
+}
+
+void check_weight(const Tensor& video, const Tensor& weight) {
+  STD_TORCH_CHECK(video.dim() == 5 && weight.dim() == 5 && weight.size(1) == video.size(1),
+                  "masked_patch_embed: need video [B, C, T, H, W] and weight [D, C, t, h, w]");
 }
 
 void check_channels(const std::vector<double>& mean, const std::vector<double>& std, int32_t C) {
@@ -188,42 +120,12 @@ struct Cpu {
     });
   }
 
-  // The rows' places, after a check of every index: outside the parallel loop, since an exception
-  // inside it would lose its text.
-  struct Place {
-    int64_t sample, patch;
-  };
-  static std::vector<Place> locate(const Rows& rows, int64_t first, int64_t count) {
-    std::vector<Place> places(count);
-    int64_t sample = 0;
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t m = first + i;
-      if (rows.cu_seqlens == nullptr) {
-        sample = m / rows.K;
-      } else {
-        while (rows.cu_seqlens[sample + 1] <= m) sample++;
-      }
-      const int64_t id = rows.ids == nullptr ? m % rows.K : rows.ids[m];
-      STD_TORCH_CHECK(id >= 0 && id < rows.N, "masked_patch_embed: ids_keep must lie in [0, ",
-                      rows.N, "), got ", id, " in row ", m);
-      places[i] = {sample, id};
-    }
-    return places;
-  }
-
-  static void check(const Rows& rows) {
-    if (rows.cu_seqlens == nullptr) return;
-    bool ascending = rows.cu_seqlens[0] == 0 && rows.cu_seqlens[rows.B] == rows.M;
-    for (int64_t b = 0; b < rows.B; b++) {
-      ascending = ascending && rows.cu_seqlens[b] <= rows.cu_seqlens[b + 1];
-    }
-    STD_TORCH_CHECK(ascending, "masked_patch_embed: cu_seqlens must ascend from 0 to ", rows.M);
-  }
+  static void check(const Rows& rows) { check_offsets(kOp, rows); }
 
   static void pack(const Clip& clip, const Rows& rows, const Affine& affine,
                    const Position* position, int64_t first, int64_t count, Tensor& patches,
                    Tensor* out) {
-    const std::vector<Place> places = locate(rows, first, count);
+    const std::vector<Place> places = locate(kOp, rows, first, count);
     const int64_t kdim = patches.size(1);
     const Dtype to = dtype_of(patches);
     char* const patch_rows = static_cast<char*>(patches.data_ptr());
@@ -239,7 +141,7 @@ struct Cpu {
   // Sums by slices of columns: every thread walks over all rows in order.
   static void position_grad(const Tensor& grad_out, const Rows& rows, Tensor& grad_position,
                             int64_t D) {
-    const std::vector<Place> places = locate(rows, 0, rows.M);
+    const std::vector<Place> places = locate(kOp, rows, 0, rows.M);
     float* const sums = static_cast<float*>(grad_position.data_ptr());
     const Dtype from = dtype_of(grad_out);
     constexpr int64_t kSlice = 64;
@@ -258,7 +160,7 @@ struct Cpu {
   // Adds rows of patches to the clip, by slices of a patch: every thread walks over all rows.
   static void unpack(const Tensor& grad_patches, const Clip& clip, const Rows& rows, int64_t first,
                      int64_t count, Tensor& video) {
-    const std::vector<Place> places = locate(rows, first, count);
+    const std::vector<Place> places = locate(kOp, rows, first, count);
     const Dtype from = dtype_of(grad_patches), to = clip.dtype;
     const int64_t lines = int64_t{clip.C} * clip.t * clip.h, kdim = lines * clip.w;
     parallel_for(0, lines, 1, [&](int64_t begin, int64_t end) {
@@ -275,13 +177,6 @@ struct Cpu {
   }
 
  private:
-  static int64_t corner(const Clip& clip, const Place& place) {
-    const int64_t id = place.patch, frame = int64_t{clip.grid_h} * clip.grid_w;
-    return place.sample * clip.stride_b + id / frame * clip.t * clip.stride_t +
-           id % frame / clip.grid_w * clip.h * clip.stride_h +
-           id % clip.grid_w * clip.w * clip.stride_w;
-  }
-
   static void pack_patch(const Clip& clip, int64_t start, const Affine& affine, char* to_row,
                          Dtype to) {
     int64_t k = 0;
@@ -356,14 +251,15 @@ Tensor masked_patch_embed(Tensor video, Tensor weight, OptionalTensor bias, Opti
                           OptionalTensor time, OptionalTensor ids, OptionalTensor cu_seqlens,
                           std::vector<double> mean, std::vector<double> std) {
   const DeviceScope scope(video);
+  check_weight(video, weight);
   weight = torch::stable::contiguous(weight);
   ids = packed(ids);
   cu_seqlens = packed(cu_seqlens);
   space = packed(space);
   time = packed(time);
   if (bias) bias = as(*bias, ScalarType::Float);
-  const Clip clip = clip_of(video, weight);
-  const Rows rows = rows_of(video, clip, ids, cu_seqlens);
+  const Clip clip = clip_of(kOp, video, weight.size(2), weight.size(3), weight.size(4));
+  const Rows rows = rows_of(kOp, video, clip, ids, cu_seqlens);
   check_channels(mean, std, clip.C);
   Device::check(rows);
 
@@ -424,11 +320,12 @@ std::tuple<Tensor, Tensor, Tensor> masked_patch_embed_bwd(Tensor grad_out, Tenso
                                                           std::vector<double> std, bool need_video,
                                                           bool need_weight, bool need_position) {
   const DeviceScope scope(video);
+  check_weight(video, weight);
   weight = torch::stable::contiguous(weight);
   ids = packed(ids);
   cu_seqlens = packed(cu_seqlens);
-  const Clip clip = clip_of(video, weight);
-  const Rows rows = rows_of(video, clip, ids, cu_seqlens);
+  const Clip clip = clip_of(kOp, video, weight.size(2), weight.size(3), weight.size(4));
+  const Rows rows = rows_of(kOp, video, clip, ids, cu_seqlens);
   check_channels(mean, std, clip.C);
   Device::check(rows);
 
@@ -473,7 +370,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_patch_embed_bwd(Tensor grad_out, Tenso
                                         video.size(4)};
     grad_video = Device::kUnpackWritesAll && rows.M > 0 ? new_empty(video, shape)
                                                         : torch::stable::new_zeros(video, shape);
-    Clip target = clip_of(grad_video, weight);
+    Clip target = clip_of(kOp, grad_video, clip.t, clip.h, clip.w);
     const Tensor matrix = torch::stable::view(as(weight, product), {D, kdim});
     Tensor grad_patches = new_empty(weight, {chunk, kdim}, product);
     in_chunks([&](int64_t first, const Tensor& grad) {

@@ -1,18 +1,16 @@
-// space_time_attention: the CPU's kernels, one head of one group at a time, and the host side of
-// the CUDA kernels. Schema and contract: kernels/space_time_attention/op.py; the work itself:
-// space_time_attention_cpu.h and space_time_attention.cu.
+// space_time_attention: the CPU, one head of one group at a time, and the host side of the CUDA
+// kernels in space_time_attention.cu. Schema and contract: kernels/space_time_attention/op.py; the
+// work itself on the CPU: space_time_attention_cpu.h.
 #include "space_time_attention.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "cpu_lines.h"
-#include "torch_device.h"
+#include "cpu_groups.h"
 
 namespace vidl {
 namespace {
@@ -21,104 +19,24 @@ using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 #ifndef VIDL_EMULATED
-// Memory of one thread, kept from item to item.
-class Scratch {
- public:
-  void reset() {
-    if (used_ > size_) {  // all that the last item took comes in one piece from now on
-      size_ = used_;
-      memory_.reset(new float[size_]);
-    }
-    used_ = 0;
-    extra_.clear();
-  }
-  float* take(int64_t count) {
-    count = (count + 15) / 16 * 16;
-    const int64_t begin = used_;
-    used_ += count;
-    if (used_ <= size_) return memory_.get() + begin;
-    extra_.emplace_back(new float[count]);
-    return extra_.back().get();
-  }
-
- private:
-  std::unique_ptr<float[]> memory_;
-  std::vector<std::unique_ptr<float[]>> extra_;
-  int64_t size_ = 0, used_ = 0;
-};
-
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Vectors never cross a call that is not inlined, so how they would be passed does not matter.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#define VIDL_VECTOR_INLINE __attribute__((always_inline)) inline
-#if defined(__clang__)
-#define VIDL_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else  // GCC has the other one from version 12 on
-#define VIDL_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, EightIntegers{__VA_ARGS__})
+#define VIDL_SOURCE "space_time_attention_cpu.h"
+#include "cpu_levels.h"
 #endif
 
-namespace any_cpu {
-#define VIDL_WIDTH 4
-#include "cpu_vectors.h"
-#include "space_time_attention_cpu.h"
-#undef VIDL_WIDTH
-}  // namespace any_cpu
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace avx2 {
-#define VIDL_WIDTH 8
-#include "cpu_vectors.h"
-#include "space_time_attention_cpu.h"
-#undef VIDL_WIDTH
-}  // namespace avx2
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
-namespace avx512 {
-#define VIDL_WIDTH 16
-#include "cpu_vectors.h"
-#include "space_time_attention_cpu.h"
-#undef VIDL_WIDTH
-}  // namespace avx512
-#pragma GCC pop_options
-#define VIDL_FOR_THIS_CPU(function)                                                    \
-  (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&          \
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")    \
-       ? &avx512::function                                                             \
-   : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &avx2::function \
-                                                                     : &any_cpu::function)
-#else
-#define VIDL_FOR_THIS_CPU(function) (&any_cpu::function)
-#endif
-#endif
-
-Strided strided(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 3 && (x.stride(2) == 1 || x.size(2) <= 1),
-                  "space_time_attention: need ", name, " [rows, H, D] with a contiguous D");
-  return {x.data_ptr(), x.stride(0), x.stride(1)};
-}
-
-const int32_t* index(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Int && x.is_contiguous() && x.dim() == 1,
-                  "space_time_attention: need ", name, " in int32, contiguous");
-  return x.const_data_ptr<int32_t>();
-}
+constexpr const char* kOp = "space_time_attention";
 
 Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& query_offsets,
                     const Tensor& key_offsets, const OptionalTensor& query_rows,
                     const OptionalTensor& key_rows, int64_t max_queries, int64_t max_keys,
                     double scale, const std::string& scores) {
   Attention a;
-  a.q = strided(q, "q");
-  a.k = strided(k, "k");
-  a.v = strided(v, "v");
-  a.query_offsets = index(query_offsets, "query_offsets");
-  a.key_offsets = index(key_offsets, "key_offsets");
-  a.query_rows = query_rows ? index(*query_rows, "query_rows") : nullptr;
-  a.key_rows = key_rows ? index(*key_rows, "key_rows") : nullptr;
+  a.q = strided(kOp, q, "q");
+  a.k = strided(kOp, k, "k");
+  a.v = strided(kOp, v, "v");
+  a.query_offsets = index(kOp, query_offsets, "query_offsets");
+  a.key_offsets = index(kOp, key_offsets, "key_offsets");
+  a.query_rows = query_rows ? index(kOp, *query_rows, "query_rows") : nullptr;
+  a.key_rows = key_rows ? index(kOp, *key_rows, "key_rows") : nullptr;
   a.G = query_offsets.size(0) - 1;
   STD_TORCH_CHECK(a.G >= 0 && key_offsets.size(0) == a.G + 1,
                   "space_time_attention: need query_offsets and key_offsets of one length");
@@ -134,9 +52,7 @@ Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   a.max_keys = max_keys;
   a.scale = static_cast<float>(scale);
   a.scores = scores.empty() ? Scores::kNone : scores == "cls" ? Scores::kCls : Scores::kMean;
-  a.dtype = q.scalar_type() == ScalarType::Float  ? Dtype::kFloat32
-            : q.scalar_type() == ScalarType::Half ? Dtype::kFloat16
-                                                  : Dtype::kBFloat16;
+  a.dtype = floating_dtype(q);
   return a;
 }
 
@@ -145,21 +61,9 @@ Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
 struct Cpu {
   static Tensor readable(const Tensor& x) { return x; }
 
-  static void check_groups(const char* name, const int32_t* offsets, int64_t G, const int32_t* rows,
-                           int64_t members, int64_t count) {
-    bool ascending = offsets[0] == 0 && offsets[G] == members;
-    for (int64_t g = 0; g < G; g++) ascending = ascending && offsets[g] <= offsets[g + 1];
-    STD_TORCH_CHECK(ascending, "space_time_attention: ", name, "_offsets must ascend from 0 to ",
-                    members);
-    for (int64_t i = 0; rows != nullptr && i < members; i++) {
-      STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < count, "space_time_attention: ", name,
-                      "_rows must lie in [0, ", count, "), got ", rows[i]);
-    }
-  }
-
   static void check(const Attention& a) {
-    check_groups("query", a.query_offsets, a.G, a.query_rows, a.Q, a.Q);
-    check_groups("key", a.key_offsets, a.G, a.key_rows, a.E, a.K);
+    check_groups(kOp, "query", a.query_offsets, a.G, a.query_rows, a.Q, a.Q);
+    check_groups(kOp, "key", a.key_offsets, a.G, a.key_rows, a.E, a.K);
   }
 
   // Items (group, head) for one thread: enough work to be worth a thread.
@@ -185,7 +89,7 @@ struct Cpu {
 
   static void backward(const Attention& a, const Backward& b, const Tensor&) {
     if (b.entry_offsets != nullptr)
-      check_groups("entry", b.entry_offsets, a.K, b.entries, a.E, a.E);
+      check_groups(kOp, "entry", b.entry_offsets, a.K, b.entries, a.E, a.E);
     const auto items = VIDL_FOR_THIS_CPU(backward_items);
     parallel_for(0, a.G * a.H, grain(a),
                  [&](int64_t begin, int64_t end) { items(a, b, begin, end); });
@@ -304,8 +208,8 @@ std::tuple<Tensor, Tensor, Tensor> space_time_attention_bwd(
                       grad_v.data_ptr(),
                       shared ? static_cast<float*>(entry_grad_k.data_ptr()) : nullptr,
                       shared ? static_cast<float*>(entry_grad_v.data_ptr()) : nullptr,
-                      shared ? index(*entry_offsets, "entry_offsets") : nullptr,
-                      shared ? index(*entries, "entries") : nullptr,
+                      shared ? index(kOp, *entry_offsets, "entry_offsets") : nullptr,
+                      shared ? index(kOp, *entries, "entries") : nullptr,
                       static_cast<float*>(delta.data_ptr())};
   Device::backward(a, b, q);
   return {grad_q, grad_k, grad_v};

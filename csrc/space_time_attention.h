@@ -2,17 +2,11 @@
 #pragma once
 #include <cstdint>
 
-#include "dtype.h"
+#include "groups.h"
 
 namespace vidl {
 
 enum class Scores : int32_t { kNone, kCls, kMean };
-
-// [rows, H, D], the last dimension contiguous; strides count elements.
-struct Strided {
-  const void* data;
-  int64_t row, head;
-};
 
 struct Attention {
   Strided q, k, v;

@@ -9,8 +9,6 @@
 
 constexpr int64_t kKeyStep = kWidth < 8 ? 8 : kWidth;  // rows of keys are padded to this number
 
-constexpr float kLogOfE = 1.44269504f;  // to the base two, in which exponentials are taken
-
 // How many queries meet the keys at once: their products stay in the second-level cache.
 VIDL_VECTOR_INLINE int64_t block_of(int64_t columns) {
   const int64_t rows = 32768 / columns / kTileRows * kTileRows;
@@ -53,7 +51,7 @@ VIDL_VECTOR_INLINE void forward(const Attention& a, const Forward& f, int64_t g,
   const int64_t queries = a.query_offsets[g + 1] - first_query;
   const int64_t keys = a.key_offsets[g + 1] - first_key;
   const float sign = a.scale < 0 ? -1.0f : 1.0f, scale = a.scale * sign;
-  const float scale_of_two = scale * kLogOfE;
+  const float factor = of_two(scale);
   T* const out = static_cast<T*>(f.out) + h * D;
   float* const scores = f.scores == nullptr ? nullptr : f.scores + h * a.E + first_key;
   if (keys == 0) {
@@ -97,7 +95,7 @@ VIDL_VECTOR_INLINE void forward(const Attention& a, const Forward& f, int64_t g,
       const float top = max_of(most);
       Vector total = {};
       for (int64_t j = 0; j < columns; j += kWidth) {
-        const Vector weight = power_of_two((load(line + j) - top) * scale_of_two);
+        const Vector weight = power_of_two(load(line + j) - top, factor);
         store(line + j, weight);
         total += weight;
       }
@@ -130,7 +128,7 @@ VIDL_VECTOR_INLINE void backward(const Attention& a, const Backward& b, int64_t 
   const int64_t queries = a.query_offsets[g + 1] - first_query;
   const int64_t keys = a.key_offsets[g + 1] - first_key;
   const float sign = a.scale < 0 ? -1.0f : 1.0f, scale = a.scale * sign;
-  const float scale_of_two = scale * kLogOfE;
+  const float factor = of_two(scale);
   T* const grad_q = static_cast<T*>(b.grad_q) + h * D;
   const int64_t columns = round_up(keys, kKeyStep), block = block_of(columns + 1);
   float* const k = scratch.take(columns * D);
@@ -167,7 +165,7 @@ VIDL_VECTOR_INLINE void backward(const Attention& a, const Backward& b, int64_t 
     for (int64_t i = 0; i < count; i++) {
       const int64_t at = first_query + start + i;
       const int64_t row = a.query_rows == nullptr ? at : a.query_rows[at];
-      const float lse = b.lse[h * a.Q + row] * kLogOfE;
+      const float level = level_of(b.lse[h * a.Q + row], scale);
       float* const weight = weights + i * columns;
       float* const grad = grads + i * columns;
       if (b.grad_scores != nullptr && (a.scores == Scores::kMean || start + i == 0)) {
@@ -176,7 +174,7 @@ VIDL_VECTOR_INLINE void backward(const Attention& a, const Backward& b, int64_t 
         for (int64_t j = 0; j < keys; j++) grad[j] += b.grad_scores[first_key + j] * share;
       }
       for (int64_t j = 0; j < columns; j += kWidth) {
-        store(weight + j, power_of_two(load(weight + j) * scale_of_two - lse));
+        store(weight + j, power_of_two(load(weight + j) - level, factor));
       }
       for (int64_t j = keys; j < columns; j++) weight[j] = 0.0f;
       // The weights of a row are made to sum to one again, as far as rounding in the log-sum-exp

@@ -44,12 +44,13 @@ def load() -> None:
 
 
 def build() -> Path:
-    """The operator library: every .cu emulated, and the host code beside it."""
+    """The operator library: every .cu emulated, and the host code of those ops."""
     torch_dir = Path(torch.__file__).parent
     host = [f"-isystem{torch_dir / 'include'}", "-DVIDL_EMULATED"]
     host += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
-    sources = [(file, host) for file in sorted(ROOT.glob("csrc/*.cpp"))]
-    sources += [(file, []) for file in sorted(ROOT.glob("csrc/*.cu"))]
+    kernels = sorted(ROOT.glob("csrc/*.cu"))
+    sources = [(file.with_suffix(".cpp"), host) for file in kernels]
+    sources += [(file, []) for file in kernels]
     link = ["-shared", f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     return _link("library.so", sources, KINDS["plain"], link)
 

@@ -194,8 +194,7 @@ def test_write_appends(tmp_path, capsys):
     assert file.relative_to(tmp_path).as_posix() == "some-cpu-2-cores/masked_patch_embed.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     names = [r["candidate"] for r in records]
-    assert len(names) == 6 and names[:3] == names[3:]
-    assert set(names) == {"vidl compiled", "vidl triton", "unfold + linear + gather"}
+    assert names == ["vidl compiled", "unfold + linear + gather"] * 2  # not what cannot run here
     capsys.readouterr()
 
 

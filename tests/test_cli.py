@@ -99,7 +99,7 @@ def test_help(argv, words, capsys):
     [
         ([], "required: COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
-        (["bench", "fly"], "need ops among masked_patch_embed"),
+        (["bench", "fly"], "need ops among frame_difference, masked_patch_embed"),
         (["bench", "--shapes", "nothing of the kind"], "no shape matches 'nothing of the kind'"),
         (["bench", "--dtype", "int8"], "need dtype among float32, float16, bfloat16; got int8"),
         (["bench", "--device", "cpu", "--threads", "0"], "need positive numbers of threads"),

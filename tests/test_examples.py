@@ -9,15 +9,25 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture
-def masked_clip():
+def load(name, monkeypatch):
     pytest.importorskip("av")
     Image = pytest.importorskip("PIL.Image")
-    spec = importlib.util.spec_from_file_location("masked_clip", EXAMPLES / "masked_clip.py")
+    monkeypatch.syspath_prepend(EXAMPLES)  # as Python does for a script: examples share code
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.open_image = Image.open
     return module
+
+
+@pytest.fixture
+def masked_clip(monkeypatch):
+    return load("masked_clip", monkeypatch)
+
+
+@pytest.fixture
+def run_length(monkeypatch):
+    return load("run_length", monkeypatch)
 
 
 def test_masked_clip(masked_clip, tmp_path, capsys):
@@ -48,6 +58,38 @@ def test_masked_clip_names_a_clip_that_cannot_be_decoded(masked_clip, tmp_path, 
         assert masked_clip.main([str(file), "--out", str(tmp_path / "demo")]) == 1
         assert f"cannot decode {file}" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
+
+
+def test_run_length(run_length, tmp_path, capsys):
+    clip = EXAMPLES / "clips" / "fruit_conveyor.mp4"
+    options = ["--frames", "4", "--out", str(tmp_path)]
+    kept = []
+    for threshold in ("0", "0.1", "1e9"):
+        assert run_length.main([str(clip), *options, "--threshold", threshold]) == 0
+        report = capsys.readouterr().out
+        kept.append(int(report.split("fruit_conveyor.mp4: ")[1].split()[0]))
+        assert f"of 392 tokens ({kept[-1] / 392:.0%})" in report
+        assert f"embedded [{kept[-1]}, 768] instead of [392, 768]" in report
+    assert 392 >= kept[0] >= kept[1] >= kept[2] == 196  # the first slice is always new
+
+    (file,) = tmp_path.glob("*.png")
+    image = run_length.open_image(file)
+    assert image.size == (4 * 228, 2 * 228)  # four frames, and below them what is new
+    bottom = image.crop((0, 228, 4 * 228, 2 * 228)).convert("RGB")
+    grey = sum(count for count, colour in bottom.getcolors(1 << 20) if colour == (127,) * 3)
+    assert 0.5 <= grey / (4 * 224 * 224) < 0.51  # the second slice
+
+
+@pytest.mark.parametrize("frames", ["0", "3"])
+def test_run_length_needs_whole_tubelets(frames, run_length, capsys):
+    with pytest.raises(SystemExit):
+        run_length.main(["--frames", frames])
+    assert f"need an even number of frames, got {frames}" in capsys.readouterr().err
+
+
+def test_run_length_names_a_clip_that_cannot_be_decoded(run_length, tmp_path, capsys):
+    assert run_length.main([str(tmp_path / "missing.mp4"), "--out", str(tmp_path / "demo")]) == 1
+    assert "cannot decode" in capsys.readouterr().err
 
 
 def test_clips_have_captions_and_an_attribution():

@@ -21,7 +21,8 @@ SOURCES = sorted(
     if file.is_file() and "__pycache__" not in file.parts
 )
 KERNELS = [file for file in SOURCES if file.parts[0] == "kernels" and file.suffix == ".py"]
-BACKENDS = ("reference", "triton_kernels")
+REFERENCES = [file for file in KERNELS if file.name == "reference.py"]
+TRITON = [file for file in KERNELS if file.name.startswith("triton_")]
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -81,15 +82,24 @@ def test_ops_import_nothing_from_above(file):
 
 
 @pytest.mark.parametrize("file", KERNELS, ids=str)
-def test_triton_is_imported_in_triton_kernels_only(file):
-    if file.name != "triton_kernels.py":
+def test_triton_is_imported_in_files_of_that_name_only(file):
+    if file not in TRITON:
         assert not [name for name in imports(file) if within(name, "triton")]
 
 
-@pytest.mark.parametrize("file", [f for f in KERNELS if f.stem in BACKENDS], ids=str)
+@pytest.mark.parametrize("file", REFERENCES + TRITON, ids=str)
 def test_backends_do_not_import_each_other(file):
-    others = [name for name in imports(file) if name.split(".")[-1] in (*BACKENDS, "op")]
-    assert not others
+    own = TRITON if file in TRITON else REFERENCES
+    others = {"op", *(other.stem for other in REFERENCES + TRITON if other not in own)}
+    assert not [name for name in imports(file) if name.split(".")[-1] in others]
+
+
+@pytest.mark.parametrize("file", KERNELS, ids=str)
+def test_the_parts_of_triton_kernels_are_its_own(file):
+    # From outside only triton_kernels.py is loaded, by library.py when the backend is chosen.
+    parts = {other.stem for other in TRITON}
+    if file not in TRITON:
+        assert not [name for name in imports(file) if name.split(".")[-1] in parts]
 
 
 @pytest.mark.parametrize("op", OPS)

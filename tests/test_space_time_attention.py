@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from compare import assert_as_accurate, gradients
+from grouped import GRID, GROUPS, fused, random_groups, visible
 from torch.nn import functional as F
 from where import Where
 
@@ -13,81 +14,19 @@ from vidl.kernels.space_time_attention import peers
 from vidl.ops import Groups, space_time_attention
 
 OP = "space_time_attention"
-EDGES = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 200, 257)
 
 
-def widest(where):
-    """float32, or float16 where the kernels take no float32."""
-    return torch.float32 if where.backend == "compiled" and where.device == "cpu" else torch.float16
-
-
-def slow(where):
-    """Whether the kernels are run by an interpreter or an emulator."""
-    return where.device == "cpu" and where.backend != "compiled"
-
-
-def visible(B=2, grid=(3, 4, 5), K=25):
-    return torch.stack([torch.randperm(grid[0] * grid[1] * grid[2])[:K] for _ in range(B)])
-
-
-GRID = (3, 4, 5)
-GROUPS = {
-    "equal": lambda: Groups.equal(3, 50),
-    "one row each": lambda: Groups.equal(5, 1),
-    "frames": lambda: Groups.spatial(visible(), GRID),
-    "positions": lambda: Groups.temporal(visible(), GRID),
-    "eight rows": lambda: Groups.equal(11, 8),
-    "windows": lambda: Groups.window(visible(), GRID, (2, 3, 3), (1, 1, 0)),
-    "frames and a global token": lambda: Groups.spatial(visible(), GRID).with_global(),
-    "positions and a global token": lambda: Groups.temporal(visible(), GRID).with_global(),
-    "block-sparse": lambda: Groups.block_sparse(2, 60, 16, local=1, random=2),
-    "ragged": lambda: Groups.joint(torch.tensor([0, 30, 30, 170]).int(), 170, 140),
-    "cross": lambda: Groups.equal(3, 20, keys=33),
-    "queries without keys": lambda: Groups.cross(
-        torch.tensor([0, 3, 5, 9]).int(),
-        torch.tensor([0, 4, 4, 20]).int(),
-        num_queries=9,
-        num_keys=20,
-        max_queries=4,
-        max_keys=16,
-    ),
-    "keys without queries": lambda: Groups.cross(
-        torch.tensor([0, 0, 9]).int(),
-        torch.tensor([0, 4, 20]).int(),
-        num_queries=9,
-        num_keys=20,
-        max_queries=9,
-        max_keys=16,
-    ),
-    "long": lambda: Groups.equal(1, 150),
-    "no rows": lambda: Groups.equal(3, 0),
-    "no groups": lambda: Groups.equal(0, 4),
-}
-
-
-def fused(groups, H, D, dtype, device):
-    """q, k, v as slices of one buffer, with NaN around every row; the same numbers each time."""
-    generator = torch.Generator().manual_seed(groups.num_queries * 31 + groups.num_keys)
-    around = torch.full((max(groups.num_queries, groups.num_keys) + 2, 3, H, D + 8), float("nan"))
-    inside = around[1:-1, :, :, :D]
-    inside.copy_(torch.randn(inside.shape, generator=generator))
-    around = around.to(device, dtype)
-    q, k, v = around[1:-1, :, :, :D].unbind(1)
-    return q[: groups.num_queries], k[: groups.num_keys], v[: groups.num_keys]
-
-
-def run(groups, H, D, dtype, device, backend, scores=None, compute=None):
+def run(groups, H, D, dtype, device, backend, scores=None, compute=None, scale=None):
     """The results and the gradients of q, k and v, of `dtype` inputs computed in `compute`."""
     q, k, v = (x.detach().to(compute or dtype) for x in fused(groups, H, D, dtype, device))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = space_time_attention(
-        *leaves, groups, return_lse=True, return_scores=scores, backend=backend
-    )
+    options = {"scale": scale, "return_scores": scores, "backend": backend}
+    out = space_time_attention(*leaves, groups, return_lse=True, **options)
     results = list(out) if scores else [out[0], out[1]]
     grad = gradients(out[0], leaves)[1:]
     if scores:  # the scores' own gradient beside the output's
         more = torch.autograd.grad(
-            space_time_attention(*leaves, groups, return_scores=scores, backend=backend)[1],
+            space_time_attention(*leaves, groups, **options)[1],
             leaves[:2],
             torch.linspace(-1, 1, out[2].numel(), device=device, dtype=out[2].dtype),
         )
@@ -95,12 +34,12 @@ def run(groups, H, D, dtype, device, backend, scores=None, compute=None):
     return [*results, *grad]
 
 
-def three_ways(groups, H, D, dtype, where, scores=None):
+def three_ways(groups, H, D, dtype, where, scores=None, scale=None):
     """(ours, PyTorch's, the truth), flat and finite, of every result and gradient."""
     placed = groups.to(where.device)
-    ours = run(placed, H, D, dtype, where.device, where.backend, scores)
-    low = run(placed, H, D, dtype, where.device, "reference", scores)
-    true = run(groups, H, D, dtype, "cpu", "reference", scores, torch.float64)
+    ours = run(placed, H, D, dtype, where.device, where.backend, scores, None, scale)
+    low = run(placed, H, D, dtype, where.device, "reference", scores, None, scale)
+    true = run(groups, H, D, dtype, "cpu", "reference", scores, torch.float64, scale)
     for our, theirs, truth in zip(ours, low, true, strict=True):
         assert our.shape == truth.shape and our.dtype == theirs.dtype
         finite = torch.isfinite(truth)  # the log-sum-exp of no keys is -inf
@@ -135,31 +74,6 @@ def test_head_sizes(D, dtype, where):
     assert_right(
         dtype, *(list(three_ways(GROUPS[name](), 1, D, dtype, where, "cls")) for name in names)
     )
-
-
-def random_groups(generator, most, longest):
-    """Groups of any sizes around the edges of tiles; rows in any order, shared or not."""
-    G = generator.randint(1, most)
-    edges = [e for e in EDGES if e <= longest]
-    queries = [generator.choice(edges) for _ in range(G)]
-    keys = queries if generator.random() < 0.5 else [generator.choice(edges) for _ in range(G)]
-    Q, E = sum(queries), sum(keys)
-    shared = generator.random() < 0.3 and E > 0
-    K = generator.randint(1, E) if shared else E
-    seed = torch.Generator().manual_seed(generator.randint(0, 2**31))
-    rows = None if generator.random() < 0.3 else torch.randperm(Q, generator=seed).int()
-    key_rows = None if rows is None and K == E else torch.randperm(E, generator=seed).int() % K
-    groups = Groups(
-        torch.tensor([0, *queries]).cumsum(0).int(),
-        torch.tensor([0, *keys]).cumsum(0).int(),
-        rows,
-        key_rows if shared or key_rows is not None else None,
-        max_queries=max(queries),
-        max_keys=max(keys) + generator.choice([0, 0, 5]),
-        num_queries=Q,
-        num_keys=K,
-    )
-    return groups._share() if shared and key_rows is not None else groups
 
 
 def fuzz(seed, count, dtype, where, most, longest):
@@ -282,6 +196,14 @@ def test_long_groups_go_to_a_peer(monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.2])
+def test_any_scale(scale, where):
+    """Zero makes all weights equal; a negative one prefers the smallest product."""
+    dtype = where.widest(OP)
+    groups = Groups.joint(torch.tensor([0, 3, 40]).int(), 40, 37)
+    assert_right(dtype, list(three_ways(groups, 2, 64, dtype, where, "mean", scale)))
+
+
 def test_gradcheck():
     for name in ("positions and a global token", "queries without keys"):
         groups = GROUPS[name]()
@@ -313,21 +235,33 @@ def test_what_is_not_a_number_stays_in_its_group(begin, end, total, dtype, where
 
 
 def test_same_bits_every_time(where):
-    dtype = widest(where)
-    where.skip_unless_runs(OP, dtype)
+    dtype = where.widest(OP)
     groups = GROUPS["frames and a global token"]().to(where.device)
-    repeats = 3 if slow(where) else 100
+    slow = {"emulated": 3, "triton": 1} if where.device == "cpu" else {}
+    repeats = slow.get(where.backend, 100)
     first = run(groups, 2, 64, dtype, where.device, where.backend, "mean")
     for _ in range(repeats):
         again = run(groups, 2, 64, dtype, where.device, where.backend, "mean")
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+def test_threads_change_no_bit():
+    Where("compiled", "cpu").skip_unless_runs(OP)
+    groups, threads, results = GROUPS["frames and a global token"](), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(groups, 5, 64, torch.float32, "cpu", "compiled", "mean"))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two, three in zip(*results, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
 @pytest.mark.parametrize("name", ["frames", "frames and a global token", "no rows"])
 @pytest.mark.parametrize("scores", ["", "cls"])
 def test_opcheck(name, scores, where):
-    dtype = widest(where)
-    where.skip_unless_runs(OP, dtype)
+    dtype = where.widest(OP)
     groups = GROUPS[name]().to(where.device)
     q, k, v = (
         (x.detach() if x.numel() else x.new_empty(x.shape)).requires_grad_()  # opcheck cannot clone

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import library
+from vidl.kernels.patches import FLOATING, check_divides, check_ids, check_video, per_channel
 
 from . import reference
 
 Position = Tensor | tuple[Tensor, Tensor]
-FLOATING = (*library.DTYPES, torch.float64)  # float64 only for the reference
 
 
 def patch_grid(video: Sequence[int], weight: Sequence[int]) -> tuple[int, int, int]:
@@ -172,8 +172,13 @@ def masked_patch_embed(
     """
     if weight.ndim == 4:
         weight = weight.unsqueeze(2)
-    _check_clip(video, weight)
-    _check_ids(video, ids_keep, cu_seqlens)
+    check_video(video)
+    _check_weight(video, weight)
+    check_divides(video, weight.shape[2:])
+    if ids_keep is not None:
+        check_ids("ids_keep", video, ids_keep, cu_seqlens)
+    elif cu_seqlens is not None:
+        raise ValueError("cu_seqlens needs a packed ids_keep, got None")
     mean, std = _check_normalisation(video, mean, std)
     weight = weight.to(library.autocast_dtype(weight))
     time, space = position if isinstance(position, tuple) else (None, position)
@@ -185,11 +190,7 @@ def masked_patch_embed(
     return library.kernel("masked_patch_embed", backend)(*args)
 
 
-def _check_clip(video: Tensor, weight: Tensor) -> None:
-    if video.ndim != 5:
-        raise ValueError(f"need video [B, C, T, H, W], got {tuple(video.shape)}")
-    if video.dtype not in (torch.uint8, *FLOATING):
-        raise TypeError(f"need a video in uint8 or one of {FLOATING}, got {video.dtype}")
+def _check_weight(video: Tensor, weight: Tensor) -> None:
     if weight.dtype not in FLOATING:
         raise TypeError(f"need a weight in one of {FLOATING}, got {weight.dtype}")
     if weight.ndim != 5 or weight.shape[1] != video.shape[1] or video.shape[1] == 0:
@@ -197,58 +198,20 @@ def _check_clip(video: Tensor, weight: Tensor) -> None:
             f"need weight [D, {video.shape[1]}, t, h, w] or [D, {video.shape[1]}, h, w] for video "
             f"{tuple(video.shape)}, got {tuple(weight.shape)}"
         )
-    if any(p == 0 or n % p for n, p in zip(video.shape[2:], weight.shape[2:], strict=True)):
-        raise ValueError(
-            f"need T, H, W that the patch {tuple(weight.shape[2:])} divides, "
-            f"got {tuple(video.shape[2:])}"
-        )
     if weight.device != video.device:
         raise ValueError(f"need weight on {video.device}, got {weight.device}")
-
-
-def _check_ids(video: Tensor, ids_keep: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    B = video.shape[0]
-    if ids_keep is None:
-        if cu_seqlens is not None:
-            raise ValueError("cu_seqlens needs a packed ids_keep, got None")
-        return
-    if ids_keep.dtype != torch.int64:
-        raise TypeError(f"need ids_keep in int64, got {ids_keep.dtype}")
-    if ids_keep.device != video.device:
-        raise ValueError(f"need ids_keep on {video.device}, got {ids_keep.device}")
-    if cu_seqlens is None:
-        if ids_keep.ndim != 2 or ids_keep.shape[0] != B:
-            raise ValueError(
-                f"need ids_keep [{B}, K], or [total] with cu_seqlens, got {tuple(ids_keep.shape)}"
-            )
-        return
-    if ids_keep.ndim != 1:
-        raise ValueError(f"need ids_keep [total] with cu_seqlens, got {tuple(ids_keep.shape)}")
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"need cu_seqlens in int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.shape != (B + 1,):
-        raise ValueError(f"need cu_seqlens [{B + 1}], got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != video.device:
-        raise ValueError(f"need cu_seqlens on {video.device}, got {cu_seqlens.device}")
 
 
 def _check_normalisation(
     video: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
-    C = video.shape[1]
     if video.dtype != torch.uint8:
         if mean is not None or std is not None:
             raise ValueError(
                 f"mean and std are for uint8 clips; a {video.dtype} clip is taken as normalised"
             )
         return [], []
-    mean = [0.0] * C if mean is None else [float(m) for m in mean]
-    std = [1.0] * C if std is None else [float(s) for s in std]
-    if len(mean) != C or len(std) != C:
-        raise ValueError(f"need {C} numbers in mean and std, got {len(mean)} and {len(std)}")
-    if not all(s > 0 for s in std):
-        raise ValueError(f"need positive numbers in std, got {std}")
-    return mean, std
+    return per_channel(video.shape[1], mean, std)
 
 
 def _check_position(

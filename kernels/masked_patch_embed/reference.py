@@ -1,9 +1,12 @@
 """masked_patch_embed in plain PyTorch: its definition, on any device, in any floating dtype."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
+
+from vidl.kernels.patches import gather
 
 
 def masked_patch_embed(
@@ -18,18 +21,10 @@ def masked_patch_embed(
     std: Sequence[float],
 ) -> Tensor:
     """Cut the visible patches out, normalise them, project them, add their positions."""
-    B, (t, h, w) = video.shape[0], weight.shape[2:]
-    # [B, T', H', W', C, t, h, w]: a view, so that only the patches picked below are copied
-    patches = video.unflatten(2, (-1, t)).unflatten(4, (-1, h)).unflatten(6, (-1, w))
-    patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7)
-    H, W = patches.shape[2:4]
-    N = patches.shape[1] * H * W
-
-    sample, ids = rows(B, N, ids_keep, cu_seqlens, video.device)
-    torch._assert_async(
-        ((ids >= 0) & (ids < N)).all(), f"masked_patch_embed: ids_keep must lie in [0, {N})"
+    # [M, C, t, h, w] and [M]
+    visible, ids = gather(
+        "masked_patch_embed: ids_keep", video, weight.shape[2:], ids_keep, cu_seqlens
     )
-    visible = patches[sample, ids // (H * W), ids // W % H, ids % W]  # [M, C, t, h, w]
     if len(mean):
         per_channel = (-1, 1, 1, 1)
         high = weight.dtype if weight.dtype == torch.float64 else torch.float32
@@ -46,23 +41,6 @@ def masked_patch_embed(
         out = out + space[ids % space.shape[0]].to(out.dtype)
         if time is not None:
             out = out + time[ids // space.shape[0]].to(out.dtype)
-    shape = (B, N) if ids_keep is None else ids_keep.shape
-    return out.view(*shape, weight.shape[0])
-
-
-def rows(
-    B: int, N: int, ids_keep: Tensor | None, cu_seqlens: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The sample and the patch of every row of the result, int64 [M] each."""
-    if ids_keep is None:
-        ids_keep = torch.arange(N, device=device).expand(B, N)
-    if cu_seqlens is None:
-        sample = torch.arange(B, device=device)[:, None].expand(ids_keep.shape)
-        return sample.reshape(-1), ids_keep.reshape(-1)
-    total = ids_keep.shape[0]
-    torch._assert_async(
-        (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (cu_seqlens.diff() >= 0).all(),
-        f"masked_patch_embed: cu_seqlens must ascend from 0 to {total}",
-    )
-    row = torch.arange(total, device=device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:], row, right=True), ids_keep
+    N = prod(video.shape[2:]) // prod(weight.shape[2:])
+    rows = (video.shape[0], N) if ids_keep is None else ids_keep.shape
+    return out.view(*rows, weight.shape[0])

@@ -8,16 +8,15 @@ which adds the rows of its patch in ascending order, so that nothing depends on 
 
 import itertools
 from collections.abc import Sequence
-from contextlib import nullcontext
 from math import prod
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels import library
+from vidl.kernels.triton_launch import OPTIONS, block_size, on_device
+from vidl.kernels.triton_patches import check_in_interpreter, check_offsets, pick, visible
 
 # Pixels or features a program holds at a time; at 128 threads that is two 16-byte loads of uint8.
 TILE = 4096
@@ -26,68 +25,8 @@ IDS_PER_STEP = 256
 ALL_IDS_PER_STEP = 1024
 # Rows of patches that exist at a time while the weight's gradient is summed (96 MiB for ViT-B/16).
 ROWS_PER_STEP = 65536
-# debug keeps the assertions about indices; it would also check every addition for overflow.
-OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
-
 # A pixel x of channel c becomes (x - centre[c]) * scale[c] + shift[c].
 Affine = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
-
-
-@triton.jit
-def _pick(values, index, C: tl.constexpr):
-    """values[index]: scalars that came as arguments have no address."""
-    result = tl.zeros(index.shape, tl.float32) + values[0]
-    for c in tl.static_range(1, C):
-        result = tl.where(index == c, values[c], result)
-    return result
-
-
-@triton.jit
-def _sample_of(row, cu_seqlens_ptr, B, mask):
-    """The last sample that begins at or before each row: a binary search, always within [0, B)."""
-    low = tl.zeros(row.shape, tl.int32)
-    high = low + B
-    size = B
-    while size > 1:
-        middle = (low + high) // 2
-        below = tl.load(cu_seqlens_ptr + middle, mask=mask, other=0) <= row
-        low = tl.where(below, middle, low)
-        high = tl.where(below, high, middle)
-        size = (size + 1) // 2
-    begin = tl.load(cu_seqlens_ptr + low, mask=mask, other=0)
-    end = tl.load(cu_seqlens_ptr + low + 1, mask=mask, other=0)
-    tl.device_assert((begin <= row) & (row < end), "cu_seqlens must ascend from 0", mask=mask)
-    return low
-
-
-@triton.jit
-def _check_offsets(cu_seqlens_ptr, B, M, BLOCK: tl.constexpr):
-    for start in range(0, B + 1, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        this = tl.load(cu_seqlens_ptr + i, mask=i <= B, other=0)
-        after = tl.load(cu_seqlens_ptr + i + 1, mask=i < B, other=0)
-        tl.device_assert(this <= after, "cu_seqlens must ascend", mask=i < B)
-        tl.device_assert(this == 0, "cu_seqlens must begin with 0", mask=i == 0)
-        tl.device_assert(this == M, "cu_seqlens must end with the rows of ids_keep", mask=i == B)
-
-
-@triton.jit
-def _visible(row, ids_ptr, cu_seqlens_ptr, B, K, N, mask):
-    """The sample and the patch of each row, and whether there is such a patch."""
-    if ids_ptr is None:
-        sample = row // N
-        patch = (row % N).to(tl.int32)
-        inside = mask
-    else:
-        if cu_seqlens_ptr is None:
-            sample = row // K
-        else:
-            sample = _sample_of(row, cu_seqlens_ptr, B, mask).to(tl.int64)
-        number = tl.load(ids_ptr + row, mask=mask, other=0)
-        inside = mask & (number >= 0) & (number < N)
-        tl.device_assert(inside, "ids_keep must lie in [0, N)", mask=mask)
-        patch = tl.where(inside, number, 0).to(tl.int32)
-    return sample, patch, inside
 
 
 @triton.jit
@@ -148,7 +87,7 @@ def _pack(
     line = block * BLOCK_LINES + tl.arange(0, BLOCK_LINES)  # of all lines of all rows
     m = line // LINES
     within = (line % LINES).to(tl.int32)
-    sample, patch, inside = _visible(first + m, ids_ptr, cu_seqlens_ptr, B, K, N, m < M)
+    sample, patch, inside = visible(first + m, ids_ptr, cu_seqlens_ptr, B, K, N, m < M)
     start = _pixels(
         sample,
         patch,
@@ -173,8 +112,8 @@ def _pack(
     ).to(tl.float32)
     if NORMALISE:
         channel = within // (PATCH_T * PATCH_H)
-        pixels = (pixels - _pick(centre, channel, C)[:, None]) * _pick(scale, channel, C)[:, None]
-        pixels += _pick(shift, channel, C)[:, None]
+        pixels = (pixels - pick(centre, channel, C)[:, None]) * pick(scale, channel, C)[:, None]
+        pixels += pick(shift, channel, C)[:, None]
     tl.store(
         packed_ptr + line[:, None] * PATCH_W + x,
         pixels.to(packed_ptr.dtype.element_ty),
@@ -201,7 +140,7 @@ def _prefill(
     blocks_d = tl.cdiv(D, BLOCK_D)
     m = block // blocks_d * BLOCK_M + tl.arange(0, BLOCK_M)
     d = (block % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int32)
-    _, patch, inside = _visible(first + m, ids_ptr, None, 1, 1, N, m < M)
+    _, patch, inside = visible(first + m, ids_ptr, None, 1, 1, N, m < M)
     value = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if bias_ptr is not None:
         value += tl.load(bias_ptr + d, mask=d < D, other=0).to(tl.float32)[None, :]
@@ -261,7 +200,7 @@ def pack_kernel(
     program = tl.program_id(0).to(tl.int64)
     if cu_seqlens_ptr is not None:
         if program == 0:
-            _check_offsets(cu_seqlens_ptr, B, total, BLOCK=128)
+            check_offsets(cu_seqlens_ptr, B, total, BLOCK=128)
     pack_programs = tl.cdiv(M.to(tl.int64) * (C * PATCH_T * PATCH_H), BLOCK_LINES)
     if program < pack_programs:
         _pack(
@@ -330,9 +269,9 @@ def fold_kernel(
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         weight = tl.load(weight_ptr + d * K + k, mask=k < K, other=0).to(tl.float32)
-        folded = (weight * _pick(scale, k // PIXELS, C)).to(folded_ptr.dtype.element_ty)
+        folded = (weight * pick(scale, k // PIXELS, C)).to(folded_ptr.dtype.element_ty)
         tl.store(folded_ptr + d * K + k, folded, mask=k < K)
-        total += folded.to(tl.float32) * _pick(rest, k // PIXELS, C)
+        total += folded.to(tl.float32) * pick(rest, k // PIXELS, C)
     bias = tl.sum(total, 0)
     if bias_ptr is not None:
         bias += tl.load(bias_ptr + d).to(tl.float32)
@@ -522,8 +461,8 @@ def masked_patch_embed_bwd(
         grad_weight = total.to(weight.dtype).view(weight.shape)
     if need_position:
         grad_position = grad.new_empty(clip.N, D, dtype=torch.float32)
-        block = _block(D, 1024)
-        with _device(grad):
+        block = block_size(D, 1024)
+        with on_device(grad):
             position_kernel[(clip.N * triton.cdiv(D, block),)](
                 grad, clip.ids, grad_position, clip.M, clip.N, D, block, ALL_IDS_PER_STEP, **OPTIONS
             )
@@ -551,18 +490,7 @@ class _Clip:
         self.M = prod(self.shape)
         self.ids = None if ids_keep is None else ids_keep.contiguous().flatten()
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-        if library.interpreting():
-            self._check()
-
-    def _check(self) -> None:
-        """What the kernels assert on CUDA: Triton's interpreter leaves assertions out."""
-        if self.ids is not None and not ((self.ids >= 0) & (self.ids < self.N)).all():
-            raise RuntimeError(f"masked_patch_embed: ids_keep must lie in [0, {self.N})")
-        if self.cu_seqlens is None:
-            return
-        offsets = self.cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != self.M or offsets != sorted(offsets):
-            raise RuntimeError(f"masked_patch_embed: cu_seqlens must ascend from 0 to {self.M}")
+        check_in_interpreter("masked_patch_embed: ids_keep", self.ids, self.cu_seqlens, self.N)
 
     def pack(
         self,
@@ -586,11 +514,11 @@ class _Clip:
         D = block_d = 1
         if out is not None:
             D = out.shape[1]
-            block_d = _block(D, 1024)
+            block_d = block_size(D, 1024)
             programs += triton.cdiv(M, TILE // block_d) * triton.cdiv(D, block_d)
         if self.cu_seqlens is not None:
             programs = max(programs, 1)  # which checks the offsets
-        with _device(packed):
+        with on_device(packed):
             pack_kernel[(programs,)](
                 self.video,
                 self.ids,
@@ -623,9 +551,9 @@ class _Clip:
         """The gradient of the video from that of its patches."""
         grad_video = torch.empty(self.video.shape, dtype=self.video.dtype, device=packed.device)
         width = triton.next_power_of_2(self.patch[-1])
-        lines = _block(prod(self.patch[:-1]), max(TILE // width, 1))
+        lines = block_size(prod(self.patch[:-1]), max(TILE // width, 1))
         programs = self.video.shape[0] * self.N * triton.cdiv(prod(self.patch[:-1]), lines)
-        with _device(packed):
+        with on_device(packed):
             unpack_kernel[(programs,)](
                 packed,
                 self.ids,
@@ -639,7 +567,7 @@ class _Clip:
                 *self.patch,
                 BLOCK_LINES=lines,
                 BLOCK_W=width,
-                BLOCK_IDS=_block(self.shape[-1], IDS_PER_STEP),
+                BLOCK_IDS=block_size(self.shape[-1], IDS_PER_STEP),
                 **OPTIONS,
             )
         return grad_video
@@ -668,7 +596,7 @@ def _fold(
     C = len(mean)
     folded = torch.empty_like(weight)
     folded_bias = weight.new_empty(D, dtype=torch.float32)
-    with _device(weight):
+    with on_device(weight):
         fold_kernel[(D,)](
             weight,
             bias,
@@ -679,7 +607,7 @@ def _fold(
             K,
             C,
             K // C,
-            _block(K, 1024),
+            block_size(K, 1024),
             **OPTIONS,
         )
     return folded, folded_bias, (tuple(map(float, centre)), (1 / 128,) * C, (0.0,) * C)
@@ -691,15 +619,6 @@ def _multiply_in_float32(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
-
-
-def _block(n: int, most: int) -> int:
-    return min(triton.next_power_of_2(max(n, 1)), most)
-
-
-def _device(x: Tensor) -> Any:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def ahead_of_time() -> None:

@@ -1,3 +1,2 @@
-from .groups import Groups as Groups
 from .op import space_time_attention as space_time_attention
 from .replicated_global import ReplicatedGlobal as ReplicatedGlobal

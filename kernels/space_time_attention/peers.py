@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .groups import Groups
+from vidl.kernels.groups import Groups
 
 Peer = Callable[[Tensor, Tensor, Tensor, Groups, float], Tensor]
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .groups import group_of
+from vidl.kernels.groups import group_of
 
 
 def space_time_attention(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .groups import Groups, lead
+from vidl.kernels.groups import Groups, lead
 
 
 class ReplicatedGlobal:

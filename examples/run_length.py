@@ -1,0 +1,69 @@
+"""Keep the patches of real clips that move, and embed only those.
+
+    python examples/run_length.py [CLIP ...]
+
+Compares every tubelet of a clip with the one before it (Run-Length Tokenization, arXiv 2411.05222),
+keeps those that differ, and embeds only these. Prints how many tokens each clip keeps, and writes
+a picture of each: the clip above, and below it what is new, the rest in grey.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from masked_clip import GRID, MEAN, PATCH, STD, WIDTH, picture, read_clip
+
+from vidl import nn, ops
+
+TUBELET = 2
+
+
+def frames_of(ids):
+    """The ids of patches in single frames that tubelets of two frames consist of."""
+    S = GRID * GRID
+    return torch.cat([(ids // S * TUBELET + frame) * S + ids % S for frame in range(TUBELET)])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("clips", nargs="*", type=Path, help="default: those of examples/clips")
+    parser.add_argument("--frames", type=int, default=16, help="of each clip, even (default 16)")
+    parser.add_argument("--threshold", type=float, default=0.1, help="default 0.1, as the paper")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default demo)")
+    args = parser.parse_args(argv)
+    if args.frames < TUBELET or args.frames % TUBELET:
+        parser.error(f"need an even number of frames, got {args.frames}")
+
+    files = args.clips or sorted((Path(__file__).parent / "clips").glob("*.mp4"))
+    clips = []
+    for file in files:
+        try:
+            clips.append(read_clip(file, args.frames))
+        except (OSError, ValueError, IndexError) as error:  # PyAV's own errors are among these
+            print(f"cannot decode {file}: {error}", file=sys.stderr)
+            return 1
+    video = torch.stack(clips)  # [B, C, T, H, W] uint8
+
+    differences = ops.frame_difference(video, (TUBELET, PATCH, PATCH), std=STD)
+    slices = args.frames // TUBELET
+    ids, cu_seqlens, lengths = ops.run_length_ids(differences, slices, args.threshold)
+    embed = nn.MaskedPatchEmbed(PATCH, 3, WIDTH, TUBELET, mean=MEAN, std=STD)
+    with torch.no_grad():
+        tokens = embed(video, ids, cu_seqlens)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    offsets, N = cu_seqlens.tolist(), slices * GRID * GRID
+    for b, file in enumerate(files):
+        mine = slice(offsets[b], offsets[b + 1])
+        kept, longest = offsets[b + 1] - offsets[b], lengths[mine].max().item()
+        name = args.out / f"run-length-{b}-{file.stem}.png"
+        picture(clips[b], [frames_of(ids[mine])]).save(name)
+        print(f"{file.name}: {kept} of {N} tokens ({kept / N:.0%}), the longest run is {longest}")
+        print(f"  see {name}")
+    print(f"embedded {list(tokens.shape)} instead of {[len(files) * N, WIDTH]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+from .op import masked_patch_loss as masked_patch_loss

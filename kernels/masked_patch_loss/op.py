@@ -1,0 +1,226 @@
+"""masked_patch_loss: how well the masked patches of a clip were reconstructed.
+
+    loss = mean over masked patches m of mean((prediction[m] - normalise(patch[ids_masked[m]]))^2)
+
+Sources: normalised pixels of MAE (arXiv 2111.06377, 3; facebookresearch/mae, models_mae.py) and of
+VideoMAE (arXiv 2203.12602, 3.1; MCG-NJU/VideoMAE, engine_for_pretraining.py).
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vidl.kernels import library
+from vidl.kernels.patches import FLOATING, check_divides, check_ids, check_video, per_channel
+
+from . import reference
+
+Target = Literal["mae", "videomae"]
+EPS = 1e-6
+
+
+def statistics_of(patch_statistics: str, channels: int) -> int:
+    """How many means and variances a patch has."""
+    return {"none": 0, "patch": 1, "channel": channels}[patch_statistics]
+
+
+def _fake(prediction, video, ids_masked, cu_seqlens, patch, statistics, scale, shift, eps):
+    rows, count = prediction.shape[:-1], statistics_of(statistics, video.shape[1])
+    losses = prediction.new_empty(rows, dtype=torch.float32)
+    return losses, prediction.new_empty((*rows, count, 2), dtype=torch.float32)
+
+
+def _fake_bwd(grad, moments, prediction, *args):
+    return torch.empty_like(prediction, memory_format=torch.contiguous_format)
+
+
+def _no_flops(*args, **kwargs) -> int:
+    return 0  # PyTorch's counter counts matrix products, and there is none
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    prediction, video, ids_masked, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(output[1], prediction, video, ids_masked, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(bwd: Callable[..., Any], ctx, grad, grad_moments):
+    found = None if grad is None else bwd(grad, *ctx.saved_tensors, *ctx.options)
+    return found, *(None,) * 8
+
+
+def _limits(backend: str, numbers: int = 1, **facts: Any) -> str | None:
+    if backend == "triton" and numbers > 8192:
+        return f"a patch of it has at most 8192 numbers, got {numbers}"
+    return None
+
+
+library.define(
+    library.Op(
+        "masked_patch_loss_bwd(Tensor grad, Tensor moments, Tensor prediction, Tensor video, "
+        "Tensor ids_masked, Tensor? cu_seqlens, int[] patch, str statistics, float[] scale, "
+        "float[] shift, float eps) -> Tensor",
+        module=__package__,
+        fake=_fake_bwd,
+        flops=_no_flops,
+        limits=_limits,
+    )
+)
+library.define(
+    library.Op(
+        "masked_patch_loss(Tensor prediction, Tensor video, Tensor ids_masked, "
+        "Tensor? cu_seqlens, int[] patch, str statistics, float[] scale, float[] shift, float eps) "
+        "-> (Tensor, Tensor)",
+        module=__package__,
+        fake=_fake,
+        flops=_no_flops,
+        setup_context=_setup_context,
+        backward=_backward,
+        limits=_limits,
+    )
+)
+
+
+def masked_patch_loss(
+    prediction: Tensor,
+    video: Tensor,
+    ids_masked: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    patch_size: int | Sequence[int],
+    tubelet_size: int = 1,
+    target: Target = "mae",
+    norm_pix: bool = True,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    reduction: Literal["mean", "none"] = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Mean squared error of predicted pixels, read straight from the clip: masked patches only.
+
+    Equal to cutting the whole clip into patches, normalising each, and comparing the masked ones
+    with the prediction; no target is ever stored. What a target is:
+
+    ============ ========================== ==================================================
+    target       pixels                     normalised (`norm_pix`), with unbiased variances
+    ============ ========================== ==================================================
+    "mae"        as the model sees them     over the patch: (x - mean) / sqrt(var + 1e-6)
+    "videomae"   from 0 to 1                over each of its channels: (x - mean) / (sd + 1e-6)
+    ============ ========================== ==================================================
+
+    One frame per tubelet, as MAE-ST predicts them, is the loss of `video[:, :, ::t]` (a view)
+    with `tubelet_size=1`.
+
+    Args:
+        prediction: [B, M, t * p * p * C], the numbers of a patch in the order (t, p, p, C), or
+            [total, t * p * p * C] with `cu_seqlens`; float32, float16 or bfloat16. Rows may have
+            any stride, so that the last M tokens of a decoder need no copy.
+        video: [B, C, T, H, W], any strides: `permute` a [B, T, C, H, W] or a channels-last
+            [B, T, H, W, C] clip. uint8 (0 to 255) or floating point.
+        ids_masked: int64, the patches in [0, N) that were masked, [B, M] or [total]; ordered and
+            packed as `ids_keep` of `masked_patch_embed`.
+        cu_seqlens: [B + 1] int32, where each sample begins in a packed `ids_masked`.
+        patch_size: p, or (height, width).
+        tubelet_size: t.
+        target: "mae" or "videomae".
+        norm_pix: whether the pixels of a patch are normalised by their own mean and variance.
+        mean, std: C numbers each, with which the pixels (from 0 to 1) are normalised for the model.
+            "mae" normalises a uint8 clip by them, and takes a floating-point one as normalised;
+            "videomae" undoes them in a floating-point clip, and needs none for a uint8 one.
+        reduction: "mean", or "none" for the loss of each patch.
+        backend: "auto", "compiled", "triton" or "reference".
+
+    Returns:
+        The mean over all numbers of all masked patches of the batch, a float32 scalar: zero, with
+        a gradient of zero, if there are none. Or the mean of each patch, [B, M] or [total]. float64
+        if an input is. The gradient flows to `prediction` alone, in its dtype. Deterministic.
+
+    Raises:
+        TypeError: a dtype is not one of those above.
+        ValueError: shapes, devices or options do not fit together; `video` requires a gradient.
+        RuntimeError: a backend asked for by name cannot run here; or, found by the kernel, an id
+            or an offset is out of range (on CUDA as a device-side assertion).
+    """
+    sides = patch_size if isinstance(patch_size, Sequence) else (patch_size, patch_size)
+    patch = (tubelet_size, *sides)
+    _check_options(patch, target, reduction)
+    check_video(video)
+    check_divides(video, patch)
+    check_ids("ids_masked", video, ids_masked, cu_seqlens)
+    _check_prediction(prediction, video, ids_masked, patch)
+    statistics = {"mae": "patch", "videomae": "channel"}[target] if norm_pix else "none"
+    _check_variance(video, patch, statistics)
+    scale, shift = _affine(video, target, mean, std)
+    dtype = torch.float64 if video.dtype == torch.float64 else prediction.dtype
+    backend = library.choose(
+        backend, "masked_patch_loss", video.device.type, dtype, numbers=prediction.shape[-1]
+    )
+    args = (prediction, video, ids_masked, cu_seqlens, list(patch), statistics, scale, shift, EPS)
+    if backend == "reference":
+        losses = reference.masked_patch_loss(*args)
+    else:
+        losses = library.kernel("masked_patch_loss", backend)(*args)[0]
+    return losses if reduction == "none" else losses.sum() / max(losses.numel(), 1)
+
+
+def _affine(
+    video: Tensor, target: str, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    """A pixel of channel c enters the target as pixel * scale[c] + shift[c]."""
+    given = mean is not None or std is not None
+    means, stds = per_channel(video.shape[1], mean, std)
+    if video.dtype == torch.uint8:
+        if target == "mae":
+            shift = [-m / s for m, s in zip(means, stds, strict=True)]
+            return [1 / (255 * s) for s in stds], shift
+        return [1 / 255] * len(stds), [0.0] * len(stds)
+    if target == "mae" and given:
+        raise ValueError(
+            f"mean and std are for uint8 clips with target 'mae'; a {video.dtype} clip is taken "
+            "as normalised"
+        )
+    return stds, means
+
+
+def _check_options(patch: Sequence[int], target: str, reduction: str) -> None:
+    if len(patch) != 3 or not all(isinstance(n, int) and n > 0 for n in patch):
+        raise ValueError(
+            "need a positive tubelet_size and patch_size, the latter one number or two, got "
+            f"{patch[0]} and {patch[1:]}"
+        )
+    if target not in ("mae", "videomae"):
+        raise ValueError(f"target must be 'mae' or 'videomae', got {target!r}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+
+
+def _check_prediction(
+    prediction: Tensor, video: Tensor, ids_masked: Tensor, patch: Sequence[int]
+) -> None:
+    if prediction.dtype not in FLOATING:
+        raise TypeError(f"need a prediction in one of {FLOATING}, got {prediction.dtype}")
+    shape = (*ids_masked.shape, video.shape[1] * prod(patch))
+    if prediction.shape != shape:
+        raise ValueError(
+            f"need prediction {list(shape)}, the pixels of patches {tuple(patch)} in "
+            f"{video.shape[1]} channels, got {tuple(prediction.shape)}"
+        )
+    if prediction.device != video.device:
+        raise ValueError(f"need prediction on {video.device}, got {prediction.device}")
+    if video.requires_grad:
+        raise ValueError("need a video without gradient (no gradient flows to it): detach it")
+
+
+def _check_variance(video: Tensor, patch: Sequence[int], statistics: str) -> None:
+    C = video.shape[1]
+    if C == 0:
+        raise ValueError("need a video of at least one channel, got none")
+    numbers = prod(patch) * (C if statistics == "patch" else 1)
+    if statistics != "none" and numbers < 2:
+        raise ValueError(
+            f"need two pixels or more for a variance of each {statistics}, got patches "
+            f"{tuple(patch)}; or norm_pix=False"
+        )

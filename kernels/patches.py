@@ -1,0 +1,115 @@
+"""Patches of a clip as several ops see them: which there are, and whether the input fits.
+
+Patches are numbered in the order (time, row, column). A row of an op's input or result is one patch
+of one sample: [B, K] of them, or [total] with offsets `cu_seqlens`, all samples one after another.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vidl.kernels import library
+
+FLOATING = (*library.DTYPES, torch.float64)  # float64 only for the references
+
+
+def check_video(video: Tensor) -> None:
+    """A clip is [B, C, T, H, W], in uint8 or floating point."""
+    if video.ndim != 5:
+        raise ValueError(f"need video [B, C, T, H, W], got {tuple(video.shape)}")
+    if video.dtype not in (torch.uint8, *FLOATING):
+        raise TypeError(f"need a video in uint8 or one of {FLOATING}, got {video.dtype}")
+
+
+def check_divides(video: Tensor, patch: Sequence[int]) -> None:
+    """Patches of t, h, w pixels cover the clip exactly."""
+    if any(p <= 0 or n % p for n, p in zip(video.shape[2:], patch, strict=True)):
+        raise ValueError(
+            f"need T, H, W that the patch {tuple(patch)} divides, got {tuple(video.shape[2:])}"
+        )
+
+
+def check_ids(name: str, video: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Ids are [B, K], or packed [total] with offsets [B + 1], on the device of the clip."""
+    B = video.shape[0]
+    if ids.dtype != torch.int64:
+        raise TypeError(f"need {name} in int64, got {ids.dtype}")
+    if ids.device != video.device:
+        raise ValueError(f"need {name} on {video.device}, got {ids.device}")
+    if cu_seqlens is None:
+        if ids.ndim != 2 or ids.shape[0] != B:
+            raise ValueError(
+                f"need {name} [{B}, K], or [total] with cu_seqlens, got {tuple(ids.shape)}"
+            )
+        return
+    if ids.ndim != 1:
+        raise ValueError(f"need {name} [total] with cu_seqlens, got {tuple(ids.shape)}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"need cu_seqlens in int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.shape != (B + 1,):
+        raise ValueError(f"need cu_seqlens [{B + 1}], got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != video.device:
+        raise ValueError(f"need cu_seqlens on {video.device}, got {cu_seqlens.device}")
+
+
+def per_channel(
+    C: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    """The mean and the standard deviation of each channel; 0 and 1 where none are given."""
+    mean = [0.0] * C if mean is None else [float(m) for m in mean]
+    std = [1.0] * C if std is None else [float(s) for s in std]
+    if len(mean) != C or len(std) != C:
+        raise ValueError(f"need {C} numbers in mean and std, got {len(mean)} and {len(std)}")
+    if not all(s > 0 for s in std):
+        raise ValueError(f"need positive numbers in std, got {std}")
+    return mean, std
+
+
+def gather(
+    name: str,
+    video: Tensor,  # [B, C, T, H, W]
+    patch: Sequence[int],  # t, h, w
+    ids: Tensor | None,  # [B, K] or [total]; None: all
+    cu_seqlens: Tensor | None,  # [B + 1]
+) -> tuple[Tensor, Tensor]:
+    """Cut the patches of `ids` out, in plain PyTorch, for the references.
+
+    Args:
+        name: of the op and its ids, for the error message.
+
+    Returns:
+        The patches [M, C, t, h, w], and the id of each, [M].
+    """
+    t, h, w = patch
+    # [B, T', H', W', C, t, h, w]: a view, so that only the patches picked below are copied
+    every = video.unflatten(2, (-1, t)).unflatten(4, (-1, h)).unflatten(6, (-1, w))
+    every = every.permute(0, 2, 4, 6, 1, 3, 5, 7)
+    H, W = every.shape[2:4]
+    N = every.shape[1] * H * W
+    sample, ids = _rows(name, video.shape[0], N, ids, cu_seqlens, video.device)
+    torch._assert_async(((ids >= 0) & (ids < N)).all(), f"{name} must lie in [0, {N})")
+    return every[sample, ids // (H * W), ids // W % H, ids % W], ids
+
+
+def _rows(
+    name: str,
+    B: int,
+    N: int,
+    ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """The sample and the patch of every row, int64 [M] each."""
+    if ids is None:
+        ids = torch.arange(N, device=device).expand(B, N)
+    if cu_seqlens is None:
+        sample = torch.arange(B, device=device)[:, None].expand(ids.shape)
+        return sample.reshape(-1), ids.reshape(-1)
+    total = ids.shape[0]
+    torch._assert_async(
+        (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (cu_seqlens.diff() >= 0).all(),
+        f"{name.split(':')[0]}: cu_seqlens must ascend from 0 to {total}",
+    )
+    row = torch.arange(total, device=device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:], row, right=True), ids

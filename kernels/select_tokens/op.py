@@ -1,0 +1,395 @@
+"""select_tokens: keep the tokens with the highest scores, pack them, and fuse the others into one.
+
+    tokens = [x[prefix], x[n] for the K best n, sum over the other n: scores[n] x[n]]
+
+Sources: EViT (arXiv 2202.07800, 3.2), which keeps the order of the scores and fuses; SViTT (arXiv
+2304.08809, 3.3), which keeps the order of the tokens; Unmasked Teacher (arXiv 2303.16058, 3.1),
+which draws the tokens at random, in proportion to their scores.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vidl.kernels import library
+
+from . import reference
+
+Rounding = Literal["ceil", "floor", "floor_min_one", "drop_floor"]
+Order = Literal["index", "score"]
+Fuse = Literal["sum", "mean"]
+ROUNDINGS = ("ceil", "floor", "floor_min_one", "drop_floor")
+FLOATING = (*library.DTYPES, torch.float64)  # float64 only for the reference
+
+
+def _limits(backend: str, device: str, dtype: torch.dtype, rows: int = 0) -> str | None:
+    if backend == "triton" and rows >= 2**21:
+        return f"it counts fewer than {2**21} rows of a sample, not {rows}"
+    return None
+
+
+class Selected(NamedTuple):
+    """What `select_tokens` returns.
+
+    Attributes:
+        tokens: the prefix, the kept tokens and the fused one of every sample, [*batch, M, *rest]
+            with M = prefix + K + (1 if fused), or packed [total', *rest]; in the dtype of x.
+        ids_keep: the positions of the kept tokens, not counting the prefix, in the order of
+            `tokens`; int64, [*batch, K], or packed [num_kept].
+        inverse: for each score the place of its token in its sample's `ids_keep`, -1 for a
+            dropped one and for a packed sample's prefix; int64, in the shape of `scores`.
+        cu_seqlens: where each sample begins in `tokens` as packed rows, from 0 to all of them;
+            int32, [samples + 1].
+    """
+
+    tokens: Tensor
+    ids_keep: Tensor
+    inverse: Tensor
+    cu_seqlens: Tensor
+
+
+def _fake(x, ranks, weights, cu_seqlens, cu_kept, keep, prefix, order, fuse):
+    C, extra = x.shape[-1], prefix + bool(fuse)
+    B = ranks.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if cu_seqlens is None:
+        tokens, ids = x.new_empty(B, keep + extra, C), [B, keep]
+    else:
+        tokens, ids = x.new_empty(keep + B * extra, C), [keep]
+    mean = (B, C) if fuse == "mean" else (0,)
+    return (
+        tokens,
+        ranks.new_empty(ids, dtype=torch.int64),
+        ranks.new_empty(ranks.shape, dtype=torch.int64),
+        ranks.new_empty(B + 1, dtype=torch.int32),
+        ranks.new_empty(mean, dtype=torch.float32),
+        ranks.new_empty(mean[:1], dtype=torch.float32),
+    )
+
+
+def _flops(x, ranks, weights, cu_seqlens, cu_kept, keep, prefix, order, fuse, *a, **kw) -> int:
+    if not fuse:
+        return 0
+    if cu_seqlens is None:
+        dropped = ranks.numel() - ranks.shape[0] * keep
+    else:
+        dropped = ranks.numel() - (cu_seqlens.numel() - 1) * prefix - keep
+    return 2 * dropped * x.shape[-1]
+
+
+def _fake_bwd(
+    grad_tokens, x, weights, inverse, cu_seqlens, offsets, mean, mass, prefix, fuse,
+    need_x, need_weights,
+):  # fmt: skip
+    B, C = offsets.shape[0] - 1, grad_tokens.shape[-1]
+    rows = (inverse.shape[0], C) if cu_seqlens is not None else (B, prefix + inverse.shape[1], C)
+    return (
+        grad_tokens.new_empty(rows if need_x else (0,)),
+        grad_tokens.new_empty(inverse.shape if need_weights else (0,), dtype=torch.float32),
+    )
+
+
+def _flops_bwd(
+    grad_tokens, x, weights, inverse, cu_seqlens, offsets, mean, mass, prefix, fuse,
+    need_x, need_weights, *args, **kwargs,
+) -> int:  # fmt: skip
+    if not fuse:
+        return 0
+    B, C = offsets.numel() - 1, grad_tokens.shape[-1]
+    rows = inverse.numel() - (0 if cu_seqlens is None else B * prefix)
+    kept = grad_tokens.numel() // max(C, 1) - B * (prefix + 1)
+    return (rows - kept) * C * (need_x + 2 * need_weights)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, _, weights, cu_seqlens, _, _, ctx.prefix, _, ctx.fuse = inputs
+    _, _, inverse, offsets, mean, mass = output
+    need_weights = weights is not None and ctx.needs_input_grad[2]
+    # Only the gradient of the weights asks for the tokens themselves.
+    ctx.save_for_backward(
+        x if need_weights else None, weights, inverse, cu_seqlens, offsets, mean, mass
+    )
+
+
+def _backward(bwd: Callable[..., Any], ctx, grad_tokens, *_):
+    need_x, _, need_weights, *_ = ctx.needs_input_grad
+    grad_x, grad_weights = bwd(
+        grad_tokens.contiguous(), *ctx.saved_tensors, ctx.prefix, ctx.fuse, need_x, need_weights
+    )
+    return (
+        grad_x if need_x else None,
+        None,
+        grad_weights if need_weights else None,
+        *(None,) * 6,
+    )
+
+
+library.define(
+    library.Op(
+        "select_tokens_bwd(Tensor grad_tokens, Tensor? x, Tensor? weights, Tensor inverse, "
+        "Tensor? cu_seqlens, Tensor offsets, Tensor mean, Tensor mass, SymInt prefix, str fuse, "
+        "bool need_x, bool need_weights) -> (Tensor grad_x, Tensor grad_weights)",
+        module=__package__,
+        fake=_fake_bwd,
+        flops=_flops_bwd,
+    )
+)
+library.define(
+    library.Op(
+        "select_tokens(Tensor x, Tensor ranks, Tensor? weights, Tensor? cu_seqlens, "
+        "Tensor? cu_kept, SymInt keep, SymInt prefix, str order, str fuse) -> (Tensor tokens, "
+        "Tensor ids_keep, Tensor inverse, Tensor offsets, Tensor mean, Tensor mass)",
+        module=__package__,
+        fake=_fake,
+        flops=_flops,
+        limits=_limits,
+        setup_context=_setup_context,
+        backward=_backward,
+    )
+)
+
+
+def select_tokens(
+    x: Tensor,
+    scores: Tensor,
+    keep: int | float,
+    *,
+    rank_by: Tensor | None = None,
+    rounding: Rounding = "ceil",
+    order: Order = "index",
+    fuse: Fuse | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_kept: int | None = None,
+    prefix: int = 0,
+    backend: str = "auto",
+) -> Selected:
+    """Keep the tokens with the highest scores, and optionally fuse the others into one.
+
+    The shape of `scores` says what is a sample and what is selected. With x [B, T, P, C], scores
+    [B, T, P] select tokens of each frame, and scores [B, T] select whole frames. The order is
+    total: a higher score comes first, of equal ones the lower index; 0.0 and -0.0 are equal; NaN
+    comes after -inf. So the result is the same on every backend, and deterministic.
+
+    Args:
+        x: float32, float16 or bfloat16, [*batch, prefix + N, *rest], any strides.
+        scores: [*batch, N], floating point, computed with in float32. Packed: [total], one for
+            each row of x; those of the prefix are ignored.
+        keep: how many tokens of each sample stay: an int is a count in [1, N], a float is a rate
+            in (0, 1], so 1.0 keeps all.
+        rank_by: what to rank by in place of `scores`, in the same shape, if tokens are drawn
+            (`gumbel_scores`) or chosen otherwise; `scores` then only weigh the fused token.
+        rounding: of a rate, as `kept_count` has it: "ceil", "floor", "floor_min_one" or
+            "drop_floor".
+        order: of the kept tokens. "index": as they were (SViTT); "score": best first (EViT).
+        fuse: adds a token at the end of each sample. "sum": the sum of score times token over the
+            dropped (EViT); "mean": that sum divided by the sum of these scores, or zeros where
+            they sum to 0. A token whose score is not finite adds nothing. Without dropped tokens
+            it is zeros.
+        cu_seqlens: [B + 1] int32: x is packed, [total, *rest], and these are the rows where each
+            sample begins, from 0 to total; a sample has its prefix first.
+        num_kept: for packed x, the number of kept tokens of all samples without prefix, if it is
+            known; else, if `keep` is a rate, it is read from the device: on CUDA that waits for
+            the device, and `torch.compile(fullgraph=True)` refuses it.
+        prefix: so many tokens at the front of each sample (CLS) have no score and always stay,
+            in front.
+        backend: "auto", "compiled", "triton" or "reference".
+
+    Returns:
+        `Selected`: tokens, ids_keep, inverse and cu_seqlens. `tokens` has gradients by x and, with
+        `fuse`, by `scores`; the fused token's are those of a sum over fixed tokens.
+
+    Raises:
+        TypeError: a dtype or the type of `keep` is not one of those above.
+        ValueError: shapes, devices, numbers or options do not fit together.
+        RuntimeError: a backend asked for by name cannot run here; or, found by the kernel, the
+            offsets or `num_kept` do not fit, or a packed sample has fewer tokens than `keep` (on
+            CUDA as a device-side assertion).
+    """
+    _check_options(rounding, order, fuse)
+    _check_tensors(x, scores, rank_by, cu_seqlens, prefix)
+    high = torch.promote_types(x.dtype, torch.float32)
+    ranks = (scores if rank_by is None else rank_by).detach().to(high)
+    weights = scores.to(high) if fuse else None
+    backend = library.choose(
+        backend, "select_tokens", x.device.type, x.dtype, rows=scores.shape[-1]
+    )
+    run = reference.select_tokens
+    if backend != "reference":
+        run = library.kernel("select_tokens", backend)
+    if cu_seqlens is not None:
+        cu_kept, num_kept = _packed_counts(cu_seqlens, keep, rounding, num_kept, prefix)
+        rows = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+        found = run(rows, ranks, weights, cu_seqlens, cu_kept, num_kept, prefix, order, fuse or "")[
+            :4
+        ]
+        return Selected(found[0].view(-1, *x.shape[1:]), *found[1:])
+
+    if num_kept is not None:
+        raise ValueError(f"num_kept is for packed x with cu_seqlens, got {num_kept} without")
+    *batch, N = scores.shape
+    rest = x.shape[scores.ndim :]
+    K = _count(N, keep, rounding)
+    B = math.prod(batch)
+    found = run(
+        x.reshape(B, prefix + N, math.prod(rest)),
+        ranks.reshape(B, N),
+        weights if weights is None else weights.reshape(B, N),
+        None,
+        None,
+        K,
+        prefix,
+        order,
+        fuse or "",
+    )[:4]
+    if scores.ndim == 2 and x.ndim == 3:  # as they are: each view costs a microsecond or two
+        return Selected(*found)
+    tokens, ids, inverse, offsets = found
+    return Selected(
+        tokens.view(*batch, prefix + K + bool(fuse), *rest),
+        ids.view(*batch, K),
+        inverse.view(scores.shape),
+        offsets,
+    )
+
+
+def kept_count(n: int, keep: float, rounding: Rounding = "ceil") -> int:
+    """How many of `n` tokens a rate keeps, exactly as the sources compute it.
+
+    They differ by one where the product is no integer, and Python's rounding errors count:
+
+    - "ceil", EViT and SViTT: `math.ceil(keep * n)`.
+    - "floor", MAE-ST, FLIP and VLC: `int(n * keep)`, where they have `keep = 1 - mask_ratio`.
+    - "floor_min_one", open_clip and timm: `max(1, int(n * keep))`.
+    - "drop_floor", VideoMAE: `n - int(mask_ratio * n)`, where mask_ratio is 1 - keep to 15
+      decimal places, so that 0.9 and 1 - 0.1 mean the same ratio, 0.1.
+
+    Args:
+        n: tokens, 0 or more; never more than these are kept.
+        keep: the rate, in (0, 1].
+
+    Raises:
+        ValueError: a number is out of its range, or there is no such rounding.
+    """
+    _check_options(rounding)
+    if n < 0:
+        raise ValueError(f"need n >= 0, got {n}")
+    if not 0 < keep <= 1:
+        raise ValueError(f"need a rate in (0, 1], got {keep}")
+    if rounding == "ceil":
+        return math.ceil(keep * n)
+    if rounding == "drop_floor":
+        return n - int(round(1 - keep, 15) * n)
+    count = int(n * keep)
+    return count if rounding == "floor" else min(n, max(1, count))
+
+
+def gumbel_scores(scores: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """Scores whose order is a random draw without replacement, in proportion to `scores`.
+
+        log(scores) - log(e), e drawn from the exponential distribution
+
+    As `rank_by` (or as `scores`) of `select_tokens` they keep what `torch.multinomial` would draw:
+    K tokens, one after another, each with a probability in proportion to its score among those
+    left. A token with score 0 is drawn only after all others; one with a negative score or NaN
+    gets NaN, and comes last.
+
+    Args:
+        scores: probabilities, not necessarily normalised, in any shape; 0 or more.
+        generator: on the device of `scores`; default: PyTorch's own.
+
+    Returns:
+        float32 (float64 of float64), in the shape of `scores`, without a gradient.
+
+    Source: the Gumbel-top-k trick, arXiv 1903.06059; used so by Unmasked Teacher, arXiv 2303.16058.
+    """
+    if not scores.is_floating_point():
+        raise TypeError(f"need scores in a floating dtype, got {scores.dtype}")
+    high = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    exponential = torch.empty_like(high).exponential_(generator=generator)
+    return high.log() - exponential.clamp(min=torch.finfo(high.dtype).tiny).log()
+
+
+def _count(n: int, keep: int | float, rounding: Rounding) -> int:
+    """Of `n` tokens, as a count or a rate says."""
+    if isinstance(keep, bool) or not isinstance(keep, (int, float, torch.SymInt)):
+        raise TypeError(f"need keep as an int (a count) or a float (a rate), got {keep!r}")
+    if isinstance(keep, float):
+        return kept_count(n, keep, rounding)
+    if not 1 <= keep <= n:
+        raise ValueError(f"need keep in [1, {n}] for {n} tokens, got {keep}")
+    return keep
+
+
+def _packed_counts(
+    cu_seqlens: Tensor, keep: int | float, rounding: Rounding, num_kept: int | None, prefix: int
+) -> tuple[Tensor, int]:
+    """Where the kept tokens of each sample begin, [B + 1] int32, and how many there are."""
+    B = cu_seqlens.shape[0] - 1
+    if num_kept is not None and num_kept < 0:
+        raise ValueError(f"need num_kept >= 0, got {num_kept}")
+    if not isinstance(keep, float):
+        _count(2**31 - 1, keep, rounding)
+        if num_kept not in (None, B * keep):
+            raise ValueError(f"{keep} tokens of {B} samples are {B * keep}, got {num_kept=}")
+        cu_kept = torch.arange(B + 1, dtype=torch.int32, device=cu_seqlens.device) * keep
+        return cu_kept, B * keep
+    kept_count(0, keep, rounding)  # checks the rate
+    n = cu_seqlens.diff().double() - prefix
+    if rounding == "ceil":
+        kept = (keep * n).ceil()
+    elif rounding == "drop_floor":
+        kept = n - (round(1 - keep, 15) * n).floor()
+    else:
+        kept = (n * keep).floor()
+        kept = kept if rounding == "floor" else kept.clamp(min=1).minimum(n)
+    cu_kept = torch.nn.functional.pad(kept.cumsum(0), (1, 0)).int()
+    return cu_kept, int(cu_kept[-1]) if num_kept is None else num_kept
+
+
+def _check_options(rounding: str, order: str = "index", fuse: str | None = None) -> None:
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"need rounding among {', '.join(ROUNDINGS)}, got {rounding!r}")
+    if order not in ("index", "score"):
+        raise ValueError(f"need order 'index' or 'score', got {order!r}")
+    if fuse not in (None, "sum", "mean"):
+        raise ValueError(f"need fuse None, 'sum' or 'mean', got {fuse!r}")
+
+
+def _check_tensors(
+    x: Tensor, scores: Tensor, rank_by: Tensor | None, cu_seqlens: Tensor | None, prefix: int
+) -> None:
+    if x.dtype not in FLOATING:
+        raise TypeError(f"need x in one of {FLOATING}, got {x.dtype}")
+    if prefix < 0:
+        raise ValueError(f"need prefix >= 0, got {prefix}")
+    for name, each in (("scores", scores), ("rank_by", rank_by)):
+        if each is None:
+            continue
+        if not each.is_floating_point():
+            raise TypeError(f"need {name} in a floating dtype, got {each.dtype}")
+        if each.shape != scores.shape:
+            raise ValueError(f"need {name} {tuple(scores.shape)}, got {tuple(each.shape)}")
+        if each.device != x.device:
+            raise ValueError(f"need {name} on {x.device}, got {each.device}")
+    nd = scores.ndim
+    if cu_seqlens is None:
+        expected = (*scores.shape[:-1], prefix + scores.shape[-1]) if nd else ()
+        if not nd or x.shape[:nd] != expected:
+            raise ValueError(
+                f"need x [*batch, {prefix} + N, *rest] and scores [*batch, N], "
+                f"got {tuple(x.shape)} and {tuple(scores.shape)}"
+            )
+        return
+    if nd != 1 or x.ndim < 1 or x.shape[0] != scores.shape[0]:
+        raise ValueError(
+            "need x [total, *rest] and scores [total] with cu_seqlens, "
+            f"got {tuple(x.shape)} and {tuple(scores.shape)}"
+        )
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"need cu_seqlens in int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"need cu_seqlens [B + 1], got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"need cu_seqlens on {x.device}, got {cu_seqlens.device}")

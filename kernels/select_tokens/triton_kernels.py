@@ -1,0 +1,594 @@
+"""select_tokens in Triton: one launch forward, one backward.
+
+Forward every program finds out by itself which tokens of its sample stay, from scores that fit
+into the cache, so that nothing is handed from one launch to another. Some programs copy a block of
+rows, the kept ones, and never read the others; some add up the dropped rows in a slice of columns.
+
+A token's key is one integer whose order is the total order of the contract. In the order of scores
+its place is the number of larger keys; in the order of indices a search for the K-th largest key,
+two bits at a time, tells which tokens stay, and the place is the number of those before it.
+"""
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vidl.kernels import library
+from vidl.kernels.triton_launch import OPTIONS, block_size, on_device
+
+# Keys that a program compares at a time, at most; and those it compares with each of a block.
+KEYS_PER_STEP = 1024
+RIVALS_PER_STEP = 64
+# Elements of a tile of rows, and columns that a program which copies takes, at most.
+TILE = 8192
+COLUMNS = 8192
+# Elements of a tile of rows that are added up, and its rows, at most.
+FUSED_TILE, FUSED_ROWS = 2048, 32
+
+
+@triton.jit
+def _keys(ranks_ptr, stride, n, N, index_bits):
+    """A key for each token n: larger for a higher score, then for a lower index; -1 beyond N."""
+    score = tl.load(ranks_ptr + n.to(tl.int64) * stride, mask=n < N, other=0)
+    score = tl.where(score == 0, 0.0, score)  # not -0.0
+    bits = score.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = tl.where(score == score, bits, -0x80000000)
+    one = tl.full([1], 1, tl.int64)
+    key = ((bits.to(tl.int64) + 0x80000000) << index_bits) + ((one << index_bits) - 1 - n)
+    return tl.where(n < N, key, -1)
+
+
+@triton.jit
+def _threshold(ranks_ptr, stride, N, K, index_bits, BLOCK: tl.constexpr):
+    """The K-th largest key: the largest number that K keys reach. Two bits at a time."""
+    threshold = tl.zeros([1], tl.int64)
+    bit = (32 + index_bits + 1) // 2 * 2 - 2
+    while bit >= 0:
+        step = tl.full([1], 1, tl.int64) << bit
+        counts = tl.zeros([BLOCK], tl.int64)  # three counts, of 21 bits each
+        for start in range(0, N, BLOCK):
+            key = _keys(ranks_ptr, stride, start + tl.arange(0, BLOCK), N, index_bits)
+            counts += (key >= threshold + step).to(tl.int64)
+            counts += (key >= threshold + 2 * step).to(tl.int64) << 21
+            counts += (key >= threshold + 3 * step).to(tl.int64) << 42
+        count = tl.sum(counts, 0)
+        reached = (count & 0x1FFFFF) >= K
+        more = ((count >> 21) & 0x1FFFFF) >= K
+        most = (count >> 42) >= K
+        threshold += step * (reached.to(tl.int64) + more.to(tl.int64) + most.to(tl.int64))
+        bit -= 2
+    return threshold
+
+
+@triton.jit
+def _place_by_index(
+    ranks_ptr, stride, n, N, K, index_bits, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Whether each token stays, and how many do before it."""
+    threshold = _threshold(ranks_ptr, stride, N, K, index_bits, BLOCK)
+    first = tl.maximum(tl.min(n, 0), 0)
+    counts = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, first, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        key = _keys(ranks_ptr, stride, other, N, index_bits)
+        counts += ((key >= threshold) & (other < first)).to(tl.int32)
+    real = (n >= 0) & (n < N)
+    key = _keys(ranks_ptr, stride, tl.where(real, n, N), N, index_bits)
+    stays = real & (key >= threshold)
+    return stays, tl.sum(counts, 0) + tl.cumsum(stays.to(tl.int32), 0) - 1
+
+
+@triton.jit
+def _place_by_score(
+    ranks_ptr, stride, n, N, K, index_bits, RIVALS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Whether each token stays, and how many are better."""
+    real = (n >= 0) & (n < N)
+    key = _keys(ranks_ptr, stride, tl.where(real, n, N), N, index_bits)
+    better = tl.zeros([BLOCK_N, RIVALS], tl.int32)
+    for start in range(0, N, RIVALS):
+        rival = _keys(ranks_ptr, stride, start + tl.arange(0, RIVALS), N, index_bits)
+        better += (rival[None, :] > key[:, None]).to(tl.int32)
+    place = tl.sum(better, 1)
+    return real & (place < K), place
+
+
+@triton.jit
+def _check_offsets(offsets_ptr, B, last, BLOCK: tl.constexpr):
+    for start in range(0, B + 1, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        this = tl.load(offsets_ptr + i, mask=i <= B, other=0)
+        after = tl.load(offsets_ptr + i + 1, mask=i < B, other=0)
+        tl.device_assert(this <= after, "offsets of samples must ascend", mask=i < B)
+        tl.device_assert(this == 0, "offsets of samples must begin with 0", mask=i == 0)
+        tl.device_assert(this == last, "offsets of samples must end with their rows", mask=i == B)
+
+
+@triton.jit
+def _work(item, cu_seqlens_ptr, B, blocks, BLOCK: tl.constexpr):
+    """The sample, and the first of its rows, that an item of work is about.
+
+    Every sample has `blocks` blocks; or sample b has those from cu_seqlens[b] // BLOCK + b on, of
+    which there is at least one.
+    """
+    if cu_seqlens_ptr is None:
+        sample = item // blocks
+        start = item % blocks * BLOCK
+    else:
+        sample = item * 0
+        high = sample + B
+        while high - sample > 1:
+            middle = (sample + high) // 2
+            below = tl.load(cu_seqlens_ptr + middle) // BLOCK + middle <= item
+            sample = tl.where(below, middle, sample)
+            high = tl.where(below, high, middle)
+        start = (item - tl.load(cu_seqlens_ptr + sample) // BLOCK - sample) * BLOCK
+    return sample, start.to(tl.int32)
+
+
+@triton.jit
+def _rows_of(sample, cu_seqlens_ptr, N, total, prefix):
+    """The first row of a sample in packed x (else 0), and its tokens without the prefix."""
+    if cu_seqlens_ptr is None:
+        begin = sample * 0
+        tokens = N
+    else:
+        begin = tl.load(cu_seqlens_ptr + sample).to(tl.int64)
+        end = tl.load(cu_seqlens_ptr + sample + 1).to(tl.int64)
+        right = (begin >= 0) & (end <= total) & (begin + prefix <= end)
+        tl.device_assert(right, "cu_seqlens must ascend to the rows of x, by prefix rows at least")
+        begin = tl.where(right, begin, 0)
+        tokens = tl.where(right, end - begin - prefix, 0).to(tl.int32)
+    return begin, tokens
+
+
+@triton.jit
+def _kept_of(sample, cu_kept_ptr, K, num_kept, tokens):
+    """Where the kept tokens of a sample begin, and how many there are."""
+    if cu_kept_ptr is None:
+        begin = sample * K
+        count = K
+    else:
+        begin = tl.load(cu_kept_ptr + sample).to(tl.int64)
+        end = tl.load(cu_kept_ptr + sample + 1).to(tl.int64)
+        right = (begin >= 0) & (begin <= end) & (end <= num_kept) & (end - begin <= tokens)
+        tl.device_assert(right, "a sample cannot keep more tokens than it has, or than num_kept")
+        begin = tl.where(right, begin, 0)
+        count = tl.where(right, end - begin, 0).to(tl.int32)
+    return begin, count
+
+
+@triton.jit
+def _fuse(
+    x_ptr, ranks_ptr, weights_ptr, row_ptr, mean_ptr, mass_ptr, stride_r, stride_ranks,
+    stride_weights, N, K, C, part, index_bits,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write a slice of columns of the fused token: weight x token, summed over the dropped ones."""
+    threshold = _threshold(ranks_ptr, stride_ranks, N, K, index_bits, BLOCK)
+    c = part * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    masses = tl.zeros([ROWS], tl.float32)
+    for start in range(0, N, ROWS):
+        n = start + tl.arange(0, ROWS)
+        key = _keys(ranks_ptr, stride_ranks, n, N, index_bits)
+        at = weights_ptr + n.to(tl.int64) * stride_weights
+        weight = tl.load(at, mask=n < N, other=0)
+        used = (n < N) & (key < threshold) & (tl.abs(weight) < float("inf"))
+        weight = tl.where(used, weight, 0.0)
+        row = x_ptr + n.to(tl.int64)[:, None] * stride_r
+        x = tl.load(row + c[None, :], mask=used[:, None] & (c < C)[None, :], other=0)
+        total += weight[:, None] * x.to(tl.float32)
+        masses += weight
+    value = tl.sum(total, 0)
+    if mean_ptr is not None:
+        mass = tl.sum(masses, 0)
+        value = tl.where(mass == 0, 0.0, value / tl.where(mass == 0, 1.0, mass))
+        tl.store(mean_ptr + c, value, mask=c < C)
+        if part == 0:
+            tl.store(mass_ptr, mass)
+    tl.store(row_ptr + c, value.to(row_ptr.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def _copy(
+    x_ptr, tokens_ptr, r, to, copied, stride_r, C, first,
+    BLOCK_C: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Copy the rows r of a sample to the rows `to` of all tokens, where `copied` says so."""
+    row = r.to(tl.int64) * stride_r
+    for step in range(first, tl.minimum(C, first + COLUMNS), BLOCK_C):
+        c = step + tl.arange(0, BLOCK_C)
+        mask = copied[:, None] & (c < C)[None, :]
+        x = tl.load(x_ptr + row[:, None] + c[None, :], mask=mask)
+        tl.store(tokens_ptr + to[:, None] * C + c[None, :], x, mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "B", "N", "K", "total", "num_kept", "prefix", "blocks", "chunks", "slices", "index_bits",
+    ]
+)  # fmt: skip
+def select_kernel(
+    x_ptr,  # [B, prefix + N, C] or [total, C]
+    ranks_ptr,  # [B, N] or [total]
+    weights_ptr,  # as ranks, or None
+    cu_seqlens_ptr,  # [B + 1] or None
+    cu_kept_ptr,  # [B + 1] or None
+    tokens_ptr,  # [B, prefix + K + FUSE, C], or packed
+    ids_ptr,  # [B, K] or [num_kept]
+    inverse_ptr,  # as ranks
+    offsets_ptr,  # [B + 1]
+    mean_ptr,  # [B, C] or None
+    mass_ptr,  # [B] or None
+    stride_b,
+    stride_r,
+    stride_ranks_b,
+    stride_ranks,
+    stride_weights_b,
+    stride_weights,
+    B,
+    N,
+    K,
+    C,
+    total,
+    num_kept,
+    prefix,
+    blocks,
+    chunks,
+    slices,
+    index_bits,
+    BY_SCORE: tl.constexpr,
+    FUSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RIVALS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FUSED_ROWS: tl.constexpr,
+    FUSED_COLUMNS: tl.constexpr,
+):
+    """Programs of fused tokens come first, B x slices; then those that copy, blocks x chunks."""
+    program = tl.program_id(0).to(tl.int64)
+    fused = B.to(tl.int64) * slices
+    if cu_seqlens_ptr is not None:
+        if program == 0:
+            _check_offsets(cu_seqlens_ptr, B, total, 256)
+            _check_offsets(cu_kept_ptr, B, num_kept, 256)
+    if program < fused:
+        sample = program // slices
+        start = tl.zeros([], tl.int32)
+    else:
+        sample, start = _work((program - fused) // chunks, cu_seqlens_ptr, B, blocks, BLOCK_N)
+    begin, tokens = _rows_of(sample, cu_seqlens_ptr, N, total, prefix)
+    first, kept = _kept_of(sample, cu_kept_ptr, K, num_kept, tokens)
+    out = first + sample * (prefix + FUSE)  # the sample's first row among the tokens
+    x_ptr += sample * stride_b + begin * stride_r
+    if cu_seqlens_ptr is None:
+        ranks_ptr += sample * stride_ranks_b
+        inverse_ptr += sample * N
+        if FUSE:
+            weights_ptr += sample * stride_weights_b
+    else:
+        ranks_ptr += (begin + prefix) * stride_ranks
+        inverse_ptr += begin + prefix
+        if FUSE:
+            weights_ptr += (begin + prefix) * stride_weights
+
+    if program < fused:
+        if FUSE:
+            if mean_ptr is not None:
+                mean_ptr += sample * C
+                mass_ptr += sample
+            _fuse(
+                x_ptr + prefix * stride_r, ranks_ptr, weights_ptr,
+                tokens_ptr + (out + prefix + kept) * C, mean_ptr, mass_ptr,
+                stride_r, stride_ranks, stride_weights, tokens, kept, C,
+                (program % slices).to(tl.int32), index_bits, BLOCK, FUSED_ROWS, FUSED_COLUMNS,
+            )  # fmt: skip
+    else:
+        r = start + tl.arange(0, BLOCK_N)
+        n = r - prefix
+        if BY_SCORE:
+            stays, place = _place_by_score(
+                ranks_ptr, stride_ranks, n, tokens, kept, index_bits, RIVALS, BLOCK_N
+            )
+        else:
+            stays, place = _place_by_index(
+                ranks_ptr, stride_ranks, n, tokens, kept, index_bits, BLOCK, BLOCK_N
+            )
+        chunk = ((program - fused) % chunks).to(tl.int32)
+        if chunk == 0:
+            real = (n >= 0) & (n < tokens)
+            if cu_seqlens_ptr is not None:
+                real |= (n < 0) & (r < prefix + tokens)
+            tl.store(inverse_ptr + n, tl.where(stays, place, -1).to(tl.int64), mask=real)
+            tl.store(ids_ptr + first + place, n.to(tl.int64), mask=stays)
+            if start == 0:
+                end = out + prefix + kept + FUSE
+                tl.store(offsets_ptr + sample + 1, end.to(tl.int32))
+                if sample == 0:
+                    tl.store(offsets_ptr, 0)
+        to = out + tl.where(n < 0, r, prefix + place)
+        _copy(
+            x_ptr,
+            tokens_ptr,
+            r,
+            to,
+            stays | (n < 0),
+            stride_r,
+            C,
+            chunk * COLUMNS,
+            BLOCK_C,
+            COLUMNS,
+        )
+
+
+@triton.jit(do_not_specialize=["B", "N", "total", "prefix", "blocks", "chunks"])
+def backward_kernel(
+    grad_ptr,  # of the tokens
+    x_ptr,  # or None
+    weights_ptr,  # or None
+    inverse_ptr,
+    cu_seqlens_ptr,  # [B + 1] or None
+    offsets_ptr,  # [B + 1], of the tokens
+    mean_ptr,  # [B, C] or None
+    mass_ptr,  # [B] or None
+    grad_x_ptr,  # or None
+    grad_weights_ptr,  # or None
+    stride_b,
+    stride_r,
+    stride_weights_b,
+    stride_weights,
+    B,
+    N,
+    C,
+    total,
+    prefix,
+    blocks,
+    chunks,
+    FUSE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Each row of x gets its token's gradient, or its share of the fused token's, or zeros."""
+    program = tl.program_id(0).to(tl.int64)
+    sample, start = _work(program // chunks, cu_seqlens_ptr, B, blocks, BLOCK_N)
+    begin, tokens = _rows_of(sample, cu_seqlens_ptr, N, total, prefix)
+    out = tl.load(offsets_ptr + sample).to(tl.int64)
+    last = tl.load(offsets_ptr + sample + 1).to(tl.int64) - 1
+    r = start + tl.arange(0, BLOCK_N)
+    n = r - prefix
+    scored = (n >= 0) & (n < tokens)
+    if cu_seqlens_ptr is None:
+        number = sample * N + n
+        row = sample * (prefix + N) + r
+    else:
+        number = begin + prefix + n
+        row = begin + r
+    place = tl.load(inverse_ptr + number, mask=scored, other=-1)
+    stays = (n < 0) | (place >= 0)
+    source = out + tl.where(n < 0, r, prefix + place)
+    scale = tl.full([BLOCK_N], 1, tl.float32)
+    passes = stays
+    if FUSE:
+        if cu_seqlens_ptr is None:
+            at = sample * stride_weights_b + n * stride_weights
+        else:
+            at = number * stride_weights
+        weight = tl.load(weights_ptr + at, mask=scored & ~stays, other=float("inf"))
+        used = scored & ~stays & (tl.abs(weight) < float("inf"))
+        share = tl.full([], 1, tl.float32)
+        if mass_ptr is not None:
+            mass = tl.load(mass_ptr + sample)
+            share = tl.where(mass == 0, 0.0, 1 / tl.where(mass == 0, 1.0, mass))
+        source = tl.where(used, last, source)
+        scale = tl.where(used, weight * share, scale)
+        passes = stays | used
+
+    x_row = sample * stride_b + (begin + r) * stride_r
+    product = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    first = (program % chunks).to(tl.int32) * COLUMNS
+    for step in range(first, tl.minimum(C, first + COLUMNS), BLOCK_C):
+        c = step + tl.arange(0, BLOCK_C)
+        inside = (c < C)[None, :]
+        from_row = grad_ptr + source[:, None] * C
+        grad = tl.load(from_row + c[None, :], mask=passes[:, None] & inside, other=0).to(tl.float32)
+        if grad_x_ptr is not None:
+            value = (grad * scale[:, None]).to(grad_x_ptr.dtype.element_ty)
+            real = (r < prefix + tokens)[:, None] & inside
+            tl.store(grad_x_ptr + row[:, None] * C + c[None, :], value, mask=real)
+        if grad_weights_ptr is not None:
+            mask = used[:, None] & inside
+            x = tl.load(x_ptr + x_row[:, None] + c[None, :], mask=mask, other=0).to(tl.float32)
+            if mean_ptr is not None:
+                x -= tl.load(mean_ptr + sample * C + c, mask=c < C, other=0)[None, :]
+            product += tl.where(mask, grad * x, 0.0)
+    if grad_weights_ptr is not None:
+        real = scored
+        if cu_seqlens_ptr is not None:
+            real |= (n < 0) & (r < prefix + tokens)
+        grad_weight = tl.where(used, tl.sum(product, 1) * share, 0.0)
+        tl.store(grad_weights_ptr + number, grad_weight, mask=real)
+
+
+def select_tokens(
+    x: Tensor,  # [B, prefix + N, C], or [total, C] with offsets
+    ranks: Tensor,  # [B, N] or [total]
+    weights: Tensor | None,  # as ranks
+    cu_seqlens: Tensor | None,  # [B + 1]
+    cu_kept: Tensor | None,  # [B + 1]
+    keep: int,
+    prefix: int,
+    order: str,
+    fuse: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, ids_keep, inverse, offsets; and the mean and the mass it was divided by, or empty."""
+    samples = _Samples(x, cu_seqlens, prefix)
+    B, C, extra = samples.B, samples.C, prefix + bool(fuse)
+    if cu_seqlens is None:
+        tokens, ids = x.new_empty(B, keep + extra, C), [B, keep]
+    else:
+        tokens, ids = x.new_empty(keep + B * extra, C), [keep]
+    if cu_kept is not None:
+        cu_kept = cu_kept.contiguous()
+        if library.interpreting():
+            samples.check(cu_kept, keep)
+    found = ranks.new_empty(ids, dtype=torch.int64)
+    inverse = ranks.new_empty(ranks.shape, dtype=torch.int64)
+    offsets = (ranks.new_zeros if B == 0 else ranks.new_empty)(B + 1, dtype=torch.int32)
+    mean_shape = (B, C) if fuse == "mean" else (0,)
+    mean, mass = ranks.new_empty(mean_shape), ranks.new_empty(mean_shape[:1])
+    divides = fuse == "mean"
+    block_n, block_c = samples.tile()
+    fused_rows = block_size(samples.N or samples.total, FUSED_ROWS)
+    fused_columns = block_size(C, FUSED_TILE // fused_rows)
+    chunks, slices = samples.chunks(COLUMNS), triton.cdiv(C, fused_columns) if fuse else 0
+    programs = samples.programs(block_n) * chunks + B * slices
+    with on_device(x):
+        select_kernel[(programs,)](
+            samples.x, ranks, weights, samples.cu_seqlens, cu_kept,
+            tokens, found, inverse, offsets, mean if divides else None, mass if divides else None,
+            *samples.strides, *_strides(ranks), *((0, 0) if weights is None else _strides(weights)),
+            B, samples.N, keep, C, samples.total, keep, prefix,
+            samples.blocks(block_n), chunks, slices,
+            max(samples.N or samples.total, 1).bit_length(),
+            BY_SCORE=order == "score",
+            FUSE=int(bool(fuse)),
+            BLOCK=block_size(samples.N or samples.total, KEYS_PER_STEP),
+            RIVALS=RIVALS_PER_STEP,
+            BLOCK_N=block_n,
+            BLOCK_C=block_c,
+            COLUMNS=COLUMNS,
+            FUSED_ROWS=fused_rows,
+            FUSED_COLUMNS=fused_columns,
+            **OPTIONS,
+        )  # fmt: skip
+    return tokens, found, inverse, offsets, mean, mass
+
+
+def select_tokens_bwd(
+    grad_tokens: Tensor,
+    x: Tensor | None,
+    weights: Tensor | None,
+    inverse: Tensor,
+    cu_seqlens: Tensor | None,
+    offsets: Tensor,
+    mean: Tensor,
+    mass: Tensor,
+    prefix: int,
+    fuse: str,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weights; empty where not needed."""
+    grad_tokens, inverse = grad_tokens.contiguous(), inverse.contiguous()
+    B, C = offsets.shape[0] - 1, grad_tokens.shape[-1]
+    rows = (inverse.shape[0], C) if cu_seqlens is not None else (B, prefix + inverse.shape[1], C)
+    grad_x = grad_tokens.new_empty(rows if need_x else (0,))
+    grad_weights = mean.new_empty(inverse.shape if need_weights else (0,))
+    # What is not needed of x, its numbers, does not exist: only its shape counts.
+    samples = _Samples(
+        grad_tokens.new_empty(()).expand(rows) if x is None else x, cu_seqlens, prefix
+    )
+    block_n, block_c = samples.tile(TILE // 2 if need_weights else TILE)  # which holds products too
+    # A sum over all columns belongs to one program.
+    columns = triton.cdiv(C, block_c) * block_c if need_weights else COLUMNS
+    chunks = samples.chunks(columns)
+    divides = fuse == "mean"
+    with on_device(grad_tokens):
+        backward_kernel[(samples.programs(block_n) * chunks,)](
+            grad_tokens, None if x is None else samples.x, weights, inverse, samples.cu_seqlens,
+            offsets, mean if divides else None, mass if divides else None,
+            grad_x if need_x else None, grad_weights if need_weights else None,
+            *samples.strides, *((0, 0) if weights is None else _strides(weights)),
+            B, samples.N, C, samples.total, prefix, samples.blocks(block_n), chunks,
+            FUSE=int(bool(fuse)),
+            BLOCK_N=block_n,
+            BLOCK_C=block_c,
+            COLUMNS=columns,
+            **OPTIONS,
+        )  # fmt: skip
+    return grad_x, grad_weights
+
+
+class _Samples:
+    """B samples of rows, and how they are cut into blocks: one for each program."""
+
+    def __init__(self, x: Tensor, cu_seqlens: Tensor | None, prefix: int) -> None:
+        self.x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+        self.C, self.prefix = x.shape[-1], prefix
+        self.cu_seqlens = cu_seqlens
+        if cu_seqlens is None:
+            self.B, self.N = x.shape[0], x.shape[1] - prefix
+            self.total = self.B * x.shape[1]
+        else:
+            self.cu_seqlens = cu_seqlens.contiguous()
+            self.B, self.N, self.total = cu_seqlens.shape[0] - 1, 0, x.shape[0]
+        self.strides = (0, *self.x.stride()[:-1])[-2:]
+
+    def tile(self, most: int = TILE) -> tuple[int, int]:
+        """Rows and columns that a program holds at a time, at most so many elements."""
+        columns = block_size(self.C, 256 if self.C <= 4096 else 1024)
+        longest = self.prefix + self.N if self.cu_seqlens is None else self.total
+        return block_size(longest, min(32, most // columns)), columns
+
+    def blocks(self, rows: int) -> int:
+        """Of a sample of x; packed ones have different numbers."""
+        return max(triton.cdiv(self.prefix + self.N, rows), 1)
+
+    def programs(self, rows: int) -> int:
+        """Blocks of all samples."""
+        if self.cu_seqlens is None:
+            return self.B * self.blocks(rows)
+        return self.total // rows + self.B if self.B else 0
+
+    def chunks(self, columns: int) -> int:
+        """Of the columns; one even without columns, for ids and offsets."""
+        return max(triton.cdiv(self.C, columns), 1)
+
+    def check(self, cu_kept: Tensor, num_kept: int) -> None:
+        """What the kernel asserts on CUDA: Triton's interpreter leaves assertions out."""
+        assert self.cu_seqlens is not None
+        offsets, kept = self.cu_seqlens.tolist(), cu_kept.tolist()
+        lengths = [b - a - self.prefix for a, b in itertools.pairwise(offsets)]
+        if offsets[0] != 0 or offsets[-1] != self.total or min(lengths, default=0) < 0:
+            raise RuntimeError(
+                f"select_tokens: cu_seqlens must ascend from 0 to {self.total}, by at least "
+                f"prefix = {self.prefix}"
+            )
+        counts = [b - a for a, b in itertools.pairwise(kept)]
+        if kept[-1] != num_kept or any(n > m for n, m in zip(counts, lengths, strict=True)):
+            raise RuntimeError(
+                f"select_tokens: samples of {lengths} tokens cannot keep {counts}, and {num_kept=}"
+            )
+
+
+def _strides(numbers: Tensor) -> tuple[int, int]:
+    return numbers.stride(0) if numbers.ndim == 2 else 0, numbers.stride(-1)
+
+
+def ahead_of_time() -> None:
+    """Launch every variant of every kernel once (tests/test_triton_aot.py compiles them)."""
+    offsets = torch.tensor([0, 40, 100], dtype=torch.int32)
+    kept = torch.tensor([0, 20, 50], dtype=torch.int32)
+    variants = itertools.product(
+        (torch.bfloat16, torch.float32), ("score", "index"), ("sum", "", "mean"), (768,)
+    )
+    others = ((torch.float16, "score", "sum", 768), (torch.bfloat16, "index", "mean", 8192))
+    for dtype, order, fuse, C in itertools.chain(variants, others):
+        x, scores = torch.zeros(2, 51, C, dtype=dtype), torch.zeros(2, 50)
+        flat = torch.zeros(100, C, dtype=dtype)
+        uniform = (x, scores, scores if fuse else None, None, None, 25, 1, order, fuse)
+        numbers = torch.zeros(100)
+        packed = (flat, numbers, numbers if fuse else None, offsets, kept, 50, 1, order, fuse)
+        for args in (uniform, packed):
+            tokens, _, inverse, ends, mean, mass = select_tokens(*args)
+            for need in (False, True) if fuse else (False,):
+                given = (args[0] if need else None, args[2], inverse, args[3], ends, mean, mass)
+                select_tokens_bwd(tokens, *given, 1, fuse, True, need)

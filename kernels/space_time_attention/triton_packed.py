@@ -1,0 +1,222 @@
+"""Packed groups: at most 16 queries and keys, several pairs of a group and a head in a program.
+
+Each pair is a matrix of its own of a batched product, so none ever meets another's numbers. The
+limit is the memory: forward q, k, v and out pass once, 8 queries * D bytes a pair in half floats
+when there are as many keys, for 4 * queries * keys * D FLOPs, of which 16 * 16 are computed.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vidl.kernels.triton_groups import check_offsets, load_rows, rows_at, span, store_rows
+
+from .triton_call import Call, Tile
+from .triton_softmax import (
+    LOG2_E,
+    key_scores,
+    multiply,
+    softmax,
+    transpose,
+    weights_back,
+)
+
+# The smallest side of a matrix that a tensor core multiplies, and so the most rows of a group.
+SLOT = 16
+# Pairs of a group and a head in a program.
+PACK = 4
+
+
+@triton.jit
+def packed_work(query_offsets_ptr, key_offsets_ptr, G, H, PACK: tl.constexpr):
+    """Of each pair, [PACK, 1]: its head, its first query and key, and how many there are."""
+    item = tl.program_id(0).to(tl.int64) * PACK + tl.arange(0, PACK)[:, None]
+    mask = item < G.to(tl.int64) * H
+    first_query, queries = span(query_offsets_ptr, item // H, mask)
+    first_key, keys = span(key_offsets_ptr, item // H, mask)
+    return item % H, first_query, queries, first_key, keys
+
+
+@triton.jit(do_not_specialize=["G", "H", "Q", "E", "K", "max_queries", "max_keys"])
+def packed_forward_kernel(
+    q_ptr,  # [Q, H, D]
+    k_ptr,  # [K, H, D]
+    v_ptr,  # [K, H, D]
+    query_offsets_ptr,  # [G + 1]
+    key_offsets_ptr,  # [G + 1]
+    query_rows_ptr,  # [Q] or None
+    key_rows_ptr,  # [E] or None
+    out_ptr,  # [Q, H, D]
+    lse_ptr,  # [H, Q]
+    scores_ptr,  # [H, E] or None
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    G,
+    H,
+    Q,
+    E,
+    K,
+    max_queries,
+    max_keys,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PACK: tl.constexpr,
+    SLOT: tl.constexpr,
+    SCORES: tl.constexpr,
+):
+    """PACK pairs of a group and a head, all their queries and keys; bound by memory."""
+    if tl.program_id(0) == 0:
+        check_offsets(query_offsets_ptr, G, Q, max_queries, BLOCK=128)
+        check_offsets(key_offsets_ptr, G, E, max_keys, BLOCK=128)
+    h, first_query, queries, first_key, keys = packed_work(
+        query_offsets_ptr, key_offsets_ptr, G, H, PACK
+    )
+    i = tl.arange(0, SLOT)[None, :]
+    real_query, real_key = i < queries, i < keys  # [PACK, SLOT]
+    query = rows_at(query_rows_ptr, first_query + i, real_query)
+    key = rows_at(key_rows_ptr, first_key + i, real_key)
+    tl.device_assert((query >= 0) & (query < Q), "query_rows are out of range", mask=real_query)
+    tl.device_assert((key >= 0) & (key < K), "key_rows are out of range", mask=real_key)
+    q = load_rows(q_ptr, query * q_row + h * q_head, real_query, D, BLOCK_D)
+    k = load_rows(k_ptr, key * k_row + h * k_head, real_key, D, BLOCK_D)
+    v = load_rows(v_ptr, key * v_row + h * v_head, real_key, D, BLOCK_D)
+    logits = multiply(q, transpose(k)) * (scale * LOG2_E)  # [PACK, SLOT, SLOT]
+    logits = tl.where(real_key[:, None, :], logits, float("-inf"))
+    weights, total, lse = softmax(logits, keys > 0)
+    out = multiply(weights.to(v.dtype), v) / total[:, :, None]
+    store_rows(out_ptr, (query * H + h) * D, out, real_query, D, BLOCK_D)
+    tl.store(lse_ptr + h * Q + query, lse, mask=real_query)
+    if scores_ptr is not None:
+        scores = key_scores(weights, total, i, real_query, queries, SCORES)
+        tl.store(scores_ptr + h * E + first_key + i, scores, mask=real_key)
+
+
+@triton.jit(do_not_specialize=["G", "H", "Q"])
+def packed_backward_kernel(
+    grad_out_ptr,  # [Q, H, D]
+    grad_scores_ptr,  # [E] or None
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lse_ptr,  # [H, Q]
+    query_offsets_ptr,
+    key_offsets_ptr,
+    query_rows_ptr,
+    key_rows_ptr,
+    grad_q_ptr,  # [Q, H, D]
+    grad_k_ptr,  # [K, H, D], or [E, H, D]
+    grad_v_ptr,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    G,
+    H,
+    Q,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PACK: tl.constexpr,
+    SLOT: tl.constexpr,
+    SCORES: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """All gradients of PACK pairs of a group and a head; bound by memory, 7 rows of D pass."""
+    h, first_query, queries, first_key, keys = packed_work(
+        query_offsets_ptr, key_offsets_ptr, G, H, PACK
+    )
+    i = tl.arange(0, SLOT)[None, :]
+    real_query, real_key = i < queries, i < keys
+    query = rows_at(query_rows_ptr, first_query + i, real_query)
+    key = rows_at(key_rows_ptr, first_key + i, real_key)
+    q = load_rows(q_ptr, query * q_row + h * q_head, real_query, D, BLOCK_D)
+    grad_out = load_rows(grad_out_ptr, (query * H + h) * D, real_query, D, BLOCK_D)
+    k = load_rows(k_ptr, key * k_row + h * k_head, real_key, D, BLOCK_D)
+    v = load_rows(v_ptr, key * v_row + h * v_head, real_key, D, BLOCK_D)
+    lse = tl.load(lse_ptr + h * Q + query, mask=real_query, other=0.0)
+    grad_score = tl.zeros([PACK, SLOT], tl.float32)
+    if grad_scores_ptr is not None:
+        grad_score = tl.load(grad_scores_ptr + first_key + i, mask=real_key, other=0.0) / H
+        if SCORES == "mean":
+            grad_score = grad_score / tl.maximum(queries, 1)
+    weights, grads = weights_back(  # [PACK, keys, queries]
+        q,
+        k,
+        v,
+        grad_out,
+        lse[:, None, :],
+        grad_score[:, :, None],
+        (i == 0)[:, None, :],
+        real_key[:, :, None] & real_query[:, None, :],
+        scale,
+        SCORES,
+        KEYS_FIRST=True,
+    )
+    delta = tl.sum(weights * grads, 1)
+    grad_logits = (weights * (grads - delta[:, None, :])).to(q.dtype)
+    entry = key
+    if SHARED:
+        entry = (first_key + i).to(tl.int64)
+    grad_v = multiply(weights.to(v.dtype), grad_out)
+    store_rows(grad_v_ptr, (entry * H + h) * D, grad_v, real_key, D, BLOCK_D)
+    grad_k = multiply(grad_logits, q) * scale
+    store_rows(grad_k_ptr, (entry * H + h) * D, grad_k, real_key, D, BLOCK_D)
+    grad_q = multiply(transpose(grad_logits), k) * scale
+    store_rows(grad_q_ptr, (query * H + h) * D, grad_q, real_query, D, BLOCK_D)
+
+
+def forward(c: Call, tile: Tile, out: Tensor, lse: Tensor, scores: Tensor | None) -> None:
+    packed_forward_kernel[(triton.cdiv(c.G * c.H, PACK),)](
+        *c.inputs,
+        *c.index,
+        out,
+        lse,
+        scores,
+        *c.strides,
+        *c.sizes,
+        *c.most,
+        c.scale,
+        **c.channels,
+        PACK=PACK,
+        SLOT=SLOT,
+        SCORES=c.scores,
+        **tile.options,
+    )
+
+
+def backward(
+    c: Call,
+    tile: Tile,
+    grad_out: Tensor,
+    grad_scores: Tensor | None,
+    lse: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    packed_backward_kernel[(triton.cdiv(c.G * c.H, PACK),)](
+        grad_out,
+        grad_scores,
+        *c.inputs,
+        lse,
+        *c.index,
+        grad_q,
+        grad_k,
+        grad_v,
+        *c.strides,
+        *c.sizes[:3],
+        c.scale,
+        **c.channels,
+        PACK=PACK,
+        SLOT=SLOT,
+        SCORES=c.scores,
+        SHARED=c.entries is not None,
+        **tile.options,
+    )

@@ -1,0 +1,1 @@
+from .op import token_scores as token_scores
