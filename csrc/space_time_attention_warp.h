@@ -1,35 +1,14 @@
-// space_time_attention on CUDA: where the rows of a group are, and the softmax of 16 queries a
-// warp, forward and backward.
+// space_time_attention on CUDA: the groups of a call, and the softmax of 16 queries a warp, forward
+// and backward.
 #pragma once
+#include "cuda_groups.h"
 #include "space_time_attention.h"
-#include "tensor_tiles.h"
 
 namespace vidl {
 namespace {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;  // exponentials are to the base two
 
-// ---- Groups ------------------------------------------------------------------------------------
-// The queries or the keys of one group.
-struct Members {
-  const int32_t* rows;  // null: the rows in their order
-  int64_t total;
-  int first, count;
-
-  __device__ int row(int i) const {
-    const int row = rows == nullptr ? first + i : rows[first + i];
-    assert(row >= 0 && row < total);  // query_rows, key_rows are out of range
-    return row;
-  }
-};
-
-__device__ __forceinline__ Members members(const int32_t* offsets, const int32_t* rows, int64_t g,
-                                           int64_t places, int64_t total, int64_t longest) {
-  const int begin = offsets[g], end = offsets[g + 1];
-  // offsets must ascend, and no group be longer than max_queries, max_keys
-  assert(begin >= 0 && begin <= end && end <= places && end - begin <= longest);
-  return {rows, total, begin, end - begin};
-}
 __device__ __forceinline__ Members queries_of(const Attention& a, int64_t g) {
   return members(a.query_offsets, a.query_rows, g, a.Q, a.Q, a.max_queries);
 }
@@ -44,34 +23,6 @@ __device__ __forceinline__ void check_ends(const Attention& a) {
   assert(a.key_offsets[0] == 0 && a.key_offsets[a.G] == a.E);
 }
 
-// Starts to copy `rows` rows of a group's members from `start` on; zeros beyond the group's end.
-// Addresses come first, four at a time: they need an index from memory, which a copy would wait
-// for.
-template <class T, int D>
-__device__ __forceinline__ void copy_rows(T* tile, int rows, const Strided& x, int h,
-                                          const Members& group, int start, int thread,
-                                          int threads) {
-  constexpr int kUnits = D / 8, kAtOnce = 4;
-  const T* const head = static_cast<const T*>(x.data) + h * x.head;
-  for (int first = thread; first < rows * kUnits; first += kAtOnce * threads) {
-    const T* from[kAtOnce];
-#pragma unroll
-    for (int n = 0; n < kAtOnce; n++) {
-      const int i = first + n * threads, member = start + i / kUnits;
-      const bool real = i < rows * kUnits && member < group.count;
-      from[n] = real ? head + group.row(member) * x.row + i % kUnits * 8 : nullptr;
-    }
-#pragma unroll
-    for (int n = 0; n < kAtOnce; n++) {
-      const int i = first + n * threads;
-      if (i >= rows * kUnits) break;
-      cp_async_16(tile + i / kUnits * kStride<D> + i % kUnits * 8, from[n] ? from[n] : head,
-                  from[n] != nullptr);
-    }
-  }
-}
-
-// ---- Softmax -----------------------------------------------------------------------------------
 __device__ __forceinline__ float sum_of_row(float x) {
   x += __shfl_xor_sync(kAllLanes, x, 1);
   return x + __shfl_xor_sync(kAllLanes, x, 2);

@@ -69,16 +69,29 @@ def program(name: str, kind: str = "plain", bug: tuple[str, str] | None = None) 
 
 
 def _planted(kernels: Path, right: str, wrong: str) -> Path:
-    """A copy of an op's kernels, with its own headers, and with a bug."""
-    text = kernels.read_text()
-    for header in ROOT.glob(f"csrc/{kernels.stem}_*.h"):
-        text = text.replace(f'#include "{header.name}"', header.read_text())
+    """A copy of an op's kernels, with its headers in their places, and with a bug."""
+    text = _inlined(kernels, set())
     assert text.count(right) == 1, f"{text.count(right)} times: {right}"
     text = text.replace(right, wrong)
     BUILD.mkdir(parents=True, exist_ok=True)
     copy = BUILD / f"{kernels.stem}-{_hash([], [text.encode()])}.cu"
     copy.write_text(text)
     return copy
+
+
+def _inlined(source: Path, seen: set[Path]) -> str:
+    """A source with the headers of csrc/ in their places, each once."""
+
+    def text(include: re.Match[str]) -> str:
+        header = ROOT / "csrc" / include[1]
+        if not header.is_file():
+            return include[0]
+        if header in seen:
+            return ""
+        seen.add(header)
+        return _inlined(header, seen).replace("#pragma once\n", "")
+
+    return re.sub(r'^#include "(.+)"$', text, source.read_text(), flags=re.MULTILINE)
 
 
 def _link(

@@ -45,6 +45,25 @@ BUGS = {
             "false",
         ),
         "weights are not transposed": ("transpose(across);", ""),
+        "a row gets the delta of another": (
+            "__shfl_sync(kAllLanes, dot, 2 * row_of_lane(i))",
+            "__shfl_sync(kAllLanes, dot, row_of_lane(i))",
+        ),
+        "sums go to the wrong lanes": (
+            "return 8 * j + int(lane_id()) % 4 * 2;",
+            "return 8 * j + (int(lane_id()) + 1) % 4 * 2;",
+        ),
+        "rows of a pack are read before they are there": (
+            "copy_pack<T, D>(v, a.v, group.h, rows, 16);\n"
+            "    cp_async_commit();\n"
+            "    cp_async_wait();\n"
+            "    __syncwarp();\n"
+            "    if (at_once > 1 && !finite<T, D>(v))",
+            "copy_pack<T, D>(v, a.v, group.h, rows, 16);\n"
+            "    cp_async_commit();\n"
+            "    __syncwarp();\n"
+            "    if (at_once > 1 && !finite<T, D>(v))",
+        ),
         "the gradient of scores is left out of delta": (
             "delta[i] += sum_of_row(more[i]) * share[i];",
             "",
