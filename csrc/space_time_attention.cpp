@@ -197,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> space_time_attention_bwd(
   const int64_t kept = shared ? a.E : 0;
   Tensor entry_grad_k = new_empty(k, {kept, a.H, a.D}, ScalarType::Float);
   Tensor entry_grad_v = new_empty(k, {kept, a.H, a.D}, ScalarType::Float);
-  const int64_t long_rows = size_of(max_queries, max_keys) == Size::kBlocked ? a.Q : 0;
+  const int64_t long_rows = backward_size(max_queries, max_keys, a.D) == Size::kBlocked ? a.Q : 0;
   Tensor delta = new_empty(q, {a.H, long_rows}, ScalarType::Float);
   const Backward b = {grad_out.data_ptr(),
                       out.data_ptr(),

@@ -1,4 +1,4 @@
-// space_time_attention on the tensor cores of sm_80 and later, forward and backward, in three size
+// space_time_attention on the tensor cores of sm_80 and later, forward and backward, in size
 // classes, each in a file of its own; space_time_attention.h has the rule which a call takes.
 // Schema: kernels/space_time_attention/op.py.
 //
@@ -14,6 +14,7 @@
 #include "space_time_attention_blocked.h"
 #include "space_time_attention_packed.h"
 #include "space_time_attention_whole.h"
+#include "space_time_attention_wide.h"
 
 #ifndef VIDL_HEAD_SIZES  // builds with sanitizers, and nvcc in tests, take fewer
 #define VIDL_HEAD_SIZES 32, 64, 80, 96, 128
@@ -85,15 +86,18 @@ int64_t packs_of(const Attention& a) {
 template <class T, int D>
 int forward(const Attention& a, const Forward& f, void* stream) {
   constexpr int64_t kRow = kStride<D> * sizeof(T);
+  const Size size = forward_size(a.max_queries, a.max_keys);
   int error = 0;
-  if (size_of(a.max_queries, a.max_keys) == Size::kPacked) {
+  if (size == Size::kPacked) {
     error = start(packed_forward_kernel<T, D>, packs_of(a), 32 * kPackedWarps,
                   kPackedWarps * 3 * 16 * kRow, stream, a, f);
-  } else if (size_of(a.max_queries, a.max_keys) == Size::kWhole) {
+  } else if (size != Size::kBlocked) {
     const int64_t keys = round_up_16(a.max_keys), squares = round_up_16(a.max_queries) / 16;
     const int64_t warps = squares < 1 ? 1 : squares < kForwardWarps ? squares : kForwardWarps;
     const int64_t bytes = (2 * keys + 16 * warps) * kRow + warps * keys * sizeof(float);
-    const auto kernel = keys <= 64 ? whole_forward_kernel<T, D, 4> : whole_forward_kernel<T, D, 8>;
+    const auto kernel = keys <= 64    ? whole_forward_kernel<T, D, 4>
+                        : keys <= 128 ? whole_forward_kernel<T, D, 8>
+                                      : whole_forward_kernel<T, D, 16>;
     error = start(kernel, a.G * a.H, static_cast<int>(32 * warps), bytes, stream, a, f);
   } else {
     const Blocks blocks = blocks_of(a, a.max_queries, a.Q), keys = blocks_of(a, a.max_keys, a.E);
@@ -111,25 +115,32 @@ int forward(const Attention& a, const Forward& f, void* stream) {
 template <class T, int D>
 int backward(const Attention& a, const Backward& b, void* stream) {
   constexpr int64_t kRow = kStride<D> * sizeof(T);
+  const Size size = backward_size(a.max_queries, a.max_keys, D);
+  const int64_t queries = round_up_16(a.max_queries), keys = round_up_16(a.max_keys);
+  const int64_t most = queries > keys ? queries : keys;
   int error = 0;
-  if (size_of(a.max_queries, a.max_keys) == Size::kPacked) {
+  if (size == Size::kPacked) {
     error = start(packed_backward_kernel<T, D>, packs_of(a), 32 * kPackedWarps,
                   kPackedWarps * 4 * 16 * kRow, stream, a, b);
-  } else if (size_of(a.max_queries, a.max_keys) == Size::kWhole) {
-    const int64_t queries = round_up_16(a.max_queries), keys = round_up_16(a.max_keys);
-    const int64_t most = queries > keys ? queries : keys;
+  } else if (size == Size::kWhole) {
     const int64_t tiles = 2 * keys * kRow, weights = 2 * queries * (keys + 8) * sizeof(T);
     const int64_t bytes = 2 * queries * kRow + (tiles > weights ? tiles : weights);
     const auto kernel =
         most <= 64 ? whole_backward_kernel<T, D, 4> : whole_backward_kernel<T, D, 8>;
     error = start(kernel, a.G * a.H, static_cast<int>(2 * most), bytes, stream, a, b);
+  } else if (size == Size::kWide) {
+    if constexpr (D <= 64) {
+      error = start(wide_backward_kernel<T, D>, a.G * a.H, static_cast<int>(2 * most),
+                    WideGroup<T, D>::bytes(queries, keys), stream, a, b);
+    }
   } else {
-    const Blocks blocks = blocks_of(a, a.max_queries, a.Q), keys = blocks_of(a, a.max_keys, a.E);
-    error = start(query_backward_kernel<T, D>, blocks.all, kBlockThreads, 6 * kBlock * kRow, stream,
-                  a, b, blocks.each);
+    const Blocks of_queries = blocks_of(a, a.max_queries, a.Q);
+    const Blocks of_keys = blocks_of(a, a.max_keys, a.E);
+    error = start(query_backward_kernel<T, D>, of_queries.all, kBlockThreads, 6 * kBlock * kRow,
+                  stream, a, b, of_queries.each);
     if (error == 0) {
-      error = start(key_backward_kernel<T, D>, keys.all, kBlockThreads, 6 * kBlock * kRow, stream,
-                    a, b, keys.each);
+      error = start(key_backward_kernel<T, D>, of_keys.all, kBlockThreads, 6 * kBlock * kRow,
+                    stream, a, b, of_keys.each);
     }
   }
   if (error != 0 || b.entry_offsets == nullptr) return error;

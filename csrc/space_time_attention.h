@@ -39,12 +39,21 @@ struct Backward {
 enum class Size {
   kPacked,   // at most 16 queries and keys: a warp has the groups that fill 16 rows
   kWhole,    // at most 128: a block has a group, and every warp whole rows of weights
+  kWide,     // at most 256: the same, but backward with a few queries at a time
   kBlocked,  // any length: blocks of queries meet blocks of keys
 };
 
-constexpr Size size_of(int64_t max_queries, int64_t max_keys) {
+constexpr Size forward_size(int64_t max_queries, int64_t max_keys) {
   const int64_t longest = max_queries > max_keys ? max_queries : max_keys;
-  return longest <= 16 ? Size::kPacked : longest <= 128 ? Size::kWhole : Size::kBlocked;
+  return longest <= 16    ? Size::kPacked
+         : longest <= 128 ? Size::kWhole
+         : longest <= 256 ? Size::kWide
+                          : Size::kBlocked;
+}
+// All rows of a wide group, four tensors of them, fit into a block's shared memory up to D = 64.
+constexpr Size backward_size(int64_t max_queries, int64_t max_keys, int64_t D) {
+  const Size size = forward_size(max_queries, max_keys);
+  return size == Size::kWide && D > 64 ? Size::kBlocked : size;
 }
 
 }  // namespace vidl

@@ -79,26 +79,44 @@ __global__ void __launch_bounds__(kBlockThreads)
   __syncwarp();
   Rows16<D> rows;
   rows.load(q);
-  Softmax<D> softmax;
-  softmax.start();
+  float most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  Square out[D / 16];
+  clear<D>(out);
   stream<T, D>(
       memory + kBlock * kStride<D>, a.k, &a.v, work.h, keys, [](int, int) {},
       [&](const T* k, const T* v, int start) {
         const int count = min(keys.count - start, kBlock);
+        const float before[2] = {most[0], most[1]};
         Square weights[kBlock / 16];
-        softmax.template meet<T>(rows, k, v, count, a.scale * kLog2E, weights,
-                                 [&](int, int column) { return column < count; });
+#pragma unroll
+        for (int n = 0; n < kBlock / 16; n++) {
+          if (16 * n < count) multiply_transposed<T, D>(weights[n], rows, k, 16 * n);
+        }
+        scale_products(weights, count, a.scale * kLog2E, most,
+                       [&](int, int column) { return column < count; });
+        float factor[2];  // of what was summed relative to a smaller product
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          factor[i] = exp2_approx(before[i] - (most[i] == -INFINITY ? 0.0f : most[i]));
+          sum[i] *= factor[i];
+        }
+#pragma unroll
+        for (int n = 0; n < D / 16; n++) {
+#pragma unroll
+          for (int e = 0; e < 8; e++) out[n][e / 4][e % 4] *= factor[e / 2 % 2];
+        }
+        exponentiate(weights, count, most, sum);
+        add_values<T, D>(out, weights, v, count);
       });
-  float inverse[2], lse[2];
-  softmax.finish(inverse, lse);
+  const Normaliser row(most, sum);
   __syncwarp();
-  store_rows<T, D>(static_cast<T*>(f.out), a.H, work.h, q, softmax.out, inverse[0], inverse[1],
+  store_rows<T, D>(static_cast<T*>(f.out), a.H, work.h, q, out, row.inverse[0], row.inverse[1],
                    [&](int r) { return first + r < queries.count ? queries.row(first + r) : -1; });
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int query = first + row_of_lane(i);
     if (query < queries.count && lane_id() % 4 == 0) {
-      f.lse[work.h * a.Q + queries.row(query)] = lse[i];
+      f.lse[work.h * a.Q + queries.row(query)] = row.lse[i];
     }
   }
 }
@@ -171,26 +189,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   rows.load(q);
   grad_rows.load(grad_out);
 
-  // delta = sum of the weights times their gradients = the output times its gradient: a row for
-  // two lanes.
-  float dot = 0.0f;
-  if (first + lane / 2 < queries.count) {
-    const int64_t row = queries.row(first + lane / 2);
-    const T* const out = static_cast<const T*>(b.out) + (row * a.H + work.h) * D;
-#pragma unroll
-    for (int unit = 0; unit < D / 16; unit++) {
-      const int d = 16 * unit + lane % 2 * 8;
-      const uint4 x = load_16(out + d);
-      const uint4 y = *reinterpret_cast<const uint4*>(grad_out + lane / 2 * kStride<D> + d);
-      const uint32_t left[4] = {x.x, x.y, x.z, x.w}, right[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-      for (int n = 0; n < 4; n++) {
-        const float2 l = unpack2<T>(left[n]), r = unpack2<T>(right[n]);
-        dot += l.x * r.x + l.y * r.y;
-      }
-    }
-  }
-  dot += __shfl_xor_sync(kAllLanes, dot, 1);
+  const float dot = output_times_grad<T, D>(b.out, a.H, work.h, queries, first, grad_out);
   float lse[2], share[2], delta[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -339,17 +338,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
         }
       });
   __syncwarp();
-  if (b.entry_grad_k != nullptr) {
-    const auto place = [&](int r) {
-      return first + r < keys.count ? int64_t{keys.first + first + r} : -1;
-    };
-    store_floats<D>(b.entry_grad_k, a.H, work.h, grad_k, a.scale, place);
-    store_floats<D>(b.entry_grad_v, a.H, work.h, grad_v, 1.0f, place);
-  } else {
-    const auto row = [&](int r) { return first + r < keys.count ? keys.row(first + r) : -1; };
-    store_rows<T, D>(static_cast<T*>(b.grad_k), a.H, work.h, k, grad_k, a.scale, a.scale, row);
-    store_rows<T, D>(static_cast<T*>(b.grad_v), a.H, work.h, v, grad_v, 1.0f, 1.0f, row);
-  }
+  store_key_grads<T, D>(a, b, work.h, keys, first, k, grad_k, grad_v);
 }
 
 }  // namespace

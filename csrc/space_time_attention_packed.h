@@ -86,7 +86,6 @@ __global__ void __launch_bounds__(32 * kPackedWarps) packed_forward_kernel(Atten
   Pack group;
   if (!group.find(a)) return;
   T *const q = memory + threadIdx.x / 32 * 3 * kTile, *const k = q + kTile, *const v = k + kTile;
-  T* const out = static_cast<T*>(f.out);
   const int inside = lane_id() % 16 / group.slot;
   int at_once = group.groups;
   for (int first = 0; first < group.groups; first += at_once) {
@@ -104,25 +103,22 @@ __global__ void __launch_bounds__(32 * kPackedWarps) packed_forward_kernel(Atten
     }
     const uint32_t seen[2] = {group.seen_by(row_of_lane(0), rows),
                               group.seen_by(row_of_lane(1), rows)};
-    Rows16<D> queries;
-    queries.load(q);
-    Softmax<D> softmax;
-    Square weights[1];
-    softmax.start();
-    softmax.template meet<T>(queries, k, v, 16, a.scale * kLog2E, weights,
-                             [&](int i, int column) { return (seen[i] >> column & 1) != 0; });
-    float inverse[2], lse[2];
-    softmax.finish(inverse, lse);
+    Square weights[1], out[D / 16];
+    const Normaliser softmax =
+        weigh_keys<T, D>(q, k, 16, a.scale * kLog2E, weights,
+                         [&](int i, int column) { return (seen[i] >> column & 1) != 0; });
+    clear<D>(out);
+    add_values<T, D>(out, weights, v, 16);
     __syncwarp();
-    store_rows<T, D>(out, a.H, group.h, q, softmax.out, inverse[0], inverse[1],
-                     [&](int r) { return __shfl_sync(kAllLanes, rows, r); });
+    store_rows<T, D>(static_cast<T*>(f.out), a.H, group.h, q, out, softmax.inverse[0],
+                     softmax.inverse[1], [&](int r) { return __shfl_sync(kAllLanes, rows, r); });
     float share[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int r = row_of_lane(i), row = __shfl_sync(kAllLanes, rows, r);
-      if (row >= 0 && lane_id() % 4 == 0) f.lse[group.h * a.Q + row] = lse[i];
+      if (row >= 0 && lane_id() % 4 == 0) f.lse[group.h * a.Q + row] = softmax.lse[i];
       const int count = __shfl_sync(kAllLanes, group.count, r);
-      share[i] = row < 0 ? 0.0f : inverse[i] * share_of(a.scores, r % group.slot, count);
+      share[i] = row < 0 ? 0.0f : softmax.inverse[i] * share_of(a.scores, r % group.slot, count);
     }
     if (f.scores == nullptr) continue;
 #pragma unroll

@@ -1,7 +1,7 @@
-// space_time_attention on CUDA, 17 to 128 queries or keys a group: a block has a group and a head,
-// with all keys and values in shared memory; a warp has 16 queries and their whole rows of weights
-// in registers. Backward in one pass too: the weights and their gradients go through shared memory
-// to the warps of the keys.
+// space_time_attention on CUDA, 17 to 256 queries or keys a group forward, to 128 backward: a block
+// has a group and a head, with all keys and values in shared memory; a warp has 16 queries and
+// their whole rows of weights in registers. Backward in one pass too: the weights and their
+// gradients go through shared memory to the warps of the keys.
 //
 // Limit: bytes. Forward moves 8 N H D bytes (N rows in all, 16 bits) for 4 n N H D FLOPs, backward
 // 14 N H D for 10 n N H D: at n = 69 35 and 49 FLOPs a byte, where an H200 needs 184.
@@ -12,10 +12,6 @@ namespace vidl {
 namespace {
 
 constexpr int kForwardWarps = 4;
-
-__host__ __device__ constexpr int round_up_16(int64_t n) {
-  return static_cast<int>((n + 15) / 16 * 16);
-}
 
 template <class T, int D, int kSquares>
 __global__ void __launch_bounds__(32 * kForwardWarps, kSquares == 4 && D <= 64 ? 3 : 2)
@@ -42,26 +38,16 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kSquares == 4 && D <= 64 ?
   __syncthreads();
 
   for (int start = 16 * warp; start < queries.count; start += 16 * warps) {
-    Rows16<D> rows;
-    rows.load(q);
-    Softmax<D> softmax;
-    Square weights[kSquares];
-    softmax.start();
-    softmax.template meet<T>(rows, k, v, keys.count, a.scale * kLog2E, weights,
-                             [&](int, int column) { return column < keys.count; });
-    float inverse[2], lse[2];
-    softmax.finish(inverse, lse);
-    __syncwarp();
-    store_rows<T, D>(
-        static_cast<T*>(f.out), a.H, h, q, softmax.out, inverse[0], inverse[1],
-        [&](int r) { return start + r < queries.count ? queries.row(start + r) : -1; });
+    Square weights[kSquares], out[D / 16];
+    const Normaliser row = weigh_keys<T, D>(q, k, keys.count, a.scale * kLog2E, weights,
+                                            [&](int, int column) { return column < keys.count; });
+    float share[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int query = start + row_of_lane(i);
-      if (query < queries.count && lane_id() % 4 == 0) {
-        f.lse[h * a.Q + queries.row(query)] = lse[i];
-      }
-      inverse[i] *= query < queries.count ? share_of(a.scores, query, queries.count) : 0.0f;
+      const bool is_query = query < queries.count;
+      if (is_query && lane_id() % 4 == 0) f.lse[h * a.Q + queries.row(query)] = row.lse[i];
+      share[i] = is_query ? row.inverse[i] * share_of(a.scores, query, queries.count) : 0.0f;
     }
     if (f.scores != nullptr && (a.scores == Scores::kMean || start == 0)) {
 #pragma unroll
@@ -69,10 +55,16 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kSquares == 4 && D <= 64 ?
         const int n = e / 4, j = e / 2 % 2, l = e % 2, column = 16 * n + column_of_lane(j) + l;
         if (16 * n >= keys.count) continue;
         const float score =
-            sum_of_column(weights[n][j][l] * inverse[0] + weights[n][j][2 + l] * inverse[1]);
+            sum_of_column(weights[n][j][l] * share[0] + weights[n][j][2 + l] * share[1]);
         if (lane_id() < 4) columns[warp * most + column] += score;
       }
     }
+    clear<D>(out);
+    add_values<T, D>(out, weights, v, keys.count);
+    __syncwarp();
+    store_rows<T, D>(
+        static_cast<T*>(f.out), a.H, h, q, out, row.inverse[0], row.inverse[1],
+        [&](int r) { return start + r < queries.count ? queries.row(start + r) : -1; });
     if (start + 16 * warps < queries.count) {
       copy_rows<T, D>(q, 16, a.q, h, queries, start + 16 * warps, lane_id(), 32);
       cp_async_commit();
@@ -170,17 +162,7 @@ __global__ void __launch_bounds__(32 * kSquares) whole_backward_kernel(Attention
     });
   }
   if (!has_keys) return;
-  if (b.entry_grad_k != nullptr) {
-    const auto place = [&](int r) {
-      return start + r < keys.count ? int64_t{keys.first + start + r} : -1;
-    };
-    store_floats<D>(b.entry_grad_k, a.H, h, grad_k, a.scale, place);
-    store_floats<D>(b.entry_grad_v, a.H, h, grad_v, 1.0f, place);
-  } else {
-    const auto row = [&](int r) { return start + r < keys.count ? keys.row(start + r) : -1; };
-    store_rows<T, D>(static_cast<T*>(b.grad_k), a.H, h, mine, grad_k, a.scale, a.scale, row);
-    store_rows<T, D>(static_cast<T*>(b.grad_v), a.H, h, mine, grad_v, 1.0f, 1.0f, row);
-  }
+  store_key_grads<T, D>(a, b, h, keys, start, mine, grad_k, grad_v);
 }
 
 }  // namespace

@@ -67,6 +67,21 @@ __device__ __forceinline__ void multiply_transposed(Square& sums, const Rows16<D
   }
 }
 
+// The same of 16 rows of each of two tiles; slower, but in fewer registers.
+template <class T, int D>
+__device__ __forceinline__ void multiply_tiles(Square& sums, const T* x, int x_row, const T* y,
+                                               int y_row) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) sums[i / 4][i % 4] = 0.0f;
+#pragma unroll
+  for (int n = 0; n < D / 16; n++) {
+    uint32_t a[4], b[4];
+    load_square<true, false>(a, x, kStride<D>, x_row, 16 * n);
+    load_square<false, false>(b, y, kStride<D>, y_row, 16 * n);
+    multiply<T>(sums, a, b);
+  }
+}
+
 // += a 16 x 16 matrix times 16 rows of a tile
 template <class T, int D>
 __device__ __forceinline__ void accumulate(Square (&sums)[D / 16], const uint32_t (&a)[4],

@@ -141,7 +141,7 @@ struct Problem {
   void run() {
     const Attention a = attention();
     const bool scored = c.scores != Scores::kNone;
-    const bool blocked = vidl::size_of(a.max_queries, a.max_keys) == Size::kBlocked;
+    const bool blocked = vidl::forward_size(a.max_queries, a.max_keys) == Size::kBlocked;
     const Forward f = {out.data(), lse.floats(), scored ? scores.floats() : nullptr,
                        scored ? mean_scores.floats() : nullptr};
     std::vector<Tensor*> outputs = {&out};
@@ -322,17 +322,20 @@ int main() {
       {{17, 0, 5}, {17, 3, 0}, 2, 32, kBFloat16, kCls, kInOrder, 0.3f},
       {{70, 33}, {81, 20}, 1, 32, kBFloat16, kMean, kGathered, -0.2f},
       {{20, 50}, {100, 7}, 1, 32, kFloat16, kMean, kShared, 0.3f},
+      // wide: more queries than keys, fewer, none
+      {{129, 64, 0}, {50, 128, 3}, 2, 32, kBFloat16, kCls, kInOrder, 0.3f},
+      {{40, 17, 5}, {197, 40, 0}, 1, 32, kFloat16, kMean, kShared, -0.2f},
       // blocked: equal groups and very unequal ones, with a tail or none
-      {{129, 64}, {130, 128}, 1, 32, kBFloat16, kCls, kInOrder, 0.3f},
+      {{257, 64}, {130, 128}, 1, 32, kBFloat16, kCls, kInOrder, 0.3f},
       {{3, 2, 0, 5, 1, 4, 2, 2, 3},
-       {5, 1, 7, 0, 150, 2, 3, 1, 4},
+       {5, 1, 7, 0, 300, 2, 3, 1, 4},
        1,
        32,
        kFloat16,
        kMean,
        kShared,
        -0.2f},
-      {{140}, {80}, 1, 32, kBFloat16, kNone, kGathered, 0.2f},
+      {{20}, {280}, 1, 32, kBFloat16, kNone, kGathered, 0.2f},
   };
   count_seeds(2, [&] {
     for (const Case& c : cases) check(c);
