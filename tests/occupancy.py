@@ -1,8 +1,8 @@
 """Registers, shared memory and occupancy of every CUDA kernel: `python tests/occupancy.py`.
 
-Prints docs/occupancy.md. Registers and static shared memory are ptxas's; the size of a block and its
-dynamic shared memory are those of the launches that the emulator notes as the ops run on examples;
-occupancy follows from the limits of a multiprocessor. Needs nvcc and g++, and no GPU.
+Prints docs/occupancy.md. Registers and static shared memory are ptxas's; the size of a block and
+its dynamic shared memory are those of the launches that the emulator notes as the ops run on
+examples; occupancy follows from the limits of a multiprocessor. Needs nvcc and g++, and no GPU.
 """
 
 import os
@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import emulated
 import test_nvcc
@@ -41,34 +40,119 @@ MULTIPROCESSORS = {"sm_80": Multiprocessor(164 * 1024), "sm_90": Multiprocessor(
 
 
 def attention(size: int, shared: bool = False) -> None:
-    """Forward and backward in groups of `size` rows, of heads of 64, with scores."""
+    """Forward and backward in groups of `size` rows, of one head of 64, with scores."""
     groups = Groups.equal(2, size)
     groups = groups.with_global() if shared else groups
-    q, k, v = torch.randn(3, groups.num_keys, 1, 64, dtype=torch.bfloat16).requires_grad_()
-    out, scores = space_time_attention(
-        q, k, v, groups, return_scores="mean", backend="emulated"
-    )
+    q, k, v = torch.randn(groups.num_keys, 3, 1, 64).bfloat16().requires_grad_().unbind(1)
+    out, scores = space_time_attention(q, k, v, groups, return_scores="mean", backend="emulated")
     (out.float().sum() + scores.square().sum()).backward()
 
 
-def patches() -> None:
-    """Forward and backward from a clip of float16, whose pixels have gradients too."""
-    video = torch.randn(1, 3, 2, 32, 32, dtype=torch.float16, requires_grad=True)
-    weight = torch.randn(64, 3, 1, 16, 16, dtype=torch.float16, requires_grad=True)
-    position = torch.randn(8, 64, dtype=torch.float16, requires_grad=True)
+def patches(dtype: torch.dtype) -> None:
+    """Forward and backward from a clip, whose pixels have gradients too unless they are uint8."""
+    video = torch.zeros(1, 3, 2, 32, 32, dtype=dtype, requires_grad=dtype.is_floating_point)
+    weight = torch.randn(64, 3, 1, 16, 16).bfloat16().requires_grad_()
+    position = torch.randn(8, 64).bfloat16().requires_grad_()
+    affine = {} if dtype.is_floating_point else {"mean": [0.5] * 3, "std": [0.2] * 3}
     ids_keep = torch.tensor([[0, 3, 6]])
-    masked_patch_embed(
-        video, weight, ids_keep, position=position, backend="emulated"
-    ).float().sum().backward()
+    out = masked_patch_embed(video, weight, None, position, ids_keep, **affine, backend="emulated")
+    out.float().sum().backward()
 
 
 EXAMPLES: dict[str, Callable[[], None]] = {
-    "groups of 8, D = 64": lambda: attention(8),
+    "groups of 8": lambda: attention(8),
     "groups of 50": lambda: attention(50),
     "groups of 69": lambda: attention(69),
     "groups of 128": lambda: attention(128),
     "groups of 197": lambda: attention(197),
+    "groups of 256": lambda: attention(256),
     "groups of 273": lambda: attention(273),
     "groups of 69 and a global key": lambda: attention(69, shared=True),
-    "patches of 16 x 16": patches,
+    "16 x 16 patches, uint8": lambda: patches(torch.uint8),
+    "16 x 16 patches, bfloat16": lambda: patches(torch.bfloat16),
 }
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: str
+    threads: int
+    shared: int  # dynamic, bytes
+
+
+def launches(example: Callable[[], None]) -> list[Launch]:
+    """Those of an example, in their order."""
+    symbols = {}
+    listing = subprocess.run(["nm", emulated.build()], capture_output=True, text=True, check=True)
+    for line in listing.stdout.splitlines():
+        if len(words := line.split()) == 3:
+            symbols[int(words[0], 16)] = words[2]
+    with tempfile.NamedTemporaryFile("r") as notes:
+        os.environ["CUDA_ON_CPU_LAUNCHES"] = notes.name
+        example()
+        del os.environ["CUDA_ON_CPU_LAUNCHES"]
+        lines = [line.split() for line in notes]
+    return [
+        Launch(test_nvcc.demangled(symbols[int(address, 16)]), int(threads), int(shared))
+        for address, threads, shared in lines
+    ]
+
+
+def compiled(architecture: str) -> dict[str, test_nvcc.Kernel]:
+    """All kernels by their names, in heads of 64 where a source has sizes."""
+    return {
+        kernel.name: kernel
+        for source in test_nvcc.SOURCES
+        for kernel in test_nvcc.kernels(source, architecture, "-DVIDL_HEAD_SIZES=64")
+    }
+
+
+def rows() -> Iterator[str]:
+    """The table's, and an error if no example launches some kernel."""
+    kernels = {architecture: compiled(architecture) for architecture in MULTIPROCESSORS}
+    seen: set[Launch] = set()
+    for name, example in EXAMPLES.items():
+        for launch in dict.fromkeys(launches(example)):
+            if launch in seen:
+                continue
+            seen.add(launch)
+            cells = [f"`{launch.kernel.replace('__nv_bfloat16', 'bf16')}`", name]
+            cells += [str(launch.threads)]
+            for architecture, multiprocessor in MULTIPROCESSORS.items():
+                kernel = kernels[architecture][launch.kernel]
+                shared = kernel.shared + launch.shared
+                blocks = multiprocessor.resident(launch.threads, kernel.registers, shared)
+                warps = blocks * -(-launch.threads // 32)
+                cells += [str(kernel.registers), str(shared), str(blocks), f"{warps / 64:.0%}"]
+            yield " | ".join(cells)
+    families = {name.split("<")[0] for name in kernels["sm_90"]}
+    missing = families - {launch.kernel.split("<")[0] for launch in seen}
+    assert not missing, f"no example launches {sorted(missing)}"
+
+
+HEAD = """# CUDA kernels: registers, shared memory and occupancy
+
+As compiled, not as measured: what ptxas says, what a launch asks for, and how many blocks a
+multiprocessor then has at once; occupancy is their warps out of 64. No kernel spills. Attention has
+heads of 64 in bfloat16, with scores; of kernels in several dtypes one is shown.
+
+`python tests/occupancy.py > docs/occupancy.md` writes this page ({compiler}).
+"""
+
+
+def main() -> None:
+    """Print the page."""
+    emulated.load()
+    torch.manual_seed(0)
+    columns = ["kernel", "example", "threads"]
+    for architecture in MULTIPROCESSORS:
+        columns += [f"{architecture}: registers", "bytes shared", "blocks", "occupancy"]
+    print(HEAD.format(compiler=test_nvcc.version()))
+    print(f"| {' | '.join(columns)} |")
+    print("|---|---|" + "---:|" * (len(columns) - 2))
+    for row in rows():
+        print(f"| {row} |")
+
+
+if __name__ == "__main__":
+    main()

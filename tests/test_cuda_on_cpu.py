@@ -32,6 +32,18 @@ BUGS = {
             "__syncthreads();  // the weights are there",
             "",
         ),
+        "queries are used before their delta is there": (
+            "__syncthreads();  // every query's delta is there",
+            "",
+        ),
+        "gradients are read before they are there": (
+            "__syncthreads();  // the gradients of these queries' products are there",
+            "",
+        ),
+        "gradients are overwritten while they are read": (
+            "__syncthreads();  // nobody reads these queries' gradients any more",
+            "",
+        ),
         "one key too many is seen": (
             "return column < count; }",
             "return column <= count; }",

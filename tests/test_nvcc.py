@@ -1,6 +1,6 @@
 """Every CUDA source compiles with nvcc without a warning, and its kernels fit into registers.
 
-`python tests/test_nvcc.py` prints registers and shared memory of every kernel.
+`python tests/occupancy.py` prints registers, shared memory and occupancy of every kernel.
 """
 
 import os
@@ -54,7 +54,7 @@ def kernels(source: Path, architecture: str, *macros: str) -> list[Kernel]:
         assert registers is not None, part
         found.append(
             Kernel(
-                _demangled(symbol),
+                demangled(symbol),
                 int(registers[1]),
                 stack,
                 stores + loads,
@@ -64,7 +64,14 @@ def kernels(source: Path, architecture: str, *macros: str) -> list[Kernel]:
     return found
 
 
-def _demangled(symbol: str) -> str:
+def version() -> str:
+    """The compiler's own words."""
+    run = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()[-2]
+
+
+def demangled(symbol: str) -> str:
+    """The name of a kernel with its template's arguments, without namespaces and parameters."""
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     if tool is None:
         return symbol
@@ -88,10 +95,3 @@ def test_kernels_compile_and_do_not_spill(macros, source, architecture):
     assert compiled
     bad = [kernel for kernel in compiled if kernel.stack or kernel.spills]
     assert not bad
-
-
-if __name__ == "__main__":
-    for source in SOURCES:
-        for architecture in ARCHITECTURES:
-            for k in kernels(source, architecture):
-                print(architecture, f"{k.registers:4} registers {k.shared:6} bytes shared", k.name)
