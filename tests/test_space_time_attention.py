@@ -62,6 +62,8 @@ def assert_right(dtype, *results):
 @pytest.mark.parametrize("name", GROUPS)
 def test_as_accurate_as_torch(name, scores, dtype, where):
     where.skip_unless_runs(OP, dtype)
+    if where.backend == "emulated" and (dtype == torch.float16) != (scores is None):
+        pytest.skip("slow: scores in bfloat16 and none in float16 are all kernels")
     H = 1 if where.device == "cpu" and where.backend != "compiled" else 2  # slow ones
     assert_right(dtype, list(three_ways(GROUPS[name](), H, 64, dtype, where, scores)))
 
