@@ -1,7 +1,7 @@
 # Everything a newcomer types. Each target sets up what it needs in .venv; a second call is instant.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch lint format bench gpu docs clean
+.PHONY: help demo test test-slow test-torch lint format bench gpu docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -36,15 +36,18 @@ help: ## list the targets
 demo: $(READY) ## the op at work on a real clip
 	$(VENV)/bin/python examples/masked_clip.py $(ARGS)
 
-test: $(READY) ## the whole test suite; ARGS="-k name" for a part
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+test: $(READY) ## the tests, without the long sweeps; ARGS="-k name" for a part
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
+
+test-slow: ## the long sweeps
+	$(MAKE) test ARGS="-m slow"
 
 test-torch: $(TORCH_VENV)/bin/uv ## the same with another torch: make test-torch TORCH=2.11.0
 	# Triton 3.6, which torch 2.11 brings, fails in its interpreter under numpy 2.4 and later.
 	$(call packages,$(TORCH_VENV)) torch==$(TORCH) 'numpy<2.4'
 	@rm -f $(VENV)/ready-* # the library in vidl/ becomes one built against this torch
 	$(call vidl,$(TORCH_VENV))
-	$(TORCH_VENV)/bin/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+	$(TORCH_VENV)/bin/python -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
 
 lint: $(DEPS) ## ruff, mypy and clang-format, as CI runs them
 	$(VENV)/bin/ruff check .

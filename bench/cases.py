@@ -18,6 +18,7 @@ from vidl.kernels import library
 MODES = {"forward": ("forward",), "full": ("forward", "backward")}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in library.DTYPES}
 HERE = Path(__file__).resolve().parent
+SEVERAL = ("pruning",)  # descriptions of several ops at work together
 Inputs = Any  # a description's own dataclass of tensors, with the result's gradient as `grad`
 
 
@@ -46,13 +47,21 @@ class Candidate:
     forward_only: str | None = None  # why it has no gradients here
 
 
-def ours(op: str, call: Callable[..., Tensor], device: str, dtype: torch.dtype) -> list[Candidate]:
-    """A candidate for each backend but the reference: `call(inputs, backend=...)`."""
+def ours(
+    op: str | Sequence[str], call: Callable[..., Tensor], device: str, dtype: torch.dtype
+) -> list[Candidate]:
+    """A candidate for each backend but the reference: `call(inputs, backend=...)`.
+
+    Args:
+        op: what `call` needs: an op, or several.
+    """
+    ops = [op] if isinstance(op, str) else op
     found = []
     for backend in library.BACKENDS:
         if backend == "reference":
             continue
-        reason = library.why_not(backend, op, device, dtype)
+        reasons = (library.why_not(backend, name, device, dtype) for name in ops)
+        reason = next((reason for reason in reasons if reason is not None), None)
         if backend == "triton" and library.interpreting():
             reason = "TRITON_INTERPRET=1 is set: the time of an interpreter says nothing"
         run = functools.partial(call, backend=backend)
@@ -111,8 +120,9 @@ class Plan:
 
 
 def operations() -> list[str]:
-    """The ops that have a description."""
-    return [name for name in info.op_names() if (HERE / f"{name}.py").is_file()]
+    """What has a description: ops, and several of them together."""
+    ops = [name for name in info.op_names() if (HERE / f"{name}.py").is_file()]
+    return [*ops, *SEVERAL]
 
 
 def plan(

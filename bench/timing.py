@@ -91,6 +91,7 @@ def _rotation(case: Case) -> int:
 
 
 def _prepare_cpu(calls: list[Call], times: Times) -> dict[str, Sampler]:
+    _keep_freed_memory()
     turns = itertools.cycle(calls)
 
     def sample() -> float:
@@ -100,6 +101,22 @@ def _prepare_cpu(calls: list[Call], times: Times) -> dict[str, Sampler]:
         return time.perf_counter() - begin
 
     return {"cold": sample}
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let glibc hand out again what was freed, as in the steady state of a training run.
+
+    Else a freed tensor goes back to the system at some sizes and not at others, as the calls before
+    happen to have left the heap; the page faults of the next one then cost several times the copy.
+    """
+    trim_threshold, mmap_max = -1, -4  # names of malloc.h
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (AttributeError, OSError):
+        return
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_max, 0)
 
 
 def _peak_of_process(call: Call) -> int | None:

@@ -309,7 +309,7 @@ class Groups:
             uniform=len(sizes) == 1 and length % block == 0,
             row_offsets=(torch.arange(batch + 1) * length).int().to(device),
             group_sample=torch.arange(batch).repeat_interleave(blocks).to(device),
-        )._share()
+        ).with_entries()
 
     def with_global(self) -> "Groups":
         """Add one global token a sample, before the sample's other rows.
@@ -356,10 +356,10 @@ class Groups:
             uniform=False,
             row_offsets=row_offsets,
             group_sample=torch.cat([self.group_sample, samples]),
-        )._share()
+        ).with_entries()
 
-    def _share(self) -> "Groups":
-        """Add, for every row of k and v, the list of its entries."""
+    def with_entries(self) -> "Groups":
+        """Add, for every row of k and v, the list of its entries; for keys in several groups."""
         assert self.key_rows is not None
         rows = self.key_rows.long()
         return replace(

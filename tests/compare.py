@@ -40,3 +40,20 @@ def assert_as_accurate(
         our, theirs = (float(size(error)) for error in errors)
         bound = 2 * theirs + slack * eps * max(float(size(true.abs())), order)
         assert our <= bound, f"error {our:.2e}, PyTorch's own {theirs:.2e}, allowed {bound:.2e}"
+
+
+def assert_model_as_accurate(
+    ours: Sequence[Tensor], low: Sequence[Tensor], true: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """The same for all results of a model together, each in units of its own root mean square.
+
+    Layers hand their rounding errors on: by luck one small gradient may be twice as far off.
+    """
+    assert [x.shape for x in ours] == [x.shape for x in true]
+    units = [x.double().square().mean().sqrt().clamp(min=1e-30) for x in true]
+
+    def together(results: Sequence[Tensor]) -> Tensor:
+        scaled = [x.detach().double() / u for x, u in zip(results, units, strict=True)]
+        return torch.cat([x.flatten() for x in scaled])
+
+    assert_as_accurate(together(ours), together(low), together(true), dtype)

@@ -10,9 +10,11 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
 
 # Workers of pytest-xdist share the cores: more threads than cores wait for one another, spinning.
-workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the variable is for subprocesses
+# Not in their parent, from which they would inherit its number.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the variable is for subprocesses
 
 from where import Where  # noqa: E402
 

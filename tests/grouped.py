@@ -80,4 +80,4 @@ def random_groups(generator, most, longest):
         num_queries=Q,
         num_keys=K,
     )
-    return groups._share() if shared and key_rows is not None else groups
+    return groups.with_entries() if shared and key_rows is not None else groups

@@ -99,3 +99,17 @@ def test_clips_have_captions_and_an_attribution():
     assert all(row["caption"] and all(map(str.strip, row["caption"])) for row in rows)
     readme = (EXAMPLES / "clips" / "README.md").read_text()
     assert "CC BY 4.0" in readme and all(file in readme for file in files)
+
+
+def test_sparse_clip(monkeypatch, tmp_path, capsys):
+    sparse_clip = load("sparse_clip", monkeypatch)
+    clip = EXAMPLES / "clips" / "fruit_conveyor.mp4"
+    assert sparse_clip.main([str(clip), "--preset", "tiny", "--out", str(tmp_path)]) == 0
+    report = capsys.readouterr().out
+    assert "patches:   784 tokens" in report and "fusion:" in report
+    (file,) = tmp_path.glob("*.png")
+    # Four frames; on top of each other the clip, the mask, two layers that prune, the selection.
+    assert sparse_clip.open_image(file).size == (4 * 228, 5 * 228)
+    for wrong in (["--mask-ratio", "2"], ["--preset", "huge"]):
+        assert sparse_clip.main([str(clip), *wrong, "--out", str(tmp_path)]) == 1
+        assert "need" in capsys.readouterr().err

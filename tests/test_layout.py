@@ -87,6 +87,24 @@ def test_ops_import_nothing_from_above(file):
     assert not above, "ops know nothing of models, modules, benchmarks or the command line"
 
 
+LAYERS = ["kernels", "ops", "nn", "masking", "objectives", "models", "bench", "cli"]
+
+
+@pytest.mark.parametrize("layer", LAYERS[1:-1])
+def test_imports_point_down(layer):
+    above = LAYERS[LAYERS.index(layer) + 1 :]
+    folder = Path("vidl" if layer != "bench" else "", layer)
+    files = [
+        file
+        for file in SOURCES
+        if file.suffix == ".py" and folder in (file.with_suffix(""), *file.parents)
+    ]
+    assert files
+    for file in files:
+        wrong = [name for name in imports(file) if within(name, *(f"vidl.{x}" for x in above))]
+        assert not wrong, f"{file}: command line, models, objectives, masks, modules, operations"
+
+
 @pytest.mark.parametrize("file", KERNELS, ids=str)
 def test_triton_is_imported_in_files_of_that_name_only(file):
     if file not in TRITON:

@@ -4,6 +4,7 @@ So `vidl --help` answers at once, and a subcommand loads only what it needs.
 """
 
 import argparse
+import ast
 import json
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_info(commands)
     _add_bench(commands)
+    _add_summary(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(parser, args)
@@ -111,6 +113,44 @@ def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             for record in records
         )
     return 1 if wrong else 0
+
+
+def _add_summary(commands: argparse._SubParsersAction) -> None:
+    about = "tokens, parameters, FLOPs and memory of a model: dense, masked and pruned"
+    command = commands.add_parser("summary", help=about, description=about.capitalize() + ".")
+    add = command.add_argument
+    add("model", help="smaug or mac")
+    add("overrides", nargs="*", metavar="FIELD=VALUE", help="of its recipe, as in mask_ratio=0.5")
+    add("--preset", default="base", help="tiny, small or base, which is the default")
+    add("--batch", type=int, default=2, help="clips of a step (default 2)")
+    add("--words", type=int, default=32, help="of each caption (default 32)")
+    add("--steps", type=int, default=0, help="how many steps are timed (default: none)")
+    add("--device", default="cpu", help="default cpu")
+    command.set_defaults(run=_summary)
+
+
+def _summary(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl import models
+
+    try:
+        overrides = dict(map(_field, args.overrides))
+        model = models.create(args.model, args.preset, **overrides).to(args.device)
+        sizes = {"batch": args.batch, "words": args.words, "steps": args.steps}
+        print(models.summarize(model, **sizes))
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    return 0
+
+
+def _field(text: str) -> tuple[str, object]:
+    """A field of a recipe and its value, a Python literal or else a string."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"need FIELD=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
 
 
 def _list(text: str | None) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""A transformer block that drops the tokens to which its CLS token attends least."""
+"""A transformer block, which can drop the tokens to which its CLS token attends least."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,15 +16,16 @@ When = Literal["before_mlp", "after_mlp"]
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # as timm's ViT has it
 
 
-class PrunedBlock(nn.Module):
-    """Pre-norm transformer block on [B, N, C] with CLS first, which can prune its tokens.
+class Block(nn.Module):
+    """Pre-norm transformer block, which can prune its tokens; samples have CLS first if it does.
 
     A token's score is the attention that CLS pays to it, averaged over heads; it comes from the
     launch that computes the attention, and no N x N tensor is made. With `keep_rate` the best
     ceil(keep_rate (N - 1)) tokens stay, and CLS; where these are all, nothing changes and nothing
-    is fused. A fused token is a token like others for later blocks. Parameters are named as those
-    of timm's `vision_transformer.Block`, so its state_dict loads. Sources: EViT, arXiv 2202.07800,
-    3.2 (`when="before_mlp", fuse="sum"`); SViTT, arXiv 2304.08809, 3.3 (`when="after_mlp"`).
+    is fused, except that a packed sample beside others that are pruned gets zeros as its fused
+    token. A fused token is a token like others for later blocks. Parameters are named as those of
+    timm's `vision_transformer.Block`, so its state_dict loads. Sources: EViT, arXiv 2202.07800, 3.2
+    (`when="before_mlp", fuse="sum"`); SViTT, arXiv 2304.08809, 3.3 (`when="after_mlp"`).
 
     Args:
         dim: width of the tokens, C.
@@ -65,12 +66,12 @@ class PrunedBlock(nn.Module):
         super().__init__()
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = norm_layer(dim, **options)
-        self.attn: nn.Module = _Attention(dim, num_heads, qkv_bias, **options)
-        self.ls1 = nn.Identity() if init_values is None else _Scale(dim, init_values, **options)
+        self.attn: nn.Module = Attention(dim, num_heads, qkv_bias, **options)
+        self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values, **options)
         self.drop_path1: nn.Module = nn.Identity()
         self.norm2 = norm_layer(dim, **options)
-        self.mlp: nn.Module = _Mlp(dim, int(dim * mlp_ratio), act_layer, **options)
-        self.ls2 = nn.Identity() if init_values is None else _Scale(dim, init_values, **options)
+        self.mlp: nn.Module = Mlp(dim, int(dim * mlp_ratio), act_layer, **options)
+        self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values, **options)
         self.drop_path2: nn.Module = nn.Identity()
         self._choose(keep_rate, when, order, fuse, rounding, backend)
 
@@ -85,7 +86,7 @@ class PrunedBlock(nn.Module):
         fuse: Fuse | None = None,
         rounding: Rounding = "ceil",
         backend: str = "auto",
-    ) -> "PrunedBlock":
+    ) -> "Block":
         """Take over the modules of timm's `vision_transformer.Block`; nothing is copied.
 
         Raises:
@@ -132,75 +133,131 @@ class PrunedBlock(nn.Module):
         self.order: Order = order or ("score" if when == "before_mlp" else "index")
         self.rounding, self.backend = rounding, backend
 
-    def forward(self, x: Tensor, return_ids: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        x: Tensor,
+        groups: Groups | None = None,
+        *,
+        num_kept: int | None = None,
+        return_ids: bool = False,
+    ) -> Tensor | tuple[Any, ...]:
         """Attend, prune and transform.
 
         Args:
-            x: [B, N, C], CLS first.
+            x: [B, N, C]; or packed, [total, C], with `groups`.
+            groups: which rows of a packed x attend to one another; to prune, groups of whole
+                samples, as `Groups.joint` and `Groups.equal` make them.
+            num_kept: how many tokens of a packed x stay, of all samples without CLS, if it is
+                known; else, where samples differ in length, pruning reads it from the device, and
+                `torch.compile(fullgraph=True)` refuses that.
             return_ids: also return which tokens stayed.
 
         Returns:
             [B, M, C]: M = N, or after pruning 1 + K, or 2 + K with a fused token, which is the
-            last. With `return_ids` also the positions of the kept tokens among the N - 1 after
-            CLS, [B, K] int64 in their order, or None if nothing was pruned.
+            last. Packed: the pair of [total', C] and its groups, those for the next block. With
+            `return_ids` also the positions of the kept tokens among those of a sample after CLS, in
+            their order, [B, K] int64 or packed [num_kept], or None if nothing was pruned.
 
         Raises:
-            ValueError: x is not [B, N, C] with at least CLS.
+            ValueError: x is not [B, N, C] with at least CLS, nor [total, C] with groups of these
+                rows; or it is to be pruned in groups that are not whole samples.
         """
-        if x.ndim != 3 or x.shape[1] < 1:
-            raise ValueError(f"need x [B, N, C] with CLS first, got {tuple(x.shape)}")
-        n, ids = x.shape[1] - 1, None
+        self._check(x, groups)
+        packed = groups is not None
+        if groups is None:
+            groups = Groups.equal(x.shape[0], x.shape[1], device=x.device)
+        n = max(groups.max_queries - 1, 0)
         prune = self.keep_rate is not None and kept_count(n, self.keep_rate, self.rounding) < n
-        attended, scores = self._attend(self.norm1(x), prune)
+        if prune and not _of_samples(groups):
+            raise ValueError("need groups of whole samples to prune, as Groups.joint makes them")
+        ids = None
+        attended, scores = attend(self.attn, self.norm1(x), groups, prune, self.backend)
         x = x + self.drop_path1(self.ls1(attended))
         if scores is not None and self.when == "before_mlp":
-            x, ids = self._prune(x, scores)
+            x, groups, ids = self._prune(x, scores, groups, num_kept)
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         if scores is not None and self.when == "after_mlp":
-            x, ids = self._prune(x, scores)
-        return (x, ids) if return_ids else x
+            x, groups, ids = self._prune(x, scores, groups, num_kept)
+        found = (x, *([groups] if packed else []), *([ids] if return_ids else []))
+        return found if len(found) > 1 else x
 
-    def _attend(self, x: Tensor, score: bool) -> tuple[Tensor, Tensor | None]:
-        """The attention's output [B, N, C], and the scores of the N - 1 tokens after CLS."""
-        attn: Any = self.attn
-        B, N, _ = x.shape
-        q, k, v = attn.qkv(x).reshape(B * N, 3, attn.num_heads, -1).unbind(1)
-        q, k = (getattr(attn, name, nn.Identity())(y) for name, y in (("q_norm", q), ("k_norm", k)))
-        found = space_time_attention(
-            q,
-            k,
-            v,
-            Groups.equal(B, N, device=x.device),
-            return_scores="cls" if score else None,
-            backend=self.backend,
-        )
-        out, scores = found if isinstance(found, tuple) else (found, None)
-        out = out.reshape(B, N, -1)
-        for name in ("norm", "proj", "proj_drop"):
-            out = getattr(attn, name, nn.Identity())(out)
-        return out, None if scores is None else scores.view(B, N)[:, 1:]
+    def _check(self, x: Tensor, groups: Groups | None) -> None:
+        if groups is None:
+            if x.ndim != 3 or x.shape[1] < 1:
+                raise ValueError(f"need x [B, N, C] with CLS first, got {tuple(x.shape)}")
+        elif x.ndim != 2 or not x.shape[0] == groups.num_queries == groups.num_keys:
+            raise ValueError(
+                f"need x [total, C] with groups of its rows, got {tuple(x.shape)} with groups of "
+                f"{groups.num_queries} queries and {groups.num_keys} keys"
+            )
 
-    def _prune(self, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def _prune(
+        self, x: Tensor, scores: Tensor, groups: Groups, num_kept: int | None
+    ) -> tuple[Tensor, Groups, Tensor]:
         assert self.keep_rate is not None
+        packed = x.ndim == 2
+        most = kept_count(groups.max_queries - 1, self.keep_rate, self.rounding)
+        if packed and groups.uniform:
+            num_kept = groups.num_groups * most
         found = select_tokens(
             x,
-            scores,
+            scores if packed else scores.view(x.shape[:2])[:, 1:],
             float(self.keep_rate),
             rounding=self.rounding,
             order=self.order,
             fuse=self.fuse,
+            cu_seqlens=groups.row_offsets if packed else None,
+            num_kept=num_kept,
             prefix=1,
             backend=self.backend,
         )
-        return found.tokens, found.ids_keep
+        longest = 1 + most + bool(self.fuse)
+        if groups.uniform:
+            groups = Groups.equal(groups.num_groups, longest, device=x.device)
+        else:
+            groups = Groups.joint(found.cu_seqlens, found.tokens.shape[0], longest)
+        return found.tokens, groups, found.ids_keep
 
     def extra_repr(self) -> str:
         names = ("keep_rate", "when", "order", "fuse", "rounding", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-class _Attention(nn.Module):
-    """The parameters of attention; `PrunedBlock` computes it."""
+def attend(
+    attn: nn.Module, x: Tensor, groups: Groups, score: bool, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """What timm's `Attention` computes, in groups: x [..., C] -> [..., C].
+
+    Args:
+        attn: has qkv, num_heads, proj, and perhaps q_norm, k_norm, norm and proj_drop.
+        x: the rows of `groups`, in any shape.
+        score: also return the attention of the first query of each group, averaged over heads.
+
+    Returns:
+        The output, and the scores of the groups' keys, [E] float32, or None.
+    """
+    parts: Any = attn
+    q, k, v = parts.qkv(x).reshape(groups.num_queries, 3, parts.num_heads, -1).unbind(1)
+    q, k = (getattr(parts, name, nn.Identity())(y) for name, y in (("q_norm", q), ("k_norm", k)))
+    found = space_time_attention(
+        q, k, v, groups, return_scores="cls" if score else None, backend=backend
+    )
+    out, importance = found if isinstance(found, tuple) else (found, None)
+    out = out.reshape(*x.shape[:-1], -1)
+    for name in ("norm", "proj", "proj_drop"):
+        out = getattr(parts, name, nn.Identity())(out)
+    return out, importance
+
+
+def _of_samples(groups: Groups) -> bool:
+    """Whether each group is a sample: all of its rows, in their order."""
+    offsets = groups.row_offsets
+    ordered = groups.query_rows is None and groups.key_rows is None
+    return ordered and offsets is not None and offsets.shape[0] == groups.num_groups + 1
+
+
+class Attention(nn.Module):
+    """The parameters of attention, named as timm's; `attend` computes it."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, **options: Any) -> None:
         super().__init__()
@@ -211,7 +268,9 @@ class _Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, **options)
 
 
-class _Mlp(nn.Module):
+class Mlp(nn.Module):
+    """Two layers and what is between, named as timm's."""
+
     def __init__(
         self, dim: int, hidden: int, act_layer: Callable[[], nn.Module], **options: Any
     ) -> None:
@@ -224,7 +283,7 @@ class _Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class _Scale(nn.Module):
+class LayerScale(nn.Module):
     """LayerScale: one factor a channel. Source: arXiv 2103.17239."""
 
     def __init__(self, dim: int, init_values: float, **options: Any) -> None:

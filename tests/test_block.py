@@ -1,4 +1,4 @@
-"""PrunedBlock: twelve layers against EViT and SViTT written plainly, and the weights of timm."""
+"""Block: twelve layers against EViT and SViTT written plainly, packed samples, timm's weights."""
 
 import copy
 import math
@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from compare import assert_as_accurate, gradients
 from torch import nn
 
-from vidl.nn import PrunedBlock
+from vidl.kernels.groups import Groups
+from vidl.nn import Block
 
 WIDTH, HEADS, TOKENS = 384, 12, 50
 PRUNING = (3, 6, 9)
@@ -21,7 +22,7 @@ def stack(**options):
     blocks = nn.ModuleList()
     for layer in range(12):
         pruning = options if layer in PRUNING else {}
-        blocks.append(PrunedBlock(WIDTH, HEADS, 1.0, True, init_values=0.5, **pruning))
+        blocks.append(Block(WIDTH, HEADS, 1.0, True, init_values=0.5, **pruning))
         blocks[-1].attn.qkv.weight.data *= 4
     return blocks
 
@@ -106,7 +107,7 @@ def test_without_pruning_it_is_a_block():
 def test_ids_and_order():
     torch.manual_seed(0)
     x = torch.randn(2, 11, 64)
-    block = PrunedBlock(64, 2)
+    block = Block(64, 2)
     whole, ids = block(x, return_ids=True)
     assert ids is None and whole.shape == x.shape
     block.keep_rate, block.when, block.order = 0.5, "after_mlp", "index"
@@ -126,14 +127,14 @@ def test_takes_over_a_block_of_timm(options):
     vision_transformer = pytest.importorskip("timm.models.vision_transformer")
     torch.manual_seed(0)
     stock = vision_transformer.Block(64, 2, drop_path=0.5, **options).eval()
-    ours = PrunedBlock.from_block(stock)
+    ours = Block.from_block(stock)
     assert not ours.training
     assert {n: p.data_ptr() for n, p in ours.named_parameters()} == {
         n: p.data_ptr() for n, p in stock.named_parameters()
     }
     x = torch.randn(2, 9, 64)
     assert_near(ours(x), stock(x))
-    pruned = PrunedBlock.from_block(stock, keep_rate=0.5, fuse="mean")
+    pruned = Block.from_block(stock, keep_rate=0.5, fuse="mean")
     assert pruned(x).shape == (2, 6, 64)
 
 
@@ -142,7 +143,7 @@ def test_loads_the_weights_of_timm(init_values):
     vision_transformer = pytest.importorskip("timm.models.vision_transformer")
     torch.manual_seed(0)
     stock = vision_transformer.Block(64, 2, qkv_bias=True, init_values=init_values)
-    ours = PrunedBlock(64, 2, qkv_bias=True, init_values=init_values)
+    ours = Block(64, 2, qkv_bias=True, init_values=init_values)
     ours.load_state_dict(stock.state_dict(), strict=True)
     x = torch.randn(2, 9, 64)
     assert_near(ours(x), stock(x))
@@ -150,7 +151,7 @@ def test_loads_the_weights_of_timm(init_values):
 
 def test_compiles():
     torch.manual_seed(0)
-    block = PrunedBlock(64, 2, keep_rate=0.7, fuse="sum")
+    block = Block(64, 2, keep_rate=0.7, fuse="sum")
     x = torch.randn(2, 11, 64)
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -158,7 +159,7 @@ def test_compiles():
 
 
 def test_autocast_prunes_in_float32():
-    block = PrunedBlock(64, 2, keep_rate=0.5, fuse="sum")
+    block = Block(64, 2, keep_rate=0.5, fuse="sum")
     x = torch.randn(2, 11, 64)
     with torch.autocast("cpu", torch.bfloat16):
         out = block(x)
@@ -169,19 +170,119 @@ def test_autocast_prunes_in_float32():
 
 def test_misuse_is_explained():
     with pytest.raises(ValueError, match="rate"):
-        PrunedBlock(64, 2, keep_rate=1.5)
+        Block(64, 2, keep_rate=1.5)
     with pytest.raises(ValueError, match="when"):
-        PrunedBlock(64, 2, when="between")
+        Block(64, 2, when="between")
     with pytest.raises(ValueError, match="order"):
-        PrunedBlock(64, 2, order="random")
+        Block(64, 2, order="random")
     with pytest.raises(ValueError, match="fuse"):
-        PrunedBlock(64, 2, fuse="max")
+        Block(64, 2, fuse="max")
     with pytest.raises(ValueError, match="multiple"):
-        PrunedBlock(64, 3)
+        Block(64, 3)
     with pytest.raises(ValueError, match="CLS"):
-        PrunedBlock(64, 2)(torch.zeros(9, 64))
+        Block(64, 2)(torch.zeros(9, 64))
     with pytest.raises(TypeError, match="Block"):
-        PrunedBlock.from_block(nn.Linear(3, 3))
+        Block.from_block(nn.Linear(3, 3))
     vision_transformer = pytest.importorskip("timm.models.vision_transformer")
     with pytest.raises(ValueError, match="attn_drop"):
-        PrunedBlock.from_block(vision_transformer.Block(64, 2, attn_drop=0.1))
+        Block.from_block(vision_transformer.Block(64, 2, attn_drop=0.1))
+
+
+# ---- Packed ----------------------------------------------------------------------------------
+
+
+LENGTHS = (9, 1, 14, 4)
+
+
+def packed(lengths=LENGTHS, width=64):
+    """Ragged samples, their groups, and each by itself."""
+    torch.manual_seed(0)
+    x = torch.randn(sum(lengths), width, requires_grad=True)
+    offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    return x, Groups.joint(offsets, len(x), max(lengths)), [y[None] for y in x.split(lengths)]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(keep_rate=0.5, fuse="sum"), dict(keep_rate=0.6, when="after_mlp", rounding="floor")],
+    ids=["dense", "EViT", "SViTT"],
+)
+def test_packed_samples_are_as_alone(options, backend):
+    x, groups, alone = packed()
+    first, second = (Block(64, 2, 1.0, True, **options, backend=backend) for _ in range(2))
+    for block in (first, second):
+        block.attn.qkv.weight.data *= 4
+    out, middle, ids = first(x, groups, return_ids=True)
+    out, after = second(out, middle)
+    assert after.check().num_queries == len(out)
+
+    def run(block, y):
+        """One sample; nothing dropped of it, it has zeros as its fused token if it is packed."""
+        z, positions = block(y, return_ids=True)
+        if positions is None and block.fuse:
+            z = torch.cat([z, block.mlp(block.norm2(torch.zeros(1, 1, 64)))], 1)
+        return z, torch.arange(y.shape[1] - 1) if positions is None else positions[0]
+
+    expected, kept = [], []
+    for y in alone:
+        z, positions = run(first, y)
+        expected.append(run(second, z)[0][0])
+        kept.append(positions)
+    assert after.row_offsets.diff().tolist() == [len(z) for z in expected]
+    assert_near(out, torch.cat(expected))
+    if options:
+        assert torch.equal(ids, torch.cat(kept))
+    else:
+        assert ids is None and after is groups
+
+    weights = [x, *first.parameters()]
+    ours = gradients(out, weights)[1:]
+    theirs = gradients(torch.cat(expected), weights)[1:]
+    for our, their in zip(ours, theirs, strict=True):
+        assert_near(our, their)
+
+
+def test_packed_samples_of_one_length_are_a_batch():
+    x = torch.randn(3, 9, 64)
+    block = Block(64, 2, keep_rate=0.5, fuse="sum")
+    batch, ids = block(x, return_ids=True)
+    out, groups, packed_ids = block(x.flatten(0, 1), Groups.equal(3, 9), return_ids=True)
+    assert groups.uniform and groups.max_queries == batch.shape[1] == 6
+    assert torch.equal(out, batch.flatten(0, 1)) and torch.equal(packed_ids, ids.flatten())
+
+
+def test_packed_in_other_groups():
+    ids = torch.stack([torch.randperm(24)[:10].sort().values for _ in range(2)])
+    x = torch.randn(20, 64)
+    groups = Groups.spatial(ids, (3, 2, 4))
+    block = Block(64, 2)
+    out, after = block(x, groups)
+    assert after is groups
+    frames = ids.flatten() // 8 + 3 * torch.arange(2).repeat_interleave(10)
+    for frame in frames.unique():
+        rows = frames == frame
+        assert_near(out[rows], block(x[rows][None])[0])
+    block.keep_rate = 0.5
+    with pytest.raises(ValueError, match="whole samples"):
+        block(x, groups)
+
+
+def test_packed_pruning_compiles_where_the_count_is_known():
+    x, groups, _ = packed()
+    block = Block(64, 2, keep_rate=0.5)
+    expected, after = block(x, groups)
+    num_kept = len(expected) - len(LENGTHS)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    out, offsets = compiled(x, groups, num_kept=num_kept)
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(offsets.row_offsets, after.row_offsets)
+
+
+def test_misuse_of_packed_tokens_is_explained():
+    x, groups, _ = packed()
+    with pytest.raises(ValueError, match="groups of its rows"):
+        Block(64, 2)(x[1:], groups)
+    with pytest.raises(ValueError, match="groups of its rows"):
+        Block(64, 2)(x[None], groups)

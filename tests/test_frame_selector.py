@@ -1,0 +1,99 @@
+"""FrameSelector: the best frames in their order, and the gradient that reaches the scores."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vidl.nn import FrameSelector
+
+B, T, N, C, TEXT, KEEP = 3, 5, 4, 32, 16, 2
+
+
+def make(**options):
+    torch.manual_seed(0)
+    return FrameSelector(C, TEXT, KEEP, T, **options)
+
+
+def inputs():
+    return torch.randn(B, T, C), torch.randn(B, TEXT), torch.randn(B, T, N, C)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_is_the_rule_written_plainly(backend):
+    model, arguments = make(backend=backend), inputs()
+    leaves = [x.clone().requires_grad_() for x in arguments]
+    found = model(*leaves)
+
+    frames, text, tokens = (x.clone().requires_grad_() for x in arguments)
+    joined = torch.stack([torch.cat([frames[:, t], text], 1) for t in range(T)], 1)
+    scores = F.linear(F.gelu(F.linear(joined, model.fc1.weight, model.fc1.bias)), model.fc2.weight)
+    p = scores[..., 0].softmax(1)
+    ids = torch.stack([torch.tensor(sorted(row.topk(KEEP).indices.tolist())) for row in p])
+    expected = torch.stack([tokens[b, row] for b, row in enumerate(ids)])
+    assert torch.equal(found.ids, ids) and torch.equal(found.tokens, expected)
+    torch.testing.assert_close(found.probabilities, p)
+    torch.testing.assert_close(found.probabilities.sum(1), torch.ones(B))
+
+    grad = torch.randn_like(expected)
+    found.tokens.backward(grad)
+    # Straight through: that of p, as if out = p x token, and of the tokens, as if it were chosen.
+    weight = p.gather(1, ids)[..., None, None]
+    (weight * expected.detach() + expected).backward(grad)
+    for ours, theirs in zip(leaves, (frames, text, tokens), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_learns_which_frame_the_text_is_about():
+    torch.manual_seed(0)
+    model = FrameSelector(8, 8, 1, 4, hidden_dim=32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    labels = F.one_hot(torch.randint(0, 4, (64, 4)), 8).float()
+    asked = torch.randint(0, 4, (64,))
+    labels[..., 4:] = F.one_hot(torch.stack([torch.randperm(4) for _ in range(64)]), 4)
+    text = labels[torch.arange(64), asked].clone()
+    text[:, :4] = 0
+    right = (labels[..., 4:] * text[:, None, 4:]).sum(-1) * 2 - 1  # 1 in one frame, -1 in others
+    with torch.no_grad():
+        before = (model(labels, text, labels[:, :, None]).ids[:, 0] == asked).float().mean()
+    for _ in range(150):
+        found = model(labels, text, right[..., None, None])
+        optimizer.zero_grad()
+        (-found.tokens.mean()).backward()  # the model only sees what the chosen frame holds
+        optimizer.step()
+    after = (found.ids[:, 0] == asked).float().mean()
+    assert after > 0.9 > before
+
+
+def test_other_lengths_and_autocast():
+    model = make()
+    frames, text, tokens = inputs()
+    whole = model(frames[:, :KEEP], text, tokens[:, :KEEP])
+    assert torch.equal(whole.tokens, tokens[:, :KEEP])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(frames, text, tokens)
+    assert found.tokens.dtype == found.probabilities.dtype == torch.float32
+
+
+def test_compiles():
+    torch._dynamo.reset()
+    model, arguments = make(), inputs()
+
+    def run(*arguments):
+        found = model(*arguments)
+        return found.tokens, found.ids
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    for ours, theirs in zip(compiled(*arguments), run(*arguments), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_misuse_is_explained():
+    for keep in (0, 6):
+        with pytest.raises(ValueError, match=rf"keep in \[1, 5\].*got {keep}: sample more"):
+            FrameSelector(C, TEXT, keep, T)
+    frames, text, tokens = inputs()
+    with pytest.raises(ValueError, match="need frames"):
+        make()(frames, text[:2], tokens)
+    with pytest.raises(ValueError, match=r"keep in \[1, 1\]"):
+        make()(frames[:, :1], text, tokens[:, :1])

@@ -1,0 +1,176 @@
+"""SMAUG and MAC: what they compute, what learns, what they cost; with our kernels and without."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from vidl import models
+from vidl.cli import main
+from vidl.models.summary import example
+from vidl.nn import Bert, ViT
+
+SMALL = dict(image_size=32, width=64, heads=2, text_width=64, text_heads=2, dropout=0.0)
+WORDS = models.recipe("mac").vocabulary
+TINY = dict(SMALL, vocabulary=dataclasses.replace(WORDS, size=200))
+
+
+def tiny(name, **overrides):
+    torch.manual_seed(0)
+    return models.create(name, "tiny", **(TINY | overrides))
+
+
+def batch(model, B=4, words=9):
+    torch.manual_seed(1)
+    found = example(model.recipe, B, words)
+    found["attention_mask"][1, 5:] = 0  # captions differ in length
+    return found
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_parameter_learns(name):
+    model = tiny(name)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    # At first the attention through time of `Mac` adds nothing, and nothing reaches its norm.
+    for step in range(3):
+        optimizer.zero_grad()
+        model(**batch(model), step=step)["loss"].backward()
+        optimizer.step()
+    fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert fixed == ["decoder.decoder_pos_embed"] * (name == "smaug")  # MAE's sines
+    grads = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+    assert not [key for key, grad in grads.items() if grad is None or not grad.isfinite().all()]
+    still = [key for key, grad in grads.items() if grad.abs().max() < 1e-7]  # or rounding
+    assert all(key.endswith(".key.bias") for key in still), still  # which softmax does not see
+
+
+def test_losses_of_smaug():
+    model = tiny("smaug")
+    losses = model(**batch(model))
+    assert list(losses) == ["loss", "vtc", "vtm", "mlm", "mvm"]
+    losses = {key: loss.item() for key, loss in losses.items()}
+    assert losses["loss"] == pytest.approx(sum(list(losses.values())[1:]))
+    # Nothing is known yet: as many nats as there are choices.
+    assert losses["mlm"] == pytest.approx(5.3, abs=0.5)  # ln 200
+    assert losses["vtm"] == pytest.approx(0.69, abs=0.2)  # ln 2
+
+    without = tiny("smaug", mask_ratio=0.0, vtm=0.0)
+    assert list(without(**batch(without))) == ["loss", "vtc", "mlm"]
+    double = tiny("smaug", mvm=2.0)(**batch(model))["loss"].item()
+    assert double - losses["loss"] == pytest.approx(losses["mvm"], rel=1e-4)
+
+
+def test_a_resumed_run_draws_the_same_masks():
+    model = tiny("smaug").eval()
+    inputs = batch(model)
+    losses = model(**inputs, step=7)
+    assert model(**inputs, step=7) == losses
+    assert model(**inputs, step=8)["mvm"] != losses["mvm"]
+    # A sample's mask is its own: another order of the batch changes nothing but rounding.
+    order = torch.tensor([2, 0, 3, 1])
+    other = model(**{key: value[order] for key, value in inputs.items()}, step=7)
+    for key in ("vtc", "mvm", "mlm"):
+        torch.testing.assert_close(other[key], losses[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_kernels_and_reference_learn_the_same(name):
+    """Fifty steps on noise with the same weights, masks and optimizer."""
+    curves = []
+    for backend in ("reference", "auto"):
+        model = tiny(name, backend=backend)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        inputs, curve = batch(model), []
+        for step in range(50):
+            optimizer.zero_grad()
+            loss = model(**inputs, step=step)["loss"]
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(torch.tensor(curve))
+    reference, ours = curves
+    assert reference[-10:].mean() < 0.8 * reference[:5].mean()  # it learns the noise by heart
+    torch.testing.assert_close(ours[:10], reference[:10], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, reference, rtol=0.05, atol=0.05)
+
+
+def test_tokens_are_those_of_the_recipe():
+    model = tiny("smaug", prune_layers=(0, 2))
+    recipe, inputs = model.recipe, batch(model)
+    mask = model.recipe.visual_mask(inputs["samples"], 0)
+    frames = model.vision(inputs["video"], mask.ids_keep)
+    tokens, T = recipe.tokens(), recipe.frames
+    assert tokens["encoder"] == mask.ids_keep.shape[1] + T
+    assert tokens["after layer 0"] == T * (1 + frames.kept[0].shape[1])
+    assert tokens["after layer 2"] == T * frames.tokens.shape[1]
+    assert tokens["fusion"] == recipe.frames_kept * frames.tokens.shape[1]
+
+    for kind, time in (("frame", "slot"), ("tube", "position"), ("clip", "joint")):
+        model = tiny("mac", mask=kind, time=time)
+        seen = model.vision(
+            inputs["video"], model.recipe.visual_mask(inputs["samples"], 0).ids_keep
+        )
+        assert seen.shape[1] == model.recipe.tokens()["encoder"]
+
+
+def test_summary():
+    text = str(models.summarize(tiny("smaug"), words=8, steps=1))
+    for expected in ("masked and pruned", "after layer 1", "GFLOP", "realised saving", "selector"):
+        assert expected in text
+    costs = models.summarize(tiny("mac"), words=8).costs
+    assert costs["masked"].forward_flops < costs["dense"].forward_flops
+    assert costs["masked"].activations < costs["dense"].activations
+
+
+def test_flops_of_vit_b_as_published():
+    """17.6 GFLOP (multiply-adds) a picture of 224 x 224: DeiT, arXiv 2012.12877, table 5."""
+    model = ViT()
+    assert sum(p.numel() for p in model.parameters()) == 85_798_656  # timm's, without its head
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as flops, torch.no_grad():
+        model(torch.zeros(1, 3, 1, 224, 224))
+    assert flops.get_total_flops() / 2 == pytest.approx(17.6e9, rel=0.005)
+
+
+def test_parameters_of_bert_base_as_published():
+    """110 M (BERT, arXiv 1810.04805, 3): with the pooler, which we do not have."""
+    with torch.device("meta"):
+        text = Bert(text_layers=12, fusion_layers=0)
+    assert sum(p.numel() for p in text.parameters()) == 109_482_240 - (768 + 1) * 768
+
+
+@pytest.mark.parametrize(
+    "name, overrides, complaint",
+    [
+        ("smaug", dict(frames_kept=5), r"need frames_kept in \[1, 4\].*lower it"),
+        ("smaug", dict(prune_layers=(12,)), r"need prune_layers in \[0, 12\)"),
+        ("smaug", dict(mask="block"), "need mask 'frame' or 'tube'"),
+        ("smaug", dict(fusion_layers=0), "need fusion_layers >= 1 for vtm and mlm"),
+        ("smaug", dict(width=100), "need width as a multiple of heads=12"),
+        ("smaug", dict(image_size=230), "need image_size as a multiple of patch_size=16"),
+        ("smaug", dict(mask_ratio=1.0), "need mask_ratio in"),
+        ("smaug", dict(keep_rate=0.0), "need keep_rate in"),
+        ("smaug", dict(layers=3), "smaug has no layers; it has frames, "),
+        ("mac", dict(mask="clip"), "need mask 'frame' or 'tube' with time 'slot'"),
+        ("mac", dict(word_ratio=1.5), "need word_ratio in"),
+    ],
+)
+def test_wrong_recipes_fail_at_once(name, overrides, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        models.create(name, **overrides)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="need a model among smaug, mac, got 'simvtp'"):
+        models.create("simvtp")
+    with pytest.raises(ValueError, match="need a preset among tiny, small, base, got 'huge'"):
+        models.create("mac", "huge")
+
+
+def test_summary_on_the_command_line(capsys):
+    small = [f"{name}={value}" for name, value in SMALL.items()]
+    assert main(["summary", "mac", *small, "--preset", "tiny", "--words", "6"]) == 0
+    assert "forward" in capsys.readouterr().out
+    for wrong in (["simvtp"], ["mac", "width"], ["mac", "wide=3"], ["mac", "--batch", "1"]):
+        with pytest.raises(SystemExit):
+            main(["summary", *wrong])
+        assert "need" in (error := capsys.readouterr().err) or "has no" in error

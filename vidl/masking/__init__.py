@@ -1,0 +1,27 @@
+"""Masks of clips and captions, drawn on the device from (seed, step, sample)."""
+
+from vidl.masking.draws import uniform
+from vidl.masking.text import MaskedWords, Vocabulary, continuations, mask_words, most_hidden
+from vidl.masking.visual import (
+    VisualKind,
+    VisualMask,
+    drop_masked,
+    replace_masked,
+    visual_mask,
+    zero_masked,
+)
+
+__all__ = [
+    "MaskedWords",
+    "VisualKind",
+    "VisualMask",
+    "Vocabulary",
+    "continuations",
+    "drop_masked",
+    "mask_words",
+    "most_hidden",
+    "replace_masked",
+    "uniform",
+    "visual_mask",
+    "zero_masked",
+]

@@ -1,0 +1,87 @@
+"""Random numbers that are a function of where they are used, and of nothing else.
+
+A number depends on (seed, step, stream, sample, i) alone: a resumed run, another split into batches
+or ranks, and another device draw the same. All arithmetic is on integers below 2^63.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Word = Any  # an int or an int64 tensor: the same arithmetic on the host and on the device
+
+BITS = 0xFFFFFFFF
+# lowbias32, one of the least biased two-round mixers of 32 bits. The second number is 0x846CA68B
+# less 2^32: the same product of 32 bits, and no overflow in 64.
+FIRST, SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
+GOLDEN = 0x9E3779B9 - (1 << 32)  # steps of 2^32 / golden ratio spread the counter over all bits
+
+
+def uniform(seed: int, step: int | Tensor, samples: Tensor, n: int, *, stream: int = 0) -> Tensor:
+    """`n` random numbers for each sample, the same wherever and whenever they are drawn.
+
+        out[b, i] = hash(seed, step, stream, samples[b], i) / 2^24, 24 bits of the hash
+
+    No state, no host synchronisation; the same bits on every device.
+
+    Args:
+        seed: of the run, 0 or more.
+        step: of the training, 0 or more; as an int, or as an int64 scalar tensor on the device of
+            `samples`, which does not recompile under `torch.compile` when it changes.
+        samples: index of each sample in the data set, [B] int64.
+        n: numbers for each sample.
+        stream: tells different uses apart, 0 or more: two masks of one sample are then independent.
+
+    Returns:
+        [B, n] float32, in [0, 1), multiples of 2^-24; without a gradient.
+
+    Raises:
+        TypeError: `samples` or a tensor `step` is not int64.
+        ValueError: a shape, a device or a number does not fit.
+
+    Source: counter-based generators, Salmon et al., SC 2011; the mixer: hash-prospector, lowbias32.
+    """
+    _check(seed, step, samples, n, stream)
+    # Two words of 32 bits: with one, two of 2^16 samples would share their numbers.
+    low: Word = 0x243F6A88
+    high: Word = 0x13198A2E
+    for number in (seed, stream, step, samples):
+        for word in _words(number):
+            low, high = _mix(low ^ word), _mix((high + _mix(word ^ 0x3C6EF372)) & BITS)
+    counter = torch.arange(n, dtype=torch.int64, device=samples.device) * GOLDEN
+    drawn = _mix(_mix((counter + low[:, None]) & BITS) ^ high[:, None])
+    return (drawn >> 8).float() * 2.0**-24
+
+
+def _words(number: Word) -> tuple[Word, Word]:
+    """The lower and the upper 32 bits."""
+    return number & BITS, number >> 32 & BITS
+
+
+def _mix(x: Word) -> Word:
+    """A bijection of 32 bits in which every bit of the input flips half of the output's."""
+    x = x ^ (x >> 16)
+    x = x * FIRST & BITS
+    x = x ^ (x >> 15)
+    x = x * SECOND & BITS
+    return x ^ (x >> 16)
+
+
+def _check(seed: int, step: int | Tensor, samples: Tensor, n: int, stream: int) -> None:
+    if samples.dtype != torch.int64:
+        raise TypeError(f"need samples in int64, got {samples.dtype}")
+    if samples.ndim != 1:
+        raise ValueError(f"need samples [B], got {tuple(samples.shape)}")
+    if isinstance(step, Tensor):
+        if step.dtype != torch.int64:
+            raise TypeError(f"need step in int64, got {step.dtype}")
+        if step.ndim != 0 or step.device != samples.device:
+            raise ValueError(
+                f"need a scalar step on {samples.device}, got {tuple(step.shape)} on {step.device}"
+            )
+    elif step < 0:
+        raise ValueError(f"need step >= 0, got {step}")
+    for name, number in (("seed", seed), ("n", n), ("stream", stream)):
+        if not 0 <= number < 2**63:
+            raise ValueError(f"need {name} in [0, 2^63), got {number}")

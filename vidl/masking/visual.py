@@ -1,0 +1,199 @@
+"""Masks of clips: which patches the encoder sees, and which are to be predicted."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vidl.kernels.groups import Grid
+from vidl.kernels.select_tokens import kept_count
+from vidl.kernels.select_tokens.op import Rounding
+from vidl.masking.draws import uniform
+
+VisualKind = Literal["frame", "tube", "clip", "block"]
+
+
+@dataclass(frozen=True, eq=False)
+class VisualMask:
+    """Which patches of each clip are visible, and which are masked.
+
+    Patches are numbered in (time, row, column) order; both lists ascend and together name every
+    patch once.
+
+    Attributes:
+        ids_keep: the visible patches, [B, K] int64. If every frame has equally many, k, those of
+            frame t are the columns t k to (t + 1) k - 1.
+        ids_mask: the masked patches, [B, M] int64.
+        grid: frames, rows and columns of patches.
+    """
+
+    ids_keep: Tensor
+    ids_mask: Tensor
+    grid: Grid
+
+    def masked(self) -> Tensor:
+        """Whether each patch is masked, [B, N] bool."""
+        shape = self.ids_mask.shape[0], math.prod(self.grid)
+        zeros = torch.zeros(shape, dtype=torch.bool, device=self.ids_mask.device)
+        return zeros.scatter(1, self.ids_mask, True)
+
+    def per_frame(self) -> "VisualMask":
+        """The same as masks of B * T clips of one frame; frame t of clip b is row b T + t.
+
+        Raises:
+            ValueError: the frames cannot have equally many visible patches.
+            RuntimeError: they have not ("frame" and "tube" do; on CUDA as a device-side assertion).
+        """
+        T, H, W = self.grid
+        if self.ids_keep.shape[1] % T:
+            raise ValueError(
+                f"need as many visible patches in each of {T} frames, got {self.ids_keep.shape[1]} "
+                "in all: a mask of kind 'frame' or 'tube'"
+            )
+        first = torch.arange(T, device=self.ids_keep.device)[:, None] * H * W
+        keep, mask = (
+            ids.unflatten(1, (T, ids.shape[1] // T)) - first
+            for ids in (self.ids_keep, self.ids_mask)
+        )
+        inside = ((keep >= 0) & (keep < H * W)).all() & ((mask >= 0) & (mask < H * W)).all()
+        torch._assert_async(inside, "need as many visible patches in each frame")
+        return VisualMask(keep.flatten(0, 1), mask.flatten(0, 1), (1, H, W))
+
+
+def visual_mask(
+    seed: int,
+    step: int | Tensor,
+    samples: Tensor,
+    grid: Grid,
+    mask_ratio: float,
+    *,
+    kind: VisualKind = "frame",
+    rounding: Rounding = "floor",
+    stream: int = 0,
+) -> VisualMask:
+    """Draw a mask of each clip, with the same number of visible patches in every one.
+
+    ======= =================================================== =============================
+    kind    masked are                                          source
+    ======= =================================================== =============================
+    "frame" as many patches of every frame, each frame its own  MAC, SMAUG (figures)
+    "tube"  the same patches of every frame                     VideoMAE, arXiv 2203.12602
+    "clip"  patches of the whole clip, wherever                 MAE-ST, arXiv 2205.09113
+    "block" cuboids of the clip, until there are enough         VIOLET, arXiv 2111.12681; BEiT
+    ======= =================================================== =============================
+
+    A cuboid has 1 to T - 1 frames, and 1 to 2/3 of the rows and of the columns less one, all
+    uniform, as VIOLET has it. VIOLET stops after a fixed number of cuboids; here the last one is
+    cut, at random, so that the count is exact, and what many cuboids still leave is random.
+
+    Args:
+        seed, step, samples, stream: as in `vidl.masking.uniform`; samples [B] int64.
+        grid: frames, rows and columns of patches.
+        mask_ratio: the share of masked patches, in [0, 1).
+        kind: one of those above.
+        rounding: of the visible share 1 - mask_ratio of a frame ("frame", "tube") or of the clip
+            ("clip", "block"), as `vidl.ops.kept_count` has it; "floor" is MAE's.
+        stream: tells two masks of the same samples apart.
+
+    Returns:
+        `VisualMask`, on the device of `samples`; shapes depend on the numbers alone.
+
+    Raises:
+        TypeError, ValueError: as `vidl.masking.uniform` does; there is no such kind or rounding; a
+            number is out of its range.
+    """
+    if kind not in get_args(VisualKind):
+        raise ValueError(f"need kind among {', '.join(get_args(VisualKind))}, got {kind!r}")
+    if len(grid) != 3 or any(n < 1 for n in grid):
+        raise ValueError(f"need a grid of frames, rows and columns, got {grid}")
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(f"need mask_ratio in [0, 1), got {mask_ratio}")
+    (T, H, W), N = grid, math.prod(grid)
+    each = H * W if kind in ("frame", "tube") else N
+    numbers = each if kind == "tube" else N
+    masked = each - kept_count(each, 1 - mask_ratio, rounding)
+    ranks = uniform(seed, step, samples, numbers, stream=stream)
+    if kind == "block":
+        ranks = ranks + _first_cuboid(seed, step, samples, grid, mask_ratio, stream)
+    keep, mask = _split(ranks.view(samples.shape[0], numbers // each, each), masked)
+    if each < N:
+        first = torch.arange(T, device=samples.device)[:, None] * each
+        keep, mask = keep + first, mask + first
+    return VisualMask(keep.flatten(1), mask.flatten(1), grid)
+
+
+def drop_masked(tokens: Tensor, mask: VisualMask) -> Tensor:
+    """The visible tokens: [B, N, C] -> [B, K, C].
+
+    `vidl.nn.MaskedPatchEmbed` never embeds the others, given `mask.ids_keep`; this is for tokens
+    that are embedded already. Source: MAE, arXiv 2111.06377, 3.
+    """
+    _check_tokens(tokens, mask)
+    return tokens.gather(1, mask.ids_keep[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+def replace_masked(tokens: Tensor, mask: VisualMask, mask_token: Tensor) -> Tensor:
+    """Put `mask_token`, [C], in the place of masked tokens: [B, N, C] -> [B, N, C].
+
+    Before the position is added. Source: BEiT, arXiv 2106.08254, 2.3.
+    """
+    _check_tokens(tokens, mask)
+    return torch.where(mask.masked()[..., None], mask_token.to(tokens.dtype), tokens)
+
+
+def zero_masked(video: Tensor, mask: VisualMask) -> Tensor:
+    """Set the pixels of masked patches to zero: [B, C, T, H, W] -> the same.
+
+    Zero is the mean pixel of a normalised clip, and black in a uint8 one. Source: VIOLET, arXiv
+    2111.12681.
+
+    Raises:
+        ValueError: the clip cannot be cut into the mask's grid.
+    """
+    T, H, W = mask.grid
+    if video.ndim != 5 or any(n % m for n, m in zip(video.shape[2:], mask.grid, strict=True)):
+        raise ValueError(
+            f"need video [B, C, T, H, W] that divides into {mask.grid} patches, got "
+            f"{tuple(video.shape)}"
+        )
+    masked = mask.masked().view(-1, 1, T, H, W)
+    for dim in (2, 3, 4):
+        times = video.shape[dim] // mask.grid[dim - 2]
+        masked = masked.repeat_interleave(times, dim, output_size=video.shape[dim])
+    return video.masked_fill(masked, 0)
+
+
+def _split(ranks: Tensor, masked: int) -> tuple[Tensor, Tensor]:
+    """The kept and the masked places, ascending: masked are those of lowest rank."""
+    order = ranks.argsort(dim=-1, stable=True)
+    return order[..., masked:].sort(-1).values, order[..., :masked].sort(-1).values
+
+
+def _first_cuboid(
+    seed: int, step: int | Tensor, samples: Tensor, grid: Grid, mask_ratio: float, stream: int
+) -> Tensor:
+    """The first of the random cuboids that covers each patch, or their number if none, [B, N]."""
+    longest = (max(1, grid[0] - 1), *(max(1, 2 * n // 3 - 1) for n in grid[1:]))
+    # Random cuboids of mean size v leave (1 - v / N)^count: this is twice what the ratio asks for.
+    share = math.prod([(n + 1) / 2 for n in longest]) / math.prod(grid)
+    count = max(1, math.ceil(2 * math.log(1 - mask_ratio) / math.log1p(-min(share, 0.999))))
+    B = samples.shape[0]
+    # A stream that no caller has any use for.
+    drawn = uniform(seed, step, samples, 6 * count, stream=stream | 1 << 62).view(B, count, 6)
+    covered = torch.ones(B, count, 1, dtype=torch.bool, device=samples.device)
+    for axis, (n, most) in enumerate(zip(grid, longest, strict=True)):
+        size = (drawn[..., 2 * axis] * most).long() + 1
+        start = (drawn[..., 2 * axis + 1] * (n - size + 1)).long()
+        place = torch.arange(n, device=samples.device)
+        inside = (place >= start[..., None]) & (place < (start + size)[..., None])
+        covered = (covered[..., None] & inside[:, :, None]).flatten(2)
+    index = torch.arange(count, device=samples.device)[:, None]
+    return torch.where(covered, index, count).amin(1)
+
+
+def _check_tokens(tokens: Tensor, mask: VisualMask) -> None:
+    shape = (mask.ids_keep.shape[0], math.prod(mask.grid))
+    if tokens.ndim != 3 or tokens.shape[:2] != shape:
+        raise ValueError(f"need tokens [{shape[0]}, {shape[1]}, C], got {tuple(tokens.shape)}")

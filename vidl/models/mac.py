@@ -1,0 +1,134 @@
+"""MAC: a masked clip and its masked caption are brought together, and nothing else."""
+
+import dataclasses
+import math
+
+from torch import Tensor, nn
+
+from vidl.masking import VisualMask, mask_words
+from vidl.models.recipe import Recipe
+from vidl.nn import Bert, Projection, SpaceTimeTransformer
+from vidl.nn.divided import TimeGroups
+from vidl.objectives import ContrastiveLoss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MacRecipe(Recipe):
+    """Sizes and masks of `Mac`.
+
+    Stated by the paper, or by Frozen in Time, on which it builds: 4 frames, ViT-B/16, masks that
+    differ from frame to frame, DistilBERT whose words are replaced by [MASK], ReLU and projection
+    to 256, a temperature of 0.05. Our choice: `mask_ratio`, at which a step takes the 60 % fewer
+    FLOPs that the paper reports; `word_ratio`, BERT's; and `time`, since with such masks "the same
+    place in another frame" may mean two things.
+
+    Attributes:
+        time: which tokens attend to one another through time; see `vidl.nn.SpaceTimeTransformer`.
+        temperature: of the contrastive loss; fixed.
+
+    The others, and what is raised, are those of `vidl.models.Recipe`.
+    """
+
+    mask_ratio: float = 0.6
+    time: TimeGroups = "slot"
+    text_layers: int = 6
+    temperature: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.time == "slot" and self.mask not in ("frame", "tube"):
+            raise ValueError(
+                f"need mask 'frame' or 'tube' with time 'slot', got {self.mask!r}: frames must "
+                "keep equally many patches; time 'position' and 'joint' take any mask"
+            )
+
+    def tokens(self) -> dict[str, int]:
+        """Of one clip, at each stage."""
+        return {"patches": math.prod(self.grid), "encoder": 1 + self.visible}
+
+    def ways(self) -> dict[str, "MacRecipe"]:
+        """The recipe without its mask, and as it is."""
+        return {"dense": dataclasses.replace(self, mask_ratio=0.0), "masked": self}
+
+
+PRESETS = {
+    "tiny": MacRecipe(
+        image_size=64, patch_size=8, width=128, depth=4, heads=4, text_width=128, text_layers=2,
+        text_heads=4, embed_dim=64,
+    ),
+    "small": MacRecipe(width=384, heads=6, text_width=384, text_heads=6),
+    "base": MacRecipe(),
+}  # fmt: skip
+
+
+class Mac(nn.Module):
+    """Masked contrastive pre-training of a clip and its caption.
+
+    Two encoders, no decoder, no fusion: Frozen in Time's divided space-time transformer on the
+    visible patches, BERT on the masked caption, and a contrastive loss between their CLS tokens.
+    Source: MAC, arXiv 2212.00986, figure 2.
+    """
+
+    def __init__(self, recipe: MacRecipe) -> None:
+        super().__init__()
+        self.recipe = r = recipe
+        self.vision = SpaceTimeTransformer(
+            r.image_size, r.patch_size, embed_dim=r.width, depth=r.depth, num_heads=r.heads,
+            num_frames=r.frames, time=r.time, mean=r.mean, std=r.std, backend=r.backend,
+        )  # fmt: skip
+        self.text = Bert(
+            r.vocabulary.size, r.text_width, r.text_layers, 0, r.text_heads, token_types=0,
+            dropout=r.dropout, backend=r.backend,
+        )  # fmt: skip
+        self.project_clip = Projection(r.width, r.embed_dim)
+        self.project_text = Projection(r.text_width, r.embed_dim, relu=True)
+        self.contrast = ContrastiveLoss(r.temperature, learned=False, form="sum", gather=r.gather)
+
+    def forward(
+        self,
+        video: Tensor,
+        ids: Tensor,
+        attention_mask: Tensor,
+        samples: Tensor,
+        step: int | Tensor = 0,
+        *,
+        clip_ids: Tensor | None = None,
+        words: int | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss of a batch.
+
+        Args:
+            video: [B, 3, T, H, W], uint8 or normalised; any strides.
+            ids: captions, [B, L] int64.
+            attention_mask: [B, L], not zero where there is a word.
+            samples: index of each sample in the data set, [B] int64.
+            step: of the training; the masks depend on it and on `samples`.
+            clip_ids: [B] int64, the clip of each sample; None: all differ.
+            words: an upper bound of the words in `ids`; see `vidl.nn.Bert`.
+
+        Returns:
+            "loss" and "vtc", the same float32 scalar.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as its parts do.
+        """
+        r = self.recipe
+        v = self.embed_clips(video, r.visual_mask(samples, step))
+        hidden = mask_words(
+            r.seed, step, samples, ids, attention_mask, r.word_ratio,
+            replace="mask", vocabulary=r.vocabulary,
+        )  # fmt: skip
+        t = self.embed_text(hidden.ids, attention_mask, words=words)
+        loss = self.contrast(v, t, clip_ids)
+        return {"loss": loss, "vtc": loss}
+
+    def embed_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
+        """The features of clips, [B, embed_dim]; for retrieval without a mask."""
+        tokens = self.vision(video, None if mask is None else mask.ids_keep)
+        return self.project_clip(tokens[:, 0])
+
+    def embed_text(
+        self, ids: Tensor, attention_mask: Tensor | None = None, *, words: int | None = None
+    ) -> Tensor:
+        """The features of captions, [B, embed_dim]."""
+        return self.project_text(self.text.encode(ids, attention_mask, words=words)[:, 0])

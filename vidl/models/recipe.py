@@ -1,0 +1,95 @@
+"""What the recipes of all models have: a clip, two encoders and their masks."""
+
+import dataclasses
+import math
+
+from torch import Tensor
+
+from vidl.kernels.groups import Grid
+from vidl.kernels.select_tokens import kept_count
+from vidl.masking import VisualKind, VisualMask, Vocabulary, visual_mask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Sizes and masks.
+
+    Attributes:
+        frames, image_size, patch_size: of a clip.
+        width, depth, heads: of the vision encoder.
+        mask: kind of the visual mask; see `vidl.masking.visual_mask`.
+        mask_ratio: share of masked patches, in [0, 1); 0: all are seen.
+        text_width, text_layers, text_heads, dropout: of the text encoder.
+        vocabulary: of the captions' tokenizer.
+        word_ratio: share of hidden words, in [0, 1].
+        embed_dim: of the space in which clips and captions are compared.
+        temperature: of that comparison.
+        mean, std: normalisation of pixels in 0 to 1.
+        seed: of everything drawn.
+        gather: whether to contrast with the features of all ranks.
+        backend: of all ops.
+
+    Raises:
+        ValueError: numbers do not fit together.
+    """
+
+    frames: int = 4
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mask: VisualKind = "frame"
+    mask_ratio: float = 0.0
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    dropout: float = 0.1
+    vocabulary: Vocabulary = Vocabulary()
+    word_ratio: float = 0.15
+    embed_dim: int = 256
+    temperature: float = 0.07
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    seed: int = 0
+    gather: bool = True
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "image_size", "patch_size", "width", "heads", "text_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"need {name} >= 1, got {getattr(self, name)}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"need image_size as a multiple of patch_size={self.patch_size}, got "
+                f"{self.image_size}"
+            )
+        for width, heads in (("width", "heads"), ("text_width", "text_heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(
+                    f"need {width} as a multiple of {heads}={getattr(self, heads)}, got "
+                    f"{getattr(self, width)}"
+                )
+        if not 0 <= self.mask_ratio < 1:
+            raise ValueError(f"need mask_ratio in [0, 1), got {self.mask_ratio}")
+        if not 0 <= self.word_ratio <= 1:
+            raise ValueError(f"need word_ratio in [0, 1], got {self.word_ratio}")
+
+    @property
+    def grid(self) -> Grid:
+        """Frames, rows and columns of patches."""
+        side = self.image_size // self.patch_size
+        return self.frames, side, side
+
+    @property
+    def visible(self) -> int:
+        """Patches that the mask leaves of a clip; `visual_mask` leaves as many."""
+        T, H, W = self.grid
+        whole = T if self.mask in ("frame", "tube") else 1
+        return whole * kept_count(math.prod(self.grid) // whole, 1 - self.mask_ratio, "floor")
+
+    def visual_mask(self, samples: Tensor, step: int | Tensor) -> VisualMask | None:
+        """Which patches of each sample are visible at a step; None: all."""
+        if self.mask_ratio == 0:
+            return None
+        return visual_mask(self.seed, step, samples, self.grid, self.mask_ratio, kind=self.mask)

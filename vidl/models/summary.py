@@ -1,0 +1,173 @@
+"""What a model costs: its tokens at each stage, parameters, FLOPs, memory and time of a step."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of a training step, for each clip with its caption.
+
+    Attributes:
+        tokens: of a clip, at each stage of the model.
+        forward_flops, backward_flops: floating-point operations; a multiply-add is two.
+        activations: bytes that the forward keeps for the backward, parameters apart.
+        seconds: of forward and backward, if they were measured.
+    """
+
+    tokens: dict[str, int]
+    forward_flops: int
+    backward_flops: int
+    activations: int
+    seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """A recipe as it is, and without what makes it sparse.
+
+    Attributes:
+        name: of the model.
+        parameters: how many, by part.
+        costs: "dense", "masked" and, where the recipe prunes, "masked and pruned".
+    """
+
+    name: str
+    parameters: dict[str, int]
+    costs: dict[str, Cost]
+
+    def realised_saving(self, name: str) -> float | None:
+        """The speed-up over "dense" as a share of the saving of FLOPs, if times were measured."""
+        dense, cost = self.costs["dense"], self.costs[name]
+        if dense.seconds is None or cost.seconds is None:
+            return None
+        flops = (each.forward_flops + each.backward_flops for each in (dense, cost))
+        return (dense.seconds / cost.seconds) / (next(flops) / next(flops))
+
+    def __str__(self) -> str:
+        rows = [(f"{self.name}: parameters", [f"{sum(self.parameters.values()) / 1e6:.1f} M"])]
+        rows += [(f"  {part}", [f"{n / 1e6:.1f} M"]) for part, n in self.parameters.items()]
+        rows += [("", []), ("one clip of a step", list(self.costs))]
+        costs, dense = list(self.costs.values()), self.costs["dense"]
+        for stage in costs[-1].tokens:
+            # What has no such stage has as many tokens as before it.
+            rows.append((f"  tokens, {stage}", [str(cost.tokens.get(stage, "")) for cost in costs]))
+        for label, field, unit, scale in (
+            ("forward", "forward_flops", "GFLOP", 1e9),
+            ("backward", "backward_flops", "GFLOP", 1e9),
+            ("activations", "activations", "MB", 1e6),
+            ("time", "seconds", "ms", 1e-3),
+        ):
+            values = [getattr(cost, field) for cost in costs]
+            if None not in values:
+                most = getattr(dense, field)
+                cells = [f"{x / scale:,.1f} {unit}  {x / most:4.0%}" for x in values]
+                rows.append((f"  {label}", cells))
+        savings = [self.realised_saving(name) for name in self.costs]
+        if None not in savings:
+            rows.append(("  realised saving", [f"{x:.0%}" for x in savings if x is not None]))
+        return "\n".join(
+            (f"{label:<30}" + "".join(f"{cell:>22}" for cell in cells)).rstrip()
+            for label, cells in rows
+        )
+
+
+def summarize(model: Any, *, batch: int = 2, words: int = 32, steps: int = 0) -> Summary:
+    """What the recipe of a model costs, dense, masked and pruned.
+
+    Runs a step of noise of each, on the model's device, and counts; a large model takes seconds.
+
+    Args:
+        model: of `vidl.models`; others like it are built, and it stays as it is.
+        batch: clips of a step, over which its cost is divided.
+        words: of each caption.
+        steps: how many more are timed, the three in turns; each is a forward and a backward.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    if batch < 2 or words < 1 or steps < 0:
+        raise ValueError(f"need batch >= 2, words >= 1, steps >= 0, got {batch}, {words}, {steps}")
+    device = next(model.parameters()).device
+    built = {name: type(model)(recipe).to(device) for name, recipe in model.recipe.ways().items()}
+    costs = {name: _count(each, batch, words) for name, each in built.items()}
+    if steps:
+        for name, seconds in _time(built, batch, words, steps).items():
+            costs[name] = dataclasses.replace(costs[name], seconds=seconds / batch)
+    parameters = {name: _size(child) for name, child in model.named_children()}
+    parameters |= {name: p.numel() for name, p in model.named_parameters(recurse=False)}
+    found = {name: n for name, n in parameters.items() if n}
+    return Summary(type(model).__name__, found, costs)
+
+
+def example(recipe: Any, batch: int, words: int, device: torch.device | str = "cpu") -> Any:
+    """A batch of noise, as the arguments of a model: uint8 clips, and captions of `words` words."""
+    size = (batch, 3, recipe.frames, recipe.image_size, recipe.image_size)
+    ids = torch.randint(recipe.vocabulary.size, (batch, words), device=device)
+    return {
+        "video": torch.randint(256, size, dtype=torch.uint8, device=device),
+        "ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "samples": torch.arange(batch, device=device),
+    }
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _count(model: Any, batch: int, words: int) -> Cost:
+    device = next(model.parameters()).device
+    with FlopCounterMode(display=False) as flops:
+        with _kept(model) as sizes:
+            loss = model(**example(model.recipe, batch, words, device))["loss"]
+        forward = flops.get_total_flops()
+        loss.backward()
+        backward = flops.get_total_flops() - forward
+    model.zero_grad()
+    kept = sum(sizes.values())
+    return Cost(model.recipe.tokens(), forward // batch, backward // batch, kept // batch)
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[dict[int, int]]:
+    """The bytes of all storages that are saved for the backward, each once, but parameters."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    sizes: dict[int, int] = {}
+    alive = []  # the address of one that is gone may be another's
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            sizes[storage._cdata] = storage.nbytes()
+            alive.append(storage)
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        yield sizes
+
+
+def _time(built: dict[str, Any], batch: int, words: int, steps: int) -> dict[str, float]:
+    """The median seconds of a step of each model; they take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in built}
+    for step in range(steps + 1):
+        for name, model in built.items():
+            device = next(model.parameters()).device
+            inputs = example(model.recipe, batch, words, device)
+            begin = time.perf_counter()
+            model(**inputs, step=step)["loss"].backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if step:  # the first one warms up
+                seconds[name].append(time.perf_counter() - begin)
+            model.zero_grad()
+    return {name: statistics.median(each) for name, each in seconds.items()}

@@ -1,0 +1,373 @@
+"""BERT for captions: text layers, then fusion layers that also attend to a clip."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidl.kernels.groups import Groups
+from vidl.kernels.space_time_attention import space_time_attention
+from vidl.nn.captions import Captions
+from vidl.nn.checkpoints import load_or_explain
+
+EPS = 1e-12
+
+
+class Bert(nn.Module):
+    """BERT whose last layers fuse captions with visual tokens.
+
+    The first `text_layers` are BERT's; the `fusion_layers` after them attend to the visual tokens
+    too, between attention and MLP, as ALBEF and Singularity split BERT-base 9 + 3. Normalisation
+    comes after each residual; GELU. Parameters are named as in Hugging Face's `BertModel`, and a
+    fusion layer's as in its cross-attention layers, so its state_dict loads. Captions are packed:
+    see `vidl.nn.captions.Captions` for what `words` saves. Dropout is applied to hidden states, as
+    `hidden_dropout_prob`; attention weights are not dropped out (`attention_probs_dropout_prob`
+    must be 0), since they are never stored. There is no pooler: CLS is `hidden[:, 0]`. Sources:
+    BERT, arXiv 1810.04805; ALBEF, arXiv 2107.07651, 3.1; Singularity, arXiv 2206.03428, 3.1.
+
+    Args:
+        vocab_size: words known, V.
+        width: of the tokens, C.
+        text_layers, fusion_layers: how many of each; BERT-base has 12 in all.
+        num_heads: H.
+        mlp_width: of the MLP's hidden layer; default 4 C.
+        visual_width: of the visual tokens; default C.
+        max_positions: longest caption.
+        token_types: segments that have an embedding (captions are of the first); 0: none, as
+            DistilBERT.
+        dropout: of hidden states.
+        mlm_head: whether there is a head that predicts words, with the word embedding as its
+            output layer, named as `cls` of `BertForMaskedLM`.
+        backend: of the attention.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 30522,
+        width: int = 768,
+        text_layers: int = 9,
+        fusion_layers: int = 3,
+        num_heads: int = 12,
+        mlp_width: int | None = None,
+        visual_width: int | None = None,
+        max_positions: int = 512,
+        token_types: int = 2,
+        dropout: float = 0.1,
+        *,
+        mlm_head: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(f"need a width that is a multiple of num_heads={num_heads}: {width}")
+        if text_layers < 0 or fusion_layers < 0 or text_layers + fusion_layers < 1:
+            raise ValueError(
+                f"need layers, got {text_layers} of text and {fusion_layers} of fusion"
+            )
+        self.text_layers, self.fusion_layers, self.backend = text_layers, fusion_layers, backend
+        self.width, self.visual_width = width, width if visual_width is None else visual_width
+        self.embeddings = _Embeddings(vocab_size, width, max_positions, token_types, dropout)
+        mlp_width = 4 * width if mlp_width is None else mlp_width
+        fused = [None] * text_layers + [self.visual_width] * fusion_layers
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList(
+            _Layer(width, num_heads, mlp_width, dropout, visual) for visual in fused
+        )
+        if mlm_head:
+            self.cls = nn.Module()
+            self.cls.predictions = _MlmHead(width, vocab_size)
+        self.apply(_initialise)
+
+    def encode(
+        self, ids: Tensor, attention_mask: Tensor | None = None, *, words: int | None = None
+    ) -> Tensor:
+        """Run the text layers.
+
+        Args:
+            ids: words, [B, L] int64.
+            attention_mask: [B, L], not zero where there is a word; None: everywhere.
+            words: rows to compute: how many words there are, or an upper bound; see `Captions`.
+
+        Returns:
+            [B, L, C], zero where there is no word. CLS is `[:, 0]`.
+
+        Raises:
+            ValueError: shapes do not fit, or a caption is too long.
+        """
+        if ids.ndim != 2 or ids.shape[1] > self.embeddings.max_positions:
+            raise ValueError(
+                f"need ids [B, L], L at most {self.embeddings.max_positions}, got "
+                f"{tuple(ids.shape)}"
+            )
+        captions = Captions(ids, attention_mask, words)
+        x = self.embeddings(captions.pack(ids), captions.columns())
+        groups = captions.joint()
+        for layer in self._layers()[: self.text_layers]:
+            x = layer(x, groups, self.backend)
+        return captions.unpack(x)
+
+    def fuse(
+        self,
+        text: Tensor,
+        attention_mask: Tensor | None,
+        visual: Tensor,
+        *,
+        partner: Tensor | None = None,
+        cu_visual: Tensor | None = None,
+        max_visual: int | None = None,
+        words: int | None = None,
+    ) -> Tensor:
+        """Run the fusion layers: captions attend to themselves and to visual tokens.
+
+        Keys and values of a clip are computed once, for however many captions are its partners, as
+        the positive and negative pairs of video-text matching are.
+
+        Args:
+            text: [B, L, C], of `encode`.
+            attention_mask: [B, L], not zero where there is a word; None: everywhere.
+            visual: [V, N, visual_width], or packed [total, visual_width] with `cu_visual`.
+            partner: the clip of each caption, [B] int64 in [0, V); None: its own, V = B.
+            cu_visual: [V + 1] int32, where each clip begins in a packed `visual`.
+            max_visual: tokens of any clip in a packed `visual`: an upper bound.
+            words: rows to compute: how many words there are, or an upper bound; see `Captions`.
+
+        Returns:
+            [B, L, C], zero where there is no word.
+
+        Raises:
+            ValueError: shapes do not fit, or there are no fusion layers.
+        """
+        self._check_fuse(text, visual, partner, cu_visual, max_visual)
+        captions = Captions(text, attention_mask, words)
+        if cu_visual is None:
+            V, max_visual = visual.shape[:2]
+            visual = visual.flatten(0, 1)
+            cu_keys = torch.arange(V + 1, dtype=torch.int32, device=visual.device) * max_visual
+        else:
+            cu_keys = cu_visual
+        assert max_visual is not None
+        own = captions.joint()
+        cross = captions.cross(cu_keys, visual.shape[0], max_visual, partner, cu_visual is None)
+        x = captions.pack(text)
+        for layer in self._layers()[self.text_layers :]:
+            x = layer(x, own, self.backend, visual, cross)
+        return captions.unpack(x)
+
+    def predict_words(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """The logits of the words at some positions, and at no others.
+
+        Args:
+            hidden: [B, L, C], of `fuse` or `encode`.
+            positions: [M] int64 in [0, B L), as `vidl.masking.mask_words` has them.
+
+        Returns:
+            [M, V].
+
+        Raises:
+            ValueError: it was built without `mlm_head=True`.
+        """
+        if not hasattr(self, "cls"):
+            raise ValueError("need Bert(mlm_head=True) to predict words")
+        head: Any = self.cls
+        rows = hidden.flatten(0, 1).index_select(0, positions)
+        return head.predictions(rows, self.embeddings.word_embeddings.weight)
+
+    def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load the weights of Hugging Face's BERT or DistilBERT, with or without its heads.
+
+        Names may begin with `bert.` or `distilbert.`. What this module has no place for by design
+        (the pooler, next-sentence and, without `mlm_head`, word prediction) is left out. The
+        cross-attention of fusion layers may be missing, as it is in BERT itself: it stays as
+        initialised.
+
+        Raises:
+            ValueError: weights are missing, unexpected or of another shape (all are named), or the
+                checkpoint's output layer is not its word embedding.
+        """
+        weights = {_own_name(name): weight for name, weight in state_dict.items()}
+        left_out = ["pooler.", "cls.seq_relationship.", "embeddings.position_ids"]
+        left_out += [] if hasattr(self, "cls") else ["cls."]
+        weights = {n: w for n, w in weights.items() if not n.startswith(tuple(left_out))}
+        decoder = weights.pop("cls.predictions.decoder.weight", None)
+        words = weights.get("embeddings.word_embeddings.weight")
+        if decoder is not None and words is not None and not torch.equal(decoder, words):
+            raise ValueError("need a checkpoint whose output layer is its word embedding")
+        bias = weights.pop("cls.predictions.decoder.bias", None)
+        if bias is not None:
+            weights.setdefault("cls.predictions.bias", bias)
+        crossing = [name for name in self.state_dict() if ".crossattention." in name]
+        fresh = not any(".crossattention." in name for name in weights)
+        load_or_explain(self, weights, may_miss=crossing if fresh else ())
+
+    def _layers(self) -> nn.ModuleList:
+        layers = self.encoder.layer
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def _check_fuse(
+        self,
+        text: Tensor,
+        visual: Tensor,
+        partner: Tensor | None,
+        cu_visual: Tensor | None,
+        max_visual: int | None,
+    ) -> None:
+        if not self.fusion_layers:
+            raise ValueError("need Bert(fusion_layers=...) of at least 1 to fuse")
+        if text.ndim != 3 or text.shape[2] != self.width:
+            raise ValueError(f"need text [B, L, {self.width}], got {tuple(text.shape)}")
+        if (cu_visual is None) != (max_visual is None):
+            raise ValueError("need cu_visual and max_visual together, for packed visual tokens")
+        packed = cu_visual is not None
+        if visual.ndim != 3 - packed or visual.shape[-1] != self.visual_width:
+            raise ValueError(
+                f"need visual [V, N, {self.visual_width}], or [total, {self.visual_width}] with "
+                f"cu_visual, got {tuple(visual.shape)}"
+            )
+        B = text.shape[0]
+        clips = visual.shape[0] if cu_visual is None else cu_visual.shape[0] - 1
+        if partner is None and clips != B:
+            raise ValueError(f"need partner for {B} captions and {clips} clips")
+        if partner is not None and partner.shape != (B,):
+            raise ValueError(f"need partner [{B}], got {tuple(partner.shape)}")
+
+
+class _Embeddings(nn.Module):
+    """Words, positions and segments."""
+
+    def __init__(
+        self, vocab_size: int, width: int, max_positions: int, token_types: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.max_positions = max_positions
+        self.word_embeddings = nn.Embedding(vocab_size, width, padding_idx=0)
+        self.position_embeddings = nn.Embedding(max_positions, width)
+        self.token_type_embeddings = nn.Embedding(token_types, width) if token_types else None
+        self.LayerNorm = nn.LayerNorm(width, eps=EPS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids: Tensor, columns: Tensor) -> Tensor:
+        x = self.word_embeddings(ids)
+        if self.token_type_embeddings is not None:
+            x = x + self.token_type_embeddings(torch.zeros_like(ids))
+        return self.dropout(self.LayerNorm(x + self.position_embeddings(columns)))
+
+
+class _Layer(nn.Module):
+    """Attention, cross-attention if there is a `visual_width`, and MLP; on packed rows."""
+
+    def __init__(
+        self, width: int, heads: int, mlp_width: int, dropout: float, visual_width: int | None
+    ) -> None:
+        super().__init__()
+        self.attention = _Attention(width, width, heads, dropout)
+        if visual_width is not None:
+            self.crossattention = _Attention(width, visual_width, heads, dropout)
+        self.intermediate = nn.Module()
+        self.intermediate.dense = nn.Linear(width, mlp_width)
+        self.output = _Residual(mlp_width, width, dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        groups: Groups,
+        backend: str,
+        visual: Tensor | None = None,
+        cross: Groups | None = None,
+    ) -> Tensor:
+        x = self.attention(x, x, groups, backend)
+        if visual is not None:
+            x = self.crossattention(x, visual, cross, backend)
+        return self.output(F.gelu(self.intermediate.dense(x)), x)  # type: ignore[operator]
+
+
+class _Attention(nn.Module):
+    """Rows attend to those of a context; residual and normalisation follow."""
+
+    def __init__(self, width: int, context: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.self = nn.Module()
+        self.self.query = nn.Linear(width, width)
+        self.self.key = nn.Linear(context, width)
+        self.self.value = nn.Linear(context, width)
+        self.output = _Residual(width, width, dropout)
+
+    def forward(self, x: Tensor, context: Tensor, groups: Groups, backend: str) -> Tensor:
+        project: Any = self.self
+        q, k, v = (
+            y.unflatten(1, (self.heads, -1))
+            for y in (project.query(x), project.key(context), project.value(context))
+        )
+        return self.output(space_time_attention(q, k, v, groups, backend=backend).flatten(1), x)
+
+
+class _Residual(nn.Module):
+    """LayerNorm(x + Dropout(Linear(y)))."""
+
+    def __init__(self, inner: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(inner, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=EPS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.LayerNorm(x + self.dropout(self.dense(y)))
+
+
+class _MlmHead(nn.Module):
+    """Linear, GELU, LayerNorm, and the product with each word's embedding."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.transform = nn.Module()
+        self.transform.dense = nn.Linear(width, width)
+        self.transform.LayerNorm = nn.LayerNorm(width, eps=EPS)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        transform: Any = self.transform
+        x = transform.LayerNorm(F.gelu(transform.dense(x)))
+        return F.linear(x, words, self.bias)
+
+
+def _initialise(module: nn.Module) -> None:
+    """As BERT: normal with a deviation of 0.02, biases zero, the padding word zero."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        nn.init.zeros_(module.weight[module.padding_idx].detach())
+
+
+# Of Hugging Face's prefixes, of DistilBERT, and of checkpoints made before LayerNorm had weights.
+_RENAMED = {
+    r"^(distil)?bert\.": "",
+    r"^transformer\.layer\.": "encoder.layer.",
+    r"\.attention\.q_lin\.": ".attention.self.query.",
+    r"\.attention\.k_lin\.": ".attention.self.key.",
+    r"\.attention\.v_lin\.": ".attention.self.value.",
+    r"\.attention\.out_lin\.": ".attention.output.dense.",
+    r"\.sa_layer_norm\.": ".attention.output.LayerNorm.",
+    r"\.ffn\.lin1\.": ".intermediate.dense.",
+    r"\.ffn\.lin2\.": ".output.dense.",
+    r"\.output_layer_norm\.": ".output.LayerNorm.",
+    r"^vocab_transform\.": "cls.predictions.transform.dense.",
+    r"^vocab_layer_norm\.": "cls.predictions.transform.LayerNorm.",
+    r"^vocab_projector\.": "cls.predictions.decoder.",
+    r"\.gamma$": ".weight",
+    r"\.beta$": ".bias",
+}
+
+
+def _own_name(name: str) -> str:
+    for pattern, ours in _RENAMED.items():
+        name = re.sub(pattern, ours, name)
+    return name

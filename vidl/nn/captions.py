@@ -1,0 +1,160 @@
+"""Padded captions as packed words, and the groups in which these attend."""
+
+import torch
+from torch import Tensor
+
+from vidl.kernels.groups import Groups, group_of
+
+
+class Captions:
+    """Where the words of padded captions are: packs them, unpacks them, and groups them.
+
+    How many words a batch has is known on the device; PyTorch must know the number of packed rows
+    on the host. So the caller says it: `words`, exact or an upper bound, which a data loader knows
+    for nothing. Captions of 10 to 20 words padded to 32 are then half the work in every layer. Rows
+    beyond the last word hold padding, in groups of their own that no word sees; rounded up to a
+    multiple, `words` gives few shapes for `torch.compile` and CUDA graphs. Without `words` the
+    number is read from a mask on the CPU, where that costs nothing; on a GPU, and in
+    `torch.compile`, all B L rows are computed, still without attention to padding and without a
+    host synchronisation.
+
+    Args:
+        padded: [B, L, ...], ids or hidden states: for the shape and the device.
+        attention_mask: [B, L] bool or integer, not zero where there is a word; None: everywhere.
+        words: rows to pack, at least as many as there are words and at most B L.
+
+    Raises:
+        ValueError: shapes, devices or numbers do not fit.
+        RuntimeError: there are more words than `words` (on CUDA as a device-side assertion).
+    """
+
+    def __init__(
+        self, padded: Tensor, attention_mask: Tensor | None = None, words: int | None = None
+    ) -> None:
+        self.batch, self.length = padded.shape[:2]
+        self.device = padded.device
+        self.rows = self.batch * self.length
+        if words is not None and not 0 <= words <= self.rows:
+            raise ValueError(f"need words from 0 to {self.rows} (B * L), got {words}")
+        self.order: Tensor | None = None  # [rows], the position in [B * L] of each packed row
+        if attention_mask is not None:
+            self._read(attention_mask, words)
+        elif words not in (None, self.rows):
+            raise ValueError(f"need an attention_mask to tell {words} words of {self.rows} apart")
+
+    def _read(self, attention_mask: Tensor, words: int | None) -> None:
+        if attention_mask.shape != (self.batch, self.length):
+            raise ValueError(
+                f"need an attention_mask [{self.batch}, {self.length}], got "
+                f"{tuple(attention_mask.shape)}"
+            )
+        if attention_mask.device != self.device:
+            raise ValueError(
+                f"need attention_mask on {self.device}, got it on {attention_mask.device}"
+            )
+        mask = attention_mask != 0
+        sizes = mask.sum(1, dtype=torch.int32)
+        self.total = sizes.sum(dtype=torch.int32)
+        read = words is None and self.device.type == "cpu" and not torch.compiler.is_compiling()
+        if read:
+            self.rows = int(self.total)
+        elif words is not None:
+            self.rows = words
+            torch._assert_async(self.total <= words, "there are more words than `words`")
+        # Words first, in their order, then padding.
+        self.order = torch.argsort((~mask).flatten().byte(), stable=True)[: self.rows]
+        # What is beyond the words lies in groups of up to L rows.
+        self.tails = -(-self.rows // self.length) if self.length and not read else 0
+        ends = sizes.cumsum(0, dtype=torch.int32)
+        steps = torch.arange(1, self.tails + 1, dtype=torch.int32, device=self.device)
+        beyond = (self.total + steps * self.length).clamp(max=self.rows)
+        self.offsets = torch.cat([ends.new_zeros(1), ends, beyond])
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, L, ...] to [rows, ...]."""
+        x = x.flatten(0, 1)
+        return x if self.order is None else x.index_select(0, self.order)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[rows, C] to [B, L, C], with zeros where there is no word."""
+        if self.order is not None:
+            beyond = torch.arange(self.rows, device=x.device) >= self.total
+            x = x.masked_fill(beyond[:, None], 0)
+            x = x.new_zeros(self.batch * self.length, x.shape[1]).index_copy(0, self.order, x)
+        return x.unflatten(0, (self.batch, self.length))
+
+    def columns(self) -> Tensor:
+        """The place of each packed row in its padded caption, [rows] int64."""
+        order = torch.arange(self.rows, device=self.device) if self.order is None else self.order
+        return order % self.length if self.length else order
+
+    def joint(self) -> Groups:
+        """The words of a caption attend to one another."""
+        if self.order is None:
+            return Groups.equal(self.batch, self.length, device=self.device)
+        return Groups.joint(self.offsets, self.rows, self.length)
+
+    def cross(
+        self, cu_keys: Tensor, num_keys: int, max_keys: int, partner: Tensor | None, equal: bool
+    ) -> Groups:
+        """The words of a caption attend to one sequence of keys.
+
+        Args:
+            cu_keys: [V + 1] int32, where each sequence of keys begins.
+            num_keys: of all sequences.
+            max_keys: of any sequence.
+            partner: [B] int64, the sequence of each caption; sequences may have several captions or
+                none. None: caption b has sequence b.
+            equal: whether every sequence has `max_keys` keys.
+        """
+        if self.order is None:
+            steps = torch.arange(self.batch + 1, dtype=torch.int32, device=self.device)
+            offsets, tails = steps * self.length, 0
+        else:
+            offsets, tails = self.offsets, self.tails
+        if partner is None:
+            if equal and self.order is None:
+                return Groups.equal(self.batch, self.length, keys=max_keys, device=self.device)
+            return Groups.cross(
+                offsets,
+                torch.cat([cu_keys, cu_keys[-1:].expand(tails)]),  # padding sees nothing
+                num_queries=self.rows,
+                num_keys=num_keys,
+                max_queries=self.length,
+                max_keys=max_keys,
+            )
+        starts, key_rows, unused = _keys_of(partner, cu_keys, max_keys, equal)
+        return Groups(
+            torch.cat([offsets, offsets[-1:].expand(unused.shape[0])]),
+            torch.cat([starts, starts[-1:].expand(tails), unused]),
+            None,
+            key_rows,
+            max_queries=self.length,
+            max_keys=max_keys,
+            num_queries=self.rows,
+            num_keys=num_keys,
+            uniform=equal and self.order is None,
+        ).with_entries()
+
+
+def _keys_of(
+    partner: Tensor, cu_keys: Tensor, max_keys: int, equal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys of every caption's partner, one caption after another.
+
+    Entries are as many as they can be, B times `max_keys`, so that their number is known on the
+    host; if some sequences are shorter, the last ones are no caption's.
+
+    Returns:
+        Where each caption's entries begin, [B + 1]; the rows of all entries; and offsets of groups
+        for those of no caption. All int32.
+    """
+    B, device = partner.shape[0], partner.device
+    ends = cu_keys.diff()[partner].cumsum(0, dtype=torch.int32)
+    starts = torch.cat([ends.new_zeros(1), ends])
+    caption = group_of(starts, B * max_keys)
+    place = torch.arange(B * max_keys, device=device)
+    owner = caption.clamp(max=B - 1)
+    rows = torch.where(caption < B, cu_keys[partner[owner]] + place - starts[owner], 0)
+    steps = torch.arange(1, 1 + (0 if equal else B), device=device, dtype=torch.int32)
+    return starts, rows.int(), (starts[-1] + steps * max_keys).clamp(max=B * max_keys)

@@ -1,0 +1,125 @@
+"""Weights of others: their names become timm's, and what does not fit is named."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# What precedes the encoder's weights in a larger model: in OpenAI's CLIP and open_clip, in Hugging
+# Face's CLIP, in Hugging Face's ViT and MAE with a head, and in Frozen in Time.
+TOWERS = ("visual.", "vision_model.", "vit.", "module.video_model.", "video_model.")
+
+_BLOCK = r"(?:encoder\.|transformer\.)?(?:layers?|resblocks)\.(\d+)\."
+RENAMES = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"conv1\.", "patch_embed.proj."),
+        (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"embeddings\.patch_embedding\.", "patch_embed.proj."),
+        (r"(?:embeddings\.)?(?:class_embedding|cls_token)$", "cls_token"),
+        (r"(?:embeddings\.)?(?:position_embeddings|positional_embedding)$", "pos_embed"),
+        (r"embeddings\.position_embedding\.weight$", "pos_embed"),
+        (r"(?:ln_pre|pre_layrnorm)\.", "norm_pre."),
+        (r"(?:ln_post|post_layernorm|layernorm)\.", "norm."),
+        (_BLOCK + r"(?:ln_1|layer_norm1|layernorm_before)\.", r"blocks.\1.norm1."),
+        (_BLOCK + r"(?:ln_2|layer_norm2|layernorm_after)\.", r"blocks.\1.norm2."),
+        (_BLOCK + r"attn\.in_proj_", r"blocks.\1.attn.qkv."),
+        (_BLOCK + r"(?:self_attn|attention)\.([qkv])_proj\.", r"blocks.\1.attn.\2."),
+        (_BLOCK + r"attention\.attention\.([qkv])(?:uery|ey|alue)\.", r"blocks.\1.attn.\2."),
+        (_BLOCK + r"(?:self_attn|attn)\.out_proj\.", r"blocks.\1.attn.proj."),
+        (_BLOCK + r"attention\.(?:o_proj|output\.dense)\.", r"blocks.\1.attn.proj."),
+        (_BLOCK + r"(?:mlp\.c_fc|mlp\.fc1|intermediate\.dense)\.", r"blocks.\1.mlp.fc1."),
+        (_BLOCK + r"(?:mlp\.c_proj|mlp\.fc2|output\.dense)\.", r"blocks.\1.mlp.fc2."),
+    )
+]
+
+
+def timm_names(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights of a ViT under timm's names.
+
+    Knows the names of timm (ViT, DeiT, and those of MAE, which are the same), of OpenAI's CLIP and
+    open_clip, and of Hugging Face's ViT, ViTMAE and CLIP. Separate query, key and value projections
+    are joined. Names that it does not know stay as they are.
+
+    Returns:
+        The weights, and the names that belong to other parts of a larger model (a text tower).
+    """
+    tower = next((t for t in TOWERS if any(name.startswith(t) for name in state_dict)), "")
+    state, others = {}, [name for name in state_dict if not name.startswith(tower)]
+    for name, value in state_dict.items():
+        if not name.startswith(tower):
+            continue
+        name = name.removeprefix(tower)
+        for pattern, replacement in RENAMES:
+            if pattern.match(name):
+                name = pattern.sub(replacement, name, count=1)
+                break
+        state[name] = value
+    for name in [n for n in state if ".attn.q." in n]:
+        parts = [name.replace(".attn.q.", f".attn.{p}.") for p in "qkv"]
+        if all(part in state for part in parts):
+            whole = torch.cat([state.pop(part) for part in parts])
+            state[name.replace(".attn.q.", ".attn.qkv.")] = whole
+    for name, ndim in (("cls_token", 3), ("pos_embed", 3)):
+        if name in state:
+            state[name] = state[name].reshape((1,) * (ndim - state[name].ndim) + state[name].shape)
+    return state, others
+
+
+def resample_position(position: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
+    """Position embeddings for another number of rows and columns, bicubic, as timm does it.
+
+    Args:
+        position: [1, prefix + P, C], of a square grid.
+        grid: rows and columns of the result.
+        prefix: so many at the front belong to no patch and stay as they are.
+
+    Raises:
+        ValueError: the P patches are no square.
+    """
+    patches = position.shape[1] - prefix
+    if patches == math.prod(grid):
+        return position
+    side = math.isqrt(max(patches, 0))
+    if side * side != patches or side == 0:
+        raise ValueError(
+            f"need positions of a square grid to resample to {grid}, got {patches} patches"
+        )
+    first, rest = position[:, :prefix], position[:, prefix:]
+    rest = rest.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    rest = F.interpolate(rest, grid, mode="bicubic", antialias=True)
+    rest = rest.permute(0, 2, 3, 1).flatten(1, 2).to(position.dtype)
+    return torch.cat([first, rest], 1)
+
+
+def load_or_explain(
+    module: nn.Module, state_dict: Mapping[str, Tensor], may_miss: Iterable[str] = ()
+) -> None:
+    """Load weights, all or none of them.
+
+    Args:
+        module: to load into.
+        state_dict: its weights by name.
+        may_miss: names that need not be there.
+
+    Raises:
+        ValueError: names every key that is missing, unexpected, or of another shape.
+    """
+    own = module.state_dict()
+    missing = sorted(own.keys() - state_dict.keys() - set(may_miss))
+    unexpected = sorted(state_dict.keys() - own.keys())
+    shapes = [
+        f"{name} {list(state_dict[name].shape)}, not {list(own[name].shape)}"
+        for name in own.keys() & state_dict.keys()
+        if own[name].shape != state_dict[name].shape
+    ]
+    wrong = [("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(shapes))]
+    if found := [f"{what}: {', '.join(names)}" for what, names in wrong if names]:
+        raise ValueError(
+            f"these weights do not fit {type(module).__name__}; {'; '.join(found)}. Nothing was "
+            "loaded: make it with the options of the model that they come from"
+        )
+    module.load_state_dict(dict(state_dict), strict=False)

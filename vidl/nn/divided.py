@@ -1,0 +1,255 @@
+"""Frozen in Time's video encoder: attention through time, then in space, on visible patches."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidl.kernels.groups import Groups
+from vidl.nn.block import LAYER_NORM, Attention, Mlp, attend
+from vidl.nn.checkpoints import load_or_explain
+from vidl.nn.patch_embed import MaskedPatchEmbed
+from vidl.nn.vit import encoder_weights, frame_ids, frames_of, grid_of, initialise
+
+TimeGroups = Literal["slot", "position", "joint"]
+TIME = ("timeattn.", "norm3.", "temporal_embed")  # what an image model does not have
+
+
+class DividedBlock(nn.Module):
+    """Attention through time, attention in space, MLP, as Frozen in Time orders them.
+
+        t = time(norm3(x));  s = space(norm1(x + t));  y = x + s;  out = y + mlp(norm2(y))
+
+    The residual of both attentions is x, not x + t. Source: Frozen in Time, arXiv 2104.00650, 3.1,
+    and the authors' code (`SpaceTimeBlock`), whose parameter names these are.
+
+    Args:
+        dim, num_heads, mlp_ratio, qkv_bias, act_layer, norm_layer: as in `Block`.
+        backend: of both attentions.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = LAYER_NORM,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (norm_layer(dim) for _ in range(3))
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.timeattn = Attention(dim, num_heads, qkv_bias)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer)
+        self.backend = backend
+        self.reset_time()
+
+    def reset_time(self) -> None:
+        """Let the attention through time add nothing at first: its values are zero.
+
+        The block then is one of a ViT, and learns from the first step on. Frozen in Time fills
+        `qkv` with zeros and `proj` with ones instead. But queries and keys that are both zero get
+        no gradient from each other, and what such a `proj` adds is the same in all channels, which
+        `norm1` takes away: nothing but rounding noise would move the attention through time.
+        """
+        with torch.no_grad():
+            for parameter in self.timeattn.qkv.parameters():
+                parameter.chunk(3)[2].zero_()
+            self.timeattn.proj.bias.zero_()
+
+    def forward(self, x: Tensor, space: Groups, time: Groups) -> Tensor:
+        """Transform packed tokens.
+
+        Args:
+            x: [total, C].
+            space, time: which rows attend to one another.
+
+        Returns:
+            [total, C].
+        """
+        through_time, _ = attend(self.timeattn, self.norm3(x), time, False, self.backend)
+        in_space, _ = attend(self.attn, self.norm1(x + through_time), space, False, self.backend)
+        x = x + in_space
+        return x + self.mlp(self.norm2(x))
+
+
+class SpaceTimeTransformer(nn.Module):
+    """Divided space-time transformer with one global CLS token, on the visible patches of a clip.
+
+    In both attentions CLS attends to all tokens of the clip, and a patch to its group and to CLS.
+    In space its group is its frame. Through time it is, by `time`, all patches
+
+    - "slot": with its place among the visible patches of their frame, which is Frozen's rule: with
+      random masks per frame these lie at other positions;
+    - "position": at its position, however many frames show it; the same as "slot" if every frame
+      shows the same positions (a tube mask);
+    - "joint": of the clip.
+
+    Which of these MAC used is not known. Parameters are named as those of frozen-in-time's
+    `SpaceTimeTransformer`; their spatial part is timm's. Sources: Frozen in Time, arXiv 2104.00650;
+    MAC, arXiv 2212.00986, figure 2.
+
+    Args:
+        img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias: as `ViT`.
+        act_layer, norm_layer: as `ViT`.
+        num_frames: at most so many; clips may have fewer.
+        time: one of those above; "slot" needs as many visible patches in every frame.
+        mean, std: normalisation of uint8 clips, as in `MaskedPatchEmbed`.
+        backend: of all ops.
+
+    Raises:
+        ValueError: options do not fit together.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = LAYER_NORM,
+        *,
+        num_frames: int = 4,
+        time: TimeGroups = "slot",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if time not in get_args(TimeGroups):
+            raise ValueError(f"need time among {', '.join(get_args(TimeGroups))}, got {time!r}")
+        if num_frames < 1:
+            raise ValueError(f"need num_frames >= 1, got {num_frames}")
+        self.grid = grid_of(img_size, patch_size)
+        self.embed_dim, self.num_frames, self.time = embed_dim, num_frames, time
+        self.patch_embed = MaskedPatchEmbed(
+            patch_size, in_chans, embed_dim, mean=mean, std=std, backend=backend
+        )
+        patches = self.grid[0] * self.grid[1]
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, embed_dim))
+        self.temporal_embed = nn.Parameter(torch.zeros(1, num_frames, embed_dim))
+        options: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, backend=backend)
+        blocks = [
+            DividedBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, **options) for _ in range(depth)
+        ]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm_layer(embed_dim)
+        initialise(self)
+        for block in blocks:
+            block.reset_time()
+
+    def forward(self, video: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Encode the visible patches of a clip.
+
+        Args:
+            video: [B, C, T, H, W], or images [B, C, H, W]; uint8 or floating point, any strides; T
+                up to `num_frames`.
+            ids_keep: visible patches in (time, row, column) order, [B, K] int64; None: all.
+
+        Returns:
+            CLS and the tokens of the visible patches, after the final norm, [B, 1 + K, C].
+
+        Raises:
+            ValueError: the clip or the ids have another shape.
+            RuntimeError: with time "slot", the frames do not have equally many visible patches (on
+                CUDA as a device-side assertion).
+        """
+        if video.ndim == 4:
+            video = video.unsqueeze(2)
+        B, T = video.shape[0], frames_of(video, ids_keep, self.grid, self.patch_embed)
+        if self.num_frames < T:
+            raise ValueError(f"need at most num_frames={self.num_frames} frames, got {T}")
+        position = (self.temporal_embed[0, :T], self.pos_embed[0, 1:])
+        x = self.patch_embed(video, ids_keep, position=position)  # [B, K, C]
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
+        x = torch.cat([cls, x], 1)
+        shape = x.shape
+        space, time = self._groups(B, T, ids_keep, x.device)
+        x = x.flatten(0, 1)
+        for block in self.blocks:
+            x = block(x, space, time)
+        return self.norm(x).view(shape)
+
+    def _groups(
+        self, B: int, T: int, ids_keep: Tensor | None, device: torch.device
+    ) -> tuple[Groups, Groups]:
+        """The groups in space and through time, built once for all layers."""
+        rows, columns = self.grid
+        patches, grid = rows * columns, (T, rows, columns)
+        if ids_keep is None:
+            ids = torch.arange(T * patches, device=device).expand(B, -1)
+        else:
+            ids = ids_keep
+        K = ids.shape[1]
+        even = ids_keep is None or self.time == "slot"
+        if even:
+            frame_ids(B, T, patches, ids_keep, device)  # checks that it is so
+        each = K // T if even else patches
+        space = _with_cls(Groups.spatial(ids, grid, longest=each), K)
+        if self.time == "joint":
+            return space, Groups.equal(B, 1 + K, device=device)
+        if self.time == "position":
+            return space, _with_cls(Groups.temporal(ids, grid), K)
+        slots = torch.arange(K, device=device).expand(B, K)
+        return space, _with_cls(Groups.temporal(slots, (T, 1, max(each, 1))), K)
+
+    def load_pretrained(
+        self,
+        state_dict: Mapping[str, Tensor],
+        *,
+        frames: Literal["zeros", "interpolate"] = "zeros",
+    ) -> list[str]:
+        """Load the weights of a Frozen-in-Time video encoder, or of an image model.
+
+        Of an image model (the names that `ViT.load_pretrained` knows) the attention in space is
+        taken, and the attention through time stays as it is: on a new model it adds nothing.
+        Positions are resampled (bicubic) to this model's grid.
+
+        Args:
+            state_dict: the weights by name.
+            frames: where the weights are of fewer frames: "zeros" for the further ones, or
+                "interpolate" (linear) between those there are. Of more frames the first are taken,
+                or all are interpolated.
+
+        Returns:
+            The names of weights that were left out because they are no part of an encoder.
+
+        Raises:
+            ValueError: names every other key that is missing, unexpected, or of another shape.
+        """
+        if frames not in ("zeros", "interpolate"):
+            raise ValueError(f"need frames 'zeros' or 'interpolate', got {frames!r}")
+        state, left = encoder_weights(state_dict, self.grid)
+        own = [name for name in self.state_dict() if any(part in name for part in TIME)]
+        image = not any(name in state for name in own)
+        if "temporal_embed" in state:
+            state["temporal_embed"] = _other_frames(
+                state["temporal_embed"], self.num_frames, frames
+            )
+        load_or_explain(self, state, may_miss=own if image else ())
+        return left
+
+
+def _with_cls(groups: Groups, K: int) -> Groups:
+    """With a global token before the `K` tokens of each sample."""
+    return replace(groups.with_global(), max_keys=1 + K)  # a bound tighter than of ragged samples
+
+
+def _other_frames(embed: Tensor, frames: int, how: str) -> Tensor:
+    """Temporal embeddings [1, T, C] for another number of frames."""
+    if how == "interpolate" and embed.shape[1] != frames:
+        resized = F.interpolate(embed.float().mT, frames, mode="linear", align_corners=True)
+        return resized.mT.to(embed.dtype)
+    return F.pad(embed[:, :frames], (0, 0, 0, max(frames - embed.shape[1], 0)))

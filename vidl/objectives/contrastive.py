@@ -1,0 +1,180 @@
+"""Video-text contrast (VTC): a clip and its caption are closer than it is to others."""
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ContrastiveLoss(nn.Module):
+    """Symmetric cross-entropy over the similarities of clips and captions.
+
+        s[i, j] = cos(video_i, text_j) / temperature
+        loss    = CE(rows of s, target) + CE(columns of s, target), halved if form is "mean"
+
+    The target of a row is its own column; with `clip_ids`, all columns of the same clip share its
+    mass equally. Features of several frames are compared each, and the cosines averaged. Computed
+    in float32 under autocast. Defaults are ALBEF's and Singularity's; Frozen in Time and MAC have
+    `ContrastiveLoss(0.05, learned=False, form="sum")` (NormSoftmax). Sources: ALBEF, arXiv
+    2107.07651, 3.2; Singularity, arXiv 2206.03428; Frozen in Time, arXiv 2104.00650, 3.3.
+
+    Args:
+        temperature: the first, or the fixed one.
+        learned: whether `temperature` is a parameter.
+        bounds: between which a learned temperature is kept: it is moved there, as ALBEF does, at
+            each call in training, so that its gradient never dies.
+        form: "mean" or "sum" of the two directions.
+        gather: contrast with the features of all ranks of torch.distributed; every rank must have
+            equally many. The mean of the losses of the ranks is that of one rank with all samples,
+            and so are DDP's gradients.
+
+    Raises:
+        ValueError: the temperature is outside its bounds, or there is no such form.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        *,
+        learned: bool = True,
+        bounds: tuple[float, float] = (0.001, 0.5),
+        form: Literal["mean", "sum"] = "mean",
+        gather: bool = False,
+    ) -> None:
+        super().__init__()
+        low, high = bounds
+        if not 0 < low <= temperature <= high:
+            raise ValueError(f"need 0 < low <= temperature <= high, got {bounds} and {temperature}")
+        if form not in ("mean", "sum"):
+            raise ValueError(f"need form 'mean' or 'sum', got {form!r}")
+        self.bounds, self.form, self.gather = bounds, form, gather
+        # One number in one dimension: FSDP2 shards no scalars.
+        value = torch.tensor([temperature])
+        self.temperature: Tensor
+        if learned:
+            self.temperature = nn.Parameter(value)
+        else:
+            self.register_buffer("temperature", value, persistent=False)
+
+    def forward(self, video: Tensor, text: Tensor, clip_ids: Tensor | None = None) -> Tensor:
+        """The loss.
+
+        Args:
+            video: [B, C], or [B, T, C] for each frame; floating point, of any norm.
+            text: [B, C].
+            clip_ids: [B] int64, the clip of each sample; None: all differ.
+
+        Returns:
+            A scalar, float32 (float64 if the features are).
+
+        Raises:
+            ValueError: the shapes do not fit.
+        """
+        _check(video, text, clip_ids)
+        if video.shape[0] != text.shape[0]:
+            raise ValueError(
+                f"need as many clips as captions, got {tuple(video.shape)} and {tuple(text.shape)}"
+            )
+        if isinstance(self.temperature, nn.Parameter) and self.training:
+            with torch.no_grad():
+                self.temperature.clamp_(*self.bounds)
+        video, text = _direction(video), _direction(text)
+        all_video, all_text = self._gathered(video), self._gathered(text)
+        target = self._target(clip_ids, text)
+        with torch.autocast(text.device.type, enabled=False):
+            by_video = F.cross_entropy(video @ all_text.T / self.temperature, target)
+            by_text = F.cross_entropy(text @ all_video.T / self.temperature, target)
+        loss = by_video + by_text
+        return loss / 2 if self.form == "mean" else loss
+
+    def similarity(self, video: Tensor, text: Tensor) -> Tensor:
+        """Of the clips and captions of this rank, over the temperature: what negatives go by.
+
+        Args:
+            video: [V, C] or [V, T, C].
+            text: [B, C].
+
+        Returns:
+            [V, B], float32 (float64 if the features are).
+        """
+        _check(video, text)
+        with torch.autocast(text.device.type, enabled=False):
+            return _direction(video) @ _direction(text).T / self.temperature
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        return gather_with_gradient(x) if self.gather else x
+
+    def _target(self, clip_ids: Tensor | None, text: Tensor) -> Tensor:
+        """The share of each of all samples in the target of each of ours, [B, all]."""
+        B, device = text.shape[0], text.device
+        rank, ranks = _place() if self.gather else (0, 1)
+        if clip_ids is None:
+            everyone = torch.arange(ranks * B, device=device)
+            own = everyone[rank * B : (rank + 1) * B]
+        else:
+            own, everyone = clip_ids, self._gathered(clip_ids)
+        same = (own[:, None] == everyone).to(text.dtype)
+        return same / same.sum(1, keepdim=True)
+
+    def extra_repr(self) -> str:
+        learned = isinstance(self.temperature, nn.Parameter)
+        return f"learned={learned}, bounds={self.bounds}, form={self.form!r}, gather={self.gather}"
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """The tensors of all ranks, one after another; each gets its gradient from all ranks.
+
+    Equal to `x` itself where torch.distributed is not initialised.
+
+    Args:
+        x: [B, ...], of the same shape on every rank.
+
+    Returns:
+        [ranks * B, ...].
+    """
+    return x if _place()[1] == 1 else _Gather.apply(x)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = x.shape[0]
+        out = x.new_empty((_place()[1] * x.shape[0], *x.shape[1:]))
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # Features are small: a sum of all rows costs little more than that of ours, and every
+        # backend of torch.distributed has it.
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.narrow(0, _place()[0] * ctx.rows, ctx.rows)
+
+
+def _place() -> tuple[int, int]:
+    """Our rank, and how many there are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _direction(x: Tensor) -> Tensor:
+    """Rows of length one, [B, C], at least in float32; of [B, T, C] the mean over frames of those.
+
+    The mean of cosines is the cosine of means of such rows: frames need not be compared one by one.
+    """
+    x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-8)
+    return x if x.ndim == 2 else x.mean(1)
+
+
+def _check(video: Tensor, text: Tensor, clip_ids: Tensor | None = None) -> None:
+    if video.ndim not in (2, 3) or text.ndim != 2 or video.shape[-1] != text.shape[1]:
+        raise ValueError(
+            "need video [B, C] or [B, T, C] and text [B, C], got "
+            f"{tuple(video.shape)} and {tuple(text.shape)}"
+        )
+    if clip_ids is not None and clip_ids.shape != text.shape[:1]:
+        raise ValueError(f"need clip_ids [{text.shape[0]}], got {tuple(clip_ids.shape)}")

@@ -1,0 +1,103 @@
+"""Video-text matching (VTM): does this caption belong to this clip?"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidl.masking.draws import uniform
+
+# Negative captions and negative clips: parts of the stream of `uniform` for which no caller has any
+# use.
+CAPTIONS, CLIPS = 4 << 58, 5 << 58
+
+
+@dataclass(frozen=True, eq=False)
+class Negatives:
+    """For each of B clips a caption that is not its own, and for each caption such a clip.
+
+    Attributes:
+        captions: [B] int64, a caption for each clip.
+        clips: [B] int64, a clip for each caption.
+        exist: [B] bool; false where the whole batch shows one clip, and what was drawn is none.
+    """
+
+    captions: Tensor
+    clips: Tensor
+    exist: Tensor
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """All 3B pairs to judge, as (captions, clips): matched; negative clips; negative captions.
+
+        For `fuse(text[captions], attention_mask[captions], visual, partner=clips)`.
+        """
+        own = torch.arange(self.clips.shape[0], device=self.clips.device)
+        return torch.cat([own, own, self.captions]), torch.cat([own, self.clips, own])
+
+
+@torch.no_grad()
+def hard_negatives(
+    seed: int,
+    step: int | Tensor,
+    samples: Tensor,
+    similarity: Tensor,
+    clip_ids: Tensor | None = None,
+) -> Negatives:
+    """Draw the negatives that look most like matches.
+
+        P(caption j for clip i) = softmax_j(similarity[i, j]), where i and j show different clips
+
+    and the same for clips, along the columns. No host synchronisation. Source: ALBEF, arXiv
+    2107.07651, 3.2.
+
+    Args:
+        seed, step, samples: as in `vidl.masking.uniform`; samples [B] int64.
+        similarity: [B, B], clips x captions, over the temperature: `ContrastiveLoss.similarity`.
+        clip_ids: [B] int64, the clip of each sample; None: all differ.
+
+    Raises:
+        ValueError: the shapes do not fit, or there is only one sample.
+    """
+    B = similarity.shape[0]
+    if similarity.shape != (B, B) or samples.shape != (B,):
+        raise ValueError(
+            "need similarity [B, B] and samples [B], got "
+            f"{tuple(similarity.shape)} and {tuple(samples.shape)}"
+        )
+    if B < 2:
+        raise ValueError("need at least 2 samples to find negatives, got 1")
+    if clip_ids is None:
+        clip_ids = torch.arange(B, device=similarity.device)
+    matched = clip_ids[:, None] == clip_ids
+
+    def drawn(logits: Tensor, stream: int) -> Tensor:
+        # The largest of logit + Gumbel noise is a draw from the softmax. Numbers lie between those
+        # of `uniform`, so that none is zero.
+        numbers = uniform(seed, step, samples, B, stream=stream).double() + 2.0**-25
+        noisy = logits.double() - torch.log(-torch.log(numbers))
+        return noisy.masked_fill(matched, float("-inf")).argmax(1)
+
+    return Negatives(drawn(similarity, CAPTIONS), drawn(similarity.T, CLIPS), ~matched.all(1))
+
+
+def matching_loss(logits: Tensor, negatives: Negatives) -> Tensor:
+    """Cross-entropy of "does not match" (0) and "matches" (1), over the 3B pairs of `negatives`.
+
+    Args:
+        logits: [3B, 2], in the order of `negatives.pairs()`.
+
+    Returns:
+        The mean over all pairs but negatives that do not exist; a scalar, float32 (float64 if the
+        logits are).
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    exist = negatives.exist
+    if logits.shape != (3 * exist.shape[0], 2):
+        raise ValueError(f"need logits [{3 * exist.shape[0]}, 2], got {tuple(logits.shape)}")
+    ignored = torch.where(exist, 0, -100)
+    labels = torch.cat([torch.ones_like(ignored), ignored, ignored])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels)
