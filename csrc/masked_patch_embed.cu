@@ -9,7 +9,7 @@
 //   position  reads grad_out once, 26.7 MB, and the ids N / 8 * D / 256 times from L2
 //   unpack    reads grad_patches once, writes the clip once
 #undef NDEBUG  // device assertions guard the indices in release builds too
-#include "device_primitives.h"
+#include "device_patches.h"
 #include "masked_patch_embed.h"
 
 namespace vidl {
@@ -18,103 +18,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kUnpackThreads = 128;
 constexpr int kRowsPerBlock = 4;
-
-template <class T>
-__device__ __forceinline__ float to_float(T x);
-template <>
-__device__ __forceinline__ float to_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ float to_float<uint8_t>(uint8_t x) {
-  return static_cast<float>(x);
-}
-template <>
-__device__ __forceinline__ float to_float<fp16>(fp16 x) {
-  return __half2float(x);
-}
-template <>
-__device__ __forceinline__ float to_float<bf16>(bf16 x) {
-  return __bfloat162float(x);
-}
-
-template <class T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ fp16 from_float<fp16>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ bf16 from_float<bf16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-
-__device__ __forceinline__ float load_any(const void* p, Dtype dtype, int64_t i) {
-  switch (dtype) {
-    case Dtype::kUInt8:
-      return to_float(static_cast<const uint8_t*>(p)[i]);
-    case Dtype::kFloat32:
-      return static_cast<const float*>(p)[i];
-    case Dtype::kFloat16:
-      return to_float(static_cast<const fp16*>(p)[i]);
-    default:
-      return to_float(static_cast<const bf16*>(p)[i]);
-  }
-}
-
-__device__ __forceinline__ void store_any(void* p, Dtype dtype, int64_t i, float x) {
-  if (dtype == Dtype::kFloat32) {
-    static_cast<float*>(p)[i] = x;
-  } else if (dtype == Dtype::kFloat16) {
-    static_cast<fp16*>(p)[i] = from_float<fp16>(x);
-  } else {
-    static_cast<bf16*>(p)[i] = from_float<bf16>(x);
-  }
-}
-
-struct Place {
-  int64_t sample, patch;
-};
-
-__device__ Place locate(const Rows& rows, int64_t m) {
-  Place place;
-  if (rows.cu_seqlens == nullptr) {
-    place.sample = m / rows.K;
-  } else {
-    int64_t low = 0, high = rows.B;  // the last b with cu_seqlens[b] <= m
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (rows.cu_seqlens[middle] <= m ? low : high) = middle;
-    }
-    place.sample = low;
-  }
-  place.patch = rows.ids == nullptr ? m % rows.K : rows.ids[m];
-  // ids_keep must lie in [0, N)
-  assert(place.patch >= 0 && place.patch < rows.N);
-  return place;
-}
-
-// cu_seqlens must ascend from 0 to M. Called by all threads of one block.
-__device__ void check_offsets(const Rows& rows) {
-  if (rows.cu_seqlens == nullptr) return;
-  assert(rows.cu_seqlens[0] == 0 && rows.cu_seqlens[rows.B] == rows.M);
-  for (int64_t b = threadIdx.x; b < rows.B; b += kThreads) {
-    assert(rows.cu_seqlens[b] <= rows.cu_seqlens[b + 1]);
-  }
-}
-
-// The first pixel of a patch, in elements from the start of the clip.
-__device__ int64_t corner(const Clip& clip, const Place& place) {
-  const int32_t id = static_cast<int32_t>(place.patch);
-  const int32_t frame = clip.grid_h * clip.grid_w;
-  return place.sample * clip.stride_b + int64_t{id / frame} * clip.t * clip.stride_t +
-         int64_t{id % frame / clip.grid_w} * clip.h * clip.stride_h +
-         int64_t{id % clip.grid_w} * clip.w * clip.stride_w;
-}
 
 // ---- fold --------------------------------------------------------------------------------------
 // One block an output channel d. The sum is taken in a fixed order.
@@ -336,14 +239,6 @@ int pack_to(const Clip& clip, const Rows& rows, const Affine& affine, const Posi
       break;
   }
   return run(pack<void, T, 1>);
-}
-
-// Calls f with a null pointer of the type that `dtype` names.
-template <class F>
-int with_type(Dtype dtype, F f) {
-  if (dtype == Dtype::kFloat32) return f(static_cast<float*>(nullptr));
-  if (dtype == Dtype::kFloat16) return f(static_cast<fp16*>(nullptr));
-  return f(static_cast<bf16*>(nullptr));
 }
 
 }  // namespace
