@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   Patch<Pixel, T, kC> patch(task, memory_of_warp<Pixel, T>(task));
   patch.load(m);
   patch.recall(moments + m * task.parts() * 2);
-  __syncwarp();  // every channel is complete
+  __syncwarp();  // every channel is there
   const int32_t numbers = patch.C * patch.count;
   const float factor = 2.0f * grad[m] / static_cast<float>(numbers);
   patch.compare([&](auto* at, const auto& error, int32_t) {
