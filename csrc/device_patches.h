@@ -83,8 +83,8 @@ __device__ Place locate(const Rows& rows, int64_t m) {
     }
     place.sample = low;
   }
-  place.patch = rows.ids == nullptr ? m % rows.K : rows.ids[m];
-  // ids_keep must lie in [0, N)
+  place.patch = rows.ids == nullptr ? m - place.sample * rows.K : rows.ids[m];
+  // ids must lie in [0, N)
   assert(place.patch >= 0 && place.patch < rows.N);
   return place;
 }

@@ -15,6 +15,22 @@ OPS = sorted(
 )
 # Bugs for the kernels of an op: what is right once in them, and what takes its place.
 BUGS = {
+    "masked_patch_embed": {
+        "copies are not waited for": ("cp_async_wait();", ""),
+        "pixels are read before other lanes have them": (
+            "__syncwarp();  // all lanes' pixels are there",
+            "",
+        ),
+        "channels of a pixel are taken for planes": ("patch[(p + i) * C + c]", "patch[p + i]"),
+        "the last column of a position is not written": (
+            "d < position.D; d += 32 * n",
+            "d < position.D - 1; d += 32 * n",
+        ),
+        "ids of the next step arrive too early": (
+            "      __syncthreads();\n    }\n  }\n  if (n >= rows.N)",
+            "    }\n  }\n  if (n >= rows.N)",
+        ),
+    },
     "masked_patch_loss": {
         "copies are not waited for": ("cp_async_wait();", ""),
         "pixels are read before other lanes have them": (
