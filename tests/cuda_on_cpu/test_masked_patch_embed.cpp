@@ -104,6 +104,23 @@ void check(const Case& c) {
   }
 }
 
+// More rows than the threads of a block hold ids.
+void check_many_rows() {
+  constexpr int64_t kM = 600, kD = 3;
+  std::vector<int64_t> ids(kM);
+  for (int64_t m = 0; m < kM; m++) ids[m] = m * m % kN;
+  const Rows rows{ids.data(), nullptr, 1, kM, kM, kN};
+  Tensor grad_out(Dtype::kFloat32, kM * kD), grad_position(Dtype::kFloat32, kN * kD);
+  grad_out.fill(17);
+  watched(grad_position, "grad_position", [&] {
+    return vidl_position_grad_cuda(grad_out.data(), Dtype::kFloat32, &rows,
+                                   static_cast<float*>(grad_position.data()), kD, nullptr);
+  });
+  std::vector<float> sums(kN * kD);
+  for (int64_t i = 0; i < kM * kD; i++) sums[ids[i / kD] * kD + i % kD] += grad_out[i];
+  for (int64_t i = 0; i < kN * kD; i++) CHECK(grad_position[i] == sums[i]);
+}
+
 void check_fold(Dtype dtype) {
   constexpr int kRows = 5, kColumns = kC * 100;
   Tensor weight(dtype, kRows * kColumns), bias(Dtype::kFloat32, kRows);
@@ -164,6 +181,7 @@ int main() {
   };
   count_seeds(3, [&] {
     for (const Case& c : cases) check(c);
+    check_many_rows();
     for (const Dtype dtype : {kFloat32, kFloat16, kBFloat16}) check_fold(dtype);
     return true;
   });
