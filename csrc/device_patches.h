@@ -166,6 +166,12 @@ struct Walk {
           {stride[0], stride[1], stride[2], stride[3]}};
 }
 
+// Neighbours that are loaded or stored together.
+template <class T, int n>
+struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Chunk {
+  T x[n];
+};
+
 // Copies the patch that begins at `corner` into `patch`, in the order of the walk: bytes as they
 // are, other numbers in float32. They are there for the whole warp after cp_async_commit,
 // cp_async_wait and __syncwarp.
@@ -190,22 +196,18 @@ __device__ __forceinline__ void stage(const Clip& clip, const Walk& walk, int64_
     } else {  // eight numbers of 16 bits
       const uint4 words = load_16(static_cast<const uint16_t*>(clip.data) + from);
       const uint32_t pairs[] = {words.x, words.y, words.z, words.w};
+      Chunk<Pixel, 8> numbers;
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         const float2 pair =
             clip.dtype == Dtype::kFloat16 ? unpack2<fp16>(pairs[j]) : unpack2<bf16>(pairs[j]);
-        to[2 * j] = static_cast<Pixel>(pair.x);
-        to[2 * j + 1] = static_cast<Pixel>(pair.y);
+        numbers.x[2 * j] = static_cast<Pixel>(pair.x);
+        numbers.x[2 * j + 1] = static_cast<Pixel>(pair.y);
       }
+      *reinterpret_cast<Chunk<Pixel, 8>*>(to) = numbers;
     }
   }
 }
-
-// Neighbours that are loaded together.
-template <class T, int n>
-struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Chunk {
-  T x[n];
-};
 
 // Of a staged patch, kPixels neighbouring pixels from `p` on, in kC channels from `c` on. Where
 // there is more than one pixel, the patch has kC channels.
