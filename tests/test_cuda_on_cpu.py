@@ -15,6 +15,66 @@ OPS = sorted(
 )
 # Bugs for the kernels of an op: what is right once in them, and what takes its place.
 BUGS = {
+    "masked_patch_embed": {
+        "copies are not waited for": ("cp_async_wait();", ""),
+        "pixels are read before other lanes have them": (
+            "__syncwarp();  // all lanes' pixels are there",
+            "",
+        ),
+        "channels of a pixel are taken for planes": ("patch[(p + i) * C + c]", "patch[p + i]"),
+        "the last column of a position is not written": (
+            "d < position.D; d += 32 * n",
+            "d < position.D - 1; d += 32 * n",
+        ),
+        "ids of the next step arrive too early": (
+            "      __syncthreads();\n    }\n  }\n  if (n >= rows.N)",
+            "    }\n  }\n  if (n >= rows.N)",
+        ),
+    },
+    "masked_patch_loss": {
+        "copies are not waited for": ("cp_async_wait();", ""),
+        "pixels are read before other lanes have them": (
+            "__syncwarp();  // all lanes' pixels and numbers are there",
+            "",
+        ),
+        "means are read before they are there": (
+            "__syncwarp();  // lane 0 has left means and squares",
+            "",
+        ),
+        "channels are read before they are complete": (
+            "__syncwarp();  // every channel is complete",
+            "",
+        ),
+        "results are written before they are there": (
+            "__syncwarp();  // all lanes' results are there",
+            "",
+        ),
+        "a lane has its neighbour's pixels": (
+            "static_cast<int32_t>(lane_id()) * kPixels; p < count",
+            "static_cast<int32_t>(lane_id() ^ 1) * kPixels + 1; p < count",
+        ),
+        "bytes beyond the last pixel count": ("p + i < count ? x[i][j] : 0;", "x[i][j];"),
+        "numbers beyond the last pixel count": (
+            "p + i < count ? x[i][j] - first[j] - mean[j] : 0.0f",
+            "x[i][j] - first[j] - mean[j]",
+        ),
+        "an error beyond the last pixel counts": ("k / kC < valid", "k / kC <= valid"),
+        "the last number of a row is not written": (
+            "even + lane; i < numbers;",
+            "even + lane; i < numbers - 1;",
+        ),
+        "a warp beyond the last row works": (
+            "if (m >= task.rows.M) return;\n  Patch<Pixel, T, kC> patch(task, "
+            "memory_of_warp<Pixel, T>(task));\n  patch.load(m);\n  if",
+            "Patch<Pixel, T, kC> patch(task, "
+            "memory_of_warp<Pixel, T>(task));\n  patch.load(m);\n  if",
+        ),
+        "offsets are not checked": ("if (blockIdx.x == 0) check_offsets(task.rows);", ""),
+        "the variance of a patch is biased": (
+            "static_cast<float>(C) - 1.0f",
+            "static_cast<float>(C)",
+        ),
+    },
     "space_time_attention": {
         "blocks of keys are read before they are there": (
             "cp_async_wait();\n    __syncthreads();  // the block",
@@ -142,7 +202,7 @@ def test_every_kernel_has_a_sanitizer_test():
     assert sorted(file.stem for file in emulated.ROOT.glob("csrc/*.cu")) == OPS
 
 
-@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("kind", [pytest.param("address", marks=pytest.mark.slow), "thread"])
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_under_sanitizers(op, kind):
     assert_passes(emulated.program(op, kind))
