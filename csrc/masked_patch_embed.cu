@@ -9,7 +9,7 @@
 //   position  reads grad_out once, 26.7 MB, and the ids N / 8 * D / 256 times from L2
 //   unpack    reads grad_patches once, writes the clip once
 #undef NDEBUG  // device assertions guard the indices in release builds too
-#include "device_primitives.h"
+#include "device_floats.h"
 #include "masked_patch_embed.h"
 
 namespace vidl {
@@ -18,40 +18,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kUnpackThreads = 128;
 constexpr int kRowsPerBlock = 4;
-
-template <class T>
-__device__ __forceinline__ float to_float(T x);
-template <>
-__device__ __forceinline__ float to_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ float to_float<uint8_t>(uint8_t x) {
-  return static_cast<float>(x);
-}
-template <>
-__device__ __forceinline__ float to_float<fp16>(fp16 x) {
-  return __half2float(x);
-}
-template <>
-__device__ __forceinline__ float to_float<bf16>(bf16 x) {
-  return __bfloat162float(x);
-}
-
-template <class T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ fp16 from_float<fp16>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ bf16 from_float<bf16>(float x) {
-  return __float2bfloat16_rn(x);
-}
 
 __device__ __forceinline__ float load_any(const void* p, Dtype dtype, int64_t i) {
   switch (dtype) {
