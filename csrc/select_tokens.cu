@@ -292,7 +292,7 @@ __device__ void places_by_score(const Keys& keys, int K, int start, int rows, in
 #pragma unroll
     for (int u = 0; u < kQuad; u++) places[r + u] = stays[u] && better[u] < K ? better[u] : -1;
   }
-  __syncthreads();  // the places are there
+  __syncthreads();  // the new places are there
 }
 
 // ---- Rows --------------------------------------------------------------------------------------
@@ -576,7 +576,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   product = warp_sum(product);
   if (threads > 32) {
     if (lane_id() == 0) partial[threadIdx.x / 32] = product;
-    __syncthreads();  // the sums of all warps are there
+    __syncthreads();  // the products of all warps are there
     product = 0.0f;
     for (int w = 0; w < kWarps; w++) product += partial[w];
   }
