@@ -14,12 +14,12 @@
 // or K + 2; backward reads what forward wrote, and the rows that were fused for the gradient of
 // their scores, and writes all rows. Scores, ids and inverse are 20 bytes a token. With bf16 and
 // C = 768, in MB (fused):
-//   P1   64 x 273, keep 0.7     37 (46)     P2  256 x 197, keep 0.7    109 (134)
+//   P1   64 x 273, keep 0.7     38 (46)     P2  256 x 197, keep 0.7    110 (134)
 //   P1f  64 x 785, keep 0.5     78 (117)    P3   64 x 1568, keep 0.5   156 (233)
-// The choice is arithmetic on integers, two or three instructions a comparison at half rate: of the
-// time that the bytes of P2 need about a tenth, of P1f a third, of P3 the half, and other blocks'
-// copies run meanwhile. Scores are kept in shared memory up to kCached tokens; more are read from
-// L2 each time.
+// The choice is arithmetic on integers, two or three instructions a comparison at half rate. By
+// estimate, not yet measured, it takes a tenth of the time that the bytes of P2 need, and a third
+// of those of P1f and P3, while other blocks copy. Scores are kept in shared memory up to kCached
+// tokens; more are read from L2 each time.
 #undef NDEBUG  // device assertions guard the indices in release builds too
 #include "device_floats.h"
 #include "select_tokens.h"
@@ -283,10 +283,7 @@ __device__ void places_by_score(const Keys& keys, int K, int start, int rows, in
     stays[u] = n < keys.N && (all || places[r + u] >= 0);
     if (!all && stays[u]) first = places[r + u];
   }
-  if (!all) {
-    __syncthreads();  // nobody reads the keys of all tokens any more
-    compact(keys, cut, counts);
-  }
+  if (!all) compact(keys, cut, counts);  // which has a barrier before it writes
   count_better(keys, all ? keys.N : K, first, own, part, parts, better);
   if (part == 0) {
 #pragma unroll
