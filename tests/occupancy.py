@@ -15,7 +15,13 @@ import emulated
 import test_nvcc
 import torch
 
-from vidl.ops import Groups, masked_patch_embed, space_time_attention
+from vidl.ops import (
+    Groups,
+    masked_patch_embed,
+    masked_patch_loss,
+    select_tokens,
+    space_time_attention,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,21 @@ def patches(dtype: torch.dtype) -> None:
     out.float().sum().backward()
 
 
+def loss(dtype: torch.dtype, target: str) -> None:
+    """Forward and backward of three channels' masked pixels."""
+    video = torch.zeros(1, 3, 2, 32, 32, dtype=dtype)
+    prediction = torch.randn(1, 3, 768).bfloat16().requires_grad_()
+    ids_mask = torch.tensor([[0, 3, 6]])
+    masked_patch_loss(prediction, video, ids_mask, 16, target=target, backend="emulated").backward()
+
+
+def selection(fuse: str | None) -> None:
+    """Forward and backward of 196 tokens of 768 channels, of which 0.7 stay."""
+    x = torch.randn(1, 197, 768).bfloat16().requires_grad_()
+    found = select_tokens(x, torch.rand(1, 196), 0.7, fuse=fuse, prefix=1, backend="emulated")
+    found.tokens.float().sum().backward()
+
+
 EXAMPLES: dict[str, Callable[[], None]] = {
     "groups of 8": lambda: attention(8),
     "groups of 50": lambda: attention(50),
@@ -70,6 +91,10 @@ EXAMPLES: dict[str, Callable[[], None]] = {
     "groups of 69 and a global key": lambda: attention(69, shared=True),
     "16 x 16 patches, uint8": lambda: patches(torch.uint8),
     "16 x 16 patches, bfloat16": lambda: patches(torch.bfloat16),
+    "loss of 16 x 16 patches, uint8": lambda: loss(torch.uint8, "mae"),
+    "loss of 16 x 16 patches, bfloat16": lambda: loss(torch.bfloat16, "videomae"),
+    "138 of 196 tokens": lambda: selection(None),
+    "138 of 196 tokens, fused": lambda: selection("sum"),
 }
 
 

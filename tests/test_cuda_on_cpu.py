@@ -75,6 +75,43 @@ BUGS = {
             "static_cast<float>(C)",
         ),
     },
+    "select_tokens": {
+        "keys are read before they are there": ("__syncthreads();  // the keys are there", ""),
+        "places are read before they are there": ("__syncthreads();  // the places are there", ""),
+        "keys are moved before all are read": (
+            "__syncthreads();  // every key of this round is read, and counted",
+            "__syncwarp();",
+        ),
+        "counts are overwritten while they are read": (
+            "__syncthreads();  // nobody reads the counts any more",
+            "",
+        ),
+        "sums are read before they are there": (
+            "__syncthreads();  // the sums of all warps are there",
+            "",
+        ),
+        "products are read before they are there": (
+            "__syncthreads();  // the products of all warps are there",
+            "",
+        ),
+        "0.0 is better than -0.0": ("score == 0.0f ? 0u : __float_as_uint", "__float_as_uint"),
+        "NaN is the best": ("if (score != score) return 0;", "if (score != score) return ~1u;"),
+        "too many of equal scores stay": ("if (count == K) return cut;", "return cut;"),
+        "of equal scores the last is better": ("(j < first)", "(j > first)"),
+        "neighbours with equal scores share a place": ("better[u] += own[v] == own[u];", ";"),
+        "a lane counts itself": ("(1u << threadIdx.x) - 1", "(2u << threadIdx.x) - 1"),
+        "the last token is forgotten": ("sample.N - start)", "sample.N - start - 1)"),
+        "the last unit of a row is forgotten": (
+            "c < count; c += kAhead * step",
+            "c < count - kVec; c += kAhead * step",
+        ),
+        "tokens that stay are fused": ("&& !cut.stays(keys.at(n), n)", ""),
+        "what is not finite is fused": ("used[i] = used[i] && is_finite(scale[i]);", ""),
+        "groups of rows are left out": ("sum[e] += __shfl_xor_sync(kAllLanes, sum[e], d);", ";"),
+        "blocks of packed samples overlap": ("/ plan.rows + i;", "/ plan.rows;"),
+        "the mean is not subtracted": ("given[e] - centre[e]", "given[e]"),
+        "rows that were dropped get no gradient": ("zeros.store(to + c);", ";"),
+    },
     "space_time_attention": {
         "blocks of keys are read before they are there": (
             "cp_async_wait();\n    __syncthreads();  // the block",
