@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from masked_clip import GRID, MEAN, PATCH, STD, WIDTH, picture, read_clip
+from masked_clip import CLIPS, GRID, MEAN, PATCH, STD, WIDTH, picture, read_clip
 
 from vidl import nn, ops
 
@@ -27,7 +27,7 @@ def frames_of(ids):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("clips", nargs="*", type=Path, help="default: those of examples/clips")
+    parser.add_argument("clips", nargs="*", type=Path, help="default: four of examples/clips")
     parser.add_argument("--frames", type=int, default=16, help="of each clip, even (default 16)")
     parser.add_argument("--threshold", type=float, default=0.1, help="default 0.1, as the paper")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default demo)")
@@ -35,7 +35,7 @@ def main(argv=None):
     if args.frames < TUBELET or args.frames % TUBELET:
         parser.error(f"need an even number of frames, got {args.frames}")
 
-    files = args.clips or sorted((Path(__file__).parent / "clips").glob("*.mp4"))
+    files = args.clips or [Path(__file__).parent / "clips" / name for name in CLIPS]
     clips = []
     for file in files:
         try:

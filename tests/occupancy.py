@@ -70,7 +70,10 @@ def loss(dtype: torch.dtype, target: str) -> None:
     video = torch.zeros(1, 3, 2, 32, 32, dtype=dtype)
     prediction = torch.randn(1, 3, 768).bfloat16().requires_grad_()
     ids_mask = torch.tensor([[0, 3, 6]])
-    masked_patch_loss(prediction, video, ids_mask, 16, target=target, backend="emulated").backward()
+    found = masked_patch_loss(
+        prediction, video, ids_mask, patch_size=16, target=target, backend="emulated"
+    )
+    found.backward()
 
 
 def selection(fuse: str | None) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from vidl import info
 from vidl.cli import main
+from vidl.data import video
 from vidl.kernels import library
 
 
@@ -74,7 +75,8 @@ def test_a_decoder_that_is_half_there_gives_a_reason(monkeypatch, error, reason)
     def probe(clip):
         raise error
 
-    monkeypatch.setattr(info, "_frames_by_torchcodec", probe)
+    monkeypatch.setattr(video, "_frames_by_torchcodec", probe)
+    monkeypatch.setattr(video, "why_not", video.why_not.__wrapped__)  # it remembers its answers
     assert info.decoders()["torchcodec"] == reason
 
 
@@ -83,6 +85,10 @@ def test_a_decoder_that_is_half_there_gives_a_reason(monkeypatch, error, reason)
     [
         (["--help"], ["info", "bench"]),
         (["info", "--help"], ["--json", "which backend runs each op"]),
+        (["data", "--help"], ["convert", "check", "preview"]),
+        (["data", "convert", "--help"], ["webvid", "msrvtt", "--media", "share its pages"]),
+        (["data", "check", "--help"], ["Decode every frame", "Exit status 1"]),
+        (["data", "preview", "--help"], ["--mask-ratio", "random mask"]),
         (["bench", "--help"], ["--shapes", "--peers", "--dry-run", "--write", "--threads"]),
     ],
 )
@@ -105,6 +111,8 @@ def test_help(argv, words, capsys):
         (["bench", "--device", "cpu", "--threads", "0"], "need positive numbers of threads"),
         (["bench", "--device", "cpu", "--threads", "two"], "got 'two'"),
         (["bench", "--modes", "backward"], "need modes among forward, full; got backward"),
+        (["data", "convert", "a.csv", "--format", "webvid", "--split", "test"], "not webvid"),
+        (["data", "preview", "a.json", "--mask-ratio", "2"], "from 0 to 1, got 2.0"),
         (["bench", "--device", "tpu"], "invalid choice: 'tpu'"),
     ],
 )

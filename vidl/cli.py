@@ -6,8 +6,11 @@ So `vidl --help` answers at once, and a subcommand loads only what it needs.
 import argparse
 import ast
 import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_info(commands)
     _add_bench(commands)
     _add_summary(commands)
+    _add_data(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(parser, args)
@@ -151,6 +155,111 @@ def _field(text: str) -> tuple[str, object]:
         return name, ast.literal_eval(value)
     except (SyntaxError, ValueError):
         return name, value
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:
+    about = "convert annotations to one table, decode all clips to find broken ones, look at clips"
+    data = commands.add_parser("data", help=about, description=about.capitalize() + ".")
+    parts = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    part = parts.add_parser(
+        "convert",
+        help="annotations of a known format to the Arrow table that training reads",
+        description="Write annotations as an Arrow table. Workers map it and share its pages, "
+        "however many rows it has. The common JSON needs no conversion: it is done on first use.",
+    )
+    part.add_argument("file", type=Path, help="the annotations")
+    part.add_argument("out", type=Path, nargs="?", help="default: the same name with .arrow")
+    part.add_argument(
+        "--format",
+        default="common",
+        help="common (JSON list of {video or image, caption}, also questions and multiple choice; "
+        "default), webvid (CSV), cc3m (TSV), msrvtt (JSON, or the CSV of the 1k-A test), didemo, "
+        "activitynet (paragraphs), msrvtt-qa, activitynet-qa (*_q.json)",
+    )
+    part.add_argument(
+        "--media",
+        type=Path,
+        help="folder of the clips: names in the table get the suffixes that the files there have",
+    )
+    part.add_argument("--split", help="msrvtt: only train, validate or test")
+    part.add_argument(
+        "--ids", type=Path, help="msrvtt: only videos of this CSV, as MSRVTT_train.9k.csv"
+    )
+    part.set_defaults(run=_data_convert)
+
+    part = parts.add_parser(
+        "check",
+        help="decode every clip and list the broken ones",
+        description="Decode every frame of every clip. Lists clips that are missing, broken, "
+        "damaged or shorter than they say. Exit status 1 if any is missing, broken or damaged.",
+    )
+    _add_source(part)
+    part.add_argument("--workers", type=int, default=os.cpu_count(), help="clips at a time")
+    part.set_defaults(run=_data_check)
+
+    part = parts.add_parser(
+        "preview",
+        help="a picture of some clips and their captions",
+        description="Write a picture of some clips, drawn at random: captions, frames, and what a "
+        "random mask leaves of them.",
+    )
+    _add_source(part)
+    add = part.add_argument
+    add("--out", type=Path, default=Path("preview.png"), help="default: preview.png")
+    add("--clips", type=int, default=8, help="how many (default 8)")
+    add("--frames", type=int, default=4, help="of each clip (default 4)")
+    add("--size", type=int, default=224, help="side of a frame (default 224)")
+    add("--mask-ratio", type=float, help="share of the patches that a mask hides, as 0.65")
+    add("--patch", type=int, default=16, help="side of a patch (default 16)")
+    add("--seed", type=int, default=0, help="draws other clips and another mask")
+    part.set_defaults(run=_data_preview)
+
+
+def _add_source(part: argparse.ArgumentParser) -> None:
+    part.add_argument("file", type=Path, help="annotations: common JSON, or an Arrow table")
+    part.add_argument(
+        "--media",
+        type=Path,
+        help="folder of the clips; default: "
+        "the one beside the file that has its name, or the one that the file is in",
+    )
+
+
+def _data_commands(parser: argparse.ArgumentParser) -> ModuleType:
+    try:
+        from vidl.data import commands
+    except ModuleNotFoundError as error:
+        parser.exit(1, f"vidl data needs {error.name}; try: pip install 'vidl[data]'\n")
+    return commands
+
+
+def _data_convert(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    options = {"split": args.split, "ids": args.ids} if args.format == "msrvtt" else {}
+    if not options and (args.split or args.ids):
+        parser.error(f"--split and --ids are for --format msrvtt, not {args.format}")
+
+    commands = _data_commands(parser)
+
+    def convert() -> int:
+        commands.convert(args.file, args.out, format=args.format, media=args.media, **options)
+        return 0
+
+    return commands.run(convert)
+
+
+def _data_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    commands = _data_commands(parser)
+    return commands.run(lambda: commands.check(args.file, args.media, workers=args.workers))
+
+
+def _data_preview(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    if args.mask_ratio is not None and not 0 <= args.mask_ratio <= 1:
+        parser.error(f"need a --mask-ratio from 0 to 1, got {args.mask_ratio}")
+    commands = _data_commands(parser)
+    names = ("clips", "frames", "size", "mask_ratio", "patch", "seed")
+    options = {name: getattr(args, name) for name in names}
+    return commands.run(lambda: commands.preview(args.file, args.media, args.out, **options))
 
 
 def _list(text: str | None) -> list[str] | None:

@@ -3,11 +3,10 @@
 `vidl info` prints it; `vidl info --json` gives the same facts to a program or a bug report.
 """
 
-import io
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ import torch
 
 import vidl
 import vidl.ops  # noqa: F401  declares the ops
+from vidl.data import video
 from vidl.kernels import library
 
-PACKAGES = ("triton", "numpy", "timm", "transformers", "xformers", "flash_attn")
+PACKAGES = ("triton", "numpy", "timm", "transformers", "xformers", "flash_attn", "av", "pyarrow")
 # Of a CPU's flags, those that decide which matrix units PyTorch and our kernels use.
 ISA = (
     *("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
@@ -98,36 +98,8 @@ def gpus() -> list[dict[str, Any]]:
 
 def decoders() -> dict[str, str | None]:
     """The reason why a video decoder cannot decode here, or None: each one is given a clip."""
-    probes: dict[str, Callable[[bytes], int]] = {
-        "PyAV": _frames_by_pyav,
-        "torchcodec": _frames_by_torchcodec,
-    }
-    # two grey frames, uncompressed: enough to find FFmpeg missing, which importing does not
-    clip = b"YUV4MPEG2 W16 H16 F1:1 Ip A1:1 C420jpeg\n" + 2 * (b"FRAME\n" + bytes(16 * 16 * 3 // 2))
-    found: dict[str, str | None] = {}
-    for name, frames in probes.items():
-        try:
-            count = frames(clip)
-            found[name] = None if count == 2 else f"decoded {count} frames of 2"
-        except ModuleNotFoundError as error:
-            found[name] = f"{error.name} is not installed"
-        except Exception as error:  # whatever a library that is half there raises is the reason
-            found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    return found
-
-
-def _frames_by_pyav(clip: bytes) -> int:
-    import av
-
-    av.codec.Codec("h264", "r")
-    with av.open(io.BytesIO(clip)) as container:
-        return sum(1 for _ in container.decode(video=0))
-
-
-def _frames_by_torchcodec(clip: bytes) -> int:
-    from torchcodec.decoders import VideoDecoder
-
-    return sum(1 for _ in VideoDecoder(clip))
+    names = {"pyav": "PyAV"}
+    return {names.get(decoder, decoder): video.why_not(decoder) for decoder in video.DECODERS}
 
 
 def backends() -> Iterator[dict[str, Any]]:

@@ -1,0 +1,299 @@
+"""Annotation formats from small files as they are published, and the table that rows live in."""
+
+import json
+import pickle
+import zlib
+from dataclasses import replace
+
+import numpy
+import pytest
+
+from vidl.cli import main
+from vidl.data import formats
+from vidl.data.formats import BadAnnotation, Row
+
+pyarrow = pytest.importorskip("pyarrow")
+annotations = pytest.importorskip("vidl.data.annotations")
+
+
+def put(folder, name, content):
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
+    return file
+
+
+def rows(name, file, **options):
+    return list(formats.FORMATS[name](file, **options))
+
+
+def test_common(tmp_path):
+    file = put(
+        tmp_path,
+        "common.json",
+        [
+            {"video": "a/1.mp4", "caption": ["one", "uno"]},
+            {"image": "2.jpg", "caption": "two"},
+            {"video": "3.mp4", "caption": "three", "start": 1.5, "end": 4},
+            {"video": "4.mp4", "question": "how many?", "answer": "two", "question_id": 7},
+            {"image": "5.jpg", "question": "what?", "answer": ["this", "that"]},
+            {"video": "6.mp4", "caption": ["a", "b", "c"], "answer": 2},
+            {"video": "7.mp4", "question": "which?", "options": ["x", "y"], "answer": 0},
+        ],
+    )
+    assert rows("common", file) == [
+        Row("a/1.mp4", captions=["one", "uno"]),
+        Row("2.jpg", kind="image", captions=["two"]),
+        Row("3.mp4", captions=["three"], start=1.5, end=4),
+        Row("4.mp4", id="7", question="how many?", answer="two"),
+        Row("5.jpg", kind="image", question="what?", answer="this"),
+        Row("6.mp4", options=["a", "b", "c"], correct=2),
+        Row("7.mp4", question="which?", options=["x", "y"], correct=0),
+    ]
+    lines = "".join(json.dumps(entry) + "\n" for entry in json.loads(file.read_text()))
+    assert rows("common", put(tmp_path, "common.jsonl", lines)) == rows("common", file)
+
+
+def test_webvid(tmp_path):
+    header = "videoid,contentUrl,duration,page_dir,name\n"
+    text = '21,https://x/21.mp4,PT00H00M30S,000001_000050,"A ""red"" car, moving"\n'
+    file = put(tmp_path, "results_2M_val.csv", header + text + "22,u,PT1S,000001_000050,\n")
+    media = "000001_000050/21.mp4"
+    assert rows("webvid", file) == [Row(media, id="21", captions=['A "red" car, moving'])]
+
+
+def test_cc3m(tmp_path):
+    url = "http://x.org/a.jpg"
+    file = put(tmp_path, "Train_GCC-training.tsv", f'a "typical" bus station\t{url}\n')
+    name = str(zlib.crc32(url.encode()))
+    assert rows("cc3m", file) == [Row(name, kind="image", captions=['a "typical" bus station'])]
+
+
+MSRVTT = {
+    "info": {"year": "2016"},
+    "videos": [
+        {"id": 0, "video_id": "video0", "category": 9, "url": "u", "split": "train"},
+        {"id": 1, "video_id": "video1", "category": 9, "url": "u", "split": "test"},
+    ],
+    "sentences": [
+        {"sen_id": 0, "video_id": "video0", "caption": "a car"},
+        {"sen_id": 1, "video_id": "video1", "caption": "a dog"},
+        {"sen_id": 2, "video_id": "video0", "caption": "a red car"},
+    ],
+}
+
+
+def test_msrvtt(tmp_path):
+    file = put(tmp_path, "MSRVTT_data.json", MSRVTT)
+    train = Row("video0.mp4", id="video0", captions=["a car", "a red car"])
+    test = Row("video1.mp4", id="video1", captions=["a dog"])
+    assert rows("msrvtt", file) == [train, test]
+    assert rows("msrvtt", file, split="test") == [test]
+    with pytest.raises(ValueError, match="need a split among test, train, got 'val'"):
+        rows("msrvtt", file, split="val")
+    ids = put(tmp_path, "MSRVTT_train.9k.csv", "video_id\nvideo1\n")
+    assert rows("msrvtt", file, ids=ids) == [test]
+
+    frozen = {"annotations": [{"image_id": "video1", "id": 3, "caption": "a dog"}]}
+    assert rows("msrvtt", put(tmp_path, "MSR_VTT.json", frozen)) == [test]
+
+    pairs = "key,vid_key,video_id,sentence\nret0,msr1,video1,a dog\n"
+    assert rows("msrvtt", put(tmp_path, "MSRVTT_JSFUSION_test.csv", pairs)) == [test]
+
+
+def test_paragraphs(tmp_path):
+    entries = [
+        {"video": "1@N00.avi", "description": "a cat comes. ", "times": [[0, 0]]},
+        {"video": "2.mp4", "description": "a dog", "times": [[1, 1]]},
+        {"video": "1@N00.avi", "description": "it goes.", "times": [[2, 3]]},
+    ]
+    assert rows("didemo", put(tmp_path, "test_data.json", entries)) == [
+        Row("1@N00.avi", id="1@N00.avi", captions=["a cat comes. it goes."]),
+        Row("2.mp4", id="2.mp4", captions=["a dog"]),
+    ]
+    entry = {"duration": 9.0, "timestamps": [[0, 4], [4, 9]], "sentences": ["A man.", " He runs."]}
+    assert rows("activitynet", put(tmp_path, "val_1.json", {"v_x-Y_z": entry})) == [
+        Row("v_x-Y_z.mp4", id="v_x-Y_z", captions=["A man. He runs."])
+    ]
+
+
+def test_questions(tmp_path):
+    entry = {
+        "answer": "couch",
+        "category_id": 14,
+        "id": 5,
+        "question": "on what?",
+        "video_id": 6513,
+    }
+    assert rows("msrvtt-qa", put(tmp_path, "val_qa.json", [entry])) == [
+        Row("video6513.mp4", id="5", question="on what?", answer="couch")
+    ]
+    asked = put(
+        tmp_path, "val_q.json", [{"video_name": "x", "question": "where", "question_id": "x_0"}]
+    )
+    put(tmp_path, "val_a.json", [{"answer": "outdoors", "type": 3, "question_id": "x_0"}])
+    assert rows("activitynet-qa", asked) == [
+        Row("v_x.mp4", id="x_0", question="where", answer="outdoors")
+    ]
+
+
+@pytest.mark.parametrize(
+    "format, name, content, message",
+    [
+        (
+            "common",
+            "a.json",
+            '[\n{"video": "1", "caption": "a"},\n{"video": "2"}\n]',
+            "a.json:3: it",
+        ),
+        ("common", "a.json", '[\n{"caption": "a"}\n]', "a.json:2: it has no 'video'"),
+        ("common", "a.json", '[\n{"video": "1", "caption": " "}\n]', "a.json:2: need texts that"),
+        ("common", "a.json", '[\n{"video": "1", "caption": "a"}\n{}]', "a.json:3: need , or ]"),
+        ("common", "a.json", '[\n{"video": "1", "caption": "a"},', "a.json:2: Expecting value"),
+        ("common", "a.json", '[\n"1"]', "a.json:2: need an object, got '1'"),
+        ("common", "a.json", "video,caption", "a.json:1: need a JSON list or object, got 'video,c"),
+        ("common", "a.json", "", "a.json:1: need a JSON list or object, got ''"),
+        (
+            "common",
+            "a.json",
+            '[{"video": "1", "caption": ["a", "b"], "answer": 2}]',
+            "a.json:1: need as answer an index into 2 options, got 2",
+        ),
+        (
+            "common",
+            "a.jsonl",
+            '{"video": "1", "caption": "a"}\n{"video"',
+            "a.jsonl:2: Expecting",
+        ),
+        (
+            "webvid",
+            "a.csv",
+            "videoid,name\n",
+            "a.csv:1: need columns videoid, page_dir, name",
+        ),
+        ("webvid", "a.csv", "videoid,page_dir,name\n1,2\n", "a.csv:2: need 3 columns"),
+        ("cc3m", "a.tsv", "a bus\thttp://x\na car\n", "a.tsv:2: need caption <tab> url, got 1 col"),
+        ("msrvtt", "a.json", "{}", "a.json:1: need a list named 'annotations'"),
+        (
+            "msrvtt",
+            "a.json",
+            '{"sentences": [\n{"caption": "a"}]}',
+            "a.json:2: need video_id",
+        ),
+        ("didemo", "a.json", '[\n{"video": "1"}]', "a.json:2: need video and description"),
+        (
+            "activitynet",
+            "a.json",
+            '{\n"v_1": {"sentences": []}}',
+            "a.json:2: need sentences",
+        ),
+        ("msrvtt-qa", "a.json", '[\n\n{"question": "a"}]', "a.json:3: need answer, video_id, got"),
+    ],
+)
+def test_errors_name_file_and_line(tmp_path, format, name, content, message):
+    with pytest.raises(BadAnnotation) as caught:
+        rows(format, put(tmp_path, name, content))
+    assert message in str(caught.value)
+
+
+def test_answers_must_be_there(tmp_path):
+    question = {"video_name": "x", "question": "where", "question_id": "x_0"}
+    asked = put(tmp_path, "val_q.json", [question])
+    put(tmp_path, "val_a.json", [])
+    with pytest.raises(BadAnnotation, match="val_q.json:2: .*val_a.json has no answer to x_0"):
+        rows("activitynet-qa", asked)
+    with pytest.raises(ValueError, match="need the file of the questions"):
+        rows("activitynet-qa", tmp_path / "val_a.json")
+
+
+def test_rows_survive_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotations, "ROWS_AT_A_TIME", 3)  # several batches in one file
+    said = [Row(f"{n}.mp4", captions=[f"clip {n}", "ü"], start=n / 3) for n in range(7)]
+    asked = [
+        Row("q.jpg", kind="image", id="q", question="how?", options=["a", "b"], correct=1),
+        Row("r.mp4", question="who?", answer="me"),
+    ]
+    assert annotations.write(said, tmp_path / "said.arrow") == 7
+    assert annotations.write(asked, tmp_path / "asked.arrow") == 2
+    table = annotations.Annotations(
+        [(tmp_path / "said.arrow", "x"), (tmp_path / "asked.arrow", "y")]
+    )
+    assert len(table) == 9
+    for index, row in enumerate([*said, *asked]):
+        media = f"{'x' if index < 7 else 'y'}/{row.media}"
+        assert table[index] == replace(row, media=media)
+    assert table.kinds().tolist() == [False] * 7 + [True, False]
+    with pytest.raises(IndexError, match="need a row below 9, got 9"):
+        table[9]
+    assert list(table) == [table[n] for n in range(9)]
+
+    copy = pickle.loads(pickle.dumps(table))  # for a worker: files, not rows
+    assert copy[8] == table[8] and len(pickle.dumps(table)) < 1000
+
+
+def test_a_table_is_made_on_first_use(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+    file = put(tmp_path, "clips.json", [{"video": "1.mp4", "caption": "a"}])
+    table = annotations.load(file)
+    assert table[0] == Row(str(tmp_path / "1.mp4"), captions=["a"])
+    (made,) = (tmp_path / "cache").iterdir()
+    before = made.stat().st_mtime_ns
+    assert annotations.load((file, "other"))[0].media == "other/1.mp4"
+    assert made.stat().st_mtime_ns == before
+    put(tmp_path, "clips.json", [{"video": "1.mp4", "caption": "b"}])
+    (tmp_path / "clips").mkdir()
+    row = annotations.load(file)[0]
+    assert row.captions == ("b",) and row.media == str(tmp_path / "clips" / "1.mp4")
+
+
+def test_a_table_appears_whole_or_not_at_all(tmp_path):
+    file = put(tmp_path, "a.json", '[{"video": "1", "caption": "a"}, {"video": "2"}]')
+    with pytest.raises(BadAnnotation):
+        annotations.convert(file, tmp_path / "a.arrow")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    with pytest.raises(ValueError, match="no rows"):
+        annotations.convert(put(tmp_path, "a.json", "[]"), tmp_path / "a.arrow")
+    with pytest.raises(ValueError, match="need a format among common, webvid"):
+        annotations.convert(file, tmp_path / "a.arrow", format="coco")
+
+
+def test_wrong_tables(tmp_path):
+    with pytest.raises(ValueError, match="b.arrow: need an Arrow file as vidl writes it"):
+        annotations.load(put(tmp_path, "b.arrow", "no table"))
+    with pytest.raises(ValueError, match=r"c.csv: need .arrow, .json or .jsonl; else `vidl data"):
+        annotations.load(put(tmp_path, "c.csv", "a,b"))
+
+
+def test_workers_do_not_hold_the_rows(tmp_path):
+    """A million rows cost what is looked at."""
+    count = 200_000
+    file = tmp_path / "many.arrow"
+    annotations.write((Row(f"{n}.mp4", captions=[f"caption {n} " * 5]) for n in range(count)), file)
+    table = annotations.Annotations([(file, "")])
+    assert table[count - 1].captions == (f"caption {count - 1} " * 5,)
+    assert numpy.count_nonzero(table.kinds()) == 0
+    assert pyarrow.total_allocated_bytes() < 1 << 20 < file.stat().st_size
+
+
+def test_convert_command(tmp_path, capsys):
+    for name in ("media/v_a.webm", "media/v_b.avi.mp4", "media/v_c.mp4"):
+        put(tmp_path, name, "")
+    entries = {f"v_{name}": {"sentences": [f"clip {name}"]} for name in "acd"}
+    file = put(tmp_path, "val_1.json", entries)
+    out, media = tmp_path / "out.arrow", str(tmp_path / "media")
+    command = ["data", "convert", str(file), str(out), "--format", "activitynet", "--media", media]
+    assert main(command) == 0
+    assert "out.arrow: 3 rows" in capsys.readouterr().out
+    names = [row.media for row in annotations.Annotations([(out, "")])]
+    assert names == ["v_a.webm", "v_c.mp4", "v_d.mp4"]
+
+    file = put(tmp_path, "didemo.json", [{"video": "v_b.avi", "description": "b"}])
+    assert main(["data", "convert", str(file), "--format", "didemo", "--media", media]) == 0
+    assert annotations.load(tmp_path / "didemo.arrow")[0].media.endswith("/v_b.avi.mp4")
+
+    file = put(tmp_path, "msr.json", MSRVTT)
+    assert main(["data", "convert", str(file), "--format", "msrvtt", "--split", "train"]) == 0
+    assert [row.id for row in annotations.load(tmp_path / "msr.arrow")] == ["video0"]
+
+    assert main(["data", "convert", str(tmp_path / "no.json")]) == 1
+    assert "no.json" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""`vidl data check` and `vidl data preview`, on real clips."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from clips import EXAMPLES
+
+from vidl.cli import main
+from vidl.data import video
+
+av = pytest.importorskip("av")
+commands = pytest.importorskip("vidl.data.commands")
+Image = pytest.importorskip("PIL.Image")
+av.logging.set_level(None)
+
+
+@pytest.fixture
+def annotated(tmp_path, monkeypatch):
+    """Three clips, of which two can be read."""
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "clips").mkdir()
+    for name in ("worker.mp4", "sign_eat.mp4"):
+        shutil.copy(EXAMPLES / name, tmp_path / "clips")
+    (tmp_path / "clips" / "junk.mp4").write_bytes(b"junk")
+    rows = [
+        {"video": "worker.mp4", "caption": ["a man", "a worker"]},
+        {"video": "junk.mp4", "caption": "nothing"},
+        {"video": "sign_eat.mp4", "caption": "to eat"},
+        {"video": "worker.mp4", "question": "who?", "answer": "a man"},
+    ]
+    file = tmp_path / "clips.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def test_check(annotated, capsys):
+    assert main(["data", "check", str(annotated), "--workers", "2"]) == 1
+    out = capsys.readouterr().out
+    assert f"broken     {annotated.parent / 'clips' / 'junk.mp4'}: Invalid data" in out
+    assert "3 clips in 4 rows" in out and "1 broken, 0 truncated" in out
+
+    annotated.write_text(json.dumps([{"video": "worker.mp4", "caption": "a"}]))
+    assert main(["data", "check", str(annotated)]) == 0
+    assert "1 clips in 1 rows, 71 frames" in capsys.readouterr().out
+
+
+def test_check_names_truncated_clips(annotated, capsys, monkeypatch):
+    facts = video.Facts(frames=10, seconds=1.0, declared=4.0, width=8, height=8)
+    monkeypatch.setattr(video, "inspect", lambda name: facts)
+    assert main(["data", "check", str(annotated)]) == 0
+    assert "worker.mp4: 1.0 s of 4.0 s" in capsys.readouterr().out
+
+
+def test_check_needs_annotations(tmp_path, capsys):
+    (tmp_path / "a.json").write_text("[{}]")
+    assert main(["data", "check", str(tmp_path / "a.json")]) == 1
+    assert "vidl data: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, strips", [([], 1), (["--mask-ratio", "0.75"], 2)])
+def test_preview(annotated, tmp_path, capsys, options, strips):
+    out = tmp_path / "picture.png"
+    sizes = ["--frames", "3", "--size", "64", "--out", str(out)]
+    assert main(["data", "preview", str(annotated), *sizes, *options]) == 1  # one is broken
+    assert "junk.mp4" in capsys.readouterr().out
+    picture = Image.open(out)
+    assert picture.size == (3 * 68, 3 * (16 + strips * 68))
+    assert len(picture.getcolors(1 << 20)) > 1000
+
+
+def test_preview_says_what_it_needs(annotated, capsys):
+    assert main(["data", "preview", str(annotated), "--size", "60", "--out", "no.png"]) == 1
+    assert "multiple of the patch, got 60 and 16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ratio, hidden", [(0, 0), (0.5, 8), (0.75, 12), (1, 16)])
+def test_a_mask_hides_so_many_patches_of_each_frame(ratio, hidden):
+    pictures = torch.zeros(5, 32, 32, 3, dtype=torch.uint8)
+    out = commands.hide(pictures, ratio, 8, torch.Generator().manual_seed(0))
+    grey = (out == 127).view(5, 4, 8, 4, 8, 3).float().mean((2, 4, 5))
+    assert set(grey.unique().tolist()) <= {0.0, 1.0}
+    assert grey.sum((1, 2)).tolist() == [hidden] * 5
+
+
+def test_progress_is_for_terminals(capsys, monkeypatch):
+    assert list(commands.progress([1, 2], "counting")) == [1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert list(commands.progress([1, 2], "counting")) == [1, 2]
+    assert "counting: 2/2, 0 s left" in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_named(annotated):
+    code = "import sys; sys.modules['pyarrow'] = None; from vidl.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "data", "check", str(annotated)],
+        cwd=EXAMPLES.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "vidl data needs pyarrow; try: pip install 'vidl[data]'\n"

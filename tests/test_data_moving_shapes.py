@@ -1,0 +1,130 @@
+"""Moving shapes: what is in which split, and that captions tell what clips show."""
+
+import itertools
+import re
+
+import numpy
+import pytest
+import torch
+
+from vidl.data import moving_shapes
+from vidl.data.loader import Loader
+from vidl.data.moving_shapes import COLOURS, MOTIONS, SHAPES, MovingShapes, coloured_shapes, path
+from vidl.data.sampler import EpochSampler, Key
+
+
+def looks(shapes, count):
+    return {(actor.colour, actor.shape) for index in range(count) for actor in shapes.actors(index)}
+
+
+@pytest.mark.parametrize("difficulty", [1, 2, 3])
+def test_held_out_combinations_are_never_seen(difficulty):
+    seen = {
+        split: looks(MovingShapes(split, 2000, difficulty=difficulty), 2000)
+        for split in moving_shapes.SPLITS
+    }
+    assert seen == {split: set(coloured_shapes(split)) for split in seen}
+    assert [len(seen[split]) for split in ("train", "val", "test")] == [36, 6, 6]
+    for one, other in itertools.combinations(seen.values(), 2):
+        assert not one & other
+    assert {colour for colour, _ in seen["train"]} == set(COLOURS)
+    assert {shape for _, shape in seen["train"]} == set(SHAPES)
+    train = MovingShapes("train", 2000, difficulty=difficulty)
+    done = {actor.motions[0] for index in range(2000) for actor in train.actors(index)}
+    assert done == set(MOTIONS)
+
+
+@pytest.mark.parametrize("difficulty, motions", [(1, 12), (2, 132), (3, 144)])
+def test_captions_that_differ_in_motion_only(difficulty, motions):
+    count = min(motions, 100)
+    shapes = MovingShapes("test", count, difficulty=difficulty, same_looks=True)
+    captions = [shapes.caption(index) for index in range(count)]
+    assert len(set(captions)) == count
+    assert len(looks(shapes, count)) == (2 if difficulty == 3 else 1)
+    assert looks(shapes, count) <= set(coloured_shapes("test"))
+    other = MovingShapes("test", count, difficulty=difficulty, same_looks=True, seed=1)
+    assert captions != [other.caption(index) for index in range(count)]
+    with pytest.raises(ValueError, match=f"need 1 to {motions} clips of difficulty {difficulty}"):
+        MovingShapes("test", motions + 1, difficulty=difficulty, same_looks=True)
+
+
+def test_captions():
+    patterns = {
+        1: r"an? \w+ \w+ (moves|circles|grows|shrinks)",
+        2: r"an? \w+ \w+ .*, then (moves|circles|grows|shrinks)",
+        3: r"an? \w+ \w+ .* and an? \w+ \w+ (moves|circles|grows|shrinks)",
+    }
+    for difficulty, pattern in patterns.items():
+        shapes = MovingShapes("train", 50, difficulty=difficulty, size=16, frames=2)
+        batch = shapes.__getitems__([Key(0, index) for index in range(50)])
+        assert batch.text == [shapes.caption(index) for index in range(50)]
+        for text, row in zip(batch.text, batch.rows, strict=True):
+            assert re.match(pattern, text) and row.captions == (text,)
+            assert " a orange" not in f" {text}" and " an red" not in f" {text}"
+
+
+def place(pictures, colour):
+    """Centre and area of what has a colour, in each frame."""
+    near = abs(pictures.numpy().astype(int) - COLOURS[colour]).sum(-1) < 60  # [T, H, W]
+    area = near.sum((1, 2))
+    at = numpy.arange(near.shape[1]) + 0.5
+    return (near.sum(1) @ at) / area, (near.sum(2) @ at) / area, area
+
+
+def test_clips_show_what_their_captions_say():
+    shapes = MovingShapes("train", 80, size=64, frames=4, seed=2)
+    done = set()
+    for index in range(80):
+        sample = shapes.read(Key(0, index))
+        (actor,) = shapes.actors(index)
+        assert sample.pictures.shape == (4, 64, 64, 3) and sample.pictures.dtype == torch.uint8
+        x, y, area = place(sample.pictures, actor.colour)
+        (motion,) = actor.motions
+        done.add(motion)
+        words = set(motion.split())
+        if "moves" in words:
+            assert (x[-1] < x[0] - 8) == ("left" in words), (index, motion)
+            assert (x[-1] > x[0] + 8) == ("right" in words), (index, motion)
+            assert (y[-1] < y[0] - 8) == ("up" in words), (index, motion)
+            assert (y[-1] > y[0] + 8) == ("down" in words), (index, motion)
+        elif "circles" in words:
+            dx, dy = numpy.diff(x), numpy.diff(y)
+            turns = dx[:-1] * dy[1:] - dy[:-1] * dx[1:]
+            assert all((turn > 0) == ("clockwise" in words) for turn in turns), (index, motion)
+        else:
+            assert (area[-1] > 1.5 * area[0]) == (motion == "grows")
+            assert (area[0] > 1.5 * area[-1]) == (motion == "shrinks")
+    assert done == set(MOTIONS)
+
+
+@pytest.mark.parametrize("forth, back", list(zip(MOTIONS[::2], MOTIONS[1::2], strict=True)))
+def test_a_motion_has_its_reverse(forth, back):
+    """A model that ignores the order of frames cannot tell these two apart."""
+    phase = 0.7
+    there = path([forth], 8, (0.5, 0.5), 0.1, phase)
+    again = path([back], 8, (0.5, 0.5), 0.1, phase)
+    for one, other in zip(there, again, strict=True):
+        assert numpy.allclose(one, other[::-1])
+
+
+def test_clips_come_from_seed_and_index_alone():
+    one, other = (MovingShapes("train", 9, size=32, difficulty=3, seed=s) for s in (0, 1))
+    clips = [one.read(Key(epoch, 4)).pictures for epoch in (0, 5)]
+    assert torch.equal(*clips)
+    assert not torch.equal(clips[0], one.read(Key(0, 5)).pictures)
+    assert not torch.equal(clips[0], other.read(Key(0, 4)).pictures)
+    loader = Loader(one, EpochSampler(one.images(), 3), workers=1)
+    batch = next(iter(loader))
+    row = batch.index.tolist().index(batch.index.max().item())
+    assert torch.equal(
+        batch.video[row].movedim(0, -1), one.read(Key(0, batch.index.max().item())).pictures
+    )
+
+
+def test_wrong_requests():
+    with pytest.raises(ValueError, match="need a split among train, val, test and a difficulty"):
+        MovingShapes("dev", 5)
+    with pytest.raises(ValueError, match="got 'test' and 4"):
+        MovingShapes("test", 5, difficulty=4)
+    with pytest.raises(ValueError, match="need 1 or more clips of difficulty 1, got 0"):
+        MovingShapes("test", 0)

@@ -1,0 +1,338 @@
+"""Which frames are read, from good files and bad ones, and how they are cropped."""
+
+import os
+import pickle
+import random
+import struct
+
+import pytest
+import torch
+from clips import EXAMPLES, HERE, numbers, shown_at, write_video
+
+from vidl.data import crops, video
+from vidl.data.video import BrokenClip, as_clip, inspect, instants, read_clip
+
+av = pytest.importorskip("av")
+pytest.importorskip("numpy")
+av.logging.set_level(None)
+
+HARD = HERE / "videos"
+DECODERS = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            video.why_not(name) is not None, reason=f"{name}: {video.why_not(name)}"
+        ),
+    )
+    for name in video.DECODERS
+]
+decoders = pytest.mark.parametrize("decoder", DECODERS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("videos")
+
+
+@pytest.fixture(scope="module")
+def even(folder):
+    return write_video(folder / "even.mp4", 20)  # 10 a second, key frames 0, 6, 12, 18
+
+
+def test_instants_by_hand():
+    assert instants(0, 8, 4) == [1, 3, 5, 7]
+    assert instants(2, 3, 1) == [2.5]
+    drawn = instants(0, 8, 4, random.Random(0))
+    assert all(2 * i <= instant < 2 * i + 2 for i, instant in enumerate(drawn))
+    with pytest.raises(ValueError, match="at least 1 frame, got 0"):
+        instants(0, 8, 0)
+
+
+@decoders
+@pytest.mark.parametrize(
+    "frames, wanted",
+    [
+        (1, [10]),
+        (4, [2, 7, 12, 17]),
+        (5, [2, 6, 10, 14, 18]),
+        (20, list(range(20))),
+        (40, sorted([*range(20), *range(20)])),
+    ],
+)
+def test_the_middle_of_equal_parts(even, decoder, frames, wanted):
+    pictures = read_clip(even, frames, decoder=decoder)
+    assert pictures.dtype == torch.uint8 and pictures.shape == (frames, 16, 32, 3)
+    assert numbers(pictures) == wanted
+    assert as_clip(pictures).shape == (3, frames, 16, 32)
+    assert as_clip(pictures).data_ptr() == pictures.data_ptr()
+
+
+def test_the_same_frames_as_plain_decoding():
+    """Packets are left out; what is read must not show it."""
+    for file in sorted(EXAMPLES.glob("*.mp4"))[::6] + sorted(HARD.glob("h26*.mp4")):
+        with av.open(str(file)) as container:
+            decoded = list(container.decode(container.streams.best("video")))
+            plain = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in decoded]
+        for rng in (None, random.Random(1)):
+            drawn = instants(0, len(plain), 5, random.Random(1) if rng else None)
+            wanted = torch.stack([plain[int(instant)] for instant in drawn])
+            assert torch.equal(read_clip(file, 5, rng=rng), wanted), file
+
+
+def test_no_frames(even):
+    with pytest.raises(ValueError, match="need at least 1 frame, got 0"):
+        read_clip(even, 0)
+
+
+def test_random_instants_repeat(even):
+    draws = [
+        numbers(read_clip(even, 5, rng=video.generator(*key)))
+        for key in [(0, 0, 3), (0, 0, 3), (1, 0, 3), (0, 1, 3), (0, 0, 4)]
+    ]
+    assert draws[0] == draws[1]
+    assert len(set(map(tuple, draws))) == 4
+    assert all(n // 4 == i for draw in draws for i, n in enumerate(draw))
+
+
+@decoders
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_variable_frame_rate(folder, container, decoder):
+    ticks = [0, 4, 8, 12, 16, 20, 100, 104, 108, 200, 300, 308]
+    file = write_video(folder / f"variable.{container}", len(ticks), ticks=ticks, rate=100)
+    got = numbers(read_clip(file, 6, end=3.0, decoder=decoder))
+    assert got == [shown_at(ticks, instant) for instant in instants(0, 300, 6)]
+    assert got == [5, 5, 8, 8, 9, 9]
+
+
+@decoders
+def test_a_part(even, decoder):
+    assert numbers(read_clip(even, 2, start=1.0, end=1.4, decoder=decoder)) == [11, 13]
+    assert numbers(read_clip(even, 2, start=1.6, decoder=decoder)) == [17, 19]
+    assert numbers(read_clip(even, 2, end=0.4, decoder=decoder)) == [1, 3]
+    with pytest.raises(BrokenClip, match=r"even.mp4: need frames from 3 s to 4 s, it has those fr"):
+        read_clip(even, 2, start=3, end=4, decoder=decoder)
+
+
+def test_a_part_of_a_long_video_is_sought(folder):
+    ticks = range(0, 1200, 40)
+    file = write_video(folder / "long.mp4", 30, ticks=ticks, rate=100)
+    assert numbers(read_clip(file, 2, start=8.0, end=8.8)) == [20, 21]
+
+
+@decoders
+def test_several_streams(decoder):
+    file = HARD / "nasa_13013.mp4"
+    assert read_clip(file, 1, decoder=decoder).shape == (1, 270, 480, 3)
+    assert read_clip(file, 1, stream=0, decoder=decoder).shape == (1, 180, 320, 3)
+    with pytest.raises(BrokenClip, match="nasa_13013.mp4: "):
+        read_clip(file, 1, stream=1, decoder=decoder)  # sound
+
+
+def test_a_stream_that_is_no_video():
+    with pytest.raises(BrokenClip, match=r"need a video stream among \[0, 3\], got 1"):
+        read_clip(HARD / "nasa_13013.mp4", 1, stream=1)
+
+
+@decoders
+@pytest.mark.parametrize(
+    "name, shape", [("av1_video.mkv", (360, 640)), ("h264_10bits.mp4", (200, 200))]
+)
+def test_hard_ones(name, shape, decoder):
+    pictures = read_clip(HARD / name, 3, decoder=decoder)
+    assert pictures.shape == (3, *shape, 3) and pictures.float().std() > 10
+
+
+def test_what_files_hold():
+    facts = inspect(HARD / "nasa_13013.mp4")
+    assert (facts.frames, facts.width, facts.height) == (390, 480, 270)
+    assert facts.seconds == pytest.approx(13.013) and not facts.truncated
+    assert inspect(HARD / "av1_video.mkv").frames == 125
+    assert inspect(HARD / "nasa_13013.mp4", stream=0).frames == 325
+
+
+@pytest.mark.parametrize("name, codec", [("times.avi", "mpeg4"), ("times.h264", "libx264")])
+def test_frames_without_times_are_counted(folder, name, codec):
+    file = write_video(folder / name, 20, codec=codec)
+    assert inspect(file).frames == 20
+    assert numbers(read_clip(file, 4)) == [2, 7, 12, 17]
+    assert numbers(read_clip(file, 20)) == list(range(20))
+    tenth = 0.1 if name.endswith("avi") else 0.04  # a raw stream has no rate: FFmpeg takes 25
+    assert numbers(read_clip(file, 2, start=14 * tenth, end=18 * tenth)) == [15, 17]
+
+
+def test_packets_that_are_not_shown(even, monkeypatch):
+    """The hidden frames of VP8 have times of their own, at which no frame appears."""
+    times = video._times
+    monkeypatch.setattr(video, "_times", lambda packets: sorted([*times(packets), 7 * 1024 + 512]))
+    assert numbers(read_clip(even, 4)) == [2, 7, 12, 17]
+
+
+@decoders
+@pytest.mark.parametrize("turn", [90, 180, -90])
+def test_upright(folder, decoder, turn):
+    if not hasattr(av.VideoStream, "set_display_rotation"):
+        pytest.skip("this PyAV cannot write such a file")
+    file = write_video(folder / f"turned{turn}.mp4", 2, rotate=turn)
+    picture = read_clip(file, 1, decoder=decoder)[0, :, :, 0]
+    white = torch.zeros(16, 32, dtype=torch.bool)
+    white[:, :16] = True
+    assert torch.equal(picture > 128, white.rot90(turn // 90))
+
+
+def test_pictures(folder):
+    for name in ("still.png", "still.jpg"):
+        frame = av.VideoFrame.from_ndarray(torch.full((6, 10, 3), 80, dtype=torch.uint8).numpy())
+        frame.save(str(folder / name))
+        pictures = read_clip(folder / name, 2)
+        assert pictures.shape == (2, 6, 10, 3) and (pictures.int() - 80).abs().max() <= 2
+
+
+def test_bytes(even):
+    assert torch.equal(read_clip(even.read_bytes(), 3), read_clip(even, 3))
+    with pytest.raises(BrokenClip, match="4 bytes: Invalid data"):
+        read_clip(b"junk", 3)
+
+
+def test_a_truncated_file_is_read_as_far_as_it_goes(folder):
+    whole = EXAMPLES / "bottles.mp4"
+    fast = folder / "fast.mp4"
+    with (
+        av.open(str(whole)) as source,
+        av.open(str(fast), "w", options={"movflags": "faststart"}) as target,
+    ):
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    data = fast.read_bytes()
+    half = folder / "half.mp4"
+    half.write_bytes(data[: len(data) // 2])
+    facts = inspect(half)
+    assert facts.truncated and 3 < facts.seconds < 5 and facts.declared == pytest.approx(7.98, 0.01)
+    pictures = read_clip(half, 4)
+    seconds = [instant for instant in instants(0, facts.seconds, 4)]
+    for picture, second in zip(pictures, seconds, strict=True):
+        same = read_clip(fast, 1, start=second, end=second + 1e-3)[0]
+        assert torch.equal(picture, same)
+
+
+@pytest.mark.parametrize("name", ["missing.mp4", "empty.mp4", "junk.mp4", "no_index.mp4", "folder"])
+@decoders
+def test_broken_files_are_named(folder, even, name, decoder):
+    file = folder / name
+    if name == "folder":
+        file.mkdir(exist_ok=True)
+    elif name != "missing.mp4":
+        whole = (EXAMPLES / "worker.mp4").read_bytes()
+        parts = {
+            "empty.mp4": b"",
+            "junk.mp4": b"junk" * 99,
+            "no_index.mp4": whole[: len(whole) // 2],
+        }
+        file.write_bytes(parts[name])
+    with pytest.raises(BrokenClip) as caught:
+        read_clip(file, 2, decoder=decoder)
+    assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value) and again.name == str(file)
+
+
+def test_damage_is_found(folder):
+    data = bytearray((EXAMPLES / "sign_eat.mp4").read_bytes())
+    rng = random.Random(0)
+    begin = data.index(b"mdat") + 100
+    size = struct.unpack(">I", data[begin - 104 : begin - 100])[0] - 200
+    for _ in range(200):
+        at = begin + rng.randrange(size)
+        data[at : at + 4] = rng.randbytes(4)
+    file = folder / "damaged.mp4"
+    file.write_bytes(data)
+    with pytest.raises(BrokenClip, match="damaged.mp4: "):
+        inspect(file)
+    with pytest.raises(BrokenClip, match="damaged|Invalid data|missing"):
+        read_clip(file, 16)
+
+
+def test_nothing_leaks(even):
+    """Neither files nor memory: decoders of others are known for it."""
+    for _ in range(20):
+        read_clip(even, 4)
+    before, pages = len(os.listdir("/proc/self/fd")), resident()
+    for _ in range(200):
+        read_clip(even, 4)
+        with pytest.raises(BrokenClip):
+            read_clip(b"junk", 1)
+    assert len(os.listdir("/proc/self/fd")) <= before
+    assert resident() - pages < 8 << 20
+
+
+def resident():
+    with open("/proc/self/statm") as text:
+        return int(text.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_which_decoder(monkeypatch):
+    assert video.choose_decoder("pyav") == "pyav"
+    with pytest.raises(ValueError, match="among pyav, torchcodec or auto, got 'decord'"):
+        video.choose_decoder("decord")
+    monkeypatch.setattr(video, "why_not", {"pyav": "no wheel", "torchcodec": None}.get)
+    assert video.choose_decoder() == "torchcodec"
+    with pytest.raises(RuntimeError, match="'pyav' cannot run here: pyav: no wheel; torchcodec: c"):
+        video.choose_decoder("pyav")
+
+
+def gradient(T, H, W):
+    """Frames that differ, whose pixels tell where they are."""
+    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    frame = torch.stack([x * 255 // W, y * 255 // H, torch.zeros_like(x)], dim=-1)
+    return (frame + torch.tensor([0, 0, 1]) * torch.arange(T).view(T, 1, 1, 1)).to(torch.uint8)
+
+
+def test_a_crop_is_the_same_in_every_frame():
+    pictures = gradient(5, 48, 64)
+    corners = set()
+    for seed in range(20):
+        out = crops.random_crop(pictures, 32, random.Random(seed))
+        assert out.shape == (5, 32, 32, 3) and out.dtype == torch.uint8
+        assert all(torch.equal(frame[..., :2], out[0, ..., :2]) for frame in out)
+        assert out[:, 0, 0, 2].tolist() == [0, 1, 2, 3, 4]  # frames keep their order
+        corners.add(tuple(out[0, 0, 0, :2].tolist()))
+        same = crops.random_crop(pictures, 32, random.Random(seed))
+        assert torch.equal(out, same)
+    assert len(corners) > 10
+
+
+def test_crops_cover_what_they_should():
+    for seed in range(200):
+        top, left, h, w = crops._window(48, 64, random.Random(seed), (0.5, 1.0), (3 / 4, 4 / 3))
+        assert 0 <= top <= 48 - h and 0 <= left <= 64 - w
+        assert 0.49 <= h * w / (48 * 64) <= 1.0 and 0.7 < w / h < 1.4
+    narrow = crops._window(10, 1000, random.Random(0), (0.9, 1.0), (3 / 4, 4 / 3))
+    assert narrow == (0, 493, 10, 13)  # nothing fits: the widest in the middle
+
+
+def test_half_of_the_clips_are_mirrored():
+    pictures = gradient(2, 48, 64)
+    out = [crops.random_crop(pictures, 32, random.Random(seed)) for seed in range(200)]
+    mirrored = sum(bool(each[0, 16, 0, 0] > each[0, 16, -1, 0]) for each in out)
+    assert 70 < mirrored < 130
+    for seed in range(20):
+        out = crops.random_crop(pictures, 32, random.Random(seed), flip=False)
+        assert out[0, 16, 0, 0] < out[0, 16, -1, 0]
+
+
+@pytest.mark.parametrize("height, width", [(48, 96), (96, 48), (33, 77), (16, 16), (32, 32)])
+def test_centre_crop(height, width):
+    out = crops.centre_crop(gradient(2, height, width), 32)
+    assert out.shape == (2, 32, 32, 3)
+    centre = out[0, 15:17, 15:17, :2].float().mean((0, 1))
+    assert (centre - 127).abs().max() < 10
+    exact = gradient(2, height, width)[:, :32, :32] if (height, width) == (32, 32) else out
+    assert torch.equal(out, exact)
+
+
+def test_crops_want_pictures():
+    for wrong in (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8, 3)):
+        with pytest.raises(ValueError, match=r"need pictures as uint8 \[T, H, W, 3\], got torch"):
+            crops.centre_crop(wrong, 4)

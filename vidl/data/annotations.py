@@ -1,0 +1,201 @@
+"""Rows of annotations in a memory-mapped Arrow table, which all workers share.
+
+A Python list of dicts is copied into every worker: VindLU reports 200 GB. A table costs the pages
+that are read, once a machine. It is made once, by `vidl data convert` or on first use.
+"""
+
+import bisect
+import hashlib
+import itertools
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vidl.data.formats import FORMATS, Row
+
+SCHEMA = pa.schema(
+    [
+        ("media", pa.string()),
+        ("kind", pa.string()),
+        ("id", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("question", pa.string()),
+        ("answer", pa.string()),
+        ("options", pa.list_(pa.string())),
+        ("correct", pa.int32()),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+    ]
+)
+ROWS_AT_A_TIME = 100_000
+
+
+class Annotations(Sequence[Row]):
+    """The rows of one or several annotation files, each with the folder of its media.
+
+    Args:
+        parts: pairs of an Arrow file, as `convert` writes it, and the folder of its media.
+
+    Raises:
+        ValueError: a file is not such a table.
+    """
+
+    def __init__(self, parts: Iterable[tuple[str | Path, str | Path]]):
+        self.parts = [(Path(file), Path(media)) for file, media in parts]
+        self._tables = [_open(file) for file, _ in self.parts]
+        self._ends = list(itertools.accumulate(table.num_rows for table in self._tables))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        """The row at an index; its media with the folder in front."""
+        if not isinstance(index, int):
+            raise TypeError(f"need an int, got {type(index).__name__}")
+        if not 0 <= index < len(self):
+            raise IndexError(f"need a row below {len(self)}, got {index}")
+        part = bisect.bisect_right(self._ends, index)
+        row = index - (self._ends[part - 1] if part else 0)
+        (values,) = self._tables[part].slice(row, 1).to_pylist()
+        return Row(**values | {"media": str(self.parts[part][1] / values["media"])})
+
+    def kinds(self) -> numpy.ndarray:
+        """Whether each row is an image, not a video: bool [rows]."""
+        columns = [pc.equal(table.column("kind"), "image").to_numpy() for table in self._tables]
+        return numpy.concatenate([numpy.zeros(0, bool), *columns])
+
+    # Not the tables, but their files go to workers; those map the same pages.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"parts": self.parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["parts"])  # type: ignore[misc]
+
+
+def _open(file: Path) -> pa.Table:
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file}: need an Arrow file as vidl writes it; {error}") from None
+    if table.schema != SCHEMA:
+        raise ValueError(f"{file}: need the columns {SCHEMA.names}, got {table.schema.names}")
+    return table
+
+
+def convert(
+    file: str | Path,
+    to: str | Path,
+    *,
+    format: str = "common",
+    media: str | Path | None = None,
+    **options: Any,
+) -> int:
+    """Write the rows of an annotation file as an Arrow table, at once or not at all.
+
+    Args:
+        file: the annotations.
+        to: the Arrow file.
+        format: a key of `formats.FORMATS`.
+        media: folder of the media. If it is given, files are named as they are there: those of
+            DiDeMo and ActivityNet have whatever suffix they were downloaded with.
+        options: of the format's reader.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        ValueError: no such format, or the file is not one (`formats.BadAnnotation`, with the line).
+    """
+    if format not in FORMATS:
+        raise ValueError(f"need a format among {', '.join(FORMATS)}, got {format!r}")
+    rows = FORMATS[format](Path(file), **options)
+    if media is not None:
+        rows = _named_as_in(Path(media), rows)
+    return write(rows, to)
+
+
+def write(rows: Iterable[Row], to: str | Path) -> int:
+    """Write rows as an Arrow table; the file appears when it is whole. Returns their number."""
+    to, rows, count = Path(to), iter(rows), 0
+    to.parent.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(dir=to.parent, prefix=to.name, suffix=".part")
+    os.close(handle)
+    try:
+        with pa.OSFile(unfinished, "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            while some := list(itertools.islice(rows, ROWS_AT_A_TIME)):
+                columns = {name: [getattr(row, name) for row in some] for name in SCHEMA.names}
+                writer.write(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
+                count += len(some)
+        if not count:
+            raise ValueError(f"{to}: there are no rows to write")
+        os.chmod(unfinished, 0o644)
+        os.replace(unfinished, to)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+    return count
+
+
+def load(*corpora: str | Path | tuple[str | Path, str | Path | None]) -> Annotations:
+    """Open annotation files; one that is not an Arrow table is converted on first use.
+
+    The table goes to $VIDL_CACHE (default: ~/.cache/vidl), under a name made of the file's path,
+    size and time, so that an edited file is converted anew.
+
+    Args:
+        corpora: annotation files, Arrow or the common JSON, or pairs of one and the folder of its
+            media. Default folder: of clips.json the folder `clips` beside it, if there is one, or
+            else the folder that the file is in.
+
+    Returns:
+        All rows, in this order.
+
+    Raises:
+        ValueError: a file is not what its name says.
+    """
+    parts = []
+    for corpus in corpora:
+        file, media = corpus if isinstance(corpus, tuple) else (corpus, None)
+        file = Path(file)
+        if media is None:
+            beside = file.with_suffix("")
+            media = beside if beside.is_dir() else file.parent
+        parts.append((_converted(file), media))
+    return Annotations(parts)
+
+
+def _converted(file: Path) -> Path:
+    if file.suffix == ".arrow":
+        return file
+    if file.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"{file}: need .arrow, .json or .jsonl; else `vidl data convert` first")
+    facts = file.stat()
+    key = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {SCHEMA}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("VIDL_CACHE") or Path.home() / ".cache/vidl")
+    table = folder / f"{file.stem}-{digest}.arrow"
+    if not table.exists():
+        convert(file, table)
+    return table
+
+
+def _named_as_in(folder: Path, rows: Iterable[Row]) -> Iterator[Row]:
+    """Rows whose media are not there, but are with another suffix, get that one."""
+    files = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
+    by_stem: dict[Path, str] = {}
+    for file in files:
+        by_stem.setdefault(file.with_suffix(""), str(file))
+    for row in rows:
+        path = Path(row.media)
+        # one that was converted may have both suffixes
+        stem = next((s for s in (path.with_suffix(""), path) if s in by_stem), None)
+        if stem is not None and not (folder / path).is_file():
+            row = replace(row, media=by_stem[stem])
+        yield row

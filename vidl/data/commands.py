@@ -1,0 +1,169 @@
+"""`vidl data convert | check | preview`: what the command line calls."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidl.data import annotations, crops, video
+from vidl.data.dataset import text_of
+from vidl.data.formats import Row
+from vidl.data.video import BrokenClip
+
+Item = TypeVar("Item")
+
+
+def convert(
+    file: Path, to: Path | None, *, format: str, media: Path | None, **options: Any
+) -> Path:
+    """Write annotations as an Arrow table; returns its file."""
+    to = to or file.with_suffix(".arrow")
+    begin = time.perf_counter()
+    count = annotations.convert(file, to, format=format, media=media, **options)
+    print(f"{to}: {count} rows in {time.perf_counter() - begin:.1f} s")
+    return to
+
+
+def check(file: Path, media: Path | None, *, workers: int) -> int:
+    """Decode every clip of an annotation file, list what is broken; returns how many are."""
+    rows = annotations.load((file, media))
+    # in the order of the rows, each once: questions have a row each
+    names = list(dict.fromkeys(row.media for row in progress(rows, "reading rows")))
+    frames, seconds = 0, 0.0
+    broken: list[BrokenClip] = []
+    truncated: list[str] = []
+    with ThreadPoolExecutor(workers) as pool:  # PyAV decodes without Python's lock
+        for name, found in zip(
+            names, progress(pool.map(_inspect, names), "decoding", len(names)), strict=True
+        ):
+            if isinstance(found, BrokenClip):
+                broken.append(found)
+                continue
+            frames, seconds = frames + found.frames, seconds + found.seconds
+            if found.truncated:
+                truncated.append(f"{name}: {found.seconds:.1f} s of {found.declared:.1f} s")
+    for error in broken:
+        print(f"broken     {error}")
+    for line in truncated:
+        print(f"truncated  {line}")
+    print(f"{len(names)} clips in {len(rows)} rows, {frames} frames, {seconds / 60:.1f} minutes")
+    print(f"{len(broken)} broken, {len(truncated)} truncated")
+    return len(broken)
+
+
+def _inspect(name: str) -> video.Facts | BrokenClip:
+    try:
+        return video.inspect(name)
+    except BrokenClip as error:
+        return error
+
+
+def preview(
+    file: Path,
+    media: Path | None,
+    to: Path,
+    *,
+    clips: int,
+    frames: int,
+    size: int,
+    mask_ratio: float | None,
+    patch: int,
+    seed: int,
+) -> int:
+    """Write a picture of some clips, their captions above them; returns how many are broken."""
+    from PIL import Image
+
+    if size % patch:
+        raise ValueError(f"need a size that is a multiple of the patch, got {size} and {patch}")
+    rows = annotations.load((file, media))
+    generator = torch.Generator().manual_seed(seed)
+    strips, broken = [], 0
+    for index in torch.randperm(len(rows), generator=generator)[:clips].tolist():
+        row = rows[index]
+        try:
+            pictures = video.read_clip(row.media, frames, start=row.start, end=row.end)
+        except BrokenClip as error:
+            print(f"broken     {error}")
+            broken += 1
+            continue
+        pictures = crops.centre_crop(pictures, size)
+        strips.append(_title(_said(row), frames * (size + 4)))
+        strips.append(_strip(pictures))
+        if mask_ratio is not None:
+            strips.append(_strip(hide(pictures, mask_ratio, patch, generator)))
+    if not strips:
+        raise ValueError(f"none of {broken} clips of {file} can be read")
+    Image.fromarray(torch.cat(strips).numpy()).save(to)
+    print(f"see {to}")
+    return broken
+
+
+def hide(pictures: Tensor, ratio: float, patch: int, generator: torch.Generator) -> Tensor:
+    """Grey out a random share of the patches of every frame, as a random mask hides them.
+
+    Args:
+        pictures: uint8 [T, H, W, 3], sides that are multiples of the patch.
+        ratio: the share that is hidden.
+        patch: side of a patch.
+        generator: draws which.
+
+    Returns:
+        The same with grey patches.
+    """
+    T, H, W, _ = pictures.shape
+    patches = (H // patch) * (W // patch)
+    order = torch.rand(T, patches, generator=generator).argsort(dim=1)
+    hidden = (order < round(patches * ratio)).view(T, H // patch, W // patch)
+    hidden = hidden.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[..., None]
+    return torch.where(hidden, torch.tensor(127, dtype=torch.uint8), pictures)
+
+
+def _said(row: Row) -> str:
+    text = f"{Path(row.media).name}: {text_of(row)}"
+    choices = f" [{' | '.join(row.options)}]" if row.options else ""
+    return text + choices + (f" - {row.answer}" if row.answer else "")
+
+
+def _strip(pictures: Tensor) -> Tensor:
+    """Frames side by side with a white border: uint8 [H + 4, T (W + 4), 3]."""
+    framed = F.pad(pictures, (0, 0, 2, 2, 2, 2), value=255)
+    return framed.transpose(0, 1).flatten(1, 2)
+
+
+def _title(text: str, width: int) -> Tensor:
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (width, 16), "white")
+    ImageDraw.Draw(image).text((2, 2), text, "black")
+    return torch.from_numpy(numpy.array(image))
+
+
+def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+    """The same items; a terminal sees how many there were, and how long the rest will take."""
+    if total is None:
+        total = len(items) if isinstance(items, Sequence) else 0
+    shown = begin = time.monotonic()
+    for number, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if sys.stderr.isatty() and (now - shown > 0.2 or number == total):
+            shown, left = now, (now - begin) / number * (total - number)
+            end = "\n" if number == total else ""
+            line = f"\r{what}: {number}/{total}, {left:.0f} s left "
+            print(line, end=end, file=sys.stderr, flush=True)
+
+
+def run(action: Callable[[], int]) -> int:
+    """Run one of the above: 1 if something is broken, or if it says what it needs."""
+    try:
+        return 1 if action() else 0
+    except (BrokenClip, ValueError, OSError) as error:
+        print(f"vidl data: {error}", file=sys.stderr)
+        return 1

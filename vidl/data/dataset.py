@@ -1,0 +1,248 @@
+"""Data sets that are asked for whole batches; a broken clip goes together with its caption."""
+
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vidl.data import crops, video
+from vidl.data.formats import Row
+from vidl.data.sampler import Key
+from vidl.data.text import Tokenizer
+from vidl.data.video import BrokenClip
+
+IF_BROKEN = ("replace", "count", "raise")
+# So many broken clips, one after the other, are not bad luck: the folder is wrong.
+IN_A_ROW = 20
+
+
+class TooManyBroken(RuntimeError):
+    """So many clips cannot be read that the run must not go on."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip and what belongs to it."""
+
+    pictures: Tensor  # uint8 [T, H, W, 3]
+    index: int
+    row: Row
+    text: str  # the caption that was drawn, or the question
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips and their texts; all of one kind, videos or images."""
+
+    video: Tensor  # uint8 [B, 3, T, H, W], a view of [B, T, H, W, 3]
+    index: Tensor  # rows of the data set, int64 [B]
+    text: list[str]
+    rows: list[Row]
+    ids: Tensor | None = None  # the text's tokens, int64 [B, L]
+    attention_mask: Tensor | None = None  # int64 [B, L], 1 where there is a token
+    broken: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # name, reason
+    place: tuple[int, int, int] | None = None  # of a stream: worker, epoch, samples drawn in it
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
+        """The same with its tensors on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same in pinned memory; the loader calls this."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Any) -> "Batch":
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors = {name: change(it) for name, it in fields.items() if isinstance(it, Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+
+class ClipSet(Dataset[Batch], ABC):
+    """What all data sets of clips share: how samples become a batch.
+
+    Args:
+        seed: of the run; random numbers depend on it, the epoch and the row alone.
+        if_broken: what becomes of a clip that cannot be read, always with its caption. "replace":
+            another row that is not in the batch takes its place (training); "count": the batch is
+            smaller (evaluation); "raise": the run stops.
+        tokenizer: makes `ids` and `attention_mask` of the text.
+        words: length of these, L.
+
+    Raises:
+        ValueError: `if_broken` is none of these.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        if_broken: str = "replace",
+        tokenizer: Tokenizer | None = None,
+        words: int = 32,
+    ):
+        if if_broken not in IF_BROKEN:
+            raise ValueError(f"need if_broken among {', '.join(IF_BROKEN)}, got {if_broken!r}")
+        self.seed, self.if_broken, self.tokenizer, self.words = seed, if_broken, tokenizer, words
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, key: Key) -> Sample:
+        """One sample; raises BrokenClip if it cannot be read."""
+
+    @abstractmethod
+    def images(self) -> numpy.ndarray:
+        """Whether each row is an image: bool [rows]. A sampler needs it."""
+
+    def __getitem__(self, key: Key) -> Batch:
+        return self.__getitems__([key])
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        """The batch of these rows; PyTorch's loader calls this."""
+        samples, broken = [], []
+        tried = {key.index for key in keys}
+        for key in keys:
+            for _ in range(IN_A_ROW):
+                try:
+                    samples.append(self.read(key))
+                    break
+                except BrokenClip as error:
+                    if self.if_broken == "raise":
+                        raise
+                    broken.append((error.name, error.reason))
+                if self.if_broken == "count":
+                    break
+                key = self._substitute(key, tried, broken)
+            else:
+                name, reason = broken[-1]
+                problem = f"{IN_A_ROW} clips in a row cannot be read; the last is {name}"
+                raise TooManyBroken(f"{problem}: {reason}")
+        return batch_of(samples, broken, self.tokenizer, self.words)
+
+    def _substitute(self, key: Key, tried: set[int], broken: list[tuple[str, str]]) -> Key:
+        """Another row of the same kind that was not tried; remembers it there."""
+        images = self.images()
+        rng = video.generator(self.seed, key.epoch, key.index, "substitute")
+        for _ in range(1000):
+            index = rng.randrange(len(images))
+            if index not in tried and images[index] == images[key.index]:
+                tried.add(index)
+                return Key(key.epoch, index)
+        name, reason = broken[-1]
+        raise TooManyBroken(f"found no row to take the place of a broken one, {name}: {reason}")
+
+
+class Clips(ClipSet):
+    """Videos and pictures with captions or questions, as annotation files list them.
+
+    Args:
+        rows: the rows, as `annotations.load` opens them; those of images are read as one frame.
+        frames: of each video, T.
+        size: side of a frame.
+        train: random instants, crops, flips and captions; else the middle, the centre, no flip and
+            the first caption.
+        flip: whether to mirror half of the clips, but none whose text says left or right.
+        scale: smallest and largest area of a random crop.
+        decoder: as `read_clip` has it.
+        if_broken: as `ClipSet` has it; default: "replace" for training, else "count".
+        seed, tokenizer, words: as `ClipSet` has them.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        frames: int,
+        size: int,
+        train: bool,
+        flip: bool = True,
+        scale: tuple[float, float] = (0.5, 1.0),
+        decoder: str = "auto",
+        seed: int = 0,
+        if_broken: str | None = None,
+        tokenizer: Tokenizer | None = None,
+        words: int = 32,
+    ):
+        if_broken = if_broken or ("replace" if train else "count")
+        super().__init__(seed=seed, if_broken=if_broken, tokenizer=tokenizer, words=words)
+        self.rows, self.frames, self.size, self.train = rows, frames, size, train
+        self.flip, self.scale, self.decoder = flip, scale, video.choose_decoder(decoder)
+        self._images = kinds(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def images(self) -> numpy.ndarray:
+        return self._images
+
+    def read(self, key: Key) -> Sample:
+        return self.prepare(self.rows[key.index], key)
+
+    def prepare(self, row: Row, key: Key, source: video.Source | None = None) -> Sample:
+        """The sample of a row; of these bytes, where its media is no file."""
+        rng = video.generator(self.seed, key.epoch, key.index) if self.train else None
+        text = text_of(row, rng)
+        pictures = video.read_clip(
+            row.media if source is None else source,
+            1 if row.kind == "image" else self.frames,
+            rng=rng,
+            start=row.start,
+            end=row.end,
+            decoder=self.decoder,
+        )
+        if rng is None:
+            return Sample(crops.centre_crop(pictures, self.size), key.index, row, text)
+        flip = self.flip and not re.search(r"\b(left|right)", f"{text} {row.answer}".lower())
+        pictures = crops.random_crop(pictures, self.size, rng, scale=self.scale, flip=flip)
+        return Sample(pictures, key.index, row, text)
+
+
+def kinds(rows: Sequence[Row]) -> numpy.ndarray:
+    """Whether each row is an image: bool [rows]."""
+    from vidl.data.annotations import Annotations
+
+    if isinstance(rows, Annotations):
+        return rows.kinds()
+    return numpy.array([row.kind == "image" for row in rows], bool)
+
+
+def text_of(row: Row, rng: Any = None) -> str:
+    """The question of a row, or one of its captions: the first, or with `rng` any."""
+    if row.question is not None or not row.captions:
+        return row.question or ""
+    return rng.choice(row.captions) if rng else row.captions[0]
+
+
+def batch_of(
+    samples: Sequence[Sample],
+    broken: list[tuple[str, str]],
+    tokenizer: Tokenizer | None,
+    words: int,
+    place: tuple[int, int, int] | None = None,
+) -> Batch:
+    """Stack samples of one kind; where all were broken, the batch is empty."""
+    text = [sample.text for sample in samples]
+    pictures = [sample.pictures for sample in samples]
+    stacked = torch.stack(pictures) if samples else torch.empty(0, 0, 0, 0, 3, dtype=torch.uint8)
+    ids, attention_mask = tokenizer(text, words) if tokenizer else (None, None)
+    return Batch(
+        video=video.as_clip(stacked),
+        index=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
+        text=text,
+        rows=[sample.row for sample in samples],
+        ids=ids,
+        attention_mask=attention_mask,
+        broken=broken,
+        place=place,
+    )
