@@ -87,7 +87,7 @@ def test_ops_import_nothing_from_above(file):
     assert not above, "ops know nothing of models, modules, benchmarks or the command line"
 
 
-LAYERS = ["kernels", "ops", "nn", "masking", "objectives", "models", "bench", "cli"]
+LAYERS = ["kernels", "ops", "nn", "masking", "objectives", "models", "data", "bench", "cli"]
 
 
 @pytest.mark.parametrize("layer", LAYERS[1:-1])
