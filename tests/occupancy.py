@@ -54,10 +54,11 @@ def attention(size: int, shared: bool = False) -> None:
     (out.float().sum() + scores.square().sum()).backward()
 
 
-def patches(dtype: torch.dtype) -> None:
+def patches(dtype: torch.dtype, side: int = 16) -> None:
     """Forward and backward from a clip, whose pixels have gradients too unless they are uint8."""
-    video = torch.zeros(1, 3, 2, 32, 32, dtype=dtype, requires_grad=dtype.is_floating_point)
-    weight = torch.randn(64, 3, 1, 16, 16).bfloat16().requires_grad_()
+    size = (1, 3, 2, 2 * side, 2 * side)
+    video = torch.zeros(size, dtype=dtype, requires_grad=dtype.is_floating_point)
+    weight = torch.randn(64, 3, 1, side, side).bfloat16().requires_grad_()
     position = torch.randn(8, 64).bfloat16().requires_grad_()
     affine = {} if dtype.is_floating_point else {"mean": [0.5] * 3, "std": [0.2] * 3}
     ids_keep = torch.tensor([[0, 3, 6]])
@@ -94,6 +95,7 @@ EXAMPLES: dict[str, Callable[[], None]] = {
     "groups of 69 and a global key": lambda: attention(69, shared=True),
     "16 x 16 patches, uint8": lambda: patches(torch.uint8),
     "16 x 16 patches, bfloat16": lambda: patches(torch.bfloat16),
+    "128 x 128 patches, bfloat16": lambda: patches(torch.bfloat16, 128),
     "loss of 16 x 16 patches, uint8": lambda: loss(torch.uint8, "mae"),
     "loss of 16 x 16 patches, bfloat16": lambda: loss(torch.bfloat16, "videomae"),
     "138 of 196 tokens": lambda: selection(None),
