@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "masked_patch_embed.h"
+#include "patches.h"
 #include "torch_device.h"
 
 namespace vidl {

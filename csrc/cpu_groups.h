@@ -1,4 +1,4 @@
-// Groups of packed rows on the CPU: what the ops that take them check and share.
+// Groups of packed rows: what the host code of the ops that take them checks and shares.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -6,16 +6,11 @@
 #include <vector>
 
 #include "cpu_lines.h"
+#include "groups.h"
 #include "torch_device.h"
 
 namespace vidl {
 namespace {
-
-// [rows, H, D], the last dimension contiguous; strides count elements.
-struct Strided {
-  const void* data;
-  int64_t row, head;
-};
 
 // Memory of one thread, kept from item to item.
 class Scratch {

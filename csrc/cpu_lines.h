@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "masked_patch_embed.h"
+#include "dtype.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define VIDL_EACH_CPU \

@@ -97,9 +97,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 #endif
 
-// cp.async: 16 bytes from global to shared memory, in the background; zeros when !valid (the source
-// is then not read). The data is there for the copying thread after cp_async_wait, and for the
-// others after a barrier as well.
+// cp.async: 16 bytes, or 4, from global to shared memory, in the background; zeros when !valid (the
+// source is then not read). The data is there for the copying thread after cp_async_wait, and for
+// the others after a barrier as well.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, bool valid = true) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
@@ -112,6 +112,20 @@ __device__ __forceinline__ void cp_async_16(void* to, const void* from, bool val
   *static_cast<uint4*>(to) = {~0u, ~0u, ~0u, ~0u};  // undefined until the wait
   cuda_on_cpu::TsanIgnore ignore;
   cuda_on_cpu::self->copies.push_back({to, from, 16, valid ? 16u : 0u, cuda_on_cpu::self->groups});
+#endif
+}
+__device__ __forceinline__ void cp_async_4(void* to, const void* from, bool valid = true) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid ? 4 : 0)
+               : "memory");
+#else
+  cuda_on_cpu::check_aligned(to, 4, "cp_async_4 destination");
+  cuda_on_cpu::check_aligned(from, 4, "cp_async_4 source");
+  cuda_on_cpu::check_shared(to, 4, "cp_async_4");
+  *static_cast<uint32_t*>(to) = ~0u;
+  cuda_on_cpu::TsanIgnore ignore;
+  cuda_on_cpu::self->copies.push_back({to, from, 4, valid ? 4u : 0u, cuda_on_cpu::self->groups});
 #endif
 }
 __device__ __forceinline__ void cp_async_commit() {

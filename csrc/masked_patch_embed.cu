@@ -4,12 +4,17 @@
 //
 // Limits, at G1 (M = 17408 rows of kdim = 768 uint8 pixels, D = 768, bf16):
 //   pack      reads 13.4 MB of visible pixels (31.5 MB in 64-byte fills), writes 26.7 MB of patches
-//             and 26.7 MB of positions: no arithmetic to speak of
+//             and 26.7 MB of positions, 18 us on an H200; planar or channels-last, a warp reads and
+//             writes 16 bytes a lane, side by side
 //   fold      reads and writes the weight once: 2.4 MB
 //   position  reads grad_out once, 26.7 MB, and the ids N / 8 * D / 256 times from L2
 //   unpack    reads grad_patches once, writes the clip once
 #undef NDEBUG  // device assertions guard the indices in release builds too
-#include "device_primitives.h"
+#include <algorithm>
+#include <initializer_list>
+#include <type_traits>
+
+#include "device_patches.h"
 #include "masked_patch_embed.h"
 
 namespace vidl {
@@ -17,104 +22,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kUnpackThreads = 128;
-constexpr int kRowsPerBlock = 4;
-
-template <class T>
-__device__ __forceinline__ float to_float(T x);
-template <>
-__device__ __forceinline__ float to_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ float to_float<uint8_t>(uint8_t x) {
-  return static_cast<float>(x);
-}
-template <>
-__device__ __forceinline__ float to_float<fp16>(fp16 x) {
-  return __half2float(x);
-}
-template <>
-__device__ __forceinline__ float to_float<bf16>(bf16 x) {
-  return __bfloat162float(x);
-}
-
-template <class T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ fp16 from_float<fp16>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ bf16 from_float<bf16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-
-__device__ __forceinline__ float load_any(const void* p, Dtype dtype, int64_t i) {
-  switch (dtype) {
-    case Dtype::kUInt8:
-      return to_float(static_cast<const uint8_t*>(p)[i]);
-    case Dtype::kFloat32:
-      return static_cast<const float*>(p)[i];
-    case Dtype::kFloat16:
-      return to_float(static_cast<const fp16*>(p)[i]);
-    default:
-      return to_float(static_cast<const bf16*>(p)[i]);
-  }
-}
-
-__device__ __forceinline__ void store_any(void* p, Dtype dtype, int64_t i, float x) {
-  if (dtype == Dtype::kFloat32) {
-    static_cast<float*>(p)[i] = x;
-  } else if (dtype == Dtype::kFloat16) {
-    static_cast<fp16*>(p)[i] = from_float<fp16>(x);
-  } else {
-    static_cast<bf16*>(p)[i] = from_float<bf16>(x);
-  }
-}
-
-struct Place {
-  int64_t sample, patch;
-};
-
-__device__ Place locate(const Rows& rows, int64_t m) {
-  Place place;
-  if (rows.cu_seqlens == nullptr) {
-    place.sample = m / rows.K;
-  } else {
-    int64_t low = 0, high = rows.B;  // the last b with cu_seqlens[b] <= m
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (rows.cu_seqlens[middle] <= m ? low : high) = middle;
-    }
-    place.sample = low;
-  }
-  place.patch = rows.ids == nullptr ? m % rows.K : rows.ids[m];
-  // ids_keep must lie in [0, N)
-  assert(place.patch >= 0 && place.patch < rows.N);
-  return place;
-}
-
-// cu_seqlens must ascend from 0 to M. Called by all threads of one block.
-__device__ void check_offsets(const Rows& rows) {
-  if (rows.cu_seqlens == nullptr) return;
-  assert(rows.cu_seqlens[0] == 0 && rows.cu_seqlens[rows.B] == rows.M);
-  for (int64_t b = threadIdx.x; b < rows.B; b += kThreads) {
-    assert(rows.cu_seqlens[b] <= rows.cu_seqlens[b + 1]);
-  }
-}
-
-// The first pixel of a patch, in elements from the start of the clip.
-__device__ int64_t corner(const Clip& clip, const Place& place) {
-  const int32_t id = static_cast<int32_t>(place.patch);
-  const int32_t frame = clip.grid_h * clip.grid_w;
-  return place.sample * clip.stride_b + int64_t{id / frame} * clip.t * clip.stride_t +
-         int64_t{id % frame / clip.grid_w} * clip.h * clip.stride_h +
-         int64_t{id % clip.grid_w} * clip.w * clip.stride_w;
-}
+constexpr int64_t kSharedBytes = 48 * 1024;  // of a block that packs
 
 // ---- fold --------------------------------------------------------------------------------------
 // One block an output channel d. The sum is taken in a fixed order.
@@ -145,80 +53,138 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // ---- pack --------------------------------------------------------------------------------------
-// A thread moves kVec neighbouring pixels: 16 bytes of Src where the lines of a patch are
-// contiguous and aligned, one pixel of any dtype (Src = void) elsewhere.
-template <class Src, class T, int kVec>
-__device__ __forceinline__ void pack_vector(const Clip& clip, int64_t from, float centre,
-                                            float scale, float shift, T* to) {
-  if constexpr (kVec == 1) {
-    *to = from_float<T>(fmaf(load_any(clip.data, clip.dtype, from) - centre, scale, shift));
+struct Packing {
+  Clip clip;
+  Walk walk;
+  Rows rows;
+  Affine affine;
+  Position position;
+  bool wide_patches, wide_position;  // whether rows can be written 16 bytes at a time
+
+  __device__ __forceinline__ int32_t pixels() const { return clip.t * clip.h * clip.w; }
+  // Beyond the channels that are known only float clips have more, all alike.
+  __device__ __forceinline__ float affine_of(int32_t c, float x) const {
+    const int known = min(c, kMaxChannels - 1);
+    return fmaf(x - affine.centre[known], affine.scale[known], affine.shift[known]);
+  }
+};
+
+// sum[i] += table[at + i]; a table that is not there counts as zeros.
+template <int n>
+__device__ __forceinline__ void add_numbers(const void* table, Dtype dtype, int64_t at,
+                                            float (&sum)[n]) {
+  if (table == nullptr) return;
+  const auto add = [&](const auto* numbers) {
+    using Part = Chunk<std::decay_t<decltype(*numbers)>, n>;
+    const Part part = *reinterpret_cast<const Part*>(numbers + at);
+#pragma unroll
+    for (int i = 0; i < n; i++) sum[i] += to_float(part.x[i]);
+  };
+  if (dtype == Dtype::kFloat32) {
+    add(static_cast<const float*>(table));
+  } else if (dtype == Dtype::kFloat16) {
+    add(static_cast<const fp16*>(table));
   } else {
-    static_assert(kVec * sizeof(Src) == 16, "one 16-byte load");
-    const uint4 words = load_16(static_cast<const Src*>(clip.data) + from);
-    alignas(16) Src in[kVec];
-    alignas(16) T packed[kVec];
-    memcpy(in, &words, 16);
+    add(static_cast<const bf16*>(table));
+  }
+}
+
+// A warp writes the position of a patch to its row of `out`, n columns a lane.
+template <int n, class T>
+__device__ __forceinline__ void write_position(const Position& position, int64_t id, T* out) {
+  const uint32_t frame = static_cast<uint32_t>(position.S), patch = static_cast<uint32_t>(id);
+  const int64_t space = patch % frame * position.D, time = patch / frame * position.D;
+  for (int64_t d = lane_id() * n; d < position.D; d += 32 * n) {
+    float sum[n] = {};
+    add_numbers(position.bias, Dtype::kFloat32, d, sum);
+    add_numbers(position.space, position.space_dtype, space + d, sum);
+    add_numbers(position.time, position.time_dtype, time + d, sum);
+    Chunk<T, n> result;
 #pragma unroll
-    for (int i = 0; i < kVec; i++)
-      packed[i] = from_float<T>(fmaf(to_float(in[i]) - centre, scale, shift));
-    if constexpr (kVec * sizeof(T) >= 16) {
+    for (int i = 0; i < n; i++) result.x[i] = from_float<T>(sum[i]);
+    *reinterpret_cast<Chunk<T, n>*>(out + d) = result;
+  }
+}
+
+// A warp writes a staged patch to its row of patches, n pixels of a channel a lane.
+template <int n, class Pixel, class T>
+__device__ __forceinline__ void write_patch(const Packing& task, const Pixel* patch, T* row) {
+  const int32_t C = task.clip.C, pixels = task.pixels();
+  for (int32_t c = 0; c < C; c++) {
+    for (int32_t p = static_cast<int32_t>(lane_id()) * n; p < pixels; p += 32 * n) {
+      Chunk<Pixel, n> x;
+      if (task.walk.interleaved) {
 #pragma unroll
-      for (int i = 0; i < int(kVec * sizeof(T) / 16); i++) {
-        uint4 out;
-        memcpy(&out, reinterpret_cast<const char*>(packed) + 16 * i, 16);
-        store_16(reinterpret_cast<char*>(to) + 16 * i, out);
+        for (int i = 0; i < n; i++) x.x[i] = patch[(p + i) * C + c];
+      } else {
+        x = *reinterpret_cast<const Chunk<Pixel, n>*>(patch + c * task.walk.pitch + p);
       }
-    } else {
-      uint2 out;
-      memcpy(&out, packed, 8);
-      *reinterpret_cast<uint2*>(to) = out;
+      Chunk<T, n> result;
+#pragma unroll
+      for (int i = 0; i < n; i++) {
+        result.x[i] = from_float<T>(task.affine_of(c, to_float(x.x[i])));
+      }
+      *reinterpret_cast<Chunk<T, n>*>(row + c * pixels + p) = result;
     }
   }
 }
 
-template <class Src, class T, int kVec>
+// A warp has a row. Its pixels pass through shared memory: they are read in the order of the clip's
+// memory and written in that of the weight (C, t, h, w), each 16 bytes a lane wherever possible.
+template <class Pixel, class T>
+__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ Packing task,
+                                                        T* __restrict__ patches,  // [M, kdim]
+                                                        T* __restrict__ out) {    // [M, D] or null
+  constexpr int kWide = 16 / sizeof(T);
+  if (blockIdx.x == 0) check_offsets(task.rows);
+  const int warp = threadIdx.x / 32;
+  const int64_t m = blockIdx.x * int64_t{blockDim.x / 32} + warp;
+  if (m >= task.rows.M) return;
+  DYNAMIC_SHARED(Pixel, memory);
+  Pixel* const patch = memory + warp * task.clip.C * task.walk.pitch;
+  const Place place = locate(task.rows, m);
+  stage(task.clip, task.walk, corner(task.clip, place), patch);
+  cp_async_commit();
+  if (out != nullptr) {
+    T* const row = out + m * task.position.D;
+    if (task.wide_position) {
+      write_position<kWide>(task.position, place.patch, row);
+    } else {
+      write_position<1>(task.position, place.patch, row);
+    }
+  }
+  cp_async_wait();
+  __syncwarp();  // all lanes' pixels are there
+  T* const row = patches + m * task.pixels() * task.clip.C;
+  if (task.wide_patches) {
+    write_patch<kWide>(task, patch, row);
+  } else {
+    write_patch<1>(task, patch, row);
+  }
+}
+
+// The same for patches that do not fit into shared memory, one pixel a lane.
+template <class T>
 __global__ void __launch_bounds__(kThreads)
-    pack_kernel(Clip clip, Rows rows, Affine affine, Position position,
-                T* __restrict__ patches,  // [M, kdim]
-                T* __restrict__ out) {    // [M, D] or null
-  const int64_t first = blockIdx.x * int64_t{kRowsPerBlock};
-  const int count =
-      rows.M - first < kRowsPerBlock ? static_cast<int>(rows.M - first) : kRowsPerBlock;
-  if (first == 0) check_offsets(rows);
-  SHARED(int64_t, corners, [kRowsPerBlock]);
-  SHARED(int64_t, ids, [kRowsPerBlock]);
-  if (static_cast<int>(threadIdx.x) < count) {
-    const Place place = locate(rows, first + threadIdx.x);
-    corners[threadIdx.x] = corner(clip, place);
-    ids[threadIdx.x] = place.patch;
-  }
-  __syncthreads();
-
-  const int32_t line = clip.w / kVec;  // vectors in a line, a plane, a channel, a patch
-  const int32_t plane = clip.h * line, channel = clip.t * plane, patch = clip.C * channel;
-  for (int32_t i = threadIdx.x; i < count * patch; i += kThreads) {
-    const int32_t row = i / patch, v = i % patch;
-    const int32_t c = v / channel;
-    const int64_t from =
-        corners[row] + c * clip.stride_c + int64_t{v % channel / plane} * clip.stride_t +
-        int64_t{v % plane / line} * clip.stride_h + int64_t{v % line} * kVec * clip.stride_w;
-    const int known = min(c, kMaxChannels - 1);  // beyond it only float clips, all alike
-    pack_vector<Src, T, kVec>(clip, from, affine.centre[known], affine.scale[known],
-                              affine.shift[known], patches + ((first + row) * patch + v) * kVec);
-  }
-  if (out == nullptr) return;
-
-  const int32_t D = static_cast<int32_t>(position.D);
-  for (int32_t i = threadIdx.x; i < count * D; i += kThreads) {
-    const int32_t row = i / D, d = i % D;
-    float sum = position.bias == nullptr ? 0.0f : position.bias[d];
-    if (position.space != nullptr) {
-      sum += load_any(position.space, position.space_dtype, ids[row] % position.S * D + d);
+    pack_large_kernel(const __grid_constant__ Packing task,
+                      T* __restrict__ patches,  // [M, kdim]
+                      T* __restrict__ out) {    // [M, D] or null
+  const Clip& clip = task.clip;
+  if (blockIdx.x == 0) check_offsets(task.rows);
+  const int64_t m = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32;
+  if (m >= task.rows.M) return;
+  const Place place = locate(task.rows, m);
+  if (out != nullptr) write_position<1>(task.position, place.patch, out + m * task.position.D);
+  const int64_t start = corner(clip, place);
+  const int32_t pixels = task.pixels();
+  for (int32_t c = 0; c < clip.C; c++) {
+    T* const to = patches + (m * clip.C + c) * pixels;
+    for (uint32_t p = lane_id(); p < static_cast<uint32_t>(pixels); p += 32) {
+      const uint32_t w = clip.w, h = clip.h, line = p / w;
+      const int64_t from = start + c * clip.stride_c + line / h * clip.stride_t +
+                           line % h * clip.stride_h + p % w * clip.stride_w;
+      to[p] = from_float<T>(task.affine_of(c, load_any(clip.data, clip.dtype, from)));
     }
-    if (position.time != nullptr) {
-      sum += load_any(position.time, position.time_dtype, ids[row] / position.S * D + d);
-    }
-    out[(first + row) * D + d] = from_float<T>(sum);
   }
 }
 
@@ -298,52 +264,26 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class Src, class T, int kVec>
-int pack(const Clip& clip, const Rows& rows, const Affine& affine, const Position& position,
-         void* patches, void* out, void* stream) {
-  const int64_t blocks = (rows.M + kRowsPerBlock - 1) / kRowsPerBlock;
-  return launch(pack_kernel<Src, T, kVec>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
-                static_cast<cudaStream_t>(stream), clip, rows, affine, position,
-                static_cast<T*>(patches), static_cast<T*>(out));
-}
-
-// Whether every line of every patch can be read 16 bytes at a time.
-bool aligned(const Clip& clip, int64_t itemsize) {
-  const int64_t vec = 16 / itemsize;
-  return clip.stride_w == 1 && clip.w % vec == 0 &&
-         reinterpret_cast<uintptr_t>(clip.data) % 16 == 0 && clip.stride_b % vec == 0 &&
-         clip.stride_c % vec == 0 && clip.stride_t % vec == 0 && clip.stride_h % vec == 0;
-}
-
 template <class T>
-int pack_to(const Clip& clip, const Rows& rows, const Affine& affine, const Position& position,
-            void* patches, void* out, void* stream) {
-  const auto run = [&](auto kernel) {
-    return kernel(clip, rows, affine, position, patches, out, stream);
+int pack(const Packing& task, T* patches, T* out, cudaStream_t stream) {
+  const int64_t itemsize = task.clip.dtype == Dtype::kUInt8 ? 1 : 4;
+  const int64_t bytes = task.clip.C * task.walk.pitch * itemsize;
+  const bool fits = bytes <= kSharedBytes;
+  const int64_t most = fits ? kSharedBytes / std::max<int64_t>(bytes, 1) : kThreads / 32;
+  const int64_t warps = std::min<int64_t>(most, kThreads / 32);
+  const dim3 grid(static_cast<unsigned>((task.rows.M + warps - 1) / warps));
+  const dim3 block(static_cast<unsigned>(32 * warps));
+  const auto start = [&](auto kernel, int64_t shared) {
+    return launch(kernel, grid, block, static_cast<size_t>(shared), stream, task, patches, out);
   };
-  switch (clip.dtype) {
-    case Dtype::kUInt8:
-      if (aligned(clip, 1)) return run(pack<uint8_t, T, 16>);
-      break;
-    case Dtype::kFloat32:
-      if (aligned(clip, 4)) return run(pack<float, T, 4>);
-      break;
-    case Dtype::kFloat16:
-      if (aligned(clip, 2)) return run(pack<fp16, T, 8>);
-      break;
-    case Dtype::kBFloat16:
-      if (aligned(clip, 2)) return run(pack<bf16, T, 8>);
-      break;
-  }
-  return run(pack<void, T, 1>);
+  if (!fits) return start(pack_large_kernel<T>, 0);
+  if (itemsize == 1) return start(pack_kernel<uint8_t, T>, warps * bytes);
+  return start(pack_kernel<float, T>, warps * bytes);
 }
 
-// Calls f with a null pointer of the type that `dtype` names.
-template <class F>
-int with_type(Dtype dtype, F f) {
-  if (dtype == Dtype::kFloat32) return f(static_cast<float*>(nullptr));
-  if (dtype == Dtype::kFloat16) return f(static_cast<fp16*>(nullptr));
-  return f(static_cast<bf16*>(nullptr));
+bool multiples_of_16(std::initializer_list<const void*> pointers) {
+  return std::all_of(pointers.begin(), pointers.end(),
+                     [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
 }
 
 }  // namespace
@@ -374,7 +314,19 @@ int vidl_pack_patches_cuda(const Clip* clip, const Rows* rows, const Affine* aff
   if (rows->M == 0) return 0;
   return vidl::with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return vidl::pack_to<T>(*clip, *rows, *affine, *position, patches, out, stream);
+    constexpr int64_t kWide = 16 / sizeof(T);
+    const int64_t pixels = int64_t{clip->t} * clip->h * clip->w;
+    const vidl::Packing task{
+        *clip,
+        vidl::walk_of(*clip),
+        *rows,
+        *affine,
+        *position,
+        pixels % kWide == 0 && vidl::multiples_of_16({patches}),
+        position->D % kWide == 0 &&
+            vidl::multiples_of_16({position->bias, position->space, position->time, out})};
+    return vidl::pack(task, static_cast<T*>(patches), static_cast<T*>(out),
+                      static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -1,9 +1,11 @@
-// masked_patch_loss on the CPU, one masked patch at a time. Schema and contract:
-// kernels/masked_patch_loss/op.py.
+// masked_patch_loss on the CPU, one masked patch at a time, and the host side of the CUDA kernels
+// in masked_patch_loss.cu. Schema and contract: kernels/masked_patch_loss/op.py.
 //
 // A patch is read into planes of channels, as differences from its first pixel: those of uint8 are
 // small integers, so that mean and deviations are as exact as float32 allows, and those of a patch
 // of one colour are zero. Then it is put into the order of the prediction, and compared.
+#include "masked_patch_loss.h"
+
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -23,27 +25,14 @@ using torch::stable::parallel_for;
 constexpr const char* kOp = "masked_patch_loss";
 constexpr int64_t kGrain = 8;  // patches that are worth a thread
 
-enum class Statistics { kNone, kPatch, kChannel };
-
-// A pixel x of channel c enters as x * scale[c] + shift[c]. Where a patch is normalised, `scale`
-// and `shift` are those relative to the first channel, or none: what all share cancels out but in
-// eps.
+// Clip and statistics, and as many numbers as there are channels: masked_patch_loss.h has their
+// meaning.
 struct Targets {
   Clip clip;
   Statistics statistics;
   std::vector<float> scale, shift, eps;
   int64_t pixels, numbers;  // of a patch: in one channel, in all
   int64_t count;            // means and variances of a patch
-};
-
-// The patches of a prediction, each contiguous.
-struct Predictions {
-  Tensor tensor;  // keeps `data` alive
-  const void* data;
-  Dtype dtype;
-  int64_t rows, stride_b, stride_m;  // `rows` of them every stride_b elements
-
-  int64_t start(int64_t m) const { return m / rows * stride_b + m % rows * stride_m; }
 };
 
 Targets targets_of(const Tensor& video, const std::vector<int64_t>& patch,
@@ -73,24 +62,24 @@ Targets targets_of(const Tensor& video, const std::vector<int64_t>& patch,
   return to;
 }
 
-Predictions predictions_of(const Tensor& x, const Rows& rows, int64_t numbers) {
-  Predictions p;
+// A prediction whose rows are contiguous: x, or a copy of it.
+Tensor with_rows(const Tensor& x, const Rows& rows, int64_t numbers) {
   const bool rows_fit = x.dim() == 2 ? rows.cu_seqlens && x.size(0) == rows.M
                         : x.dim() == 3
                             ? !rows.cu_seqlens && x.size(0) == rows.B && x.size(1) == rows.K
                             : false;
   STD_TORCH_CHECK(rows_fit && x.size(-1) == numbers, kOp,
                   ": need a prediction of as many rows as ids, of ", numbers, " numbers each");
-  p.tensor = x.stride(-1) == 1 || numbers == 1 ? x : torch::stable::contiguous(x);
-  p.data = p.tensor.data_ptr();
-  p.dtype = dtype_of(x);
-  STD_TORCH_CHECK(p.dtype != Dtype::kUInt8, kOp, ": need a floating-point prediction");
-  p.stride_m = p.tensor.stride(-2);
-  p.stride_b = x.dim() == 3 ? p.tensor.stride(0) : 0;
-  p.rows = std::max<int64_t>(x.size(-2), 1);
-  return p;
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Byte, kOp, ": need a floating-point prediction");
+  return x.stride(-1) == 1 || numbers == 1 ? x : torch::stable::contiguous(x);
 }
 
+Predictions predictions_of(const Tensor& x) {
+  return {x.data_ptr(), dtype_of(x), x.dim() == 3 ? x.stride(0) : 0, x.stride(-2)};
+}
+
+// ---- The CPU -----------------------------------------------------------------------------------
+#ifndef VIDL_EMULATED
 // The pixels of a patch, [C, pixels], as differences from its first.
 void read(const Targets& targets, const Place& place, float* planes) {
   const Clip& clip = targets.clip;
@@ -154,45 +143,123 @@ class Reader {
   std::vector<float> planes_, target_, mean_, factor_;
 };
 
+struct Cpu {
+  static void check(const Targets&) {}
+  static void check(const Rows& rows) { check_offsets(kOp, rows); }
+
+  static void forward(const Targets& targets, const Rows& rows, const Predictions& p,
+                      Tensor& losses, Tensor& moments) {
+    float* const loss = static_cast<float*>(losses.data_ptr());
+    for_targets(targets, rows, p, moments, false, [&](int64_t m, int64_t at, const float* target) {
+      loss[m] = squared_distance(p.data, p.dtype, at, target, targets.numbers) /
+                static_cast<float>(targets.numbers);
+    });
+  }
+
+  static void backward(const Targets& targets, const Rows& rows, const Predictions& p,
+                       const Tensor& grad, Tensor& moments, Tensor& out) {
+    const float* const grads = static_cast<const float*>(grad.data_ptr());
+    for_targets(targets, rows, p, moments, true, [&](int64_t m, int64_t at, const float* target) {
+      const float factor = 2.0f * grads[m] / static_cast<float>(targets.numbers);
+      scaled_difference(p.data, p.dtype, at, target, factor, out.data_ptr(), m * targets.numbers,
+                        targets.numbers);
+    });
+  }
+
+ private:
+  // Calls f(m, where the row of the prediction begins, target) for every row m.
+  template <class F>
+  static void for_targets(const Targets& targets, const Rows& rows, const Predictions& p,
+                          Tensor& moments, bool measured, F f) {
+    float* const moment = static_cast<float*>(moments.data_ptr());
+    const std::vector<Place> places = locate(kOp, rows, 0, rows.M);
+    parallel_for(0, rows.M, kGrain, [&](int64_t begin, int64_t end) {
+      Reader reader(targets);
+      for (int64_t m = begin; m < end; m++) {
+        const int64_t b = rows.cu_seqlens == nullptr ? places[m].sample : 0;
+        f(m, b * p.stride_b + (m - b * rows.K) * p.stride_m,
+          reader.target(places[m], moment + m * targets.count * 2, measured));
+      }
+    });
+  }
+};
+#endif
+
+// ---- CUDA --------------------------------------------------------------------------------------
+#if defined(VIDL_CUDA) || defined(VIDL_EMULATED)
+struct Cuda {
+  static void check(const Targets& targets) {
+    STD_TORCH_CHECK(targets.numbers <= kMaxNumbers && targets.clip.C <= kMaxChannels, kOp,
+                    ": need at most ", kMaxNumbers, " numbers in a patch and ", kMaxChannels,
+                    " channels");
+  }
+  static void check(const Rows&) {}  // the kernels assert
+
+  static void forward(const Targets& targets, const Rows& rows, const Predictions& p,
+                      Tensor& losses, Tensor& moments) {
+    const Channels channels = channels_of(targets);
+    check_cuda(vidl_masked_patch_loss_cuda(&targets.clip, &rows, &p, targets.statistics, &channels,
+                                           static_cast<float*>(losses.data_ptr()),
+                                           static_cast<float*>(moments.data_ptr()),
+                                           current_stream(losses)));
+  }
+
+  static void backward(const Targets& targets, const Rows& rows, const Predictions& p,
+                       const Tensor& grad, Tensor& moments, Tensor& out) {
+    const Channels channels = channels_of(targets);
+    check_cuda(vidl_masked_patch_loss_bwd_cuda(static_cast<const float*>(grad.data_ptr()),
+                                               static_cast<const float*>(moments.data_ptr()),
+                                               &targets.clip, &rows, &p, targets.statistics,
+                                               &channels, out.data_ptr(), current_stream(out)));
+  }
+
+ private:
+  static Channels channels_of(const Targets& targets) {
+    Channels channels = {};
+    std::copy(targets.scale.begin(), targets.scale.end(), channels.scale);
+    std::copy(targets.shift.begin(), targets.shift.end(), channels.shift);
+    std::copy(targets.eps.begin(), targets.eps.end(), channels.eps);
+    return channels;
+  }
+};
+#endif
+
+// ---- The op ------------------------------------------------------------------------------------
+template <class Device>
 std::tuple<Tensor, Tensor> masked_patch_loss(Tensor prediction, Tensor video, Tensor ids,
                                              OptionalTensor cu_seqlens, std::vector<int64_t> patch,
                                              std::string statistics, std::vector<double> scale,
                                              std::vector<double> shift, double eps) {
+  const DeviceScope scope(video);
   const Targets targets = targets_of(video, patch, statistics, scale, shift, eps);
+  Device::check(targets);
   ids = torch::stable::contiguous(ids);
   cu_seqlens = packed(cu_seqlens);
   const Rows rows = rows_of(kOp, video, targets.clip, ids, cu_seqlens);
-  check_offsets(kOp, rows);
-  const Predictions p = predictions_of(prediction, rows, targets.numbers);
+  Device::check(rows);
+  prediction = with_rows(prediction, rows, targets.numbers);
   std::vector<int64_t> shape = {rows.M};
   if (!cu_seqlens) shape = {rows.B, rows.K};
   Tensor losses = new_empty(prediction, shape, ScalarType::Float);
   shape.insert(shape.end(), {targets.count, 2});
   Tensor moments = new_empty(prediction, shape, ScalarType::Float);
-  float* const loss = static_cast<float*>(losses.data_ptr());
-  float* const moment = static_cast<float*>(moments.data_ptr());
-  const std::vector<Place> places = locate(kOp, rows, 0, rows.M);
-  parallel_for(0, rows.M, kGrain, [&](int64_t begin, int64_t end) {
-    Reader reader(targets);
-    for (int64_t m = begin; m < end; m++) {
-      const float* target = reader.target(places[m], moment + m * targets.count * 2, false);
-      loss[m] = squared_distance(p.data, p.dtype, p.start(m), target, targets.numbers) /
-                static_cast<float>(targets.numbers);
-    }
-  });
+  Device::forward(targets, rows, predictions_of(prediction), losses, moments);
   return {losses, moments};
 }
 
+template <class Device>
 Tensor masked_patch_loss_bwd(Tensor grad, Tensor moments, Tensor prediction, Tensor video,
                              Tensor ids, OptionalTensor cu_seqlens, std::vector<int64_t> patch,
                              std::string statistics, std::vector<double> scale,
                              std::vector<double> shift, double eps) {
+  const DeviceScope scope(video);
   const Targets targets = targets_of(video, patch, statistics, scale, shift, eps);
+  Device::check(targets);
   ids = torch::stable::contiguous(ids);
   cu_seqlens = packed(cu_seqlens);
   const Rows rows = rows_of(kOp, video, targets.clip, ids, cu_seqlens);
-  check_offsets(kOp, rows);
-  const Predictions p = predictions_of(prediction, rows, targets.numbers);
+  Device::check(rows);
+  prediction = with_rows(prediction, rows, targets.numbers);
   grad = torch::stable::contiguous(grad);
   moments = torch::stable::contiguous(moments);
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == rows.M &&
@@ -202,28 +269,28 @@ Tensor masked_patch_loss_bwd(Tensor grad, Tensor moments, Tensor prediction, Ten
                   " rows and the forward's moments");
   std::vector<int64_t> shape = {rows.M, targets.numbers};
   if (!cu_seqlens) shape = {rows.B, rows.K, targets.numbers};
-  Tensor result = new_empty(prediction, shape);
-  const float* const grads = static_cast<const float*>(grad.data_ptr());
-  float* const moment = static_cast<float*>(moments.data_ptr());
-  const std::vector<Place> places = locate(kOp, rows, 0, rows.M);
-  parallel_for(0, rows.M, kGrain, [&](int64_t begin, int64_t end) {
-    Reader reader(targets);
-    for (int64_t m = begin; m < end; m++) {
-      const float* target = reader.target(places[m], moment + m * targets.count * 2, true);
-      const float factor = 2.0f * grads[m] / static_cast<float>(targets.numbers);
-      scaled_difference(p.data, p.dtype, p.start(m), target, factor, result.data_ptr(),
-                        m * targets.numbers, targets.numbers);
-    }
-  });
-  return result;
+  Tensor out = new_empty(prediction, shape);
+  Device::backward(targets, rows, predictions_of(prediction), grad, moments, out);
+  return out;
 }
 
 }  // namespace
 }  // namespace vidl
 
-#ifndef VIDL_EMULATED
+#ifdef VIDL_EMULATED
 STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
-  m.impl("masked_patch_loss", TORCH_BOX(&vidl::masked_patch_loss));
-  m.impl("masked_patch_loss_bwd", TORCH_BOX(&vidl::masked_patch_loss_bwd));
+  m.impl("masked_patch_loss_emulated", TORCH_BOX(&vidl::masked_patch_loss<vidl::Cuda>));
+  m.impl("masked_patch_loss_bwd_emulated", TORCH_BOX(&vidl::masked_patch_loss_bwd<vidl::Cuda>));
 }
+#else
+STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
+  m.impl("masked_patch_loss", TORCH_BOX(&vidl::masked_patch_loss<vidl::Cpu>));
+  m.impl("masked_patch_loss_bwd", TORCH_BOX(&vidl::masked_patch_loss_bwd<vidl::Cpu>));
+}
+#ifdef VIDL_CUDA
+STABLE_TORCH_LIBRARY_IMPL(vidl, CUDA, m) {
+  m.impl("masked_patch_loss", TORCH_BOX(&vidl::masked_patch_loss<vidl::Cuda>));
+  m.impl("masked_patch_loss_bwd", TORCH_BOX(&vidl::masked_patch_loss_bwd<vidl::Cuda>));
+}
+#endif
 #endif

@@ -1,5 +1,8 @@
-// space_time_attention on the CPU: one head of one group at a time. Schema and contract:
-// kernels/space_time_attention/op.py; the work itself: space_time_attention_cpu.h.
+// space_time_attention: the CPU, one head of one group at a time, and the host side of the CUDA
+// kernels in space_time_attention.cu. Schema and contract: kernels/space_time_attention/op.py; the
+// work itself on the CPU: space_time_attention_cpu.h.
+#include "space_time_attention.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -15,39 +18,17 @@ namespace {
 using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
-enum class Scores { kNone, kCls, kMean };
-
-struct Attention {
-  Strided q, k, v;
-  const int32_t *query_offsets, *key_offsets;  // [G + 1]
-  const int32_t *query_rows, *key_rows;        // [Q], [E], or null
-  int64_t G, H, D, Q, K, E;                    // Q rows of q, K rows of k and v
-  float scale;
-  Scores scores;
-  Dtype dtype;
-};
-
-struct Forward {
-  void* out;      // [Q, H, D]
-  float* lse;     // [H, Q]
-  float* scores;  // [H, E] or null
-};
-
-struct Backward {
-  const void* grad_out;                // [Q, H, D]
-  const float *lse, *grad_scores;      // [H, Q]; [E] or null
-  void *grad_q, *grad_k, *grad_v;      // [Q, H, D], [K, H, D]
-  float *entry_grad_k, *entry_grad_v;  // [E, H, D] where rows are shared, else null
-};
-
+#ifndef VIDL_EMULATED
 #define VIDL_SOURCE "space_time_attention_cpu.h"
 #include "cpu_levels.h"
+#endif
 
-const char* const kOp = "space_time_attention";
+constexpr const char* kOp = "space_time_attention";
 
 Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& query_offsets,
                     const Tensor& key_offsets, const OptionalTensor& query_rows,
-                    const OptionalTensor& key_rows, double scale, const std::string& scores) {
+                    const OptionalTensor& key_rows, int64_t max_queries, int64_t max_keys,
+                    double scale, const std::string& scores) {
   Attention a;
   a.q = strided(kOp, q, "q");
   a.k = strided(kOp, k, "k");
@@ -67,113 +48,191 @@ Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   a.E = key_rows ? key_rows->size(0) : a.K;
   STD_TORCH_CHECK(!query_rows || query_rows->size(0) == a.Q,
                   "space_time_attention: need query_rows of ", a.Q, " rows");
-  check_groups(kOp, "query", a.query_offsets, a.G, a.query_rows, a.Q, a.Q);
-  check_groups(kOp, "key", a.key_offsets, a.G, a.key_rows, a.E, a.K);
+  a.max_queries = max_queries;
+  a.max_keys = max_keys;
   a.scale = static_cast<float>(scale);
   a.scores = scores.empty() ? Scores::kNone : scores == "cls" ? Scores::kCls : Scores::kMean;
   a.dtype = floating_dtype(q);
   return a;
 }
 
-// Items (group, head) for one thread: enough work to be worth a thread.
-int64_t grain(const Attention& a) {
-  const int64_t pairs = a.Q * (a.E / std::max<int64_t>(a.G, 1) + 1);
-  const int64_t per_item = pairs / std::max<int64_t>(a.G, 1) * a.D + 1;
-  return std::max<int64_t>(1, 65536 / per_item);
-}
+// ---- The two devices ---------------------------------------------------------------------------
+#ifndef VIDL_EMULATED
+struct Cpu {
+  static Tensor readable(const Tensor& x) { return x; }
 
-std::tuple<Tensor, Tensor, Tensor> space_time_attention(Tensor q, Tensor k, Tensor v,
-                                                        Tensor query_offsets, Tensor key_offsets,
-                                                        OptionalTensor query_rows,
-                                                        OptionalTensor key_rows, OptionalTensor,
-                                                        OptionalTensor, int64_t, int64_t,
-                                                        double scale, std::string scores) {
-  const Attention a =
-      attention(q, k, v, query_offsets, key_offsets, query_rows, key_rows, scale, scores);
+  static void check(const Attention& a) {
+    check_groups(kOp, "query", a.query_offsets, a.G, a.query_rows, a.Q, a.Q);
+    check_groups(kOp, "key", a.key_offsets, a.G, a.key_rows, a.E, a.K);
+  }
+
+  // Items (group, head) for one thread: enough work to be worth a thread.
+  static int64_t grain(const Attention& a) {
+    const int64_t pairs = a.Q * (a.E / std::max<int64_t>(a.G, 1) + 1);
+    const int64_t per_item = pairs / std::max<int64_t>(a.G, 1) * a.D + 1;
+    return std::max<int64_t>(1, 65536 / per_item);
+  }
+
+  static void forward(const Attention& a, const Forward& f, const Tensor&) {
+    const auto items = VIDL_FOR_THIS_CPU(forward_items);
+    parallel_for(0, a.G * a.H, grain(a),
+                 [&](int64_t begin, int64_t end) { items(a, f, begin, end); });
+    if (f.scores == nullptr) return;
+    parallel_for(0, a.E, 4096, [&](int64_t begin, int64_t end) {
+      std::memset(f.mean_scores + begin, 0, (end - begin) * sizeof(float));
+      for (int64_t h = 0; h < a.H; h++) {
+        add_line(f.scores, Dtype::kFloat32, h * a.E + begin, f.mean_scores + begin, end - begin);
+      }
+      for (int64_t e = begin; e < end; e++) f.mean_scores[e] /= static_cast<float>(a.H);
+    });
+  }
+
+  static void backward(const Attention& a, const Backward& b, const Tensor&) {
+    if (b.entry_offsets != nullptr)
+      check_groups(kOp, "entry", b.entry_offsets, a.K, b.entries, a.E, a.E);
+    const auto items = VIDL_FOR_THIS_CPU(backward_items);
+    parallel_for(0, a.G * a.H, grain(a),
+                 [&](int64_t begin, int64_t end) { items(a, b, begin, end); });
+    if (b.entry_offsets == nullptr) return;
+
+    // A row's gradient is the sum over its entries, in ascending order.
+    const int64_t line = a.H * a.D;
+    parallel_for(0, a.K, 16, [&](int64_t begin, int64_t end) {
+      std::vector<float> sum(line);
+      for (int64_t row = begin; row < end; row++) {
+        for (const auto& [from, to] :
+             {std::pair(b.entry_grad_k, b.grad_k), std::pair(b.entry_grad_v, b.grad_v)}) {
+          std::fill(sum.begin(), sum.end(), 0.0f);
+          for (int32_t i = b.entry_offsets[row]; i < b.entry_offsets[row + 1]; i++) {
+            add_line(from, Dtype::kFloat32, b.entries[i] * line, sum.data(), line);
+          }
+          add_three(sum.data(), nullptr, Dtype::kFloat32, 0, nullptr, Dtype::kFloat32, 0, to,
+                    a.dtype, row * line, line);
+        }
+      }
+    });
+  }
+};
+#endif
+
+#if defined(VIDL_CUDA) || defined(VIDL_EMULATED)
+struct Cuda {
+  // x, or a copy of it whose rows begin at multiples of 16 bytes.
+  static Tensor readable(const Tensor& x) {
+    const bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 &&
+                         x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0;
+    if (aligned || x.numel() == 0) return x;
+    Tensor copy = new_empty(x, {x.size(0), x.size(1), x.size(2)});
+    torch::stable::copy_(copy, x);
+    return copy;
+  }
+
+  static void check(const Attention& a) {  // the kernels look at the groups
+    STD_TORCH_CHECK(a.dtype != Dtype::kFloat32,
+                    "space_time_attention: need float16 or bfloat16 on CUDA");
+  }
+
+  static void forward(const Attention& a, const Forward& f, const Tensor& q) {
+    check_cuda(vidl_attention_cuda(&a, &f, current_stream(q)));
+  }
+
+  static void backward(const Attention& a, const Backward& b, const Tensor& q) {
+    check_cuda(vidl_attention_bwd_cuda(&a, &b, current_stream(q)));
+  }
+};
+#endif
+
+// ---- The op ------------------------------------------------------------------------------------
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> space_time_attention(
+    Tensor q, Tensor k, Tensor v, Tensor query_offsets, Tensor key_offsets,
+    OptionalTensor query_rows, OptionalTensor key_rows, OptionalTensor, OptionalTensor,
+    int64_t max_queries, int64_t max_keys, double scale, std::string scores) {
+  const DeviceScope scope(q);
+  q = Device::readable(q);
+  k = Device::readable(k);
+  v = Device::readable(v);
+  const Attention a = attention(q, k, v, query_offsets, key_offsets, query_rows, key_rows,
+                                max_queries, max_keys, scale, scores);
+  Device::check(a);
   Tensor out = new_empty(q, {a.Q, a.H, a.D});
   Tensor lse = new_empty(q, {a.H, a.Q}, ScalarType::Float);
   const int64_t scored = a.scores == Scores::kNone ? 0 : a.E;
   Tensor by_head = new_empty(q, {a.H, scored}, ScalarType::Float);
   Tensor mean = new_empty(q, {scored}, ScalarType::Float);
-  Forward f = {out.data_ptr(), static_cast<float*>(lse.data_ptr()),
-               scored ? static_cast<float*>(by_head.data_ptr()) : nullptr};
-  const auto items = VIDL_FOR_THIS_CPU(forward_items);
-  parallel_for(0, a.G * a.H, grain(a),
-               [&](int64_t begin, int64_t end) { items(a, f, begin, end); });
-  float* const means = static_cast<float*>(mean.data_ptr());
-  parallel_for(0, scored, 4096, [&](int64_t begin, int64_t end) {
-    std::memset(means + begin, 0, (end - begin) * sizeof(float));
-    for (int64_t h = 0; h < a.H; h++) {
-      add_line(f.scores, Dtype::kFloat32, h * a.E + begin, means + begin, end - begin);
-    }
-    for (int64_t e = begin; e < end; e++) means[e] /= static_cast<float>(a.H);
-  });
+  const Forward f = {out.data_ptr(), static_cast<float*>(lse.data_ptr()),
+                     scored ? static_cast<float*>(by_head.data_ptr()) : nullptr,
+                     scored ? static_cast<float*>(mean.data_ptr()) : nullptr};
+  Device::forward(a, f, q);
   return {out, lse, mean};
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor> space_time_attention_bwd(
-    Tensor grad_out, OptionalTensor grad_scores, Tensor q, Tensor k, Tensor v, Tensor, Tensor lse,
-    Tensor query_offsets, Tensor key_offsets, OptionalTensor query_rows, OptionalTensor key_rows,
-    OptionalTensor entry_offsets, OptionalTensor entries, int64_t, int64_t, double scale,
-    std::string scores) {
-  const Attention a =
-      attention(q, k, v, query_offsets, key_offsets, query_rows, key_rows, scale, scores);
-  grad_out = torch::stable::contiguous(grad_out);
+    Tensor grad_out, OptionalTensor grad_scores, Tensor q, Tensor k, Tensor v, Tensor out,
+    Tensor lse, Tensor query_offsets, Tensor key_offsets, OptionalTensor query_rows,
+    OptionalTensor key_rows, OptionalTensor entry_offsets, OptionalTensor entries,
+    int64_t max_queries, int64_t max_keys, double scale, std::string scores) {
+  const DeviceScope scope(q);
+  q = Device::readable(q);
+  k = Device::readable(k);
+  v = Device::readable(v);
+  const Attention a = attention(q, k, v, query_offsets, key_offsets, query_rows, key_rows,
+                                max_queries, max_keys, scale, scores);
+  Device::check(a);
+  grad_out = Device::readable(torch::stable::contiguous(grad_out));
+  out = Device::readable(torch::stable::contiguous(out));
   lse = torch::stable::contiguous(lse);
   if (a.scores == Scores::kNone) grad_scores.reset();
   if (grad_scores) grad_scores = torch::stable::contiguous(*grad_scores);
   STD_TORCH_CHECK(!grad_scores || grad_scores->numel() == a.E,
                   "space_time_attention_bwd: need grad_scores of ", a.E, " entries");
+  const bool shared = entries.has_value();
+  STD_TORCH_CHECK(
+      !shared || (entry_offsets && entry_offsets->size(0) == a.K + 1 && entries->size(0) == a.E),
+      "space_time_attention_bwd: need entry_offsets [keys + 1] and entries [E]");
   Tensor grad_q = new_empty(q, {a.Q, a.H, a.D});
   Tensor grad_k = new_empty(k, {a.K, a.H, a.D});
   Tensor grad_v = new_empty(v, {a.K, a.H, a.D});
-  const bool shared = entries.has_value();
   const int64_t kept = shared ? a.E : 0;
   Tensor entry_grad_k = new_empty(k, {kept, a.H, a.D}, ScalarType::Float);
   Tensor entry_grad_v = new_empty(k, {kept, a.H, a.D}, ScalarType::Float);
-  Backward b = {grad_out.data_ptr(),
-                static_cast<const float*>(lse.data_ptr()),
-                static_cast<const float*>(pointer(grad_scores)),
-                grad_q.data_ptr(),
-                grad_k.data_ptr(),
-                grad_v.data_ptr(),
-                shared ? static_cast<float*>(entry_grad_k.data_ptr()) : nullptr,
-                shared ? static_cast<float*>(entry_grad_v.data_ptr()) : nullptr};
-  const auto items = VIDL_FOR_THIS_CPU(backward_items);
-  parallel_for(0, a.G * a.H, grain(a),
-               [&](int64_t begin, int64_t end) { items(a, b, begin, end); });
-  if (!shared) return {grad_q, grad_k, grad_v};
-
-  // A row's gradient is the sum over its entries, in ascending order.
-  const int32_t* const starts = index(kOp, *entry_offsets, "entry_offsets");
-  const int32_t* const order = index(kOp, *entries, "entries");
-  STD_TORCH_CHECK(entry_offsets->size(0) == a.K + 1 && entries->size(0) == a.E,
-                  "space_time_attention: need entry_offsets [keys + 1] and entries [E]");
-  check_groups(kOp, "entry", starts, a.K, order, a.E, a.E);
-  const int64_t line = a.H * a.D;
-  parallel_for(0, a.K, 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> sum(line);
-    for (int64_t row = begin; row < end; row++) {
-      for (const auto& [from, to] :
-           {std::pair(b.entry_grad_k, b.grad_k), std::pair(b.entry_grad_v, b.grad_v)}) {
-        std::fill(sum.begin(), sum.end(), 0.0f);
-        for (int32_t i = starts[row]; i < starts[row + 1]; i++) {
-          add_line(from, Dtype::kFloat32, order[i] * line, sum.data(), line);
-        }
-        add_three(sum.data(), nullptr, Dtype::kFloat32, 0, nullptr, Dtype::kFloat32, 0, to, a.dtype,
-                  row * line, line);
-      }
-    }
-  });
+  const int64_t long_rows = backward_size(max_queries, max_keys, a.D) == Size::kBlocked ? a.Q : 0;
+  Tensor delta = new_empty(q, {a.H, long_rows}, ScalarType::Float);
+  const Backward b = {grad_out.data_ptr(),
+                      out.data_ptr(),
+                      static_cast<const float*>(lse.data_ptr()),
+                      static_cast<const float*>(pointer(grad_scores)),
+                      grad_q.data_ptr(),
+                      grad_k.data_ptr(),
+                      grad_v.data_ptr(),
+                      shared ? static_cast<float*>(entry_grad_k.data_ptr()) : nullptr,
+                      shared ? static_cast<float*>(entry_grad_v.data_ptr()) : nullptr,
+                      shared ? index(kOp, *entry_offsets, "entry_offsets") : nullptr,
+                      shared ? index(kOp, *entries, "entries") : nullptr,
+                      static_cast<float*>(delta.data_ptr())};
+  Device::backward(a, b, q);
   return {grad_q, grad_k, grad_v};
 }
 
 }  // namespace
 }  // namespace vidl
 
-#ifndef VIDL_EMULATED
+#ifdef VIDL_EMULATED
 STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
-  m.impl("space_time_attention", TORCH_BOX(&vidl::space_time_attention));
-  m.impl("space_time_attention_bwd", TORCH_BOX(&vidl::space_time_attention_bwd));
+  m.impl("space_time_attention_emulated", TORCH_BOX(&vidl::space_time_attention<vidl::Cuda>));
+  m.impl("space_time_attention_bwd_emulated",
+         TORCH_BOX(&vidl::space_time_attention_bwd<vidl::Cuda>));
 }
+#else
+STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
+  m.impl("space_time_attention", TORCH_BOX(&vidl::space_time_attention<vidl::Cpu>));
+  m.impl("space_time_attention_bwd", TORCH_BOX(&vidl::space_time_attention_bwd<vidl::Cpu>));
+}
+#ifdef VIDL_CUDA
+STABLE_TORCH_LIBRARY_IMPL(vidl, CUDA, m) {
+  m.impl("space_time_attention", TORCH_BOX(&vidl::space_time_attention<vidl::Cuda>));
+  m.impl("space_time_attention_bwd", TORCH_BOX(&vidl::space_time_attention_bwd<vidl::Cuda>));
+}
+#endif
 #endif

@@ -161,7 +161,7 @@ def why_not(backend: str, name: str, device: str, dtype: torch.dtype, **facts: A
     if backend == "reference":
         return None
     return _why_not_here(backend, name, device, dtype) or OPS[name].limits(
-        backend, dtype=dtype, **facts
+        backend, device=device, dtype=dtype, **facts
     )
 
 

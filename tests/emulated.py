@@ -24,10 +24,13 @@ CXX = os.environ.get("CXX", "g++")
 
 FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread", "-fPIC"]
 FLAGS += ["-fvisibility=hidden", f"-I{ROOT / 'csrc'}", f"-I{EMULATOR}"]
+# A program has one size of heads only, and compiles in a fraction of the time.
+FEW = ["-DVIDL_HEAD_SIZES=32"]
 KINDS = {
     "plain": ["-O2"],
     "ucontext": ["-O2", "-DCUDA_ON_CPU_UCONTEXT"],
-    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "quick": ["-O0"],
+    "address": ["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
 }
 
@@ -41,26 +44,54 @@ def load() -> None:
 
 
 def build() -> Path:
-    """The operator library: every .cu emulated, and the host code beside it."""
+    """The operator library: every .cu emulated, and the host code of those ops."""
     torch_dir = Path(torch.__file__).parent
     host = [f"-isystem{torch_dir / 'include'}", "-DVIDL_EMULATED"]
     host += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
-    sources = [(file, host) for file in sorted(ROOT.glob("csrc/*.cpp"))]
-    sources += [(file, []) for file in sorted(ROOT.glob("csrc/*.cu"))]
+    kernels = sorted(ROOT.glob("csrc/*.cu"))
+    sources = [(file.with_suffix(".cpp"), host) for file in kernels]
+    sources += [(file, []) for file in kernels]
     link = ["-shared", f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     return _link("library.so", sources, KINDS["plain"], link)
 
 
-def program(name: str, kind: str = "plain") -> Path:
+def program(name: str, kind: str = "plain", bug: tuple[str, str] | None = None) -> Path:
     """The program of cuda_on_cpu/test_<name>.cpp, with the kernels of the op `name` if it is one.
 
     Args:
         kind: of `KINDS`: an ordinary build, or one with sanitizers.
+        bug: a line of the kernels, or a part of it, and what takes its place, once.
     """
     sources: list[tuple[Path, list[str]]] = [(EMULATOR / f"test_{name}.cpp", [])]
     if (kernels := ROOT / f"csrc/{name}.cu").is_file():
-        sources.append((kernels, []))
+        sources.append((_planted(kernels, *bug) if bug else kernels, FEW))
     return _link(f"{name}-{kind}", sources, KINDS[kind], [])
+
+
+def _planted(kernels: Path, right: str, wrong: str) -> Path:
+    """A copy of an op's kernels, with its headers in their places, and with a bug."""
+    text = _inlined(kernels, set())
+    assert text.count(right) == 1, f"{text.count(right)} times: {right}"
+    text = text.replace(right, wrong)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    copy = BUILD / f"{kernels.stem}-{_hash([], [text.encode()])}.cu"
+    copy.write_text(text)
+    return copy
+
+
+def _inlined(source: Path, seen: set[Path]) -> str:
+    """A source with the headers of csrc/ in their places, each once."""
+
+    def text(include: re.Match[str]) -> str:
+        header = ROOT / "csrc" / include[1]
+        if not header.is_file():
+            return include[0]
+        if header in seen:
+            return ""
+        seen.add(header)
+        return _inlined(header, seen).replace("#pragma once\n", "")
+
+    return re.sub(r'^#include "(.+)"$', text, source.read_text(), flags=re.MULTILINE)
 
 
 def _link(

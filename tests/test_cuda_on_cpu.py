@@ -13,6 +13,173 @@ OPS = sorted(
     for file in emulated.EMULATOR.glob("test_*.cpp")
     if (emulated.ROOT / "csrc" / f"{file.stem.removeprefix('test_')}.cu").is_file()
 )
+# Bugs for the kernels of an op: what is right once in them, and what takes its place.
+BUGS = {
+    "masked_patch_embed": {
+        "copies are not waited for": ("cp_async_wait();", ""),
+        "pixels are read before other lanes have them": (
+            "__syncwarp();  // all lanes' pixels are there",
+            "",
+        ),
+        "channels of a pixel are taken for planes": ("patch[(p + i) * C + c]", "patch[p + i]"),
+        "the last column of a position is not written": (
+            "d < position.D; d += 32 * n",
+            "d < position.D - 1; d += 32 * n",
+        ),
+        "ids of the next step arrive too early": (
+            "      __syncthreads();\n    }\n  }\n  if (n >= rows.N)",
+            "    }\n  }\n  if (n >= rows.N)",
+        ),
+    },
+    "masked_patch_loss": {
+        "copies are not waited for": ("cp_async_wait();", ""),
+        "pixels are read before other lanes have them": (
+            "__syncwarp();  // all lanes' pixels and numbers are there",
+            "",
+        ),
+        "means are read before they are there": (
+            "__syncwarp();  // lane 0 has left means and squares",
+            "",
+        ),
+        "channels are read before they are complete": (
+            "__syncwarp();  // every channel is complete",
+            "",
+        ),
+        "results are written before they are there": (
+            "__syncwarp();  // all lanes' results are there",
+            "",
+        ),
+        "a lane has its neighbour's pixels": (
+            "static_cast<int32_t>(lane_id()) * kPixels; p < count",
+            "static_cast<int32_t>(lane_id() ^ 1) * kPixels + 1; p < count",
+        ),
+        "bytes beyond the last pixel count": ("p + i < count ? x[i][j] : 0;", "x[i][j];"),
+        "numbers beyond the last pixel count": (
+            "p + i < count ? x[i][j] - first[j] - mean[j] : 0.0f",
+            "x[i][j] - first[j] - mean[j]",
+        ),
+        "an error beyond the last pixel counts": ("k / kC < valid", "k / kC <= valid"),
+        "the last number of a row is not written": (
+            "even + lane; i < numbers;",
+            "even + lane; i < numbers - 1;",
+        ),
+        "a warp beyond the last row works": (
+            "if (m >= task.rows.M) return;\n  Patch<Pixel, T, kC> patch(task, "
+            "memory_of_warp<Pixel, T>(task));\n  patch.load(m);\n  if",
+            "Patch<Pixel, T, kC> patch(task, "
+            "memory_of_warp<Pixel, T>(task));\n  patch.load(m);\n  if",
+        ),
+        "offsets are not checked": ("if (blockIdx.x == 0) check_offsets(task.rows);", ""),
+        "the variance of a patch is biased": (
+            "static_cast<float>(C) - 1.0f",
+            "static_cast<float>(C)",
+        ),
+    },
+    "select_tokens": {
+        "keys are read before they are there": ("__syncthreads();  // the keys are there", ""),
+        "places are read before they are there": ("__syncthreads();  // the places are there", ""),
+        "keys are moved before all are read": (
+            "__syncthreads();  // every key of this round is read, and counted",
+            "__syncwarp();",
+        ),
+        "counts are overwritten while they are read": (
+            "__syncthreads();  // nobody reads the counts any more",
+            "",
+        ),
+        "sums are read before they are there": (
+            "__syncthreads();  // the sums of all warps are there",
+            "",
+        ),
+        "products are read before they are there": (
+            "__syncthreads();  // the products of all warps are there",
+            "",
+        ),
+        "0.0 is better than -0.0": ("score == 0.0f ? 0u : __float_as_uint", "__float_as_uint"),
+        "NaN is the best": ("if (score != score) return 0;", "if (score != score) return ~1u;"),
+        "too many of equal scores stay": ("if (count == K) return cut;", "return cut;"),
+        "of equal scores the last is better": ("(j < first)", "(j > first)"),
+        "neighbours with equal scores share a place": ("better[u] += own[v] == own[u];", ";"),
+        "a lane counts itself": ("(1u << threadIdx.x) - 1", "(2u << threadIdx.x) - 1"),
+        "the last token is forgotten": ("sample.N - start)", "sample.N - start - 1)"),
+        "the last unit of a row is forgotten": (
+            "c < count; c += kAhead * step",
+            "c < count - kVec; c += kAhead * step",
+        ),
+        "tokens that stay are fused": ("&& !cut.stays(keys.at(n), n)", ""),
+        "what is not finite is fused": ("used[i] = used[i] && is_finite(scale[i]);", ""),
+        "groups of rows are left out": ("sum[e] += __shfl_xor_sync(kAllLanes, sum[e], d);", ";"),
+        "blocks of packed samples overlap": ("/ plan.rows + i;", "/ plan.rows;"),
+        "the mean is not subtracted": ("given[e] - centre[e]", "given[e]"),
+        "rows that were dropped get no gradient": ("zeros.store(to + c);", ";"),
+    },
+    "space_time_attention": {
+        "blocks of keys are read before they are there": (
+            "cp_async_wait();\n    __syncthreads();  // the block",
+            "__syncthreads();  // the block",
+        ),
+        "blocks of keys are overwritten while they are read": (
+            "__syncthreads();  // the block is there, and nobody reads the one before any more",
+            "__syncwarp();",
+        ),
+        "keys are overwritten by weights while they are read": (
+            "__syncthreads();  // nobody reads keys and values any more",
+            "",
+        ),
+        "weights are read before they are there": (
+            "__syncthreads();  // the weights are there",
+            "",
+        ),
+        "queries are used before their delta is there": (
+            "__syncthreads();  // every query's delta is there",
+            "",
+        ),
+        "gradients are read before they are there": (
+            "__syncthreads();  // the gradients of these queries' products are there",
+            "",
+        ),
+        "gradients are overwritten while they are read": (
+            "__syncthreads();  // nobody reads these queries' gradients any more",
+            "",
+        ),
+        "one key too many is seen": (
+            "return column < count; }",
+            "return column <= count; }",
+        ),
+        "the last query of a group is forgotten": (
+            "if (member < group.count) row =",
+            "if (member < group.count - 1) row =",
+        ),
+        "NaN reaches another group of the warp": (
+            "!finite<T, D>(v)",
+            "false",
+        ),
+        "weights are not transposed": ("transpose(across);", ""),
+        "a row gets the delta of another": (
+            "__shfl_sync(kAllLanes, dot, 2 * row_of_lane(i))",
+            "__shfl_sync(kAllLanes, dot, row_of_lane(i))",
+        ),
+        "sums go to the wrong lanes": (
+            "return 8 * j + int(lane_id()) % 4 * 2;",
+            "return 8 * j + (int(lane_id()) + 1) % 4 * 2;",
+        ),
+        "rows of a pack are read before they are there": (
+            "copy_pack<T, D>(v, a.v, group.h, rows, 16);\n"
+            "    cp_async_commit();\n"
+            "    cp_async_wait();\n"
+            "    __syncwarp();\n"
+            "    if (at_once > 1 && !finite<T, D>(v))",
+            "copy_pack<T, D>(v, a.v, group.h, rows, 16);\n"
+            "    cp_async_commit();\n"
+            "    __syncwarp();\n"
+            "    if (at_once > 1 && !finite<T, D>(v))",
+        ),
+        "the gradient of scores is left out of delta": (
+            "delta[i] += sum_of_row(more[i]) * share[i];",
+            "",
+        ),
+        "a row's entries lack the last": ("n < end; n++", "n < end - 1; n++"),
+    },
+}
 RACES = ["syncthreads", "syncwarp", "two_blocks", "two_warps"]
 
 
@@ -72,7 +239,14 @@ def test_every_kernel_has_a_sanitizer_test():
     assert sorted(file.stem for file in emulated.ROOT.glob("csrc/*.cu")) == OPS
 
 
-@pytest.mark.parametrize("kind", ["address", "thread"])
+@pytest.mark.parametrize("kind", [pytest.param("address", marks=pytest.mark.slow), "thread"])
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_under_sanitizers(op, kind):
     assert_passes(emulated.program(op, kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op, bug", [(op, bug) for op, bugs in BUGS.items() for bug in bugs])
+def test_a_bug_in_a_kernel_is_found(op, bug):
+    done = run(emulated.program(op, "quick", BUGS[op][bug]))
+    assert done.returncode != 0, done.stdout

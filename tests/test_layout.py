@@ -64,6 +64,12 @@ def test_an_op_has_its_files(op):
     assert not missing
 
 
+def test_a_source_of_csrc_is_an_op():
+    # Its parts are headers, csrc/<op>_<part>.h, and so is what ops share.
+    sources = [file for file in SOURCES if file.parts[0] == "csrc" and file.suffix != ".h"]
+    assert {file.stem for file in sources} == set(OPS)
+
+
 @pytest.mark.parametrize("folder", ["kernels", "bench"])
 def test_the_folder_is_not_a_package_of_its_own(folder):
     # With an __init__.py, `kernels` would hide Hugging Face's package of that name from

@@ -98,6 +98,9 @@ CASES = {
     "dense float": Case(ids=None, video=torch.float32, position="pair", grid=(2, 1, 2)),
     "patch 14": Case(patch=(1, 14, 14), B=3, ids=5, float32=("bias", "position")),
     "patch 32": Case(patch=(1, 32, 32), grid=(1, 2, 2), ids=2, D=8, bias=False),
+    "large patch": Case(
+        B=1, patch=(2, 48, 48), grid=(1, 1, 2), ids=2, D=3, video=torch.float32, bias=False
+    ),
     "odd patch": Case(patch=(3, 5, 7), C=1, D=5, grid=(2, 3, 3), ids=7, video=torch.float32),
     "four channels": Case(patch=(1, 8, 8), C=4, grid=(1, 3, 3), video=torch.bfloat16),
     "half clip": Case(video=torch.float16, position=None, layout="BTCHW"),

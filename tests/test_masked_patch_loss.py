@@ -485,3 +485,12 @@ def test_a_backend_asked_for_never_falls_back():
         with pytest.raises(RuntimeError, match=r"not in float64"):
             masked_patch_loss(*each, ids, backend="compiled", **options)
         assert masked_patch_loss(*each, ids, **options).dtype == torch.float64
+
+
+@pytest.mark.parametrize("C, p", [(65, 2), (3, 64)], ids=["channels", "numbers"])
+def test_what_the_cuda_kernels_cannot_hold_is_refused(C, p):
+    Where("emulated", "cpu").skip_unless_runs(OP)
+    video, ids = torch.zeros(1, C, 1, p, p), torch.zeros(1, 1, dtype=torch.int64)
+    prediction = torch.zeros(1, 1, C * p * p)
+    with pytest.raises(RuntimeError, match="cannot run"):
+        masked_patch_loss(prediction, video, ids, patch_size=p, backend="emulated")

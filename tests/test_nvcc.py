@@ -1,6 +1,6 @@
 """Every CUDA source compiles with nvcc without a warning, and its kernels fit into registers.
 
-`python tests/test_nvcc.py` prints registers and shared memory of every kernel.
+`python tests/occupancy.py` prints registers, shared memory and occupancy of every kernel.
 """
 
 import os
@@ -32,12 +32,12 @@ def nvcc() -> str | None:
     return shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which(home / "bin/nvcc")
 
 
-def kernels(source: Path, architecture: str) -> list[Kernel]:
+def kernels(source: Path, architecture: str, *macros: str) -> list[Kernel]:
     """What ptxas says of every kernel of a source file."""
     compiler = nvcc()
     assert compiler is not None
     flags = ["-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas=-v", "-Werror=all-warnings"]
-    flags += ["-Xcompiler=-Wall,-Wextra", f"-I{ROOT / 'csrc'}", "-cubin"]
+    flags += ["-Xcompiler=-Wall,-Wextra", f"-I{ROOT / 'csrc'}", "-cubin", *macros]
     with tempfile.TemporaryDirectory() as folder:
         command = [compiler, *flags, str(source), "-o", f"{folder}/out.cubin"]
         run = subprocess.run(command, capture_output=True, text=True)
@@ -54,7 +54,7 @@ def kernels(source: Path, architecture: str) -> list[Kernel]:
         assert registers is not None, part
         found.append(
             Kernel(
-                _demangled(symbol),
+                demangled(symbol),
                 int(registers[1]),
                 stack,
                 stores + loads,
@@ -64,7 +64,14 @@ def kernels(source: Path, architecture: str) -> list[Kernel]:
     return found
 
 
-def _demangled(symbol: str) -> str:
+def version() -> str:
+    """The compiler's own words."""
+    run = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()[-2]
+
+
+def demangled(symbol: str) -> str:
+    """The name of a kernel with its template's arguments, without namespaces and parameters."""
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     if tool is None:
         return symbol
@@ -76,15 +83,23 @@ def _demangled(symbol: str) -> str:
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda file: file.name)
-def test_kernels_compile_and_do_not_spill(source, architecture):
-    compiled = kernels(source, architecture)
+@pytest.mark.parametrize(
+    "macros",
+    [
+        pytest.param(["-DVIDL_HEAD_SIZES=64"], id="heads of 64"),  # where a source has sizes
+        pytest.param([], id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_compile_and_do_not_spill(macros, source, architecture):
+    compiled = kernels(source, architecture, *macros)
     assert compiled
     bad = [kernel for kernel in compiled if kernel.stack or kernel.spills]
     assert not bad
 
 
-if __name__ == "__main__":
-    for source in SOURCES:
-        for architecture in ARCHITECTURES:
-            for k in kernels(source, architecture):
-                print(architecture, f"{k.registers:4} registers {k.shared:6} bytes shared", k.name)
+def test_every_kernel_is_in_the_table():
+    sources = [*SOURCES, *ROOT.glob("csrc/*.h")]
+    kernels = {name for file in sources for name in re.findall(r"(\w+_kernel)\(", file.read_text())}
+    table = (ROOT / "docs/occupancy.md").read_text()
+    missing = {name for name in kernels if f"`{name}" not in table}
+    assert not missing, "run: python tests/occupancy.py > docs/occupancy.md"

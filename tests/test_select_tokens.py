@@ -124,14 +124,15 @@ def hard_scores(B, N):
     return scores
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
 def test_the_order_is_total(backend):
     """Thousands of samples, with ties, NaN and infinities, against Python's sort."""
     Where(backend, "cpu").skip_unless_runs(OP)
     random.seed(0)
-    B, cases = {"compiled": (8, 500), "reference": (8, 200), "triton": (4, 6)}[backend]
-    for case in range(cases):
-        N = random.randint(1, 300) if backend != "triton" else (1, 7, 33, 65, 130, 200)[case]
+    few = {"triton": (1, 7, 33, 65, 130, 200), "emulated": (1, 7, 33, 65, 130, 200, 257, 300)}
+    B, cases = {"compiled": (8, 500), "reference": (8, 200)}.get(backend, (4, 0))
+    lengths = few.get(backend) or [random.randint(1, 300) for _ in range(cases)]
+    for N in lengths:
         K = random.choice((1, N, random.randint(1, N)))
         scores, order = hard_scores(B, N), random.choice(("index", "score"))
         found = select_tokens(torch.zeros(B, N, 1), scores, K, order=order, backend=backend)
@@ -157,7 +158,7 @@ def test_long_samples(N, order, where):
     assert found.tokens.flatten().tolist() == expected
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
 def test_equals_evit(backend):
     """The rule of EViT: the best by score, then the sum of the others as they are weighed."""
     Where(backend, "cpu").skip_unless_runs(OP)
@@ -174,7 +175,7 @@ def test_equals_evit(backend):
     torch.testing.assert_close(found.tokens, expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
 def test_equals_svitt(backend):
     """The rule of SViTT: the best by score, in the order they were in."""
     Where(backend, "cpu").skip_unless_runs(OP)
@@ -187,7 +188,7 @@ def test_equals_svitt(backend):
     assert found.cu_seqlens.tolist() == [0, 15, 30, 45]
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
 def test_whole_frames_and_tokens_of_frames(backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     x = torch.randn(2, 5, 6, 4)
@@ -203,7 +204,7 @@ def test_whole_frames_and_tokens_of_frames(backend):
     assert torch.equal(tokens.tokens[:, :, 0], x[:, :, 0])
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
 def test_packed_equals_each_sample_alone(backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     case = CASES["packed EViT"]
@@ -222,7 +223,7 @@ def test_packed_equals_each_sample_alone(backend):
         assert packed.inverse[begin] == -1
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
 def test_what_is_not_finite_does_not_spread(backend):
     """Kept rows and those without a finite score never reach the fused token or its gradients."""
     Where(backend, "cpu").skip_unless_runs(OP)
@@ -241,7 +242,7 @@ def test_what_is_not_finite_does_not_spread(backend):
         torch.testing.assert_close(grads[1], by_score)
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
 def test_a_mean_of_nothing_is_zero(backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     x = torch.randn(1, 4, 3, requires_grad=True)
@@ -464,7 +465,7 @@ def test_gumbel_scores_are_seeded_and_draw_the_impossible_last():
 
 
 @pytest.mark.parametrize("offsets", [[0, 5, 4, 10], [1, 4, 5, 10], [0, 4, 8, 9], [0, 1, 5, 12]])
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
 def test_offsets_that_do_not_fit_are_caught(offsets, backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
@@ -476,7 +477,7 @@ def test_offsets_that_do_not_fit_are_caught(offsets, backend):
 
 
 @pytest.mark.parametrize("keep, num_kept", [(3, None), (0.5, 4), (0.5, 6), (0.5, 0)])
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
 def test_counts_that_do_not_fit_are_caught(keep, num_kept, backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     cu_seqlens = torch.tensor([0, 2, 10], dtype=torch.int32)

@@ -16,18 +16,17 @@ from vidl.ops import Groups, space_time_attention
 OP = "space_time_attention"
 
 
-def run(groups, H, D, dtype, device, backend, scores=None, compute=None):
+def run(groups, H, D, dtype, device, backend, scores=None, compute=None, scale=None):
     """The results and the gradients of q, k and v, of `dtype` inputs computed in `compute`."""
     q, k, v = (x.detach().to(compute or dtype) for x in fused(groups, H, D, dtype, device))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = space_time_attention(
-        *leaves, groups, return_lse=True, return_scores=scores, backend=backend
-    )
+    options = {"scale": scale, "return_scores": scores, "backend": backend}
+    out = space_time_attention(*leaves, groups, return_lse=True, **options)
     results = list(out) if scores else [out[0], out[1]]
     grad = gradients(out[0], leaves)[1:]
     if scores:  # the scores' own gradient beside the output's
         more = torch.autograd.grad(
-            space_time_attention(*leaves, groups, return_scores=scores, backend=backend)[1],
+            space_time_attention(*leaves, groups, **options)[1],
             leaves[:2],
             torch.linspace(-1, 1, out[2].numel(), device=device, dtype=out[2].dtype),
         )
@@ -35,12 +34,12 @@ def run(groups, H, D, dtype, device, backend, scores=None, compute=None):
     return [*results, *grad]
 
 
-def three_ways(groups, H, D, dtype, where, scores=None):
+def three_ways(groups, H, D, dtype, where, scores=None, scale=None):
     """(ours, PyTorch's, the truth), flat and finite, of every result and gradient."""
     placed = groups.to(where.device)
-    ours = run(placed, H, D, dtype, where.device, where.backend, scores)
-    low = run(placed, H, D, dtype, where.device, "reference", scores)
-    true = run(groups, H, D, dtype, "cpu", "reference", scores, torch.float64)
+    ours = run(placed, H, D, dtype, where.device, where.backend, scores, None, scale)
+    low = run(placed, H, D, dtype, where.device, "reference", scores, None, scale)
+    true = run(groups, H, D, dtype, "cpu", "reference", scores, torch.float64, scale)
     for our, theirs, truth in zip(ours, low, true, strict=True):
         assert our.shape == truth.shape and our.dtype == theirs.dtype
         finite = torch.isfinite(truth)  # the log-sum-exp of no keys is -inf
@@ -63,8 +62,9 @@ def assert_right(dtype, *results):
 @pytest.mark.parametrize("name", GROUPS)
 def test_as_accurate_as_torch(name, scores, dtype, where):
     where.skip_unless_runs(OP, dtype)
-    interpreted = where.backend == "triton" and where.device == "cpu"
-    H = 1 if interpreted else 2
+    if where.backend == "emulated" and (dtype == torch.float16) != (scores is None):
+        pytest.skip("slow: scores in bfloat16 and none in float16 are all kernels")
+    H = 1 if where.device == "cpu" and where.backend != "compiled" else 2  # slow ones
     assert_right(dtype, list(three_ways(GROUPS[name](), H, 64, dtype, where, scores)))
 
 
@@ -75,6 +75,59 @@ def test_head_sizes(D, dtype, where):
     assert_right(
         dtype, *(list(three_ways(GROUPS[name](), 1, D, dtype, where, "cls")) for name in names)
     )
+
+
+@pytest.mark.parametrize("D", [32, 64, 80, 96, 128])
+def test_head_sizes_of_long_groups(D, dtype, where):
+    """More queries or keys than a block of threads has at once."""
+    where.skip_unless_runs(OP, dtype)
+    sizes = [(130, 20), (9, 150), (7, 260), (260, 9)]
+    layouts = [Groups.equal(1, queries, keys=keys) for queries, keys in sizes]
+    assert_right(dtype, *(list(three_ways(x, 1, D, dtype, where, "mean")) for x in layouts))
+
+
+@pytest.mark.parametrize("size", [1, 17, 130, 260])
+def test_more_groups_than_a_grid_has_rows(size, where):
+    """66,000 groups: all of them real, or one at the end."""
+    if where.device == "cpu" and (where.backend == "triton" or size > 1):
+        pytest.skip("would take minutes")
+    dtype = where.widest(OP)
+    sizes = torch.ones(66_000, dtype=torch.int32)
+    sizes[:-1] = size == 1
+    sizes[-1] = size
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int32), sizes.cumsum(0).int()])
+    total = int(offsets[-1])
+    groups = Groups.joint(offsets, total, size)
+    q, k, v = torch.randn(3, total, 1, 32, dtype=dtype, device=where.device)
+    out = space_time_attention(q, k, v, groups.to(where.device), backend=where.backend)
+    alone = Groups.equal(1, size).to(where.device)
+    last = space_time_attention(*(x[-size:] for x in (q, k, v)), alone, backend=where.backend)
+    torch.testing.assert_close(out[-size:], last)
+    if size == 1:
+        assert torch.equal(out, v)
+
+
+@pytest.mark.parametrize("size", [2, 20, 140, 260])
+def test_rows_farther_apart_than_32_bits_count(size, where, tmp_path):
+    """2**31 elements between the first row and the last; on the CPU of a file with holes."""
+    dtype = where.widest(OP)
+    step = (2**31 // (size - 1) + 8) // 8 * 8
+    length = (size - 1) * step + 32
+    if where.device == "cuda":
+        memory = torch.empty(length, dtype=dtype, device="cuda")
+    else:
+        file = str(tmp_path / "memory")
+        memory = torch.from_file(file, shared=True, size=length, dtype=dtype)
+    far = memory.as_strided((size, 1, 32), (step, 32, 1))
+    far.copy_(torch.randn(size, 1, 32))
+    groups = Groups.equal(1, size).to(where.device)
+
+    def results(x):
+        x = x.detach().requires_grad_()
+        return gradients(space_time_attention(x, x, x, groups, backend=where.backend), [x])
+
+    for one, two in zip(results(far), results(far.contiguous()), strict=True):
+        assert torch.equal(one, two)
 
 
 def fuzz(seed, count, dtype, where, most, longest):
@@ -99,10 +152,20 @@ def test_any_groups(seed, dtype, where):
     where.skip_unless_runs(OP, dtype)
     if where.backend == "triton" and where.device == "cpu":
         fuzz(seed, 2, dtype, where, most=3, longest=33)
+    elif where.backend == "emulated":
+        fuzz(seed, 3, dtype, where, most=3, longest=33)
     elif dtype == torch.float32 or where.device == "cuda":
         fuzz(seed, 10, dtype, where, most=6, longest=257)
     else:  # PyTorch multiplies half floats slowly on many CPUs
         fuzz(seed, 8, dtype, where, most=6, longest=129)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4, 8))
+def test_any_groups_emulated(seed):
+    where, dtype = Where("emulated", "cpu"), torch.bfloat16 if seed % 2 else torch.float16
+    where.skip_unless_runs(OP, dtype)
+    fuzz(seed, 4, dtype, where, most=3, longest=257)
 
 
 @pytest.mark.slow
@@ -198,22 +261,9 @@ def test_long_groups_go_to_a_peer(monkeypatch):
 @pytest.mark.parametrize("scale", [0.0, -0.2])
 def test_any_scale(scale, where):
     """Zero makes all weights equal; a negative one prefers the smallest product."""
-    dtype = torch.float16 if where.backend == "emulated" else torch.float32
-    where.skip_unless_runs(OP, dtype)
+    dtype = where.widest(OP)
     groups = Groups.joint(torch.tensor([0, 3, 40]).int(), 40, 37)
-
-    def results(device, backend):
-        leaves = [x.detach().to(device) for x in fused(groups, 2, 64, dtype, "cpu")]
-        leaves = [x.requires_grad_() for x in leaves]
-        out, scores = space_time_attention(
-            *leaves, groups.to(device), scale=scale, return_scores="mean", backend=backend
-        )
-        weighed = scores * torch.linspace(-1, 1, 40, device=device)
-        grads = torch.autograd.grad([out.float().square().sum(), weighed.sum()], leaves)
-        return [x.cpu() for x in (out, scores, *grads)]
-
-    ours = results(where.device, where.backend)
-    torch.testing.assert_close(ours, results("cpu", "reference"), rtol=1e-3, atol=1e-4)
+    assert_right(dtype, list(three_ways(groups, 2, 64, dtype, where, "mean", scale)))
 
 
 def test_gradcheck():
@@ -227,30 +277,33 @@ def test_gradcheck():
             )
 
 
-def test_what_is_not_a_number_stays_in_its_group(dtype, where):
+@pytest.mark.parametrize("begin, end, total", [(20, 55, 70), (4, 10, 15), (40, 180, 190)])
+def test_what_is_not_a_number_stays_in_its_group(begin, end, total, dtype, where):
     where.skip_unless_runs(OP, dtype)
-    groups = Groups.joint(torch.tensor([0, 20, 55, 70]).int(), 70, 35).to(where.device)
+    offsets = torch.tensor([0, begin, end, total]).int()
+    groups = Groups.joint(offsets, total, int(offsets.diff().max())).to(where.device)
     q, k, v = (x.detach().clone() for x in fused(groups, 2, 64, dtype, where.device))
     clean = space_time_attention(q, k, v, groups, backend=where.backend)
     for tensor in (q, k, v):
-        tensor[20:55:7] = float("nan")
-        tensor[21:55:7] = float("inf")
+        tensor[begin:end:7] = float("nan")
+        tensor[begin + 1 : end : 7] = float("inf")
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = space_time_attention(*leaves, groups, backend=where.backend)
-    for rows in (slice(0, 20), slice(55, 70)):
+    for rows in (slice(0, begin), slice(end, total)):
         assert torch.equal(out[rows], clean[rows])
         for grad in torch.autograd.grad(out[rows].sum(), leaves, retain_graph=True):
             assert grad[rows].isfinite().all()
-    assert out[20:55].isnan().any()
+    assert out[begin:end].isnan().any()
 
 
 def test_same_bits_every_time(where):
-    where.skip_unless_runs(OP)
+    dtype = where.widest(OP)
     groups = GROUPS["frames and a global token"]().to(where.device)
-    repeats = 1 if where.backend == "triton" and where.device == "cpu" else 100
-    first = run(groups, 2, 64, torch.float32, where.device, where.backend, "mean")
+    slow = {"emulated": 3, "triton": 1} if where.device == "cpu" else {}
+    repeats = slow.get(where.backend, 100)
+    first = run(groups, 2, 64, dtype, where.device, where.backend, "mean")
     for _ in range(repeats):
-        again = run(groups, 2, 64, torch.float32, where.device, where.backend, "mean")
+        again = run(groups, 2, 64, dtype, where.device, where.backend, "mean")
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -270,11 +323,11 @@ def test_threads_change_no_bit():
 @pytest.mark.parametrize("name", ["frames", "frames and a global token", "no rows"])
 @pytest.mark.parametrize("scores", ["", "cls"])
 def test_opcheck(name, scores, where):
-    where.skip_unless_runs(OP)
+    dtype = where.widest(OP)
     groups = GROUPS[name]().to(where.device)
     q, k, v = (
         (x.detach() if x.numel() else x.new_empty(x.shape)).requires_grad_()  # opcheck cannot clone
-        for x in fused(groups, 1, 32, torch.float32, where.device)  # strided tensors of no rows
+        for x in fused(groups, 1, 32, dtype, where.device)  # strided tensors of no rows
     )
     index = (groups.query_offsets, groups.key_offsets, groups.query_rows, groups.key_rows)
     index += (

@@ -24,3 +24,9 @@ class Where:
             pytest.skip(reason)
         if self.backend == "triton" and self.device == "cpu" and dtype == torch.bfloat16:
             pytest.skip("Triton's interpreter computes wrongly in bfloat16")
+
+    def widest(self, op: str) -> torch.dtype:
+        """float32, or float16 where the kernels take no float32; skips if `op` cannot run here."""
+        self.skip_unless_runs(op, torch.float16)
+        reason = library.why_not(self.backend, op, self.device, torch.float32)
+        return torch.float16 if reason else torch.float32

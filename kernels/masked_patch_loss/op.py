@@ -52,9 +52,15 @@ def _backward(bwd: Callable[..., Any], ctx, grad, grad_moments):
     return found, *(None,) * 8
 
 
-def _limits(backend: str, numbers: int = 1, **facts: Any) -> str | None:
-    if backend == "triton" and numbers > 8192:
+def _limits(
+    backend: str, device: str, dtype: torch.dtype, numbers: int = 1, channels: int = 1
+) -> str | None:
+    if (backend, device) == ("compiled", "cpu"):
+        return None
+    if numbers > 8192:
         return f"a patch of it has at most 8192 numbers, got {numbers}"
+    if backend != "triton" and channels > 64:
+        return f"a clip of it has at most 64 channels, got {channels}"
     return None
 
 
@@ -155,9 +161,8 @@ def masked_patch_loss(
     _check_variance(video, patch, statistics)
     scale, shift = _affine(video, target, mean, std)
     dtype = torch.float64 if video.dtype == torch.float64 else prediction.dtype
-    backend = library.choose(
-        backend, "masked_patch_loss", video.device.type, dtype, numbers=prediction.shape[-1]
-    )
+    facts = {"numbers": prediction.shape[-1], "channels": video.shape[1]}
+    backend = library.choose(backend, "masked_patch_loss", video.device.type, dtype, **facts)
     args = (prediction, video, ids_masked, cu_seqlens, list(patch), statistics, scale, shift, EPS)
     if backend == "reference":
         losses = reference.masked_patch_loss(*args)

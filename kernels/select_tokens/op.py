@@ -25,7 +25,7 @@ ROUNDINGS = ("ceil", "floor", "floor_min_one", "drop_floor")
 FLOATING = (*library.DTYPES, torch.float64)  # float64 only for the reference
 
 
-def _limits(backend: str, dtype: torch.dtype, rows: int = 0) -> str | None:
+def _limits(backend: str, device: str, dtype: torch.dtype, rows: int = 0) -> str | None:
     if backend == "triton" and rows >= 2**21:
         return f"it counts fewer than {2**21} rows of a sample, not {rows}"
     return None

@@ -24,9 +24,11 @@ Scores = Literal["cls", "mean"]
 HEAD_SIZES = (32, 64, 80, 96, 128)
 
 
-def _limits(backend: str, dtype: torch.dtype, head_size: int = 64) -> str | None:
+def _limits(backend: str, device: str, dtype: torch.dtype, head_size: int = 64) -> str | None:
     if head_size not in HEAD_SIZES:
         return f"its heads have {', '.join(map(str, HEAD_SIZES))} channels, not {head_size}"
+    if backend != "triton" and (backend, device) != ("compiled", "cpu") and dtype == torch.float32:
+        return "its CUDA kernels multiply in float16 and bfloat16 only"
     return None
 
 
@@ -177,9 +179,9 @@ def space_time_attention(
     group never reaches another. A group without keys gives zeros, with zero gradients.
 
     Args:
-        q: [queries, H, D] float32, float16 or bfloat16; D is 32, 64, 80, 96 or 128 (any, for
-            "reference"). The last dimension is contiguous, the others have any stride: the slices
-            of a fused [total, 3, H, D] buffer need no copy.
+        q: [queries, H, D] float32 (not for "compiled" on CUDA), float16 or bfloat16; D is 32, 64,
+            80, 96 or 128 (any, for "reference"). The last dimension is contiguous, the others have
+            any stride: the slices of a fused [total, 3, H, D] buffer need no copy.
         k, v: [keys, H, D], the same dtype and device.
         groups: which queries attend to which keys.
         scale: of the products before the softmax; default 1 / sqrt(D).

@@ -28,7 +28,7 @@ KINDS = get_args(Kind)
 LARGEST_HEAD = 128
 
 
-def _limits(backend: str, dtype: torch.dtype, head_size: int = 64) -> str | None:
+def _limits(backend: str, device: str, dtype: torch.dtype, head_size: int = 64) -> str | None:
     if backend == "triton" and head_size > LARGEST_HEAD:
         return f"its heads have at most {LARGEST_HEAD} channels, not {head_size}"
     return None

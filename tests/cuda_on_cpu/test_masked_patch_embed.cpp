@@ -1,46 +1,14 @@
 // The kernels of masked_patch_embed on small shapes, against loops; every output is watched. All
 // numbers are small integers or eighths of a power of two, so that results are equal to the bit.
-#include "check.h"
+#include "clips.h"
 #include "masked_patch_embed.h"
 
 namespace {
 
 using vidl::Affine;
-using vidl::Clip;
-using vidl::Dtype;
 using vidl::Position;
-using vidl::Rows;
 
-constexpr size_t size_of(Dtype dtype) {
-  return dtype == Dtype::kUInt8 ? 1 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
-
-// Numbers of a dtype.
-class Tensor : public Buffer {
- public:
-  Tensor(Dtype dtype, size_t n) : Buffer(n * size_of(dtype)), dtype(dtype), n(n) {}
-  float operator[](size_t i) const {
-    if (dtype == Dtype::kUInt8) return static_cast<const uint8_t*>(data())[i];
-    if (dtype == Dtype::kFloat32) return static_cast<const float*>(data())[i];
-    if (dtype == Dtype::kFloat16) return static_cast<const fp16*>(data())[i];
-    return static_cast<const bf16*>(data())[i];
-  }
-  void set(size_t i, float x) {
-    if (dtype == Dtype::kUInt8) static_cast<uint8_t*>(data())[i] = static_cast<uint8_t>(x);
-    if (dtype == Dtype::kFloat32) static_cast<float*>(data())[i] = x;
-    if (dtype == Dtype::kFloat16) static_cast<fp16*>(data())[i] = x;
-    if (dtype == Dtype::kBFloat16) static_cast<bf16*>(data())[i] = x;
-  }
-  Tensor& fill(int below) {  // with integers in [0, below)
-    for (size_t i = 0; i < n; i++) set(i, static_cast<float>((i * 7919 + i / 13) % below));
-    return *this;
-  }
-  const Dtype dtype;
-  const size_t n;
-};
-
-enum Layout { kPlanar, kPadded, kChannelsLast };
-enum Which { kDense, kUniform, kRagged };
+constexpr int kC = 3;
 
 struct Case {
   Layout layout;
@@ -50,58 +18,14 @@ struct Case {
   int64_t D;
 };
 
-constexpr int kB = 3, kC = 3, kGridT = 2, kGridH = 2, kGridW = 2, kN = kGridT * kGridH * kGridW;
-
-// Runs `kernel`, which must write every element of `out`, and once.
-template <class F>
-void watched(Tensor& out, const char* name, F kernel) {
-  cuda_on_cpu::Watch watch(out.data(), out.bytes(), size_of(out.dtype), name);
-  CHECK(kernel() == 0);
-  watch.expect_all_written();
-}
-
 void check(const Case& c) {
-  const int T = kGridT * c.t, H = kGridH * c.h, W = kGridW * c.w;
   const int kdim = kC * c.t * c.h * c.w;
-  const int pitch = c.layout == kPadded ? W + 3 : W;
-
-  Clip clip{nullptr, c.video, 0, 0, 0, 0, 0, kC, c.t, c.h, c.w, kGridT, kGridH, kGridW};
-  if (c.layout == kChannelsLast) {
-    clip.stride_c = 1, clip.stride_w = kC, clip.stride_h = kC * W, clip.stride_t = kC * W * H;
-    clip.stride_b = clip.stride_t * T;
-  } else {
-    clip.stride_w = 1, clip.stride_h = pitch, clip.stride_t = pitch * H;
-    clip.stride_c = clip.stride_t * T, clip.stride_b = clip.stride_c * kC;
-  }
-  // A padded clip ends with its last pixel, within the last line.
-  Tensor video(c.video, size_t(kB) * clip.stride_b - (pitch - W));
-  clip.data = video.fill(251).data();
-
-  std::vector<int64_t> ids;
-  const std::vector<int32_t> offsets{0, 5, 5, 7};
-  Rows rows{nullptr, nullptr, kB, kN, kB * kN, kN};
-  if (c.which == kUniform) {
-    ids = {3, 0, 3, 7, 1, 2, 4, 4, 4, 6, 5, 0};  // 3 and 4 more than once
-    rows.K = 4;
-  } else if (c.which == kRagged) {
-    ids = {7, 6, 0, 7, 7, 2, 1};
-    rows.K = 0, rows.cu_seqlens = offsets.data();
-  }
-  if (c.which != kDense) {
-    ids.shrink_to_fit();
-    rows.ids = ids.data(), rows.M = static_cast<int64_t>(ids.size());
-  }
-  const auto sample = [&](int64_t m) {
-    if (c.which != kRagged) return m / rows.K;
-    return int64_t{m < 5 ? 0 : 2};
-  };
-  const auto patch = [&](int64_t m) { return rows.ids ? ids[m] : m % kN; };
-  // Where pixel k of a patch lies in a clip with these strides.
-  const auto place = [&](const Clip& s, int64_t b, int64_t n, int k) {
-    const int x = k % c.w, y = k / c.w % c.h, t = k / c.w / c.h % c.t,
-              channel = k / c.w / c.h / c.t;
-    return b * s.stride_b + channel * s.stride_c + (n / (kGridH * kGridW) * c.t + t) * s.stride_t +
-           (n / kGridW % kGridH * c.h + y) * s.stride_h + (n % kGridW * c.w + x) * s.stride_w;
+  const Patches p(c.layout, c.which, c.video, kC, c.t, c.h, c.w);
+  const Clip& clip = p.clip;
+  const Rows& rows = p.rows;
+  const auto place = [&](const Clip& of, int64_t b, int64_t n, int k) {
+    const int y = k / c.w % c.h, t = k / c.w / c.h % c.t;
+    return p.place(of, b, n, k / c.w / c.h / c.t, t, y, k % c.w);
   };
 
   Affine affine{};
@@ -131,13 +55,13 @@ void check(const Case& c) {
   for (int64_t m = 0; m < rows.M; m++) {
     for (int k = 0; k < kdim; k++) {
       const int channel = k / (kdim / kC);
-      const float pixel = video[place(clip, sample(m), patch(m), k)];
+      const float pixel = p.video[place(clip, p.sample(m), p.patch(m), k)];
       const float scaled = (pixel - affine.centre[channel]) * affine.scale[channel];
       CHECK(patches[m * kdim + k] == scaled + affine.shift[channel]);
     }
     for (int64_t d = 0; d < c.D; d++) {
       const float sum =
-          bias[d] + space[patch(m) % (kN / 2) * c.D + d] + time[patch(m) / (kN / 2) * c.D + d];
+          bias[d] + space[p.patch(m) % (kN / 2) * c.D + d] + time[p.patch(m) / (kN / 2) * c.D + d];
       CHECK(out[m * c.D + d] == sum);
     }
   }
@@ -151,14 +75,15 @@ void check(const Case& c) {
   for (int64_t n = 0; n < kN; n++) {
     for (int64_t d = 0; d < c.D; d++) {
       float sum = 0;
-      for (int64_t m = 0; m < rows.M; m++) sum += patch(m) == n ? grad_out[m * c.D + d] : 0;
+      for (int64_t m = 0; m < rows.M; m++) sum += p.patch(m) == n ? grad_out[m * c.D + d] : 0;
       CHECK(grad_position[n * c.D + d] == sum);
     }
   }
 
   if (c.video == Dtype::kUInt8) return;
   Clip dense = clip;
-  dense.stride_w = 1, dense.stride_h = W, dense.stride_t = W * H, dense.stride_c = W * H * T;
+  dense.stride_w = 1, dense.stride_h = p.W, dense.stride_t = p.W * p.H;
+  dense.stride_c = dense.stride_t * p.T;
   dense.stride_b = dense.stride_c * kC;
   Tensor grad_video(c.video, kB * dense.stride_b);
   patches.fill(19);
@@ -171,12 +96,29 @@ void check(const Case& c) {
       for (int k = 0; k < kdim; k++) {
         float sum = 0;
         for (int64_t m = 0; m < rows.M; m++) {
-          if (sample(m) == b && patch(m) == n) sum += patches[m * kdim + k];
+          if (p.sample(m) == b && p.patch(m) == n) sum += patches[m * kdim + k];
         }
         CHECK(grad_video[place(dense, b, n, k)] == sum);
       }
     }
   }
+}
+
+// More rows than the threads of a block hold ids.
+void check_many_rows() {
+  constexpr int64_t kM = 600, kD = 3;
+  std::vector<int64_t> ids(kM);
+  for (int64_t m = 0; m < kM; m++) ids[m] = m * m % kN;
+  const Rows rows{ids.data(), nullptr, 1, kM, kM, kN};
+  Tensor grad_out(Dtype::kFloat32, kM * kD), grad_position(Dtype::kFloat32, kN * kD);
+  grad_out.fill(17);
+  watched(grad_position, "grad_position", [&] {
+    return vidl_position_grad_cuda(grad_out.data(), Dtype::kFloat32, &rows,
+                                   static_cast<float*>(grad_position.data()), kD, nullptr);
+  });
+  std::vector<float> sums(kN * kD);
+  for (int64_t i = 0; i < kM * kD; i++) sums[ids[i / kD] * kD + i % kD] += grad_out[i];
+  for (int64_t i = 0; i < kN * kD; i++) CHECK(grad_position[i] == sums[i]);
 }
 
 void check_fold(Dtype dtype) {
@@ -239,6 +181,7 @@ int main() {
   };
   count_seeds(3, [&] {
     for (const Case& c : cases) check(c);
+    check_many_rows();
     for (const Dtype dtype : {kFloat32, kFloat16, kBFloat16}) check_fold(dtype);
     return true;
   });

@@ -1,0 +1,158 @@
+// The kernels of masked_patch_loss on small shapes, against loops in double; every output is
+// watched.
+#include <cmath>
+#include <optional>
+
+#include "clips.h"
+#include "masked_patch_loss.h"
+
+namespace {
+
+using vidl::Channels;
+using vidl::Predictions;
+using vidl::Statistics;
+
+struct Case {
+  Layout layout;
+  Which which;
+  Dtype video, dtype;
+  int C, t, h, w;
+  Statistics statistics;
+  int margin;  // numbers between two rows of the prediction
+};
+
+bool near(double x, double y) { return std::abs(x - y) <= 1e-4 * (1 + std::abs(y)); }
+
+Channels channels_of(const Case& c) {
+  Channels channels{};
+  for (int i = 0; i < c.C; i++) {
+    const bool own = c.statistics == Statistics::kChannel;  // then they count relative to nothing
+    channels.scale[i] = own || i == 0 ? 1.0f : 0.5f + 0.25f * static_cast<float>(i);
+    channels.shift[i] = own ? 0.0f : static_cast<float>(i) - 0.5f;
+    channels.eps[i] = 1e-6f * static_cast<float>(i + 1);
+  }
+  if (c.statistics == Statistics::kPatch) channels.shift[0] = 0.0f;
+  return channels;
+}
+
+// The target of row m, in the order (t, h, w, C).
+std::vector<double> target_of(const Case& c, const Patches& p, const Channels& channels,
+                              int64_t m) {
+  std::vector<double> target(p.numbers);
+  for (int k = 0; k < p.numbers; k++) {
+    const int channel = k % c.C, x = k / c.C % c.w, y = k / c.C / c.w % c.h,
+              t = k / c.C / c.w / c.h;
+    const double pixel = p.video[p.place(p.clip, p.sample(m), p.patch(m), channel, t, y, x)];
+    target[k] = pixel * channels.scale[channel] + channels.shift[channel];
+  }
+  const int parts = c.statistics == Statistics::kChannel ? c.C : 1, n = p.numbers / parts;
+  for (int part = 0; part < parts && c.statistics != Statistics::kNone; part++) {
+    double mean = 0, squares = 0;
+    for (int k = part; k < p.numbers; k += parts) mean += target[k] / n;
+    for (int k = part; k < p.numbers; k += parts)
+      squares += (target[k] - mean) * (target[k] - mean);
+    const double var = squares / (n - 1), eps = channels.eps[part];
+    const double deviation = parts == 1 ? std::sqrt(var + eps) : std::sqrt(var) + eps;
+    for (int k = part; k < p.numbers; k += parts) target[k] = (target[k] - mean) / deviation;
+  }
+  return target;
+}
+
+void check(const Case& c) {
+  const Patches p(c.layout, c.which, c.video, c.C, c.t, c.h, c.w);
+  const Channels channels = channels_of(c);
+  const int64_t M = p.rows.M, K = p.rows.K, wide = p.numbers + c.margin;
+  const int parts = c.statistics == Statistics::kNone    ? 0
+                    : c.statistics == Statistics::kPatch ? 1
+                                                         : c.C;
+  // Between two samples lie more rows than one has.
+  const int64_t between = (K + 1) * wide;
+  const auto start = [&](int64_t m) { return K ? m / K * between + m % K * wide : m * wide; };
+  Tensor prediction(c.dtype, start(M - 1) + p.numbers), out(c.dtype, M * p.numbers);
+  prediction.fill(5);
+  const Predictions predictions{prediction.data(), c.dtype, K ? between : 0, wide};
+
+  Tensor losses(Dtype::kFloat32, M), moments(Dtype::kFloat32, M * parts * 2);
+  auto* const moment = static_cast<float*>(moments.data());
+  watched(losses, "losses", [&] {
+    std::optional<cuda_on_cpu::Watch> watch;
+    if (parts > 0) watch.emplace(moment, moments.bytes(), 4, "moments");
+    const int error =
+        vidl_masked_patch_loss_cuda(&p.clip, &p.rows, &predictions, c.statistics, &channels,
+                                    static_cast<float*>(losses.data()), moment, nullptr);
+    if (watch) watch->expect_all_written();
+    return error;
+  });
+  Tensor grad(Dtype::kFloat32, M);
+  grad.fill(3);
+  watched(out, "out", [&] {
+    return vidl_masked_patch_loss_bwd_cuda(static_cast<const float*>(grad.data()), moment, &p.clip,
+                                           &p.rows, &predictions, c.statistics, &channels,
+                                           out.data(), nullptr);
+  });
+
+  const double rounding = c.dtype == Dtype::kFloat32   ? 1e-4
+                          : c.dtype == Dtype::kFloat16 ? 2e-3
+                                                       : 1e-2;
+  for (int64_t m = 0; m < M; m++) {
+    const std::vector<double> target = target_of(c, p, channels, m);
+    double loss = 0;
+    for (int k = 0; k < p.numbers; k++) {
+      const double error = prediction[start(m) + k] - target[k];
+      loss += error * error / p.numbers;
+      const double wanted = 2 * error * grad[m] / p.numbers;
+      CHECK(std::abs(out[m * p.numbers + k] - wanted) <=
+            rounding * (1.0 / p.numbers + std::abs(wanted)));
+    }
+    CHECK(near(losses[m], loss));
+  }
+}
+
+[[maybe_unused]] void check_bad_indices() {
+  const Case c{kPlanar, kUniform, Dtype::kUInt8, Dtype::kFloat32, 3, 1, 4, 4, Statistics::kNone, 0};
+  const Patches p(c.layout, c.which, c.video, c.C, c.t, c.h, c.w);
+  const Channels channels = channels_of(c);
+  Tensor prediction(c.dtype, 2 * p.numbers), losses(Dtype::kFloat32, 2);
+  const Predictions predictions{prediction.data(), c.dtype, 0, p.numbers};
+  const auto loss = [&](std::vector<int64_t> ids, std::vector<int32_t> offsets) {
+    const int64_t M = static_cast<int64_t>(ids.size());
+    const Rows rows{ids.data(), offsets.empty() ? nullptr : offsets.data(), kB, M, M, kN};
+    vidl_masked_patch_loss_cuda(&p.clip, &rows, &predictions, c.statistics, &channels,
+                                static_cast<float*>(losses.data()), nullptr, nullptr);
+  };
+  CHECK(raises("assertion failed", [&] { loss({0, kN}, {}); }));
+  CHECK(raises("assertion failed", [&] { loss({-1, 0}, {}); }));
+  CHECK(raises("assertion failed", [&] { loss({0, 1}, {0, 1, 1, 1}); }));
+  CHECK(raises("assertion failed", [&] { loss({0, 1}, {1, 2, 2, 2}); }));
+  CHECK(raises("assertion failed", [&] { loss({}, {0, 0, 0, 1}); }));
+}
+
+}  // namespace
+
+int main() {
+  using enum Dtype;
+  using enum Statistics;
+  const Case cases[] = {
+      {kPlanar, kUniform, kUInt8, kBFloat16, 3, 1, 16, 16, kPatch, 0},  // 16 bytes at a time
+      {kPlanar, kRagged, kUInt8, kFloat16, 3, 2, 2, 16, kChannel, 0},
+      {kChannelsLast, kUniform, kUInt8, kFloat32, 3, 2, 3, 16, kChannel, 4},
+      {kPadded, kDense, kUInt8, kBFloat16, 3, 1, 14, 14, kPatch, 0},  // every other row 4 at a time
+      {kChannelsLast, kRagged, kUInt8, kFloat16, 3, 1, 5, 7, kNone, 1},
+      {kPlanar, kUniform, kFloat32, kFloat32, 3, 2, 4, 4, kPatch, 3},
+      {kPlanar, kRagged, kBFloat16, kBFloat16, 3, 1, 8, 8, kChannel, 0},
+      {kChannelsLast, kDense, kFloat16, kFloat16, 3, 1, 8, 8, kPatch, 8},
+      {kPadded, kRagged, kFloat32, kBFloat16, 1, 1, 3, 7, kChannel, 0},
+      {kPadded, kUniform, kFloat32, kBFloat16, 3, 1, 3, 7, kChannel, 0},
+      {kPlanar, kUniform, kUInt8, kFloat32, 5, 1, 4, 4, kPatch, 0},
+      {kChannelsLast, kUniform, kFloat16, kFloat32, 4, 2, 2, 3, kChannel, 1},
+      {kPlanar, kUniform, kFloat32, kFloat32, 3, 1, 64, 32, kPatch, 0},  // one warp a block
+  };
+  count_seeds(2, [&] {
+    for (const Case& c : cases) check(c);
+    return true;
+  });
+#ifndef __SANITIZE_THREAD__  // to which the threads of an abandoned launch never end
+  check_bad_indices();
+#endif
+  return report("masked_patch_loss");
+}

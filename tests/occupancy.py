@@ -1,0 +1,188 @@
+"""Registers, shared memory and occupancy of every CUDA kernel: `python tests/occupancy.py`.
+
+Prints docs/occupancy.md. Registers and static shared memory are ptxas's; the size of a block and
+its dynamic shared memory are those of the launches that the emulator notes as the ops run on
+examples; occupancy follows from the limits of a multiprocessor. Needs nvcc and g++, and no GPU.
+"""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import emulated
+import test_nvcc
+import torch
+
+from vidl.ops import (
+    Groups,
+    masked_patch_embed,
+    masked_patch_loss,
+    select_tokens,
+    space_time_attention,
+)
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What its blocks share; a warp's registers come in units of 256, a block's bytes of 128."""
+
+    shared: int  # bytes, of which a block takes 1024 for the system
+    blocks: int = 32
+    threads: int = 2048
+    registers: int = 65536
+
+    def resident(self, threads: int, registers: int, shared: int) -> int:
+        """How many blocks of a kernel it has at once."""
+        warps = -(-threads // 32)
+        per_warp = -(-registers * 32 // 256) * 256
+        by_registers = self.registers // 4 // per_warp * 4 // warps  # a quarter has whole warps
+        by_shared = self.shared // (-(-shared // 128) * 128 + 1024)
+        return min(self.blocks, self.threads // (warps * 32), by_registers, by_shared)
+
+
+MULTIPROCESSORS = {"sm_80": Multiprocessor(164 * 1024), "sm_90": Multiprocessor(228 * 1024)}
+
+
+def attention(size: int, shared: bool = False) -> None:
+    """Forward and backward in groups of `size` rows, of one head of 64, with scores."""
+    groups = Groups.equal(2, size)
+    groups = groups.with_global() if shared else groups
+    q, k, v = torch.randn(groups.num_keys, 3, 1, 64).bfloat16().requires_grad_().unbind(1)
+    out, scores = space_time_attention(q, k, v, groups, return_scores="mean", backend="emulated")
+    (out.float().sum() + scores.square().sum()).backward()
+
+
+def patches(dtype: torch.dtype, side: int = 16) -> None:
+    """Forward and backward from a clip, whose pixels have gradients too unless they are uint8."""
+    size = (1, 3, 2, 2 * side, 2 * side)
+    video = torch.zeros(size, dtype=dtype, requires_grad=dtype.is_floating_point)
+    weight = torch.randn(64, 3, 1, side, side).bfloat16().requires_grad_()
+    position = torch.randn(8, 64).bfloat16().requires_grad_()
+    affine = {} if dtype.is_floating_point else {"mean": [0.5] * 3, "std": [0.2] * 3}
+    ids_keep = torch.tensor([[0, 3, 6]])
+    out = masked_patch_embed(video, weight, None, position, ids_keep, **affine, backend="emulated")
+    out.float().sum().backward()
+
+
+def loss(dtype: torch.dtype, target: str) -> None:
+    """Forward and backward of three channels' masked pixels."""
+    video = torch.zeros(1, 3, 2, 32, 32, dtype=dtype)
+    prediction = torch.randn(1, 3, 768).bfloat16().requires_grad_()
+    ids_mask = torch.tensor([[0, 3, 6]])
+    found = masked_patch_loss(
+        prediction, video, ids_mask, patch_size=16, target=target, backend="emulated"
+    )
+    found.backward()
+
+
+def selection(fuse: str | None) -> None:
+    """Forward and backward of 196 tokens of 768 channels, of which 0.7 stay."""
+    x = torch.randn(1, 197, 768).bfloat16().requires_grad_()
+    found = select_tokens(x, torch.rand(1, 196), 0.7, fuse=fuse, prefix=1, backend="emulated")
+    found.tokens.float().sum().backward()
+
+
+EXAMPLES: dict[str, Callable[[], None]] = {
+    "groups of 8": lambda: attention(8),
+    "groups of 50": lambda: attention(50),
+    "groups of 69": lambda: attention(69),
+    "groups of 128": lambda: attention(128),
+    "groups of 197": lambda: attention(197),
+    "groups of 256": lambda: attention(256),
+    "groups of 273": lambda: attention(273),
+    "groups of 69 and a global key": lambda: attention(69, shared=True),
+    "16 x 16 patches, uint8": lambda: patches(torch.uint8),
+    "16 x 16 patches, bfloat16": lambda: patches(torch.bfloat16),
+    "128 x 128 patches, bfloat16": lambda: patches(torch.bfloat16, 128),
+    "loss of 16 x 16 patches, uint8": lambda: loss(torch.uint8, "mae"),
+    "loss of 16 x 16 patches, bfloat16": lambda: loss(torch.bfloat16, "videomae"),
+    "138 of 196 tokens": lambda: selection(None),
+    "138 of 196 tokens, fused": lambda: selection("sum"),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: str
+    threads: int
+    shared: int  # dynamic, bytes
+
+
+def launches(example: Callable[[], None]) -> list[Launch]:
+    """Those of an example, in their order."""
+    symbols = {}
+    listing = subprocess.run(["nm", emulated.build()], capture_output=True, text=True, check=True)
+    for line in listing.stdout.splitlines():
+        if len(words := line.split()) == 3:
+            symbols[int(words[0], 16)] = words[2]
+    with tempfile.NamedTemporaryFile("r") as notes:
+        os.environ["CUDA_ON_CPU_LAUNCHES"] = notes.name
+        example()
+        del os.environ["CUDA_ON_CPU_LAUNCHES"]
+        lines = [line.split() for line in notes]
+    return [
+        Launch(test_nvcc.demangled(symbols[int(address, 16)]), int(threads), int(shared))
+        for address, threads, shared in lines
+    ]
+
+
+def compiled(architecture: str) -> dict[str, test_nvcc.Kernel]:
+    """All kernels by their names, in heads of 64 where a source has sizes."""
+    return {
+        kernel.name: kernel
+        for source in test_nvcc.SOURCES
+        for kernel in test_nvcc.kernels(source, architecture, "-DVIDL_HEAD_SIZES=64")
+    }
+
+
+def rows() -> Iterator[str]:
+    """The table's, and an error if no example launches some kernel."""
+    kernels = {architecture: compiled(architecture) for architecture in MULTIPROCESSORS}
+    seen: set[Launch] = set()
+    for name, example in EXAMPLES.items():
+        for launch in dict.fromkeys(launches(example)):
+            if launch in seen:
+                continue
+            seen.add(launch)
+            cells = [f"`{launch.kernel.replace('__nv_bfloat16', 'bf16')}`", name]
+            cells += [str(launch.threads)]
+            for architecture, multiprocessor in MULTIPROCESSORS.items():
+                kernel = kernels[architecture][launch.kernel]
+                shared = kernel.shared + launch.shared
+                blocks = multiprocessor.resident(launch.threads, kernel.registers, shared)
+                warps = blocks * -(-launch.threads // 32)
+                cells += [str(kernel.registers), str(shared), str(blocks), f"{warps / 64:.0%}"]
+            yield " | ".join(cells)
+    families = {name.split("<")[0] for name in kernels["sm_90"]}
+    missing = families - {launch.kernel.split("<")[0] for launch in seen}
+    assert not missing, f"no example launches {sorted(missing)}"
+
+
+HEAD = """# CUDA kernels: registers, shared memory and occupancy
+
+As compiled, not as measured: what ptxas says, what a launch asks for, and how many blocks a
+multiprocessor then has at once; occupancy is their warps out of 64. No kernel spills. Attention has
+heads of 64 in bfloat16, with scores; of kernels in several dtypes one is shown.
+
+`python tests/occupancy.py > docs/occupancy.md` writes this page ({compiler}).
+"""
+
+
+def main() -> None:
+    """Print the page."""
+    emulated.load()
+    torch.manual_seed(0)
+    columns = ["kernel", "example", "threads"]
+    for architecture in MULTIPROCESSORS:
+        columns += [f"{architecture}: registers", "bytes shared", "blocks", "occupancy"]
+    print(HEAD.format(compiler=test_nvcc.version()))
+    print(f"| {' | '.join(columns)} |")
+    print("|---|---|" + "---:|" * (len(columns) - 2))
+    for row in rows():
+        print(f"| {row} |")
+
+
+if __name__ == "__main__":
+    main()
