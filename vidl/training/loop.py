@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from vidl import models
 from vidl.data.dataset import Batch
 from vidl.data.video import generator
+from vidl.nn.checkpoints import load_or_explain
 from vidl.training import checkpoints, measures, optimizer, parallel, sources
 from vidl.training.config import Config
 from vidl.training.inputs import arguments
@@ -69,8 +70,9 @@ class Training:
         self.folder = Path(config.run.folder)
         self.checkpoint = checkpoints.newest(self.folder)
         self._claim_folder()
-        self.tokenizer = sources.open_tokenizer(config, self.folder)
-        if ranks.first and not (self.folder / "tokenizer.json").exists():
+        resumed = None if self.checkpoint is None else self.folder
+        self.tokenizer = sources.open_tokenizer(config, resumed)
+        if ranks.first and resumed is None:
             self.tokenizer.save(self.folder / "tokenizer.json")
         self.recipe = config.recipe(vocabulary=sources.vocabulary(self.tokenizer))
         self.loader = sources.open_loader(
@@ -103,12 +105,13 @@ class Training:
         run, start = self.config.run, self.config.start
         torch.manual_seed(run.seed)
         model = models.MODELS[self.config.model.name][0](self.recipe)
-        if start.model is not None and self.checkpoint is None:
-            model.load_state_dict(checkpoints.weights_of(start.model))
-        if start.vision is not None and self.checkpoint is None:
-            model.vision.load_pretrained(checkpoints.weights_of(start.vision))
-        if start.text is not None and self.checkpoint is None:
-            model.text.load_pretrained(checkpoints.weights_of(start.text))
+        if self.checkpoint is None:
+            if start.model is not None:
+                load_or_explain(model, checkpoints.weights_of(start.model))
+            if start.vision is not None:
+                model.vision.load_pretrained(checkpoints.weights_of(start.vision))
+            if start.text is not None:
+                model.text.load_pretrained(checkpoints.weights_of(start.text))
         model = model.to(self.ranks.device).train()
         if run.checkpoint_activations:
             parallel.recompute(model)
