@@ -18,7 +18,15 @@ from vidl.data.moving_shapes import MovingShapes
 from vidl.data.sampler import Key
 from vidl.data.text import train_tokenizer
 from vidl.data.video import BrokenClip
-from vidl.evaluation import Options, ranking, ranks, reranked, retrieval
+from vidl.evaluation import (
+    Options,
+    multiple_choice,
+    question_answering,
+    ranking,
+    ranks,
+    reranked,
+    retrieval,
+)
 
 SMALL = dict(image_size=32, width=64, heads=2, text_width=64, text_heads=2, depth=2)
 SMALL |= dict(text_layers=1, frames=2)
@@ -30,8 +38,8 @@ class Stored(ClipSet):
     """Clips of noise, which is always the same, with the rows that a test wants."""
 
     def __init__(self, rows, broken=(), train=False):
-        words = " ".join(text for row in rows for text in (*row.captions, row.question or ""))
-        super().__init__(tokenizer=train_tokenizer([words], size=120), words=8)
+        texts = (t for row in rows for t in (*row.captions, *row.options, row.question or ""))
+        super().__init__(tokenizer=train_tokenizer(texts, size=120), words=8)
         self.rows, self.broken, self.train, self.reads = rows, set(broken), train, []
 
     def __len__(self):
@@ -205,7 +213,8 @@ def test_a_broken_clip_is_a_miss_and_is_named(name):
     assert ours.mean * 12 == pytest.approx(others.mean * 10 + 2 * 6)
 
 
-def test_nothing_is_replaced_whatever_the_data_set_does():
+@pytest.mark.parametrize("name", models.MODELS)
+def test_nothing_is_replaced_whatever_the_data_set_does(name):
     data = Stored(captioned(4), broken=[f"{clip}.mp4" for clip in range(4)])
     data.if_broken = "replace"
     found = retrieval(tiny("mac"), data, QUIET)
@@ -291,21 +300,137 @@ def test_images_and_videos_together():
     assert found.clips == 6 and found.reranked["t2v"].queries == 6
 
 
+def choices(count, question=None):
+    """Two questions about each clip, of two and three options."""
+    return [
+        Row(f"{n // 2}.mp4", question=question, options=WORDS[n : n + 2 + n % 2], correct=n % 2)
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name, fused", [("smaug", True), ("smaug", False), ("mac", None)])
+@pytest.mark.parametrize("question", [None, "who sings"])
+def test_multiple_choice_is_that_of_a_plain_loop(name, fused, question):
+    model, data = tiny(name), Stored(choices(9, question), broken=["2.mp4"])
+    found = multiple_choice(model, data, QUIET, fused=fused)
+    assert sorted(data.reads) == [f"{clip}.mp4" for clip in range(5)]
+    model.eval()
+    right = 0
+    for number, row in enumerate(data.rows):
+        if row.media == "2.mp4":
+            continue
+        clip = data.read(Key(0, number)).pictures.permute(3, 0, 1, 2)[None]
+        scores = []
+        for text in row.options:
+            ids, mask = data.tokenizer([f"{question} {text}" if question else text], 8)
+            with torch.no_grad():
+                if fused:
+                    match = model.match(
+                        model.encode_clips(clip), model.encode_text(ids, mask), mask
+                    )
+                    scores.append((match[0, 1] - match[0, 0]).item())
+                else:
+                    texts = model.embed_text(ids, mask)
+                    scores.append(model.similarity(model.embed_clips(clip), texts).item())
+        right += scores.index(max(scores)) == row.correct
+    assert (found.questions, found.right, found.answerable) == (9, right, 9)
+    assert found.accuracy == pytest.approx(100 * right / 9) and found.broken == {
+        "2.mp4": "no frames"
+    }
+    assert json.loads(found.to_json())["right"] == right
+    assert str(found).startswith(f"9 questions, {right} right")
+
+
+def test_equal_options_are_wrong():
+    rows = [Row("1.mp4", options=["dog", "dog"], correct=0)]
+    assert multiple_choice(tiny("smaug"), Stored(rows), QUIET).right == 0
+
+
+ANSWERS = ("red", "dog", "rain", "men")
+
+
+def questions(count):
+    texts = ["who sings", "what runs", "which colour"]
+    return [
+        Row(f"{n // 3}.mp4", question=texts[n % 3], answer=ANSWERS[n * n % 4]) for n in range(count)
+    ]
+
+
+def answering(**overrides):
+    rows = questions(12)
+    return models.Answering(tiny("smaug", **overrides), models.frequent_answers(
+        (row.answer for row in rows), 3))  # fmt: skip
+
+
+def test_questions_are_learned_and_answered():
+    """It learns the answers to questions about noise by heart; others are counted as such."""
+    data = Stored(questions(9))
+    model = answering(mask_ratio=0.0, dropout=0.0)
+    torch.nn.init.normal_(model.model.time, std=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=3e-3)
+    batch = data.__getitems__([Key(0, n) for n in range(9)])
+    ids, mask = data.tokenizer([row.question for row in data.rows], 8)
+    truth = model.numbers(row.answer for row in data.rows)
+    for step in range(40):
+        loss = model(batch.video, ids, mask, batch.index, step, answers=truth)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        assert step or all(p.grad is not None for p in learning)  # DDP would wait for it
+        optimizer.step()
+    assert loss < 0.3
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    frozen = (
+        "model.project_",
+        "model.matches",
+        "model.contrast",
+        "model.text.cls",
+        "model.decoder",
+    )
+    assert changed and not [name for name in changed if name.startswith(frozen)]
+    found = question_answering(model, data, QUIET)
+    known = int((truth >= 0).sum())
+    assert (found.questions, found.answerable, found.right) == (9, known, known)
+    assert "have an answer that the model cannot give" in str(found) or known == 9
+    broken = question_answering(model, Stored(questions(9), broken=["0.mp4"]), QUIET)
+    assert broken.right <= known - int((truth[:3] >= 0).sum()) and list(broken.broken) == ["0.mp4"]
+
+
+def test_answers():
+    assert models.frequent_answers(["b", "a", "c", "c", None, ""], 2) == ["c", "a"]
+    with pytest.raises(ValueError, match="need answers and most >= 1"):
+        models.frequent_answers([None], 3)
+    with pytest.raises(ValueError, match="need a model with fusion layers to answer, got Mac"):
+        models.Answering(tiny("mac"), ["yes"])
+    with pytest.raises(ValueError, match="need answers that differ"):
+        models.Answering(tiny("smaug"), ["yes", "yes"])
+    # A batch of unknown answers teaches nothing, and is no NaN.
+    model = answering()
+    batch = Stored(questions(3)).__getitems__([Key(0, 0), Key(0, 1)])
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    unknown = torch.tensor([-1, -1])
+    assert model(batch.video, ids, ids, batch.index, answers=unknown)["loss"] == 0
+
+
 def _rank(rank, rendezvous, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     model, data = tiny("smaug"), Stored(captioned(7, 2), broken=["3.mp4"])
     found = retrieval(model, data, QUIET, rerank=4)
     assert len(data.reads) in (3, 4)  # half of them
+    chosen = multiple_choice(model, Stored(choices(9), broken=["2.mp4"]), QUIET)
     with open(f"{out}/{rank}.json", "w") as file:
-        file.write(found.to_json())
+        file.write(f"[{found.to_json()}, {chosen.to_json()}]")
     dist.destroy_process_group()
 
 
 def test_two_ranks_find_what_one_finds(tmp_path):
     mp.spawn(_rank, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
     data = Stored(captioned(7, 2), broken=["3.mp4"])
-    alone = json.loads(retrieval(tiny("smaug"), data, QUIET, rerank=4).to_json())
+    found = retrieval(tiny("smaug"), data, QUIET, rerank=4)
+    chosen = multiple_choice(tiny("smaug"), Stored(choices(9), broken=["2.mp4"]), QUIET)
+    alone = json.loads(f"[{found.to_json()}, {chosen.to_json()}]")
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
 
@@ -347,3 +472,9 @@ def test_a_tokenizer_of_another_model():
         retrieval(tiny("mac", vocabulary=words), data, QUIET)
     with pytest.raises(ValueError, match="need batch_size >= 1"):
         Options(batch_size=0)
+    with pytest.raises(ValueError, match="need options and the right one of each row"):
+        multiple_choice(tiny("mac"), Stored(captioned(2)), QUIET)
+    with pytest.raises(ValueError, match="need a model trained with vtm for fused=True"):
+        multiple_choice(tiny("mac"), Stored(choices(2)), QUIET, fused=True)
+    with pytest.raises(ValueError, match="need a question and an answer of each row"):
+        question_answering(answering(), Stored(captioned(2)), QUIET)

@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_summary(commands)
     _add_data(commands)
     _add_pretrain(commands)
+    _add_finetune(commands)
+    _add_eval(commands)
+    _add_export(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(parser, args)
@@ -305,6 +308,131 @@ def _pretrain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         pretrain(config)
     except (TooManyBroken, ValueError, OSError) as error:
         print(f"vidl pretrain: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_finetune(commands: argparse._SubParsersAction) -> None:
+    about = "train a pre-trained model on, for retrieval or to answer questions"
+    command = commands.add_parser("finetune", help=about, description=about.capitalize() + ".")
+    tasks = command.add_subparsers(title="tasks", metavar="TASK", required=True)
+    for task, about in (
+        ("retrieval", "by the losses that the model has"),
+        ("qa", "with a classifier of the most frequent answers, on the fusion encoder"),
+    ):
+        part = tasks.add_parser(
+            task,
+            help=about,
+            description=f"Train a pre-trained model on, {about}. The configuration is that of the "
+            "run it begins with, but for model.mask_ratio=0, optimizer.lr=1e-5 and "
+            "run.folder=finetuned (and model.word_ratio=0 of mac). The same command goes on with "
+            "a run that was stopped.",
+            add_help=False,
+        )
+        add = part.add_argument
+        add("-h", "--help", action=_HelpOnFields, help="explain every field of the configuration")
+        add("--weights", type=Path, required=True, metavar="RUN", help="a run, or its checkpoint")
+        if task == "qa":
+            add("--answers", type=int, default=1500, help="how many can be given (default 1500)")
+        add("--config", type=Path, metavar="FILE", help="YAML of sections and their fields")
+        add("overrides", nargs="*", metavar="SECTION.FIELD=VALUE", help="as in data.files=[a.json]")
+        part.set_defaults(run=_finetune, task=task)
+
+
+def _finetune(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl.data.dataset import TooManyBroken
+    from vidl.training import configuration, finetune
+
+    try:
+        config = configuration(args.weights, args.config, args.overrides)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        finetune(args.task, config, **({"answers": args.answers} if args.task == "qa" else {}))
+    except (TooManyBroken, ValueError, OSError) as error:
+        print(f"vidl finetune: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "eval",
+        help="how good a trained model is: retrieval, multiple choice, open questions",
+        description="Evaluate a trained model: retrieval in both directions (retrieval), multiple "
+        "choice (mc) or open questions (qa). A clip that cannot be read is never replaced: it "
+        "counts as missed, and is named. Over several processes: torchrun --nproc-per-node 8 -m "
+        "vidl eval ...",
+    )
+    add = command.add_argument
+    add("task", choices=("retrieval", "mc", "qa"), help="what is asked")
+    add("--weights", type=Path, required=True, metavar="RUN", help="a run, or its checkpoint")
+    add(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="annotations: common JSON, or an Arrow table; default: what the run's configuration "
+        "has under evaluation",
+    )
+    add("--media", type=Path, help="folder of the clips; default: as `vidl data check` has it")
+    add("--rerank", type=int, default=0, metavar="K", help="judge the best K again (default 0)")
+    add("--batch", type=int, default=32, help="clips at a time (default 32)")
+    add("--workers", type=int, default=0, help="processes that read clips (default: this one)")
+    add("--masked", action="store_true", help="mask clips as in training; default: show all")
+    add("--unpruned", action="store_true", help="keep all tokens and frames")
+    add("--device", default="auto", help="cpu, cuda, or auto (default): cuda if there is one")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of products")
+    add("--json", type=Path, metavar="FILE", help="write the result there too")
+    command.set_defaults(run=_eval)
+
+
+def _eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    import torch
+
+    from vidl.evaluation import Options
+    from vidl.training import parallel, runs
+
+    if args.rerank and args.task != "retrieval":
+        parser.error(f"--rerank is for retrieval, not {args.task}")
+    try:
+        options = Options(
+            batch_size=args.batch,
+            workers=args.workers,
+            masked=args.masked,
+            pruned=not args.unpruned,
+            dtype=None if args.dtype == "float32" else getattr(torch, args.dtype),
+        )
+        with parallel.ranks(args.device) as ranks:
+            data = None if args.data is None else (args.data, args.media)
+            found = runs.evaluate(args.weights, args.task, data, ranks, options, args.rerank)
+            if ranks.first:
+                print(found)
+            if ranks.first and args.json is not None:
+                args.json.write_text(found.to_json() + "\n")
+    except (ValueError, OSError) as error:
+        print(f"vidl eval: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    about = "write the encoders of a run for timm and transformers, as safetensors"
+    command = commands.add_parser("export", help=about, description=about.capitalize() + ".")
+    command.add_argument("--weights", type=Path, required=True, metavar="RUN", help="a run")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="is made")
+    command.set_defaults(run=_export)
+
+
+def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl.models.export import export
+    from vidl.training import open_run
+
+    try:
+        model = open_run(args.weights).model
+        for file in export(getattr(model, "model", model), args.out):
+            print(file)
+    except (ValueError, OSError) as error:
+        print(f"vidl export: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -39,7 +39,7 @@ class Retrieval:
         rerank: how many candidates of each query were judged again; 0: none.
         reranked: "t2v" and "v2t" after that; empty without it.
         broken: clips that could not be read, and why. Their captions found nothing, they found no
-            caption, and they were in nobody's way.
+            caption, which is the last rank and a miss at any k, and they were in nobody's way.
     """
 
     clips: int
@@ -222,6 +222,8 @@ def _matching(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Clips, captions and scores of the wanted pairs whose clip is this rank's."""
     own = torch.tensor(sorted(tokens), dtype=torch.int64)
+    if not len(own):  # all are broken
+        return
     pairs = wanted[own].nonzero()  # ordered by clip: a batch has few clips
     for batch in shown(pairs.split(options.text_batch), "re-ranking pairs", options):
         clips, captions = own[batch[:, 0]], batch[:, 1]

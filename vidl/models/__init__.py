@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from vidl.models.answering import Answering, frequent_answers
 from vidl.models.mac import Mac, MacRecipe
 from vidl.models.recipe import Recipe
 from vidl.models.smaug import Smaug, SmaugRecipe
@@ -13,6 +14,7 @@ from . import mac, smaug
 
 __all__ = [
     "MODELS",
+    "Answering",
     "Cost",
     "Mac",
     "MacRecipe",
@@ -22,6 +24,7 @@ __all__ = [
     "Summary",
     "TwoTowers",
     "create",
+    "frequent_answers",
     "recipe",
     "summarize",
 ]

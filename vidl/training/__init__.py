@@ -1,6 +1,8 @@
 """Training: one loop for all models, on one process or many; it resumes exactly."""
 
 from vidl.training.config import Config
+from vidl.training.finetune import configuration, finetune
 from vidl.training.loop import pretrain
+from vidl.training.runs import Trained, open_run
 
-__all__ = ["Config", "pretrain"]
+__all__ = ["Config", "Trained", "configuration", "finetune", "open_run", "pretrain"]

@@ -171,12 +171,18 @@ class Config:
             raise ValueError("need data.tokenizer, that of start.text")
 
     @classmethod
-    def read(cls, file: str | Path | None = None, overrides: Sequence[str] = ()) -> "Config":
+    def read(
+        cls,
+        file: str | Path | None = None,
+        overrides: Sequence[str] = (),
+        base: Mapping[str, Any] = types.MappingProxyType({}),
+    ) -> "Config":
         """The configuration of a file, and of `section.field=value` on top of it.
 
         Args:
             file: YAML of sections and their fields; None: all defaults.
             overrides: values as in YAML.
+            base: values by their dotted names, in place of the defaults.
 
         Raises:
             ValueError: names a section or a field that there is not and the nearest that there is,
@@ -184,7 +190,7 @@ class Config:
         """
         import yaml
 
-        values: dict[str, Any] = {}
+        values = dict(base)
         if file is not None:
             try:
                 found = yaml.safe_load(Path(file).read_text()) or {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
@@ -23,6 +23,8 @@ from vidl.training.config import Config
 from vidl.training.inputs import arguments
 from vidl.training.progress import Progress
 
+# Weights of parts that a model has for a loss of pre-training only.
+OPTIONAL = ("decoder.", "text.cls.")
 # Numbers for a run at one of its steps, such as the recall of retrieval.
 Evaluate = Callable[["Training"], Mapping[str, Any]]
 
@@ -104,10 +106,10 @@ class Training:
     def _model(self) -> Any:
         run, start = self.config.run, self.config.start
         torch.manual_seed(run.seed)
-        model = models.MODELS[self.config.model.name][0](self.recipe)
+        model = self.new_model()
         if self.checkpoint is None:
             if start.model is not None:
-                load_or_explain(model, checkpoints.weights_of(start.model))
+                self.begin_with(model, checkpoints.weights_of(start.model))
             if start.vision is not None:
                 model.vision.load_pretrained(checkpoints.weights_of(start.vision))
             if start.text is not None:
@@ -118,6 +120,20 @@ class Training:
         if run.compile:
             model.compile()
         return model
+
+    def new_model(self) -> Any:
+        """The model with fresh weights."""
+        return models.MODELS[self.config.model.name][0](self.recipe)
+
+    def begin_with(self, model: nn.Module, weights: dict[str, Any]) -> None:
+        """Load weights of a model that may have had parts that this one does without.
+
+        Raises:
+            ValueError: names each weight that is missing or of another shape.
+        """
+        own = model.state_dict()
+        kept = [name for name in weights if name in own or not name.startswith(OPTIONAL)]
+        load_or_explain(model, {name: weights[name] for name in kept})
 
     def _resume(self, checkpoint: Path) -> None:
         state = checkpoints.load(checkpoint, self.parallel, self.optimizer, self.ranks.device)
@@ -133,7 +149,7 @@ class Training:
         weights = get_model_state_dict(
             self.parallel, options=StateDictOptions(full_state_dict=True)
         )
-        model = models.MODELS[self.config.model.name][0](self.recipe).to(self.ranks.device)
+        model = self.new_model().to(self.ranks.device)
         model.load_state_dict(weights)
         return model.eval()
 

@@ -72,7 +72,7 @@ def open_clips(config: Config, recipe: Recipe, tokenizer: Tokenizer | None) -> C
     words: dict[str, Any] = dict(seed=config.run.seed, tokenizer=tokenizer, words=data.words)
     if data.source == "moving_shapes":
         return MovingShapes("train", data.clips, difficulty=data.difficulty, **sizes, **words)
-    rows = [] if data.source == "shards" else _rows(config)
+    rows = [] if data.source == "shards" else annotated(config)
     kind = CachedClips if data.cache else Clips
     return kind(
         rows, train=True, flip=data.flip, scale=data.scale, decoder=data.decoder, **sizes, **words
@@ -95,7 +95,8 @@ def open_searched(config: Config, recipe: Recipe, tokenizer: Tokenizer) -> ClipS
     return kind(rows, train=False, decoder=data.decoder, **sizes, **words)
 
 
-def _rows(config: Config) -> Any:
+def annotated(config: Config) -> Any:
+    """The rows of the annotation files that are trained on."""
     return _load(config.data.files, config.data.media)
 
 
@@ -110,4 +111,4 @@ def _captions(config: Config) -> Iterable[str]:
         dataset = open_clips(config, config.recipe(), None)
         assert isinstance(dataset, MovingShapes)
         return (dataset.caption(index) for index in range(len(dataset)))
-    return (text for row in _rows(config) for text in (*row.captions, row.question or ""))
+    return (text for row in annotated(config) for text in (*row.captions, row.question or ""))

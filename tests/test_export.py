@@ -1,0 +1,108 @@
+"""Exported encoders: unpatched timm and transformers load them strictly, and compute the same."""
+
+import json
+
+import pytest
+import torch
+from tiny import randomise
+
+from vidl import models
+from vidl.models.export import export, text_weights, vision_weights
+
+SMALL = dict(image_size=32, width=64, heads=2, text_width=64, text_heads=2, dropout=0.0)
+NAMES = sorted(models.MODELS)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    pytest.importorskip("safetensors")
+    found = {}
+    for name in NAMES:
+        folder = tmp_path_factory.mktemp(name)
+        model = randomise(models.create(name, "tiny", **SMALL)).eval()
+        export(model, folder)
+        found[name] = model, folder
+    return found
+
+
+def example(model):
+    torch.manual_seed(1)
+    video = torch.randint(256, (2, 3, 4, 32, 32), dtype=torch.uint8)
+    ids = torch.randint(1000, 2000, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    return video, ids, mask
+
+
+def timm_of(folder):
+    timm = pytest.importorskip("timm")
+    from safetensors.torch import load_file
+
+    options = json.loads((folder / "vision/timm.json").read_text())
+    mean, std = (torch.tensor(options.pop(key)).view(3, 1, 1) for key in ("mean", "std"))
+    vit = timm.models.VisionTransformer(**options)
+    vit.load_state_dict(load_file(folder / "vision/model.safetensors"))  # strict
+    return vit.eval(), mean, std
+
+
+@torch.no_grad()
+def test_timm_sees_in_frames_what_smaug_sees(exported):
+    model, folder = exported["smaug"]
+    vit, mean, std = timm_of(folder)
+    video, _, _ = example(model)
+    frames = (video.transpose(1, 2).flatten(0, 1) / 255 - mean) / std
+    with model.unpruned():
+        ours = model.vision(video).tokens
+    torch.testing.assert_close(ours, vit.forward_features(frames), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_timm_has_the_part_of_mac_that_is_in_space(exported):
+    """Without attention through time Frozen's block is timm's, and its CLS of one frame too."""
+    model, folder = exported["mac"]
+    vit, mean, std = timm_of(folder)
+    video = example(model)[0][:, :, :1]
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    for block in model.vision.blocks:
+        block.timeattn.proj.weight.zero_()
+        block.timeattn.proj.bias.zero_()
+    model.vision.temporal_embed.zero_()
+    ours = model.vision(video)
+    model.load_state_dict(before)
+    frames = (video[:, :, 0] / 255 - mean) / std
+    torch.testing.assert_close(ours, vit.forward_features(frames), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, kind", [("smaug", "BertModel"), ("mac", "DistilBertModel")])
+def test_transformers_reads_as_we_do(exported, name, kind):
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+
+    model, folder = exported[name]
+    config = transformers.AutoConfig.from_pretrained(folder / "text")
+    pooler = {"add_pooling_layer": False} if kind == "BertModel" else {}
+    strict = getattr(transformers, kind)(config, **pooler)
+    strict.load_state_dict(load_file(folder / "text/model.safetensors"))
+    loaded = transformers.AutoModel.from_pretrained(folder / "text", **pooler).eval()
+    assert type(loaded).__name__ == kind
+    _, ids, mask = example(model)
+    ours = model.encode_text(ids, mask)[mask.bool()]
+    for theirs in (strict.eval(), loaded):
+        hidden = theirs(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        torch.testing.assert_close(ours, hidden, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_exported_loads_again(exported, name):
+    model, _ = exported[name]
+    torch.manual_seed(2)
+    other = models.create(name, "tiny", **SMALL)
+    other.vision.load_pretrained(vision_weights(model))
+    state = model.vision.state_dict()
+    for key in vision_weights(model):
+        assert torch.equal(other.vision.state_dict()[key], state[key])
+    if name == "mac":
+        other.text.load_pretrained(text_weights(model))
+        for key, value in model.text.state_dict().items():
+            assert torch.equal(other.text.state_dict()[key], value)

@@ -1,0 +1,158 @@
+"""From a run to its fine-tuning, evaluation and export, as the command line does it."""
+
+import json
+
+import pytest
+import torch
+from clips import write_video
+
+from vidl.cli import main
+from vidl.evaluation import Accuracy, Retrieval
+from vidl.training import Config, configuration, open_run, pretrain, runs
+
+pytest.importorskip("safetensors")
+pytest.importorskip("yaml")
+
+TINY = [
+    "model.image_size=32", "model.frames=2", "model.width=32", "model.heads=2", "model.depth=2",
+    "model.text_width=32", "model.text_heads=2", "model.text_layers=1", "model.dropout=0",
+    "data.source=moving_shapes", "data.clips=20", "data.words=12", "data.batch_size=4",
+    "data.workers=0", "evaluation.pairs=5", "schedule.steps=2", "schedule.warmup=1",
+    "run.threads=1", "run.device=cpu", "run.tensorboard=false", "run.log_every=1",
+]  # fmt: skip
+SMAUG = ["model.fusion_layers=1", "model.decoder_width=32", "model.frames_kept=1"]
+SMAUG += ["model.prune_layers=[1]"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    found = {}
+    for name, more in (("smaug", SMAUG), ("mac", [])):
+        folder = tmp_path_factory.mktemp(name) / "run"
+        pretrain(Config.read(None, [*TINY, *more, f"model.name={name}", f"run.folder={folder}"]))
+        found[name] = folder
+    return found
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Four videos, one of them broken, with questions, captions and choices about them."""
+    pytest.importorskip("av")
+    folder = tmp_path_factory.mktemp("clips")
+    for name in "abc":
+        write_video(folder / f"{name}.mp4", 6, size=(48, 48))
+    (folder / "d.mp4").write_bytes(b"no video")
+    answers = {"a": "red", "b": "blue", "c": "red", "d": "red"}
+    rows = {
+        "questions": [dict(question="which colour", answer=answers[x]) for x in answers],
+        "captions": [dict(caption=f"a {answers[x]} circle") for x in answers],
+        "choices": [dict(caption=["red", "a blue", "green"], answer=1) for x in answers],
+    }
+    for kind, each in rows.items():
+        entries = [row | {"video": f"{x}.mp4"} for x, row in zip(answers, each, strict=True)]
+        (folder / f"{kind}.json").write_text(json.dumps(entries))
+    return folder
+
+
+def test_a_run_is_opened_as_it_was_saved(pretrained):
+    for path in (pretrained["smaug"], pretrained["smaug"] / "checkpoints/step-00000002"):
+        trained = open_run(path)
+        assert len(trained.tokenizer) == trained.model.recipe.vocabulary.size
+        assert not trained.model.training and trained.config.schedule.steps == 2
+    with pytest.raises(ValueError, match="need the folder of a run, or one of its checkpoints"):
+        open_run(pretrained["smaug"] / "checkpoints")
+
+
+@pytest.mark.parametrize("name", ["smaug", "mac"])
+def test_finetuning_for_retrieval(pretrained, name, tmp_path, capsys):
+    run = str(pretrained[name])
+    command = ["finetune", "retrieval", "--weights", run, f"run.folder={tmp_path}/tuned"]
+    assert main([*command, "schedule.steps=3"]) == 0
+    tuned = open_run(tmp_path / "tuned")
+    assert tuned.model.recipe.mask_ratio == 0 and tuned.config.optimizer.lr == 1e-5
+    before, after = open_run(run).model.state_dict(), tuned.model.state_dict()
+    assert set(before) - set(after) == {n for n in before if n.startswith("decoder.")}
+    assert not torch.equal(before["vision.cls_token"], after["vision.cls_token"])
+    torch.testing.assert_close(
+        before["vision.cls_token"], after["vision.cls_token"], atol=1e-3, rtol=0
+    )
+    # It went on with its checkpoint, and has nothing left to do.
+    capsys.readouterr()
+    assert main([*command, "schedule.steps=3"]) == 0
+
+
+def test_questions_are_learned_and_asked(pretrained, clips, tmp_path, capsys):
+    command = [
+        "finetune", "qa", "--weights", str(pretrained["smaug"]), "--answers", "1",
+        f"run.folder={tmp_path}/qa", "data.source=clips", f"data.files=[{clips}/questions.json]",
+        "data.broken=1", "data.batch_size=2", f"evaluation.files=[{clips}/questions.json]",
+        "schedule.steps=2",
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert json.loads((tmp_path / "qa/answers.json").read_text()) == ["red"]
+    result = tmp_path / "qa.json"
+    arguments = ["--weights", f"{tmp_path}/qa", "--json", str(result)]
+    capsys.readouterr()
+    assert main(["eval", "qa", *arguments, "--data", f"{clips}/questions.json"]) == 0
+    # It says "red" to all; that is right of two, wrong of one, and one cannot be read.
+    found = json.loads(result.read_text())
+    assert (found["questions"], found["right"], found["answerable"]) == (4, 2, 3)
+    assert "4 questions, 2 right: 50.0 %" in (said := capsys.readouterr().out)
+    assert "1 clip could not be read" in said and "d.mp4" in said
+    assert main(["eval", "retrieval", *arguments]) == 1
+    assert "need a run for retrieval, got Answering" in capsys.readouterr().err
+    other = [*command[4:], f"run.folder={tmp_path}/mac"]
+    assert main(["finetune", "qa", "--weights", str(pretrained["mac"]), *other]) == 1
+    assert "need a model with fusion layers to answer, got Mac" in capsys.readouterr().err
+
+
+def test_evaluation_on_the_command_line(pretrained, clips, tmp_path, capsys):
+    weights, result = ["--weights", str(pretrained["smaug"])], tmp_path / "found.json"
+    captions = ["--data", str(clips / "captions.json")]
+    assert (
+        main(["eval", "retrieval", *weights, *captions, "--rerank", "2", "--json", str(result)])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "4 clips, 4 captions" in said and "best 2 re-ranked" in said and "d.mp4" in said
+    assert json.loads(result.read_text())["rerank"] == 2
+    assert (
+        main(["eval", "retrieval", *weights, "--masked", "--unpruned", "--dtype", "bfloat16"]) == 0
+    )
+    assert "5 clips, 5 captions" in capsys.readouterr().out  # of moving shapes, as in training
+    choices = ["--data", str(clips / "choices.json")]
+    assert main(["eval", "mc", "--weights", str(pretrained["mac"]), *choices]) == 0
+    assert "4 questions" in capsys.readouterr().out
+    assert main(["eval", "retrieval", *weights, *choices]) == 1
+    assert "need a caption of every clip" in capsys.readouterr().err
+    assert main(["eval", "qa", *weights, *captions]) == 1
+    assert "need a run of `vidl finetune qa`, got Smaug" in capsys.readouterr().err
+    assert main(["eval", "retrieval", "--weights", str(tmp_path)]) == 1
+    assert "need the folder of a run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["eval", "mc", *weights, "--rerank", "2"])
+
+
+def test_evaluation_from_python(pretrained, clips):
+    with runs.parallel.ranks("cpu") as ranks:
+        options = runs.Options(quiet=True)
+        files = (clips / "captions.json", None)
+        found = runs.evaluate(pretrained["mac"], "retrieval", files, ranks, options)
+        assert isinstance(found, Retrieval) and len(found.broken) == 1
+        files = (clips / "choices.json", None)
+        assert isinstance(runs.evaluate(pretrained["mac"], "mc", files, ranks, options), Accuracy)
+
+
+def test_export_on_the_command_line(pretrained, tmp_path, capsys):
+    assert main(["export", "--weights", str(pretrained["smaug"]), "--out", str(tmp_path)]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        assert (tmp_path / line).is_file()
+    assert main(["export", "--weights", str(tmp_path), "--out", str(tmp_path)]) == 1
+
+
+def test_wrong_finetuning(pretrained, tmp_path, capsys):
+    with pytest.raises(ValueError, match="there is no 'model.mask'|mask_ratios"):
+        configuration(pretrained["mac"], None, ["model.mask_ratios=1"])
+    with pytest.raises(SystemExit):
+        main(["finetune", "retrieval", "--weights", str(tmp_path)])
+    assert "need the folder of a run" in capsys.readouterr().err

@@ -1,0 +1,177 @@
+"""Multiple choice and open questions: how many are answered right."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidl.data.dataset import ClipSet
+from vidl.data.formats import Row
+from vidl.evaluation.encoding import (
+    Gallery,
+    Options,
+    encode_texts,
+    encoded_clips,
+    evaluating,
+    of_all_ranks,
+)
+from vidl.evaluation.ranks import ranks
+from vidl.evaluation.retrieval import broken_lines, match_scores, matches
+from vidl.models import TwoTowers
+from vidl.models.answering import UNKNOWN, Answering
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What `multiple_choice` and `question_answering` find.
+
+    Attributes:
+        questions: how many there were.
+        right: how many were answered right.
+        answerable: how many have their answer among those that can be given.
+        broken: clips that could not be read, and why; questions about them count as wrong.
+    """
+
+    questions: int
+    right: int
+    answerable: int
+    broken: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        """The percentage of all questions."""
+        return 100 * self.right / self.questions
+
+    def to_json(self) -> str:
+        """The same as JSON."""
+        return json.dumps({"accuracy": self.accuracy} | dataclasses.asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        lines = [f"{self.questions} questions, {self.right} right: {self.accuracy:.1f} %"]
+        if self.answerable < self.questions:
+            unknown = self.questions - self.answerable
+            lines.append(f"{unknown} have an answer that the model cannot give")
+        return "\n".join(lines + broken_lines(self.broken))
+
+
+def multiple_choice(
+    model: TwoTowers,
+    dataset: ClipSet,
+    options: Options = Options(),  # noqa: B008  (it is frozen)
+    *,
+    fused: bool | None = None,
+) -> Accuracy:
+    """Choose the text that fits a clip, of a few; ties are wrong.
+
+    A question, if there is one, stands before each of its options. Runs over all ranks. Source:
+    Singularity, arXiv 2206.03428, 4.1, which takes the matching head.
+
+    Args:
+        model: as `retrieval` has it.
+        dataset: rows with `options`, of which `correct` is right.
+        options: batches, masks, pruning.
+        fused: by the fusion encoder, or by the similarity of features; None: by the first, if the
+            model was trained to match.
+
+    Raises:
+        ValueError: a row has no options, or the model was not trained to match.
+    """
+    if fused and not matches(model):
+        raise ValueError("need a model trained with vtm for fused=True, as Smaug with vtm > 0")
+    by_match = matches(model) if fused is None else fused
+
+    def right(clips: Tensor, rows: Sequence[Row], partner: Tensor, gallery: Gallery) -> Tensor:
+        count = torch.tensor([len(row.options) for row in rows])
+        said = [f"{row.question or ''} {text}".strip() for row in rows for text in row.options]
+        pairs = list(zip(partner.repeat_interleave(count).tolist(), said, strict=True))
+        # Equal options are scored once: rounding must not tell them apart.
+        numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+        texts = encode_texts(model, gallery, [text for _, text in numbers])
+        clip_of = torch.tensor([clip for clip, _ in numbers])
+        if by_match:
+            scores = match_scores(model, clips, texts, clip_of).cpu()
+        else:
+            scores = model.similarity(model.clip_features(clips), texts.features).cpu()
+            scores = scores[clip_of, torch.arange(len(numbers))]
+        scores = scores[torch.tensor([numbers[pair] for pair in pairs])]
+        of_row = torch.arange(len(rows))[:, None]
+        own = torch.arange(len(rows)).repeat_interleave(count) == of_row  # [rows, options of all]
+        correct = torch.zeros_like(own)
+        first = count.cumsum(0) - count
+        correct[of_row[:, 0], first + torch.tensor([row.correct for row in rows])] = True
+        return ranks(scores.expand(len(rows), -1).masked_fill(~own, -math.inf), correct) == 1
+
+    def check(row: Row) -> bool:
+        if not row.options or row.correct is None:
+            raise ValueError(f"need options and the right one of each row, got none of {row.media}")
+        return True
+
+    return _asked(model, dataset, options, right, check)
+
+
+def question_answering(
+    model: Answering,
+    dataset: ClipSet,
+    options: Options = Options(),  # noqa: B008  (it is frozen)
+) -> Accuracy:
+    """Answer open questions with one of the answers that the model knows.
+
+    Runs over all ranks. An answer is right if it is that of the row, letter by letter.
+
+    Args:
+        model: fine-tuned; as `retrieval` has it otherwise.
+        dataset: rows with a question and an answer.
+        options: batches, masks, pruning.
+
+    Raises:
+        ValueError: a row has no question or no answer.
+    """
+
+    def right(clips: Tensor, rows: Sequence[Row], partner: Tensor, gallery: Gallery) -> Tensor:
+        texts = encode_texts(model.model, gallery, [row.question or "" for row in rows])
+        partner = partner.to(clips.device)
+        logits = model.answer(clips, texts.tokens, texts.attention_mask, partner)
+        return logits.argmax(1).cpu() == model.numbers(row.answer for row in rows)
+
+    def check(row: Row) -> bool:
+        if not row.question or row.answer is None:
+            raise ValueError(f"need a question and an answer of each row, got none of {row.media}")
+        return bool(model.numbers([row.answer])[0] != UNKNOWN)
+
+    return _asked(model, dataset, options, right, check)
+
+
+def _asked(
+    model: Any,
+    dataset: ClipSet,
+    options: Options,
+    right: Callable[[Tensor, Sequence[Row], Tensor, Gallery], Tensor],
+    check: Callable[[Row], bool],
+) -> Accuracy:
+    """Ask all questions about each clip, which is encoded once.
+
+    Args:
+        model, dataset, options: as above.
+        right: which rows are answered right, bool, on the host; of the tokens of some clips, some
+            rows, the clip of each, and the gallery.
+        check: whether a row can be answered; raises if it is no question.
+    """
+    gallery = Gallery(dataset)
+    answerable = sum(check(dataset.row(index)) for index in range(len(dataset)))
+    broken: dict[str, str] = {}
+    count = 0
+    with evaluating(model, options):
+        for numbers, clips in encoded_clips(model, gallery, options, broken):
+            own = [gallery.rows[number] for number in numbers]
+            rows = [dataset.row(index) for indices in own for index in indices]
+            partner = torch.arange(len(own)).repeat_interleave(torch.tensor([*map(len, own)]))
+            for at in range(0, len(rows), options.text_batch):
+                some = slice(at, at + options.text_batch)
+                count += int(right(clips, rows[some], partner[some], gallery).sum())
+    broken = {name: why for part in of_all_ranks(broken) for name, why in part.items()}
+    return Accuracy(len(dataset), sum(of_all_ranks(count)), answerable, broken)

@@ -1,0 +1,128 @@
+"""The encoders of a model as files that timm and transformers load, without vidl."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vidl.models.two_towers import TwoTowers
+from vidl.nn import Bert
+from vidl.nn.bert import EPS
+from vidl.nn.divided import TIME
+
+# From our names, which are those of BERT, to those of DistilBERT, which has no segments.
+_DISTILBERT = {
+    r"^encoder\.layer\.": "transformer.layer.",
+    r"\.attention\.self\.query\.": ".attention.q_lin.",
+    r"\.attention\.self\.key\.": ".attention.k_lin.",
+    r"\.attention\.self\.value\.": ".attention.v_lin.",
+    r"\.attention\.output\.dense\.": ".attention.out_lin.",
+    r"\.attention\.output\.LayerNorm\.": ".sa_layer_norm.",
+    r"\.intermediate\.dense\.": ".ffn.lin1.",
+    r"\.output\.dense\.": ".ffn.lin2.",
+    r"\.output\.LayerNorm\.": ".output_layer_norm.",
+}
+
+
+def vision_weights(model: TwoTowers) -> dict[str, Tensor]:
+    """The encoder of frames under the names of timm's `VisionTransformer(num_classes=0)`.
+
+    It is the whole of `vidl.nn.ViT`: unmasked and unpruned, timm computes the same. Of
+    `vidl.nn.SpaceTimeTransformer` it is the part in space.
+    """
+    state = model.vision.state_dict()
+    return {name: x for name, x in state.items() if not any(part in name for part in TIME)}
+
+
+def text_weights(model: TwoTowers) -> dict[str, Tensor]:
+    """The text layers under the names of transformers' `BertModel` without a pooler.
+
+    Or of `DistilBertModel`, if there are no segments. Fusion layers and heads are no part of them.
+    """
+    text = model.text
+    fusion = tuple(
+        f"encoder.layer.{text.text_layers + layer}." for layer in range(text.fusion_layers)
+    )
+    state = text.state_dict()
+    weights = {name: x for name, x in state.items() if not name.startswith(("cls.", *fusion))}
+    if _has_segments(text):
+        return weights
+    return {_renamed(name): x for name, x in weights.items()}
+
+
+def text_config(model: TwoTowers) -> dict[str, Any]:
+    """The config.json of `text_weights`, as transformers reads it."""
+    text = model.text
+    recipe, embeddings = model.recipe, text.embeddings
+    first: Any = text.encoder.layer[0]  # type: ignore[index]
+    mlp, positions = first.intermediate.dense.out_features, embeddings.max_positions
+    if not _has_segments(text):
+        return {
+            "architectures": ["DistilBertModel"], "model_type": "distilbert",
+            "vocab_size": recipe.vocabulary.size, "dim": text.width, "n_layers": text.text_layers,
+            "n_heads": recipe.text_heads, "hidden_dim": mlp, "max_position_embeddings": positions,
+            "dropout": recipe.dropout, "attention_dropout": 0.0, "activation": "gelu",
+            "sinusoidal_pos_embds": False, "pad_token_id": 0,
+        }  # fmt: skip
+    segments: Any = embeddings.token_type_embeddings
+    return {
+        "architectures": ["BertModel"], "model_type": "bert",
+        "vocab_size": recipe.vocabulary.size, "hidden_size": text.width,
+        "num_hidden_layers": text.text_layers, "num_attention_heads": recipe.text_heads,
+        "intermediate_size": mlp, "max_position_embeddings": positions,
+        "type_vocab_size": segments.num_embeddings, "hidden_dropout_prob": recipe.dropout,
+        "attention_probs_dropout_prob": 0.0, "hidden_act": "gelu", "layer_norm_eps": EPS,
+        "pad_token_id": 0,
+    }  # fmt: skip
+
+
+def vision_options(model: TwoTowers) -> dict[str, Any]:
+    """The arguments of timm's `VisionTransformer` for `vision_weights`, and how pixels are scaled.
+
+    The latter, "mean" and "std", are of pixels in 0 to 1, and no arguments.
+    """
+    r = model.recipe
+    sizes = dict(img_size=r.image_size, patch_size=r.patch_size, embed_dim=r.width, depth=r.depth)
+    return {**sizes, "num_heads": r.heads, "num_classes": 0, "mean": r.mean, "std": r.std}
+
+
+def export(model: TwoTowers, folder: str | Path) -> list[Path]:
+    """Write both encoders.
+
+    `vision/model.safetensors` with `vision/timm.json`, which has the arguments of
+    `timm.models.VisionTransformer`; and `text/model.safetensors` with `text/config.json`, the
+    folder of `transformers.AutoModel.from_pretrained`.
+
+    Args:
+        model: on any device; of a question answerer its `model`.
+        folder: is made.
+
+    Returns:
+        The files.
+    """
+    from safetensors.torch import save_file
+
+    files = []
+    for name, weights, facts, text in (
+        ("vision", vision_weights(model), "timm.json", vision_options(model)),
+        ("text", text_weights(model), "config.json", text_config(model)),
+    ):
+        part = Path(folder) / name
+        part.mkdir(parents=True, exist_ok=True)
+        stored = {key: x.detach().cpu().contiguous() for key, x in weights.items()}
+        save_file(stored, part / "model.safetensors", metadata={"format": "pt"})
+        (part / facts).write_text(json.dumps(text, indent=2) + "\n")
+        files += [part / "model.safetensors", part / facts]
+    return files
+
+
+def _has_segments(text: Bert) -> bool:
+    return text.embeddings.token_type_embeddings is not None
+
+
+def _renamed(name: str) -> str:
+    for pattern, theirs in _DISTILBERT.items():
+        name = re.sub(pattern, theirs, name)
+    return name
