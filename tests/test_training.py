@@ -189,8 +189,8 @@ def test_what_a_run_leaves(tmp_path, capsys):
     model = models.Mac(recipe)
     model.load_state_dict(checkpoints.weights_of(tmp_path))
     # A run may begin with them.
-    more = [f"start.model={tmp_path}", f"data.tokenizer={tmp_path / 'tokenizer.json'}"]
-    begun = train(tmp_path / "next", MAC, *more, "schedule.steps=1", "optimizer.lr=0")
+    more = [f"start.model={tmp_path}", "schedule.steps=1", "optimizer.lr=0"]
+    begun = train(tmp_path / "next", MAC, *more)
     assert begun["step"] == 1 and same_weights(tmp_path, tmp_path / "next")
 
 
@@ -270,11 +270,20 @@ def test_killed_and_terminated(tmp_path):
 # Two ranks
 
 
-def _rank(rank, rendezvous, runs):
+def _rank(rank, runs):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     for port, options in runs:
         os.environ["MASTER_PORT"] = str(port)
-        pretrain(Config.read(None, options))
+        pretrain(
+            Config.read(None, options), _stop_once if "evaluation.every=2" in options else None
+        )
+
+
+def _stop_once(training):
+    """SIGTERM on one of the ranks, as a scheduler sends it."""
+    if training.step == 2 and training.ranks.first:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return {}
 
 
 def free_port():
@@ -286,30 +295,35 @@ def free_port():
 
 
 def test_two_ranks_equal_one_with_the_double_batch(tmp_path):
-    """Where a loss is the mean of the ranks': VTC of all, and MVM."""
-    mac = [*MAC, "model.dropout=0", "schedule.steps=3", "optimizer.accumulate=2"]
-    smaug = [*SMAUG, "model.dropout=0", "schedule.steps=3", "model.vtm=0", "model.mlm=0"]
-    runs = []
-    for name, options, kind in (("mac", mac, "ddp"), ("smaug", smaug, "ddp"), ("f", smaug, "fsdp")):
+    """Where a loss is the mean of the ranks': VTC of all, and MVM. One run goes on with FSDP2."""
+    more = ["model.dropout=0", "schedule.steps=4"]
+    runs = {
+        "mac": [*MAC, *more, "optimizer.accumulate=2"],
+        "smaug": [*SMAUG, *more, "model.vtm=0", "model.mlm=0"],
+    }
+    ranks = []
+    for name, options in runs.items():
         train(tmp_path / name, options, "data.batch_size=8")
-        own = [f"run.folder={tmp_path / name}-{kind}", f"run.parallel={kind}"]
-        runs.append((free_port(), [*options, *own]))
-    mp.spawn(_rank, (None, runs), nprocs=2)
-    for name, kind in (("mac", "ddp"), ("smaug", "ddp"), ("f", "fsdp")):
-        one, two = records(tmp_path / name), records(f"{tmp_path / name}-{kind}")
+        ranks.append([*options, f"run.folder={tmp_path / name}-2"])
+    ranks += [[*ranks[1], "run.parallel=fsdp"]]
+    ranks[1] = [*ranks[1], "evaluation.every=2"]
+    mp.spawn(_rank, ([(free_port(), options) for options in ranks],), nprocs=2)
+    for name in runs:
+        one, two = records(tmp_path / name), records(f"{tmp_path / name}-2")
         assert one.pop().keys() == two.pop().keys()  # the evaluation
-        assert len(one) == len(two) == 3
+        two = [record for record in two if "loss" in record]
+        assert len(one) == len(two) == 4
         for a, b in zip(one, two, strict=True):
             for key in ("loss", "grad_norm", "lr"):
-                assert b[key] == pytest.approx(a[key], rel=1e-4), (name, kind, key)
+                assert b[key] == pytest.approx(a[key], rel=1e-4), (name, key)
         one, two = (
             load_file(checkpoints.newest(Path(x)) / "model.safetensors")
-            for x in (tmp_path / name, f"{tmp_path / name}-{kind}")
+            for x in (tmp_path / name, f"{tmp_path / name}-2")
         )
         assert one.keys() == two.keys()
         for key in one:
             # Adam divides by the gradient's size: where that is rounding noise, so is the step.
-            torch.testing.assert_close(two[key], one[key], rtol=0, atol=3e-3)
+            torch.testing.assert_close(two[key], one[key], rtol=0, atol=4e-3)
 
 
 # Broken clips

@@ -72,8 +72,9 @@ class Training:
         self.folder = Path(config.run.folder)
         self.checkpoint = checkpoints.newest(self.folder)
         self._claim_folder()
-        self.tokenizer = sources.open_tokenizer(config, self.folder)
-        if ranks.first and not (self.folder / "tokenizer.json").exists():
+        resumed = None if self.checkpoint is None else self.folder
+        self.tokenizer = sources.open_tokenizer(config, resumed)
+        if ranks.first and resumed is None:
             self.tokenizer.save(self.folder / "tokenizer.json")
         self.recipe = config.recipe(vocabulary=sources.vocabulary(self.tokenizer))
         self.loader = sources.open_loader(
@@ -106,12 +107,13 @@ class Training:
         run, start = self.config.run, self.config.start
         torch.manual_seed(run.seed)
         model = self.new_model()
-        if start.model is not None and self.checkpoint is None:
-            self.begin_with(model, checkpoints.weights_of(start.model))
-        if start.vision is not None and self.checkpoint is None:
-            model.vision.load_pretrained(checkpoints.weights_of(start.vision))
-        if start.text is not None and self.checkpoint is None:
-            model.text.load_pretrained(checkpoints.weights_of(start.text))
+        if self.checkpoint is None:
+            if start.model is not None:
+                self.begin_with(model, checkpoints.weights_of(start.model))
+            if start.vision is not None:
+                model.vision.load_pretrained(checkpoints.weights_of(start.vision))
+            if start.text is not None:
+                model.text.load_pretrained(checkpoints.weights_of(start.text))
         model = model.to(self.ranks.device).train()
         if run.checkpoint_activations:
             parallel.recompute(model)

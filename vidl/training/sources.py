@@ -20,18 +20,23 @@ from vidl.training.config import Config
 CAPTIONS = 1_000_000
 
 
-def open_tokenizer(config: Config, folder: Path) -> Tokenizer:
-    """That of the run's folder, or of the configuration, or one made of the captions.
+def open_tokenizer(config: Config, resumed: Path | None) -> Tokenizer:
+    """That of the run which goes on, or of the configuration, or one made of the captions.
+
+    Args:
+        config: with `start.model`, a run's folder, but without `data.tokenizer` that run's.
+        resumed: the folder of a run that goes on; None: it begins.
 
     Raises:
         ValueError: there is none, and captions of shards are not read to make one.
     """
-    kept = folder / "tokenizer.json"
-    if kept.is_file():
-        return load_tokenizer(kept)
     data = config.data
+    if resumed is not None:
+        return load_tokenizer(resumed / "tokenizer.json")
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
+    if config.start.model is not None and (Path(config.start.model) / "tokenizer.json").is_file():
+        return load_tokenizer(config.start.model)
     if data.source == "shards":
         raise ValueError("need data.tokenizer with data.source 'shards'")
     return train_tokenizer(itertools.islice(_captions(config), CAPTIONS))
