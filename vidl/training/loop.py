@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from vidl import models
 from vidl.data.dataset import Batch
 from vidl.data.video import generator
+from vidl.models.summary import example
 from vidl.nn.checkpoints import load_or_explain
 from vidl.training import checkpoints, measures, optimizer, parallel, sources
 from vidl.training.config import Config
@@ -115,6 +116,7 @@ class Training:
             if start.text is not None:
                 model.text.load_pretrained(checkpoints.weights_of(start.text))
         model = model.to(self.ranks.device).train()
+        parallel.freeze_unused(model, self._example())
         if run.checkpoint_activations:
             parallel.recompute(model)
         if run.compile:
@@ -241,6 +243,10 @@ class Training:
         kind, precision = self.ranks.device.type, self.config.run.precision
         low = precision == "bfloat16" or (precision == "auto" and kind == "cuda")
         return torch.bfloat16 if low else None
+
+    def _example(self) -> dict[str, Any]:
+        """Inputs of the model that are noise."""
+        return example(self.recipe, 2, self.config.data.words, self.ranks.device)
 
     def _autocast(self) -> Any:
         if self.dtype is None:

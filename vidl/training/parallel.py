@@ -14,8 +14,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from vidl.models.summary import example
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -100,7 +98,6 @@ def wrap(model: nn.Module, kind: str, ranks: Ranks) -> nn.Module:
     if ranks.world_size == 1:
         return model
     if kind == "ddp":
-        _freeze_unused(model, ranks)
         return DistributedDataParallel(model)
     for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
         for block in blocks:
@@ -115,10 +112,16 @@ def whole(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in named if name.rpartition(".")[2] == "temperature"}
 
 
-def _freeze_unused(model: Any, ranks: Ranks) -> None:
-    """DDP would wait for gradients that never come: of heads whose loss has the weight 0."""
-    losses = model(**example(model.recipe, 2, 8, ranks.device))
-    losses["loss"].backward()
+def freeze_unused(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Parameters that no loss reaches do not learn: of heads whose loss has the weight 0.
+
+    DDP would wait for their gradients, and an optimizer has no state of them.
+
+    Args:
+        model: in training.
+        inputs: of its forward, of any batch.
+    """
+    model(**inputs)["loss"].backward()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     model.zero_grad()
