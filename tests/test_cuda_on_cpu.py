@@ -239,7 +239,8 @@ def test_every_kernel_has_a_sanitizer_test():
     assert sorted(file.stem for file in emulated.ROOT.glob("csrc/*.cu")) == OPS
 
 
-@pytest.mark.parametrize("kind", [pytest.param("address", marks=pytest.mark.slow), "thread"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["address", "thread"])
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_under_sanitizers(op, kind):
     assert_passes(emulated.program(op, kind))

@@ -15,7 +15,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(ROOT.glob("csrc/*.cu"))
-ARCHITECTURES = ("sm_80", "sm_90")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def demangled(symbol: str) -> str:
 
 
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda file: file.name)
 @pytest.mark.parametrize(
     "macros",

@@ -448,7 +448,7 @@ def test_misuse_is_explained(error, text, change):
 
 def test_long_heads():
     assert "at most 128 channels, not 129" in library.OPS[OP].limits(
-        "triton", dtype=torch.float32, head_size=129
+        "triton", device="cuda", dtype=torch.float32, head_size=129
     )
 
 

@@ -52,7 +52,7 @@ class Variant:
     options: dict[str, Any]
 
 
-@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("module", MODULES)
 def test_common_variants(module: str, arch: int) -> None:
     check(module, arch, "--most=3")
