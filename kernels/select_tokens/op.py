@@ -35,10 +35,11 @@ class Selected(NamedTuple):
     """What `select_tokens` returns.
 
     Attributes:
-        tokens: the prefix, the kept tokens and the fused one of every sample, [*batch, M, *rest]
-            with M = prefix + K + (1 if fused), or packed [total', *rest]; in the dtype of x.
+        tokens: the prefix, the kept tokens and the fused one of every sample, [batch..., M,
+            rest...] with M = prefix + K + (1 if fused), or packed [total', rest...]; in the dtype
+            of x.
         ids_keep: the positions of the kept tokens, not counting the prefix, in the order of
-            `tokens`; int64, [*batch, K], or packed [num_kept].
+            `tokens`; int64, [batch..., K], or packed [num_kept].
         inverse: for each score the place of its token in its sample's `ids_keep`, -1 for a
             dropped one and for a packed sample's prefix; int64, in the shape of `scores`.
         cu_seqlens: where each sample begins in `tokens` as packed rows, from 0 to all of them;
@@ -173,8 +174,8 @@ def select_tokens(
     comes after -inf. So the result is the same on every backend, and deterministic.
 
     Args:
-        x: float32, float16 or bfloat16, [*batch, prefix + N, *rest], any strides.
-        scores: [*batch, N], floating point, computed with in float32. Packed: [total], one for
+        x: float32, float16 or bfloat16, [batch..., prefix + N, rest...], any strides.
+        scores: [batch..., N], floating point, computed with in float32. Packed: [total], one for
             each row of x; those of the prefix are ignored.
         keep: how many tokens of each sample stay: an int is a count in [1, N], a float is a rate
             in (0, 1], so 1.0 keeps all.
@@ -187,7 +188,7 @@ def select_tokens(
             dropped (EViT); "mean": that sum divided by the sum of these scores, or zeros where
             they sum to 0. A token whose score is not finite adds nothing. Without dropped tokens
             it is zeros.
-        cu_seqlens: [B + 1] int32: x is packed, [total, *rest], and these are the rows where each
+        cu_seqlens: [B + 1] int32: x is packed, [total, rest...], and these are the rows where each
             sample begins, from 0 to total; a sample has its prefix first.
         num_kept: for packed x, the number of kept tokens of all samples without prefix, if it is
             known; else, if `keep` is a rate, it is read from the device: on CUDA that waits for
@@ -378,13 +379,13 @@ def _check_tensors(
         expected = (*scores.shape[:-1], prefix + scores.shape[-1]) if nd else ()
         if not nd or x.shape[:nd] != expected:
             raise ValueError(
-                f"need x [*batch, {prefix} + N, *rest] and scores [*batch, N], "
+                f"need x [batch..., {prefix} + N, rest...] and scores [batch..., N], "
                 f"got {tuple(x.shape)} and {tuple(scores.shape)}"
             )
         return
     if nd != 1 or x.ndim < 1 or x.shape[0] != scores.shape[0]:
         raise ValueError(
-            "need x [total, *rest] and scores [total] with cu_seqlens, "
+            "need x [total, rest...] and scores [total] with cu_seqlens, "
             f"got {tuple(x.shape)} and {tuple(scores.shape)}"
         )
     if cu_seqlens.dtype != torch.int32:

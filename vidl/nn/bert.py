@@ -95,7 +95,7 @@ class Bert(nn.Module):
             words: rows to compute: how many words there are, or an upper bound; see `Captions`.
 
         Returns:
-            [B, L, C], zero where there is no word. CLS is `[:, 0]`.
+            [B, L, C], zero where there is no word; CLS comes first.
 
         Raises:
             ValueError: shapes do not fit, or a caption is too long.
