@@ -176,9 +176,9 @@ def page(training, found, shown, preset, times):
         parts += [f"<figcaption>{html.escape(caption)}</figcaption></figure>"]
     parts += ["<h2>A training step</h2><p class='note'>Forward and backward of SMAUG, preset "]
     parts += [f"{preset}, float32, {torch.get_num_threads()} threads of this CPU; in "]
-    parts += ["brackets the speed-up over the first. The reference is the definition of each op in "]
-    parts += ["PyTorch, not the fastest way without vidl: <code>vidl bench</code> compares with "]
-    parts += ["those. No GPU was measured.</p>"]
+    parts += ["brackets the speed-up over the first. The reference is the definition of each op "]
+    parts += ["in PyTorch, not the fastest way without vidl, with which <code>vidl bench</code> "]
+    parts += ["compares. No GPU was measured.</p>"]
     parts += [times_table(times)]
     return "\n".join(parts)
 

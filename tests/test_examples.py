@@ -127,7 +127,7 @@ def test_demo(monkeypatch, tmp_path, capsys):
     assert "4/4  loss" in shown.err and "33 clips, 66 captions" in shown.out
     page = (tmp_path / "index.html").read_text()
     assert page.count("<polyline") == 4 and page.count("<img") == 4
-    assert "captions by clip, re-ranked" in page and "plain PyTorch" in page
+    assert "captions by clip, re-ranked" in page and "<th>reference</th>" in page
     for name in ("worker", "sign_eat"):
         # Four frames; the clip, the mask, two layers that prune, the selection.
         assert demo.open_image(tmp_path / f"{name}.png").size == (4 * 228, 5 * 228)
