@@ -211,15 +211,6 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         train(tmp_path, MAC, "optimizer.lr=1e30", "optimizer.clip=0", "schedule.warmup=0")
 
 
-@pytest.mark.slow
-def test_compiled(tmp_path):
-    """With one layer of each kind: Inductor's C++ takes minutes to compile."""
-    options = ("model.dropout=0", "model.depth=1", "model.text_layers=1", "schedule.steps=3")
-    plain = train(tmp_path / "plain", MAC, *options)
-    made = train(tmp_path / "made", MAC, *options, "run.compile=true")
-    assert made["loss"] == pytest.approx(plain["loss"], rel=1e-4)
-
-
 # Runs that are killed
 
 

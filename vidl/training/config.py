@@ -101,7 +101,6 @@ class Run:
     )
     parallel: Literal["ddp", "fsdp"] = _field("ddp", "over the ranks of torchrun")
     checkpoint_activations: bool = _field(False, "compute blocks again in the backward")
-    compile: bool = _field(False, "torch.compile the model")
     threads: int = _field(0, "of the CPU; 0: as PyTorch chooses")
     log_every: int = _field(10, "steps")
     save_every: int = _field(500, "steps; the last one is always saved")

@@ -16,7 +16,6 @@ def arguments(
     *,
     match: str = "clip",
     device: torch.device | str = "cpu",
-    compiled: bool = False,
 ) -> dict[str, Any]:
     """What `forward` of a model is called with.
 
@@ -26,14 +25,13 @@ def arguments(
         step: of the run.
         match: samples of one "clip" are no negatives of each other; or those of one "caption".
         device: of the model.
-        compiled: the step is a tensor then, which recompiles nothing.
     """
     assert batch.ids is not None and batch.attention_mask is not None
     names = batch.text if match == "caption" else [row.media for row in batch.rows]
     clip_ids = torch.tensor([_number(name) for name in names])
     device = torch.device(device)
     found: dict[str, Any] = {"clip_ids": clip_ids.to(device, non_blocking=True)}
-    if compiled or device.type == "cuda":
+    if device.type == "cuda":
         found["words"] = _rounded(int(batch.attention_mask.sum()), batch.ids.numel())
     batch = batch.to(device)
     assert batch.ids is not None and batch.attention_mask is not None
@@ -45,7 +43,7 @@ def arguments(
         "ids": batch.ids,
         "attention_mask": batch.attention_mask,
         "samples": batch.index,
-        "step": torch.tensor(step, device=device) if compiled else step,
+        "step": step,
         **found,
     }
 
@@ -56,6 +54,6 @@ def _number(name: str) -> int:
 
 
 def _rounded(words: int, most: int) -> int:
-    """Up to one of eight sizes: few shapes to compile for."""
+    """Up to one of eight sizes: few shapes, whose memory is used again."""
     unit = -(-most // 8)
     return min(-(-words // unit) * unit, most)

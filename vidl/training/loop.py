@@ -119,8 +119,6 @@ class Training:
         parallel.freeze_unused(model, self._example())
         if run.checkpoint_activations:
             parallel.recompute(model)
-        if run.compile:
-            model.compile()
         return model
 
     def new_model(self) -> Any:
@@ -234,7 +232,6 @@ class Training:
             self.step,
             match=self.config.data.match,
             device=self.ranks.device,
-            compiled=self.config.run.compile,
         )
 
     @property
