@@ -63,9 +63,9 @@ def timm_names(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], lis
         if all(part in state for part in parts):
             whole = torch.cat([state.pop(part) for part in parts])
             state[name.replace(".attn.q.", ".attn.qkv.")] = whole
-    for name, ndim in (("cls_token", 3), ("pos_embed", 3)):
+    for name in ("cls_token", "pos_embed"):
         if name in state:
-            state[name] = state[name].reshape((1,) * (ndim - state[name].ndim) + state[name].shape)
+            state[name] = state[name].reshape((1,) * (3 - state[name].ndim) + state[name].shape)
     return state, others
 
 
