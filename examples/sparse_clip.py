@@ -33,7 +33,7 @@ def stages(model, clip, words):
 
     with torch.no_grad():
         mask = model.recipe.visual_mask(torch.tensor([0]), step=0)
-        frames = model.vision(clip[None], None if mask is None else mask.ids_keep)
+        frames = model.encode_frames(clip[None], mask)
         clips = model.in_time(frames, 1)
         text = model.text.encode(words)
         chosen = model.selector(clips[:, :, 0], text[:, 0], clips).ids

@@ -114,9 +114,9 @@ def test_a_sampler_goes_on_anywhere():
 
 
 def test_too_few_rows():
-    with pytest.raises(ValueError, match="need 8 on each of 2 ranks for one batch, got 12 videos"):
+    with pytest.raises(ValueError, match="need 8 on each of 2 ranks for one batch, got 12 rows"):
         EpochSampler([False] * 12, 8, world_size=2)
-    with pytest.raises(ValueError, match="got 3 images"):
+    with pytest.raises(ValueError, match="got 3 rows of one kind"):
         EpochSampler([False] * 12 + [True] * 3, 4)
     with pytest.raises(ValueError, match="at least one row"):
         EpochSampler([], 4)

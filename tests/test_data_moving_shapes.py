@@ -121,6 +121,18 @@ def test_clips_come_from_seed_and_index_alone():
     )
 
 
+@pytest.mark.parametrize("difficulty, looks", [(1, 1), (2, 4), (3, 6)])
+def test_a_batch_has_few_looks(difficulty, looks):
+    shapes = MovingShapes("train", 400, size=8, frames=1, difficulty=difficulty, looks=looks)
+    batches, seen = iter(EpochSampler(shapes.kinds(), 8)), set()
+    for _ in range(40):
+        actors = [actor for key in next(batches) for actor in shapes.actors(key.index)]
+        found = {(actor.colour, actor.shape) for actor in actors}
+        assert len(found) <= looks
+        seen |= found
+    assert seen == set(coloured_shapes("train"))
+
+
 def test_wrong_requests():
     with pytest.raises(ValueError, match="need a split among train, val, test and a difficulty"):
         MovingShapes("dev", 5)
@@ -128,3 +140,5 @@ def test_wrong_requests():
         MovingShapes("test", 5, difficulty=4)
     with pytest.raises(ValueError, match="need 1 or more clips of difficulty 1, got 0"):
         MovingShapes("test", 0)
+    with pytest.raises(ValueError, match="need looks >= 2 at difficulty 3, got 1"):
+        MovingShapes("train", 5, difficulty=3, looks=1)

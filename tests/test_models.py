@@ -113,6 +113,16 @@ def test_tokens_are_those_of_the_recipe():
         assert seen.shape[1] == model.recipe.tokens()["encoder"]
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_time_before_the_encoder_is_bound_to_what_a_frame_shows(when):
+    model = tiny("smaug", frame_time=when, keep_rate=1.0).eval()
+    torch.nn.init.normal_(model.time)
+    video = batch(model)["video"]
+    forth, back = (model.embed_clips(clip).mean(1) for clip in (video, video.flip(2)))
+    # After it, the same numbers are added to the same frames: their sum has no order.
+    assert torch.allclose(forth, back, atol=1e-5) == (when == "after")
+
+
 def test_summary():
     text = str(models.summarize(tiny("smaug"), words=8, steps=1))
     for expected in ("masked and pruned", "after layer 1", "GFLOP", "realised saving", "selector"):

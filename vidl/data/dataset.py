@@ -108,7 +108,11 @@ class ClipSet(Dataset[Batch], ABC):
 
     @abstractmethod
     def images(self) -> numpy.ndarray:
-        """Whether each row is an image: bool [rows]. A sampler needs it."""
+        """Whether each row is an image: bool [rows]."""
+
+    def kinds(self) -> numpy.ndarray:
+        """Which rows may share a batch in training, those of one number: integers [rows]."""
+        return self.images()
 
     def __getitem__(self, key: Key) -> Batch:
         return self.__getitems__([key])
@@ -137,11 +141,11 @@ class ClipSet(Dataset[Batch], ABC):
 
     def _substitute(self, key: Key, tried: set[int], broken: list[tuple[str, str]]) -> Key:
         """Another row of the same kind that was not tried; remembers it there."""
-        images = self.images()
+        kinds = self.kinds()
         rng = video.generator(self.seed, key.epoch, key.index, "substitute")
         for _ in range(1000):
-            index = rng.randrange(len(images))
-            if index not in tried and images[index] == images[key.index]:
+            index = rng.randrange(len(kinds))
+            if index not in tried and kinds[index] == kinds[key.index]:
                 tried.add(index)
                 return Key(key.epoch, index)
         name, reason = broken[-1]

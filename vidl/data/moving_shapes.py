@@ -75,11 +75,14 @@ class MovingShapes(ClipSet):
         size: side of a frame.
         same_looks: captions differ in motion only: all clips show the same coloured shapes, each
             motion once; `length` is then at most the number of motions.
+        looks: a batch of training has clips of so many coloured shapes, or of fewer where they do
+            not divide; the fewer, the more its clips differ in motion only. 0: of any.
         seed, tokenizer, words: as `ClipSet` has them. The captions of the three splits, and which
             coloured shapes they have, do not depend on the seed.
 
     Raises:
-        ValueError: no such split or difficulty, or `length` is too much for `same_looks`.
+        ValueError: no such split or difficulty, `length` is too much for `same_looks`, or `looks`
+            are fewer than a clip shows.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class MovingShapes(ClipSet):
         frames: int = 8,
         size: int = 64,
         same_looks: bool = False,
+        looks: int = 0,
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
         words: int = 32,
@@ -102,6 +106,11 @@ class MovingShapes(ClipSet):
         self.split, self.length, self.difficulty = split, length, difficulty
         self.frames, self.size, self.same_looks = frames, size, same_looks
         self._motions, self._looks = motions(difficulty), coloured_shapes(split)
+        self._shown = 2 if difficulty == 3 else 1
+        if looks and looks < self._shown:
+            raise ValueError(f"need looks >= {self._shown} at difficulty {difficulty}, got {looks}")
+        # Of how many groups of looks each is drawn from one.
+        self._groups = max(len(self._looks) // looks, 1) if looks else 1
         if not length > 0 or (same_looks and length > len(self._motions)):
             most = f"1 to {len(self._motions)}" if same_looks else "1 or more"
             raise ValueError(f"need {most} clips of difficulty {difficulty}, got {length}")
@@ -112,6 +121,9 @@ class MovingShapes(ClipSet):
     def images(self) -> numpy.ndarray:
         return numpy.zeros(self.length, bool)
 
+    def kinds(self) -> numpy.ndarray:
+        return numpy.arange(self.length) % self._groups
+
     def actors(self, index: int) -> list[Actor]:
         """Who is in a clip, and does what."""
         rng = generator(self.seed, 0, index, f"{self.split} actors")
@@ -119,7 +131,7 @@ class MovingShapes(ClipSet):
         if self.same_looks:
             rng = generator(self.seed, 0, 0, f"{self.split} looks")
             motion = rng.sample(self._motions, self.length)[index]
-        looks = rng.sample(self._looks, 2 if self.difficulty == 3 else 1)
+        looks = rng.sample(self._looks[index % self._groups :: self._groups], self._shown)
         each = [(one,) for one in motion] if self.difficulty == 3 else [motion]
         return [Actor(*look, done) for look, done in zip(looks, each, strict=True)]
 

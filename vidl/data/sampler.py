@@ -20,15 +20,16 @@ class Key:
 class EpochSampler(Sampler[list[Key]]):
     """Shuffled batches for one rank, epoch after epoch, without an end.
 
-    A batch has one kind of media, videos or images, and at one step every rank has the same kind:
-    else ranks would wait for one another in different collectives. An epoch is the whole batches
-    of each kind, in random order; the few rows that fill none are left out, others in each epoch.
+    A batch has rows of one kind, such as videos or images, and at one step every rank has the same
+    kind: else ranks would wait for one another in different collectives. An epoch is the whole
+    batches of each kind, in random order; the few rows that fill none are left out, others in each
+    epoch.
 
     Rows of step s depend on (seed, s) and on the global batch alone, so a run may resume in the
     middle of an epoch, with other workers, and with other ranks if the global batch is the same.
 
     Args:
-        images: whether each row is an image: bool [rows], as `Annotations.kinds` has it.
+        kinds: of each row, integers [rows], as `ClipSet.kinds` has them.
         batch_size: rows of a batch on one rank.
         seed: of the run.
         rank: of this process.
@@ -40,7 +41,7 @@ class EpochSampler(Sampler[list[Key]]):
 
     def __init__(
         self,
-        images: Sequence[bool] | numpy.ndarray,
+        kinds: Sequence[int] | numpy.ndarray,
         batch_size: int,
         *,
         seed: int = 0,
@@ -50,14 +51,13 @@ class EpochSampler(Sampler[list[Key]]):
         if batch_size < 1 or not 0 <= rank < world_size:
             given = f"batch_size={batch_size}, rank={rank}, world_size={world_size}"
             raise ValueError(f"need a batch of 1 or more and a rank below world_size, got {given}")
-        of_images = numpy.asarray(images, bool)
-        kinds = {"videos": numpy.flatnonzero(~of_images), "images": numpy.flatnonzero(of_images)}
-        self._rows = [rows for rows in kinds.values() if len(rows)]
+        kinds = numpy.asarray(kinds, int)
+        self._rows = [numpy.flatnonzero(kinds == kind) for kind in numpy.unique(kinds)]
         self._global_batch = batch_size * world_size
-        for kind, rows in kinds.items():
-            if 0 < len(rows) < self._global_batch:
-                given = f"{batch_size} on each of {world_size} ranks"
-                raise ValueError(f"need {given} for one batch, got {len(rows)} {kind}")
+        fewest = min(map(len, self._rows), default=0)
+        if 0 < fewest < self._global_batch:
+            given = f"{batch_size} on each of {world_size} ranks"
+            raise ValueError(f"need {given} for one batch, got {fewest} rows of one kind")
         if not self._rows:
             raise ValueError("need at least one row, got none")
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ class SmaugRecipe(Recipe):
         prune_layers: of the vision encoder, counted from 0.
         keep_rate: of each of these, in (0, 1]; 1: nothing is pruned.
         fuse: what becomes of pruned tokens; "sum" is EViT's fused token.
+        frame_time: whether the time of a frame is added "before" the encoder, which VTC, a mean
+            over frames, needs to tell their order, or "after" it, for the fusion alone.
         frames_kept: how many frames the caption selects.
         fusion_layers: of BERT, after its `text_layers`.
         decoder_width, decoder_depth, decoder_heads: of the decoder of pixels.
@@ -54,6 +56,7 @@ class SmaugRecipe(Recipe):
     prune_layers: tuple[int, ...] = (3, 6, 9)
     keep_rate: float = 0.7
     fuse: Fuse | None = "sum"
+    frame_time: Literal["before", "after"] = "after"
     frames_kept: int = 2
     text_layers: int = 9
     fusion_layers: int = 3
@@ -124,8 +127,8 @@ class Smaug(TwoTowers):
     Patches are masked at random and only visible ones are embedded; a ViT sees each frame by itself
     and prunes on the way; the caption selects frames, whose tokens BERT's last layers attend to.
     It learns by contrast (VTC), matching (VTM), hidden words (MLM) and masked pixels (MVM). A
-    learned embedding of the frame's time is added after the encoder (our choice: the fusion could
-    not tell their order otherwise). Source: SMAUG, arXiv 2211.11446, figure 2.
+    learned embedding of the frame's time is added (our choice: nothing could tell their order
+    otherwise). Source: SMAUG, arXiv 2211.11446, figure 2.
     """
 
     def __init__(self, recipe: SmaugRecipe) -> None:
@@ -185,7 +188,7 @@ class Smaug(TwoTowers):
         """
         r = self.recipe
         mask = r.visual_mask(samples, step)
-        frames = self.vision(video, None if mask is None else mask.ids_keep)
+        frames = self.encode_frames(video, mask)
         clips = self.in_time(frames, video.shape[0])
         text = self.encode_text(ids, attention_mask, words=words)
         v, t = self.clip_features(clips), self.text_features(text)  # [B, T, E], [B, E]
@@ -216,12 +219,19 @@ class Smaug(TwoTowers):
 
     def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
         """The tokens of each frame that the encoder does not prune, [B, T, n, C]."""
-        frames = self.vision(video, None if mask is None else mask.ids_keep)
-        return self.in_time(frames, video.shape[0])
+        return self.in_time(self.encode_frames(video, mask), video.shape[0])
+
+    def encode_frames(self, video: Tensor, mask: VisualMask | None = None) -> Frames:
+        """What the encoder finds in each frame; None: nothing is masked."""
+        before = self.recipe.frame_time == "before"
+        time = self.time[: video.shape[2]] if before else None
+        return self.vision(video, None if mask is None else mask.ids_keep, time)
 
     def in_time(self, frames: Frames, B: int) -> Tensor:
         """The tokens of each frame and when it was, [B, T, n, C]; the first one is its CLS."""
         tokens = frames.tokens.unflatten(0, (B, -1))
+        if self.recipe.frame_time == "before":  # they know it
+            return tokens
         return tokens + self.time[: tokens.shape[1], None]
 
     def fuse(

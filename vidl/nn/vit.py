@@ -111,26 +111,33 @@ class ViT(nn.Module):
         self.norm = norm_layer(embed_dim)
         initialise(self)
 
-    def forward(self, video: Tensor, ids_keep: Tensor | None = None) -> Frames:
+    def forward(
+        self, video: Tensor, ids_keep: Tensor | None = None, time: Tensor | None = None
+    ) -> Frames:
         """Encode the visible patches of each frame.
 
         Args:
             video: [B, C, T, H, W], or images [B, C, H, W]; uint8 or floating point, any strides.
             ids_keep: visible patches of the clip in (time, row, column) order, [B, T k] int64,
                 those of frame t in the columns t k to (t + 1) k - 1; None: all.
+            time: added to the patches of each frame, [T, C]; None: nothing.
 
         Returns:
             `Frames`.
 
         Raises:
-            ValueError: the clip or the ids have another shape.
+            ValueError: the clip, the ids or the time have another shape.
             RuntimeError: the frames do not have equally many visible patches (on CUDA as a
                 device-side assertion).
         """
         if video.ndim == 4:
             video = video.unsqueeze(2)
         T, patches = frames_of(video, ids_keep, self.grid, self.patch_embed), self.pos_embed[0, 1:]
-        position = patches if T == 1 else (patches.new_zeros(T, self.embed_dim), patches)
+        if time is not None and time.shape != (T, self.embed_dim):
+            raise ValueError(f"need time [{T}, {self.embed_dim}], got {tuple(time.shape)}")
+        if time is None and T > 1:
+            time = patches.new_zeros(T, self.embed_dim)
+        position = patches if time is None else (time, patches)
         x = self.patch_embed(video, ids_keep, position=position)  # [B, T k, C]
         ids = frame_ids(video.shape[0], T, patches.shape[0], ids_keep, x.device)  # [B T, k]
         x = x.reshape(*ids.shape, self.embed_dim)

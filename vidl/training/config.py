@@ -61,6 +61,7 @@ class Data:
     )
     clips: int = _field(10_000, "moving_shapes: how many clips an epoch has")
     difficulty: int = _field(1, "moving_shapes: 1, 2 or 3")
+    looks: int = _field(0, "moving_shapes: coloured shapes of one batch; 0: any")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,11 +155,11 @@ class Config:
     def __post_init__(self) -> None:
         self.recipe()  # its errors
         least = {
-            "data.batch_size": 1, "data.workers": 0, "data.clips": 1, "optimizer.lr": 0,
-            "optimizer.clip": 0, "optimizer.accumulate": 1, "schedule.steps": 1,
-            "schedule.warmup": 0, "schedule.prune_over": 0, "run.threads": 0, "run.log_every": 1,
-            "run.save_every": 1, "run.keep": 1, "evaluation.every": 0, "evaluation.rerank": 0,
-            "evaluation.pairs": 1,
+            "data.batch_size": 1, "data.workers": 0, "data.clips": 1, "data.looks": 0,
+            "optimizer.lr": 0, "optimizer.clip": 0, "optimizer.accumulate": 1,
+            "schedule.steps": 1, "schedule.warmup": 0, "schedule.prune_over": 0,
+            "run.threads": 0, "run.log_every": 1, "run.save_every": 1, "run.keep": 1,
+            "evaluation.every": 0, "evaluation.rerank": 0, "evaluation.pairs": 1,
         }  # fmt: skip
         values = self.values()
         for name, number in least.items():

@@ -60,7 +60,7 @@ def open_loader(
         stream = ShardStream(data.files, dataset, data.batch_size, rank=rank, world_size=world_size)
         return Loader(stream, **options)
     sampler = EpochSampler(
-        dataset.images(), data.batch_size, seed=config.run.seed, rank=rank, world_size=world_size
+        dataset.kinds(), data.batch_size, seed=config.run.seed, rank=rank, world_size=world_size
     )
     return Loader(dataset, sampler, **options)
 
@@ -71,7 +71,8 @@ def open_clips(config: Config, recipe: Recipe, tokenizer: Tokenizer | None) -> C
     sizes: dict[str, Any] = dict(frames=recipe.frames, size=recipe.image_size)
     words: dict[str, Any] = dict(seed=config.run.seed, tokenizer=tokenizer, words=data.words)
     if data.source == "moving_shapes":
-        return MovingShapes("train", data.clips, difficulty=data.difficulty, **sizes, **words)
+        sizes |= dict(difficulty=data.difficulty, looks=data.looks)
+        return MovingShapes("train", data.clips, **sizes, **words)
     rows = [] if data.source == "shards" else annotated(config)
     kind = CachedClips if data.cache else Clips
     return kind(
