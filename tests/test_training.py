@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from vidl import cli, models
-from vidl.data.text import load_tokenizer
+from vidl.data.text import load_tokenizer, train_tokenizer
 from vidl.training import Config, checkpoints, optimizer, pretrain
 from vidl.training.config import Schedule, explain
 
@@ -351,3 +352,63 @@ def test_broken_clips_are_left_out_with_their_captions(tmp_path, capsys, monkeyp
     assert all(f"{tmp_path / f'{n}.mp4'}: " in shown for n in range(3)) and "3.mp4" not in shown
     assert "times a clip could not be read" in shown
     assert len(list((tmp_path / "cache" / "clips").glob("*.npy"))) == 7  # each decoded once
+
+
+# Other data
+
+
+def test_images_and_videos_in_one_run(tmp_path, monkeypatch):
+    from PIL import Image
+
+    from vidl.training import inputs, loop
+
+    rows = json.loads((EXAMPLES / "clips.json").read_text())[:3]
+    rows = [{**row, "video": str(EXAMPLES / "clips" / row["video"])} for row in rows]
+    for number in range(3):
+        Image.new("RGB", (40, 50), (80 * number, 90, 30)).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": f"colour {number}"})
+    (tmp_path / "clips.json").write_text(json.dumps(rows))
+    shown = []
+
+    def arguments(batch, *args, **kwargs):
+        found = inputs.arguments(batch, *args, **kwargs)
+        kinds = {text.startswith("colour") for text in batch.text}
+        assert len(kinds) == 1 and found["video"].shape[2] == MODEL["frames"]
+        shown.append(kinds.pop())
+        return found
+
+    monkeypatch.setattr(loop, "arguments", arguments)
+    options = [*SMAUG, "data.source=clips", f"data.files={tmp_path / 'clips.json'}"]
+    options += ["data.batch_size=3"]
+    assert train(tmp_path / "run", options)["finished"]
+    assert shown.count(True) == shown.count(False) == 4
+
+
+def test_a_run_goes_on_in_its_shards(tmp_path):
+    pytest.importorskip("webdataset")
+    rows = json.loads((EXAMPLES / "clips.json").read_text())[:8]
+    (tmp_path / "clips.json").write_text(json.dumps(rows))
+    files = [tmp_path / f"{shard}.tar" for shard in range(2)]
+    for number, row in enumerate(rows):
+        with tarfile.open(files[number % 2], "a") as tar:
+            (tmp_path / "caption").write_text(row["caption"][0])
+            tar.add(tmp_path / "caption", f"{number}.txt")
+            tar.add(EXAMPLES / "clips" / row["video"], f"{number}.mp4")
+    options = [*MAC, "data.source=shards", f"data.files=[{files[0]},{files[1]}]"]
+    options += ["data.batch_size=3", "run.save_every=2", "evaluation.every=5"]
+    with pytest.raises(ValueError, match=r"need data.tokenizer with data.source 'shards'"):
+        train(tmp_path / "none", options)
+    captions = [text for row in rows for text in row["caption"]]
+    train_tokenizer(captions).save(tmp_path / "tokenizer.json")
+    options += [f"data.tokenizer={tmp_path / 'tokenizer.json'}"]
+
+    def broken(training):
+        raise RuntimeError("the machine is gone")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        train(tmp_path / "broken", options, evaluate=broken)
+    for folder in ("broken", "whole"):
+        train(tmp_path / folder, options, evaluate=lambda training: {})
+    losses = [[r["loss"] for r in records(tmp_path / x) if "loss" in r] for x in ("broken", "whole")]
+    assert losses[0] == losses[1] and len(losses[1]) == 8
+    assert same_weights(tmp_path / "broken", tmp_path / "whole")
