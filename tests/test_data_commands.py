@@ -86,6 +86,22 @@ def test_a_mask_hides_so_many_patches_of_each_frame(ratio, hidden):
     assert grey.sum((1, 2)).tolist() == [hidden] * 5
 
 
+def test_speed(annotated, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path))
+    options = ["--clips", "8", "--size", "32"]
+    assert main(["data", "speed", str(annotated), *options]) == 1
+    out = capsys.readouterr().out
+    assert f"broken     {annotated.parent / 'clips' / 'junk.mp4'}: Invalid data" in out
+    for name in (*video.DECODERS, "cached"):
+        line = next(line for line in out.splitlines() if line.startswith(f"  {name} "))
+        reason = None if name == "cached" else video.why_not(name)
+        assert "clips/s, median" in line if reason is None else reason in line
+
+    annotated.write_text(json.dumps([{"video": "junk.mp4", "caption": "a"}]))
+    assert main(["data", "speed", str(annotated), *options]) == 1
+    assert "none of 8 clips" in capsys.readouterr().err
+
+
 def test_progress_is_for_terminals(capsys, monkeypatch):
     assert list(commands.progress([1, 2], "counting")) == [1, 2]
     assert capsys.readouterr().err == ""

@@ -409,6 +409,8 @@ def test_a_run_goes_on_in_its_shards(tmp_path):
         train(tmp_path / "broken", options, evaluate=broken)
     for folder in ("broken", "whole"):
         train(tmp_path / folder, options, evaluate=lambda training: {})
-    losses = [[r["loss"] for r in records(tmp_path / x) if "loss" in r] for x in ("broken", "whole")]
+    losses = [
+        [r["loss"] for r in records(tmp_path / x) if "loss" in r] for x in ("broken", "whole")
+    ]
     assert losses[0] == losses[1] and len(losses[1]) == 8
     assert same_weights(tmp_path / "broken", tmp_path / "whole")

@@ -163,7 +163,7 @@ def _field(text: str) -> tuple[str, object]:
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
-    about = "convert annotations to one table, decode all clips to find broken ones, look at clips"
+    about = "convert annotations to one table, find broken clips, look at clips, time the decoders"
     data = commands.add_parser("data", help=about, description=about.capitalize() + ".")
     parts = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -220,6 +220,20 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     add("--seed", type=int, default=0, help="draws other clips and another mask")
     part.set_defaults(run=_data_preview)
 
+    part = parts.add_parser(
+        "speed",
+        help="how many clips a second each decoder reads",
+        description="Read training samples with each decoder that can run here, and from the cache "
+        "of data.cache, in turns: how many clips a second one process of the loader reads.",
+    )
+    _add_source(part)
+    add = part.add_argument
+    add("--clips", type=int, default=64, help="how many are read (default 64)")
+    add("--frames", type=int, default=4, help="of each clip (default 4)")
+    add("--size", type=int, default=224, help="side of a frame (default 224)")
+    add("--seed", type=int, default=0, help="draws other instants and crops")
+    part.set_defaults(run=_data_speed)
+
 
 def _add_source(part: argparse.ArgumentParser) -> None:
     part.add_argument("file", type=Path, help="annotations: common JSON, or an Arrow table")
@@ -265,6 +279,14 @@ def _data_preview(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     names = ("clips", "frames", "size", "mask_ratio", "patch", "seed")
     options = {name: getattr(args, name) for name in names}
     return commands.run(lambda: commands.preview(args.file, args.media, args.out, **options))
+
+
+def _data_speed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    if args.clips < 1:
+        parser.error(f"need --clips >= 1, got {args.clips}")
+    commands = _data_commands(parser)
+    options = {name: getattr(args, name) for name in ("clips", "frames", "size", "seed")}
+    return commands.run(lambda: commands.speed(args.file, args.media, **options))
 
 
 def _add_pretrain(commands: argparse._SubParsersAction) -> None:

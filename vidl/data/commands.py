@@ -1,5 +1,6 @@
-"""`vidl data convert | check | preview`: what the command line calls."""
+"""`vidl data convert | check | preview | speed`: what the command line calls."""
 
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidl.data import annotations, crops, video
-from vidl.data.dataset import text_of
+from vidl.data.cache import CachedClips
+from vidl.data.dataset import Clips, text_of
 from vidl.data.formats import Row
+from vidl.data.sampler import Key
 from vidl.data.video import BrokenClip
 
 Item = TypeVar("Item")
@@ -103,6 +106,50 @@ def preview(
     Image.fromarray(torch.cat(strips).numpy()).save(to)
     print(f"see {to}")
     return broken
+
+
+def speed(file: Path, media: Path | None, *, frames: int, size: int, clips: int, seed: int) -> int:
+    """Time each decoder on the same clips, one process and one thread; returns how many broke."""
+    rows = annotations.load((file, media))
+    why_not = {decoder: video.why_not(decoder) for decoder in video.DECODERS}
+    options: dict[str, Any] = dict(frames=frames, size=size, train=True, seed=seed)
+    ways: dict[str, Clips] = {
+        name: Clips(rows, decoder=name, **options) for name, reason in why_not.items() if not reason
+    }
+    ways["cached"] = CachedClips(rows, **options)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    broken = set()
+    order = torch.randperm(clips, generator=torch.Generator().manual_seed(seed)) % len(rows)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker of the loader
+    try:
+        for number, index in enumerate(progress(order.tolist(), "reading", clips)):
+            for name, way in ways.items():  # in turns: a slow moment hits all of them
+                try:
+                    if name == "cached":
+                        way.read(Key(0, index))  # decodes it, if this is the first time
+                    begin = time.perf_counter()
+                    way.read(Key(number, index))
+                    seconds[name].append(time.perf_counter() - begin)
+                except BrokenClip as error:
+                    broken.add(str(error))
+    finally:
+        torch.set_num_threads(threads)
+    for line in sorted(broken):
+        print(f"broken     {line}")
+    if not all(seconds.values()):
+        raise ValueError(f"none of {clips} clips of {file} can be read")
+    print(f"samples of {frames} x {size} x {size}, decoded, cropped and resized by one process:")
+    for name, times in seconds.items():
+        median, slow = statistics.median(times), max(times)
+        print(
+            f"  {name:<11} {len(times) / sum(times):7.1f} clips/s, median {median * 1e3:.1f} ms, "
+            f"longest {slow * 1e3:.1f} ms"
+        )
+    for name, reason in why_not.items():
+        if reason:
+            print(f"  {name:<11} cannot run here: {reason}")
+    return len(broken)
 
 
 def hide(pictures: Tensor, ratio: float, patch: int, generator: torch.Generator) -> Tensor:
