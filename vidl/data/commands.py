@@ -119,12 +119,15 @@ def speed(file: Path, media: Path | None, *, frames: int, size: int, clips: int,
     ways["cached"] = CachedClips(rows, **options)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     broken = set()
-    order = torch.randperm(clips, generator=torch.Generator().manual_seed(seed)) % len(rows)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(clips, generator=generator) % len(rows)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker of the loader
     try:
         for number, index in enumerate(progress(order.tolist(), "reading", clips)):
-            for name, way in ways.items():  # in turns: a slow moment hits all of them
+            # In turns, each time in another order: a slow moment, or a cold file, hits all alike.
+            for turn in torch.randperm(len(ways), generator=generator).tolist():
+                name, way = list(ways.items())[turn]
                 try:
                     if name == "cached":
                         way.read(Key(0, index))  # decodes it, if this is the first time
