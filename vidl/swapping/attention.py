@@ -1,0 +1,75 @@
+"""What the families share: attention among whole samples of equal length."""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from vidl.kernels import library
+from vidl.kernels.groups import Groups
+from vidl.kernels.space_time_attention import space_time_attention
+from vidl.kernels.space_time_attention.op import Scores
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    scores: Scores | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of the tokens of each sample.
+
+    Args:
+        q: [B, N, H, D], any strides of the first three: slices of a fused buffer need no copy.
+        k, v: [B, M, H, D].
+        scale: default 1 / sqrt(D).
+        scores: also return how important each key is, as `vidl.ops.space_time_attention` does.
+
+    Returns:
+        The output, [B, N, H D], and the scores, [B, M] float32, or None.
+    """
+    B, N = q.shape[:2]
+    M = k.shape[1]
+    found = space_time_attention(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        equal_groups(B, N, M, q.device),
+        scale=scale,
+        return_scores=scores,
+        backend=backend,
+    )
+    out, importance = found if isinstance(found, tuple) else (found, None)
+    return out.view(B, N, -1), None if importance is None else importance.view(B, M)
+
+
+def equal_groups(B: int, N: int, M: int, device: torch.device) -> Groups:
+    """B samples of N queries and M keys: made once for all layers and steps."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or capturing:
+        # What is made here belongs to a graph, or is no real tensor: nothing to keep.
+        return Groups.equal(B, N, keys=M, device=device)
+    return _kept_groups(B, N, M, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_groups(B: int, N: int, M: int, device: torch.device) -> Groups:
+    with torch.inference_mode(False):  # else training could not use them after an inference
+        return Groups.equal(B, N, keys=M, device=device)
+
+
+def speed(device: torch.device, dtype: torch.dtype, head_size: int, backend: str) -> str:
+    """What the report says of attention that gains nothing here; "" where our kernels run."""
+    if backend != "auto":
+        return ""
+    op = "space_time_attention"
+    if library.choose(backend, op, device.type, dtype, head_size=head_size) != "reference":
+        return ""
+    reason = library.why_not("compiled", op, device.type, dtype, head_size=head_size)
+    if reason is None:
+        reason = f"no kernel of ours is known to be faster on {device.type}"
+    return f"as fast as before: backend='auto' stays with PyTorch's own attention, as {reason}"

@@ -1,0 +1,46 @@
+"""Which files know which models, and with which versions of their libraries they were tested."""
+
+import functools
+import importlib
+import re
+import sys
+import warnings
+from importlib import metadata
+
+from vidl.swapping.rules import Family
+
+# A file of this folder, and the module that defines the classes it knows. Unless that is imported,
+# no model can have them, and the file is not imported either.
+FAMILIES = {
+    "timm_attention": "timm.layers.attention",
+}
+
+# The first and the last version that the tests ran with.
+TESTED = {"timm": ("1.0.31", "1.0.31"), "transformers": ("5.23.0", "5.23.0")}
+
+
+def loaded() -> list[Family]:
+    """The families whose libraries are imported."""
+    found = []
+    for file, defines in FAMILIES.items():
+        if defines in sys.modules:
+            check_version(defines.split(".")[0])
+            found.append(importlib.import_module(f"vidl.swapping.{file}").FAMILY)
+    return found
+
+
+@functools.cache
+def check_version(library: str) -> None:
+    """Warn, once, of a library outside the versions that were tested."""
+    first, last = TESTED[library]
+    version = metadata.version(library)
+    if not _numbers(first) <= _numbers(version) <= _numbers(last):
+        warnings.warn(
+            f"vidl.swap was tested with {library} {first} to {last}, this is {version}: compare "
+            "the outputs of your model before and after",
+            stacklevel=4,
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
