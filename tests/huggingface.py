@@ -1,4 +1,4 @@
-"""Tiny models of transformers, with random weights, and inputs: what the tests of swapping share."""
+"""Tiny models of transformers with random weights, and what they are given."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-from compare import gradients
 from torch import Tensor, nn
 
 TEXT = dict(
@@ -129,9 +128,7 @@ CASES = {
         simple("TimesformerModel", dict(VISION, num_frames=4)), clips, ("last_hidden_state",)
     ),
     "TimesformerJoint": Case(
-        simple(
-            "TimesformerModel", dict(VISION, num_frames=4, attention_type="joint_space_time")
-        ),
+        simple("TimesformerModel", dict(VISION, num_frames=4, attention_type="joint_space_time")),
         clips,
         ("last_hidden_state",),
     ),
@@ -159,7 +156,9 @@ CASES = {
         ("logits_per_video", "text_embeds", "video_embeds"),
     ),
     "Bert": Case(
-        simple("BertModel", BERT), captions, ("last_hidden_state", "pooler_output"),
+        simple("BertModel", BERT),
+        captions,
+        ("last_hidden_state", "pooler_output"),
         ("last_hidden_state",),
     ),
     "BridgeTower": Case(
@@ -192,4 +191,7 @@ def results(model: nn.Module, case: Case, dtype: torch.dtype = torch.float32) ->
     generator = torch.Generator().manual_seed(1)
     numbers = torch.randn(joined.shape, generator=generator, dtype=torch.float64).to(joined.dtype)
     grads = torch.autograd.grad(joined, leaves, numbers, allow_unused=True)
-    return [*found, *(torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True))]
+    return [
+        *found,
+        *(torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)),
+    ]

@@ -14,10 +14,10 @@ from vidl.swapping.rules import Family
 FAMILIES = {
     "timm_attention": "timm.layers.attention",
     "huggingface_videomae": "transformers.models.videomae.modeling_videomae",
-    "huggingface_vivit": "transformers.models.vivit.modeling_vivit",
     "huggingface_timesformer": "transformers.models.timesformer.modeling_timesformer",
     "huggingface_bert": "transformers.models.bert.modeling_bert",
     "huggingface_bridgetower": "transformers.models.bridgetower.modeling_bridgetower",
+    "huggingface_patches": "transformers.modeling_utils",
     # Last: it looks at what the others made of a model.
     "huggingface_attention": "transformers.modeling_utils",
 }

@@ -37,6 +37,7 @@ KNOWN = {
     "vivit": ("VivitAttention",),
     "x_clip": ("XCLIPAttention", "XCLIPCrossAttention"),
 }
+CAUSAL = ("clip_text_model", "xclip_text_model")
 # How these call the share of attention weights that they drop out.
 DROPOUT = ("dropout", "attention_dropout", "dropout_prob", "attn_drop")
 # What some models hand to their attention, and no kernel of ours computes.
@@ -289,6 +290,9 @@ def _note(module: Any, backend: str) -> str:
         head_size = module.attention_head_size
     else:
         head_size = module.head_dim
+    config = module.config
+    if config.model_type in CAUSAL or getattr(config, "is_decoder", False):
+        return "PyTorch's own attention, as it is causal"
     if note := speed(weight.device, weight.dtype, head_size, backend):
         return note
     found = (getattr(module, name, None) for name in DROPOUT)

@@ -44,8 +44,7 @@ class TimesformerLayer(timesformer.TimesformerLayer):
 
     def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, ...]:
         space: Any = self.attention
-        divided = self.attention_type == "divided_space_time"
-        if not divided or output_attentions or drops_out(space.attention):
+        if output_attentions or drops_out(space.attention):
             return super().forward(hidden_states, output_attentions)
         time: Any = self.temporal_attention
         cls, patches = hidden_states[:, :1], hidden_states[:, 1:]
@@ -96,9 +95,15 @@ def _note(attention: Any, backend: str) -> str:
     return speed(weight.device, weight.dtype, head_size, backend)
 
 
+def _why_not(layer: Any) -> str | None:
+    if layer.attention_type == "divided_space_time":
+        return None
+    return f"attention_type={layer.attention_type!r}: there is nothing to win but its attention"
+
+
 FAMILY = Family(
     rules=[
         Rule(timesformer.TimesformerSelfAttention, TimesformerSelfAttention, note=_note),
-        Rule(timesformer.TimesformerLayer, TimesformerLayer),
+        Rule(timesformer.TimesformerLayer, TimesformerLayer, _why_not),
     ],
 )
