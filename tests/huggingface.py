@@ -153,7 +153,7 @@ CASES = {
             drop_path_rate=0.0,
         ),
         lambda: dict(clips(), **captions()),
-        ("logits_per_video", "text_embeds", "video_embeds"),
+        ("text_embeds", "video_embeds"),
     ),
     "Bert": Case(
         simple("BertModel", BERT),

@@ -291,7 +291,8 @@ def _note(module: Any, backend: str) -> str:
     else:
         head_size = module.head_dim
     config = module.config
-    if config.model_type in CAUSAL or getattr(config, "is_decoder", False):
+    decoder = getattr(config, "is_decoder", False) and "Cross" not in type(module).__name__
+    if decoder or config.model_type in CAUSAL:
         return "PyTorch's own attention, as it is causal"
     if note := speed(weight.device, weight.dtype, head_size, backend):
         return note
