@@ -13,6 +13,8 @@ from vidl.swapping.rules import Family
 # no model can have them, and the file is not imported either.
 FAMILIES = {
     "timm_attention": "timm.layers.attention",
+    "timm_embed": "timm.layers.patch_embed",
+    "timm_naflex": "timm.models.naflexvit",
 }
 
 # The first and the last version that the tests ran with.
