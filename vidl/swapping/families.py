@@ -15,6 +15,8 @@ FAMILIES = {
     "timm_attention": "timm.layers.attention",
     "timm_embed": "timm.layers.patch_embed",
     "timm_naflex": "timm.models.naflexvit",
+    "timm_pruning": "timm.models.eva",
+    "timm_beit": "timm.models.beit",
 }
 
 # The first and the last version that the tests ran with.

@@ -62,17 +62,9 @@ class EvaAttention(timm_eva.EvaAttention):
         if self.qkv is None:
             q, k, v = (p(x).unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         else:
-            q, k, v = self._qkv(x).unflatten(-1, (3, *heads)).unbind(2)
+            q, k, v = biased_qkv(self, x).unflatten(-1, (3, *heads)).unbind(2)
         q, k = turned(self, self.q_norm(q), self.k_norm(k), v, rope)
         return finish(self, x, q, k, v, groups, scores)
-
-    def _qkv(self, x: Tensor) -> Tensor:
-        if self.q_bias is None:
-            return self.qkv(x)
-        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        if self.qkv_bias_separate:  # rounds twice in low precision, as the weights were trained
-            return self.qkv(x) + bias
-        return F.linear(x, self.qkv.weight, bias)
 
 
 class AttentionRope(timm_attention.AttentionRope):
@@ -144,6 +136,16 @@ def turned(
         return torch.cat([x[:, :prefix], patches], 1).type_as(v)
 
     return turn(q), turn(k)
+
+
+def biased_qkv(attention: Any, x: Tensor) -> Tensor:
+    """Queries, keys and values of EVA and BEiT, whose keys have no bias that learns."""
+    if attention.q_bias is None:
+        return attention.qkv(x)
+    bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+    if attention.qkv_bias_separate:  # rounds twice in low precision, as the weights were trained
+        return attention.qkv(x) + bias
+    return F.linear(x, attention.qkv.weight, bias)
 
 
 def finish(
