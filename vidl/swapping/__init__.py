@@ -1,6 +1,7 @@
 """The kernels in models that exist already: instances change in place, and change back."""
 
 from vidl.swapping.in_place import swap, unswap
+from vidl.swapping.pruning import prune
 from vidl.swapping.report import Change, Report
 
-__all__ = ["Change", "Report", "swap", "unswap"]
+__all__ = ["Change", "Report", "prune", "swap", "unswap"]

@@ -17,20 +17,22 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
+    groups: Groups | None = None,
     scale: float | None = None,
     scores: Scores | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of the tokens of each sample.
+    """Attention of the tokens of each sample, or of groups of them.
 
     Args:
         q: [B, N, H, D], any strides of the first three: slices of a fused buffer need no copy.
         k, v: [B, M, H, D].
+        groups: of the B N queries and B M keys; default each sample is one.
         scale: default 1 / sqrt(D).
         scores: also return how important each key is, as `vidl.ops.space_time_attention` does.
 
     Returns:
-        The output, [B, N, H D], and the scores, [B, M] float32, or None.
+        The output, [B, N, H D], and the scores, [B, M] float32, or None; of samples only.
     """
     B, N = q.shape[:2]
     M = k.shape[1]
@@ -38,7 +40,7 @@ def attend(
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),
-        equal_groups(B, N, M, q.device),
+        equal_groups(B, N, M, q.device) if groups is None else groups,
         scale=scale,
         return_scores=scores,
         backend=backend,

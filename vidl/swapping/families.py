@@ -20,6 +20,10 @@ FAMILIES = {
     "huggingface_patches": "transformers.modeling_utils",
     # Last: it looks at what the others made of a model.
     "huggingface_attention": "transformers.modeling_utils",
+    "timm_embed": "timm.layers.patch_embed",
+    "timm_naflex": "timm.models.naflexvit",
+    "timm_pruning": "timm.models.eva",
+    "timm_beit": "timm.models.beit",
 }
 
 # The first and the last version that the tests ran with.

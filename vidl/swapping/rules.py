@@ -63,6 +63,32 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """A transformer whose layers can drop tokens.
+
+    Attributes:
+        original, swapped: its class, exactly, and the one that takes its place.
+        blocks: for each class of layers the one that drops; it reads memory["pruning"],
+            memory["layer"] and memory["prefix"] of its State.
+        layers: the layers of such a model.
+        prefix: how many of its tokens, in front, always stay.
+        why_not: the reason why these layers cannot drop tokens so, or None; it changes nothing.
+        every: whether layers that drop nothing are swapped too, as they must know what others did.
+        setup, undo: as of a Rule.
+    """
+
+    original: type[nn.Module]
+    swapped: type[nn.Module]
+    blocks: dict[type[nn.Module], type[nn.Module]]
+    layers: Callable[[Any], Sequence[nn.Module]]
+    prefix: Callable[[Any], int]
+    why_not: Callable[[Any, Any, Sequence[int]], str | None]
+    every: bool = False
+    setup: Callable[[nn.Module], None] | None = None
+    undo: Callable[[nn.Module], None] | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """What one file knows of its models.
 
@@ -71,10 +97,12 @@ class Family:
         whole: a step for what is no matter of one module: called with the model and the backend
             after all rules. It calls `remember` for each module that it changes, with the undo, and
             returns the changes, those that it left among them.
+        towers: for `vidl.prune`.
     """
 
     rules: Sequence[Rule] = ()
     whole: Callable[[nn.Module, str], Sequence[Change]] | None = None
+    towers: Sequence[Tower] = ()
 
 
 def state_of(module: nn.Module) -> State | None:
