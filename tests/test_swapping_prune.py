@@ -20,8 +20,11 @@ from test_swapping_timm import MODELS, SIZE, VIT, assert_equal, images, make, re
 from timm.layers import apply_keep_indices_nlc  # noqa: E402
 from timm.models.beit import Beit  # noqa: E402
 from timm.models.vision_transformer import ParallelScalingBlock  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import vidl  # noqa: E402
+from vidl.bench import cases, swapped  # noqa: E402
+from vidl.bench.check import check  # noqa: E402
 from vidl.nn import Block  # noqa: E402
 from vidl.ops import kept_count  # noqa: E402
 from vidl.swapping import pruning  # noqa: E402
@@ -312,3 +315,23 @@ def test_what_cannot_be_pruned(model, options, reason):
     with pytest.raises(ValueError, match=reason):
         vidl.prune(made, **{"keep_rate": 0.5, "layers": [0], **options})
     assert (str(made), [type(part) for part in made.modules()]) == before
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.7])
+def test_benchmark(rate, monkeypatch):
+    """What is timed is right, and its multiplications are those that PyTorch counts."""
+    options = (("depth", 4), ("embed_dim", 64), ("num_heads", 2), ("img_size", 64))
+    sizes = dict(model="vit", name="vit_tiny_patch16_224", options=options, rate=rate)
+    monkeypatch.setattr(swapped, "SHAPES", {"tiny": sizes | {"B": {"cpu": 2}}})
+    monkeypatch.setattr(swapped, "LAYERS", (1, 2))
+    (case,) = cases.plan(["swapped"], dtypes=["float32"], device="cpu").cases
+    trials = check(case)
+    assert [t.candidate.name for t in trials if t.status not in ("ok", "cannot run")] == []
+    assert {t.candidate.name for t in trials if t.status == "ok"} > {"vidl compiled"}
+    assert all({"result", "first"} == set(t.errors) for t in trials if t.status == "ok")
+
+    inputs = case.make()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        swapped.step(inputs, "vidl compiled")
+    fused = 2 * 2 * 64 * (4 + 3) if rate < 1 else 0  # of the dropped tokens: not worth counting
+    assert counter.get_total_flops() == case.work("forward")[0].flops + fused
