@@ -223,6 +223,87 @@ def vit_multiplications(sizes: Sizes) -> int:
     return sizes["B"] * (weights + model.head.weight.numel())
 
 
+# ---- transformers' VideoMAE, with nine tenths of a clip masked -----------------------------------
+
+
+def video_mae(sizes: Sizes) -> nn.Module:
+    import transformers
+
+    return transformers.VideoMAEForPreTraining(
+        transformers.VideoMAEConfig(**sizes.get("options", {}))
+    )
+
+
+def tubes(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Clips, and in all their frames the same places masked."""
+    clip = torch.randn(sizes["B"], 16, 3, 224, 224, generator=generator)
+    ranks = torch.rand(sizes["B"], 196, generator=generator).argsort(1).argsort(1)
+    return clip, (ranks >= sizes["visible"]).repeat(1, 8), (1,)
+
+
+def video_mae_multiplications(sizes: Sizes) -> int:
+    model: Any = outline(frozen(sizes))
+    visible, N = 8 * sizes["visible"], 8 * 196
+    weights = model.videomae.embeddings.patch_embeddings.projection.weight.numel()
+    weights += model.encoder_to_decoder.weight.numel()
+    total = visible * weights + (N - visible) * model.decoder.head.weight.numel()
+    for layers, rows in (
+        (model.videomae.encoder.layer, visible),
+        (model.decoder.decoder_layers, N),
+    ):
+        total += sum(layer_multiplications(layer, rows) for layer in layers)
+    return sizes["B"] * total
+
+
+def layer_multiplications(layer: nn.Module, rows: int) -> int:
+    """Of a layer of transformers for one sample."""
+    matrices = [p for p in layer.parameters() if p.ndim == 2]
+    return rows * sum(p.numel() for p in matrices) + 2 * rows * rows * matrices[0].shape[1]
+
+
+# ---- transformers' BERT, with captions of 8 to 20 words ------------------------------------------
+
+
+def bert(sizes: Sizes) -> nn.Module:
+    import transformers
+
+    return transformers.BertModel(
+        transformers.BertConfig(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
+    )
+
+
+def words(sizes: Sizes) -> Tensor:
+    """How many each caption has."""
+    return 8 + 5 * torch.arange(sizes["B"]) % 13
+
+
+def padded(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    B, L = sizes["B"], sizes["L"]
+    ids = torch.randint(1000, 30000, (B, L), generator=generator)
+    return ids, (torch.arange(L) < words(sizes)[:, None]).long(), (B, L, 768)
+
+
+def of_words(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The hidden states of words; what is at padding has no meaning."""
+    assert mask is not None
+    hidden = model(ids, mask).last_hidden_state
+    return hidden.masked_fill(mask[..., None] == 0, 0)
+
+
+def bert_multiplications(sizes: Sizes) -> int:
+    model: Any = outline(frozen(sizes))
+    lengths = words(sizes).tolist()
+    return sum(layer_multiplications(layer, n) for layer in model.encoder.layer for n in lengths)
+
+
+def transformers_alone(sizes: Sizes) -> dict[str, Change]:
+    return {"transformers": lambda model, sizes: None}
+
+
+def swap_all(model: nn.Module, sizes: Sizes, backend: str) -> None:
+    vidl.swap(model, backend=backend)
+
+
 WORKLOADS = {
     "vit": Workload(
         vit,
@@ -233,6 +314,24 @@ WORKLOADS = {
         stock_vit,
         vit_multiplications,
     ),
+    "videomae": Workload(
+        video_mae,
+        lambda model: model.videomae.embeddings.patch_embeddings.projection.weight,
+        tubes,
+        lambda model, x, mask: model(x, mask).loss[None],
+        swap_all,
+        transformers_alone,
+        video_mae_multiplications,
+    ),
+    "bert": Workload(
+        bert,
+        lambda model: model.embeddings.position_embeddings.weight,
+        padded,
+        of_words,
+        swap_all,
+        transformers_alone,
+        bert_multiplications,
+    ),
 }
 
 _VIT = dict(model="vit", name="vit_base_patch16_224", B=dict(cuda=64, cpu=4))
@@ -240,3 +339,10 @@ SHAPES: dict[str, Sizes] = {}
 if find_spec("timm") is not None:
     SHAPES["ViT-B/16"] = _VIT | dict(rate=1.0)
     SHAPES["ViT-B/16, keep 0.7 in layers 3, 6, 9"] = _VIT | dict(rate=0.7)
+
+_MAE = dict(model="videomae", visible=20, B=dict(cuda=32, cpu=1))
+_BERT = dict(model="bert", B=dict(cuda=256, cpu=16))
+if find_spec("transformers") is not None:
+    SHAPES["VideoMAE-B, 90 % masked"] = _MAE
+    SHAPES["BERT-base, 8 to 20 words padded to 32"] = _BERT | dict(L=32)
+    SHAPES["BERT-base, 8 to 20 words padded to 20"] = _BERT | dict(L=20)
