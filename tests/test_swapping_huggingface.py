@@ -20,6 +20,7 @@ from huggingface import (  # noqa: E402
     LENGTHS,
     PATCHES,
     VIDEOMAE,
+    VISION,
     captions,
     clips,
     hidden,
@@ -33,7 +34,7 @@ from transformers.models.timesformer.modeling_timesformer import TimesformerDrop
 import vidl  # noqa: E402
 import vidl.swapping.huggingface_attention as interface  # noqa: E402
 from vidl.kernels.groups import Groups  # noqa: E402
-from vidl.ops import space_time_attention  # noqa: E402
+from vidl.ops import kept_count, space_time_attention  # noqa: E402
 
 EVERY = pytest.mark.parametrize("name", CASES)
 PRETRAINING = CASES["VideoMAEForPreTraining"]
@@ -521,6 +522,79 @@ def test_sizes_that_a_convolution_cuts():
     expected = model(images, interpolate_pos_encoding=True).last_hidden_state
     vidl.swap(model)
     close([model(images, interpolate_pos_encoding=True).last_hidden_state], [expected])
+
+
+# ---- vidl.prune ---------------------------------------------------------------------------------
+
+
+def by_hand(model, pixels, rate, layers, score):
+    """EViT's pruning with the matrix of weights, by the stock modules of ViT or ViViT."""
+    x = model.embeddings(pixels)
+    for number, layer in enumerate(model.layers):
+        out, weights = layer.attention(layer.layernorm_before(x), None)
+        x = x + out
+        if number in layers:
+            seen = weights.mean(1)[:, 0] if score == "cls" else weights.mean((1, 2))
+            keep = kept_count(x.shape[1] - 1, rate)
+            ids = 1 + seen[:, 1:].topk(keep).indices.sort(1).values
+            kept = x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
+            x = torch.cat([x[:, :1], kept], 1)
+        x = x + layer.mlp(layer.layernorm_after(x))
+    return model.layernorm(x)
+
+
+@pytest.mark.parametrize("score", ["cls", "mean"])
+@pytest.mark.parametrize("name", ["ViT", "Vivit"])
+def test_prune(name, score):
+    case = CASES[name]
+    model = case.model()
+    model.set_attn_implementation("eager")
+    pixels = case.inputs()["pixel_values"]
+    before = outputs(model, case, torch.float32)
+    expected = by_hand(model, pixels, 0.6, (0, 1), score)
+    report = vidl.prune(model, 0.6, [0, 1], score=score)
+    assert "keeps 0.6 of its tokens" in str(report)
+    found = model(pixels, output_hidden_states=True)
+    close([found.last_hidden_state], [expected])
+    first = kept_count(before[0].shape[1] - 1, 0.6)
+    sizes = [1 + first, 1 + kept_count(first, 0.6)]
+    assert [x.shape[1] for x in found.hidden_states[1:]] == sizes
+    model.train().activation_checkpointing_enable()
+    model(pixels).last_hidden_state.sum().backward()
+    assert all(p.grad is not None for p in model.layers.parameters())
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        model(pixels, output_attentions=True)
+    vidl.unswap(model)
+    assert torch.equal(model.eval()(pixels).last_hidden_state, before[0])
+
+
+@pytest.mark.parametrize("fuse", [None, "sum"])
+def test_prune_videomae(fuse):
+    case = CASES["VideoMAEForVideoClassification"]
+    model, rows = case.model(), []
+    vidl.prune(model, 0.5, [0], score="mean", fuse=fuse)
+    model.videomae.encoder.layer[1].register_forward_hook(lambda m, i, o: rows.append(o.shape[1]))
+    model(**case.inputs()).logits.sum().backward()
+    assert rows == [PATCHES // 2 + (fuse is not None)]
+    vidl.prune(model, 1.0, [0], score="mean", fuse=fuse)  # all of them again
+    before = outputs(model, case, torch.float32)
+    vidl.unswap(model)
+    close(before, outputs(model, case, torch.float32))
+
+
+def test_what_cannot_be_pruned():
+    for name, why in [
+        ("VideoMAEForVideoClassification", "no class token"),
+        ("VideoMAEForPreTraining", "that vidl can prune"),
+        ("Bert", "that vidl can prune"),
+    ]:
+        model = CASES[name].model()
+        with pytest.raises(ValueError, match=why):
+            vidl.prune(model, 0.5, [0])
+        assert model.config._attn_implementation == "sdpa"
+    config = transformers.ViTConfig(**VISION, encoder_stride=8)
+    with pytest.raises(ValueError, match="predicts masked patches"):
+        vidl.prune(transformers.ViTForMaskedImageModeling(config), 0.5, [0])
 
 
 def test_the_report():

@@ -18,7 +18,8 @@ FAMILIES = {
     "huggingface_bert": "transformers.models.bert.modeling_bert",
     "huggingface_bridgetower": "transformers.models.bridgetower.modeling_bridgetower",
     "huggingface_patches": "transformers.modeling_utils",
-    # Last: it looks at what the others made of a model.
+    "huggingface_pruning": "transformers.modeling_utils",
+    # After the others: it looks at what they made of a model.
     "huggingface_attention": "transformers.modeling_utils",
     "timm_embed": "timm.layers.patch_embed",
     "timm_naflex": "timm.models.naflexvit",

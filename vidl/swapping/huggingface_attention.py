@@ -135,7 +135,7 @@ def attention(
         ValueError: the module asks for what cannot be computed, or for the weights.
         TypeError: the mask is of an unknown kind.
     """
-    _refuse(module, options)
+    refuse(module, options)
     if not isinstance(attention_mask, Visible | Groups | Tensor | None):
         raise _cannot(module, f"a mask of type {type(attention_mask).__name__}", TypeError)
     causal = attention_mask is None and query.shape[2] > 1 and _causal(module, is_causal)
@@ -229,7 +229,8 @@ def _backend(module: nn.Module) -> str:
     return "auto" if state is None else state.backend
 
 
-def _refuse(module: nn.Module, options: dict[str, Any]) -> None:
+def refuse(module: nn.Module, options: dict[str, Any]) -> None:
+    """Raise if a module asks for what cannot be computed, or for the weights of attention."""
     for name in UNSUPPORTED:
         if options.get(name) is not None:
             raise _cannot(module, name)
