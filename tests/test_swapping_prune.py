@@ -7,7 +7,9 @@ rotary embeddings and relative biases are then right by construction.
 
 import copy
 import pickle
+import runpy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -335,3 +337,10 @@ def test_benchmark(rate, monkeypatch):
         swapped.step(inputs, "vidl compiled")
     fused = 2 * 2 * 64 * (4 + 3) if rate < 1 else 0  # of the dropped tokens: not worth counting
     assert counter.get_total_flops() == case.work("forward")[0].flops + fused
+
+
+def test_the_example_runs(capsys):
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "swap_timm.py"))
+    said = capsys.readouterr().out
+    assert float(said.split("largest difference ")[1].split()[0]) < 1e-5
+    assert "72 of 197 tokens" in said
