@@ -15,6 +15,7 @@ FAMILIES = {
     "timm_attention": "timm.layers.attention",
     "timm_embed": "timm.layers.patch_embed",
     "timm_naflex": "timm.models.naflexvit",
+    "timm_vit": "timm.models.vision_transformer",
     "timm_pruning": "timm.models.eva",
     "timm_beit": "timm.models.beit",
 }
