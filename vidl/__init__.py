@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vidl.swapping import mask as mask
     from vidl.swapping import prune as prune
     from vidl.swapping import swap as swap
     from vidl.swapping import unswap as unswap
 
 __version__ = "0.1.0"
 
-SWAPPING = ("prune", "swap", "unswap")
+SWAPPING = ("mask", "prune", "swap", "unswap")
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,7 @@ FAMILIES = {
     "huggingface_attention": "transformers.modeling_utils",
     "timm_embed": "timm.layers.patch_embed",
     "timm_naflex": "timm.models.naflexvit",
+    "timm_vit": "timm.models.vision_transformer",
     "timm_pruning": "timm.models.eva",
     "timm_beit": "timm.models.beit",
 }

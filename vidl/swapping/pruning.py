@@ -13,7 +13,7 @@ from vidl.kernels.space_time_attention.op import Scores
 from vidl.swapping import families
 from vidl.swapping.in_place import swap, swapped_modules, unswap_whatever
 from vidl.swapping.report import Change, Report
-from vidl.swapping.rules import Tower, full_name, remember, state_of
+from vidl.swapping.rules import Tower, full_name, original, remember, state_of
 
 When = Literal["before_mlp", "after_mlp"]
 
@@ -178,8 +178,7 @@ def _towers(model: nn.Module) -> list[tuple[str, nn.Module, Tower]]:
     known = {tower.original: tower for family in families.loaded() for tower in family.towers}
     found = []
     for name, module in model.named_modules():
-        state = state_of(module)
-        tower = known.get(type(module) if state is None else state.original)
+        tower = known.get(original(module))
         if tower is not None:
             found.append((name, module, tower))
     if not found:
@@ -204,9 +203,10 @@ def _install(
 ) -> Iterable[Change]:
     prefix = tower.prefix(module)
     path = {id(part): place for place, part in module.named_modules(prefix=name)}
-    first = state_of(module) is None or type(module) is not tower.swapped
-    if first:
-        remember(module, pruning.backend, swapped=tower.swapped, undo=tower.undo)
+    state = state_of(module)
+    if state is None or "pruned" not in state.memory:
+        state = remember(module, pruning.backend, swapped=tower.swapped, undo=tower.undo)
+        state.memory["pruned"] = True
         if tower.setup is not None:
             tower.setup(module)
         yield Change(name, full_name(tower.original), full_name(tower.swapped))

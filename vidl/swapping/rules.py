@@ -98,16 +98,25 @@ class Family:
             after all rules. It calls `remember` for each module that it changes, with the undo, and
             returns the changes, those that it left among them.
         towers: for `vidl.prune`.
+        mask: for `vidl.mask`: called with the model, the ratio and the backend; it returns what
+            became of each transformer, as `whole` does.
     """
 
     rules: Sequence[Rule] = ()
     whole: Callable[[nn.Module, str], Sequence[Change]] | None = None
     towers: Sequence[Tower] = ()
+    mask: Callable[[nn.Module, float, str], Sequence[Change]] | None = None
 
 
 def state_of(module: nn.Module) -> State | None:
     """What a module remembers, if anything of it was swapped."""
     return module.__dict__.get(REMEMBERED)
+
+
+def original(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has, or had before it was swapped."""
+    state = state_of(module)
+    return type(module) if state is None else state.original
 
 
 def remember(

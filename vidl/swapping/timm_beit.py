@@ -7,10 +7,10 @@ import timm.models.beit as timm_beit
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidl.swapping.grids import refuse_grids
 from vidl.swapping.pruning import Kept, Pruning, plan_of
-from vidl.swapping.rules import Family, Tower, remember, state_of
+from vidl.swapping.rules import Family, Tower, original, remember
 from vidl.swapping.timm_attention import biased_qkv
-from vidl.swapping.timm_pruning import refuse_grids
 
 
 class Block(timm_beit.Block):
@@ -82,7 +82,7 @@ class Beit(timm_beit.Beit):
     """The same model, whose tokens become fewer."""
 
     def forward_intermediates(self, *args: Any, **options: Any) -> Any:
-        return refuse_grids(super().forward_intermediates, *args, **options)
+        return refuse_grids(self, super().forward_intermediates, *args, **options)
 
 
 def set_up(model: Any) -> None:
@@ -107,8 +107,7 @@ def why_not(model: Any, pruning: Pruning, layers: Sequence[int]) -> str | None:
     if pruning.fuse is not None:
         return "a fused token has no place in the relative position bias; need fuse=None"
     for layer, block in enumerate(model.blocks):
-        state = state_of(block)
-        kind = type(block) if state is None else state.original
+        kind = original(block)
         if kind is not timm_beit.Block:
             return f"layer {layer} is a {kind.__name__}, need {timm_beit.Block.__name__}"
     return None

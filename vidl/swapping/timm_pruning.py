@@ -1,6 +1,5 @@
 """timm's ViT and EVA with layers that drop tokens."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +9,10 @@ import timm.models.vision_transformer as timm_vit
 import torch
 from torch import Tensor
 
+from vidl.swapping.grids import refuse_grids
 from vidl.swapping.pruning import Kept, Pruning, plan_of
-from vidl.swapping.rules import Family, Tower, state_of
+from vidl.swapping.rules import Family, Tower, original, state_of
+from vidl.swapping.timm_vit import VisionTransformer
 
 
 class Block(timm_vit.Block):
@@ -138,37 +139,18 @@ def refuse_masks(layer: int, attn_mask: Any, is_causal: bool) -> None:
         )
 
 
-def refuse_grids(forward: Any, *args: Any, **options: Any) -> Any:
-    """timm would fill a grid with what is left of one, and not notice."""
-    call = inspect.signature(forward).bind(*args, **options)
-    call.apply_defaults()
-    if call.arguments["output_fmt"] == "NCHW":
-        raise ValueError(
-            "a pruned model has no grid of tokens: need output_fmt='NLC' (or reshape=False), got "
-            "'NCHW'; vidl.unswap(model) brings back the grid"
-        )
-    return forward(*args, **options)
-
-
-class VisionTransformer(timm_vit.VisionTransformer):
-    """The same model, whose tokens become fewer."""
-
-    def forward_intermediates(self, *args: Any, **options: Any) -> Any:
-        return refuse_grids(super().forward_intermediates, *args, **options)
-
-
 class VisionTransformerDistilled(timm_deit.VisionTransformerDistilled):
     """The same model, whose tokens become fewer."""
 
     def forward_intermediates(self, *args: Any, **options: Any) -> Any:
-        return refuse_grids(super().forward_intermediates, *args, **options)
+        return refuse_grids(self, super().forward_intermediates, *args, **options)
 
 
 class Eva(timm_eva.Eva):
     """The same model, whose tokens become fewer."""
 
     def forward_intermediates(self, *args: Any, **options: Any) -> Any:
-        return refuse_grids(super().forward_intermediates, *args, **options)
+        return refuse_grids(self, super().forward_intermediates, *args, **options)
 
     def _pos_embed(self, x: Tensor) -> tuple[Tensor, Any]:
         x, rope = super()._pos_embed(x)
@@ -180,8 +162,7 @@ def why_not(model: Any, pruning: Pruning, layers: Sequence[int]) -> str | None:
     if pruning.score == "cls" and model.cls_token is None:
         return "it has no class token; score='mean' needs none"
     for layer, block in enumerate(model.blocks):
-        state = state_of(block)
-        kind = type(block) if state is None else state.original
+        kind = original(block)
         concerned = layer in layers or isinstance(model, timm_eva.Eva)  # its embeddings go through
         if concerned and kind not in BLOCKS:
             return f"layer {layer} is a {kind.__name__}, need one of {', '.join(NAMES)}"
@@ -198,10 +179,10 @@ BLOCKS: Any = {
 NAMES = [kind.__name__ for kind in BLOCKS]
 
 
-def tower(original: Any, swapped: Any, every: bool) -> Tower:
+def tower(stock: Any, swapped: Any, every: bool) -> Tower:
     """All of timm's have the same parts."""
     return Tower(
-        original,
+        stock,
         swapped,
         BLOCKS,
         layers=lambda model: model.blocks,
