@@ -597,6 +597,47 @@ def test_what_cannot_be_pruned():
         vidl.prune(transformers.ViTForMaskedImageModeling(config), 0.5, [0])
 
 
+# ---- vidl.mask ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ViT", "Vivit", "CLIP", "Siglip"])
+def test_mask(name):
+    case = CASES[name]
+    model = case.model()
+    before = outputs(model, case, torch.float32)
+    embeddings = getattr(model, "vision_model", model).embeddings
+    pixels = case.inputs()["pixel_values"]
+    every = embeddings(pixels)
+    assert "hides 0.75 of its patches in training" in str(vidl.mask(model, 0.75))
+    close(outputs(model, case, torch.float32), before)
+
+    model.train()
+    found = embeddings(pixels)
+    prefix = name != "Siglip"
+    assert found.shape[1] == prefix + (every.shape[1] - prefix) // 4
+    for sample, whole in zip(found, every, strict=True):  # each token is one of all, in their order
+        places = torch.cdist(sample, whole).argmin(1)
+        close([sample], [whole[places]])
+        assert places.tolist() == sorted(set(places.tolist())) and (places[0] == 0 or not prefix)
+    assert not torch.equal(found, embeddings(pixels))
+    outputs(model, case, torch.float32)[0].sum().backward()
+    with pytest.raises(ValueError, match="without bool_masked_pos and interpolate"):
+        embeddings(pixels, interpolate_pos_encoding=True)
+
+    vidl.mask(model, 0.0)
+    close(outputs(model, case, torch.float32), before)
+    vidl.unswap(model)
+    assert type(embeddings).__module__.startswith("transformers.")
+
+
+def test_what_cannot_be_masked():
+    with pytest.raises(ValueError, match="found none in"):
+        vidl.mask(CASES["Bert"].model(), 0.5)
+    config = transformers.ViTConfig(**VISION, encoder_stride=8)
+    with pytest.raises(ValueError, match="a token for masked patches"):
+        vidl.mask(transformers.ViTForMaskedImageModeling(config), 0.5)
+
+
 def test_the_report():
     report = vidl.swap(CASES["Siglip"].model())
     assert any("Siglip" in c.was and "PoolingHead" in c.was for c in report.left)

@@ -19,6 +19,7 @@ FAMILIES = {
     "huggingface_bridgetower": "transformers.models.bridgetower.modeling_bridgetower",
     "huggingface_patches": "transformers.modeling_utils",
     "huggingface_pruning": "transformers.modeling_utils",
+    "huggingface_masking": "transformers.modeling_utils",
     # After the others: it looks at what they made of a model.
     "huggingface_attention": "transformers.modeling_utils",
     "timm_embed": "timm.layers.patch_embed",

@@ -16,7 +16,8 @@ def mask(model: nn.Module, ratio: float, *, backend: str = "auto") -> Report:
     `vidl.unswap` undoes both. Call it again to choose another ratio.
 
     Args:
-        model: with a `VisionTransformer` of timm in it.
+        model: with a `VisionTransformer` of timm in it, or ViT, ViViT, CLIP or SigLIP of
+            transformers.
         ratio: of the patches, hidden, in [0, 1); at least one stays.
         backend: of `vidl.swap`, if that was not called before, and of the embedding.
 
@@ -41,7 +42,8 @@ def mask(model: nn.Module, ratio: float, *, backend: str = "auto") -> Report:
             unswap_whatever(model)
         reasons = "".join("\n" + line for line in summary(tuple(found)))
         raise ValueError(
-            "need a VisionTransformer of timm that can hide patches, found none in "
+            "need a VisionTransformer of timm, or ViT, ViViT, CLIP or SigLIP of transformers, that "
+            "can hide patches, found none in "
             f"{full_name(type(model))}{reasons}"
         )
     return Report(changes + tuple(found))
