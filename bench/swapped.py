@@ -230,20 +230,24 @@ def video_mae(sizes: Sizes) -> nn.Module:
     import transformers
 
     return transformers.VideoMAEForPreTraining(
-        transformers.VideoMAEConfig(**sizes.get("options", {}))
+        transformers.VideoMAEConfig(**dict(sizes.get("options", {})))
     )
 
 
 def tubes(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Clips, and in all their frames the same places masked."""
-    clip = torch.randn(sizes["B"], 16, 3, 224, 224, generator=generator)
-    ranks = torch.rand(sizes["B"], 196, generator=generator).argsort(1).argsort(1)
-    return clip, (ranks >= sizes["visible"]).repeat(1, 8), (1,)
+    config: Any = outline(frozen(sizes)).config
+    pixels, slices = config.image_size, config.num_frames // config.tubelet_size
+    clip = torch.randn(sizes["B"], config.num_frames, 3, pixels, pixels, generator=generator)
+    places = (pixels // config.patch_size) ** 2
+    ranks = torch.rand(sizes["B"], places, generator=generator).argsort(1).argsort(1)
+    return clip, (ranks >= sizes["visible"]).repeat(1, slices), (1,)
 
 
 def video_mae_multiplications(sizes: Sizes) -> int:
     model: Any = outline(frozen(sizes))
-    visible, N = 8 * sizes["visible"], 8 * 196
+    config, N = model.config, model.videomae.embeddings.num_patches
+    visible = config.num_frames // config.tubelet_size * sizes["visible"]
     weights = model.videomae.embeddings.patch_embeddings.projection.weight.numel()
     weights += model.encoder_to_decoder.weight.numel()
     total = visible * weights + (N - visible) * model.decoder.head.weight.numel()
@@ -267,8 +271,9 @@ def layer_multiplications(layer: nn.Module, rows: int) -> int:
 def bert(sizes: Sizes) -> nn.Module:
     import transformers
 
+    options = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
     return transformers.BertModel(
-        transformers.BertConfig(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
+        transformers.BertConfig(**options, **dict(sizes.get("options", {})))
     )
 
 
@@ -279,8 +284,9 @@ def words(sizes: Sizes) -> Tensor:
 
 def padded(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     B, L = sizes["B"], sizes["L"]
-    ids = torch.randint(1000, 30000, (B, L), generator=generator)
-    return ids, (torch.arange(L) < words(sizes)[:, None]).long(), (B, L, 768)
+    config: Any = outline(frozen(sizes)).config
+    ids = torch.randint(1, config.vocab_size, (B, L), generator=generator)
+    return ids, (torch.arange(L) < words(sizes)[:, None]).long(), (B, L, config.hidden_size)
 
 
 def of_words(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -3,8 +3,10 @@
 import copy
 import json
 import pickle
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from compare import assert_model_as_accurate
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 transformers = pytest.importorskip("transformers")
 from huggingface import (  # noqa: E402
@@ -19,6 +22,7 @@ from huggingface import (  # noqa: E402
     CASES,
     LENGTHS,
     PATCHES,
+    TEXT,
     VIDEOMAE,
     VISION,
     captions,
@@ -33,6 +37,8 @@ from transformers.models.timesformer.modeling_timesformer import TimesformerDrop
 
 import vidl  # noqa: E402
 import vidl.swapping.huggingface_attention as interface  # noqa: E402
+from vidl.bench import cases, swapped  # noqa: E402
+from vidl.bench.check import check  # noqa: E402
 from vidl.kernels.groups import Groups  # noqa: E402
 from vidl.ops import kept_count, space_time_attention  # noqa: E402
 
@@ -105,11 +111,11 @@ def attention_of(case):
     return case.model().config._attn_implementation
 
 
-SLOW = ("BridgeTower", "CLIP", "Siglip", "TimesformerJoint", "Vivit", "XCLIP")
+QUICK = ("VideoMAEForPreTraining", "Timesformer", "Bert")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES]
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in CASES]
 )
 def test_compiles(name):
     case = CASES[name]
@@ -435,7 +441,7 @@ def test_wrong_clips_raise():
 def test_a_compiled_model_keeps_its_number_of_visible_patches():
     model = PRETRAINING.model()
     vidl.swap(model)
-    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
     model(**PRETRAINING.inputs())
     with pytest.raises(RuntimeError, match="need 5 visible patches a clip"):
         model(**clips(), bool_masked_pos=hidden((6, 6)))
@@ -651,3 +657,41 @@ def test_nothing_to_swap():
     config = transformers.T5Config(d_model=32, num_layers=1, num_heads=2, d_ff=32, vocab_size=20)
     with pytest.raises(ValueError, match=r"nothing of .*T5Model can be swapped"):
         vidl.swap(transformers.T5Model(config))
+
+
+# ---- What is timed, and what is shown ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(model="videomae", visible=3, options=tuple(VIDEOMAE.items())),
+        dict(model="bert", L=20, options=tuple({**TEXT, "max_position_embeddings": 20}.items())),
+    ],
+    ids=["videomae", "bert"],
+)
+def test_benchmark(sizes, monkeypatch):
+    """What is timed is right, and its multiplications are those that PyTorch counts."""
+    monkeypatch.setattr(swapped, "SHAPES", {"tiny": sizes | {"B": {"cpu": 3}}})
+    (case,) = cases.plan(["swapped"], dtypes=["float32"], device="cpu").cases
+    trials = check(case)
+    assert [t.candidate.name for t in trials if t.status not in ("ok", "cannot run")] == []
+    assert {t.candidate.name for t in trials if t.status == "ok"} > {"vidl compiled"}
+    inputs = case.make()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        swapped.step(inputs, "vidl compiled")
+    pooler = 2 * 3 * 64 * 64 if sizes["model"] == "bert" else 0  # which no output depends on
+    assert counter.get_total_flops() == case.work("forward")[0].flops + pooler
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("videomae", "8 of 128 patches embedded"),
+        ("timesformer", "attention weights of a layer (8, 3, 17, 17)"),
+        pytest.param("bert", "233 words of 512 rows", marks=pytest.mark.slow),
+    ],
+)
+def test_the_examples_run(name, says, capsys):
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / f"swap_{name}.py"))
+    assert says in capsys.readouterr().out
