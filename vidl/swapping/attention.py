@@ -42,12 +42,13 @@ def attend(
     # Norms of q and k return float32 under autocast.
     q, k, v = (x.to(v.dtype).flatten(0, 1) for x in (q, k, v))
     options: Any = {"scale": scale, "backend": backend}
-    if scores is not None and not fused(q, backend):
+    importance: Tensor | None = None
+    if scores is not None and fused(q, backend):
+        out, importance = space_time_attention(q, k, v, groups, return_scores=scores, **options)
+    else:
         out = space_time_attention(q, k, v, groups, **options)
-        importance = token_scores(q, k, groups, scores, **options)
-        return out.view(B, N, -1), importance.view(B, M)
-    found = space_time_attention(q, k, v, groups, return_scores=scores, **options)
-    out, importance = found if isinstance(found, tuple) else (found, None)
+        if scores is not None:
+            importance = token_scores(q, k, groups, scores, **options)
     return out.view(B, N, -1), None if importance is None else importance.view(B, M)
 
 
