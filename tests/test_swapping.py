@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,13 +173,13 @@ def test_a_swap_that_fails_leaves_no_trace(monkeypatch):
 def test_versions(monkeypatch):
     families.check_version.cache_clear()
     for version in ("1.0.31", "1.0.31.dev0"):
-        monkeypatch.setattr(families.metadata, "version", lambda _, version=version: version)
+        monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(__version__=version))
         families.check_version.cache_clear()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             families.check_version("timm")
     for version in ("1.0.30", "1.1", "2.0.0"):
-        monkeypatch.setattr(families.metadata, "version", lambda _, version=version: version)
+        monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(__version__=version))
         families.check_version.cache_clear()
         with pytest.warns(UserWarning, match=f"tested with timm 1.0.31 .* this is {version}"):
             families.check_version("timm")

@@ -36,6 +36,7 @@ PRUNED = {
     **{name: MODELS[name] for name in ("ViT", "DeiT, distilled", "DeiT-III", "DINOv2", "CLIP")},
     **{name: MODELS[name] for name in ("norms of q, k and heads", "EVA", "EVA-02", "DINOv3")},
     **{name: MODELS[name] for name in ("EVA, norms after", "RoPE, mixed", "RoPE, shared keys")},
+    "narrow heads": partial(VIT, num_heads=4),
     "BEiT": partial(Beit, **SIZE, **BEIT, use_abs_pos_emb=False),
     "BEiT, shared bias": partial(Beit, **SIZE, **BEIT, use_shared_rel_pos_bias=True),
 }

@@ -141,8 +141,9 @@ def test_bfloat16(name):
     assert_model_as_accurate(results(model, x), low, true, torch.bfloat16)
 
 
-def test_autocast():
-    model, x = make("EVA-02"), images()
+@pytest.mark.parametrize("name", ["EVA-02", "norms of q, k and heads", "EVA, gates"])
+def test_autocast(name):
+    model, x = make(name), images()
 
     def forward(model, x):
         with torch.autocast("cpu", torch.bfloat16):
@@ -348,7 +349,7 @@ def test_naflex_needs_no_mask(rope, key_only, monkeypatch):
         return torch.cat([features[kept].flatten(), pooled.flatten()])
 
     stock = results(model, x, forward)
-    vidl.swap(model)
+    report = vidl.swap(model)
     made = []
     mask = timm.models.naflexvit.create_attention_mask
     monkeypatch.setattr(
@@ -357,6 +358,7 @@ def test_naflex_needs_no_mask(rope, key_only, monkeypatch):
         lambda *args, **options: made.append(mask(*args, **options)) or made[-1],
     )
     assert_equal(results(model, x, forward), stock)
+    assert [change.name for change in report.left] == ["attn_pool"]
     assert not [m for m in made if m is not None and m.shape[-2] > 1], "an N x N mask was made"
 
 

@@ -1,6 +1,7 @@
 """What the families share: attention among whole samples of equal length."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from vidl.kernels import library
 from vidl.kernels.groups import Groups
 from vidl.kernels.space_time_attention import space_time_attention
 from vidl.kernels.space_time_attention.op import Scores
+from vidl.kernels.token_scores import token_scores
 
 
 def attend(
@@ -34,19 +36,27 @@ def attend(
     Returns:
         The output, [B, N, H D], and the scores, [B, M] float32, or None; of samples only.
     """
-    B, N = q.shape[:2]
-    M = k.shape[1]
-    found = space_time_attention(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        equal_groups(B, N, M, q.device) if groups is None else groups,
-        scale=scale,
-        return_scores=scores,
-        backend=backend,
-    )
-    out, importance = found if isinstance(found, tuple) else (found, None)
+    B, N, M = q.shape[0], q.shape[1], k.shape[1]
+    if groups is None:
+        groups = equal_groups(B, N, M, q.device)
+    # Norms of q and k return float32 under autocast.
+    q, k, v = (x.to(v.dtype).flatten(0, 1) for x in (q, k, v))
+    options: Any = {"scale": scale, "backend": backend}
+    importance: Tensor | None = None
+    if scores is not None and fused(q, backend):
+        out, importance = space_time_attention(q, k, v, groups, return_scores=scores, **options)
+    else:
+        out = space_time_attention(q, k, v, groups, **options)
+        if scores is not None:
+            importance = token_scores(q, k, groups, scores, **options)
     return out.view(B, N, -1), None if importance is None else importance.view(B, M)
+
+
+def fused(q: Tensor, backend: str) -> bool:
+    """Whether scores should come with the attention: not where that is PyTorch's own, without."""
+    dtype, head_size = library.autocast_dtype(q), q.shape[2]
+    place = ("space_time_attention", q.device.type, dtype)
+    return backend != "auto" or library.choose("auto", *place, head_size=head_size) != "reference"
 
 
 def equal_groups(B: int, N: int, M: int, device: torch.device) -> Groups:

@@ -5,7 +5,6 @@ import importlib
 import re
 import sys
 import warnings
-from importlib import metadata
 
 from vidl.swapping.rules import Family
 
@@ -47,7 +46,7 @@ def loaded() -> list[Family]:
 def check_version(library: str) -> None:
     """Warn, once, of a library outside the versions that were tested."""
     first, last = TESTED[library]
-    version = metadata.version(library)
+    version = sys.modules[library].__version__
     if not _numbers(first) <= _numbers(version) <= _numbers(last):
         warnings.warn(
             f"vidl.swap was tested with {library} {first} to {last}, this is {version}: compare "

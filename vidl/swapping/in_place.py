@@ -52,7 +52,7 @@ def swap(model: nn.Module, *, backend: str = "auto") -> Report:
     except BaseException:
         unswap_whatever(model)
         raise
-    changes += _unmatched(model, {change.name for change in changes}, rules)
+    changes += _unmatched(model, changes, rules)
     report = Report(tuple(changes))
     if not report.swapped:
         unswap_whatever(model)
@@ -114,21 +114,29 @@ def _apply(name: str, module: nn.Module, rule: Rule, backend: str) -> Change:
 
 
 def _unmatched(
-    model: nn.Module, known: set[str], rules: dict[type[nn.Module], Rule]
-) -> Iterator[Change]:
+    model: nn.Module, changes: Sequence[Change], rules: dict[type[nn.Module], Rule]
+) -> list[Change]:
     """Attentions and embeddings that no family knows, but no part and no owner of a known one."""
+    known = {change.name for change in changes}
+    whole = {change.name for change in changes if WORTH_A_LINE.search(_last(change.was))}
+    found = []
     for name, module in model.named_modules():
         kind = type(module)
-        if not WORTH_A_LINE.search(kind.__name__) or state_of(module) is not None:
+        owner = any(_inside(other, name) for other in known)
+        if owner or any(_inside(name, other) for other in whole):
             continue
-        if any(_inside(name, other) or _inside(other, name) for other in known):
-            continue
-        known = known | {name}
-        base = next((full_name(k) for k in kind.__mro__[1:] if k in rules), None)
-        reason = "vidl has nothing that computes it"
-        if base:
-            reason = f"a subclass of {base}, which may compute something else"
-        yield Change(name, full_name(kind), None, reason)
+        if WORTH_A_LINE.search(kind.__name__):
+            base = next((full_name(k) for k in kind.__mro__[1:] if k in rules), None)
+            reason = "vidl has nothing that computes it"
+            if base:
+                reason = f"a subclass of {base}, which may compute something else"
+            found.append(Change(name, full_name(kind), None, reason))
+            whole.add(name)
+    return found
+
+
+def _last(full: str) -> str:
+    return full.rpartition(".")[2]
 
 
 def _inside(name: str, other: str) -> bool:

@@ -119,10 +119,10 @@ def prune(
 ) -> Report:
     """Let layers of a vision transformer drop the tokens that matter least, in place.
 
-    A token's score is the attention that it gets, averaged over heads; it comes from the launch
-    that computes the attention, and no N x N tensor is made. The model is swapped as `vidl.swap`
-    does, unless it is already; `vidl.unswap` undoes all of it. Weights and their names stay. Call
-    it again to choose other rates or layers, as EViT's schedule does.
+    A token's score is the attention that it gets, averaged over heads. Where a kernel of ours
+    computes the attention, it comes from the same launch, and no N x N tensor is made. The model is
+    swapped as `vidl.swap` does, unless it is already; `vidl.unswap` undoes all of it. Weights and
+    their names stay. Call it again to choose other rates or layers, as EViT's schedule does.
 
     Args:
         model: with a vision transformer of timm in it: ViT, DeiT, DINOv2, CLIP, SigLIP, EVA, BEiT.
