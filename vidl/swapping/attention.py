@@ -1,17 +1,16 @@
 """What the families share: attention among whole samples of equal length."""
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vidl.kernels import library
 from vidl.kernels.groups import Groups
 from vidl.kernels.space_time_attention import space_time_attention
 from vidl.kernels.space_time_attention.op import Scores
 from vidl.kernels.token_scores import token_scores
+from vidl.swapping.kept_groups import kept
 
 
 def attend(
@@ -59,19 +58,10 @@ def fused(q: Tensor, backend: str) -> bool:
     return backend != "auto" or library.choose("auto", *place, head_size=head_size) != "reference"
 
 
+@kept
 def equal_groups(B: int, N: int, M: int, device: torch.device) -> Groups:
-    """B samples of N queries and M keys: made once for all layers and steps."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or capturing:
-        # What is made here belongs to a graph, or is no real tensor: nothing to keep.
-        return Groups.equal(B, N, keys=M, device=device)
-    return _kept_groups(B, N, M, device)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_groups(B: int, N: int, M: int, device: torch.device) -> Groups:
-    with torch.inference_mode(False):  # else training could not use them after an inference
-        return Groups.equal(B, N, keys=M, device=device)
+    """B samples of N queries and M keys."""
+    return Groups.equal(B, N, keys=M, device=device)
 
 
 def speed(device: torch.device, dtype: torch.dtype, head_size: int, backend: str) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,6 +20,7 @@ from vidl.kernels import library
 from vidl.kernels.groups import Groups
 from vidl.kernels.space_time_attention import peers, space_time_attention
 from vidl.swapping.attention import equal_groups, speed
+from vidl.swapping.kept_groups import tracing
 from vidl.swapping.report import Change
 from vidl.swapping.rules import Family, full_name, remember, state_of
 
@@ -140,25 +140,20 @@ def attention(
         raise _cannot(module, f"a mask of type {type(attention_mask).__name__}", TypeError)
     causal = attention_mask is None and query.shape[2] > 1 and _causal(module, is_causal)
     dense = isinstance(attention_mask, Tensor) or causal or dropout > 0
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     groups = None
-    if not dense and q.shape[1:] == k.shape[1:] and k.shape == v.shape:
+    if not dense and query.shape[1::2] == key.shape[1::2] and key.shape == value.shape:
         groups = _groups_for(attention_mask, query, key)
     if isinstance(attention_mask, Groups):
         if groups is None:
             raise _cannot(module, "dropout of weights, or fewer heads of keys, for packed rows")
-    elif groups is None or not _faster(q, groups, module):
+    elif groups is None or not _faster(query, groups, module):
         mask = attention_mask.dense() if isinstance(attention_mask, Visible) else attention_mask
         return ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal
         )
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out = space_time_attention(q, k, v, groups, scale=scaling, backend=_backend(module))
     return out.unflatten(0, (query.shape[0], query.shape[2])), None
-
-
-def tracing() -> bool:
-    """Whether tensors have no numbers to look at."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def collected() -> Sequence[str]:
@@ -216,12 +211,13 @@ def _groups_for(mask: Visible | Groups | Tensor | None, query: Tensor, key: Tens
     return _groups(keys, B, S, K, query.device)
 
 
-def _faster(q: Tensor, groups: Groups, module: nn.Module) -> bool:
+def _faster(query: Tensor, groups: Groups, module: nn.Module) -> bool:
     """Not if only the definition in plain PyTorch is left, which pads and stores the weights."""
-    facts: dict[str, Any] = {"device": q.device.type, "dtype": library.autocast_dtype(q)}
-    chosen = library.choose("auto", "space_time_attention", **facts, head_size=q.shape[2])
+    facts: dict[str, Any] = {"device": query.device.type, "head_size": query.shape[3]}
+    dtype = library.autocast_dtype(query)
+    chosen = library.choose("auto", "space_time_attention", dtype=dtype, **facts)
     named = _backend(module) != "auto"
-    return named or chosen != "reference" or peers.find(q, groups, chosen) is not None
+    return named or chosen != "reference" or peers.find(query, groups, chosen) is not None
 
 
 def _backend(module: nn.Module) -> str:
@@ -262,7 +258,7 @@ def _swap(model: nn.Module, backend: str) -> Sequence[Change]:
     for name, module in model.named_modules():
         state = state_of(module)
         kind = type(module) if state is None else state.original
-        file = kind.__module__.removeprefix("transformers.models.").split(".")[0]
+        file = defining_file(kind)
         config = getattr(module, "config", None)
         if file not in KNOWN or not isinstance(config, PreTrainedConfig):
             continue
@@ -276,6 +272,12 @@ def _swap(model: nn.Module, backend: str) -> Sequence[Change]:
             became = f"{full_name(kind)} by attn_implementation={NAME!r}"
             changes.append(Change(name, full_name(kind), became, _note(module, backend)))
     return changes
+
+
+def defining_file(kind: type) -> str:
+    """The folder of transformers' models that defines a class; "" if none does."""
+    prefix, name = "transformers.models.", kind.__module__
+    return name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
 
 
 def _restore(module: nn.Module) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vidl.kernels import library
 from vidl.kernels.masked_patch_embed import masked_patch_embed
+from vidl.swapping.huggingface_attention import defining_file
 from vidl.swapping.patches import whole_patches
 from vidl.swapping.report import Change
 from vidl.swapping.rules import Family, full_name, remember, state_of
@@ -64,8 +65,7 @@ def _swap(model: nn.Module, backend: str) -> Sequence[Change]:
     changes = []
     for name, module in model.named_modules():
         kind = type(module)
-        file = kind.__module__.removeprefix("transformers.models.").split(".")[0]
-        owner, attribute = OWNERS.get(file, ("", ""))
+        owner, attribute = OWNERS.get(defining_file(kind), ("", ""))
         if kind.__name__ != owner:
             continue
         projection: Any = getattr(module, attribute)

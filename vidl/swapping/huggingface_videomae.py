@@ -38,7 +38,7 @@ class VideoMAEEmbeddings(videomae.VideoMAEEmbeddings):
         ids_keep = None
         if bool_masked_pos is not None:
             B, device = pixel_values.shape[0], pixel_values.device
-            ids_keep, _ = split(bool_masked_pos, B, self.num_patches, device)
+            ids_keep = visible_patches(bool_masked_pos, B, self.num_patches, device)
         mean, std = normalisation(pixel_values)
         return masked_patch_embed(
             pixel_values.transpose(1, 2),
@@ -65,12 +65,13 @@ class VideoMAEForPreTraining(videomae.VideoMAEForPreTraining):
             raise ValueError("need bool_masked_pos [B, N] bool, or visible patches [B, K] int64")
         if not config.norm_pix_loss and config.num_channels != 3:
             raise ValueError(f"need 3 channels without norm_pix_loss, got {config.num_channels}")
-        B, device = pixel_values.shape[0], pixel_values.device
-        keep, masked = split(bool_masked_pos, B, self.videomae.embeddings.num_patches, device)
+        B, N = pixel_values.shape[0], self.videomae.embeddings.num_patches
+        keep = visible_patches(bool_masked_pos, B, N, pixel_values.device)
+        masked = other_patches(keep, N)
         outputs = self.videomae(pixel_values, bool_masked_pos=keep, **kwargs)
         x = self.encoder_to_decoder(outputs.last_hidden_state)
         dtype = pixel_values.dtype if pixel_values.is_floating_point() else self.mask_token.dtype
-        positions = position_table(self, device).to(dtype)
+        positions = position_table(self, pixel_values.device).to(dtype)
         hidden = self.mask_token + positions[masked]
         logits = self.decoder(torch.cat([x + positions[keep], hidden], 1), masked.shape[1]).logits
         mean, std = normalisation(pixel_values)
@@ -98,8 +99,8 @@ class VideoMAEForPreTraining(videomae.VideoMAEForPreTraining):
         )
 
 
-def split(mask: Tensor, B: int, N: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The visible and the masked patches, [B, K] and [B, N - K] int64.
+def visible_patches(mask: Tensor, B: int, N: int, device: torch.device) -> Tensor:
+    """The visible patches of each clip, [B, K] int64.
 
     K must be known on the host. Of a boolean mask on a GPU that is one number to wait for;
     `torch.compile` takes it from the mask that it is compiled with, and the graph checks the
@@ -110,14 +111,11 @@ def split(mask: Tensor, B: int, N: int, device: torch.device) -> tuple[Tensor, T
 
     Raises:
         ValueError: shapes do not fit, or samples have unequally many visible patches.
-        RuntimeError: visible patches are named twice; or, compiled, there are more or fewer than in
-            the mask it was compiled with (on CUDA as a device-side assertion).
+        RuntimeError: compiled, there are more or fewer visible patches than in the mask it was
+            compiled with (on CUDA as a device-side assertion).
     """
     if mask.dtype == torch.int64 and mask.ndim == 2 and mask.shape[0] == B and mask.shape[1] <= N:
-        keep, K = mask.to(device), mask.shape[1]
-        chosen = torch.zeros(B, N, dtype=torch.bool, device=device).scatter(1, keep, True)
-        torch._assert_async((chosen.sum(1) == K).all(), "need every visible patch once")
-        return keep, _order(chosen)[:, : N - K]
+        return mask.to(device)
     if mask.dtype != torch.bool or mask.shape != (B, N):
         raise ValueError(
             f"need bool_masked_pos [{B}, {N}] bool, or visible patches [{B}, K] int64, got "
@@ -128,8 +126,19 @@ def split(mask: Tensor, B: int, N: int, device: torch.device) -> tuple[Tensor, T
     if torch.compiler.is_compiling():
         fits = (mask.sum(1) == N - K).all()
         torch._assert_async(fits, f"need {K} visible patches a clip, as when this was compiled")
-    order = _order(mask)
-    return order[:, :K], order[:, K:]
+    return torch.argsort(mask.byte(), dim=1, stable=True)[:, :K]
+
+
+def other_patches(ids: Tensor, N: int) -> Tensor:
+    """The patches that `ids`, [B, K], does not name, [B, N - K] in ascending order.
+
+    Raises:
+        RuntimeError: it names one twice (on CUDA as a device-side assertion).
+    """
+    B, K = ids.shape
+    named = torch.zeros(B, N, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
+    torch._assert_async((named.sum(1) == K).all(), "need every visible patch once")
+    return torch.argsort(named.byte(), dim=1, stable=True)[:, : N - K]
 
 
 @torch.compiler.assume_constant_result
@@ -142,11 +151,6 @@ def _visible(mask: Tensor) -> int:
             f"need as many visible patches in every clip of a batch, got from {least} to {most}"
         )
     return least
-
-
-def _order(last: Tensor) -> Tensor:
-    """The columns of each row, those that are True at the end; otherwise ascending."""
-    return torch.argsort(last.byte(), dim=1, stable=True)
 
 
 def position_table(module: nn.Module, device: torch.device) -> Tensor:

@@ -21,9 +21,14 @@ def kept(make: Callable[..., Groups]) -> Callable[..., Groups]:
     @functools.wraps(make)
     def groups(*numbers: Any) -> Groups:
         capturing = numbers[-1].type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or capturing:
+        if tracing() or capturing:
             # What is made here belongs to a graph, or is no real tensor: nothing to keep.
             return make(*numbers)
         return made(*numbers)
 
     return groups
+
+
+def tracing() -> bool:
+    """Whether tensors have no numbers to look at."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
