@@ -125,7 +125,8 @@ def prune(
     their names stay. Call it again to choose other rates or layers, as EViT's schedule does.
 
     Args:
-        model: with a vision transformer of timm in it: ViT, DeiT, DINOv2, CLIP, SigLIP, EVA, BEiT.
+        model: with a vision transformer of timm in it: ViT, DeiT, DINOv2, CLIP, SigLIP, EVA, BEiT;
+            or of transformers: ViT, ViViT, or VideoMAE with its classifier.
         keep_rate: of the tokens that are there, in (0, 1]; class and register tokens always stay.
         layers: which layers drop tokens, counted from 0.
         score: "cls", the attention that the class token pays; "mean", that all tokens pay.
