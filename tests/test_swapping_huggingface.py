@@ -33,6 +33,7 @@ from huggingface import (  # noqa: E402
     results,
     simple,
 )
+from transformers.models.bert import modeling_bert  # noqa: E402
 from transformers.models.timesformer.modeling_timesformer import TimesformerDropPath  # noqa: E402
 
 import vidl  # noqa: E402
@@ -651,6 +652,16 @@ def test_the_report():
     report = vidl.swap(CASES["CLIP"].model())
     notes = {c.note for c in report.swapped if c.name.startswith("text_model")}
     assert notes == {"PyTorch's own attention, as it is causal"}
+
+
+def test_another_version_of_transformers_leaves_the_rest(monkeypatch):
+    name = "vidl.swapping.huggingface_bert"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr(modeling_bert, "BertEncoder")
+    with pytest.warns(UserWarning, match=r"leaves models of transformers .*huggingface_bert.*"):
+        vidl.swap(CASES["ViT"].model())
+    monkeypatch.undo()
+    vidl.swap(bert())
 
 
 def test_nothing_to_swap():

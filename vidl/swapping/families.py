@@ -37,8 +37,16 @@ def loaded() -> list[Family]:
     found = []
     for file, defines in FAMILIES.items():
         if defines in sys.modules:
-            check_version(defines.split(".")[0])
-            found.append(importlib.import_module(f"vidl.swapping.{file}").FAMILY)
+            library = defines.split(".")[0]
+            check_version(library)
+            try:
+                found.append(importlib.import_module(f"vidl.swapping.{file}").FAMILY)
+            except (ImportError, AttributeError) as error:  # another version lacks what it needs
+                warnings.warn(
+                    f"vidl.swap leaves models of {library} {sys.modules[library].__version__} "
+                    f"({file}): {error}",
+                    stacklevel=3,
+                )
     return found
 
 
