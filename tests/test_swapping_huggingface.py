@@ -193,6 +193,7 @@ def test_data_parallel(tmp_path):
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_loads_without_vidl(tmp_path):
     model = PRETRAINING.model()
     vidl.swap(model)
