@@ -75,7 +75,14 @@ def test_outputs_and_gradients(name, dtype):
     vidl.swap(model)
     ours = results(model, case, dtype)
     assert [x.dtype for x in ours] == [x.dtype for x in low]
-    assert_model_as_accurate(ours, low, true, dtype)
+    # A softmax does not see what is added to all keys: the gradient of their bias is zero, and in
+    # units of itself any rounding error is large.
+    sizes = [float(x.double().square().mean().sqrt()) for x in true]
+    none = [i for i, size in enumerate(sizes) if size < 1e-9 * max(sizes)]
+    for i in none:
+        assert ours[i].abs().max() <= 2 * low[i].abs().max() + torch.finfo(dtype).eps * max(sizes)
+    parts = ([x for i, x in enumerate(found) if i not in none] for found in (ours, low, true))
+    assert_model_as_accurate(*parts, dtype)
 
 
 @EVERY
