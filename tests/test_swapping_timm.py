@@ -152,6 +152,9 @@ def test_autocast(name):
     true = results(copy.deepcopy(model).double(), x.detach().double().requires_grad_())
     low = results(model, x, forward)
     vidl.swap(model)
+    for block in model.blocks:  # on CUDA autocast lets norms return float32
+        for norm in (block.attn.q_norm, block.attn.k_norm):
+            norm.register_forward_hook(lambda module, args, out: out.float())
     assert_model_as_accurate(results(model, x, forward), low, true, torch.bfloat16)
 
 
