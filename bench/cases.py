@@ -18,7 +18,7 @@ from vidl.kernels import library
 MODES = {"forward": ("forward",), "full": ("forward", "backward")}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in library.DTYPES}
 HERE = Path(__file__).resolve().parent
-SEVERAL = ("pruning",)  # descriptions of several ops at work together
+SEVERAL = ("pruning", "swapped")  # descriptions of several ops at work together
 Inputs = Any  # a description's own dataclass of tensors, with the result's gradient as `grad`
 
 

@@ -94,6 +94,7 @@ LAYERS = [
     "masking",
     "objectives",
     "models",
+    "swapping",
     "data",
     "evaluation",
     "training",

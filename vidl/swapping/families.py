@@ -1,0 +1,67 @@
+"""Which files know which models, and with which versions of their libraries they were tested."""
+
+import functools
+import importlib
+import re
+import sys
+import warnings
+
+from vidl.swapping.rules import Family
+
+# A file of this folder, and the module that defines the classes it knows. Unless that is imported,
+# no model can have them, and the file is not imported either.
+FAMILIES = {
+    "timm_attention": "timm.layers.attention",
+    "huggingface_videomae": "transformers.models.videomae.modeling_videomae",
+    "huggingface_timesformer": "transformers.models.timesformer.modeling_timesformer",
+    "huggingface_bert": "transformers.models.bert.modeling_bert",
+    "huggingface_bridgetower": "transformers.models.bridgetower.modeling_bridgetower",
+    "huggingface_patches": "transformers.modeling_utils",
+    "huggingface_pruning": "transformers.modeling_utils",
+    "huggingface_masking": "transformers.modeling_utils",
+    # After the others: it looks at what they made of a model.
+    "huggingface_attention": "transformers.modeling_utils",
+    "timm_embed": "timm.layers.patch_embed",
+    "timm_naflex": "timm.models.naflexvit",
+    "timm_vit": "timm.models.vision_transformer",
+    "timm_pruning": "timm.models.eva",
+    "timm_beit": "timm.models.beit",
+}
+
+# The first and the last version that the tests ran with.
+TESTED = {"timm": ("1.0.31", "1.0.31"), "transformers": ("5.23.0", "5.23.0")}
+
+
+def loaded() -> list[Family]:
+    """The families whose libraries are imported."""
+    found = []
+    for file, defines in FAMILIES.items():
+        if defines in sys.modules:
+            library = defines.split(".")[0]
+            check_version(library)
+            try:
+                found.append(importlib.import_module(f"vidl.swapping.{file}").FAMILY)
+            except (ImportError, AttributeError) as error:  # another version lacks what it needs
+                warnings.warn(
+                    f"vidl.swap leaves models of {library} {sys.modules[library].__version__} "
+                    f"({file}): {error}",
+                    stacklevel=3,
+                )
+    return found
+
+
+@functools.cache
+def check_version(library: str) -> None:
+    """Warn, once, of a library outside the versions that were tested."""
+    first, last = TESTED[library]
+    version = sys.modules[library].__version__
+    if not _numbers(first) <= _numbers(version) <= _numbers(last):
+        warnings.warn(
+            f"vidl.swap was tested with {library} {first} to {last}, this is {version}: compare "
+            "the outputs of your model before and after",
+            stacklevel=4,
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
