@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from vidl.bench import commands as bench_commands
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `vidl`.
@@ -30,13 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_info(commands)
     _add_bench(commands)
+    bench_commands.add(commands)
     _add_summary(commands)
     _add_data(commands)
     _add_pretrain(commands)
     _add_finetune(commands)
     _add_eval(commands)
     _add_export(commands)
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["bench"] and words[1:2] and words[1] in bench_commands.READERS:
+        words[:2] = [" ".join(words[:2])]
+    args = parser.parse_args(words)
     try:
         return args.run(parser, args)
     except KeyboardInterrupt:
