@@ -4,7 +4,10 @@ Imports are inside the functions, so that `vidl --help` stays quick.
 """
 
 import argparse
+import ast
 import json
+from collections.abc import Sequence
+from typing import Any
 
 # The second word of `vidl bench ...` that makes it a command of its own.
 READERS = ("compare",)
@@ -13,6 +16,7 @@ READERS = ("compare",)
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the commands."""
     _add_compare(commands)
+    _add_savings(commands)
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
@@ -45,3 +49,81 @@ def _compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     else:
         print(compare.table(changes))
     return 1 if compare.bad(changes) else 0
+
+
+def _add_savings(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "savings",
+        help="what sparsity and vidl save of whole training steps: {dense, sparse} x {stock, vidl}",
+        description="Time whole steps of pre-training, dense and sparse, with and without vidl, "
+        "after comparing losses and gradients. Stock is what a careful user writes without vidl.",
+    )
+    add = command.add_argument
+    add("model", help="smaug or mac")
+    add("overrides", nargs="*", metavar="FIELD=VALUE", help="of its recipe, as in mask_ratio=0.5")
+    add("--preset", default="base", help="tiny, small or base, which is the default")
+    add("--batch", type=int, help="clips of a step (default 4 on a CPU, 64 on a GPU)")
+    add("--steps", type=int, default=20, help="of each cell (default 20)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--compile", action="store_true", help="also stock under torch.compile; takes minutes")
+    add("--epochs", type=float, default=10, help="of the projected schedule (default 10)")
+    add("--clips", type=int, default=5_440_000, help="of an epoch (default 5,440,000)")
+    add("--budget", type=float, metavar="SECONDS", help="begin no further turn after so long")
+    add("--dry-run", action="store_true", help="list what would be measured")
+    _add_output(add, "savings.jsonl")
+    command.set_defaults(run=_savings)
+
+
+def _add_output(add: Any, file: str) -> None:
+    add("--json", action="store_true", help="print JSON lines in place of tables")
+    about = f"append JSON lines to DIR/<device>/{file}; default DIR: bench/results"
+    add("--write", nargs="?", const="", metavar="DIR", help=about)
+
+
+def _savings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl.bench import report, savings, savings_text
+
+    try:
+        plan = savings.plan(
+            args.model,
+            args.preset,
+            fields(args.overrides),
+            batch=args.batch,
+            steps=args.steps,
+            device=args.device,
+            compiled=args.compile,
+            epochs=args.epochs,
+            clips=args.clips,
+            budget=args.budget,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if args.dry_run:
+        print("\n".join(savings.dry_run(plan)))
+        return 0
+
+    def write(records: list[dict[str, Any]]) -> None:
+        if args.write is not None:
+            report.write(records, args.write or None)
+
+    records = savings.run(plan, write)
+    print("\n".join(map(json.dumps, records)) if args.json else savings_text.table(records))
+    return 0 if all(record["status"] == "ok" for record in records) else 1
+
+
+def fields(texts: Sequence[str]) -> dict[str, Any]:
+    """The fields of a recipe and their values, Python literals or else strings.
+
+    Raises:
+        ValueError: one is no FIELD=VALUE.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"need FIELD=VALUE, got {text!r}")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            found[name] = value
+    return found

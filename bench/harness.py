@@ -21,7 +21,7 @@ from vidl.bench.cases import Plan, plan, short
 from vidl.bench.check import check
 from vidl.bench.report import Record, records, table, write
 
-__all__ = ["dry_run", "plan", "run", "table", "write"]
+__all__ = ["dry_run", "plan", "progress", "run", "table", "write"]
 
 
 def dry_run(plan: Plan, as_json: bool = False) -> Iterator[str]:
@@ -46,17 +46,17 @@ def run(plan: Plan) -> Iterator[list[Record]]:
         # Of the two settings the first is fair to convolutions, the second keeps float32 float32.
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
         for case in plan.cases:
-            _progress(f"[{done + 1}/{total}] {case.op} · {case.shape}: comparing the answers")
+            progress(f"[{done + 1}/{total}] {case.op} · {case.shape}: comparing the answers")
             if case.device == "cuda":  # or the limit of recompilations makes later shapes eager
                 torch.compiler.reset()
             checked = check(case)
             for threads in plan.threads:
                 torch.set_num_threads(threads)
-                _progress("measuring what the device can do")
+                progress("measuring what the device can do")
                 limits = hardware.limits(case.device, threads, case.dtype)
                 for mode in plan.modes:
                     done += 1
-                    _progress(
+                    progress(
                         f"[{done}/{total}] {case.op} · {case.shape} · {short(case.dtype)}"
                         f" · {mode} · {threads} threads"
                     )
@@ -66,10 +66,11 @@ def run(plan: Plan) -> Iterator[list[Record]]:
                     yield records(case, mode, threads, limits, trials, times, plan.quick)
     finally:
         torch.set_num_threads(before)
-        _progress("")
+        progress("")
 
 
-def _progress(text: str) -> None:
+def progress(text: str) -> None:
+    """A line on stderr that changes; where that is no terminal, the numbered ones stay."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
     elif text.startswith("["):

@@ -4,7 +4,6 @@ So `vidl --help` answers at once, and a subcommand loads only what it needs.
 """
 
 import argparse
-import ast
 import json
 import os
 import sys
@@ -148,24 +147,13 @@ def _summary(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from vidl import models
 
     try:
-        overrides = dict(map(_field, args.overrides))
+        overrides = bench_commands.fields(args.overrides)
         model = models.create(args.model, args.preset, **overrides).to(args.device)
         sizes = {"batch": args.batch, "words": args.words, "steps": args.steps}
         print(models.summarize(model, **sizes))
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     return 0
-
-
-def _field(text: str) -> tuple[str, object]:
-    """A field of a recipe and its value, a Python literal or else a string."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"need FIELD=VALUE, got {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return name, value
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
