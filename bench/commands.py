@@ -6,7 +6,8 @@ Imports are inside the functions, so that `vidl --help` stays quick.
 import argparse
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 # The second word of `vidl bench ...` that makes it a command of its own.
@@ -61,7 +62,7 @@ def _add_savings(commands: argparse._SubParsersAction) -> None:
     add = command.add_argument
     add("model", help="smaug or mac")
     add("overrides", nargs="*", metavar="FIELD=VALUE", help="of its recipe, as in mask_ratio=0.5")
-    add("--preset", default="base", help="tiny, small or base, which is the default")
+    add("--preset", help="tiny, small or base (default base; --quality: the configuration's)")
     add("--batch", type=int, help="clips of a step (default 4 on a CPU, 64 on a GPU)")
     add("--steps", type=int, default=20, help="of each cell (default 20)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
@@ -69,6 +70,13 @@ def _add_savings(commands: argparse._SubParsersAction) -> None:
     add("--epochs", type=float, default=10, help="of the projected schedule (default 10)")
     add("--clips", type=int, default=5_440_000, help="of an epoch (default 5,440,000)")
     add("--budget", type=float, metavar="SECONDS", help="begin no further turn after so long")
+    add("--scaling", action="store_true", help="the vision encoder alone: time and memory against "
+        "visible tokens, frames, resolution and batch")  # fmt: skip
+    add("--quality", type=float, metavar="SECONDS", help="train dense and sparse for so long each, "
+        "on moving shapes: what is learned in the same time. Overrides may be section.field=value "
+        "of `vidl pretrain`")  # fmt: skip
+    add("--seeds", type=int, default=3, help="of --quality (default 3)")
+    add("--config", type=Path, help="of --quality (default examples/moving_shapes.yaml)")
     add("--dry-run", action="store_true", help="list what would be measured")
     _add_output(add, "savings.jsonl")
     command.set_defaults(run=_savings)
@@ -81,12 +89,18 @@ def _add_output(add: Any, file: str) -> None:
 
 
 def _savings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from vidl.bench import report, savings, savings_text
+    from vidl.bench import report, savings, savings_text, scaling
 
+    def write(records: list[dict[str, Any]]) -> None:
+        if args.write is not None:
+            report.write(records, args.write or None)
+
+    if args.quality is not None:
+        return _quality(parser, args, write)
     try:
         plan = savings.plan(
             args.model,
-            args.preset,
+            args.preset or "base",
             fields(args.overrides),
             batch=args.batch,
             steps=args.steps,
@@ -98,16 +112,44 @@ def _savings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    if args.dry_run:
+    if args.dry_run and args.scaling:
+        print("\n".join(f"{p.axis} {p.value:g}: {p.tokens} tokens" for p in scaling.points(plan)))
+    elif args.dry_run:
         print("\n".join(savings.dry_run(plan)))
+    elif args.scaling:
+        return _print(args, scaling.run(plan, write), scaling.table)
+    else:
+        return _print(args, savings.run(plan, write), savings_text.table)
+    return 0
+
+
+def _quality(parser: argparse.ArgumentParser, args: argparse.Namespace, write: Any) -> int:
+    try:
+        from vidl.bench import quality
+    except ModuleNotFoundError as error:
+        parser.exit(
+            1, f"vidl savings --quality needs {error.name}; try: pip install 'vidl[data]'\n"
+        )
+    options = {"seeds": args.seeds, "preset": args.preset, "file": args.config}
+    try:
+        plan = quality.plan(args.model, args.quality, args.overrides, **options)
+        rows = quality.rows(plan.config)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.dry_run:
+        for row, changed in rows.items():
+            print(f"{row}: {plan.shape}, {plan.seeds} seeds; {changed or 'as configured'}")
         return 0
+    return _print(args, quality.run(plan, write), quality.table)
 
-    def write(records: list[dict[str, Any]]) -> None:
-        if args.write is not None:
-            report.write(records, args.write or None)
 
-    records = savings.run(plan, write)
-    print("\n".join(map(json.dumps, records)) if args.json else savings_text.table(records))
+def _print(
+    args: argparse.Namespace,
+    records: list[dict[str, Any]],
+    table: Callable[[list[dict[str, Any]]], str],
+) -> int:
+    """Show records; the exit status is 1 if one of them is wrong or failed."""
+    print("\n".join(map(json.dumps, records)) if args.json else table(records))
     return 0 if all(record["status"] == "ok" for record in records) else 1
 
 

@@ -201,19 +201,21 @@ def _count(each: Measured) -> None:
 
 
 def _weigh(each: Measured) -> None:
-    """The memory of a step above that of weights and optimizer, after two to warm up."""
-    cell = each.cell
-    cell.step()
-    cell.step()
-    if cell.device == "cpu":
-        each.memory = timing.peak_of_process(cell.step)
-        return
+    each.cell.step()
+    each.cell.step()
+    each.memory = peak(each.cell.step, each.cell.device)
+
+
+def peak(call: Callable[[], object], device: str) -> int | None:
+    """The memory of a step above that of weights and optimizer; on a CPU of the process."""
+    if device == "cpu":
+        return timing.peak_of_process(call)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    cell.step()
+    call()
     torch.cuda.synchronize()
-    each.memory = torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _turn(found: list[Measured], turn: int) -> None:
