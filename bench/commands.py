@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 # The second word of `vidl bench ...` that makes it a command of its own.
-READERS = ("compare",)
+READERS = ("compare", "report")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the commands."""
     _add_compare(commands)
+    _add_report(commands)
     _add_savings(commands)
 
 
@@ -50,6 +51,49 @@ def _compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     else:
         print(compare.table(changes))
     return 1 if compare.bad(changes) else 0
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    about = "make a page, plots and README's table of the committed results"
+    command = commands.add_parser(
+        "bench report",
+        help=about,
+        description="Make one HTML page with plots (PNG, SVG), README.md beside the results, and "
+        "the section of a clone's README.md between <!-- results --> and <!-- /results -->.",
+    )
+    add = command.add_argument
+    add("results", nargs="?", help="JSON lines or a folder of them (default bench/results)")
+    add("--out", type=Path, metavar="DIR", help="of the page (default: report in the results)")
+    add("--readme", type=Path, help="whose section is rewritten (default: that of the clone)")
+    command.set_defaults(run=_report)
+
+
+def _report(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl.bench import digest, history, markdown, page
+
+    results = Path(args.results or history.ROOT / history.RESULTS)
+    folder = results if results.is_dir() else results.parent
+    out = args.out or folder / "report"
+    readme = args.readme or (None if args.results else history.ROOT / "README.md")
+    try:
+        devices = digest.devices(history.load(results))
+        if not devices:
+            raise ValueError(f"{results} has no results but quick looks")
+        if readme is not None:
+            markdown.rewrite(readme, devices)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    try:
+        from vidl.bench import plots
+    except ModuleNotFoundError as error:
+        pictures = []
+        print(f"vidl bench report: no plots without {error.name}; try: pip install 'vidl[bench]'")
+    else:
+        pictures = plots.draw(devices, out)
+    (folder / "README.md").write_text(markdown.details(devices))
+    made = [page.write(devices, out, pictures), folder / "README.md", *([readme] if readme else [])]
+    print("\n".join(f"wrote {file}" for file in made))
+    return 0
 
 
 def _add_savings(commands: argparse._SubParsersAction) -> None:

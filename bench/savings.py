@@ -23,7 +23,7 @@ from vidl.bench.cases import short
 from vidl.bench.harness import progress
 from vidl.bench.history import Record
 from vidl.bench.report import circumstances
-from vidl.bench.steps import Agreement, Cell, agreement, cells, flops, loss_of, true_answers
+from vidl.bench.steps import Agreement, Cell, agreement_of, cells, flops, loss_of
 
 # The schedule for which GPU-hours are projected: that of Singularity, on which SMAUG builds; those
 # of SMAUG and MAC were not found. CC3M and WebVid-2M have 5.4 million samples.
@@ -170,17 +170,16 @@ def _attempt(each: Measured, act: Callable[[Measured], None]) -> None:
 def _compare(found: list[Measured]) -> None:
     for row in ("dense", "sparse"):
         members = [each for each in found if each.cell.row == row]
-        peer = members[0].cell
-        truth = true_answers(peer)
+        known = agreement_of(members[0].cell)
 
-        def compare(each: Measured, peer: Cell = peer, truth: Any = truth) -> None:
-            each.agreement = agreement(each.cell, peer, truth)
+        def compare(each: Measured, known: Any = known) -> None:
+            each.agreement = known(each.cell)
+            if not each.agreement.ok:
+                each.status, each.reason = "wrong", f"errors of {each.agreement}"
             each.loss = loss_of(each.cell)
 
         for each in members:
             _attempt(each, compare)
-            if each.agreement is not None and not each.agreement.ok:
-                each.status, each.reason = "wrong", f"errors of {each.agreement}"
             if each.cell.column != "stock, compiled":  # what is compiled is not counted
                 _attempt(each, _count)
         check_counts({each.cell.column: each.flops for each in members if each.flops})

@@ -20,7 +20,7 @@ from vidl.bench.harness import progress
 from vidl.bench.history import Record
 from vidl.bench.report import circumstances
 from vidl.bench.savings import Plan, peak, seconds
-from vidl.bench.steps import Cell, agreement, batch_of, name_of
+from vidl.bench.steps import Cell, agreement_of, batch_of, name_of
 from vidl.bench.stock import stock
 from vidl.models import MODELS
 
@@ -122,7 +122,7 @@ def _measure(plan: Plan, point: Point) -> list[Record]:
     memory: dict[str, int | None] = {}
     status, reason = "ok", None
     try:
-        same = agreement(cells[1], cells[0])
+        same = agreement_of(cells[0])(cells[1])
         if same.ok:
             for cell in cells:
                 _step(cell)

@@ -153,23 +153,24 @@ class Agreement:
         return f"{', '.join(parts)}; allowed {self.allowed:.1e}"
 
 
-def agreement(cell: Cell, peer: Cell, truth: dict[str, Tensor] | None = None) -> Agreement:
-    """Compare the losses and gradients of a cell with those of the stock one, in float32.
+def agreement_of(peer: Cell) -> Callable[[Cell], Agreement]:
+    """What compares losses and gradients of cells with those of the stock one of their row.
 
-    On the first clips of the batch and without dropout, which each draws in its own order. Which
-    tokens are kept is a matter of rounding where scores are close, so that low precision says
-    little here; the truth is the stock model in float64.
-
-    Args:
-        truth: what `answers` found in float64, if it is known.
+    In float32, on the first clips of the batch, and without dropout, which each draws in its own
+    order. Which tokens are kept is a matter of rounding where scores are close, so that low
+    precision says little here; the truth is the stock model in float64.
     """
-    inputs = first(cell.inputs)
-    truth = true_answers(peer) if truth is None else truth
+    truth = true_answers(peer)
     plain = _errors(answers(peer.run, peer.model, first(peer.inputs)), truth)
-    found = _errors(answers(cell.run, cell.model, inputs), truth)
-    slack = SLACK[cell.kind]
-    eps = torch.finfo(torch.float32).eps
-    return Agreement(plain, found, slack * max(plain.values()) + eps)
+    largest, eps = max(plain.values()), torch.finfo(torch.float32).eps
+
+    def compare(cell: Cell) -> Agreement:
+        if cell is peer:
+            return Agreement(plain, plain, SLACK[cell.kind] * largest + eps)
+        found = _errors(answers(cell.run, cell.model, first(cell.inputs)), truth)
+        return Agreement(plain, found, SLACK[cell.kind] * largest + eps)
+
+    return compare
 
 
 def true_answers(peer: Cell) -> dict[str, Tensor]:

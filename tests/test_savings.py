@@ -47,7 +47,7 @@ def cells(name="smaug", fields=SMAUG, batch=4):
 def test_stock_and_vidl_agree(name, fields):
     found = cells(name, fields)
     for row in ("dense", "sparse"):
-        same = steps.agreement(found[f"{row}, vidl"], found[f"{row}, stock"])
+        same = steps.agreement_of(found[f"{row}, stock"])(found[f"{row}, vidl"])
         assert same.ok, str(same)
         assert set(same.ours) == {
             "losses",
