@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 # The second word of `vidl bench ...` that makes it a command of its own.
-READERS = ("compare", "report")
+READERS = ("compare", "report", "summary")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the commands."""
     _add_compare(commands)
     _add_report(commands)
+    _add_summary(commands)
     _add_savings(commands)
 
 
@@ -94,6 +95,41 @@ def _report(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     made = [page.write(devices, out, pictures), folder / "README.md", *([readme] if readme else [])]
     print("\n".join(f"wrote {file}" for file in made))
     return 0
+
+
+def _add_summary(commands: argparse._SubParsersAction) -> None:
+    about = "what of some results is wrong, slower than a peer or far from its limit"
+    command = commands.add_parser(
+        "bench summary",
+        help=about,
+        description=about.capitalize()
+        + ". Exit status 1 if anything of vidl is wrong or failed, or nothing was measured.",
+    )
+    add = command.add_argument
+    add("results", nargs="?", help="JSON lines or a folder of them (default bench/results)")
+    add("--device", choices=("cpu", "cuda"), help="only results of such")
+    add(
+        "--since", default="", metavar="TIME", help="only those measured since, as 2026-11-23T10:00"
+    )
+    command.set_defaults(run=_summary)
+
+
+def _summary(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl.bench import digest, history, verdict
+
+    try:
+        records = history.load(args.results or history.ROOT / history.RESULTS)
+    except ValueError as error:
+        parser.error(str(error))
+    records = [
+        r for r in records
+        if r.get("timestamp", "") >= args.since and args.device in (None, r.get("device_type"))
+    ]  # fmt: skip
+    devices = digest.devices(records)
+    print(verdict.verdict(devices, records))
+    newest = history.newest(records).values()
+    wrong = any(r["status"] in ("wrong", "failed") and r["kind"] == "ours" for r in newest)
+    return 1 if wrong or not devices else 0
 
 
 def _add_savings(commands: argparse._SubParsersAction) -> None:

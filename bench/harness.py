@@ -10,14 +10,16 @@ A description (`bench/<op>.py`) says what: `SHAPES`, `PARAMETERS`, `make`, `work
 4. `report`: median and quantiles, TFLOP/s, GB/s, share of the limit, ratio to every peer.
 """
 
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from vidl.bench import hardware, timing
-from vidl.bench.cases import Plan, plan, short
+from vidl.bench.cases import Case, Plan, plan, short
 from vidl.bench.check import check
 from vidl.bench.report import Record, records, table, write
 
@@ -38,14 +40,24 @@ def dry_run(plan: Plan, as_json: bool = False) -> Iterator[str]:
                 yield f"  {c.name:40} {c.kind:6} {c.reason or 'would be timed'}"
 
 
-def run(plan: Plan) -> Iterator[list[Record]]:
-    """Time everything planned; yields the records of one case, mode and number of threads."""
-    before = torch.get_num_threads()
-    total, done = len(plan.cases) * len(plan.threads) * len(plan.modes), 0
+def run(plan: Plan, budget: float | None = None) -> Iterator[list[Record]]:
+    """Time everything planned; yields the records of one case, mode and number of threads.
+
+    Args:
+        budget: seconds after which no further case begins. The ops then take turns, shape by
+            shape, so that each has the first of its shapes however little time there is.
+    """
+    started, before = time.monotonic(), torch.get_num_threads()
+    cases = plan.cases if budget is None else in_turns(plan.cases)
+    total, done = len(cases) * len(plan.threads) * len(plan.modes), 0
     try:
         # Of the two settings the first is fair to convolutions, the second keeps float32 float32.
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
-        for case in plan.cases:
+        for number, case in enumerate(cases):
+            if budget is not None and time.monotonic() - started > budget:
+                left = ", ".join(f"{c.op} · {c.shape} · {short(c.dtype)}" for c in cases[number:])
+                progress(f"[{done}/{total}] {budget:g} s are over; left out: {left}")
+                break
             progress(f"[{done + 1}/{total}] {case.op} · {case.shape}: comparing the answers")
             if case.device == "cuda":  # or the limit of recompilations makes later shapes eager
                 torch.compiler.reset()
@@ -67,6 +79,15 @@ def run(plan: Plan) -> Iterator[list[Record]]:
     finally:
         torch.set_num_threads(before)
         progress("")
+
+
+def in_turns(cases: Sequence[Case]) -> list[Case]:
+    """The first case of each op, then the second of each, and so on."""
+    by_op: dict[str, list[Case]] = {}
+    for case in cases:
+        by_op.setdefault(case.op, []).append(case)
+    rounds = itertools.zip_longest(*by_op.values())
+    return [case for each in rounds for case in each if case is not None]
 
 
 def progress(text: str) -> None:

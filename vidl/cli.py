@@ -90,6 +90,12 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         help="append JSON lines to DIR/<device>/<op>.jsonl; default DIR: bench/results",
     )
     add("--dry-run", action="store_true", help="list what would be timed, and why the rest cannot")
+    add(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="ops take turns; begin no case after so long",
+    )
     add("--quick", action="store_true", help="one sample a batch and few repetitions: for a look")
     command.set_defaults(run=_bench)
 
@@ -115,7 +121,7 @@ def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             print(line)
         return 0
     wrong = 0
-    for records in harness.run(plan):
+    for records in harness.run(plan, args.budget):
         if args.json:
             print("\n".join(map(json.dumps, records)), flush=True)
         else:
