@@ -98,7 +98,8 @@ def cells(recipe: Any, batch: int, device: str, compiled: bool = False) -> Itera
         if compiled:
             # As a tensor the number of the step does not compile anew when it changes.
             step = {"step": torch.zeros((), dtype=torch.int64, device=device)}
-            run: Any = torch.compile(peer)
+            # Shapes as they are: after the check on fewer clips the timed ones would be dynamic.
+            run: Any = torch.compile(peer, dynamic=False)
             yield Cell(row, "stock, compiled", peer, run, adam, inputs | step, dtype, "peer")
         yield Cell(row, "vidl", model, model, adam, ours, dtype, "ours")
 

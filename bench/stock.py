@@ -51,8 +51,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(-3, -2).flatten(-2)
 
 
-@functools.cache  # a copy from the host is a synchronisation
 def constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    if torch.compiler.is_compiling():  # they become a part of the program
+        return torch.tensor(values, device=device, dtype=dtype)
+    return _kept_constants(values, device, dtype)
+
+
+@functools.cache  # a copy from the host is a synchronisation
+def _kept_constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, device=device, dtype=dtype)
 
 

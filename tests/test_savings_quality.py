@@ -16,8 +16,7 @@ TINY = [
 @pytest.fixture
 def quick(monkeypatch):
     pytest.importorskip("tokenizers")
-    monkeypatch.setattr(quality, "TRIED", 2)
-    monkeypatch.setattr(quality, "_seconds_per_step", lambda config: 0.5)
+    monkeypatch.setattr(quality, "_seconds_per_step", lambda config, budget: 0.5)
 
 
 def test_both_rows_are_trained_by_every_seed(quick):
@@ -40,17 +39,18 @@ def test_both_rows_are_trained_by_every_seed(quick):
     assert "mean and range of 2 seed(s); chance: 25.0 %" in text and "CPU" in text
 
 
-def test_the_speed_is_that_of_the_later_steps(monkeypatch):
-    pytest.importorskip("tokenizers")
-    monkeypatch.setattr(quality, "TRIED", 4)
-    steps = []
+@pytest.mark.parametrize("budget, tried, speed", [(600.0, [4, 20], 0.25), (9.0, [4], 1.0)])
+def test_the_speed_is_that_of_the_later_steps(monkeypatch, budget, tried, speed):
+    seen = []
 
-    def run(config, count, seed, log_every, evaluate):
-        steps.append((count, log_every, evaluate(None)))
-        return {}, [{"seconds_per_step": 9.0}, {"seconds_per_step": 0.25}]
+    def run(config, steps, seed, log_every, evaluate):
+        seen.append(steps)
+        assert log_every == steps // 2 and evaluate(None) == {}
+        later = {4: 1.0, 20: 0.25}[steps]
+        return {}, [{"seconds_per_step": 9.0}, {"seconds_per_step": later}]
 
     monkeypatch.setattr(quality, "_run", run)
-    assert quality._seconds_per_step(None) == 0.25 and steps == [(4, 2, {})]
+    assert quality._seconds_per_step(None, budget) == speed and seen == tried
 
 
 def test_smaug_becomes_dense_in_all_that_makes_it_sparse():

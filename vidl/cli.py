@@ -41,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["bench"] and words[1:2] and words[1] in bench_commands.READERS:
         words[:2] = [" ".join(words[:2])]
-    args = parser.parse_args(words)
+    args, rest = parser.parse_known_args(words)
+    # argparse takes FIELD=VALUE only where no option stands before it.
+    if hasattr(args, "overrides") and not [word for word in rest if word.startswith("-")]:
+        args.overrides, rest = [*args.overrides, *rest], []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.run(parser, args)
     except KeyboardInterrupt:
