@@ -149,7 +149,7 @@ def _growth(device: Device) -> list[str]:
             found += [f"{' '.join(name)}: R² {line.r2:.3f}, {fixed:.0%} of the unmasked time fixed"]
     if not found:
         return []
-    return ["", "The encoder's time is a line in its visible tokens, masks from 0 to 0.95: "
+    return ["", "A line through the encoder's time against visible tokens, masks from 0 to 0.95: "
             + "; ".join(found) + "."]  # fmt: skip
 
 

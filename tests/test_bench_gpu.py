@@ -117,6 +117,7 @@ def test_make_gpu_runs_every_step_and_sums_up(make, tmp_path):
              "vidl savings mac", "vidl bench summary"]  # fmt: skip
     assert [w in c for w, c in zip(words, calls, strict=True)] == [True] * 5, calls
     assert all(f"--write {tmp_path}" in call for call in calls[1:4])
+    assert all("backend=compiled" in call for call in calls[2:4])
     assert "the summary" in done.stdout
     for name in ("GPU tests", "ops", "savings of SMAUG", "savings of MAC"):
         assert f"  {name}: passed" in done.stdout
