@@ -118,9 +118,32 @@ gpu-run:
 	  -DCMAKE_CUDA_ARCHITECTURES="$(or $(CMAKE_CUDA_ARCHITECTURES),$(CUDAARCHS),90)"
 	cmake --build build/cmake-gpu --parallel
 	cmake --install build/cmake-gpu --prefix vidl
-	@status=0; \
-	step() { echo "==> $$*"; "$$@" || { echo "==> failed: $$*"; status=1; }; }; \
-	step $(GPU_PYTHON) -m pytest -m gpu -r fEs $(ARGS); \
-	step $(GPU_PYTHON) -m vidl bench --device cuda --write $(RESULTS); \
-	step $(GPU_PYTHON) -m vidl info; \
-	exit $$status
+	@$(MAKE) --no-print-directory gpu-steps GPU_PYTHON="$(GPU_PYTHON)" GPU_BEGAN=$(GPU_BEGAN)
+
+# What remains of GPU_SECONDS is shared out: at most 150 s for tests, 2 x 60 s for savings, and the
+# rest for the ops. Results are written as they are measured, so that those survive if it is cut off.
+# A later step runs even if one before it fails.
+.PHONY: gpu-steps
+GPU_SECONDS ?= 480
+GPU_BEGAN := $(or $(GPU_BEGAN),$(shell date +%s))
+# Until a result of a card is committed "auto" is plain PyTorch there, which is not what is asked.
+GPU_BACKEND ?= compiled
+SAVINGS := backend=$(GPU_BACKEND) --device cuda --preset base --steps 20 --budget 30 --write $(RESULTS)
+gpu-steps:
+	@said=""; status=0; began=$$(date -u +%Y-%m-%dT%H:%M:%S); \
+	left() { echo $$(( $(GPU_BEGAN) + $(GPU_SECONDS) - $$(date +%s) - $$1 )); }; \
+	least() { echo $$(( $$1 < $$2 ? $$1 : $$2 )); }; \
+	step() { \
+	  local name="$$1" seconds="$$2" result=passed; shift 2; \
+	  echo "==> $$name, at most $$seconds s: $$*"; \
+	  if [ "$$seconds" -le 0 ]; then result="no time left"; \
+	  elif timeout -k 10 "$$seconds" "$$@"; then :; \
+	  else result="failed, or cut off after $$seconds s"; fi; \
+	  [ "$$result" = passed ] || status=1; said+="  $$name: $$result"$$'\n'; }; \
+	vidl="$(GPU_PYTHON) -m vidl"; \
+	step "GPU tests" $$(least 150 $$(left 200)) $(GPU_PYTHON) -m pytest -m gpu -r fEs $(ARGS); \
+	step "ops" $$(left 130) $$vidl bench --device cuda --budget $$(left 160) --write $(RESULTS); \
+	step "savings of SMAUG" $$(least 60 $$(left 65)) $$vidl savings smaug $(SAVINGS); \
+	step "savings of MAC" $$(least 60 $$(left 5)) $$vidl savings mac $(SAVINGS); \
+	$$vidl bench summary $(RESULTS) --device cuda --since $$began || status=1; \
+	echo; printf '%s' "$$said"; exit $$status

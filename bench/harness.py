@@ -10,18 +10,20 @@ A description (`bench/<op>.py`) says what: `SHAPES`, `PARAMETERS`, `make`, `work
 4. `report`: median and quantiles, TFLOP/s, GB/s, share of the limit, ratio to every peer.
 """
 
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from vidl.bench import hardware, timing
-from vidl.bench.cases import Plan, plan, short
+from vidl.bench.cases import Case, Plan, plan, short
 from vidl.bench.check import check
 from vidl.bench.report import Record, records, table, write
 
-__all__ = ["dry_run", "plan", "run", "table", "write"]
+__all__ = ["dry_run", "plan", "progress", "run", "table", "write"]
 
 
 def dry_run(plan: Plan, as_json: bool = False) -> Iterator[str]:
@@ -38,25 +40,35 @@ def dry_run(plan: Plan, as_json: bool = False) -> Iterator[str]:
                 yield f"  {c.name:40} {c.kind:6} {c.reason or 'would be timed'}"
 
 
-def run(plan: Plan) -> Iterator[list[Record]]:
-    """Time everything planned; yields the records of one case, mode and number of threads."""
-    before = torch.get_num_threads()
-    total, done = len(plan.cases) * len(plan.threads) * len(plan.modes), 0
+def run(plan: Plan, budget: float | None = None) -> Iterator[list[Record]]:
+    """Time everything planned; yields the records of one case, mode and number of threads.
+
+    Args:
+        budget: seconds after which no further case begins. The ops then take turns, shape by
+            shape, so that each has the first of its shapes however little time there is.
+    """
+    started, before = time.monotonic(), torch.get_num_threads()
+    cases = plan.cases if budget is None else in_turns(plan.cases)
+    total, done = len(cases) * len(plan.threads) * len(plan.modes), 0
     try:
         # Of the two settings the first is fair to convolutions, the second keeps float32 float32.
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
-        for case in plan.cases:
-            _progress(f"[{done + 1}/{total}] {case.op} · {case.shape}: comparing the answers")
+        for number, case in enumerate(cases):
+            if budget is not None and time.monotonic() - started > budget:
+                left = ", ".join(f"{c.op} · {c.shape} · {short(c.dtype)}" for c in cases[number:])
+                progress(f"[{done}/{total}] {budget:g} s are over; left out: {left}")
+                break
+            progress(f"[{done + 1}/{total}] {case.op} · {case.shape}: comparing the answers")
             if case.device == "cuda":  # or the limit of recompilations makes later shapes eager
                 torch.compiler.reset()
             checked = check(case)
             for threads in plan.threads:
                 torch.set_num_threads(threads)
-                _progress("measuring what the device can do")
+                progress("measuring what the device can do")
                 limits = hardware.limits(case.device, threads, case.dtype)
                 for mode in plan.modes:
                     done += 1
-                    _progress(
+                    progress(
                         f"[{done}/{total}] {case.op} · {case.shape} · {short(case.dtype)}"
                         f" · {mode} · {threads} threads"
                     )
@@ -66,10 +78,20 @@ def run(plan: Plan) -> Iterator[list[Record]]:
                     yield records(case, mode, threads, limits, trials, times, plan.quick)
     finally:
         torch.set_num_threads(before)
-        _progress("")
+        progress("")
 
 
-def _progress(text: str) -> None:
+def in_turns(cases: Sequence[Case]) -> list[Case]:
+    """The first case of each op, then the second of each, and so on."""
+    by_op: dict[str, list[Case]] = {}
+    for case in cases:
+        by_op.setdefault(case.op, []).append(case)
+    rounds = itertools.zip_longest(*by_op.values())
+    return [case for each in rounds for case in each if case is not None]
+
+
+def progress(text: str) -> None:
+    """A line on stderr that changes; where that is no terminal, the numbered ones stay."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
     elif text.startswith("["):

@@ -46,13 +46,7 @@ def records(
         "sizes": case.sizes,
         "dtype": short(case.dtype),
         "mode": mode,
-        "threads": threads if case.device == "cpu" else None,
-        "device": hardware.device_name(case.device),
-        "device_type": case.device,
-        "gpu": info.gpus()[torch.cuda.current_device()] if case.device == "cuda" else None,
-        "commit": commit(),
-        "versions": info.versions(),
-        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **circumstances(case.device, threads),
         "quick": quick,
         "copy_gb_per_s": limits.copy / 1e9,
         "matmul_tflop_per_s": limits.matmul / 1e12,
@@ -87,6 +81,19 @@ def records(
                     record[f"{kind}_ms"] = hardware.quantiles(getattr(times[name], kind))[0] * 1e3
         found.append(record)
     return found
+
+
+def circumstances(device: str, threads: int) -> Record:
+    """Where and with what something was measured: part of every record."""
+    return {
+        "threads": threads if device == "cpu" else None,
+        "device": hardware.device_name(device),
+        "device_type": device,
+        "gpu": info.gpus()[torch.cuda.current_device()] if device == "cuda" else None,
+        "commit": commit(),
+        "versions": info.versions(),
+        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def table(records: Sequence[Record]) -> str:

@@ -42,7 +42,7 @@ def measure(
     times = take_turns(calls, case.device, quick)
     if case.device == "cpu":
         for name, each in times.items():
-            each.memory = _peak_of_process(calls[name][0])
+            each.memory = peak_of_process(calls[name][0])
     return times
 
 
@@ -119,7 +119,7 @@ def _keep_freed_memory() -> None:
     mallopt(mmap_max, 0)
 
 
-def _peak_of_process(call: Call) -> int | None:
+def peak_of_process(call: Call) -> int | None:
     """How far the resident memory rises during a call; Linux with glibc, else None.
 
     What a kernel keeps from earlier calls, such as scratch of its threads, is not seen.

@@ -142,3 +142,18 @@ def test_help_loads_nothing_heavy(tmp_path):
     )
     assert answer.returncode == 0, answer.stderr
     assert "COMMAND" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [["mask_ratio=0.9", "--batch", "2"], ["--batch", "2", "mask_ratio=0.9"]]
+)
+def test_fields_may_stand_before_and_after_options(words, capsys):
+    assert main(["savings", "mac", "--preset", "tiny", "--device", "cpu", "--dry-run", *words]) == 0
+    assert "mac tiny, 2 clips, mask_ratio 0.9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["info", "more"], ["savings", "mac", "--nothing"]])
+def test_what_is_not_known_is_an_error(words, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err

@@ -4,7 +4,6 @@ So `vidl --help` answers at once, and a subcommand loads only what it needs.
 """
 
 import argparse
-import ast
 import json
 import os
 import sys
@@ -12,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from vidl.bench import commands as bench_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,13 +31,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_info(commands)
     _add_bench(commands)
+    bench_commands.add(commands)
     _add_summary(commands)
     _add_data(commands)
     _add_pretrain(commands)
     _add_finetune(commands)
     _add_eval(commands)
     _add_export(commands)
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["bench"] and words[1:2] and words[1] in bench_commands.READERS:
+        words[:2] = [" ".join(words[:2])]
+    args, rest = parser.parse_known_args(words)
+    # argparse takes FIELD=VALUE only where no option stands before it.
+    if hasattr(args, "overrides") and not [word for word in rest if word.startswith("-")]:
+        args.overrides, rest = [*args.overrides, *rest], []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.run(parser, args)
     except KeyboardInterrupt:
@@ -85,6 +95,12 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         help="append JSON lines to DIR/<device>/<op>.jsonl; default DIR: bench/results",
     )
     add("--dry-run", action="store_true", help="list what would be timed, and why the rest cannot")
+    add(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="ops take turns; begin no case after so long",
+    )
     add("--quick", action="store_true", help="one sample a batch and few repetitions: for a look")
     command.set_defaults(run=_bench)
 
@@ -110,7 +126,7 @@ def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             print(line)
         return 0
     wrong = 0
-    for records in harness.run(plan):
+    for records in harness.run(plan, args.budget):
         if args.json:
             print("\n".join(map(json.dumps, records)), flush=True)
         else:
@@ -142,24 +158,13 @@ def _summary(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from vidl import models
 
     try:
-        overrides = dict(map(_field, args.overrides))
+        overrides = bench_commands.fields(args.overrides)
         model = models.create(args.model, args.preset, **overrides).to(args.device)
         sizes = {"batch": args.batch, "words": args.words, "steps": args.steps}
         print(models.summarize(model, **sizes))
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     return 0
-
-
-def _field(text: str) -> tuple[str, object]:
-    """A field of a recipe and its value, a Python literal or else a string."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"need FIELD=VALUE, got {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return name, value
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:

@@ -137,6 +137,17 @@ class Captions:
         ).with_entries()
 
 
+def rounded_words(words: int, most: int) -> int:
+    """Up to one of eight sizes: few shapes, whose memory is used again.
+
+    Args:
+        words: of a batch.
+        most: what they can be, B L.
+    """
+    unit = -(-most // 8)
+    return min(-(-words // unit) * unit, most)
+
+
 def _keys_of(
     partner: Tensor, cu_keys: Tensor, max_keys: int, equal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

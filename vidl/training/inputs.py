@@ -7,6 +7,7 @@ import torch
 
 from vidl.data.dataset import Batch
 from vidl.models import Recipe
+from vidl.nn.captions import rounded_words
 
 
 def arguments(
@@ -32,7 +33,7 @@ def arguments(
     device = torch.device(device)
     found: dict[str, Any] = {"clip_ids": clip_ids.to(device, non_blocking=True)}
     if device.type == "cuda":
-        found["words"] = _rounded(int(batch.attention_mask.sum()), batch.ids.numel())
+        found["words"] = rounded_words(int(batch.attention_mask.sum()), batch.ids.numel())
     batch = batch.to(device)
     assert batch.ids is not None and batch.attention_mask is not None
     video = batch.video
@@ -51,9 +52,3 @@ def arguments(
 def _number(name: str) -> int:
     """The same 63 bits for the same name, on every rank."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def _rounded(words: int, most: int) -> int:
-    """Up to one of eight sizes: few shapes, whose memory is used again."""
-    unit = -(-most // 8)
-    return min(-(-words // unit) * unit, most)

@@ -1,0 +1,251 @@
+"""The commands that measure steps and read results; `vidl bench` itself is in vidl/cli.py.
+
+Imports are inside the functions, so that `vidl --help` stays quick.
+"""
+
+import argparse
+import ast
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# The second word of `vidl bench ...` that makes it a command of its own.
+READERS = ("compare", "report", "summary")
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Declare the commands."""
+    _add_compare(commands)
+    _add_report(commands)
+    _add_summary(commands)
+    _add_savings(commands)
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    about = "what became faster or slower from one set of results to another, beyond noise"
+    command = commands.add_parser(
+        "bench compare",
+        help=about,
+        description=about.capitalize() + ". Exit status 1 if anything of vidl became slower, that "
+        "is if the 20 to 80 % quantiles of its times do not overlap, or wrong.",
+    )
+    add = command.add_argument
+    add("old", help="JSON lines, a folder of them, or a commit, of which bench/results is read")
+    add("new", help="as old")
+    add("--json", action="store_true", help="print JSON lines, of what is the same too")
+    command.set_defaults(run=_compare)
+
+
+def _compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl.bench import compare, history
+
+    try:
+        changes = compare.compare(history.load(args.old), history.load(args.new))
+    except ValueError as error:
+        parser.error(str(error))
+    if not changes:
+        parser.error(f"{args.old} and {args.new} have no measurement in common")
+    if args.json:
+        for change in changes:
+            print(json.dumps(compare.as_json(change)))
+    else:
+        print(compare.table(changes))
+    return 1 if compare.bad(changes) else 0
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    about = "make a page, plots and README's table of the committed results"
+    command = commands.add_parser(
+        "bench report",
+        help=about,
+        description="Make one HTML page with plots (PNG, SVG), README.md beside the results, and "
+        "the section of a clone's README.md between <!-- results --> and <!-- /results -->.",
+    )
+    add = command.add_argument
+    add("results", nargs="?", help="JSON lines or a folder of them (default bench/results)")
+    add("--out", type=Path, metavar="DIR", help="of the page (default: report in the results)")
+    add("--readme", type=Path, help="whose section is rewritten (default: that of the clone)")
+    command.set_defaults(run=_report)
+
+
+def _report(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl.bench import digest, history, markdown, page
+
+    results = Path(args.results or history.ROOT / history.RESULTS)
+    folder = results if results.is_dir() else results.parent
+    out = args.out or folder / "report"
+    readme = args.readme or (None if args.results else history.ROOT / "README.md")
+    try:
+        devices = digest.devices(history.load(results))
+        if not devices:
+            raise ValueError(f"{results} has no results but quick looks")
+        if readme is not None:
+            markdown.rewrite(readme, devices)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    try:
+        from vidl.bench import plots
+    except ModuleNotFoundError as error:
+        pictures = []
+        print(f"vidl bench report: no plots without {error.name}; try: pip install 'vidl[bench]'")
+    else:
+        pictures = plots.draw(devices, out)
+    (folder / "README.md").write_text(markdown.details(devices))
+    made = [page.write(devices, out, pictures), folder / "README.md", *([readme] if readme else [])]
+    print("\n".join(f"wrote {file}" for file in made))
+    return 0
+
+
+def _add_summary(commands: argparse._SubParsersAction) -> None:
+    about = "what of some results is wrong, slower than a peer or far from its limit"
+    command = commands.add_parser(
+        "bench summary",
+        help=about,
+        description=about.capitalize()
+        + ". Exit status 1 if anything of vidl is wrong or failed, or nothing was measured.",
+    )
+    add = command.add_argument
+    add("results", nargs="?", help="JSON lines or a folder of them (default bench/results)")
+    add("--device", choices=("cpu", "cuda"), help="only results of such")
+    add(
+        "--since", default="", metavar="TIME", help="only those measured since, as 2026-11-23T10:00"
+    )
+    command.set_defaults(run=_summary)
+
+
+def _summary(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl.bench import digest, history, verdict
+
+    try:
+        records = history.load(args.results or history.ROOT / history.RESULTS)
+    except ValueError as error:
+        parser.error(str(error))
+    records = [
+        r for r in records
+        if r.get("timestamp", "") >= args.since and args.device in (None, r.get("device_type"))
+    ]  # fmt: skip
+    devices = digest.devices(records)
+    print(verdict.verdict(devices, records))
+    newest = history.newest(records).values()
+    wrong = any(r["status"] in ("wrong", "failed") and r["kind"] == "ours" for r in newest)
+    return 1 if wrong or not devices else 0
+
+
+def _add_savings(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "savings",
+        help="what sparsity and vidl save of whole training steps: {dense, sparse} x {stock, vidl}",
+        description="Time whole steps of pre-training, dense and sparse, with and without vidl, "
+        "after comparing losses and gradients. Stock is what a careful user writes without vidl.",
+    )
+    add = command.add_argument
+    add("model", help="smaug or mac")
+    add("overrides", nargs="*", metavar="FIELD=VALUE", help="of its recipe, as in mask_ratio=0.5")
+    add("--preset", help="tiny, small or base (default base; --quality: the configuration's)")
+    add("--batch", type=int, help="clips of a step (default 4 on a CPU, 64 on a GPU)")
+    add("--steps", type=int, default=20, help="of each cell (default 20)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--compile", action="store_true", help="also stock under torch.compile; takes minutes")
+    add("--epochs", type=float, default=10, help="of the projected schedule (default 10)")
+    add("--clips", type=int, default=5_440_000, help="of an epoch (default 5,440,000)")
+    add("--budget", type=float, metavar="SECONDS", help="begin no further turn after so long")
+    add("--scaling", action="store_true", help="the vision encoder alone: time and memory against "
+        "visible tokens, frames, resolution and batch")  # fmt: skip
+    add("--quality", type=float, metavar="SECONDS", help="train dense and sparse for so long each, "
+        "on moving shapes: what is learned in the same time. Overrides may be section.field=value "
+        "of `vidl pretrain`")  # fmt: skip
+    add("--seeds", type=int, default=3, help="of --quality (default 3)")
+    add("--config", type=Path, help="of --quality (default examples/moving_shapes.yaml)")
+    add("--dry-run", action="store_true", help="list what would be measured")
+    _add_output(add, "savings.jsonl")
+    command.set_defaults(run=_savings)
+
+
+def _add_output(add: Any, file: str) -> None:
+    add("--json", action="store_true", help="print JSON lines in place of tables")
+    about = f"append JSON lines to DIR/<device>/{file}; default DIR: bench/results"
+    add("--write", nargs="?", const="", metavar="DIR", help=about)
+
+
+def _savings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl.bench import report, savings, savings_text, scaling
+
+    def write(records: list[dict[str, Any]]) -> None:
+        if args.write is not None:
+            report.write(records, args.write or None)
+
+    if args.quality is not None:
+        return _quality(parser, args, write)
+    try:
+        plan = savings.plan(
+            args.model,
+            args.preset or "base",
+            fields(args.overrides),
+            batch=args.batch,
+            steps=args.steps,
+            device=args.device,
+            compiled=args.compile,
+            epochs=args.epochs,
+            clips=args.clips,
+            budget=args.budget,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if args.dry_run and args.scaling:
+        print("\n".join(f"{p.axis} {p.value:g}: {p.tokens} tokens" for p in scaling.points(plan)))
+    elif args.dry_run:
+        print("\n".join(savings.dry_run(plan)))
+    elif args.scaling:
+        return _print(args, scaling.run(plan, write), scaling.table)
+    else:
+        return _print(args, savings.run(plan, write), savings_text.table)
+    return 0
+
+
+def _quality(parser: argparse.ArgumentParser, args: argparse.Namespace, write: Any) -> int:
+    try:
+        from vidl.bench import quality
+    except ModuleNotFoundError as error:
+        parser.exit(
+            1, f"vidl savings --quality needs {error.name}; try: pip install 'vidl[data]'\n"
+        )
+    options = {"seeds": args.seeds, "preset": args.preset, "file": args.config}
+    try:
+        plan = quality.plan(args.model, args.quality, args.overrides, **options)
+        rows = quality.rows(plan.config)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.dry_run:
+        for row, changed in rows.items():
+            print(f"{row}: {plan.shape}, {plan.seeds} seeds; {changed or 'as configured'}")
+        return 0
+    return _print(args, quality.run(plan, write), quality.table)
+
+
+def _print(
+    args: argparse.Namespace,
+    records: list[dict[str, Any]],
+    table: Callable[[list[dict[str, Any]]], str],
+) -> int:
+    """Show records; the exit status is 1 if one of them is wrong or failed."""
+    print("\n".join(map(json.dumps, records)) if args.json else table(records))
+    return 0 if all(record["status"] == "ok" for record in records) else 1
+
+
+def fields(texts: Sequence[str]) -> dict[str, Any]:
+    """The fields of a recipe and their values, Python literals or else strings.
+
+    Raises:
+        ValueError: one is no FIELD=VALUE.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"need FIELD=VALUE, got {text!r}")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            found[name] = value
+    return found
