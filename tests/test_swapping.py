@@ -14,7 +14,7 @@ from torch import nn
 
 import vidl
 from vidl.swapping import families
-from vidl.swapping.rules import Family, Rule, state_of
+from vidl.swapping.rules import Family, Rule, remember, state_of
 
 
 class Doubling(nn.Module):
@@ -55,12 +55,23 @@ FAMILY = Family([RULE])
 
 @pytest.fixture(autouse=True)
 def families_of_this_file(monkeypatch):
-    monkeypatch.setattr(families, "loaded", lambda: [ME.FAMILY])
+    monkeypatch.setattr(families, "of", lambda model: [ME.FAMILY])
 
 
 def model(*parts):
     torch.manual_seed(0)
     return nn.Sequential(*(parts or (Doubling(), nn.ReLU(), Doubling())))
+
+
+def test_a_forward_on_the_object_itself_is_not_overlooked():
+    m = model()
+    m[0].forward = m[0].forward  # accelerate's hooks stand there
+    report = vidl.swap(m)
+    assert [change.name for change in report.swapped] == ["2"]
+    assert "its forward was replaced on the object itself" in report.left[0].note
+    with pytest.raises(ValueError, match="cannot swap .*Doubling: its forward was replaced"):
+        remember(m[0], swapped=Swapped)
+    assert state_of(m[0]) is None
 
 
 def test_swap_and_unswap():

@@ -6,6 +6,8 @@ import re
 import sys
 import warnings
 
+from torch import nn
+
 from vidl.swapping.rules import Family
 
 # A file of this folder, and the module that defines the classes it knows. Unless that is imported,
@@ -32,12 +34,13 @@ FAMILIES = {
 TESTED = {"timm": ("1.0.31", "1.0.31"), "transformers": ("5.23.0", "5.23.0")}
 
 
-def loaded() -> list[Family]:
-    """The families whose libraries are imported."""
+def of(model: nn.Module) -> list[Family]:
+    """The families that may know modules of a model."""
+    libraries = {kind.__module__.split(".")[0] for m in model.modules() for kind in type(m).__mro__}
     found = []
     for file, defines in FAMILIES.items():
-        if defines in sys.modules:
-            library = defines.split(".")[0]
+        library = defines.split(".")[0]
+        if library in libraries and defines in sys.modules:
             check_version(library)
             try:
                 found.append(importlib.import_module(f"vidl.swapping.{file}").FAMILY)

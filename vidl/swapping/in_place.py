@@ -8,7 +8,7 @@ from torch import nn
 from vidl.kernels import library
 from vidl.swapping import families
 from vidl.swapping.report import Change, Report, summary
-from vidl.swapping.rules import REMEMBERED, Rule, full_name, remember, state_of
+from vidl.swapping.rules import REMEMBERED, Rule, full_name, own_forward, remember, state_of
 
 # What the report mentions though no rule matched it.
 WORTH_A_LINE = re.compile(r"Attention|Attn|PatchEmbed|Embeddings")
@@ -43,7 +43,7 @@ def swap(model: nn.Module, *, backend: str = "auto") -> Report:
             f"this model is swapped already ({len(changed)} modules, {changed[0]!r} the first); "
             "call vidl.unswap(model) before"
         )
-    found = families.loaded()
+    found = families.of(model)
     rules = {rule.original: rule for family in found for rule in family.rules}
     try:
         changes = [_apply(n, m, rules[type(m)], backend) for n, m in _matched(model, rules)]
@@ -103,7 +103,7 @@ def _matched(model: nn.Module, rules: dict[type[nn.Module], Rule]) -> list[tuple
 
 def _apply(name: str, module: nn.Module, rule: Rule, backend: str) -> Change:
     was = full_name(rule.original)
-    reason = rule.why_not(module)
+    reason = rule.why_not(module) or own_forward(module)
     if reason is not None:
         return Change(name, was, None, reason)
     note = rule.note(module, backend)

@@ -35,7 +35,7 @@ def mask(model: nn.Module, ratio: float, *, backend: str = "auto") -> Report:
     fresh = next(swapped_modules(model), None) is None
     changes = swap(model, backend=backend).changes if fresh else ()
     found: list[Change] = []
-    for family in families.loaded():
+    for family in families.of(model):
         found += family.mask(model, ratio, backend) if family.mask else ()
     if not any(change.became for change in found):
         if fresh:

@@ -155,12 +155,12 @@ def prune(
             _check_layers(name, module, tower, layers)
             if reason := tower.why_not(module, pruning, layers):
                 raise ValueError(f"cannot prune {_called(name, module)}: {reason}")
+        for name, module, tower in towers:
+            changes += tuple(_install(name, module, tower, pruning, layers))
     except ValueError:
         if fresh:
             unswap_whatever(model)
         raise
-    for name, module, tower in towers:
-        changes += tuple(_install(name, module, tower, pruning, layers))
     return Report(changes)
 
 
@@ -176,14 +176,14 @@ def _check(pruning: Pruning) -> None:
 
 
 def _towers(model: nn.Module) -> list[tuple[str, nn.Module, Tower]]:
-    known = {tower.original: tower for family in families.loaded() for tower in family.towers}
+    known = {tower.original: tower for family in families.of(model) for tower in family.towers}
     found = []
     for name, module in model.named_modules():
         tower = known.get(original(module))
         if tower is not None:
             found.append((name, module, tower))
     if not found:
-        names = ", ".join(sorted({kind.__name__ for kind in known})) or "none that is imported"
+        names = ", ".join(sorted({kind.__name__ for kind in known})) or "of timm or transformers"
         raise ValueError(
             f"need a vision transformer that vidl can prune ({names}), found none in "
             f"{full_name(type(model))}; vidl.nn.Block prunes in models of your own"

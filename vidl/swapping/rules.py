@@ -119,6 +119,13 @@ def original(module: nn.Module) -> type[nn.Module]:
     return type(module) if state is None else state.original
 
 
+def own_forward(module: nn.Module) -> str | None:
+    """The reason why another class would go unnoticed, or None."""
+    if "forward" not in vars(module):
+        return None
+    return "its forward was replaced on the object itself, as accelerate's hooks do: swap it before"
+
+
 def remember(
     module: nn.Module,
     backend: str = "auto",
@@ -126,7 +133,13 @@ def remember(
     swapped: type[nn.Module] | None = None,
     undo: Callable[[nn.Module], None] | None = None,
 ) -> State:
-    """Give a module its State, or add to the one it has; and a new class, if there is one."""
+    """Give a module its State, or add to the one it has; and a new class, if there is one.
+
+    Raises:
+        ValueError: the new class would not be called.
+    """
+    if swapped is not None and (reason := own_forward(module)):
+        raise ValueError(f"cannot swap {full_name(type(module))}: {reason}")
     state = state_of(module)
     if state is None:
         state = State(type(module), type(module), backend)
