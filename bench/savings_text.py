@@ -37,15 +37,15 @@ def _agreement(records: Sequence[Record]) -> Lines:
 
 
 def _times(timed: Sequence[Record]) -> Lines:
-    lines = ["", f"{'cell':24}{'ms':>10}{'20-80 %':>20}{'clips/s':>10}{'tokens/s':>11}"
+    lines = ["", f"{'cell':24}{'ms':>10}{'20-80 %':>22}{'clips/s':>10}{'tokens/s':>11}"
              f"{'GFLOP':>10}{'MFU':>7}{'MiB':>8}{'J':>8}"]  # fmt: skip
     for r in timed:
-        spread = f"{r['p20_ms']:.4g} - {r['p80_ms']:.4g}"
+        spread = f"{r['p20_ms']:.1f} - {r['p80_ms']:.1f}"
         flops = "" if r["flops"] is None else f"{r['flops'] / 1e9:,.1f}"
         mfu = f"{r['mfu']:.0%}" if "mfu" in r else ""
         memory = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:,.0f}"
         joules = "" if r["joules_per_step"] is None else f"{r['joules_per_step']:.1f}"
-        lines += [f"{r['candidate']:24}{r['median_ms']:10.1f}{spread:>20}"
+        lines += [f"{r['candidate']:24}{r['median_ms']:10.1f}{spread:>22}"
                   f"{r['clips_per_s']:10.4g}{r['tokens_per_s']:11.4g}{flops:>10}{mfu:>7}"
                   f"{memory:>8}{joules:>8}".rstrip()]  # fmt: skip
     lines += ["tokens: visible patches; MFU: FLOPs that vidl needs, over the measured "
