@@ -3,8 +3,8 @@
 A description (`bench/<op>.py`) says what: `SHAPES`, `PARAMETERS`, `make`, `work`, `truth` and
 `candidates`. The rest is alike for all:
 
-1. `check`: result and gradients of every candidate are compared with those of the reference one
-   precision up. One that is wrong gets no time.
+1. `check`: result and gradients of every candidate are compared with those of the reference in
+   float64. One that is wrong gets no time.
 2. `hardware`: the device's copy and matmul rates, for the time below which nothing can go.
 3. `timing`: the candidates take turns over input sets that exceed the last-level cache.
 4. `report`: median and quantiles, TFLOP/s, GB/s, share of the limit, ratio to every peer.

@@ -104,5 +104,5 @@ def test_where_timm_embeds_all(options, reason, embedded):
 def test_wrong_calls():
     with pytest.raises(ValueError, match=r"a ratio in \[0, 1\), got 1"):
         vidl.mask(make("ViT"), 1)
-    with pytest.raises(ValueError, match="need a VisionTransformer of timm, .* found none in .*Eva"):
+    with pytest.raises(ValueError, match="need a VisionTransformer of timm, .* found none in .*E"):
         vidl.mask(MODELS["EVA"](), 0.5)
