@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from vidl.bench.digest import MODES, Device, against
@@ -28,8 +29,9 @@ def draw(devices: Sequence[Device], folder: Path) -> list[tuple[Device, str, str
         for title, kind, figure in _figures(device):
             name = f"{slug(device.name)}-{kind}"
             figure.savefig(folder / f"{name}.png", dpi=110)
-            # The same results give the same file.
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            # The same results give the same file: without a date, and with no random names.
+            with matplotlib.rc_context({"svg.hashsalt": "vidl"}):
+                figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             made.append((device, title, name))
     return made
 
