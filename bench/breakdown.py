@@ -103,9 +103,10 @@ def _marked(model: Any, clock: Clock) -> Iterator[None]:
 
     def ends(module: nn.Module, part: str) -> None:
         def after(m: nn.Module, args: Any, out: Any) -> Any:
-            return (
-                mark(part, out) if isinstance(out, Tensor | tuple) else clock.enter(part) and None
-            )
+            if isinstance(out, Tensor | tuple):
+                return mark(part, out)
+            clock.enter(part)
+            return None
 
         hooks.append(module.register_forward_hook(after))
 

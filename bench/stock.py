@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vidl.bench.select_tokens import index_select
 from vidl.kernels.select_tokens import kept_count
 from vidl.nn import Bert, Block, FrameSelector, MaskedPatchEmbed, SelectedFrames
-from vidl.nn.bert import _Attention
+from vidl.nn.bert import BertAttention
 from vidl.nn.divided import DividedBlock, SpaceTimeTransformer
 from vidl.nn.vit import frames_of
 from vidl.objectives import MaskedPatchLoss
@@ -230,7 +230,7 @@ class StockSpaceTime(SpaceTimeTransformer):
         return space, _Masked(ids_keep % patches)
 
 
-class StockAttention(_Attention):
+class StockAttention(BertAttention):
     """Padded rows; `groups` is the boolean mask of keys that are words, or None."""
 
     def forward(self, x: Tensor, context: Tensor, groups: Any, backend: str) -> Tensor:
@@ -317,7 +317,7 @@ SWAPS: dict[type, type] = {
     Block: StockBlock,
     DividedBlock: StockDividedBlock,
     SpaceTimeTransformer: StockSpaceTime,
-    _Attention: StockAttention,
+    BertAttention: StockAttention,
     Bert: StockBert,
     FrameSelector: StockSelector,
     MaskedPatchLoss: StockPixels,

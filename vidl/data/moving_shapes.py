@@ -1,8 +1,8 @@
 """Clips of moving shapes, drawn on the fly, whose captions name colour, shape and motion.
 
-Retrieval can be learned and measured in minutes, without a file. Every motion comes with its
-reverse, and shapes are put anywhere: the frames of a clip without their order do not tell them
-apart, nor does one frame. A model that ignores time cannot.
+Clips for training and retrieval without a file. Every motion comes with its reverse, and shapes are
+put anywhere: the frames of a clip without their order do not tell the two apart, nor does one
+frame. A model that ignores time cannot.
 """
 
 import itertools
@@ -109,8 +109,8 @@ class MovingShapes(ClipSet):
         self._shown = 2 if difficulty == 3 else 1
         if looks and looks < self._shown:
             raise ValueError(f"need looks >= {self._shown} at difficulty {difficulty}, got {looks}")
-        # Of how many groups of looks each is drawn from one.
-        self._groups = max(len(self._looks) // looks, 1) if looks else 1
+        # A clip draws its looks from one of so many groups.
+        self._groups = math.ceil(len(self._looks) / looks) if looks else 1
         if not length > 0 or (same_looks and length > len(self._motions)):
             most = f"1 to {len(self._motions)}" if same_looks else "1 or more"
             raise ValueError(f"need {most} clips of difficulty {difficulty}, got {length}")

@@ -266,9 +266,9 @@ class _Layer(nn.Module):
         self, width: int, heads: int, mlp_width: int, dropout: float, visual_width: int | None
     ) -> None:
         super().__init__()
-        self.attention = _Attention(width, width, heads, dropout)
+        self.attention = BertAttention(width, width, heads, dropout)
         if visual_width is not None:
-            self.crossattention = _Attention(width, visual_width, heads, dropout)
+            self.crossattention = BertAttention(width, visual_width, heads, dropout)
         self.intermediate = nn.Module()
         self.intermediate.dense = nn.Linear(width, mlp_width)
         self.output = _Residual(mlp_width, width, dropout)
@@ -287,7 +287,7 @@ class _Layer(nn.Module):
         return self.output(F.gelu(self.intermediate.dense(x)), x)  # type: ignore[operator]
 
 
-class _Attention(nn.Module):
+class BertAttention(nn.Module):
     """Rows attend to those of a context; residual and normalisation follow."""
 
     def __init__(self, width: int, context: int, heads: int, dropout: float) -> None:

@@ -74,9 +74,7 @@ class MaskedPatchEmbed(nn.Module):
         """
         if not isinstance(conv, nn.Conv2d | nn.Conv3d):
             raise TypeError(f"need nn.Conv2d or nn.Conv3d, got {type(conv).__name__}")
-        padded = conv.padding not in ("valid", (0,) * len(conv.kernel_size))
-        whole = conv.stride == conv.kernel_size and not padded and set(conv.dilation) == {1}
-        if not whole or conv.groups != 1:
+        if not cuts_patches(conv):
             raise ValueError(
                 "need a convolution whose stride is its kernel_size, without padding, dilation or "
                 f"groups, got {conv}"
@@ -130,6 +128,13 @@ class MaskedPatchEmbed(nn.Module):
         parts = [f"{name}={getattr(self, name)}" for name in ("mean", "std")]
         parts = [part for part in parts if not part.endswith("=None")]
         return ", ".join([*parts, f"backend={self.backend!r}"])
+
+
+def cuts_patches(conv: nn.Conv2d | nn.Conv3d) -> bool:
+    """Whether a convolution sees patches side by side: whole, with all channels, and no padding."""
+    padded = conv.padding not in ("valid", (0,) * len(conv.kernel_size))
+    whole = conv.stride == conv.kernel_size and not padded and set(conv.dilation) == {1}
+    return whole and conv.groups == 1
 
 
 def _rename_projection(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
