@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vidl.kernels import library
 from vidl.kernels.masked_patch_embed import masked_patch_embed
 from vidl.swapping.huggingface_attention import defining_file
-from vidl.swapping.patches import whole_patches
+from vidl.swapping.patches import speed, stays, whole_patches
 from vidl.swapping.report import Change
 from vidl.swapping.rules import Family, full_name, remember, state_of
 
@@ -29,7 +29,9 @@ class Conv2d(nn.Conv2d):
     """The same by one product of matrices, where a kernel of ours runs it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _stays(self, x.device.type, library.autocast_dtype(x)):
+        state = state_of(self)
+        assert state is not None
+        if stays(state.backend, x.device.type, library.autocast_dtype(x)):
             return super().forward(x)
         h, w = (n // p for n, p in zip(x.shape[2:], self.kernel_size, strict=True))
         x = x[..., : h * self.kernel_size[0], : w * self.kernel_size[1]]  # as a convolution does
@@ -53,14 +55,6 @@ def _embed(projection: nn.Conv2d | nn.Conv3d, video: Tensor) -> Tensor:
     return masked_patch_embed(video, weight, bias, backend=state.backend).transpose(1, 2)
 
 
-def _stays(projection: nn.Conv2d, device: str, dtype: Any) -> bool:
-    """Whether PyTorch's own convolution is faster than the definition in plain PyTorch."""
-    state = state_of(projection)
-    assert state is not None
-    chosen = library.choose(state.backend, "masked_patch_embed", device, dtype)
-    return state.backend == "auto" and chosen == "reference"
-
-
 def _swap(model: nn.Module, backend: str) -> Sequence[Change]:
     changes = []
     for name, module in model.named_modules():
@@ -74,9 +68,8 @@ def _swap(model: nn.Module, backend: str) -> Sequence[Change]:
         if note is None:
             swapped = Conv2d if type(projection) is nn.Conv2d else Conv3d
             remember(projection, backend, swapped=swapped)
-            became, weight = full_name(swapped), projection.weight
-            if swapped is Conv2d and _stays(projection, weight.device.type, weight.dtype):
-                note = f"as fast as before: it stays with the convolution on {weight.device.type}"
+            became = full_name(swapped)
+            note = speed(projection, backend) if swapped is Conv2d else ""
         changes.append(Change(name, was, became, note or ""))
     return changes
 

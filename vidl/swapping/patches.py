@@ -1,7 +1,9 @@
 """What the families share: convolutions that cut a picture or a clip into patches."""
 
+import torch
 from torch import nn
 
+from vidl.kernels import library
 from vidl.nn.patch_embed import cuts_patches
 
 
@@ -13,3 +15,17 @@ def whole_patches(projection: nn.Module) -> str | None:
     if not cuts_patches(projection):
         return "its patches overlap, are padded, have holes, or see only some of the channels"
     return None
+
+
+def stays(backend: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own convolution is faster than what `backend` means there."""
+    chosen = library.choose(backend, "masked_patch_embed", device, dtype)
+    return backend == "auto" and chosen == "reference"
+
+
+def speed(projection: nn.Conv2d, backend: str) -> str:
+    """What the report says of a projection that gains nothing; "" where our kernels run."""
+    weight = projection.weight
+    if not stays(backend, weight.device.type, weight.dtype):
+        return ""
+    return f"as fast as before: it stays with the convolution on {weight.device.type}"

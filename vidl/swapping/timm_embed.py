@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vidl.kernels import library
 from vidl.kernels.masked_patch_embed import masked_patch_embed
+from vidl.swapping.patches import speed, stays
 from vidl.swapping.rules import Family, Rule, state_of
 
 
@@ -18,9 +19,7 @@ class PatchEmbed(timm_patch_embed.PatchEmbed):
     def forward(self, x: Tensor) -> Tensor:
         state = state_of(self)
         assert state is not None
-        dtype = library.autocast_dtype(x)
-        chosen = library.choose(state.backend, "masked_patch_embed", x.device.type, dtype)
-        if chosen == "reference" and state.backend == "auto":
+        if stays(state.backend, x.device.type, library.autocast_dtype(x)):
             return super().forward(x)
         x = self._checked(x)
         h, w = (n // p for n, p in zip(x.shape[-2:], self.patch_size, strict=True))
@@ -52,11 +51,7 @@ def why_not(embed: Any) -> str | None:
 
 def note(embed: Any, backend: str) -> str:
     """What the report says where nothing is gained."""
-    weight = embed.proj.weight
-    chosen = library.choose("auto", "masked_patch_embed", weight.device.type, weight.dtype)
-    if backend == "auto" and chosen == "reference":
-        return f"as fast as before: it stays with the convolution on {weight.device.type}"
-    return ""
+    return speed(embed.proj, backend)
 
 
 FAMILY = Family(rules=[Rule(timm_patch_embed.PatchEmbed, PatchEmbed, why_not, note)])
