@@ -50,12 +50,13 @@ def points(plan: Plan) -> Iterator[Point]:
 
     def other(**fields: Any) -> Any:
         if "frames" in fields and hasattr(recipe, "frames_kept"):
-            fields["frames_kept"] = min(recipe.frames_kept, fields["frames"])
+            slices = fields["frames"] // recipe.tubelet_size
+            fields["frames_kept"] = min(recipe.frames_kept, slices)
         return dataclasses.replace(recipe, **fields)
 
     for mask in MASKS:
         yield Point("mask", mask, other(mask_ratio=mask), batch)
-    for frames in FRAMES:
+    for frames in (n for n in FRAMES if n % recipe.tubelet_size == 0):
         yield Point("frames", frames, other(frames=frames), batch)
     side = recipe.grid[1]
     for size in dict.fromkeys(

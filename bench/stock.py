@@ -51,6 +51,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(-3, -2).flatten(-2)
 
 
+def patches(video: Tensor, size: tuple[int, ...], channels: int) -> Tensor:
+    """A clip [B, C, T t, H h, W w] as [B, T, H, W, t, h, w], and C as dimension `channels`."""
+    t, h, w = size
+    cut = video.unflatten(2, (-1, t)).unflatten(4, (-1, h)).unflatten(6, (-1, w))
+    return cut.permute(0, 2, 4, 6, 3, 5, 7, 1).movedim(7, channels)
+
+
 def constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling():  # they become a part of the program
         return torch.tensor(values, device=device, dtype=dtype)
@@ -72,11 +79,11 @@ class StockEmbed(MaskedPatchEmbed):
         cu_seqlens: Tensor | None = None,
         position: Any = None,
     ) -> Tensor:
-        if cu_seqlens is not None or self.proj.weight.ndim != 4:
-            raise ValueError("need as many visible patches in every clip, and patches of one frame")
-        weight, (h, w) = self.proj.weight, self.proj.weight.shape[2:]
-        cut = video.unflatten(3, (-1, h)).unflatten(5, (-1, w)).permute(0, 2, 3, 5, 1, 4, 6)
-        rows = cut.contiguous()  # [B, T, H, W, C, h, w]: bytes are moved, not floats
+        if cu_seqlens is not None:
+            raise ValueError("need as many visible patches in every clip")
+        weight = self.proj.weight
+        rows = patches(video, (1, *weight.shape[2:])[-3:], channels=4).contiguous()
+        # [B, T, H, W, C, t, h, w]: bytes are moved, not floats
         if video.dtype == torch.uint8:
             rows = self._normalised(rows, torch.promote_types(weight.dtype, torch.float32))
         x = F.linear(rows.to(weight.dtype).flatten(4), weight.flatten(1), self.proj.bias)
@@ -95,7 +102,7 @@ class StockEmbed(MaskedPatchEmbed):
         shift = constants(
             tuple(m / s for m, s in zip(self.mean, self.std, strict=True)), rows.device, dtype
         )
-        return (rows * scale.view(-1, 1, 1)).sub_(shift.view(-1, 1, 1))
+        return (rows * scale.view(-1, 1, 1, 1)).sub_(shift.view(-1, 1, 1, 1))
 
 
 class StockBlock(Block):
@@ -290,11 +297,11 @@ class StockPixels(MaskedPatchLoss):
     """The masked patches are gathered as bytes, then normalised; MAE's targets."""
 
     def forward(self, prediction: Tensor, video: Tensor, ids_mask: Tensor) -> Tensor:
-        if self.options["target"] != "mae" or self.options["tubelet_size"] != 1:
-            raise ValueError("need MAE's targets, of patches of one frame")
+        if self.options["target"] != "mae":
+            raise ValueError("need MAE's targets")
         size = self.options["patch_size"]
         h, w = (size, size) if isinstance(size, int) else size
-        cut = video.unflatten(3, (-1, h)).unflatten(5, (-1, w)).permute(0, 2, 3, 5, 4, 6, 1)
+        cut = patches(video, (self.options["tubelet_size"], h, w), channels=7)
         H, W = cut.shape[2:4]
         sample = torch.arange(len(ids_mask), device=video.device)[:, None]
         high = torch.promote_types(prediction.dtype, torch.float32)

@@ -93,6 +93,13 @@ def test_transformers_reads_as_we_do(exported, name, kind):
         torch.testing.assert_close(ours, hidden, rtol=1e-4, atol=1e-4)
 
 
+def test_tubelets_are_not_exported(tmp_path):
+    model = models.create("mac", "tiny", tubelet_size=2, **SMALL)
+    with pytest.raises(ValueError, match="need tubelet_size 1 for timm's VisionTransformer"):
+        export(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_exported_loads_again(exported, name):
     model, _ = exported[name]

@@ -27,9 +27,10 @@ def batch(model, B=4, words=9):
     return found
 
 
+@pytest.mark.parametrize("tubelet_size", [1, 2])
 @pytest.mark.parametrize("name", models.MODELS)
-def test_every_parameter_learns(name):
-    model = tiny(name)
+def test_every_parameter_learns(name, tubelet_size):
+    model = tiny(name, tubelet_size=tubelet_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     # At first the attention through time of `Mac` adds nothing, and nothing reaches its norm.
     for step in range(3):
@@ -94,19 +95,20 @@ def test_kernels_and_reference_learn_the_same(name):
     torch.testing.assert_close(ours, reference, rtol=0.05, atol=0.05)
 
 
-def test_tokens_are_those_of_the_recipe():
-    model = tiny("smaug", prune_layers=(0, 2))
+@pytest.mark.parametrize("tubelet_size", [1, 2])
+def test_tokens_are_those_of_the_recipe(tubelet_size):
+    model = tiny("smaug", prune_layers=(0, 2), tubelet_size=tubelet_size)
     recipe, inputs = model.recipe, batch(model)
     mask = model.recipe.visual_mask(inputs["samples"], 0)
     frames = model.vision(inputs["video"], mask.ids_keep)
-    tokens, T = recipe.tokens(), recipe.frames
+    tokens, T = recipe.tokens(), recipe.frames // tubelet_size
     assert tokens["encoder"] == mask.ids_keep.shape[1] + T
     assert tokens["after layer 0"] == T * (1 + frames.kept[0].shape[1])
     assert tokens["after layer 2"] == T * frames.tokens.shape[1]
     assert tokens["fusion"] == recipe.frames_kept * frames.tokens.shape[1]
 
     for kind, time in (("frame", "slot"), ("tube", "position"), ("clip", "joint")):
-        model = tiny("mac", mask=kind, time=time)
+        model = tiny("mac", mask=kind, time=time, tubelet_size=tubelet_size)
         seen = model.vision(
             inputs["video"], model.recipe.visual_mask(inputs["samples"], 0).ids_keep
         )
@@ -121,6 +123,25 @@ def test_time_before_the_encoder_is_bound_to_what_a_frame_shows(when):
     forth, back = (model.embed_clips(clip).mean(1) for clip in (video, video.flip(2)))
     # After it, the same numbers are added to the same frames: their sum has no order.
     assert torch.allclose(forth, back, atol=1e-5) == (when == "after")
+
+
+@pytest.mark.parametrize("name, fields", [("smaug", dict(frames_kept=1)), ("mac", {})])
+def test_a_tubelet_shows_the_order_of_its_frames(name, fields):
+    model = tiny(name, tubelet_size=4, **fields).eval()
+    video = batch(model)["video"]
+    forth, back = (model.embed_clips(clip) for clip in (video, video.flip(2)))
+    assert not torch.allclose(forth, back, atol=1e-3)
+
+
+@pytest.mark.parametrize("width", [64, 768])
+def test_captions_that_differ_in_a_word_begin_apart(width):
+    """As far at any width: what is almost equal at first, contrast does not tell apart."""
+    torch.manual_seed(0)
+    text = Bert(200, width, 2, 0, width // 32).eval()
+    ids = torch.randint(200, (1, 8)).expand(190, 8).clone()
+    ids[:, 5] = torch.arange(190)
+    cls = text.encode(ids)[:, 0]
+    assert (cls - cls.mean(0)).norm(dim=1).mean() / cls.norm(dim=1).mean() > 0.01
 
 
 def test_summary():
@@ -157,6 +178,8 @@ def test_parameters_of_bert_base_as_published():
         ("smaug", dict(fusion_layers=0), "need fusion_layers >= 1 for vtm and mlm"),
         ("smaug", dict(width=100), "need width as a multiple of heads=12"),
         ("smaug", dict(image_size=230), "need image_size as a multiple of patch_size=16"),
+        ("smaug", dict(frames=5, tubelet_size=2), "need frames as a multiple of tubelet_size=2"),
+        ("smaug", dict(frames_kept=3, tubelet_size=2), r"need frames_kept in \[1, 2\]"),
         ("smaug", dict(mask_ratio=1.0), "need mask_ratio in"),
         ("smaug", dict(keep_rate=0.0), "need keep_rate in"),
         ("smaug", dict(layers=3), "smaug has no layers; it has frames, "),

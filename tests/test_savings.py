@@ -30,6 +30,8 @@ VARIANTS = [
     ("smaug", SMAUG),
     ("smaug", SMAUG | {"fuse": "mean", "mask": "tube"}),
     ("smaug", SMAUG | {"fuse": None, "mvm": 0.0, "mlm": 0.0}),
+    ("smaug", SMAUG | {"frames": 4, "tubelet_size": 2}),
+    ("mac", SMALL | {"frames": 4, "tubelet_size": 2}),
     *(("mac", SMALL | {"time": time, "mask": mask})
       for time, mask in (("slot", "frame"), ("position", "frame"), ("position", "tube"),
                          ("position", "clip"), ("joint", "clip"), ("joint", "frame"))),
@@ -87,7 +89,10 @@ def test_stock_shares_the_parameters_and_leaves_the_model_as_it_was():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: stock(MaskedPatchEmbed(8, 3, 8, 2))(torch.zeros(1, 3, 2, 8, 8)), "of one frame"),
+        (
+            lambda: stock(MaskedPatchEmbed(8, 3, 8))(torch.zeros(1, 3, 2, 8, 8), cu_seqlens=0),
+            "in every clip",
+        ),
         (lambda: stock(Block(8, 1, keep_rate=0.5, when="after_mlp"))(torch.zeros(1, 4, 8)), "MLP"),
     ],
 )

@@ -313,6 +313,17 @@ def test_loads_mae_with_its_decoder_and_a_classifier():
     assert sorted(ViT(**SIZE).load_pretrained({**state, **others})) == sorted(others)
 
 
+def test_tubelets_begin_as_an_image_model():
+    """Of frames that are all the same they see what patches of one frame see."""
+    image, ours = randomise(ViT(**SIZE)), ViT(**SIZE, tubelet_size=3)
+    assert ours.load_pretrained(image.state_dict()) == []
+    frame, still = clip()[:, :, :1], clip()[:, :, :1].repeat(1, 1, 2 * 3, 1, 1)
+    tokens = image(frame).tokens.repeat_interleave(2, 0)
+    torch.testing.assert_close(ours(still).tokens, tokens)
+    ours.load_pretrained(ours.state_dict())  # its own are tubelets already
+    torch.testing.assert_close(ours(still).tokens, tokens)
+
+
 @pytest.mark.parametrize("size", [(64, 48), (16, 32)])
 def test_positions_are_resampled_as_timm_does(size):
     layers = pytest.importorskip("timm.layers")
@@ -365,3 +376,5 @@ def test_misuse_is_explained():
     uneven = torch.arange(2 * T).expand(B, -1)
     with pytest.raises(RuntimeError, match="equally|as many visible"):
         ours(clip(), uneven)
+    with pytest.raises(ValueError, match="whole tubelets of 2, got 3 frames"):
+        ViT(**SIZE, tubelet_size=2)(clip())

@@ -82,8 +82,16 @@ def vision_options(model: TwoTowers) -> dict[str, Any]:
     """The arguments of timm's `VisionTransformer` for `vision_weights`, and how pixels are scaled.
 
     The latter, "mean" and "std", are of pixels in 0 to 1, and no arguments.
+
+    Raises:
+        ValueError: the patches are tubelets, which timm's have no name for.
     """
     r = model.recipe
+    if r.tubelet_size > 1:
+        raise ValueError(
+            "need tubelet_size 1 for timm's VisionTransformer, whose patches are of one frame, got "
+            f"{r.tubelet_size}"
+        )
     sizes = dict(img_size=r.image_size, patch_size=r.patch_size, embed_dim=r.width, depth=r.depth)
     return {**sizes, "num_heads": r.heads, "num_classes": 0, "mean": r.mean, "std": r.std}
 
@@ -101,6 +109,9 @@ def export(model: TwoTowers, folder: str | Path) -> list[Path]:
 
     Returns:
         The files.
+
+    Raises:
+        ValueError: as `vision_options`; nothing is written.
     """
     from safetensors.torch import save_file
 

@@ -75,7 +75,7 @@ class Mac(TwoTowers):
         self.recipe = r = recipe
         self.vision = SpaceTimeTransformer(
             r.image_size, r.patch_size, embed_dim=r.width, depth=r.depth, num_heads=r.heads,
-            num_frames=r.frames, time=r.time, mean=r.mean, std=r.std, backend=r.backend,
+            num_frames=r.grid[0], time=r.time, backend=r.backend, **r.embedding,
         )  # fmt: skip
         self.text = Bert(
             r.vocabulary.size, r.text_width, r.text_layers, 0, r.text_heads, token_types=0,

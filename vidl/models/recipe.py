@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +17,8 @@ class Recipe:
 
     Attributes:
         frames, image_size, patch_size: of a clip.
+        tubelet_size: frames in a patch, which sees how they differ; the model takes what such a
+            patch spans for one frame. 1: patches of single frames, those of the papers.
         width, depth, heads: of the vision encoder.
         mask: kind of the visual mask; see `vidl.masking.visual_mask`.
         mask_ratio: share of masked patches, in [0, 1); 0: all are seen.
@@ -36,6 +39,7 @@ class Recipe:
     frames: int = 4
     image_size: int = 224
     patch_size: int = 16
+    tubelet_size: int = 1
     width: int = 768
     depth: int = 12
     heads: int = 12
@@ -56,19 +60,18 @@ class Recipe:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("frames", "image_size", "patch_size", "width", "heads", "text_heads"):
+        sizes = ("frames", "image_size", "patch_size", "tubelet_size")
+        for name in (*sizes, "width", "heads", "text_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"need {name} >= 1, got {getattr(self, name)}")
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"need image_size as a multiple of patch_size={self.patch_size}, got "
-                f"{self.image_size}"
-            )
-        for width, heads in (("width", "heads"), ("text_width", "text_heads")):
-            if getattr(self, width) % getattr(self, heads):
+        for whole, part in (
+            ("image_size", "patch_size"), ("frames", "tubelet_size"), ("width", "heads"),
+            ("text_width", "text_heads"),
+        ):  # fmt: skip
+            if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
-                    f"need {width} as a multiple of {heads}={getattr(self, heads)}, got "
-                    f"{getattr(self, width)}"
+                    f"need {whole} as a multiple of {part}={getattr(self, part)}, got "
+                    f"{getattr(self, whole)}"
                 )
         if not 0 <= self.mask_ratio < 1:
             raise ValueError(f"need mask_ratio in [0, 1), got {self.mask_ratio}")
@@ -77,9 +80,15 @@ class Recipe:
 
     @property
     def grid(self) -> Grid:
-        """Frames, rows and columns of patches."""
+        """Frames (or tubelets), rows and columns of patches."""
         side = self.image_size // self.patch_size
-        return self.frames, side, side
+        return self.frames // self.tubelet_size, side, side
+
+    @property
+    def embedding(self) -> dict[str, Any]:
+        """What both encoders of clips need to know to embed patches."""
+        tubelet = None if self.tubelet_size == 1 else self.tubelet_size
+        return {"tubelet_size": tubelet, "mean": self.mean, "std": self.std}
 
     @property
     def visible(self) -> int:

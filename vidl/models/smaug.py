@@ -79,9 +79,9 @@ class SmaugRecipe(Recipe):
             raise ValueError(f"need prune_layers in [0, {self.depth}), the depth, got {wrong}")
         if not 0 < self.keep_rate <= 1:
             raise ValueError(f"need keep_rate in (0, 1], got {self.keep_rate}")
-        if not 1 <= self.frames_kept <= self.frames:
+        if not 1 <= self.frames_kept <= self.grid[0]:
             raise ValueError(
-                f"need frames_kept in [1, {self.frames}], the frames of a clip, got "
+                f"need frames_kept in [1, {self.grid[0]}], the frames of a clip, got "
                 f"{self.frames_kept}: lower it, or raise frames"
             )
         if (self.vtm or self.mlm) and not self.fusion_layers:
@@ -89,7 +89,7 @@ class SmaugRecipe(Recipe):
 
     def tokens(self) -> dict[str, int]:
         """Of one clip, at each stage."""
-        T, n = self.frames, self.visible // self.frames
+        T, n = self.grid[0], self.visible // self.grid[0]
         found = {"patches": math.prod(self.grid), "encoder": T * (1 + n)}
         for layer in self.prune_layers:
             kept = kept_count(n, self.keep_rate)
@@ -99,7 +99,7 @@ class SmaugRecipe(Recipe):
 
     def ways(self) -> dict[str, "SmaugRecipe"]:
         """The recipe without masks and pruning, with masks alone, and with both."""
-        whole: dict[str, Any] = dict(keep_rate=1.0, frames_kept=self.frames)
+        whole: dict[str, Any] = dict(keep_rate=1.0, frames_kept=self.grid[0])
         return {
             "dense": dataclasses.replace(self, mask_ratio=0.0, **whole),
             "masked": dataclasses.replace(self, **whole),
@@ -134,18 +134,18 @@ class Smaug(TwoTowers):
     def __init__(self, recipe: SmaugRecipe) -> None:
         super().__init__()
         self.recipe = r = recipe
-        normalise: dict[str, Any] = dict(mean=r.mean, std=r.std, backend=r.backend)
         self.vision = ViT(
             r.image_size, r.patch_size, embed_dim=r.width, depth=r.depth, num_heads=r.heads,
-            prune_layers=r.prune_layers, keep_rate=r.keep_rate, fuse=r.fuse, **normalise,
+            prune_layers=r.prune_layers, keep_rate=r.keep_rate, fuse=r.fuse, backend=r.backend,
+            **r.embedding,
         )  # fmt: skip
-        self.time = nn.Parameter(torch.zeros(r.frames, r.width))
+        self.time = nn.Parameter(torch.zeros(r.grid[0], r.width))
         self.text = Bert(
             r.vocabulary.size, r.text_width, r.text_layers, r.fusion_layers, r.text_heads,
             visual_width=r.width, dropout=r.dropout, mlm_head=r.mlm > 0, backend=r.backend,
         )  # fmt: skip
         self.selector = FrameSelector(
-            r.width, r.text_width, r.frames_kept, r.frames, backend=r.backend
+            r.width, r.text_width, r.frames_kept, r.grid[0], backend=r.backend
         )
         self.project_clip = Projection(r.width, r.embed_dim)
         self.project_text = Projection(r.text_width, r.embed_dim)
@@ -153,10 +153,13 @@ class Smaug(TwoTowers):
         self.matches = nn.Linear(r.text_width, 2)
         if r.mvm > 0 and r.mask_ratio > 0:
             self.decoder = MaeDecoder(
-                (1, *r.grid[1:]), r.patch_size, r.width, dim=r.decoder_width,
-                depth=r.decoder_depth, num_heads=r.decoder_heads, backend=r.backend,
+                (1, *r.grid[1:]), r.patch_size, r.width, tubelet_size=r.tubelet_size,
+                dim=r.decoder_width, depth=r.decoder_depth, num_heads=r.decoder_heads,
+                backend=r.backend,
             )  # fmt: skip
-            self.pixels = MaskedPatchLoss(r.patch_size, **normalise)
+            self.pixels = MaskedPatchLoss(
+                r.patch_size, r.tubelet_size, mean=r.mean, std=r.std, backend=r.backend
+            )
 
     def forward(
         self,
@@ -224,7 +227,7 @@ class Smaug(TwoTowers):
     def encode_frames(self, video: Tensor, mask: VisualMask | None = None) -> Frames:
         """What the encoder finds in each frame; None: nothing is masked."""
         before = self.recipe.frame_time == "before"
-        time = self.time[: video.shape[2]] if before else None
+        time = self.time[: video.shape[2] // self.recipe.tubelet_size] if before else None
         return self.vision(video, None if mask is None else mask.ids_keep, time)
 
     def in_time(self, frames: Frames, B: int) -> Tensor:
@@ -276,7 +279,7 @@ class Smaug(TwoTowers):
         try:
             for block in blocks:
                 block.keep_rate = None
-            self.selector.keep = self.recipe.frames
+            self.selector.keep = self.recipe.grid[0]
             yield
         finally:
             for block, rate in zip(blocks, rates, strict=True):
@@ -284,7 +287,7 @@ class Smaug(TwoTowers):
             self.selector.keep = frames
 
     def reconstruct(self, frames: Frames, mask: VisualMask) -> Tensor:
-        """The pixels of masked patches, [B, T m, p p 3]."""
+        """The pixels of masked patches, [B, T m, t p p 3]."""
         ids_mask = mask.per_frame().ids_mask
         pixels = self.decoder(frames.tokens, frames.ids, ids_mask)
         return pixels.view(*mask.ids_mask.shape, -1)

@@ -1,5 +1,6 @@
 """BERT for captions: text layers, then fusion layers that also attend to a clip."""
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from vidl.nn.captions import Captions
 from vidl.nn.checkpoints import load_or_explain
 
 EPS = 1e-12
+BASE_WIDTH = 768
 
 
 class Bert(nn.Module):
@@ -82,7 +84,7 @@ class Bert(nn.Module):
         if mlm_head:
             self.cls = nn.Module()
             self.cls.predictions = _MlmHead(width, vocab_size)
-        self.apply(_initialise)
+        self.apply(functools.partial(_initialise, width=width))
 
     def encode(
         self, ids: Tensor, attention_mask: Tensor | None = None, *, words: int | None = None
@@ -337,12 +339,17 @@ class _MlmHead(nn.Module):
         return F.linear(x, words, self.bias)
 
 
-def _initialise(module: nn.Module) -> None:
-    """As BERT: normal with a deviation of 0.02, biases zero, the padding word zero."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+def _initialise(module: nn.Module, width: int) -> None:
+    """As BERT: normal with a deviation of 0.02, biases zero, the padding word zero.
+
+    In a model that is narrower than BERT's 768, layers have as much more as makes up for fewer
+    inputs: else its captions begin, and may remain, almost equal.
+    """
     if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02 * max(1.0, BASE_WIDTH / width) ** 0.5)
         nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         nn.init.zeros_(module.weight[module.padding_idx].detach())
 

@@ -99,6 +99,7 @@ class SpaceTimeTransformer(nn.Module):
         img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias: as `ViT`.
         act_layer, norm_layer: as `ViT`.
         num_frames: at most so many; clips may have fewer.
+        tubelet_size: as `ViT`.
         time: one of those above; "slot" needs as many visible patches in every frame.
         mean, std: normalisation of uint8 clips, as in `MaskedPatchEmbed`.
         backend: of all ops.
@@ -121,6 +122,7 @@ class SpaceTimeTransformer(nn.Module):
         norm_layer: Callable[..., nn.Module] = LAYER_NORM,
         *,
         num_frames: int = 4,
+        tubelet_size: int | None = None,
         time: TimeGroups = "slot",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -134,7 +136,7 @@ class SpaceTimeTransformer(nn.Module):
         self.grid = grid_of(img_size, patch_size)
         self.embed_dim, self.num_frames, self.time = embed_dim, num_frames, time
         self.patch_embed = MaskedPatchEmbed(
-            patch_size, in_chans, embed_dim, mean=mean, std=std, backend=backend
+            patch_size, in_chans, embed_dim, tubelet_size, mean=mean, std=std, backend=backend
         )
         patches = self.grid[0] * self.grid[1]
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -231,7 +233,7 @@ class SpaceTimeTransformer(nn.Module):
         """
         if frames not in ("zeros", "interpolate"):
             raise ValueError(f"need frames 'zeros' or 'interpolate', got {frames!r}")
-        state, left = encoder_weights(state_dict, self.grid)
+        state, left = encoder_weights(state_dict, self)
         own = [name for name in self.state_dict() if any(part in name for part in TIME)]
         image = not any(name in state for name in own)
         if "temporal_embed" in state:

@@ -1,5 +1,6 @@
 """A vision transformer for the frames of a clip: visible patches in, the tokens that stay out."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,8 @@ class ViT(nn.Module):
         img_size: of a frame, one number or (height, width).
         patch_size: pixels, one number or (height, width).
         in_chans: channels of the clip.
+        tubelet_size: frames in a patch, as in `MaskedPatchEmbed`; below, what such patches span
+            counts as one frame.
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias, init_values: as timm has them.
         act_layer, norm_layer: as timm has them.
         pre_norm: a norm before the first block, and no bias in the patch embedding, as in CLIP.
@@ -77,6 +80,7 @@ class ViT(nn.Module):
         norm_layer: Callable[..., nn.Module] = LAYER_NORM,
         pre_norm: bool = False,
         *,
+        tubelet_size: int | None = None,
         prune_layers: Sequence[int] = (),
         keep_rate: float = 0.7,
         when: When = "before_mlp",
@@ -93,8 +97,9 @@ class ViT(nn.Module):
             raise ValueError(f"need prune_layers in [0, {depth}), the depth, got {wrong}")
         self.embed_dim, self.prune_layers = embed_dim, tuple(sorted(set(prune_layers)))
         self.patch_embed = MaskedPatchEmbed(
-            patch_size, in_chans, embed_dim, bias=not pre_norm, mean=mean, std=std, backend=backend
-        )
+            patch_size, in_chans, embed_dim, tubelet_size, not pre_norm,
+            mean=mean, std=std, backend=backend,
+        )  # fmt: skip
         patches = self.grid[0] * self.grid[1]
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, embed_dim))
@@ -166,7 +171,7 @@ class ViT(nn.Module):
         Raises:
             ValueError: names every other key that is missing, unexpected, or of another shape.
         """
-        state, left = encoder_weights(state_dict, self.grid)
+        state, left = encoder_weights(state_dict, self)
         load_or_explain(self, state)
         return left
 
@@ -183,17 +188,20 @@ def grid_of(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) 
 def frames_of(
     video: Tensor, ids_keep: Tensor | None, grid: tuple[int, int], embed: MaskedPatchEmbed
 ) -> int:
-    """T, after a look at the shapes of a clip and its visible patches."""
-    size = tuple(n * p for n, p in zip(grid, embed.proj.kernel_size, strict=True))
+    """T, of frames or tubelets, after a look at the shapes of a clip and its visible patches."""
+    *tubelet, h, w = embed.proj.kernel_size
+    size = (grid[0] * h, grid[1] * w)
     if video.ndim != 5 or video.shape[3:] != size:
         raise ValueError(
             f"need video [B, C, T, {size[0]}, {size[1]}], got {tuple(video.shape)}; img_size was "
             "chosen when the model was made, and load_pretrained resamples its positions"
         )
-    B, T = video.shape[0], video.shape[2]
+    B, t = video.shape[0], math.prod(tubelet)
+    if video.shape[2] % t:
+        raise ValueError(f"need frames in whole tubelets of {t}, got {video.shape[2]} frames")
     if ids_keep is not None and (ids_keep.ndim != 2 or ids_keep.shape[0] != B):
         raise ValueError(f"need ids_keep [{B}, K], got {tuple(ids_keep.shape)}")
-    return T
+    return video.shape[2] // t
 
 
 def frame_ids(
@@ -217,23 +225,34 @@ def frame_ids(
 
 
 def encoder_weights(
-    state_dict: Mapping[str, Tensor], grid: tuple[int, int]
+    state_dict: Mapping[str, Tensor], encoder: Any
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """An encoder's weights under timm's names, for `grid`; and the names of what is none."""
+    """The weights of an encoder like this one under timm's names; and the names of what is none.
+
+    Patches of images become tubelets as ViViT inflates them: each of t frames has the same weights,
+    over t. Source: ViViT, arXiv 2103.15691, 3.4.
+    """
     state, left = timm_names(state_dict)
     for name in [n for n in state if n.startswith(NO_ENCODER)]:
         left.append(name)
         del state[name]
     if "pos_embed" in state:
-        state["pos_embed"] = resample_position(state["pos_embed"], grid)
+        state["pos_embed"] = resample_position(state["pos_embed"], encoder.grid)
+    name, tubelet = "patch_embed.proj.weight", encoder.patch_embed.proj.kernel_size[:-2]
+    if tubelet and name in state and state[name].ndim == 4:
+        state[name] = state[name].unsqueeze(2).repeat(1, 1, *tubelet, 1, 1) / tubelet[0]
     return state, left
 
 
 def initialise(model: nn.Module) -> None:
-    """As timm initialises a ViT: truncated normal, and zero biases."""
+    """As MAE initialises a ViT: Xavier's uniform, which narrow models need, and zero biases.
+
+    timm's normal of 0.02 fits a width of 768; at 128 blocks add a tenth of their input at first.
+    Source: MAE, arXiv 2111.06377, A.1.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters():
