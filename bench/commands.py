@@ -156,7 +156,7 @@ def _add_savings(commands: argparse._SubParsersAction) -> None:
         "on moving shapes: what is learned in the same time. Overrides may be section.field=value "
         "of `vidl pretrain`")  # fmt: skip
     add("--seeds", type=int, default=3, help="of --quality (default 3)")
-    add("--config", type=Path, help="of --quality (default examples/moving_shapes.yaml)")
+    add("--config", type=Path, help="of --quality (default examples/moving_shapes_RECIPE.yaml)")
     add("--dry-run", action="store_true", help="list what would be measured")
     _add_output(add, "savings.jsonl")
     command.set_defaults(run=_savings)

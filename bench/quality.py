@@ -20,7 +20,7 @@ from vidl.bench.history import Record
 from vidl.bench.report import circumstances
 from vidl.training import Config, pretrain
 
-CONFIG = HERE.parent / "examples" / "moving_shapes.yaml"
+EXAMPLES = HERE.parent / "examples"
 # Steps whose later half tells the speed; more are made where few take no tenth of the time.
 TRIED = (4, 20)
 
@@ -54,7 +54,7 @@ def plan(
         name: of the model.
         seconds: of training, by the clock, without evaluation.
         overrides: of the configuration, as section.field=value; a field alone is one of the model.
-        file: the configuration; default: examples/moving_shapes.yaml.
+        file: the configuration; default: examples/moving_shapes_NAME.yaml.
 
     Raises:
         ValueError: the configuration has no such fields, or a number is out of range.
@@ -63,7 +63,7 @@ def plan(
         raise ValueError(f"need seconds > 0 and seeds >= 1, got {seconds} and {seeds}")
     given = [text if "." in text.partition("=")[0] else f"model.{text}" for text in overrides]
     given += [f"model.name={name}"] + ([f"model.preset={preset}"] if preset else [])
-    config = Config.read(file or CONFIG, given)
+    config = Config.read(file or EXAMPLES / f"moving_shapes_{name}.yaml", given)
     if config.data.source != "moving_shapes" and not config.evaluation.files:
         raise ValueError(
             "need evaluation.files, or data.source=moving_shapes, to know what is learned"

@@ -8,8 +8,8 @@ from vidl.cli import main
 
 TINY = [
     "width=32", "heads=1", "depth=1", "text_width=32", "text_heads=1", "text_layers=1",
-    "image_size=32", "frames=2", "data.words=8", "data.batch_size=4", "data.workers=0",
-    "data.clips=64", "evaluation.pairs=4",
+    "image_size=32", "frames=2", "tubelet_size=1", "data.words=8", "data.batch_size=4",
+    "data.workers=0", "data.clips=64", "evaluation.pairs=4",
 ]  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_the_speed_is_that_of_the_later_steps(monkeypatch, budget, tried, speed)
 
 
 def test_smaug_becomes_dense_in_all_that_makes_it_sparse():
-    changed = quality.rows(quality.plan("smaug", 1.0).config)
+    changed = quality.rows(quality.plan("smaug", 1.0, ["frames_kept=1"]).config)
     assert changed["sparse"] == {}
     assert set(changed["dense"]) == {"mask_ratio", "keep_rate", "frames_kept"}
 
