@@ -279,9 +279,11 @@ def test_a_decoder_with_cross_attention_and_a_cache():
 
 @pytest.mark.parametrize("option", interface.UNSUPPORTED)
 def test_what_cannot_be_computed_raises(option):
-    layer = bert(attn_implementation="vidl").encoder.layer[0]
+    attention = bert(attn_implementation="vidl").encoder.layer[0].attention.self
+    q, k, v = randn(3, 1, 2, 4, 32)
+    # Called as models call it: layers take some of these options for themselves.
     with pytest.raises(ValueError, match=f"BertSelfAttention {option}: call vidl.unswap"):
-        layer(randn(1, 4, 64), **{option: torch.ones(1)})
+        interface.attention(attention, q, k, v, None, **{option: torch.ones(1)})
 
 
 def test_unknown_masks_raise():

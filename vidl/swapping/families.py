@@ -31,7 +31,7 @@ FAMILIES = {
 }
 
 # The first and the last version that the tests ran with.
-TESTED = {"timm": ("1.0.31", "1.0.31"), "transformers": ("5.23.0", "5.23.0")}
+TESTED = {"timm": ("1.0.31", "1.0.31"), "transformers": ("5.23.0", "5.24.0")}
 
 
 def of(model: nn.Module) -> list[Family]:

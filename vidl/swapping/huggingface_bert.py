@@ -28,7 +28,8 @@ class BertEncoder(bert.BertEncoder):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         keys = attention_mask.keys if isinstance(attention_mask, Visible) else None
         more = any(isinstance(x, Tensor) for x in (*args, *kwargs.values()))
-        cached = kwargs.get("past_key_values") is not None
+        # transformers renamed it in 5.24
+        cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
         if keys is None or more or cached or collected() or self._drops_out():
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         words = None
