@@ -343,7 +343,7 @@ def _initialise(module: nn.Module, width: int) -> None:
     """As BERT: normal with a deviation of 0.02, biases zero, the padding word zero.
 
     In a model that is narrower than BERT's 768, layers have as much more as makes up for fewer
-    inputs: else its captions begin, and may remain, almost equal.
+    inputs: else its captions begin almost equal.
     """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02 * max(1.0, BASE_WIDTH / width) ** 0.5)

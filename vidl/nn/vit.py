@@ -247,7 +247,7 @@ def encoder_weights(
 def initialise(model: nn.Module) -> None:
     """As MAE initialises a ViT: Xavier's uniform, which narrow models need, and zero biases.
 
-    timm's normal of 0.02 fits a width of 768; at 128 blocks add a tenth of their input at first.
+    timm's normal of 0.02 is that of ViT-B, and does not grow where layers have fewer inputs.
     Source: MAE, arXiv 2111.06377, A.1.
     """
     for module in model.modules():
