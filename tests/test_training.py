@@ -19,6 +19,7 @@ from vidl import cli, models
 from vidl.data.text import load_tokenizer, train_tokenizer
 from vidl.training import Config, checkpoints, optimizer, pretrain
 from vidl.training.config import Schedule, explain
+from vidl.training.muon import Muon, orthogonalise
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = dict(
@@ -133,6 +134,63 @@ def test_what_decays():
         assert "vision.pos_embed" in others and ("time" in others) == (name == "smaug")
 
 
+def test_what_muon_takes():
+    for name in models.MODELS:
+        model = models.create(name, "tiny")
+        made = optimizer.make(model, Config.read(None, [*MAC, "optimizer.name=muon"]).optimizer)
+        words, others, matrices = made.param_groups
+        assert words["params"] == [model.text.embeddings.word_embeddings.weight]
+        assert [group["orthogonal"] for group in made.param_groups] == [False, False, True]
+        assert others["weight_decay"] == 0 < matrices["weight_decay"]
+        assert all(p.ndim >= 2 for p in matrices["params"])
+        found = sum(len(group["params"]) for group in made.param_groups)
+        assert found == sum(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="need run.parallel=ddp with optimizer.name=muon"):
+        Config.read(None, [*MAC, "optimizer.name=muon", "run.parallel=fsdp"])
+    with pytest.raises(ValueError, match="got a vector"):
+        Muon([{"params": [torch.zeros(3)], "orthogonal": True}])
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 24), (3, 8, 40), (1, 40, 8)])
+def test_orthogonal_updates(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    matrices[0, :4] *= 100  # the sizes of its rows do not matter
+    found = orthogonalise(matrices)
+    u, values, v = torch.linalg.svd(matrices, full_matrices=False)
+    kept = torch.linalg.svdvals(found)[values > 0.02 * values.amax(-1, keepdim=True)]
+    assert kept.min() > 0.6 and kept.max() < 1.25
+    # the singular vectors are those of the matrix
+    inside = u.mT @ found @ v.mT
+    torch.testing.assert_close(
+        inside - inside * torch.eye(len(inside[0])), 0 * inside, atol=1e-3, rtol=0
+    )
+    assert not orthogonalise(torch.zeros(shape)).any()
+
+
+def test_a_step_of_muon():
+    """By hand: decay, then the update, of a matrix and a convolution; AdamW for a vector."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(*size, generator=generator) for size in ((6, 10), (6, 2, 5), (7,))]
+    parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    made = Muon(
+        [{"params": parameters[:2], "orthogonal": True}, {"params": parameters[2:]}],
+        lr=0.1, weight_decay=0.5,
+    )  # fmt: skip
+    gradients = [torch.randn(p.shape, generator=generator) for p in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    made.step()
+    for weight, parameter, gradient in zip(weights[:2], parameters, gradients, strict=False):
+        update = orthogonalise(gradient.flatten(1)[None])[0].view_as(weight)
+        wanted = weight * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 10**0.5 * update
+        torch.testing.assert_close(parameter.detach(), wanted)
+        torch.testing.assert_close(parameter.grad, gradient)
+    same = torch.nn.Parameter(weights[2].clone())
+    same.grad = gradients[2]
+    torch.optim.AdamW([same], lr=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(parameters[2], same)
+
+
 def test_schedules():
     schedule = Schedule(steps=110, warmup=10, final=0.1, prune_over=50)
     rates = [optimizer.learning_rate(step, 2.0, schedule) for step in range(111)]
@@ -145,7 +203,9 @@ def test_schedules():
 # Runs
 
 
-@pytest.mark.parametrize("options", [MAC, SMAUG], ids=["mac", "smaug"])
+@pytest.mark.parametrize(
+    "options", [MAC, SMAUG, [*MAC, "optimizer.name=muon"]], ids=["mac", "smaug", "muon"]
+)
 def test_a_run_resumes_exactly(options, tmp_path):
     """Five steps an epoch, two batches a step: it breaks in the middle of the second epoch."""
     more = ["optimizer.accumulate=2", "run.save_every=3", "evaluation.every=4"]

@@ -66,8 +66,11 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW. Norms, biases, positions, tokens and the temperature do not decay."""
+    """AdamW or Muon. Norms, biases, positions, tokens and the temperature do not decay."""
 
+    name: Literal["adamw", "muon"] = _field(
+        "adamw", "adamw, or muon for matrices and adamw for the others and for embeddings"
+    )
     lr: float = _field(1e-4, "the highest learning rate")
     betas: tuple[float, float] = _field((0.9, 0.98), "of AdamW")
     eps: float = _field(1e-8, "of AdamW")
@@ -169,6 +172,10 @@ class Config:
             raise ValueError(f"need data.files with data.source {self.data.source!r}, got none")
         if self.start.text and not self.data.tokenizer:
             raise ValueError("need data.tokenizer, that of start.text")
+        if self.optimizer.name == "muon" and self.run.parallel == "fsdp":
+            raise ValueError(
+                "need run.parallel=ddp with optimizer.name=muon, whose update needs whole matrices"
+            )
 
     @classmethod
     def read(

@@ -1,4 +1,4 @@
-"""AdamW with its groups, and what changes from step to step as a function of the step alone."""
+"""AdamW or Muon with its groups, and what changes as a function of the step alone."""
 
 import math
 import re
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vidl.training.config import Optimizer, Schedule
+from vidl.training.muon import Muon
 
 # Positions, times, and tokens that are no words.
 NO_DECAY = re.compile(
@@ -17,19 +18,32 @@ NO_DECAY = re.compile(
 
 
 def make(model: nn.Module, options: Optimizer) -> torch.optim.Optimizer:
-    """AdamW in two groups: norms, biases, positions, tokens and temperatures do not decay."""
+    """AdamW or Muon: norms, biases, positions, tokens and temperatures do not decay.
+
+    Muon takes what decays but embeddings of words, whose rows are no inputs of one another.
+    """
+    words = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed: list[Tensor] = []
     others: list[Tensor] = []
+    matrices: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kept = parameter.ndim < 2 or NO_DECAY.search(name)
-            (others if kept else decayed).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or NO_DECAY.search(name):
+            others.append(parameter)
+        elif options.name == "muon" and parameter not in words:
+            matrices.append(parameter)
+        else:
+            decayed.append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    if options.name == "muon":
+        groups += [{"params": matrices, "weight_decay": options.weight_decay, "orthogonal": True}]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+    kind = Muon if options.name == "muon" else torch.optim.AdamW
+    return kind(groups, lr=options.lr, betas=options.betas, eps=options.eps)
 
 
 def learning_rate(step: int, highest: float, schedule: Schedule) -> float:
