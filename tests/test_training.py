@@ -189,6 +189,14 @@ def test_a_step_of_muon():
     same.grad = gradients[2]
     torch.optim.AdamW([same], lr=0.1, weight_decay=0.5).step()
     torch.testing.assert_close(parameters[2], same)
+    # the second step looks ahead along the momentum of both gradients
+    before, second = parameters[0].detach().clone(), torch.randn(6, 10, generator=generator)
+    parameters[0].grad = second
+    made.step()
+    mean = 0.95 * 0.05 * gradients[0] + 0.05 * second
+    update = orthogonalise((0.05 * second + 0.95 * mean)[None])[0]
+    wanted = before * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 10**0.5 * update
+    torch.testing.assert_close(parameters[0].detach(), wanted)
 
 
 def test_schedules():
