@@ -9,7 +9,7 @@ from vidl.cli import main
 TINY = [
     "width=32", "heads=1", "depth=1", "text_width=32", "text_heads=1", "text_layers=1",
     "image_size=32", "frames=2", "tubelet_size=1", "data.words=8", "data.batch_size=4",
-    "data.workers=0", "data.clips=64", "evaluation.pairs=4",
+    "data.workers=0", "data.clips=64", "data.looks=0", "evaluation.pairs=4",
 ]  # fmt: skip
 
 
