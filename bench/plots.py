@@ -1,4 +1,4 @@
-"""Plots of results as PNG and SVG: roofline, bars against peers, whole steps, scaling."""
+"""Plots of results as PNG and SVG: peers, roofline, whole steps, what is learned, scaling."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,6 +47,8 @@ def _figures(device: Device) -> Iterator[tuple[str, str, Figure]]:
             yield title, f"roofline-{dtype}", _roofline(device, dtype, points)
     if timed := [r for r in device.savings if "median_ms" in r]:
         yield "Whole steps of pre-training", "savings", _savings(device, timed)
+    if device.quality:
+        yield "What is learned in the same time", "quality", _quality(device)
     if timed := [r for r in device.scaling if "median_ms" in r]:
         yield "The encoder's time against what it sees", "scaling", _scaling(device, timed)
 
@@ -145,6 +147,37 @@ def _savings(device: Device, timed: Sequence[Record]) -> Figure:
         axes.grid(False, axis="x")
     figure.suptitle(
         f"{device.title}: median of a step, 20 to 80 %; × over dense, stock", fontsize=10
+    )
+    return figure
+
+
+def _quality(device: Device) -> Figure:
+    """A bar for the mean of the seeds, a dot for each."""
+    shapes = list(dict.fromkeys(r["shape"] for r in device.quality))
+    figure = Figure(figsize=(min(12, 1.5 + 4.5 * len(shapes)), 4))
+    figure.set_layout_engine("constrained")
+    for axes, shape in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
+        own = [r for r in device.quality if r["shape"] == shape]
+        names = list(own[0]["r1"])
+        for number, r in enumerate(own):
+            colour = OURS if r["row"] == "sparse" else STOCK
+            places = [i + 0.4 * (number - (len(own) - 1) / 2) for i in range(len(names))]
+            label = f"{r['row']}, {r['runs'][0]['steps']} steps"
+            means = [r["r1"][name]["mean"] for name in names]
+            axes.bar(places, means, 0.36, color=colour, alpha=0.75, label=label)
+            for place, name in zip(places, names, strict=True):
+                each = [run["r1"][name] for run in r["runs"]]
+                axes.plot([place] * len(each), each, "o", color="black", markersize=4)
+        axes.axhline(100 / own[0]["pairs"], color="black", linestyle=":", linewidth=1)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_ylim(0, 105)
+        axes.set(title=shape, ylabel="%")
+        axes.legend(fontsize=8, loc="lower right", framealpha=1)
+        _tidy(axes)
+        axes.grid(False, axis="x")
+    figure.suptitle(
+        f"{device.title}: recall after the same time, with vidl (dot: a seed, dotted: chance)",
+        fontsize=10,
     )
     return figure
 
