@@ -158,14 +158,10 @@ def _add_savings(commands: argparse._SubParsersAction) -> None:
     add("--seeds", type=int, default=3, help="of --quality (default 3)")
     add("--config", type=Path, help="of --quality (default examples/moving_shapes_RECIPE.yaml)")
     add("--dry-run", action="store_true", help="list what would be measured")
-    _add_output(add, "savings.jsonl")
-    command.set_defaults(run=_savings)
-
-
-def _add_output(add: Any, file: str) -> None:
     add("--json", action="store_true", help="print JSON lines in place of tables")
-    about = f"append JSON lines to DIR/<device>/{file}; default DIR: bench/results"
+    about = "append JSON lines to DIR/<device>/<op>.jsonl; default DIR: bench/results"
     add("--write", nargs="?", const="", metavar="DIR", help=about)
+    command.set_defaults(run=_savings)
 
 
 def _savings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
