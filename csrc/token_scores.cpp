@@ -16,13 +16,12 @@ namespace {
 using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
-constexpr int64_t kHeads = 4;  // of an item of "cls"
-
 struct Scoring {
   Strided q, k, v;
   const int32_t *query_offsets, *key_offsets;  // [G + 1]
   const int32_t *query_rows, *key_rows;        // [Q], [E], or null
   int64_t G, H, D, Q, K, E;                    // Q rows of q, K rows of k and v
+  int64_t heads;                               // of an item of "cls"
   float scale;
   Dtype dtype;
 };
@@ -47,6 +46,15 @@ Tensor readable(const Tensor& x) {
   return x.dim() == 3 && x.stride(2) != 1 ? torch::stable::contiguous(x) : x;
 }
 OptionalTensor readable(const OptionalTensor& x) { return x ? OptionalTensor(readable(*x)) : x; }
+
+// How many heads of a group one item of "cls" takes, of so many in all: four, since rows are then
+// read in long pieces, and fewer where all threads would not have four items each.
+int64_t heads_of_item(int64_t all) {
+  const int64_t items = 4 * std::max<int64_t>(torch::stable::get_num_threads(), 1);
+  return std::clamp<int64_t>((all + items - 1) / items, 1, 4);
+}
+
+int64_t items_of_cls(const Scoring& s) { return s.G * ((s.H + s.heads - 1) / s.heads); }
 
 Scoring scoring(const OptionalTensor& q, const Tensor& k, const OptionalTensor& v,
                 const Tensor& query_offsets, const Tensor& key_offsets,
@@ -75,6 +83,7 @@ Scoring scoring(const OptionalTensor& q, const Tensor& k, const OptionalTensor& 
   }
   s.scale = static_cast<float>(scale);
   s.dtype = floating_dtype(k);
+  s.heads = heads_of_item(s.G * s.H);
   return s;
 }
 
@@ -150,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> token_scores(OptionalTensor q, Tensor k, Opti
     mean_over_heads(s, head_scores, to);
     return {scores, found, none};
   }
-  const int64_t count = s.G * ((s.H + kHeads - 1) / kHeads);
+  const int64_t count = items_of_cls(s);
   const auto items = VIDL_FOR_THIS_CPU(cls_items);
   parallel_for(0, count, grain(count, s.E * s.H * s.D),
                [&](int64_t begin, int64_t end) { items(s, head_scores, begin, end); });
@@ -249,7 +258,7 @@ void cls_back(const Scoring& s, Gradients b, const Entries& shared) {
     b.grad_logits = grad_logits.data();
     b.group = group.data();
   }
-  const int64_t count = s.G * ((s.H + kHeads - 1) / kHeads);
+  const int64_t count = items_of_cls(s);
   const auto items = VIDL_FOR_THIS_CPU(cls_backward_items);
   parallel_for(0, count, grain(count, s.E * s.H * s.D),
                [&](int64_t begin, int64_t end) { items(s, b, begin, end); });

@@ -1,8 +1,7 @@
 // token_scores of one group on the CPU; included once for each instruction set (cpu_levels.h).
 //
-// One query against all keys ("cls", "value") reads the keys once, as they lie, kHeads heads at a
-// time: few enough that several threads share a long group, enough that rows are read in long
-// pieces. All queries ("mean") are space_time_attention without its values; the keys are read into
+// One query against all keys ("cls", "value") reads the keys once, as they lie, some heads at a
+// time. All queries ("mean") are space_time_attention without its values; the keys are read into
 // float32 and transposed, a block of queries meets them all, and their weights are added up.
 
 constexpr int64_t kKeyStep = kWidth < 8 ? 8 : kWidth;  // rows of keys are padded to this number
@@ -72,7 +71,7 @@ template <class T>
 VIDL_VECTOR_INLINE void first_query_weights(const Scoring& s, float* weights, int64_t g,
                                             int64_t first_head, Scratch& scratch) {
   const int64_t D = s.D, first_key = s.key_offsets[g], keys = s.key_offsets[g + 1] - first_key;
-  const int64_t heads = s.H - first_head < kHeads ? s.H - first_head : kHeads;
+  const int64_t heads = s.H - first_head < s.heads ? s.H - first_head : s.heads;
   if (s.query_offsets[g] == s.query_offsets[g + 1] || keys == 0) {
     for (int64_t h = 0; h < heads; h++) {
       memset(weights + (first_head + h) * s.E + first_key, 0, keys * sizeof(float));
@@ -108,7 +107,7 @@ template <class T>
 VIDL_VECTOR_INLINE void first_query_grads(const Scoring& s, const Gradients& b, int64_t g,
                                           int64_t first_head, Scratch& scratch) {
   const int64_t D = s.D, first_key = s.key_offsets[g], keys = s.key_offsets[g + 1] - first_key;
-  const int64_t heads = s.H - first_head < kHeads ? s.H - first_head : kHeads;
+  const int64_t heads = s.H - first_head < s.heads ? s.H - first_head : s.heads;
   const bool asked = s.query_offsets[g] < s.query_offsets[g + 1];
   const float share = 1.0f / static_cast<float>(s.H);
   float* const q = scratch.take(heads * D);
@@ -358,21 +357,21 @@ VIDL_VECTOR_INLINE void unlike(const Scoring& s, float* scores, int64_t g, Scrat
 
 void cls_items(const Scoring& s, float* weights, int64_t begin, int64_t end) {
   thread_local Scratch scratch;
-  const int64_t parts = (s.H + kHeads - 1) / kHeads;
+  const int64_t parts = (s.H + s.heads - 1) / s.heads;
   for (int64_t item = begin; item < end; item++) {
     scratch.reset();
     VIDL_FLOATING(s.dtype, T,
-                  first_query_weights<T>(s, weights, item / parts, item % parts * kHeads, scratch))
+                  first_query_weights<T>(s, weights, item / parts, item % parts * s.heads, scratch))
   }
 }
 
 void cls_backward_items(const Scoring& s, const Gradients& b, int64_t begin, int64_t end) {
   thread_local Scratch scratch;
-  const int64_t parts = (s.H + kHeads - 1) / kHeads;
+  const int64_t parts = (s.H + s.heads - 1) / s.heads;
   for (int64_t item = begin; item < end; item++) {
     scratch.reset();
     VIDL_FLOATING(s.dtype, T,
-                  first_query_grads<T>(s, b, item / parts, item % parts * kHeads, scratch))
+                  first_query_grads<T>(s, b, item / parts, item % parts * s.heads, scratch))
   }
 }
 
