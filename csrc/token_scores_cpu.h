@@ -67,6 +67,18 @@ VIDL_VECTOR_INLINE float softmax(float* line, int64_t keys, int64_t columns, flo
 
 // ---- cls ---------------------------------------------------------------------------------------
 
+// Rows of keys that are fetched beforehand: each begins on a page of its own, where no hardware
+// prefetcher expects it.
+constexpr int64_t kAhead = 8;
+
+template <class T>
+VIDL_VECTOR_INLINE void prefetch_row(const T* from, int64_t heads, int64_t head, int64_t D) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t h = 0; h < heads; h++) {
+    for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(from + h * head + d);
+  }
+}
+
 template <class T>
 VIDL_VECTOR_INLINE void first_query_weights(const Scoring& s, float* weights, int64_t g,
                                             int64_t first_head, Scratch& scratch) {
@@ -92,6 +104,9 @@ VIDL_VECTOR_INLINE void first_query_weights(const Scoring& s, float* weights, in
   }
   const T* const k = static_cast<const T*>(s.k.data) + first_head * s.k.head;
   for (int64_t j = 0; j < keys; j++) {
+    if (j + kAhead < keys) {
+      prefetch_row(k + row_of(s.key_rows, first_key + j + kAhead) * s.k.row, heads, s.k.head, D);
+    }
     const T* const key = k + row_of(s.key_rows, first_key + j) * s.k.row;
     for (int64_t h = 0; h < heads; h++) {
       lines[h * columns + j] = dot(as_floats(key + h * s.k.head, D, room), q + h * D, D);
@@ -134,12 +149,16 @@ VIDL_VECTOR_INLINE void first_query_grads(const Scoring& s, const Gradients& b, 
       memcpy(b.grad_logits + head * s.E + first_key, grads + h * keys, keys * sizeof(float));
     }
   }
+  const T* const k = static_cast<const T*>(s.k.data) + first_head * s.k.head;
   for (int64_t j = 0; j < keys; j++) {
     const int64_t row = row_of(s.key_rows, first_key + j);
+    if (j + kAhead < keys) {
+      prefetch_row(k + row_of(s.key_rows, first_key + j + kAhead) * s.k.row, heads, s.k.head, D);
+    }
     for (int64_t h = 0; h < heads; h++) {
       const int64_t head = first_head + h;
       const float grad = grads[h * keys + j];
-      const T* const key = static_cast<const T*>(s.k.data) + row * s.k.row + head * s.k.head;
+      const T* const key = k + row * s.k.row + h * s.k.head;
       const float* const numbers = as_floats(key, D, room);
       for (int64_t d = 0; d < D; d++) grad_q[h * D + d] += grad * numbers[d];
       if (b.grad_logits != nullptr) continue;  // rows that several groups share are summed later
@@ -404,7 +423,13 @@ void mean_backward_items(const Scoring& s, const Gradients& b, int64_t begin, in
 void lengths_of_rows(const Scoring& s, float* norms, int64_t begin, int64_t end) {
   std::vector<float> room(s.D);
   for (int64_t row = begin; row < end; row++) {
-    VIDL_FLOATING(s.dtype, T, norms[row] = length_of<T>(s.v, row, s.H, s.D, room.data()))
+    VIDL_FLOATING(s.dtype, T, {
+      if (row + kAhead < end) {
+        const T* const next = static_cast<const T*>(s.v.data) + (row + kAhead) * s.v.row;
+        prefetch_row(next, s.H, s.v.head, s.D);
+      }
+      norms[row] = length_of<T>(s.v, row, s.H, s.D, room.data());
+    })
   }
 }
 
