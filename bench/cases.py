@@ -103,6 +103,10 @@ class Case:
             return candidate.gradients
         return self.description.PARAMETERS
 
+    def modes(self, wanted: Sequence[str]) -> list[str]:
+        """Those that there are: an op without parameters has no backward."""
+        return [mode for mode in wanted if mode == "forward" or self.description.PARAMETERS]
+
     def work(self, mode: str) -> list[Work]:
         """What each phase of `mode` needs, in order."""
         phases = self.description.work(**self.sizes, dtype=self.dtype)
@@ -170,6 +174,9 @@ def plan(
                 cases += [Case(op, name, sizes, DTYPES[d], device, peers) for d in dtypes]
     if not cases:
         raise ValueError(f"no shape matches {shapes!r}; `vidl bench --dry-run` lists them")
+    cases = [case for case in cases if case.modes(modes)]
+    if not cases:
+        raise ValueError(f"need forward among the modes: {', '.join(ops)} has no gradients")
     return Plan(cases, modes, counts, quick)
 
 

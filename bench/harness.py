@@ -49,7 +49,7 @@ def run(plan: Plan, budget: float | None = None) -> Iterator[list[Record]]:
     """
     started, before = time.monotonic(), torch.get_num_threads()
     cases = plan.cases if budget is None else in_turns(plan.cases)
-    total, done = len(cases) * len(plan.threads) * len(plan.modes), 0
+    total, done = len(plan.threads) * sum(len(case.modes(plan.modes)) for case in cases), 0
     try:
         # Of the two settings the first is fair to convolutions, the second keeps float32 float32.
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
@@ -66,7 +66,7 @@ def run(plan: Plan, budget: float | None = None) -> Iterator[list[Record]]:
                 torch.set_num_threads(threads)
                 progress("measuring what the device can do")
                 limits = hardware.limits(case.device, threads, case.dtype)
-                for mode in plan.modes:
+                for mode in case.modes(plan.modes):
                     done += 1
                     progress(
                         f"[{done}/{total}] {case.op} · {case.shape} · {short(case.dtype)}"

@@ -4,6 +4,7 @@ No test here looks at how long anything took.
 """
 
 import contextlib
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -169,6 +170,23 @@ def test_records_say_what_was_measured(capsys):
     strongest = {r["strongest_peer"] for r in records}
     peers = {r["candidate"] for r in records if r["kind"] == "peer" and r["status"] == "ok"}
     assert strongest <= peers and len(peers) >= 3
+
+
+@pytest.mark.parametrize("op", cases.operations())
+def test_every_op_is_timed_in_the_modes_that_it_has(op, monkeypatch, capsys):
+    shapes = importlib.import_module(f"vidl.bench.{op}").SHAPES
+    first = next(iter(shapes))
+    monkeypatch.setattr(f"vidl.bench.{op}.SHAPES", {first: shapes[first]})
+    assert main(["bench", op, "--quick", "--json", "--peers", "none of them"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    modes = {r["mode"] for r in records if r["candidate"] == "vidl compiled" and "median_ms" in r}
+    assert modes == ({"forward"} if op == "frame_difference" else {"forward", "full"})
+
+
+def test_modes_that_an_op_lacks_are_an_error(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "frame_difference", "--modes", "full"])
+    assert "frame_difference has no gradients" in capsys.readouterr().err
 
 
 def test_the_table_shows_the_share_of_the_limit(capsys):
