@@ -37,7 +37,8 @@ def check(case: Case, candidates: Sequence[Candidate] | None = None) -> list[Tri
 
     The truth is the reference in float64, on inputs that already have the rounding of `case.dtype`;
     for the shorter dtypes too, as scores are float32 among them. Allowed is `SLACK` times the error
-    of the reference in `case.dtype`, plus one rounding of the largest element.
+    of the reference in `case.dtype`, plus one rounding of the largest element; for peers one of
+    `case.dtype`, as the reference has gradients of scores in float32 where they have bfloat16.
     """
     description, parameters = case.description, case.description.PARAMETERS
     inputs = case.make()
@@ -50,7 +51,9 @@ def check(case: Case, candidates: Sequence[Candidate] | None = None) -> list[Tri
         elif candidate.kind == "floor":  # computes something else: there is nothing to compare
             trials.append(Trial(candidate, "ok"))
         else:
-            trials.append(_compare(candidate, inputs, case.gradients(candidate), true, plain))
+            coarsest = None if candidate.kind == "ours" else case.dtype
+            names = case.gradients(candidate)
+            trials.append(_compare(candidate, inputs, names, true, plain, coarsest))
     return trials
 
 
@@ -60,6 +63,7 @@ def _compare(
     names: Sequence[str],
     true: dict[str, Tensor],
     plain: dict[str, Tensor],
+    coarsest: torch.dtype | None,
 ) -> Trial:
     try:
         found = answers(candidate.run, candidate.prepare(inputs), names)
@@ -76,7 +80,8 @@ def _compare(
         if math.isfinite(off):  # JSON has no other numbers
             trial.errors[name] = off / largest
         trial.torch_errors[name] = own / largest
-        allowed = SLACK[candidate.kind] * own + torch.finfo(plain[name].dtype).eps * largest
+        rounding = torch.finfo(coarsest or plain[name].dtype).eps * largest
+        allowed = SLACK[candidate.kind] * own + rounding
         if not off <= allowed:  # rather than `>`: what is no number is wrong too
             wrong.append(f"{name} is off by {off:.2g}; PyTorch by {own:.2g}, allowed {allowed:.2g}")
     if wrong:

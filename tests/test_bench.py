@@ -4,6 +4,7 @@ No test here looks at how long anything took.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import json
 from types import SimpleNamespace
@@ -68,6 +69,17 @@ def test_peers_are_right(shape, dtype):
 def test_a_wrong_candidate_is_refused(run, reason, kind):
     (trial,) = check(case(), [Candidate("planted", kind, run)])
     assert trial.status == "wrong" and reason in trial.reason
+
+
+def test_peers_may_have_gradients_of_scores_in_the_dtype_of_the_case():
+    sizes = dict(B=2, N=40, rate=0.5, C=64, fuse=True)
+    found = cases.Case("select_tokens", "small", sizes, torch.bfloat16, "cpu")
+    trials = check(found)
+    peers = [t for t in trials if t.candidate.kind == "peer" and t.status != "cannot run"]
+    assert len(peers) == 9 and all(t.status == "ok" for t in peers)
+    assert max(t.errors["scores"] for t in peers) > 1e-3  # which ours must not have
+    ours = dataclasses.replace(peers[0].candidate, kind="ours")
+    assert check(found, [ours])[0].status == "wrong"
 
 
 class WrongGradient(torch.autograd.Function):
