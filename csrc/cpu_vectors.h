@@ -19,6 +19,11 @@ VIDL_VECTOR_INLINE Vector load(const float* p) {
 }
 VIDL_VECTOR_INLINE void store(float* p, Vector v) { memcpy(p, &v, sizeof v); }
 
+template <class T>
+VIDL_VECTOR_INLINE void prefetch(const T* from, int64_t D) {
+  for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(from + d, 0, 2);
+}
+
 // 0, 1, 2, ... kWidth - 1
 VIDL_VECTOR_INLINE Integers lanes() {
   Integers v;

@@ -20,18 +20,13 @@ VIDL_VECTOR_INLINE void read_row(const T* from, int64_t D, float scale, float* t
   for (int64_t d = 0; d < D; d++) to[d] = static_cast<float>(from[d]) * scale;
 }
 
-// The next head is the next task: its part of the row, on a page of its own, would come too late.
-template <class T>
-VIDL_VECTOR_INLINE void prefetch(const T* from, int64_t D) {
-  for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(from + d, 0, 2);
-}
-
 template <class T>
 VIDL_VECTOR_INLINE void write_row(const float* from, int64_t D, float scale, T* to) {
   for (int64_t d = 0; d < D; d++) to[d] = static_cast<T>(from[d] * scale);
 }
 
-// Rows of keys or values [count, D] as they are, zero up to `padded` rows.
+// Rows of keys or values [count, D] as they are, zero up to `padded` rows. The next head is the
+// next task: its part of the row, on a page of its own, would come too late.
 template <class T>
 VIDL_VECTOR_INLINE void read_rows(const Strided& x, const int32_t* rows, int64_t first,
                                   int64_t count, int64_t padded, int64_t h, int64_t D, float* to) {

@@ -73,10 +73,7 @@ constexpr int64_t kAhead = 8;
 
 template <class T>
 VIDL_VECTOR_INLINE void prefetch_row(const T* from, int64_t heads, int64_t head, int64_t D) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t h = 0; h < heads; h++) {
-    for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(from + h * head + d);
-  }
+  for (int64_t h = 0; h < heads; h++) prefetch(from + h * head, D);
 }
 
 template <class T>
