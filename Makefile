@@ -26,7 +26,7 @@ unexport PYTHONDONTWRITEBYTECODE
 DEPS := $(VENV)/installed
 READY := $(VENV)/ready-$(VIDL_BUILD)
 TORCH_VENV := .venv-torch-$(TORCH)
-SOURCES := CMakeLists.txt setup.py vidl/__init__.py $(wildcard csrc/*)
+SOURCES := CMakeLists.txt setup.py vidl/__init__.py $(wildcard csrc/*.h csrc/*/*)
 # install packages, or vidl itself, into the environment $(1)
 packages = $(1)/bin/uv pip install --quiet --python $(1)/bin/python -r pyproject.toml --all-extras
 vidl = VIDL_BUILD=$(VIDL_BUILD) $(1)/bin/uv pip install --quiet --python $(1)/bin/python \
@@ -55,12 +55,12 @@ lint: $(DEPS) ## ruff, mypy and clang-format, as CI runs them
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*.h)
 
 format: $(DEPS) ## let ruff and clang-format rewrite the sources
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+	$(VENV)/bin/clang-format -i $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*.h)
 
 bench: $(READY) ## time every op against its peers; ARGS="--write" keeps the results
 	$(VENV)/bin/vidl bench $(ARGS)
@@ -127,7 +127,7 @@ gpu-run:
 GPU_SECONDS ?= 480
 GPU_BEGAN := $(or $(GPU_BEGAN),$(shell date +%s))
 # Until a result of a card is committed "auto" is plain PyTorch there, which is not what is asked.
-GPU_BACKEND ?= compiled
+GPU_BACKEND ?= native
 SAVINGS := backend=$(GPU_BACKEND) --device cuda --preset base --steps 20 --budget 30 --write $(RESULTS)
 gpu-steps:
 	@said=""; status=0; began=$$(date -u +%Y-%m-%dT%H:%M:%S); \

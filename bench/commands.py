@@ -38,10 +38,10 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 
 
 def _compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from vidl.bench import compare, history
+    from vidl.bench.report import compare, records
 
     try:
-        changes = compare.compare(history.load(args.old), history.load(args.new))
+        changes = compare.compare(records.load(args.old), records.load(args.new))
     except ValueError as error:
         parser.error(str(error))
     if not changes:
@@ -70,14 +70,14 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 
 
 def _report(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from vidl.bench import digest, history, markdown, page
+    from vidl.bench.report import digest, markdown, page, records
 
-    results = Path(args.results or history.ROOT / history.RESULTS)
+    results = Path(args.results or records.ROOT / records.RESULTS)
     folder = results if results.is_dir() else results.parent
     out = args.out or folder / "report"
-    readme = args.readme or (None if args.results else history.ROOT / "README.md")
+    readme = args.readme or (None if args.results else records.ROOT / "README.md")
     try:
-        devices = digest.devices(history.load(results))
+        devices = digest.devices(records.load(results))
         if not devices:
             raise ValueError(f"{results} has no results but quick looks")
         if readme is not None:
@@ -85,7 +85,7 @@ def _report(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     try:
-        from vidl.bench import plots
+        from vidl.bench.report import plots
     except ModuleNotFoundError as error:
         pictures = []
         print(f"vidl bench report: no plots without {error.name}; try: pip install 'vidl[bench]'")
@@ -115,7 +115,8 @@ def _add_summary(commands: argparse._SubParsersAction) -> None:
 
 
 def _summary(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from vidl.bench import digest, history, verdict
+    from vidl.bench.report import digest, verdict
+    from vidl.bench.report import records as history
 
     try:
         records = history.load(args.results or history.ROOT / history.RESULTS)
@@ -165,11 +166,12 @@ def _add_savings(commands: argparse._SubParsersAction) -> None:
 
 
 def _savings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from vidl.bench import report, savings, savings_text, scaling
+    from vidl.bench.measure import record
+    from vidl.bench.training import savings, scaling, summary
 
     def write(records: list[dict[str, Any]]) -> None:
         if args.write is not None:
-            report.write(records, args.write or None)
+            record.write(records, args.write or None)
 
     if args.quality is not None:
         return _quality(parser, args, write)
@@ -195,13 +197,13 @@ def _savings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     elif args.scaling:
         return _print(args, scaling.run(plan, write), scaling.table)
     else:
-        return _print(args, savings.run(plan, write), savings_text.table)
+        return _print(args, savings.run(plan, write), summary.table)
     return 0
 
 
 def _quality(parser: argparse.ArgumentParser, args: argparse.Namespace, write: Any) -> int:
     try:
-        from vidl.bench import quality
+        from vidl.bench.training import quality
     except ModuleNotFoundError as error:
         parser.exit(
             1, f"vidl savings --quality needs {error.name}; try: pip install 'vidl[data]'\n"

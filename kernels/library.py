@@ -1,4 +1,4 @@
-"""Where ops meet PyTorch: schemas, the compiled library, and the choice of a backend.
+"""Where ops meet PyTorch: schemas, the native library, and the choice of a backend.
 
 An op is declared once, here in Python. C++ attaches to it by name (`csrc/`), Triton as an opaque
 op of its own; both share the fake kernel, the autograd formula and the FLOP formula.
@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-BACKENDS = ("compiled", "triton", "reference")
+BACKENDS = ("native", "triton", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # What "auto" tries, in this order. A GPU backend enters the list of an op once a committed result
 # from a real card shows it right and fastest there; on the CPU bench/results/ has that evidence.
-AUTO = {"cpu": ("compiled", "reference"), "cuda": ("reference",)}
+AUTO = {"cpu": ("native", "reference"), "cuda": ("reference",)}
 
 # Backends whose kernels are ops of their own, and the suffix of those ops.
-_suffixes = {"compiled": "", "triton": "_triton"}
+_suffixes = {"native": "", "triton": "_triton"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def build_record() -> dict[str, Any]:
 
 
 def _load() -> str | None:
-    """Load the compiled library; returns the reason if there is none."""
+    """Load the native library; returns the reason if there is none."""
     record = build_record()
     if record["file"] is None:
         return str(record.get("reason") or record["error"])

@@ -25,10 +25,10 @@ from vidl import ops  # noqa: E402, F401  (declares every op)
 collect_ignore_glob = [] if find_spec("numpy") else ["test_data_*.py"]
 
 PLACES = [
-    *(pytest.param(Where(b, "cpu"), id=f"{b}-cpu") for b in ("compiled", "triton", "emulated")),
+    *(pytest.param(Where(b, "cpu"), id=f"{b}-cpu") for b in ("native", "triton", "emulated")),
     *(
         pytest.param(Where(b, "cuda"), id=f"{b}-cuda", marks=pytest.mark.gpu)
-        for b in ("compiled", "triton")
+        for b in ("native", "triton")
     ),
 ]
 

@@ -48,8 +48,8 @@ def build() -> Path:
     torch_dir = Path(torch.__file__).parent
     host = [f"-isystem{torch_dir / 'include'}", "-DVIDL_EMULATED"]
     host += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
-    kernels = sorted(ROOT.glob("csrc/*.cu"))
-    sources = [(file.with_suffix(".cpp"), host) for file in kernels]
+    kernels = sorted(ROOT.glob("csrc/*/cuda.cu"))
+    sources = [(file.with_name("op.cpp"), host) for file in kernels]
     sources += [(file, []) for file in kernels]
     link = ["-shared", f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     return _link("library.so", sources, KINDS["plain"], link)
@@ -63,7 +63,7 @@ def program(name: str, kind: str = "plain", bug: tuple[str, str] | None = None) 
         bug: a line of the kernels, or a part of it, and what takes its place, once.
     """
     sources: list[tuple[Path, list[str]]] = [(EMULATOR / f"test_{name}.cpp", [])]
-    if (kernels := ROOT / f"csrc/{name}.cu").is_file():
+    if (kernels := ROOT / f"csrc/{name}/cuda.cu").is_file():
         sources.append((_planted(kernels, *bug) if bug else kernels, FEW))
     return _link(f"{name}-{kind}", sources, KINDS[kind], [])
 
@@ -74,7 +74,7 @@ def _planted(kernels: Path, right: str, wrong: str) -> Path:
     assert text.count(right) == 1, f"{text.count(right)} times: {right}"
     text = text.replace(right, wrong)
     BUILD.mkdir(parents=True, exist_ok=True)
-    copy = BUILD / f"{kernels.stem}-{_hash([], [text.encode()])}.cu"
+    copy = BUILD / f"{kernels.parent.name}-{_hash([], [text.encode()])}.cu"
     copy.write_text(text)
     return copy
 

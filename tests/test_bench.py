@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vidl.bench import cases, hardware, harness, report, timing
-from vidl.bench import masked_patch_embed as description
-from vidl.bench.cases import Candidate, Work
-from vidl.bench.check import check
+from vidl.bench.measure import cases, hardware, harness, record, timing
+from vidl.bench.measure.cases import Candidate, Work
+from vidl.bench.measure.check import check
+from vidl.bench.ops import masked_patch_embed as description
 from vidl.cli import main
 from vidl.kernels import library
 
@@ -33,7 +33,7 @@ def _small_and_quick(monkeypatch):
     monkeypatch.setattr(hardware, "limits", lambda *args: limits)
     monkeypatch.setattr(hardware, "last_level_cache", lambda device: 1 << 14)
     monkeypatch.setattr(hardware, "device_name", lambda device: "Some CPU, 2 cores")
-    report.commit.cache_clear()
+    record.commit.cache_clear()
 
 
 def case(shape="one frame", dtype=torch.float32):
@@ -138,7 +138,7 @@ def test_limits_add_up():
     limits = hardware.Limits(copy=100.0, matmul=1000.0, matmul_dtype=torch.float32)
     assert limits.seconds(size=200, flops=1000) == 2  # bound by the copy
     assert limits.seconds(size=200, flops=5000) == 5  # bound by the multiplication
-    assert report.limit_seconds(limits, [Work(200, 1000), Work(200, 5000)]) == 7
+    assert record.limit_seconds(limits, [Work(200, 1000), Work(200, 5000)]) == 7
 
 
 def test_work_counts_visible_patches_only():
@@ -186,12 +186,12 @@ def test_records_say_what_was_measured(capsys):
 
 @pytest.mark.parametrize("op", cases.operations())
 def test_every_op_is_timed_in_the_modes_that_it_has(op, monkeypatch, capsys):
-    shapes = importlib.import_module(f"vidl.bench.{op}").SHAPES
+    shapes = importlib.import_module(f"vidl.bench.ops.{op}").SHAPES
     first = next(iter(shapes))
-    monkeypatch.setattr(f"vidl.bench.{op}.SHAPES", {first: shapes[first]})
+    monkeypatch.setattr(f"vidl.bench.ops.{op}.SHAPES", {first: shapes[first]})
     assert main(["bench", op, "--quick", "--json", "--peers", "none of them"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    modes = {r["mode"] for r in records if r["candidate"] == "vidl compiled" and "median_ms" in r}
+    modes = {r["mode"] for r in records if r["candidate"] == "vidl native" and "median_ms" in r}
     assert modes == ({"forward"} if op == "frame_difference" else {"forward", "full"})
 
 
@@ -224,7 +224,7 @@ def test_write_appends(tmp_path, capsys):
     assert file.relative_to(tmp_path).as_posix() == "some-cpu-2-cores/masked_patch_embed.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     names = [r["candidate"] for r in records]
-    assert names == ["vidl compiled", "unfold + linear + gather"] * 2  # not what cannot run here
+    assert names == ["vidl native", "unfold + linear + gather"] * 2  # not what cannot run here
     capsys.readouterr()
 
 

@@ -7,17 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vidl.bench import hardware, history, timing
-from vidl.bench import masked_patch_loss as description
-from vidl.bench.cases import Candidate
-from vidl.bench.compare import compare
+from vidl.bench.measure import hardware, timing
+from vidl.bench.measure.cases import Candidate
+from vidl.bench.ops import masked_patch_loss as description
+from vidl.bench.report import records
+from vidl.bench.report.compare import compare
 from vidl.cli import main
 
 
 def record(median, spread=0.01, **other):
     found = {
         "op": "masked_patch_embed", "shape": "tiny", "sizes": {"B": 2}, "dtype": "float32",
-        "mode": "full", "threads": 2, "device": "Some CPU", "candidate": "vidl compiled",
+        "mode": "full", "threads": 2, "device": "Some CPU", "candidate": "vidl native",
         "kind": "ours", "quick": False, "status": "ok", "reason": None, "commit": "abc",
         "timestamp": "2026-11-22T10:00:00+00:00",
     }  # fmt: skip
@@ -95,7 +96,7 @@ def test_the_newest_record_counts(tmp_path):
         record(2.0, timestamp="2026-11-22T11:00:00+00:00"),
     ]
     lines(tmp_path / "a.jsonl", *records)
-    (found,) = history.newest(history.load(tmp_path)).values()
+    (found,) = records.newest(records.load(tmp_path)).values()
     assert found["median_ms"] == 2.0
 
 
@@ -104,15 +105,15 @@ def test_a_commit_is_read(tmp_path, monkeypatch):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", "-C", str(tmp_path), *identity, *args], check=True)
 
-    folder = tmp_path / history.RESULTS / "some-cpu"
+    folder = tmp_path / records.RESULTS / "some-cpu"
     folder.mkdir(parents=True)
     git("init", "-q")
     lines(folder / "op.jsonl", record(1.0))
     git("add", ".")
     git("commit", "-qm", "one")
     lines(folder / "op.jsonl", record(2.0))
-    monkeypatch.setattr(history, "ROOT", tmp_path)
-    assert [r["median_ms"] for r in history.load("HEAD")] == [1.0]
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    assert [r["median_ms"] for r in records.load("HEAD")] == [1.0]
 
 
 @pytest.mark.parametrize(

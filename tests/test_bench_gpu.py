@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from test_bench_report import OP, SHAPE, STEPS, record
 
-from vidl.bench import harness, verdict
-from vidl.bench.cases import Case
+from vidl.bench.measure import harness
+from vidl.bench.measure.cases import Case
+from vidl.bench.report import verdict
 from vidl.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +118,7 @@ def test_make_gpu_runs_every_step_and_sums_up(make, tmp_path):
              "vidl savings mac", "vidl bench summary"]  # fmt: skip
     assert [w in c for w, c in zip(words, calls, strict=True)] == [True] * 5, calls
     assert all(f"--write {tmp_path}" in call for call in calls[1:4])
-    assert all("backend=compiled" in call for call in calls[2:4])
+    assert all("backend=native" in call for call in calls[2:4])
     assert "the summary" in done.stdout
     for name in ("GPU tests", "ops", "savings of SMAUG", "savings of MAC"):
         assert f"  {name}: passed" in done.stdout

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vidl.bench import digest, history, markdown, page
+from vidl.bench.report import digest, markdown, page, records
 from vidl.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -16,7 +16,7 @@ OP, SHAPE, OTHER = "masked_patch_loss", "MAE, mask 0.75", "VideoMAE-B, mask 0.9"
 def record(median=2.0, ratio=1.5, **other):
     found = {
         "op": OP, "shape": SHAPE, "sizes": {}, "dtype": "float32", "mode": "full", "threads": 2,
-        "device": "Some CPU, 2 cores", "device_type": "cpu", "candidate": "vidl compiled",
+        "device": "Some CPU, 2 cores", "device_type": "cpu", "candidate": "vidl native",
         "kind": "ours", "quick": False, "status": "ok", "reason": None, "commit": "abc",
         "timestamp": "2026-11-22T10:00:00+00:00", "versions": {"torch": "2.15.0"},
         "median_ms": median, "p20_ms": median, "p80_ms": median, "limit_ms": 1.0,
@@ -60,10 +60,10 @@ SCALING = [
 
 
 def test_readme_has_what_the_committed_results_say():
-    devices = digest.devices(history.load(ROOT / history.RESULTS))
+    devices = digest.devices(records.load(ROOT / records.RESULTS))
     text = (ROOT / "README.md").read_text()
     assert markdown.section_of(text) == markdown.summary(devices), "run: vidl bench report"
-    every = (ROOT / history.RESULTS / "README.md").read_text()
+    every = (ROOT / records.RESULTS / "README.md").read_text()
     assert every == markdown.details(devices), "run: vidl bench report"
 
 

@@ -18,7 +18,7 @@ SIZES = dict(vocab_size=50, width=64, num_heads=2, mlp_width=96, max_positions=1
 VISUAL = 48
 LENGTHS = (7, 1, 4, 9, 5)
 B, L = len(LENGTHS), 9
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "compiled"])
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "native"])
 
 
 def config(**options):

@@ -11,7 +11,7 @@ import pytest
 OPS = sorted(
     file.stem.removeprefix("test_")
     for file in emulated.EMULATOR.glob("test_*.cpp")
-    if (emulated.ROOT / "csrc" / f"{file.stem.removeprefix('test_')}.cu").is_file()
+    if (emulated.ROOT / "csrc" / file.stem.removeprefix("test_") / "cuda.cu").is_file()
 )
 # Bugs for the kernels of an op: what is right once in them, and what takes its place.
 BUGS = {
@@ -236,7 +236,7 @@ def test_a_race_is_found(bug):
 
 
 def test_every_kernel_has_a_sanitizer_test():
-    assert sorted(file.stem for file in emulated.ROOT.glob("csrc/*.cu")) == OPS
+    assert sorted(file.parent.name for file in emulated.ROOT.glob("csrc/*/cuda.cu")) == OPS
 
 
 @pytest.mark.slow

@@ -156,7 +156,7 @@ CLIP = torch.zeros(2, 3, 4, 32, 32, dtype=torch.uint8)
         (ValueError, "3 numbers in std, got 2", {"std": STD[:2]}),
         (ValueError, "positive", {"std": (0.2, 0.0, 0.2)}),
         (ValueError, "backend", {"backend": "numpy"}),
-        (RuntimeError, "not in float64", {"video": CLIP.double(), "backend": "compiled"}),
+        (RuntimeError, "not in float64", {"video": CLIP.double(), "backend": "native"}),
     ],
 )
 def test_misuse_is_explained(error, text, change):
@@ -185,6 +185,6 @@ def test_a_wrong_total_is_caught():
 
 
 def test_no_backend_falls_back():
-    Where("compiled", "cpu").skip_unless_runs(OP)
+    Where("native", "cpu").skip_unless_runs(OP)
     with pytest.raises(RuntimeError, match="reference: can run"):
-        frame_difference(CLIP.double(), (2, 16, 16), backend="compiled")
+        frame_difference(CLIP.double(), (2, 16, 16), backend="native")

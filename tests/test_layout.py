@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# An op is a folder of kernels/ with an op.py; the other folders hold what several ops share.
 OPS = sorted(file.parent.name for file in ROOT.glob("kernels/*/op.py"))
-FOLDERS = sorted(
-    folder.name
-    for folder in ROOT.glob("kernels/*")
-    if folder.is_dir() and folder.name != "__pycache__"
-)
+SHARED = {"groups", "patches"}
 SOURCES = sorted(
     file.relative_to(ROOT)
     for folder in ("kernels", "bench", "vidl", "tests", "examples", "csrc")
@@ -51,23 +48,48 @@ def test_imports_finds_every_form():
 
 def test_there_are_ops():
     assert "masked_patch_embed" in OPS
-    assert FOLDERS == OPS, "a folder of kernels/ is an op, and an op has an op.py"
+    folders = {file.parts[1] for file in KERNELS if len(file.parts) > 2}
+    assert folders == {*OPS, *SHARED}
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_has_its_files(op):
     parts = ("__init__.py", "op.py", "reference.py", "triton_kernels.py")
     wanted = [f"kernels/{op}/{part}" for part in parts]
-    # csrc/<op>.cu beside them, for an op whose CUDA kernels are written.
-    wanted += [f"csrc/{op}.cpp", f"tests/test_{op}.py", f"bench/{op}.py"]
+    # csrc/<op>/cuda.cu beside them, for an op whose CUDA kernels are written.
+    wanted += [f"csrc/{op}/op.cpp", f"tests/test_{op}.py", f"bench/ops/{op}.py"]
     missing = [file for file in wanted if not (ROOT / file).is_file()]
     assert not missing
 
 
 def test_a_source_of_csrc_is_an_op():
-    # Its parts are headers, csrc/<op>_<part>.h, and so is what ops share.
+    # The parts of an op, and what several ops share, are headers.
     sources = [file for file in SOURCES if file.parts[0] == "csrc" and file.suffix != ".h"]
-    assert {file.stem for file in sources} == set(OPS)
+    assert {file.parts[1] for file in sources} == set(OPS)
+    assert {file.name for file in sources} == {"op.cpp", "cuda.cu"}
+
+
+def test_the_folders_are_those_of_the_house():
+    def folders(top: str) -> set[str]:
+        depth = top.count("/") + 1
+        return {
+            file.parts[depth]
+            for file in SOURCES
+            if file.as_posix().startswith(f"{top}/") and len(file.parts) > depth + 1
+        }
+
+    assert folders("csrc") == {*OPS, *SHARED, "cpu", "cuda", "torch"}
+    assert folders("bench") == {"ops", "measure", "training", "report", "results"}
+    assert folders("vidl/swapping") == {"timm", "huggingface"}
+
+
+def test_no_name_repeats_its_folder():
+    wrong = []
+    for file in (file for file in SOURCES if file.parts[0] in ("kernels", "csrc", "bench", "vidl")):
+        for folder, name in zip(file.parts[1:], [*file.parts[2:-1], file.stem], strict=False):
+            if name == folder or name.startswith(f"{folder}_"):
+                wrong.append(str(file))
+    assert not wrong
 
 
 @pytest.mark.parametrize("folder", ["kernels", "bench"])

@@ -229,13 +229,13 @@ def test_same_bits_every_time(where):
 
 
 def test_threads_change_no_bit_of_the_position():
-    if reason := library.why_not("compiled", OP, "cpu", torch.float32):
+    if reason := library.why_not("native", OP, "cpu", torch.float32):
         pytest.skip(reason)
     case, threads, results = Case(D=300, ids=12), torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(run(case, torch.float32, "cpu", "compiled")[-1])
+            results.append(run(case, torch.float32, "cpu", "native")[-1])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -271,9 +271,9 @@ def test_opcheck(name, where):
     )
 
 
-@pytest.mark.parametrize("backend", ["compiled", "reference"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
 def test_compiles_once_for_all_lengths(backend, where):
-    if where.backend != "compiled":
+    if where.backend != "native":
         pytest.skip("the graph is the same for every kernel")
     where.skip_unless_runs(OP)
     clip, weight, bias, (position,), _, _ = Case().inputs(torch.float32, where.device)
@@ -342,7 +342,7 @@ def test_flops(where):
 
 
 @pytest.mark.parametrize("ids", [[[0, 12]], [[-1, 3]], [[2**40, 0]]])
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_ids_out_of_range_are_caught(ids, backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     clip, weight, *_ = Case(B=1).inputs(torch.float32, "cpu")
@@ -351,7 +351,7 @@ def test_ids_out_of_range_are_caught(ids, backend):
 
 
 @pytest.mark.parametrize("offsets", [[0, 5, 4], [1, 2, 4], [0, 2, 3], [0, 2, 9]])
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_offsets_that_do_not_fit_are_caught(offsets, backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     clip, weight, *_ = Case().inputs(torch.float32, "cpu")
@@ -423,14 +423,14 @@ def test_misuse_is_explained(error, text, change):
 
 
 def test_a_backend_asked_for_never_falls_back():
-    with pytest.raises(RuntimeError, match="compiled: .*\n  triton: .*\n  reference: can run"):
-        masked_patch_embed(CLIP, WEIGHT.double(), backend="compiled")
+    with pytest.raises(RuntimeError, match="native: .*\n  triton: .*\n  reference: can run"):
+        masked_patch_embed(CLIP, WEIGHT.double(), backend="native")
     assert masked_patch_embed(CLIP, WEIGHT.double()).dtype == torch.float64
 
 
 def test_products_in_bf16():
     """The path of CPUs that multiply bf16, forced on one that may not."""
-    if reason := library.why_not("compiled", OP, "cpu", torch.bfloat16):
+    if reason := library.why_not("native", OP, "cpu", torch.bfloat16):
         pytest.skip(reason)
     if os.environ.get("VIDL_CPU_BF16") == "1":
         pytest.skip("this is that run")
@@ -439,7 +439,7 @@ def test_products_in_bf16():
         f"{__file__}::test_the_mean_does_not_cost_accuracy",
     )
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", "bf16 and compiled-cpu"]
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", "bf16 and native-cpu"]
         + list(tests),
         env=os.environ | {"VIDL_CPU_BF16": "1"},
         capture_output=True,

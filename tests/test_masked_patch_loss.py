@@ -209,7 +209,7 @@ def videomae(norm_pix):
     return transformers.VideoMAEForPreTraining(config)
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 @pytest.mark.parametrize("source", ["uint8", "float"])
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_equals_videomae_of_transformers(norm_pix, source, backend):
@@ -239,7 +239,7 @@ def test_equals_videomae_of_transformers(norm_pix, source, backend):
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 @pytest.mark.parametrize("source", ["uint8", "float"])
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_equals_mae_of_transformers(norm_pix, source, backend):
@@ -333,9 +333,9 @@ def test_opcheck(name, where):
     torch.library.opcheck(library.kernel(f"{OP}_bwd", where.backend), args)
 
 
-@pytest.mark.parametrize("backend", ["compiled", "reference"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
 def test_compiles_once_for_all_lengths(backend, where):
-    if where.backend != "compiled":
+    if where.backend != "native":
         pytest.skip("the graph is the same for every kernel")
     where.skip_unless_runs(OP)
     graphs = []
@@ -387,7 +387,7 @@ def test_autocast_changes_nothing(where):
 
 
 @pytest.mark.parametrize("ids", [[[0, 12]], [[-1, 3]], [[2**40, 0]]])
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 def test_ids_out_of_range_are_caught(ids, backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     prediction, clip, *_ = Case(B=1, ids=2).inputs(torch.float32, "cpu")
@@ -396,7 +396,7 @@ def test_ids_out_of_range_are_caught(ids, backend):
 
 
 @pytest.mark.parametrize("offsets", [[0, 5, 4], [1, 2, 4], [0, 2, 3], [0, 2, 9]])
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 def test_offsets_that_do_not_fit_are_caught(offsets, backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     case = Case(ids=[[0, 1], [2, 3]], ragged=True)
@@ -483,7 +483,7 @@ def test_a_backend_asked_for_never_falls_back():
         masked_patch_loss(prediction, video, ids, backend="triton", **options)
     for each in ((prediction.double(), video), (prediction, video.double())):
         with pytest.raises(RuntimeError, match=r"not in float64"):
-            masked_patch_loss(*each, ids, backend="compiled", **options)
+            masked_patch_loss(*each, ids, backend="native", **options)
         assert masked_patch_loss(*each, ids, **options).dtype == torch.float64
 
 

@@ -11,8 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidl import models
-from vidl.bench import breakdown, energy, loading, savings, savings_text, steps
-from vidl.bench.stock import SWAPS, stock
+from vidl.bench.measure import energy
+from vidl.bench.training import breakdown, loading, savings, steps, summary
+from vidl.bench.training.baseline import SWAPS, stock
 from vidl.cli import main
 from vidl.masking import Vocabulary
 from vidl.nn import Block, MaskedPatchEmbed
@@ -169,7 +170,7 @@ def test_records_say_what_was_measured(measured):
 
 
 def test_the_table_says_cpu_and_projects_nothing_for_a_gpu(measured):
-    text = savings_text.table(measured[1])
+    text = summary.table(measured[1])
     for part in ("CPU: Some CPU, 2 cores", "GPU-hours of a full schedule: not measured",
                  "realised of", "speed-up over dense, stock", "does not pay:", "attention",
                  "waiting for data: not measured: not in this test"):  # fmt: skip
@@ -185,7 +186,7 @@ def test_a_planted_wrong_kernel_gets_no_time(quick, monkeypatch, capsys, tmp_pat
     assert bad["status"] == "wrong" and "gradients of vision" in bad["reason"]
     assert not {"median_ms", "clips_per_s", "hours", "realised_saving"} & set(bad)
     assert all(r["status"] == "ok" and "median_ms" in r for r in records.values())
-    assert "sparse, vidl             wrong: errors of" in savings_text.table([bad])
+    assert "sparse, vidl             wrong: errors of" in summary.table([bad])
 
 
 def test_a_cell_that_fails_leaves_the_others(quick, monkeypatch):
@@ -359,7 +360,7 @@ def test_the_loader_is_measured_or_says_why_not(monkeypatch, tmp_path):
 def test_data_waits_are_told(measured):
     records = measured[1]
     reads = {"clips_per_s": records[0]["clips_per_s"] / 2, "workers": 2, "reason": None}
-    text = savings_text.table([r | {"loading": reads} for r in records])
+    text = summary.table([r | {"loading": reads} for r in records])
     assert "50% (dense, stock)" in text
 
 
@@ -368,8 +369,8 @@ def test_what_does_not_pay_is_named():
     peer = cell | dict(column="stock", breakdown_ms={"MLP": 5.0, "text": 1.0})
     ours = cell | dict(column="vidl", median_ms=20.0, p20_ms=19.0, p80_ms=21.0, peak_bytes=200)
     ours |= dict(breakdown_ms={"MLP": 14.0, "text": 1.01})
-    (_, line) = savings_text.does_not_pay([peer, ours])
+    (_, line) = summary.does_not_pay([peer, ours])
     assert "dense: a step has 0.50 x the speed of stock" in line and "2.00 x the memory" in line
     assert "MLP takes 14.0 ms, 5.0 in stock" in line and "text" not in line
     better = ours | dict(median_ms=5.0, p20_ms=4.0, p80_ms=6.0, peak_bytes=50, breakdown_ms={})
-    assert "nothing found" in savings_text.does_not_pay([peer, better])[1]
+    assert "nothing found" in summary.does_not_pay([peer, better])[1]

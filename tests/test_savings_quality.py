@@ -2,8 +2,8 @@
 
 import pytest
 
-from vidl.bench import quality, scaling
-from vidl.bench.savings import plan
+from vidl.bench.training import quality, scaling
+from vidl.bench.training.savings import plan
 from vidl.cli import main
 
 TINY = [

@@ -124,13 +124,13 @@ def hard_scores(B, N):
     return scores
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_the_order_is_total(backend):
     """Thousands of samples, with ties, NaN and infinities, against Python's sort."""
     Where(backend, "cpu").skip_unless_runs(OP)
     random.seed(0)
     few = {"triton": (1, 7, 33, 65, 130, 200), "emulated": (1, 7, 33, 65, 130, 200, 257, 300)}
-    B, cases = {"compiled": (8, 500), "reference": (8, 200)}.get(backend, (4, 0))
+    B, cases = {"native": (8, 500), "reference": (8, 200)}.get(backend, (4, 0))
     lengths = few.get(backend) or [random.randint(1, 300) for _ in range(cases)]
     for N in lengths:
         K = random.choice((1, N, random.randint(1, N)))
@@ -158,7 +158,7 @@ def test_long_samples(N, order, where):
     assert found.tokens.flatten().tolist() == expected
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_equals_evit(backend):
     """The rule of EViT: the best by score, then the sum of the others as they are weighed."""
     Where(backend, "cpu").skip_unless_runs(OP)
@@ -175,7 +175,7 @@ def test_equals_evit(backend):
     torch.testing.assert_close(found.tokens, expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_equals_svitt(backend):
     """The rule of SViTT: the best by score, in the order they were in."""
     Where(backend, "cpu").skip_unless_runs(OP)
@@ -188,7 +188,7 @@ def test_equals_svitt(backend):
     assert found.cu_seqlens.tolist() == [0, 15, 30, 45]
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_whole_frames_and_tokens_of_frames(backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     x = torch.randn(2, 5, 6, 4)
@@ -204,7 +204,7 @@ def test_whole_frames_and_tokens_of_frames(backend):
     assert torch.equal(tokens.tokens[:, :, 0], x[:, :, 0])
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_packed_equals_each_sample_alone(backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     case = CASES["packed EViT"]
@@ -223,7 +223,7 @@ def test_packed_equals_each_sample_alone(backend):
         assert packed.inverse[begin] == -1
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_what_is_not_finite_does_not_spread(backend):
     """Kept rows and those without a finite score never reach the fused token or its gradients."""
     Where(backend, "cpu").skip_unless_runs(OP)
@@ -242,7 +242,7 @@ def test_what_is_not_finite_does_not_spread(backend):
         torch.testing.assert_close(grads[1], by_score)
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_a_mean_of_nothing_is_zero(backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     x = torch.randn(1, 4, 3, requires_grad=True)
@@ -284,14 +284,14 @@ def test_same_bits_every_time(name, where):
 
 
 def test_threads_change_no_bit():
-    if reason := library.why_not("compiled", OP, "cpu", torch.float32):
+    if reason := library.why_not("native", OP, "cpu", torch.float32):
         pytest.skip(reason)
     threads, results = torch.get_num_threads(), []
     case = Case(lengths=(90, 90), C=700, order="score", fuse="mean")
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found, grads = case.run(torch.float32, "cpu", "compiled")
+            found, grads = case.run(torch.float32, "cpu", "native")
             results.append((*found, *grads))
     finally:
         torch.set_num_threads(threads)
@@ -325,7 +325,7 @@ def test_opcheck(name, where):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["compiled", "reference"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
 def test_compiles_once_for_all_lengths(backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     graphs = []
@@ -465,7 +465,7 @@ def test_gumbel_scores_are_seeded_and_draw_the_impossible_last():
 
 
 @pytest.mark.parametrize("offsets", [[0, 5, 4, 10], [1, 4, 5, 10], [0, 4, 8, 9], [0, 1, 5, 12]])
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_offsets_that_do_not_fit_are_caught(offsets, backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
@@ -477,7 +477,7 @@ def test_offsets_that_do_not_fit_are_caught(offsets, backend):
 
 
 @pytest.mark.parametrize("keep, num_kept", [(3, None), (0.5, 4), (0.5, 6), (0.5, 0)])
-@pytest.mark.parametrize("backend", ["reference", "compiled", "triton", "emulated"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_counts_that_do_not_fit_are_caught(keep, num_kept, backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     cu_seqlens = torch.tensor([0, 2, 10], dtype=torch.int32)
@@ -538,8 +538,8 @@ def test_misuse_is_explained(error, text, change):
 
 
 def test_a_backend_asked_for_never_falls_back():
-    with pytest.raises(RuntimeError, match="compiled: .*\n  triton: .*\n  reference: can run"):
-        select_tokens(X.double(), SCORES, 3, backend="compiled")
+    with pytest.raises(RuntimeError, match="native: .*\n  triton: .*\n  reference: can run"):
+        select_tokens(X.double(), SCORES, 3, backend="native")
     assert select_tokens(X.double(), SCORES, 3).tokens.dtype == torch.float64
 
 

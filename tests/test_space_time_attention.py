@@ -64,7 +64,7 @@ def test_as_accurate_as_torch(name, scores, dtype, where):
     where.skip_unless_runs(OP, dtype)
     if where.backend == "emulated" and (dtype == torch.float16) != (scores is None):
         pytest.skip("slow: scores in bfloat16 and none in float16 are all kernels")
-    H = 1 if where.device == "cpu" and where.backend != "compiled" else 2  # slow ones
+    H = 1 if where.device == "cpu" and where.backend != "native" else 2  # slow ones
     assert_right(dtype, list(three_ways(GROUPS[name](), H, 64, dtype, where, scores)))
 
 
@@ -174,7 +174,7 @@ def test_any_groups_emulated(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10, 20))
 def test_thousands_of_groups(seed):
-    where = Where("compiled", "cpu")
+    where = Where("native", "cpu")
     where.skip_unless_runs(OP)
     fuzz(seed, 200, torch.float32, where, most=5, longest=65)
 
@@ -245,12 +245,12 @@ def test_long_groups_go_to_a_peer(monkeypatch):
     q = torch.zeros(90, 1, 64)
     joint, equal = Groups.joint(torch.tensor([0, 40, 90]).int(), 90, 50), Groups.equal(2, 45)
     monkeypatch.setitem(peers.LONG, "cpu", 45)
-    assert peers.find(q, equal, "compiled") is peers.sdpa
-    assert peers.find(q, Groups.equal(3, 30), "compiled") is None
+    assert peers.find(q, equal, "native") is peers.sdpa
+    assert peers.find(q, Groups.equal(3, 30), "native") is None
     assert peers.find(q, Groups.equal(3, 30), "reference") is peers.sdpa
     assert peers.find(q, Groups.equal(3, 0), "reference") is None
-    assert peers.find(q, joint, "compiled") is None  # packed groups only have peers on CUDA
-    assert peers.find(q, equal.with_global(), "compiled") is None  # keys that are shared
+    assert peers.find(q, joint, "native") is None  # packed groups only have peers on CUDA
+    assert peers.find(q, equal.with_global(), "native") is None  # keys that are shared
 
     calls = []
     monkeypatch.setattr(peers, "sdpa", lambda *args: calls.append(args) or args[0])
@@ -311,12 +311,12 @@ def test_same_bits_every_time(where):
 
 
 def test_threads_change_no_bit():
-    Where("compiled", "cpu").skip_unless_runs(OP)
+    Where("native", "cpu").skip_unless_runs(OP)
     groups, threads, results = GROUPS["frames and a global token"](), torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(run(groups, 5, 64, torch.float32, "cpu", "compiled", "mean"))
+            results.append(run(groups, 5, 64, torch.float32, "cpu", "native", "mean"))
     finally:
         torch.set_num_threads(threads)
     for one, two, three in zip(*results, strict=True):
@@ -353,7 +353,7 @@ def test_opcheck(name, scores, where):
 
 def test_compiles_once_for_all_lengths(where):
     where.skip_unless_runs(OP)
-    if where.backend != "compiled":
+    if where.backend != "native":
         pytest.skip("the graph is the same for every kernel")
     graphs = []
 
@@ -403,7 +403,7 @@ ROWS = torch.zeros(8, 2, 32)
 @pytest.mark.parametrize(
     "error, text, change",
     [
-        (TypeError, "vidl.Groups", {"groups": torch.zeros(3)}),
+        (TypeError, "vidl.ops.Groups", {"groups": torch.zeros(3)}),
         (ValueError, r"\[queries, H, D\]", {"q": ROWS[0]}),
         (ValueError, r"\[queries, H, D\]", {"v": ROWS[:, :, :16]}),
         (ValueError, r"\[queries, H, D\]", {"q": ROWS[:, :1]}),
@@ -416,12 +416,12 @@ ROWS = torch.zeros(8, 2, 32)
         (
             RuntimeError,
             "32, 64, 80, 96, 128 channels, not 24",
-            {**{x: ROWS[:, :, :24] for x in "qkv"}, "backend": "compiled"},
+            {**{x: ROWS[:, :, :24] for x in "qkv"}, "backend": "native"},
         ),
         (
             RuntimeError,
             "not in float64",
-            {**{x: ROWS.double() for x in "qkv"}, "backend": "compiled"},
+            {**{x: ROWS.double() for x in "qkv"}, "backend": "native"},
         ),
     ],
 )
@@ -440,10 +440,10 @@ def test_misuse_is_explained(error, text, change):
     ],
 )
 def test_groups_that_do_not_fit_are_caught(text, change):
-    Where("compiled", "cpu").skip_unless_runs(OP)
+    Where("native", "cpu").skip_unless_runs(OP)
     groups = Groups(**{**vars(SMALL), **change})
     with pytest.raises(RuntimeError, match=text):
-        space_time_attention(ROWS, ROWS, ROWS, groups, backend="compiled")
+        space_time_attention(ROWS, ROWS, ROWS, groups, backend="native")
 
 
 def test_debugging_checks_all_of_the_groups(monkeypatch):

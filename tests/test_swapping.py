@@ -14,7 +14,7 @@ from torch import nn
 
 import vidl
 from vidl.swapping import families
-from vidl.swapping.rules import Family, Rule, remember, state_of
+from vidl.swapping.registry import Family, Rule, remember, state_of
 
 
 class Doubling(nn.Module):

@@ -37,9 +37,10 @@ from transformers.models.bert import modeling_bert  # noqa: E402
 from transformers.models.timesformer.modeling_timesformer import TimesformerDropPath  # noqa: E402
 
 import vidl  # noqa: E402
-import vidl.swapping.huggingface_attention as interface  # noqa: E402
-from vidl.bench import cases, swapped  # noqa: E402
-from vidl.bench.check import check  # noqa: E402
+import vidl.swapping.huggingface.attention as interface  # noqa: E402
+from vidl.bench.measure import cases  # noqa: E402
+from vidl.bench.measure.check import check  # noqa: E402
+from vidl.bench.ops import swapped  # noqa: E402
 from vidl.kernels.groups import Groups  # noqa: E402
 from vidl.ops import kept_count, space_time_attention  # noqa: E402
 
@@ -665,10 +666,10 @@ def test_the_report():
 
 
 def test_another_version_of_transformers_leaves_the_rest(monkeypatch):
-    name = "vidl.swapping.huggingface_bert"
+    name = "vidl.swapping.huggingface.bert"
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delattr(modeling_bert, "BertEncoder")
-    with pytest.warns(UserWarning, match=r"leaves models of transformers .*huggingface_bert.*"):
+    with pytest.warns(UserWarning, match=r"leaves models of transformers .*huggingface.bert.*"):
         vidl.swap(CASES["ViT"].model())
     monkeypatch.undo()
     vidl.swap(bert())
@@ -697,10 +698,10 @@ def test_benchmark(sizes, monkeypatch):
     (case,) = cases.plan(["swapped"], dtypes=["float32"], device="cpu").cases
     trials = check(case)
     assert [t.candidate.name for t in trials if t.status not in ("ok", "cannot run")] == []
-    assert {t.candidate.name for t in trials if t.status == "ok"} > {"vidl compiled"}
+    assert {t.candidate.name for t in trials if t.status == "ok"} > {"vidl native"}
     inputs = case.make()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        swapped.step(inputs, "vidl compiled")
+        swapped.step(inputs, "vidl native")
     pooler = 2 * 3 * 64 * 64 if sizes["model"] == "bert" else 0  # which no output depends on
     assert counter.get_total_flops() == case.work("forward")[0].flops + pooler
 

@@ -13,7 +13,7 @@ from timm.layers import PatchDropout  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 import vidl  # noqa: E402
-from vidl.swapping import timm_vit  # noqa: E402
+from vidl.swapping.timm import vit  # noqa: E402
 
 SAME = {
     "class token": {},
@@ -28,14 +28,14 @@ SAME = {
 @pytest.fixture
 def embedded(monkeypatch):
     """How many patches each call of the operation embedded."""
-    counts, embed = [], timm_vit.masked_patch_embed
+    counts, embed = [], vit.masked_patch_embed
 
     def count(*args, **options):
         tokens = embed(*args, **options)
         counts.append(tokens.shape[1])
         return tokens
 
-    monkeypatch.setattr(timm_vit, "masked_patch_embed", count)
+    monkeypatch.setattr(vit, "masked_patch_embed", count)
     return counts
 
 

@@ -25,11 +25,12 @@ from timm.models.vision_transformer import ParallelScalingBlock  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import vidl  # noqa: E402
-from vidl.bench import cases, swapped  # noqa: E402
-from vidl.bench.check import check  # noqa: E402
+from vidl.bench.measure import cases  # noqa: E402
+from vidl.bench.measure.check import check  # noqa: E402
+from vidl.bench.ops import swapped  # noqa: E402
 from vidl.nn import Block  # noqa: E402
 from vidl.ops import kept_count  # noqa: E402
-from vidl.swapping import pruning  # noqa: E402
+from vidl.swapping import prune as pruning  # noqa: E402
 
 BEIT = dict(use_rel_pos_bias=True, init_values=0.1)
 PRUNED = {
@@ -334,12 +335,12 @@ def test_benchmark(rate, monkeypatch):
     (case,) = cases.plan(["swapped"], dtypes=["float32"], device="cpu").cases
     trials = check(case)
     assert [t.candidate.name for t in trials if t.status not in ("ok", "cannot run")] == []
-    assert {t.candidate.name for t in trials if t.status == "ok"} > {"vidl compiled"}
+    assert {t.candidate.name for t in trials if t.status == "ok"} > {"vidl native"}
     assert all({"result", "first"} == set(t.errors) for t in trials if t.status == "ok")
 
     inputs = case.make()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        swapped.step(inputs, "vidl compiled")
+        swapped.step(inputs, "vidl native")
     fused = 2 * 2 * 64 * (4 + 3) if rate < 1 else 0  # of the dropped tokens: not worth counting
     assert counter.get_total_flops() == case.work("forward")[0].flops + fused
 

@@ -11,7 +11,7 @@ from tiny import randomise
 from torch import nn
 
 import vidl
-from vidl.swapping.rules import state_of
+from vidl.swapping.registry import state_of
 
 timm = pytest.importorskip("timm")
 from timm.layers import LayerNorm, SwiGLUPacked  # noqa: E402

@@ -163,7 +163,7 @@ def test_long_groups(kind, where):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10, 14))
 def test_hundreds_of_groups(seed):
-    where = Where("compiled", "cpu")
+    where = Where("native", "cpu")
     where.skip_unless_runs(OP)
     fuzz(seed, 150, torch.float32, where, most=6, longest=129)
 
@@ -358,7 +358,7 @@ def test_opcheck(name, kind, where):
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_once_for_all_lengths(kind, where):
     where.skip_unless_runs(OP)
-    if where.backend != "compiled":
+    if where.backend != "native":
         pytest.skip("the graph is the same for every kernel")
     graphs = []
 
@@ -417,7 +417,7 @@ ROWS = torch.zeros(8, 2, 32)
 @pytest.mark.parametrize(
     "error, text, change",
     [
-        (TypeError, "vidl.Groups", {"groups": torch.zeros(3)}),
+        (TypeError, "vidl.ops.Groups", {"groups": torch.zeros(3)}),
         (ValueError, "kind 'cls', 'mean', 'value', 'similarity', got 'max'", {"kind": "max"}),
         (ValueError, "need q for kind 'cls', got None", {"q": None}),
         (ValueError, "need v for kind 'value', got None", {"kind": "value"}),
@@ -437,7 +437,7 @@ ROWS = torch.zeros(8, 2, 32)
         (
             RuntimeError,
             "not in float64",
-            {**{x: ROWS.double() for x in "qk"}, "backend": "compiled"},
+            {**{x: ROWS.double() for x in "qk"}, "backend": "native"},
         ),
     ],
 )
@@ -461,7 +461,7 @@ def test_long_heads():
         (r"rows must lie in \[0, 8\)", {"key_rows": torch.arange(-1, 7).int()}),
     ],
 )
-@pytest.mark.parametrize("backend", ["compiled", "triton"])
+@pytest.mark.parametrize("backend", ["native", "triton"])
 def test_groups_that_do_not_fit_are_caught(text, change, backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     groups = Groups(**{**vars(SMALL), **change})

@@ -106,7 +106,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
 
 
 def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from vidl.bench import harness
+    from vidl.bench.measure import harness
 
     try:
         plan = harness.plan(

@@ -60,7 +60,7 @@ def frame_difference(
         patch: frames, height and width of a tubelet, which divide T, H, W.
         std: C positive numbers, the normalisation of a uint8 clip in 0 to 1; default 1. (Its mean
             would make no difference.) A floating-point clip is taken as normalised.
-        backend: "auto", "compiled", "triton" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         The scores [B, N] float32, N = T/t * H/h * W/w, in the order (time, row, column) of

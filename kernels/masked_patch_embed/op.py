@@ -158,7 +158,7 @@ def masked_patch_embed(
         cu_seqlens: [B + 1] int32, where each sample begins in a packed `ids_keep`, from 0 to total.
         mean: C numbers, subtracted from the pixels of a uint8 clip after division by 255.
         std: C positive numbers that then divide them. Default: mean 0 and std 1.
-        backend: "auto", "compiled", "triton" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         [B, K, D], [total, D] if packed, or [B, N, D] without `ids_keep`. Gradients flow to

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidl.kernels.patches.triton_ids import check_in_interpreter, check_offsets, pick, visible
 from vidl.kernels.triton_launch import OPTIONS, block_size, on_device
-from vidl.kernels.triton_patches import check_in_interpreter, check_offsets, pick, visible
 
 # Pixels or features a program holds at a time; at 128 threads that is two 16-byte loads of uint8.
 TILE = 4096

@@ -55,7 +55,7 @@ def _backward(bwd: Callable[..., Any], ctx, grad, grad_moments):
 def _limits(
     backend: str, device: str, dtype: torch.dtype, numbers: int = 1, channels: int = 1
 ) -> str | None:
-    if (backend, device) == ("compiled", "cpu"):
+    if (backend, device) == ("native", "cpu"):
         return None
     if numbers > 8192:
         return f"a patch of it has at most 8192 numbers, got {numbers}"
@@ -137,7 +137,7 @@ def masked_patch_loss(
             "mae" normalises a uint8 clip by them, and takes a floating-point one as normalised;
             "videomae" undoes them in a floating-point clip, and needs none for a uint8 one.
         reduction: "mean", or "none" for the loss of each patch.
-        backend: "auto", "compiled", "triton" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         The mean over all numbers of all masked patches of the batch, a float32 scalar: zero, with

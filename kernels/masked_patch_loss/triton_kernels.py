@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidl.kernels.patches.triton_ids import check_in_interpreter, check_offsets, pick, visible
 from vidl.kernels.triton_launch import OPTIONS, on_device
-from vidl.kernels.triton_patches import check_in_interpreter, check_offsets, pick, visible
 
 # Numbers that a program holds at a time, unless one patch has more.
 TILE = 2048

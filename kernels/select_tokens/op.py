@@ -195,7 +195,7 @@ def select_tokens(
             the device, and `torch.compile(fullgraph=True)` refuses it.
         prefix: so many tokens at the front of each sample (CLS) have no score and always stay,
             in front.
-        backend: "auto", "compiled", "triton" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         `Selected`: tokens, ids_keep, inverse and cu_seqlens. `tokens` has gradients by x and, with

@@ -27,7 +27,7 @@ HEAD_SIZES = (32, 64, 80, 96, 128)
 def _limits(backend: str, device: str, dtype: torch.dtype, head_size: int = 64) -> str | None:
     if head_size not in HEAD_SIZES:
         return f"its heads have {', '.join(map(str, HEAD_SIZES))} channels, not {head_size}"
-    if backend != "triton" and (backend, device) != ("compiled", "cpu") and dtype == torch.float32:
+    if backend != "triton" and (backend, device) != ("native", "cpu") and dtype == torch.float32:
         return "its CUDA kernels multiply in float16 and bfloat16 only"
     return None
 
@@ -179,7 +179,7 @@ def space_time_attention(
     group never reaches another. A group without keys gives zeros, with zero gradients.
 
     Args:
-        q: [queries, H, D] float32 (not for "compiled" on CUDA), float16 or bfloat16; D is 32, 64,
+        q: [queries, H, D] float32 (not for "native" on CUDA), float16 or bfloat16; D is 32, 64,
             80, 96 or 128 (any, for "reference"). The last dimension is contiguous, the others have
             any stride: the slices of a fused [total, 3, H, D] buffer need no copy.
         k, v: [keys, H, D], the same dtype and device.
@@ -191,7 +191,7 @@ def space_time_attention(
             the order of the groups' entries (the rows of k, unless `groups.key_rows` says
             otherwise). "cls": the attention of the first query of its group; "mean": of all queries
             of its group. Differentiable.
-        backend: "auto", "compiled", "triton" or "reference". "auto" hands long groups of which only
+        backend: "auto", "native", "triton" or "reference". "auto" hands long groups of which only
             the output is wanted to a peer (peers.py has the rule); under
             `torch.use_deterministic_algorithms` such a peer is as deterministic as PyTorch.
 
@@ -231,7 +231,7 @@ def space_time_attention(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, groups: Groups, return_scores: Scores | None) -> None:
     if not isinstance(groups, Groups):
-        raise TypeError(f"need groups made by vidl.Groups, got {type(groups).__name__}")
+        raise TypeError(f"need groups made by vidl.ops.Groups, got {type(groups).__name__}")
     if q.ndim != 3 or k.ndim != 3 or v.shape != k.shape or q.shape[1:] != k.shape[1:]:
         raise ValueError(
             "need q [queries, H, D] and k, v [keys, H, D], got "

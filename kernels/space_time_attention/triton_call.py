@@ -6,7 +6,7 @@ from typing import Any
 import triton
 from torch import Tensor
 
-from vidl.kernels.triton_groups import check_in_interpreter, programs_for, readable, strides_of
+from vidl.kernels.groups.triton_rows import check_in_interpreter, programs_for, readable, strides_of
 from vidl.kernels.triton_launch import OPTIONS
 
 

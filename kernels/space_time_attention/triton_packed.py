@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels.triton_groups import check_offsets, load_rows, rows_at, span, store_rows
+from vidl.kernels.groups.triton_rows import check_offsets, load_rows, rows_at, span, store_rows
 
 from .triton_call import Call, Tile
 from .triton_softmax import (

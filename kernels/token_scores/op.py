@@ -171,7 +171,7 @@ def token_scores(
             only: saves a pass where the attention returned it. Taken as a function of `q` and `k`:
             the scores' gradient is the same with and without it.
         scale: of the products before the softmax; default 1 / sqrt(D).
-        backend: "auto", "compiled", "triton" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         The scores, float32, [E] in the order of the groups' entries (the rows of k, unless
@@ -206,7 +206,7 @@ def _check(
     q: Tensor | None, k: Tensor, groups: Groups, kind: Kind, v: Tensor | None, lse: Tensor | None
 ) -> None:
     if not isinstance(groups, Groups):
-        raise TypeError(f"need groups made by vidl.Groups, got {type(groups).__name__}")
+        raise TypeError(f"need groups made by vidl.ops.Groups, got {type(groups).__name__}")
     if kind not in KINDS:
         raise ValueError(f"need kind {', '.join(map(repr, KINDS))}, got {kind!r}")
     if q is None and kind != "similarity":

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vidl.kernels.triton_groups import check_in_interpreter, programs_for, readable
+from vidl.kernels.groups.triton_rows import check_in_interpreter, programs_for, readable
 from vidl.kernels.triton_launch import OPTIONS
 
 # Numbers of k that a program of "cls" holds at a time.

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels.groups import group_of
-from vidl.kernels.triton_groups import (
+from vidl.kernels.groups.triton_rows import (
     check_offsets,
     check_rows,
     load_rows,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels.triton_groups import (
+from vidl.kernels.groups.triton_rows import (
     check_offsets,
     check_rows,
     find_work,

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "device_primitives.h"
+#include "cuda/primitives.h"
 
 inline int failures = 0;
 #define CHECK(c) \

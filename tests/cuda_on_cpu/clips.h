@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "check.h"
-#include "patches.h"
+#include "patches/interface.h"
 
 using vidl::Clip;
 using vidl::Dtype;

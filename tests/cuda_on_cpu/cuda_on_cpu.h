@@ -1,6 +1,6 @@
 // Compiles CUDA C++ kernels with a host compiler and runs them on the CPU, for unit tests.
 //
-// Kernels include "device_primitives.h", which includes this file when the compiler is not nvcc:
+// Kernels include "cuda/primitives.h", which includes this file when the compiler is not nvcc:
 //     nvcc -arch=sm_90 kernel.cu                      the GPU build
 //     g++ -std=c++20 -pthread -x c++ kernel.cu        the emulated build
 //
@@ -17,7 +17,7 @@
 //   AddressSanitizer.
 // - Reads of shared memory that nobody wrote: it starts as 0xFF bytes, that is NaN, or -1.
 // - Reads of cp.async data before the wait: the destination holds 0xFF until then.
-// - Misaligned 16-byte accesses made through device_primitives.h: an Error.
+// - Misaligned 16-byte accesses made through cuda/primitives.h: an Error.
 // - Output elements written by no block, or by two: Watch.
 // - Races in shared and global memory, a missing __syncwarp: -fsanitize=thread, where every CUDA
 //   thread is a fiber of its own to ThreadSanitizer.
@@ -28,7 +28,7 @@
 // block never makes progress.
 #pragma once
 #ifdef __CUDACC__
-#error "cuda_on_cpu.h is for host compilers; include device_primitives.h instead"
+#error "cuda_on_cpu.h is for host compilers; include cuda/primitives.h instead"
 #endif
 #if !defined(__cplusplus) || __cplusplus < 202002L
 #error "cuda_on_cpu.h needs C++20"

@@ -1,7 +1,7 @@
 // The kernels of masked_patch_embed on small shapes, against loops; every output is watched. All
 // numbers are small integers or eighths of a power of two, so that results are equal to the bit.
 #include "clips.h"
-#include "masked_patch_embed.h"
+#include "masked_patch_embed/interface.h"
 
 namespace {
 

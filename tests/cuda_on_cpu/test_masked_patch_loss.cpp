@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "clips.h"
-#include "masked_patch_loss.h"
+#include "masked_patch_loss/interface.h"
 
 namespace {
 

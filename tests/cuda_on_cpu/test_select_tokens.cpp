@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "check.h"
-#include "select_tokens.h"
+#include "select_tokens/interface.h"
 
 namespace {
 

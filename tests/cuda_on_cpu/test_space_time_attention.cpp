@@ -2,7 +2,7 @@
 // every output is watched. tests/test_cuda_on_cpu.py also plants bugs in the kernels: this program
 // must find them.
 #include "check.h"
-#include "space_time_attention.h"
+#include "space_time_attention/interface.h"
 
 namespace {
 

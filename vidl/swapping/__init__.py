@@ -1,8 +1,8 @@
 """The kernels in models that exist already: instances change in place, and change back."""
 
-from vidl.swapping.in_place import swap, unswap
-from vidl.swapping.masking import mask
-from vidl.swapping.pruning import prune
+from vidl.swapping.mask import mask
+from vidl.swapping.prune import prune
 from vidl.swapping.report import Change, Report
+from vidl.swapping.swap import swap, unswap
 
 __all__ = ["Change", "Report", "mask", "prune", "swap", "unswap"]

@@ -71,7 +71,7 @@ def speed(device: torch.device, dtype: torch.dtype, head_size: int, backend: str
     op = "space_time_attention"
     if library.choose(backend, op, device.type, dtype, head_size=head_size) != "reference":
         return ""
-    reason = library.why_not("compiled", op, device.type, dtype, head_size=head_size)
+    reason = library.why_not("native", op, device.type, dtype, head_size=head_size)
     if reason is None:
         reason = f"no kernel of ours is known to be faster on {device.type}"
     return f"as fast as before: backend='auto' stays with PyTorch's own attention, as {reason}"

@@ -8,26 +8,26 @@ import warnings
 
 from torch import nn
 
-from vidl.swapping.rules import Family
+from vidl.swapping.registry import Family
 
 # A file of this folder, and the module that defines the classes it knows. Unless that is imported,
 # no model can have them, and the file is not imported either.
 FAMILIES = {
-    "timm_attention": "timm.layers.attention",
-    "huggingface_videomae": "transformers.models.videomae.modeling_videomae",
-    "huggingface_timesformer": "transformers.models.timesformer.modeling_timesformer",
-    "huggingface_bert": "transformers.models.bert.modeling_bert",
-    "huggingface_bridgetower": "transformers.models.bridgetower.modeling_bridgetower",
-    "huggingface_patches": "transformers.modeling_utils",
-    "huggingface_pruning": "transformers.modeling_utils",
-    "huggingface_masking": "transformers.modeling_utils",
+    "timm.attention": "timm.layers.attention",
+    "huggingface.videomae": "transformers.models.videomae.modeling_videomae",
+    "huggingface.timesformer": "transformers.models.timesformer.modeling_timesformer",
+    "huggingface.bert": "transformers.models.bert.modeling_bert",
+    "huggingface.bridgetower": "transformers.models.bridgetower.modeling_bridgetower",
+    "huggingface.patches": "transformers.modeling_utils",
+    "huggingface.pruning": "transformers.modeling_utils",
+    "huggingface.masking": "transformers.modeling_utils",
     # After the others: it looks at what they made of a model.
-    "huggingface_attention": "transformers.modeling_utils",
-    "timm_embed": "timm.layers.patch_embed",
-    "timm_naflex": "timm.models.naflexvit",
-    "timm_vit": "timm.models.vision_transformer",
-    "timm_pruning": "timm.models.eva",
-    "timm_beit": "timm.models.beit",
+    "huggingface.attention": "transformers.modeling_utils",
+    "timm.embed": "timm.layers.patch_embed",
+    "timm.naflex": "timm.models.naflexvit",
+    "timm.vit": "timm.models.vision_transformer",
+    "timm.pruning": "timm.models.eva",
+    "timm.beit": "timm.models.beit",
 }
 
 # The first and the last version that the tests ran with.

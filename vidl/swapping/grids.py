@@ -3,7 +3,7 @@
 import inspect
 from typing import Any
 
-from vidl.swapping.rules import state_of
+from vidl.swapping.registry import state_of
 
 
 def refuse_grids(model: Any, forward: Any, *args: Any, **options: Any) -> Any:

@@ -1,0 +1,59 @@
+// Groups of packed rows in CUDA kernels: where a group's rows are, and their way to shared memory.
+// For CUDA sources and for the emulator of tests/cuda_on_cpu.
+#pragma once
+#include "groups/interface.h"
+#include "cuda/mma_tiles.h"
+
+namespace vidl {
+namespace {
+
+// The queries or the keys of one group.
+struct Members {
+  const int32_t* rows;  // null: the rows in their order
+  int64_t total;
+  int first, count;
+
+  __device__ int row(int i) const {
+    const int row = rows == nullptr ? first + i : rows[first + i];
+    assert(row >= 0 && row < total);  // query_rows, key_rows are out of range
+    return row;
+  }
+};
+
+__device__ __forceinline__ Members members(const int32_t* offsets, const int32_t* rows, int64_t g,
+                                           int64_t places, int64_t total, int64_t longest) {
+  const int begin = offsets[g], end = offsets[g + 1];
+  // offsets must ascend, and no group be longer than max_queries, max_keys
+  assert(begin >= 0 && begin <= end && end <= places && end - begin <= longest);
+  return {rows, total, begin, end - begin};
+}
+
+// Starts to copy `rows` rows of a group's members from `start` on; zeros beyond the group's end.
+// Addresses come first, four at a time: they need an index from memory, which a copy would wait
+// for.
+template <class T, int D>
+__device__ __forceinline__ void copy_rows(T* tile, int rows, const Strided& x, int h,
+                                          const Members& group, int start, int thread,
+                                          int threads) {
+  constexpr int kUnits = D / 8, kAtOnce = 4;
+  const T* const head = static_cast<const T*>(x.data) + h * x.head;
+  for (int first = thread; first < rows * kUnits; first += kAtOnce * threads) {
+    const T* from[kAtOnce];
+#pragma unroll
+    for (int n = 0; n < kAtOnce; n++) {
+      const int i = first + n * threads, member = start + i / kUnits;
+      const bool real = i < rows * kUnits && member < group.count;
+      from[n] = real ? head + group.row(member) * x.row + i % kUnits * 8 : nullptr;
+    }
+#pragma unroll
+    for (int n = 0; n < kAtOnce; n++) {
+      const int i = first + n * threads;
+      if (i >= rows * kUnits) break;
+      cp_async_16(tile + i / kUnits * kStride<D> + i % kUnits * 8, from[n] ? from[n] : head,
+                  from[n] != nullptr);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace vidl

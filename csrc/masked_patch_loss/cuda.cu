@@ -1,0 +1,391 @@
+// masked_patch_loss: one pass over the masked patches forward, and one backward. Schema:
+// kernels/masked_patch_loss/op.py.
+//
+// A warp has a patch. It brings the pixels, in the order of the clip's memory, and the prediction
+// into shared memory, 16 bytes a lane where their addresses allow it; all of that is in flight at
+// once. Then it takes mean and variance of each channel: of bytes as exact sums of integers, of
+// other numbers as differences from the channel's first, in two passes. Pixels meet the prediction
+// in its order (t, h, w, C): a lane has 48 bytes of it at a time if there are three channels, so
+// that each channel is known to the compiler, and else one number. The backward leaves its result
+// where the prediction was, and writes it from there, 16 bytes a lane. Every sum has a fixed order.
+//
+// Limits. A patch of n numbers takes n bytes of a uint8 clip, and of a prediction in 16 bits 2 n
+// forward and 4 n backward (read, and written); about 12 instructions a number. On an H200:
+//   VideoMAE-B, 64 clips, 90 % masked   415 MB, 87 us forward; 692 MB, 144 us backward
+//   SMAUG, 64 clips of 4 frames, 65 %    75 MB, 16 us forward; 126 MB, 26 us backward
+//   MAE, 256 images, 75 %                87 MB, 18 us forward; 145 MB, 30 us backward
+#undef NDEBUG  // device assertions guard the indices in release builds too
+#include <algorithm>
+#include <type_traits>
+
+#include "patches/device.h"
+#include "masked_patch_loss/interface.h"
+
+namespace vidl {
+namespace {
+
+constexpr int kMaxWarps = 8;
+constexpr int64_t kSharedBytes = 48 * 1024;  // of a block, unless one patch needs more
+
+struct Task {
+  Clip clip;
+  Walk walk;
+  Rows rows;
+  Predictions predictions;
+  Statistics statistics;
+  Channels channels;
+
+  __device__ __forceinline__ int32_t pixels() const { return clip.t * clip.h * clip.w; }
+  // Means and variances of a patch.
+  __device__ __forceinline__ int32_t parts() const {
+    return statistics == Statistics::kNone ? 0 : statistics == Statistics::kPatch ? 1 : clip.C;
+  }
+};
+
+// Of one channel of one patch: a pixel x becomes (x * scale + shift - mean) * factor. On the way
+// there `mean` is that of x - its first pixel, and `factor` the sum of (x - its mean)^2.
+struct alignas(16) Channel {
+  float scale, shift, mean, factor;
+};
+
+int64_t bytes_of_warp(const Task& task, int64_t pixel, int64_t number) {
+  return task.clip.C * (sizeof(Channel) + task.walk.pitch * (pixel + number));
+}
+
+__device__ __forceinline__ int32_t warp_sum_of_integers(int32_t x) {
+#pragma unroll
+  for (int d = 16; d; d /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, d);
+  return x;
+}
+
+// A row between global and shared memory, 16 or 4 bytes at a time or one number. What was fetched
+// is there after cp_async_commit, cp_async_wait and __syncwarp.
+template <class T>
+__device__ __forceinline__ void fetch_row(const T* from, T* to, int32_t numbers) {
+  const int lane = static_cast<int>(lane_id());
+  const auto address = reinterpret_cast<uintptr_t>(from);
+  const int32_t wide = address % 16 == 0 ? 16 / sizeof(T) : address % 4 == 0 ? 4 / sizeof(T) : 1;
+  const int32_t even = numbers / wide * wide;
+  for (int32_t i = lane * wide; i < even && wide > 1; i += 32 * wide) {
+    if (wide * sizeof(T) == 16) {
+      cp_async_16(to + i, from + i);
+    } else {
+      cp_async_4(to + i, from + i);
+    }
+  }
+  for (int32_t i = (wide > 1 ? even : 0) + lane; i < numbers; i += 32) to[i] = from[i];
+}
+
+template <class T>
+__device__ __forceinline__ void write_row(const T* from, T* to, int32_t numbers) {
+  constexpr int kWide = 16 / sizeof(T);
+  const int lane = static_cast<int>(lane_id());
+  const int32_t even = reinterpret_cast<uintptr_t>(to) % 16 == 0 ? numbers / kWide * kWide : 0;
+  for (int32_t i = lane * kWide; i < even; i += 32 * kWide) {
+    uint4 words;
+    memcpy(&words, from + i, 16);
+    store_16(to + i, words);
+  }
+  for (int32_t i = even + lane; i < numbers; i += 32) to[i] = from[i];
+}
+
+// What a warp has of its patch, in shared memory, and what it does with that. A lane takes
+// kPixels neighbouring pixels at a time, in kC channels: in all, 48 bytes of a prediction, where a
+// clip has three, and one number of any other.
+template <class Pixel, class T, int kC>
+struct Patch {
+  static constexpr int kPixels = kC == 1 ? 1 : 16 / sizeof(T);
+  static constexpr bool kBytes = std::is_same_v<Pixel, uint8_t>;
+  using Numbers = Chunk<T, kPixels * kC>;
+
+  const Task& task;
+  const int32_t C, count;  // of channels, of pixels
+  Channel* channels;       // [C]
+  Pixel* pixels;           // [C * pitch]
+  T* row;                  // [C * pitch], of which the prediction takes C * count
+
+  __device__ __forceinline__ Patch(const Task& task, unsigned char* memory)
+      : task(task), C(task.clip.C), count(task.pixels()) {
+    channels = reinterpret_cast<Channel*>(memory);
+    pixels = reinterpret_cast<Pixel*>(channels + C);
+    row = reinterpret_cast<T*>(pixels + C * task.walk.pitch);
+  }
+
+  // Brings row m into shared memory.
+  __device__ __forceinline__ void load(int64_t m) {
+    const Place place = locate(task.rows, m);
+    const Predictions& p = task.predictions;
+    const int64_t first = task.rows.cu_seqlens == nullptr ? place.sample * task.rows.K : 0;
+    const int64_t sample = task.rows.cu_seqlens == nullptr ? place.sample : 0;
+    stage(task.clip, task.walk, corner(task.clip, place), pixels);
+    fetch_row(static_cast<const T*>(p.data) + sample * p.stride_b + (m - first) * p.stride_m, row,
+              C * count);
+    cp_async_commit();
+    cp_async_wait();
+    __syncwarp();  // all lanes' pixels and numbers are there
+  }
+
+  __device__ __forceinline__ float first_of(int32_t c) const {
+    return to_float(pixels[task.walk.interleaved ? c : c * task.walk.pitch]);
+  }
+
+  // Calls f(x, p) with this lane's pixels x[kPixels][kC] of the channels from c on, for every p.
+  template <class F>
+  __device__ __forceinline__ void for_pixels(int32_t c, F f) const {
+    for (int32_t p = static_cast<int32_t>(lane_id()) * kPixels; p < count; p += 32 * kPixels) {
+      Pixel x[kPixels][kC];
+      pixels_of<kPixels, kC>(pixels, task.walk, C, p, c, x);
+      f(x, p);
+    }
+  }
+
+  // Mean and squares of kC channels from c on.
+  __device__ __forceinline__ void measure(int32_t c) const {
+    float mean[kC], squares[kC];
+    if constexpr (kBytes) {
+      int32_t sum[kC] = {}, square[kC] = {};
+      for_pixels(c, [&](const auto& x, int32_t p) {
+#pragma unroll
+        for (int i = 0; i < kPixels; i++) {
+#pragma unroll
+          for (int j = 0; j < kC; j++) {
+            const int32_t here = p + i < count ? x[i][j] : 0;
+            sum[j] += here, square[j] += here * here;
+          }
+        }
+      });
+#pragma unroll
+      for (int j = 0; j < kC; j++) {
+        const int64_t s = warp_sum_of_integers(sum[j]), q = warp_sum_of_integers(square[j]);
+        const auto n = static_cast<float>(count);
+        mean[j] = static_cast<float>(s - count * static_cast<int64_t>(first_of(c + j))) / n;
+        squares[j] = static_cast<float>(count * q - s * s) / n;
+      }
+    } else {
+      float first[kC], sum[kC] = {};
+#pragma unroll
+      for (int j = 0; j < kC; j++) first[j] = first_of(c + j), squares[j] = 0.0f;
+      for_pixels(c, [&](const auto& x, int32_t p) {
+#pragma unroll
+        for (int i = 0; i < kPixels; i++) {
+#pragma unroll
+          for (int j = 0; j < kC; j++) sum[j] += p + i < count ? x[i][j] - first[j] : 0.0f;
+        }
+      });
+#pragma unroll
+      for (int j = 0; j < kC; j++) mean[j] = warp_sum(sum[j]) / static_cast<float>(count);
+      for_pixels(c, [&](const auto& x, int32_t p) {
+#pragma unroll
+        for (int i = 0; i < kPixels; i++) {
+#pragma unroll
+          for (int j = 0; j < kC; j++) {
+            const float away = p + i < count ? x[i][j] - first[j] - mean[j] : 0.0f;
+            squares[j] = fmaf(away, away, squares[j]);
+          }
+        }
+      });
+#pragma unroll
+      for (int j = 0; j < kC; j++) squares[j] = warp_sum(squares[j]);
+    }
+    if (lane_id() == 0) {
+#pragma unroll
+      for (int j = 0; j < kC; j++) channels[c + j] = {1.0f, 0.0f, mean[j], squares[j]};
+    }
+  }
+
+  // Calls f(c) in some lane for every channel.
+  template <class F>
+  __device__ __forceinline__ void for_channels(F f) const {
+    for (int32_t c = static_cast<int32_t>(lane_id()); c < C; c += 32) f(c);
+  }
+
+  // Scale and shift of channel c: differences from the first pixel where a patch is normalised.
+  __device__ __forceinline__ Channel differences(int32_t c) const {
+    if (task.statistics == Statistics::kChannel) return {1.0f, -first_of(c), 0.0f, 1.0f};
+    float shift = task.channels.shift[c];
+    if (task.statistics == Statistics::kPatch) shift -= first_of(0);
+    return {task.channels.scale[c], shift, 0.0f, 1.0f};
+  }
+
+  // Completes the channels, from means and squares; `moments` is the patch's own.
+  __device__ __forceinline__ void normalise(float* moments) const {
+    const auto n = static_cast<float>(count);
+    float total = 0.0f;
+    for_channels([&](int32_t c) {
+      Channel it = differences(c);
+      if (task.statistics == Statistics::kChannel) {
+        it.mean = channels[c].mean;
+        const float var = channels[c].factor / fmaxf(n - 1.0f, 1.0f);
+        it.factor = 1.0f / (sqrtf(var) + task.channels.eps[c]);
+        moments[2 * c] = it.mean, moments[2 * c + 1] = it.factor;
+      } else if (task.statistics == Statistics::kPatch) {
+        it.mean = fmaf(it.scale, channels[c].mean, fmaf(first_of(c), it.scale, it.shift));
+        it.factor = it.scale * it.scale * channels[c].factor;
+        total += it.mean;
+      }
+      channels[c] = it;
+    });
+    if (task.statistics == Statistics::kPatch) {
+      const float mean = warp_sum(total) / static_cast<float>(C);
+      float squares = 0.0f;
+      for_channels([&](int32_t c) {
+        const float away = channels[c].mean - mean;
+        squares += channels[c].factor + n * away * away;
+      });
+      const float var = warp_sum(squares) / fmaxf(n * static_cast<float>(C) - 1.0f, 1.0f);
+      const float factor = 1.0f / sqrtf(var + task.channels.eps[0]);
+      for_channels([&](int32_t c) { channels[c].mean = mean, channels[c].factor = factor; });
+      if (lane_id() == 0) moments[0] = mean, moments[1] = factor;
+    }
+  }
+
+  // The same with the moments of the forward.
+  __device__ __forceinline__ void recall(const float* moments) const {
+    for_channels([&](int32_t c) {
+      Channel it = differences(c);
+      if (task.statistics != Statistics::kNone) {
+        const int32_t part = task.statistics == Statistics::kPatch ? 0 : c;
+        it.mean = moments[2 * part], it.factor = moments[2 * part + 1];
+      }
+      channels[c] = it;
+    });
+  }
+
+  // Calls f(numbers, error, valid) for this lane's parts of the prediction: what is predicted, how
+  // far it is from the target, and how many of the kPixels there are.
+  template <class F>
+  __device__ __forceinline__ void compare(F f) const {
+    for (int32_t c = 0; c < C; c += kC) {
+      Channel channel[kC];
+#pragma unroll
+      for (int j = 0; j < kC; j++) channel[j] = channels[c + j];
+      for_pixels(c, [&](const auto& x, int32_t p) {
+        Numbers* const at = reinterpret_cast<Numbers*>(row + p * C + c);
+        Numbers numbers = *at;
+        float error[kPixels * kC];
+#pragma unroll
+        for (int k = 0; k < kPixels * kC; k++) {
+          const Channel& it = channel[k % kC];
+          const float away = fmaf(to_float(x[k / kC][k % kC]), it.scale, it.shift) - it.mean;
+          error[k] = fmaf(-away, it.factor, to_float(numbers.x[k]));
+        }
+        f(at, error, count - p);
+      });
+    }
+  }
+};
+
+template <class Pixel, class T>
+__device__ __forceinline__ unsigned char* memory_of_warp(const Task& task) {
+  DYNAMIC_SHARED(unsigned char, memory);
+  const int64_t bytes = sizeof(Channel) + task.walk.pitch * (sizeof(Pixel) + sizeof(T));
+  return memory + threadIdx.x / 32 * bytes * task.clip.C;
+}
+
+template <class Pixel, class T, int kC>
+__global__ void __launch_bounds__(kMaxWarps * 32)
+    forward_kernel(const __grid_constant__ Task task,
+                   float* __restrict__ losses,     // [M]
+                   float* __restrict__ moments) {  // [M, parts, 2]
+  if (blockIdx.x == 0) check_offsets(task.rows);
+  const int64_t m = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32;
+  if (m >= task.rows.M) return;
+  Patch<Pixel, T, kC> patch(task, memory_of_warp<Pixel, T>(task));
+  patch.load(m);
+  if (task.statistics != Statistics::kNone) {
+    for (int32_t c = 0; c < patch.C; c += kC) patch.measure(c);
+    __syncwarp();  // lane 0 has left means and squares
+  }
+  patch.normalise(moments + m * task.parts() * 2);
+  __syncwarp();  // every channel is complete
+  float sum = 0.0f;
+  patch.compare([&](auto*, const auto& error, int32_t valid) {
+#pragma unroll
+    for (int k = 0; k < patch.kPixels * kC; k++) {
+      if (k / kC < valid) sum = fmaf(error[k], error[k], sum);
+    }
+  });
+  sum = warp_sum(sum);
+  if (lane_id() == 0) losses[m] = sum / static_cast<float>(patch.C * patch.count);
+}
+
+template <class Pixel, class T, int kC>
+__global__ void __launch_bounds__(kMaxWarps * 32)
+    backward_kernel(const __grid_constant__ Task task,
+                    const float* __restrict__ grad,     // [M]
+                    const float* __restrict__ moments,  // [M, parts, 2]
+                    T* __restrict__ out) {              // [M, numbers]
+  const int64_t m = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32;
+  if (m >= task.rows.M) return;
+  Patch<Pixel, T, kC> patch(task, memory_of_warp<Pixel, T>(task));
+  patch.load(m);
+  patch.recall(moments + m * task.parts() * 2);
+  __syncwarp();  // every channel is there
+  const int32_t numbers = patch.C * patch.count;
+  const float factor = 2.0f * grad[m] / static_cast<float>(numbers);
+  patch.compare([&](auto* at, const auto& error, int32_t) {
+    std::remove_pointer_t<decltype(at)> result;
+#pragma unroll
+    for (int k = 0; k < patch.kPixels * kC; k++) result.x[k] = from_float<T>(error[k] * factor);
+    *at = result;
+  });
+  __syncwarp();  // all lanes' results are there
+  write_row(patch.row, out + m * numbers, numbers);
+}
+
+// Calls f(pixel, number, channels) with null pointers of the types of a kernel, and what it knows
+// of the channels.
+template <class F>
+int with_types(const Task& task, F f) {
+  return with_type(task.predictions.dtype, [&](auto* number) {
+    const auto with_channels = [&](auto* pixel) {
+      if (task.clip.C == 3) return f(pixel, number, std::integral_constant<int, 3>());
+      return f(pixel, number, std::integral_constant<int, 1>());
+    };
+    if (task.clip.dtype == Dtype::kUInt8) return with_channels(static_cast<uint8_t*>(nullptr));
+    return with_channels(static_cast<float*>(nullptr));
+  });
+}
+
+template <class K, class... A>
+int start(K kernel, const Task& task, int64_t bytes, void* stream, A... arguments) {
+  const int64_t warps = std::min<int64_t>(std::max<int64_t>(kSharedBytes / bytes, 1), kMaxWarps);
+  // Without rows a block checks the offsets all the same.
+  const int64_t blocks = std::max<int64_t>((task.rows.M + warps - 1) / warps, 1);
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)),
+                dim3(static_cast<unsigned>(warps * 32)), static_cast<size_t>(warps * bytes),
+                static_cast<cudaStream_t>(stream), task, arguments...);
+}
+
+}  // namespace
+}  // namespace vidl
+
+using namespace vidl;
+
+int vidl_masked_patch_loss_cuda(const Clip* clip, const Rows* rows, const Predictions* predictions,
+                                Statistics statistics, const Channels* channels, float* losses,
+                                float* moments, void* stream) {
+  if (rows->M == 0 && rows->cu_seqlens == nullptr) return 0;
+  const Task task{*clip, walk_of(*clip), *rows, *predictions, statistics, *channels};
+  return with_types(task, [&](auto* pixel, auto* number, auto channel_count) {
+    using Pixel = std::remove_pointer_t<decltype(pixel)>;
+    using T = std::remove_pointer_t<decltype(number)>;
+    return start(forward_kernel<Pixel, T, channel_count()>, task,
+                 bytes_of_warp(task, sizeof(Pixel), sizeof(T)), stream, losses, moments);
+  });
+}
+
+int vidl_masked_patch_loss_bwd_cuda(const float* grad, const float* moments, const Clip* clip,
+                                    const Rows* rows, const Predictions* predictions,
+                                    Statistics statistics, const Channels* channels, void* out,
+                                    void* stream) {
+  if (rows->M == 0) return 0;
+  const Task task{*clip, walk_of(*clip), *rows, *predictions, statistics, *channels};
+  return with_types(task, [&](auto* pixel, auto* number, auto channel_count) {
+    using Pixel = std::remove_pointer_t<decltype(pixel)>;
+    using T = std::remove_pointer_t<decltype(number)>;
+    return start(backward_kernel<Pixel, T, channel_count()>, task,
+                 bytes_of_warp(task, sizeof(Pixel), sizeof(T)), stream, grad, moments,
+                 static_cast<T*>(out));
+  });
+}

@@ -1,0 +1,49 @@
+// masked_patch_loss: what its host code and its CUDA kernels share. No torch, no CUDA.
+#pragma once
+#include <cstdint>
+
+#include "patches/interface.h"
+
+namespace vidl {
+
+// Of a patch in a CUDA kernel: so many fit into the shared memory of one warp on every GPU, and the
+// sum of their squares into 31 bits.
+constexpr int64_t kMaxNumbers = 8192;
+
+// What one mean and one variance of a target is of.
+enum class Statistics : int32_t { kNone, kPatch, kChannel };
+
+// A pixel x of channel c enters the target as x * scale[c] + shift[c]. Where a patch is normalised,
+// they are relative to the first channel, or none: what all share cancels out but in eps.
+struct Channels {
+  float scale[kMaxChannels], shift[kMaxChannels], eps[kMaxChannels];
+};
+
+// [B, K, numbers] or [M, numbers], each row contiguous: row m is the one m - sample * K of its
+// sample, or with K = 0 of all.
+struct Predictions {
+  const void* data;
+  Dtype dtype;
+  int64_t stride_b, stride_m;
+};
+
+}  // namespace vidl
+
+// CUDA entry points. Pointers are device pointers, `stream` is a cudaStream_t, the result is a
+// cudaError_t. Under the emulator of tests/cuda_on_cpu they are host pointers.
+extern "C" {
+
+// losses[m] = the mean of (prediction[m] - target)^2; moments[m] = mean and 1 / deviation of each
+// part of the patch that is normalised, [M, 0, 1 or C, 2].
+int vidl_masked_patch_loss_cuda(const vidl::Clip* clip, const vidl::Rows* rows,
+                                const vidl::Predictions* predictions, vidl::Statistics statistics,
+                                const vidl::Channels* channels, float* losses, float* moments,
+                                void* stream);
+
+// out[m] = 2 (prediction[m] - target) * grad[m] / numbers: [M, numbers] in the predictions' dtype,
+// from the moments of the forward.
+int vidl_masked_patch_loss_bwd_cuda(const float* grad, const float* moments, const vidl::Clip* clip,
+                                    const vidl::Rows* rows, const vidl::Predictions* predictions,
+                                    vidl::Statistics statistics, const vidl::Channels* channels,
+                                    void* out, void* stream);
+}

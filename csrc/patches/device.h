@@ -1,0 +1,183 @@
+// Patches of a clip in CUDA kernels: which patch a row is, and how a warp brings its pixels into
+// shared memory.
+#pragma once
+#include <algorithm>
+#include <cstdlib>
+
+#include "cuda/floats.h"
+#include "patches/interface.h"
+
+namespace vidl {
+namespace {
+
+struct Place {
+  int64_t sample, patch;
+};
+
+__device__ Place locate(const Rows& rows, int64_t m) {
+  Place place;
+  if (rows.cu_seqlens == nullptr) {
+    place.sample = m / rows.K;
+  } else {
+    int64_t low = 0, high = rows.B;  // the last b with cu_seqlens[b] <= m
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (rows.cu_seqlens[middle] <= m ? low : high) = middle;
+    }
+    place.sample = low;
+  }
+  place.patch = rows.ids == nullptr ? m - place.sample * rows.K : rows.ids[m];
+  // ids must lie in [0, N)
+  assert(place.patch >= 0 && place.patch < rows.N);
+  return place;
+}
+
+// cu_seqlens must ascend from 0 to M. Called by all threads of one block.
+__device__ void check_offsets(const Rows& rows) {
+  if (rows.cu_seqlens == nullptr) return;
+  assert(rows.cu_seqlens[0] == 0 && rows.cu_seqlens[rows.B] == rows.M);
+  for (int64_t b = threadIdx.x; b < rows.B; b += blockDim.x) {
+    assert(rows.cu_seqlens[b] <= rows.cu_seqlens[b + 1]);
+  }
+}
+
+// The first pixel of a patch, in elements from the start of the clip.
+__device__ int64_t corner(const Clip& clip, const Place& place) {
+  const int32_t id = static_cast<int32_t>(place.patch);
+  const int32_t frame = clip.grid_h * clip.grid_w;
+  return place.sample * clip.stride_b + int64_t{id / frame} * clip.t * clip.stride_t +
+         int64_t{id % frame / clip.grid_w} * clip.h * clip.stride_h +
+         int64_t{id % clip.grid_w} * clip.w * clip.stride_w;
+}
+
+// n / divisor by a multiplication, for numbers below 2^31. Source: Granlund and Montgomery,
+// Division by invariant integers using multiplication, 1994.
+struct Divider {
+  uint32_t divisor, multiplier, shift;
+
+  explicit Divider(int64_t by) : divisor(static_cast<uint32_t>(by)), shift(0) {
+    while (uint64_t{1} << shift < divisor) shift++;
+    multiplier = static_cast<uint32_t>(
+        (uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor) / divisor + 1);
+  }
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
+    return (static_cast<uint32_t>(uint64_t{n} * multiplier >> 32) + n) >> shift;
+  }
+};
+
+// How a warp walks over a patch in the order of memory: planes of channels [C, t, h, w], or the
+// channels of a pixel side by side, [t, h, w, C]. A step is 16 bytes wherever all patches allow it,
+// else one number. In shared memory planes are `pitch` numbers apart.
+struct Walk {
+  bool interleaved;
+  int32_t step, steps;   // numbers of a step, steps of a patch
+  int32_t pitch, extra;  // between a plane's beginning and the next one's; and its own end
+  Divider inner[3];      // sizes of the three inner dimensions, in steps
+  int64_t stride[4];     // of all four in the clip, inner first
+};
+
+[[maybe_unused]] int64_t itemsize_of(Dtype dtype) {
+  return dtype == Dtype::kUInt8 ? 1 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+[[maybe_unused]] Walk walk_of(const Clip& clip) {
+  const bool interleaved = clip.C > 1 && std::llabs(clip.stride_c) < std::llabs(clip.stride_w);
+  const int64_t pixels = int64_t{clip.t} * clip.h * clip.w, pitch = (pixels + 15) / 16 * 16;
+  int64_t size[4] = {clip.w, clip.h, clip.t, clip.C};
+  int64_t stride[4] = {clip.stride_w, clip.stride_h, clip.stride_t, clip.stride_c};
+  const int64_t grid[4] = {clip.grid_w, clip.grid_h, clip.grid_t, 1};
+  for (int i = 1; i < 4; i++) stride[i] *= size[i] * grid[i] > 1;      // else it means nothing
+  if (interleaved && clip.stride_c == 1 && clip.stride_w == clip.C) {  // whole lines
+    size[0] *= clip.C, size[3] = 1;
+    stride[0] = 1, stride[3] = 0;
+  } else if (interleaved) {
+    std::rotate(size, size + 3, size + 4);
+    std::rotate(stride, stride + 3, stride + 4);
+  }
+  const int64_t wide = 16 / itemsize_of(clip.dtype);
+  bool aligned = stride[0] == 1 && size[0] % wide == 0 &&
+                 reinterpret_cast<uintptr_t>(clip.data) % 16 == 0 && clip.stride_b % wide == 0;
+  for (int i = 1; i < 4; i++) aligned = aligned && stride[i] % wide == 0;
+  const int64_t step = aligned ? wide : 1;
+  size[0] /= step, stride[0] *= step;
+  return {interleaved,
+          static_cast<int32_t>(step),
+          static_cast<int32_t>(pixels * clip.C / step),
+          static_cast<int32_t>(pitch),
+          static_cast<int32_t>(interleaved ? 0 : pitch - pixels),
+          {Divider(size[0]), Divider(size[1]), Divider(size[2])},
+          {stride[0], stride[1], stride[2], stride[3]}};
+}
+
+// Neighbours that are loaded or stored together.
+template <class T, int n>
+struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Chunk {
+  T x[n];
+};
+
+// Copies the patch that begins at `corner` into `patch`, in the order of the walk: bytes as they
+// are, other numbers in float32. They are there for the whole warp after cp_async_commit,
+// cp_async_wait and __syncwarp.
+template <class Pixel>
+__device__ __forceinline__ void stage(const Clip& clip, const Walk& walk, int64_t corner,
+                                      Pixel* patch) {
+  for (int32_t i = static_cast<int32_t>(lane_id()); i < walk.steps; i += 32) {
+    uint32_t rest = static_cast<uint32_t>(i);
+    int64_t from = corner;
+#pragma unroll
+    for (int d = 0; d < 3; d++) {
+      const uint32_t above = walk.inner[d].quotient(rest);
+      from += (rest - above * walk.inner[d].divisor) * walk.stride[d];
+      rest = above;
+    }
+    from += rest * walk.stride[3];
+    Pixel* const to = patch + i * walk.step + static_cast<int32_t>(rest) * walk.extra;
+    if (walk.step == 1) {
+      *to = static_cast<Pixel>(load_any(clip.data, clip.dtype, from));
+    } else if (walk.step * sizeof(Pixel) == 16) {
+      cp_async_16(to, static_cast<const Pixel*>(clip.data) + from);
+    } else {  // eight numbers of 16 bits
+      const uint4 words = load_16(static_cast<const uint16_t*>(clip.data) + from);
+      const uint32_t pairs[] = {words.x, words.y, words.z, words.w};
+      Chunk<Pixel, 8> numbers;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float2 pair =
+            clip.dtype == Dtype::kFloat16 ? unpack2<fp16>(pairs[j]) : unpack2<bf16>(pairs[j]);
+        numbers.x[2 * j] = static_cast<Pixel>(pair.x);
+        numbers.x[2 * j + 1] = static_cast<Pixel>(pair.y);
+      }
+      *reinterpret_cast<Chunk<Pixel, 8>*>(to) = numbers;
+    }
+  }
+}
+
+// Of a staged patch, kPixels neighbouring pixels from `p` on, in kC channels from `c` on. Where
+// there is more than one pixel, the patch has kC channels.
+template <int kPixels, int kC, class Pixel>
+__device__ __forceinline__ void pixels_of(const Pixel* patch, const Walk& walk, int32_t C,
+                                          int32_t p, int32_t c, Pixel (&x)[kPixels][kC]) {
+  if constexpr (kPixels == 1) {
+#pragma unroll
+    for (int j = 0; j < kC; j++) {
+      x[0][j] = patch[walk.interleaved ? p * C + c + j : (c + j) * walk.pitch + p];
+    }
+  } else {
+    Chunk<Pixel, kPixels> part[kC];
+#pragma unroll
+    for (int j = 0; j < kC; j++) {
+      const int32_t at = walk.interleaved ? p * kC + j * kPixels : j * walk.pitch + p;
+      part[j] = *reinterpret_cast<const Chunk<Pixel, kPixels>*>(patch + at);
+    }
+    if (walk.interleaved) {
+#pragma unroll
+      for (int k = 0; k < kPixels * kC; k++) x[k / kC][k % kC] = part[k / kPixels].x[k % kPixels];
+    } else {
+#pragma unroll
+      for (int k = 0; k < kPixels * kC; k++) x[k / kC][k % kC] = part[k % kC].x[k / kC];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace vidl

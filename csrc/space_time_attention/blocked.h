@@ -1,0 +1,345 @@
+// space_time_attention on CUDA, groups of any length: 64 queries meet blocks of 64 keys, with an
+// online softmax. Backward one kernel for queries, which leaves every query's delta = sum of the
+// weights times their gradients behind, then one for keys and values. Scores need the final
+// log-sum-exp: a kernel of their own.
+//
+// Limit: bytes up to about 260 rows a group (backward) and 370 (forward), FLOPs above: forward
+// moves 8 N H D bytes (N rows in all, 16 bits) for 4 n N H D FLOPs, backward 16 N H D for 14 n N H
+// D, as it multiplies seven times instead of five. Each block of queries reads the keys again, from
+// L2.
+#pragma once
+#include "space_time_attention/warp.h"
+
+namespace vidl {
+namespace {
+
+constexpr int kBlock = 64;  // queries or keys of a block of a long group: 16 a warp
+constexpr int kBlockThreads = kBlock / 16 * 32;
+
+// The block of queries, or of keys, that a block of threads works on.
+struct Work {
+  int64_t g;
+  int h, start;
+};
+
+// Either every group has `blocks` blocks, or, with 0, group g has those from
+// offsets[g] / kBlock + g on: always enough, and seldom more, however unequal the groups are.
+__device__ __forceinline__ Work find_work(const int32_t* offsets, const Attention& a,
+                                          int64_t blocks) {
+  const int64_t item = blockIdx.x / a.H;
+  const int h = static_cast<int>(blockIdx.x % a.H);
+  if (blocks > 0) return {item / blocks, h, static_cast<int>(item % blocks) * kBlock};
+  int64_t low = 0, high = a.G;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (offsets[middle] / kBlock + middle <= item ? low : high) = middle;
+  }
+  return {low, h, static_cast<int>(item - low - offsets[low] / kBlock) * kBlock};
+}
+
+// Brings the rows of x, and of y unless it is null, block after block: body(tile of x, of y, start)
+// runs while the next two tiles are on their way. also(start, parity) starts more copies.
+template <class T, int D, class Also, class Body>
+__device__ __forceinline__ void stream(T* memory, const Strided& x, const Strided* y, int h,
+                                       const Members& group, Also also, Body body) {
+  constexpr int kTile = kBlock * kStride<D>;
+  const auto fetch = [&](int start) {
+    const int parity = start / kBlock % 2;
+    T* const to = memory + parity * 2 * kTile;
+    copy_rows<T, D>(to, kBlock, x, h, group, start, threadIdx.x, kBlockThreads);
+    if (y != nullptr) {
+      copy_rows<T, D>(to + kTile, kBlock, *y, h, group, start, threadIdx.x, kBlockThreads);
+    }
+    also(start, parity);
+    cp_async_commit();
+  };
+  if (group.count > 0) fetch(0);
+  for (int start = 0; start < group.count; start += kBlock) {
+    cp_async_wait();
+    __syncthreads();  // the block is there, and nobody reads the one before any more
+    if (start + kBlock < group.count) fetch(start + kBlock);
+    const T* const tile = memory + start / kBlock % 2 * 2 * kTile;
+    body(tile, tile + kTile, start);
+  }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kBlockThreads)
+    blocked_forward_kernel(Attention a, Forward f, int64_t blocks) {
+  DYNAMIC_SHARED(T, memory);
+  check_ends(a);
+  const Work work = find_work(a.query_offsets, a, blocks);
+  const Members queries = queries_of(a, work.g), keys = keys_of(a, work.g);
+  if (work.start >= queries.count) return;
+  const int first = work.start + threadIdx.x / 32 * 16;
+  T* const q = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
+  copy_rows<T, D>(q, 16, a.q, work.h, queries, first, lane_id(), 32);
+  cp_async_commit();
+  cp_async_wait();
+  __syncwarp();
+  Rows16<D> rows;
+  rows.load(q);
+  float most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  Square out[D / 16];
+  clear<D>(out);
+  stream<T, D>(
+      memory + kBlock * kStride<D>, a.k, &a.v, work.h, keys, [](int, int) {},
+      [&](const T* k, const T* v, int start) {
+        const int count = min(keys.count - start, kBlock);
+        const float before[2] = {most[0], most[1]};
+        Square weights[kBlock / 16];
+#pragma unroll
+        for (int n = 0; n < kBlock / 16; n++) {
+          if (16 * n < count) multiply_transposed<T, D>(weights[n], rows, k, 16 * n);
+        }
+        scale_products(weights, count, a.scale * kLog2E, most,
+                       [&](int, int column) { return column < count; });
+        float factor[2];  // of what was summed relative to a smaller product
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          factor[i] = exp2_approx(before[i] - (most[i] == -INFINITY ? 0.0f : most[i]));
+          sum[i] *= factor[i];
+        }
+#pragma unroll
+        for (int n = 0; n < D / 16; n++) {
+#pragma unroll
+          for (int e = 0; e < 8; e++) out[n][e / 4][e % 4] *= factor[e / 2 % 2];
+        }
+        exponentiate(weights, count, most, sum);
+        add_values<T, D>(out, weights, v, count);
+      });
+  const Normaliser row(most, sum);
+  __syncwarp();
+  store_rows<T, D>(static_cast<T*>(f.out), a.H, work.h, q, out, row.inverse[0], row.inverse[1],
+                   [&](int r) { return first + r < queries.count ? queries.row(first + r) : -1; });
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int query = first + row_of_lane(i);
+    if (query < queries.count && lane_id() % 4 == 0) {
+      f.lse[work.h * a.Q + queries.row(query)] = row.lse[i];
+    }
+  }
+}
+
+// The scores of 16 keys a warp: their weights, transposed, summed over the queries.
+template <class T, int D>
+__global__ void __launch_bounds__(kBlockThreads, 4)
+    blocked_scores_kernel(Attention a, Forward f, int64_t blocks) {
+  DYNAMIC_SHARED(T, memory);
+  check_ends(a);
+  const Work work = find_work(a.key_offsets, a, blocks);
+  Members queries = queries_of(a, work.g);
+  const Members keys = keys_of(a, work.g);
+  if (work.start >= keys.count) return;
+  const float share = queries.count > 0 ? share_of(a.scores, 0, queries.count) : 0.0f;
+  if (a.scores == Scores::kCls) queries.count = min(queries.count, 1);
+  const int first = work.start + threadIdx.x / 32 * 16;
+  T* const k = memory + threadIdx.x / 32 * 16 * kStride<D>;
+  copy_rows<T, D>(k, 16, a.k, work.h, keys, first, lane_id(), 32);
+  cp_async_commit();
+  cp_async_wait();
+  __syncwarp();
+  Rows16<D> rows;
+  rows.load(k);
+  float sums[2] = {};
+  stream<T, D>(
+      memory + kBlock * kStride<D>, a.q, nullptr, work.h, queries, [](int, int) {},
+      [&](const T* q, const T*, int start) {
+        for (int n = 0; n < kBlock / 16 && start + 16 * n < queries.count; n++) {
+          Square weights;
+          multiply_transposed<T, D>(weights, rows, q, 16 * n);
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            const int j = e / 2, l = e % 2, query = start + 16 * n + column_of_lane(j) + l;
+            if (query >= queries.count) continue;
+            const float lse = f.lse[work.h * a.Q + queries.row(query)] * kLog2E;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              sums[i] += exp2_approx(weights[j][2 * i + l] * (a.scale * kLog2E) - lse);
+            }
+          }
+        }
+      });
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const float sum = sum_of_row(sums[i]) * share;
+    const int key = first + row_of_lane(i);
+    if (key < keys.count && lane_id() % 4 == 0) f.scores[work.h * a.E + keys.first + key] = sum;
+  }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
+    query_backward_kernel(Attention a, Backward b, int64_t blocks) {
+  constexpr int kTile = kBlock * kStride<D>;
+  DYNAMIC_SHARED(T, memory);
+  check_ends(a);
+  const Work work = find_work(a.query_offsets, a, blocks);
+  const Members queries = queries_of(a, work.g), keys = keys_of(a, work.g);
+  if (work.start >= queries.count) return;
+  const int lane = lane_id(), first = work.start + threadIdx.x / 32 * 16;
+  T* const q = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
+  T* const grad_out = q + kTile;
+  copy_rows<T, D>(q, 16, a.q, work.h, queries, first, lane, 32);
+  copy_rows<T, D>(grad_out, 16, {b.grad_out, a.H * D, D}, work.h, queries, first, lane, 32);
+  cp_async_commit();
+  cp_async_wait();
+  __syncwarp();
+  Rows16<D> rows, grad_rows;
+  rows.load(q);
+  grad_rows.load(grad_out);
+
+  const float dot = output_times_grad<T, D>(b.out, a.H, work.h, queries, first, grad_out);
+  float lse[2], share[2], delta[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int query = first + row_of_lane(i);
+    delta[i] = __shfl_sync(kAllLanes, dot, 2 * row_of_lane(i));
+    lse[i] = query < queries.count ? b.lse[work.h * a.Q + queries.row(query)] * kLog2E : 0.0f;
+    share[i] = share_of(a.scores, query, queries.count) / static_cast<float>(a.H);
+  }
+  const auto weight_of = [&](float product, int i, bool real) {
+    return real ? exp2_approx(product * (a.scale * kLog2E) - lse[i]) : 0.0f;
+  };
+  const auto score_grad = [&](int key) {
+    return b.grad_scores != nullptr && key < keys.count ? b.grad_scores[keys.first + key] : 0.0f;
+  };
+  T* const buffers = memory + 2 * kTile;
+
+  // What the scores' gradient adds to delta.
+  if (b.grad_scores != nullptr && (a.scores == Scores::kMean || work.start == 0)) {
+    float more[2] = {};
+    stream<T, D>(
+        buffers, a.k, nullptr, work.h, keys, [](int, int) {},
+        [&](const T* k, const T*, int start) {
+          for (int n = 0; n < kBlock / 16 && start + 16 * n < keys.count; n++) {
+            Square weights;
+            multiply_transposed<T, D>(weights, rows, k, 16 * n);
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+              const int key = start + 16 * n + column_of_lane(e / 4) + e % 2, i = e / 2 % 2;
+              more[i] += weight_of(weights[e / 4][e % 4], i, key < keys.count) * score_grad(key);
+            }
+          }
+        });
+#pragma unroll
+    for (int i = 0; i < 2; i++) delta[i] += sum_of_row(more[i]) * share[i];
+    __syncthreads();  // the buffers are filled again
+  }
+
+  Square sums[D / 16];
+  clear<D>(sums);
+  stream<T, D>(
+      buffers, a.k, &a.v, work.h, keys, [](int, int) {},
+      [&](const T* k, const T* v, int start) {
+#pragma unroll
+        for (int n = 0; n < kBlock / 16; n++) {
+          if (start + 16 * n >= keys.count) break;
+          Square weights, grads;
+          multiply_transposed<T, D>(weights, rows, k, 16 * n);
+          multiply_transposed<T, D>(grads, grad_rows, v, 16 * n);
+#pragma unroll
+          for (int e = 0; e < 8; e++) {
+            const int key = start + 16 * n + column_of_lane(e / 4) + e % 2, i = e / 2 % 2;
+            float& x = grads[e / 4][e % 4];
+            x += score_grad(key) * share[i] - delta[i];
+            x *= weight_of(weights[e / 4][e % 4], i, key < keys.count);
+          }
+          uint32_t packed[4];
+          pack<T>(packed, grads);
+          accumulate<T, D>(sums, packed, k, 16 * n);
+        }
+      });
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int query = first + row_of_lane(i);
+    if (query < queries.count && lane % 4 == 0) {
+      b.delta[work.h * a.Q + queries.row(query)] = delta[i];
+    }
+  }
+  __syncwarp();
+  store_rows<T, D>(static_cast<T*>(b.grad_q), a.H, work.h, q, sums, a.scale, a.scale,
+                   [&](int r) { return first + r < queries.count ? queries.row(first + r) : -1; });
+}
+
+// Weights and their gradients are transposed here: a warp has 16 keys.
+template <class T, int D>
+__global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
+    key_backward_kernel(Attention a, Backward b, int64_t blocks) {
+  constexpr int kTile = kBlock * kStride<D>;
+  DYNAMIC_SHARED(T, memory);
+  SHARED(float, lse, [2][kBlock]);  // of the queries in the two buffers
+  SHARED(float, delta, [2][kBlock]);
+  check_ends(a);
+  const Work work = find_work(a.key_offsets, a, blocks);
+  const Members queries = queries_of(a, work.g), keys = keys_of(a, work.g);
+  if (work.start >= keys.count) return;
+  const int lane = lane_id(), first = work.start + threadIdx.x / 32 * 16;
+  T* const k = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
+  T* const v = k + kTile;
+  copy_rows<T, D>(k, 16, a.k, work.h, keys, first, lane, 32);
+  copy_rows<T, D>(v, 16, a.v, work.h, keys, first, lane, 32);
+  cp_async_commit();
+  cp_async_wait();
+  __syncwarp();
+  Rows16<D> key_rows, value_rows;
+  constexpr bool kHeld = D <= 96;  // longer rows do not fit into registers beside both sums
+  key_rows.load(k);
+  if (kHeld) value_rows.load(v);
+  float grad_score[2] = {};
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int key = first + row_of_lane(i);
+    if (b.grad_scores != nullptr && key < keys.count) {
+      const float share = share_of(a.scores, 0, queries.count) / static_cast<float>(a.H);
+      grad_score[i] = b.grad_scores[keys.first + key] * share;
+    }
+  }
+  Square grad_k[D / 16], grad_v[D / 16];
+  clear<D>(grad_k);
+  clear<D>(grad_v);
+  const Strided grads_of_out = {b.grad_out, a.H * D, D};
+  stream<T, D>(
+      memory + 2 * kTile, a.q, &grads_of_out, work.h, queries,
+      [&](int start, int parity) {
+        const int i = threadIdx.x % kBlock, query = start + i;
+        const bool real = query < queries.count;
+        const int64_t at = real ? work.h * a.Q + queries.row(query) : 0;
+        if (threadIdx.x < kBlock) {
+          cp_async_4(&lse[parity][i], b.lse + at, real);
+        } else {
+          cp_async_4(&delta[parity][i], b.delta + at, real);
+        }
+      },
+      [&](const T* q, const T* grad_out, int start) {
+        const int parity = start / kBlock % 2;
+#pragma unroll
+        for (int n = 0; n < kBlock / 16; n++) {
+          if (start + 16 * n >= queries.count) break;
+          // Beyond the last query these are wrong, but meet rows of zeros.
+          Square weights, grads;
+          multiply_transposed<T, D>(weights, key_rows, q, 16 * n);
+          if (!kHeld) value_rows.load(v);
+          multiply_transposed<T, D>(grads, value_rows, grad_out, 16 * n);
+#pragma unroll
+          for (int e = 0; e < 8; e++) {
+            const int column = 16 * n + column_of_lane(e / 4) + e % 2, i = e / 2 % 2;
+            float& weight = weights[e / 4][e % 4];
+            float& x = grads[e / 4][e % 4];
+            weight = exp2_approx(weight * (a.scale * kLog2E) - lse[parity][column] * kLog2E);
+            if (a.scores == Scores::kMean || start + column == 0) x += grad_score[i];
+            x = weight * (x - delta[parity][column]);
+          }
+          uint32_t packed[4];
+          pack<T>(packed, weights);
+          accumulate<T, D>(grad_v, packed, grad_out, 16 * n);
+          pack<T>(packed, grads);
+          accumulate<T, D>(grad_k, packed, q, 16 * n);
+        }
+      });
+  __syncwarp();
+  store_key_grads<T, D>(a, b, work.h, keys, first, k, grad_k, grad_v);
+}
+
+}  // namespace
+}  // namespace vidl

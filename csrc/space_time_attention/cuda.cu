@@ -1,0 +1,182 @@
+// space_time_attention on the tensor cores of sm_80 and later, forward and backward, in size
+// classes, each in a file of its own; space_time_attention/interface.h has the rule which a call takes.
+// Schema: kernels/space_time_attention/op.py.
+//
+// Rows are gathered as they are loaded. A row beyond the end of its group is never read: it counts
+// as zeros, so that a neighbour's NaN stays there. Nothing is added atomically: keys in several
+// groups get a gradient for every entry, and a last kernel adds them in order.
+//
+// Limits: in the files of the classes. Two kernels here only add: the mean of the scores over the
+// heads reads 4 H E bytes for 4 E written, the sum over a row's entries 8 E H D for 4 K H D.
+#undef NDEBUG  // device assertions guard the indices in release builds too
+#include <type_traits>
+
+#include "space_time_attention/blocked.h"
+#include "space_time_attention/packed.h"
+#include "space_time_attention/whole.h"
+#include "space_time_attention/wide.h"
+
+#ifndef VIDL_HEAD_SIZES  // builds with sanitizers, and nvcc in tests, take fewer
+#define VIDL_HEAD_SIZES 32, 64, 80, 96, 128
+#endif
+
+namespace vidl {
+namespace {
+
+constexpr int kSumThreads = 256;
+
+__global__ void __launch_bounds__(kSumThreads) mean_scores_kernel(Forward f, int64_t H, int64_t E) {
+  const int64_t e = blockIdx.x * int64_t{kSumThreads} + threadIdx.x;
+  if (e >= E) return;
+  float sum = 0.0f;
+  for (int64_t h = 0; h < H; h++) sum += f.scores[h * E + e];
+  f.mean_scores[e] = sum / static_cast<float>(H);
+}
+
+// A thread has two neighbouring channels of a row of keys and values.
+template <class T>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_entries_kernel(Backward b, int64_t K, int64_t E, int64_t channels) {
+  const int64_t i = blockIdx.x * int64_t{kSumThreads} + threadIdx.x;
+  const int64_t row = i / (channels / 2), channel = i % (channels / 2) * 2;
+  if (row >= K) return;
+  const int begin = b.entry_offsets[row], end = b.entry_offsets[row + 1];
+  assert(begin >= 0 && begin <= end && end <= E);  // entry_offsets must ascend from 0 to E
+  float2 k = make_float2(0.0f, 0.0f), v = k;
+  for (int n = begin; n < end; n++) {
+    const int64_t entry = b.entries[n];
+    assert(entry >= 0 && entry < E);  // entries are out of range
+    const int64_t at = entry * channels + channel;
+    const float2 more_k = *reinterpret_cast<const float2*>(b.entry_grad_k + at);
+    const float2 more_v = *reinterpret_cast<const float2*>(b.entry_grad_v + at);
+    k.x += more_k.x, k.y += more_k.y, v.x += more_v.x, v.y += more_v.y;
+  }
+  const int64_t to = row * channels + channel;
+  *reinterpret_cast<uint32_t*>(static_cast<T*>(b.grad_k) + to) = pack2<T>(k.x, k.y);
+  *reinterpret_cast<uint32_t*>(static_cast<T*>(b.grad_v) + to) = pack2<T>(v.x, v.y);
+}
+
+template <class... P, class... A>
+int start(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
+          const A&... args) {
+  constexpr int kInvalidConfiguration = 9;  // cudaErrorInvalidConfiguration
+  if (blocks == 0) return 0;
+  if (blocks > INT32_MAX) return kInvalidConfiguration;
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+                static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream), args...);
+}
+
+constexpr int64_t div_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Blocks of threads for the members of all groups, and how many each group has; 0: see find_work().
+struct Blocks {
+  int64_t all, each;
+};
+Blocks blocks_of(const Attention& a, int64_t longest, int64_t members) {
+  const int64_t each = div_up(longest, kBlock), fewest = members / kBlock + a.G;
+  if (a.G * each <= 2 * fewest) return {a.G * each * a.H, each};
+  return {fewest * a.H, 0};
+}
+
+int64_t packs_of(const Attention& a) {
+  const int64_t slot = a.max_queries > a.max_keys ? a.max_queries : a.max_keys;
+  return slot == 0 ? 0 : div_up(div_up(a.G, 16 / slot) * a.H, kPackedWarps);
+}
+
+template <class T, int D>
+int forward(const Attention& a, const Forward& f, void* stream) {
+  constexpr int64_t kRow = kStride<D> * sizeof(T);
+  const Size size = forward_size(a.max_queries, a.max_keys);
+  int error = 0;
+  if (size == Size::kPacked) {
+    error = start(packed_forward_kernel<T, D>, packs_of(a), 32 * kPackedWarps,
+                  kPackedWarps * 3 * 16 * kRow, stream, a, f);
+  } else if (size != Size::kBlocked) {
+    const int64_t keys = round_up_16(a.max_keys), squares = round_up_16(a.max_queries) / 16;
+    const int64_t warps = squares < 1 ? 1 : squares < kForwardWarps ? squares : kForwardWarps;
+    const int64_t bytes = (2 * keys + 16 * warps) * kRow + warps * keys * sizeof(float);
+    const auto kernel = keys <= 64    ? whole_forward_kernel<T, D, 4>
+                        : keys <= 128 ? whole_forward_kernel<T, D, 8>
+                                      : whole_forward_kernel<T, D, 16>;
+    error = start(kernel, a.G * a.H, static_cast<int>(32 * warps), bytes, stream, a, f);
+  } else {
+    const Blocks blocks = blocks_of(a, a.max_queries, a.Q), keys = blocks_of(a, a.max_keys, a.E);
+    error = start(blocked_forward_kernel<T, D>, blocks.all, kBlockThreads, 5 * kBlock * kRow,
+                  stream, a, f, blocks.each);
+    if (error == 0 && f.scores != nullptr) {
+      error = start(blocked_scores_kernel<T, D>, keys.all, kBlockThreads, 5 * kBlock * kRow, stream,
+                    a, f, keys.each);
+    }
+  }
+  if (error != 0 || f.scores == nullptr) return error;
+  return start(mean_scores_kernel, div_up(a.E, kSumThreads), kSumThreads, 0, stream, f, a.H, a.E);
+}
+
+template <class T, int D>
+int backward(const Attention& a, const Backward& b, void* stream) {
+  constexpr int64_t kRow = kStride<D> * sizeof(T);
+  const Size size = backward_size(a.max_queries, a.max_keys, D);
+  const int64_t queries = round_up_16(a.max_queries), keys = round_up_16(a.max_keys);
+  const int64_t most = queries > keys ? queries : keys;
+  int error = 0;
+  if (size == Size::kPacked) {
+    error = start(packed_backward_kernel<T, D>, packs_of(a), 32 * kPackedWarps,
+                  kPackedWarps * 4 * 16 * kRow, stream, a, b);
+  } else if (size == Size::kWhole) {
+    const int64_t tiles = 2 * keys * kRow, weights = 2 * queries * (keys + 8) * sizeof(T);
+    const int64_t bytes = 2 * queries * kRow + (tiles > weights ? tiles : weights);
+    const auto kernel =
+        most <= 64 ? whole_backward_kernel<T, D, 4> : whole_backward_kernel<T, D, 8>;
+    error = start(kernel, a.G * a.H, static_cast<int>(2 * most), bytes, stream, a, b);
+  } else if (size == Size::kWide) {
+    if constexpr (D <= 64) {
+      error = start(wide_backward_kernel<T, D>, a.G * a.H, static_cast<int>(2 * most),
+                    WideGroup<T, D>::bytes(queries, keys), stream, a, b);
+    }
+  } else {
+    const Blocks of_queries = blocks_of(a, a.max_queries, a.Q);
+    const Blocks of_keys = blocks_of(a, a.max_keys, a.E);
+    error = start(query_backward_kernel<T, D>, of_queries.all, kBlockThreads, 6 * kBlock * kRow,
+                  stream, a, b, of_queries.each);
+    if (error == 0) {
+      error = start(key_backward_kernel<T, D>, of_keys.all, kBlockThreads, 6 * kBlock * kRow,
+                    stream, a, b, of_keys.each);
+    }
+  }
+  if (error != 0 || b.entry_offsets == nullptr) return error;
+  const int64_t pairs = a.K * a.H * D / 2;
+  return start(sum_entries_kernel<T>, div_up(pairs, kSumThreads), kSumThreads, 0, stream, b, a.K,
+               a.E, a.H * int64_t{D});
+}
+
+template <int... kSizes>
+struct HeadSizes {
+  // Calls f with a null pointer of the type that `dtype` names, and the head size as a type.
+  template <class F>
+  static int with(const Attention& a, F f) {
+    constexpr int kNotSupported = 801;  // cudaErrorNotSupported
+    int result = kNotSupported;
+    const auto with_size = [&](auto* type) {
+      ((a.D == kSizes ? void(result = f(type, std::integral_constant<int, kSizes>())) : void()),
+       ...);
+    };
+    if (a.dtype == Dtype::kFloat16) with_size(static_cast<fp16*>(nullptr));
+    if (a.dtype == Dtype::kBFloat16) with_size(static_cast<bf16*>(nullptr));
+    return result;
+  }
+};
+
+}  // namespace
+}  // namespace vidl
+
+int vidl_attention_cuda(const vidl::Attention* a, const vidl::Forward* f, void* stream) {
+  return vidl::HeadSizes<VIDL_HEAD_SIZES>::with(*a, [&](auto* type, auto D) {
+    return vidl::forward<std::remove_pointer_t<decltype(type)>, D.value>(*a, *f, stream);
+  });
+}
+
+int vidl_attention_bwd_cuda(const vidl::Attention* a, const vidl::Backward* b, void* stream) {
+  return vidl::HeadSizes<VIDL_HEAD_SIZES>::with(*a, [&](auto* type, auto D) {
+    return vidl::backward<std::remove_pointer_t<decltype(type)>, D.value>(*a, *b, stream);
+  });
+}

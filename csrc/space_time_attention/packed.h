@@ -1,0 +1,226 @@
+// space_time_attention on CUDA, at most 16 queries and keys a group: a warp has all groups of one
+// head that fit into 16 rows. One 16 x 16 matrix of weights, in which only a group's own square
+// counts; backward in one pass. No barriers of the block.
+//
+// Limit: bytes. Forward moves 8 N H D bytes (N rows in all, 16 bits) for 4 n N H D useful FLOPs,
+// backward 14 N H D for 10 n N H D: at n = 8 4 and 6 FLOPs a byte, where an H200 needs 184.
+#pragma once
+#include <type_traits>
+
+#include "space_time_attention/warp.h"
+
+namespace vidl {
+namespace {
+
+constexpr int kPackedWarps = 4;
+
+// What a warp has of the packed class: rows 0 to 15 are queries, one a lane, and rows 16 to 31
+// keys. A row that no group fills is -1.
+struct Pack {
+  int h;
+  int slot, groups;  // rows of a group, groups in 16 rows
+  int row, place;    // of q, or of k and v; in the list of all groups' members
+  int count;         // of queries, or keys, in the group
+
+  __device__ __forceinline__ bool find(const Attention& a) {
+    const int lane = lane_id(), inside = lane % 16;
+    slot = static_cast<int>(a.max_queries > a.max_keys ? a.max_queries : a.max_keys);
+    groups = 16 / slot;
+    const int64_t item = blockIdx.x * int64_t{kPackedWarps} + threadIdx.x / 32;
+    const int64_t g = item / a.H * groups + inside / slot;
+    h = static_cast<int>(item % a.H);
+    row = -1, place = 0, count = 0;
+    if (inside / slot < groups && g < a.G) {
+      const Members group = lane < 16 ? queries_of(a, g) : keys_of(a, g);
+      const int member = inside % slot;
+      count = group.count;
+      if (member < group.count) row = group.row(member), place = group.first + member;
+    }
+    return item / a.H * groups < a.G;
+  }
+
+  // Bit c is set where key c belongs to the group of query r; `rows` are those that are there now.
+  __device__ __forceinline__ uint32_t seen_by(int r, int rows) const {
+    const uint32_t real = __ballot_sync(kAllLanes, rows >= 0);
+    return real >> r & 1 ? real >> 16 & ((1u << slot) - 1) << r / slot * slot : 0u;
+  }
+};
+
+// 16 rows of a pack: its queries, or its keys (first = 16).
+template <class T, int D>
+__device__ __forceinline__ void copy_pack(T* tile, const Strided& x, int h, int rows, int first) {
+  const T* const head = static_cast<const T*>(x.data) + h * x.head;
+#pragma unroll
+  for (int n = 0; n < D / 16; n++) {
+    const int i = 32 * n + int(lane_id()), r = i / (D / 8), unit = i % (D / 8);
+    const int row = __shfl_sync(kAllLanes, rows, first + r);
+    cp_async_16(tile + r * kStride<D> + unit * 8, row < 0 ? head : head + row * x.row + unit * 8,
+                row >= 0);
+  }
+}
+
+// Whether 16 rows of a tile hold neither NaN nor infinity; asked by all lanes of a warp.
+template <class T, int D>
+__device__ __forceinline__ bool finite(const T* tile) {
+  constexpr uint32_t kExponents = std::is_same_v<T, bf16> ? 0x7F807F80u : 0x7C007C00u;
+  constexpr uint32_t kOne = std::is_same_v<T, bf16> ? 0x00800080u : 0x04000400u;
+  uint32_t carry = 0;
+#pragma unroll
+  for (int n = 0; n < D / 16; n++) {
+    const int i = 32 * n + int(lane_id());
+    const uint4 x =
+        *reinterpret_cast<const uint4*>(tile + i / (D / 8) * kStride<D> + i % (D / 8) * 8);
+    carry |= ((x.x & kExponents) + kOne) | ((x.y & kExponents) + kOne);
+    carry |= ((x.z & kExponents) + kOne) | ((x.w & kExponents) + kOne);
+  }
+  return !__any_sync(kAllLanes, (carry & 0x80008000u) != 0);
+}
+
+// Groups share the sums of a product, where a weight of zero does not stop another group's NaN.
+// So where there is one, the groups of a warp go one after the other.
+template <class T, int D>
+__global__ void __launch_bounds__(32 * kPackedWarps) packed_forward_kernel(Attention a, Forward f) {
+  constexpr int kTile = 16 * kStride<D>;
+  DYNAMIC_SHARED(T, memory);
+  check_ends(a);
+  Pack group;
+  if (!group.find(a)) return;
+  T *const q = memory + threadIdx.x / 32 * 3 * kTile, *const k = q + kTile, *const v = k + kTile;
+  const int inside = lane_id() % 16 / group.slot;
+  int at_once = group.groups;
+  for (int first = 0; first < group.groups; first += at_once) {
+    const int rows = inside >= first && inside < first + at_once ? group.row : -1;
+    copy_pack<T, D>(q, a.q, group.h, rows, 0);
+    copy_pack<T, D>(k, a.k, group.h, rows, 16);
+    copy_pack<T, D>(v, a.v, group.h, rows, 16);
+    cp_async_commit();
+    cp_async_wait();
+    __syncwarp();
+    if (at_once > 1 && !finite<T, D>(v)) {
+      first = -1, at_once = 1;
+      __syncwarp();
+      continue;
+    }
+    const uint32_t seen[2] = {group.seen_by(row_of_lane(0), rows),
+                              group.seen_by(row_of_lane(1), rows)};
+    Square weights[1], out[D / 16];
+    const Normaliser softmax =
+        weigh_keys<T, D>(q, k, 16, a.scale * kLog2E, weights,
+                         [&](int i, int column) { return (seen[i] >> column & 1) != 0; });
+    clear<D>(out);
+    add_values<T, D>(out, weights, v, 16);
+    __syncwarp();
+    store_rows<T, D>(static_cast<T*>(f.out), a.H, group.h, q, out, softmax.inverse[0],
+                     softmax.inverse[1], [&](int r) { return __shfl_sync(kAllLanes, rows, r); });
+    float share[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int r = row_of_lane(i), row = __shfl_sync(kAllLanes, rows, r);
+      if (row >= 0 && lane_id() % 4 == 0) f.lse[group.h * a.Q + row] = softmax.lse[i];
+      const int count = __shfl_sync(kAllLanes, group.count, r);
+      share[i] = row < 0 ? 0.0f : softmax.inverse[i] * share_of(a.scores, r % group.slot, count);
+    }
+    if (f.scores == nullptr) continue;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int j = e / 2, l = e % 2, key = 16 + column_of_lane(j) + l;
+      const float score =
+          sum_of_column(weights[0][j][l] * share[0] + weights[0][j][2 + l] * share[1]);
+      const int row = __shfl_sync(kAllLanes, rows, key);
+      const int place = __shfl_sync(kAllLanes, group.place, key);
+      if (row >= 0 && lane_id() < 4) f.scores[group.h * a.E + place] = score;
+    }
+  }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(32 * kPackedWarps)
+    packed_backward_kernel(Attention a, Backward b) {
+  constexpr int kTile = 16 * kStride<D>;
+  DYNAMIC_SHARED(T, memory);
+  check_ends(a);
+  Pack group;
+  if (!group.find(a)) return;
+  T *const q = memory + threadIdx.x / 32 * 4 * kTile, *const grad_out = q + kTile;
+  T *const k = grad_out + kTile, *const v = k + kTile;
+  const Strided grads_of_out = {b.grad_out, a.H * D, D};
+  const int inside = lane_id() % 16 / group.slot;
+  int at_once = group.groups;
+  for (int first = 0; first < group.groups; first += at_once) {
+    const int rows = inside >= first && inside < first + at_once ? group.row : -1;
+    copy_pack<T, D>(q, a.q, group.h, rows, 0);
+    copy_pack<T, D>(grad_out, grads_of_out, group.h, rows, 0);
+    copy_pack<T, D>(k, a.k, group.h, rows, 16);
+    copy_pack<T, D>(v, a.v, group.h, rows, 16);
+    cp_async_commit();
+    cp_async_wait();
+    __syncwarp();
+    if (at_once > 1 &&
+        !(finite<T, D>(q) && finite<T, D>(grad_out) && finite<T, D>(k) && finite<T, D>(v))) {
+      first = -1, at_once = 1;
+      __syncwarp();
+      continue;
+    }
+    float lse[2], share[2], grad_score[4];
+    uint32_t seen[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int r = row_of_lane(i), row = __shfl_sync(kAllLanes, rows, r);
+      const int count = __shfl_sync(kAllLanes, group.count, r);
+      seen[i] = group.seen_by(r, rows);
+      lse[i] = row < 0 ? 0.0f : b.lse[group.h * a.Q + row] * kLog2E;
+      share[i] = row < 0 ? 0.0f : share_of(a.scores, r % group.slot, count) / float(a.H);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int key = 16 + column_of_lane(e / 2) + e % 2;
+      const int row = __shfl_sync(kAllLanes, rows, key);
+      const int place = __shfl_sync(kAllLanes, group.place, key);
+      grad_score[e] = b.grad_scores != nullptr && row >= 0 ? b.grad_scores[place] : 0.0f;
+    }
+    Square weights[1], grads[1];
+    differentiate<T, D>(
+        q, grad_out, k, v, 16, a.scale * kLog2E, lse, weights, grads,
+        [&](int i, int column) { return (seen[i] >> column & 1) != 0; },
+        [&](int i, int column) { return grad_score[column / 8 * 2 + column % 2] * share[i]; });
+    uint32_t across[4], down[4];
+    pack<T>(across, weights[0]);
+    transpose(across);
+    const auto row_of = [&](int r) { return int64_t{__shfl_sync(kAllLanes, rows, r)}; };
+    const auto place_of = [&](int r) {  // of a key
+      const int row = __shfl_sync(kAllLanes, rows, 16 + r);
+      const int place = __shfl_sync(kAllLanes, group.place, 16 + r);
+      return int64_t{row < 0 || b.entry_grad_k == nullptr ? row : place};
+    };
+    // Each gradient takes the place of a tile that is not needed any more: v, then grad_out, k.
+    const auto store_keys = [&](void* x, float* entries, T* tile, const Square(&sums)[D / 16],
+                                float scale) {
+      if (entries != nullptr) {
+        store_floats<D>(entries, a.H, group.h, sums, scale, place_of);
+      } else {
+        store_rows<T, D>(static_cast<T*>(x), a.H, group.h, tile, sums, scale, scale, place_of);
+      }
+    };
+    Square sums[D / 16];
+    clear<D>(sums);
+    accumulate<T, D>(sums, across, grad_out, 0);
+    __syncwarp();
+    store_keys(b.grad_v, b.entry_grad_v, v, sums, 1.0f);
+
+    pack<T>(down, grads[0]);
+    clear<D>(sums);
+    accumulate<T, D>(sums, down, k, 0);
+    __syncwarp();
+    store_rows<T, D>(static_cast<T*>(b.grad_q), a.H, group.h, grad_out, sums, a.scale, a.scale,
+                     row_of);
+
+    transpose(down);
+    clear<D>(sums);
+    accumulate<T, D>(sums, down, q, 0);
+    store_keys(b.grad_k, b.entry_grad_k, k, sums, a.scale);
+    __syncwarp();
+  }
+}
+
+}  // namespace
+}  // namespace vidl

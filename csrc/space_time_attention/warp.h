@@ -1,0 +1,243 @@
+// space_time_attention on CUDA: the groups of a call, and the softmax of 16 queries a warp, forward
+// and backward.
+#pragma once
+#include "groups/device.h"
+#include "space_time_attention/interface.h"
+
+namespace vidl {
+namespace {
+
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;  // exponentials are to the base two
+
+__device__ __forceinline__ Members queries_of(const Attention& a, int64_t g) {
+  return members(a.query_offsets, a.query_rows, g, a.Q, a.Q, a.max_queries);
+}
+__device__ __forceinline__ Members keys_of(const Attention& a, int64_t g) {
+  return members(a.key_offsets, a.key_rows, g, a.E, a.K, a.max_keys);
+}
+
+// Offsets must begin with 0 and end with all rows; members() looks at the rest.
+__device__ __forceinline__ void check_ends(const Attention& a) {
+  if (blockIdx.x != 0 || threadIdx.x != 0) return;
+  assert(a.query_offsets[0] == 0 && a.query_offsets[a.G] == a.Q);
+  assert(a.key_offsets[0] == 0 && a.key_offsets[a.G] == a.E);
+}
+
+__device__ __forceinline__ float sum_of_row(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+__device__ __forceinline__ float max_of_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+__device__ __forceinline__ float sum_of_column(float x) {  // of the sixteen rows, given two
+  x += __shfl_xor_sync(kAllLanes, x, 4);
+  x += __shfl_xor_sync(kAllLanes, x, 8);
+  return x + __shfl_xor_sync(kAllLanes, x, 16);
+}
+
+// Scales the products of 16 queries with `count` keys; -inf where the lane's row i does not see a
+// key, which sees(i, column) says. `most` becomes the greatest of a row, if it was less.
+template <int kSquares, class Sees>
+__device__ __forceinline__ void scale_products(Square (&products)[kSquares], int count, float scale,
+                                               float (&most)[2], Sees sees) {
+#pragma unroll
+  for (int n = 0; n < kSquares; n++) {
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+      const int j = e / 4, i = e / 2 % 2;
+      float& x = products[n][j][e % 4];
+      x = 16 * n < count && sees(i, 16 * n + column_of_lane(j) + e % 2) ? x * scale : -INFINITY;
+      most[i] = fmaxf(most[i], x);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) most[i] = max_of_row(most[i]);
+}
+
+// Products become weights, relative to that of `most`; a lane adds its own columns to `sum`.
+template <int kSquares>
+__device__ __forceinline__ void exponentiate(Square (&products)[kSquares], int count,
+                                             const float (&most)[2], float (&sum)[2]) {
+  float top[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) top[i] = most[i] == -INFINITY ? 0.0f : most[i];  // has seen nothing
+#pragma unroll
+  for (int n = 0; n < kSquares; n++) {
+    if (16 * n >= count) continue;
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+      float& x = products[n][e / 4][e % 4];
+      x = exp2_approx(x - top[e / 2 % 2]);
+      sum[e / 2 % 2] += x;
+    }
+  }
+}
+
+// += weights times values
+template <class T, int D, int kSquares>
+__device__ __forceinline__ void add_values(Square (&out)[D / 16], const Square (&weights)[kSquares],
+                                           const T* v, int count) {
+#pragma unroll
+  for (int n = 0; n < kSquares; n++) {
+    if (16 * n >= count) continue;
+    uint32_t a[4];
+    pack<T>(a, weights[n]);
+    accumulate<T, D>(out, a, v, 16 * n);
+  }
+}
+
+// What makes the weights of the lane's rows sum to one, and the log-sum-exp; 0 and -inf of no keys.
+struct Normaliser {
+  float inverse[2], lse[2];
+
+  __device__ __forceinline__ Normaliser(const float (&most)[2], const float (&sum)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const float total = sum_of_row(sum[i]);
+      inverse[i] = total == 0.0f ? 0.0f : 1.0f / total;
+      lse[i] = total == 0.0f ? -INFINITY : most[i] * kLn2 + logf(total);
+    }
+  }
+};
+
+// The weights of 16 queries that meet all their keys at once; the sum to one is left to be made.
+template <class T, int D, int kSquares, class Sees>
+__device__ __forceinline__ Normaliser weigh_keys(const T* q, const T* k, int count, float scale,
+                                                 Square (&weights)[kSquares], Sees sees) {
+  float most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+#pragma unroll
+  for (int e = 0; e < 8 * kSquares; e++) weights[e / 8][e / 4 % 2][e % 4] = 0.0f;
+#pragma unroll
+  for (int d = 0; d < D; d += 16) {  // outermost: no more than 16 channels of the queries are held
+    uint32_t left[4], right[4];
+    load_square<true, false>(left, q, kStride<D>, 0, d);
+#pragma unroll
+    for (int n = 0; n < kSquares; n++) {
+      if (16 * n >= count) continue;
+      load_square<false, false>(right, k, kStride<D>, 16 * n, d);
+      multiply<T>(weights[n], left, right);
+    }
+  }
+  scale_products(weights, count, scale, most, sees);
+  exponentiate(weights, count, most, sum);
+  return Normaliser(most, sum);
+}
+
+// Whole rows of weights of 16 queries once more, and the gradients of their products before the
+// scale. `lse` is to the base two; more(i, column) is added to the gradient of a weight. The
+// weights of a row are made to sum to one again, as far as rounding in the log-sum-exp let them
+// stray: their gradient is a difference that would show it.
+template <class T, int D, int kSquares, class Sees, class More>
+__device__ __forceinline__ void differentiate(const T* q, const T* grad_out, const T* k, const T* v,
+                                              int count, float scale, const float (&lse)[2],
+                                              Square (&weights)[kSquares],
+                                              Square (&grads)[kSquares], Sees sees, More more) {
+  float sum[2] = {}, total[2] = {};
+  Rows16<D> rows;
+  rows.load(q);
+#pragma unroll
+  for (int n = 0; n < kSquares; n++) {
+    if (16 * n >= count) continue;
+    multiply_transposed<T, D>(weights[n], rows, k, 16 * n);
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+      const int i = e / 2 % 2;
+      float& x = weights[n][e / 4][e % 4];
+      const bool seen = sees(i, 16 * n + column_of_lane(e / 4) + e % 2);
+      x = seen ? exp2_approx(x * scale - lse[i]) : 0.0f;
+      sum[i] += x;
+    }
+  }
+  rows.load(grad_out);
+#pragma unroll
+  for (int n = 0; n < kSquares; n++) {
+    if (16 * n >= count) continue;
+    multiply_transposed<T, D>(grads[n], rows, v, 16 * n);
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+      const int i = e / 2 % 2, column = 16 * n + column_of_lane(e / 4) + e % 2;
+      float& x = grads[n][e / 4][e % 4];
+      x = sees(i, column) ? x + more(i, column) : 0.0f;
+      total[i] += weights[n][e / 4][e % 4] * x;
+    }
+  }
+  float delta[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    sum[i] = sum_of_row(sum[i]);
+    sum[i] = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
+    delta[i] = sum_of_row(total[i]) * sum[i];
+  }
+#pragma unroll
+  for (int n = 0; n < kSquares; n++) {
+    if (16 * n >= count) continue;
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+      float& weight = weights[n][e / 4][e % 4];
+      weight *= sum[e / 2 % 2];
+      grads[n][e / 4][e % 4] = weight * (grads[n][e / 4][e % 4] - delta[e / 2 % 2]);
+    }
+  }
+}
+
+// delta of 16 queries from `first` on: the sum of their weights times the gradients of these, which
+// is the output times its gradient. `grad_out` is their tile; a row has two lanes, 2 r and 2 r + 1.
+template <class T, int D>
+__device__ __forceinline__ float output_times_grad(const void* output, int64_t H, int h,
+                                                   const Members& queries, int first,
+                                                   const T* grad_out) {
+  const int lane = lane_id();
+  float dot = 0.0f;
+  if (first + lane / 2 < queries.count) {
+    const int64_t row = queries.row(first + lane / 2);
+    const T* const out = static_cast<const T*>(output) + (row * H + h) * D;
+#pragma unroll
+    for (int unit = 0; unit < D / 16; unit++) {
+      const int d = 16 * unit + lane % 2 * 8;
+      const uint4 x = load_16(out + d);
+      const uint4 y = *reinterpret_cast<const uint4*>(grad_out + lane / 2 * kStride<D> + d);
+      const uint32_t left[4] = {x.x, x.y, x.z, x.w}, right[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+      for (int n = 0; n < 4; n++) {
+        const float2 l = unpack2<T>(left[n]), r = unpack2<T>(right[n]);
+        dot += l.x * r.x + l.y * r.y;
+      }
+    }
+  }
+  return dot + __shfl_xor_sync(kAllLanes, dot, 1);
+}
+
+// Stores the gradients of 16 keys and values from `first` on, or of their entries. `tile` belongs
+// to this warp alone.
+template <class T, int D>
+__device__ __forceinline__ void store_key_grads(const Attention& a, const Backward& b, int h,
+                                                const Members& keys, int first, T* tile,
+                                                const Square (&grad_k)[D / 16],
+                                                const Square (&grad_v)[D / 16]) {
+  if (b.entry_grad_k != nullptr) {
+    const auto place = [&](int r) {
+      return first + r < keys.count ? int64_t{keys.first + first + r} : -1;
+    };
+    store_floats<D>(b.entry_grad_k, a.H, h, grad_k, a.scale, place);
+    store_floats<D>(b.entry_grad_v, a.H, h, grad_v, 1.0f, place);
+  } else {
+    const auto row = [&](int r) { return first + r < keys.count ? keys.row(first + r) : -1; };
+    store_rows<T, D>(static_cast<T*>(b.grad_k), a.H, h, tile, grad_k, a.scale, a.scale, row);
+    store_rows<T, D>(static_cast<T*>(b.grad_v), a.H, h, tile, grad_v, 1.0f, 1.0f, row);
+  }
+}
+
+__host__ __device__ constexpr int round_up_16(int64_t n) {
+  return static_cast<int>((n + 15) / 16 * 16);
+}
+
+// The part of a query's weights in the scores of its keys, of one head.
+__device__ __forceinline__ float share_of(Scores scores, int i, int queries) {
+  if (scores == Scores::kMean) return 1.0f / static_cast<float>(queries);
+  return i == 0 ? 1.0f : 0.0f;
+}
+
+}  // namespace
+}  // namespace vidl

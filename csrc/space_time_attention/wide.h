@@ -1,0 +1,167 @@
+// space_time_attention on CUDA, backward of groups of 129 to 256 queries or keys with heads of at
+// most 64: a block has a group and a head, with all rows of it in shared memory, and a warp 16
+// keys, whose gradients it sums in registers. The queries come 32 at a time: the gradients of their
+// products go through shared memory to the warps that multiply them with the keys.
+//
+// Limit: bytes. It moves 16 N H D bytes (N rows in all, 16 bits) for 10 n N H D FLOPs, at n = 197
+// 123 FLOPs a byte, where an H200 needs 184; the scores' gradient takes another 2 n N H D.
+#pragma once
+#include "space_time_attention/warp.h"
+
+namespace vidl {
+namespace {
+
+constexpr int kWideRows = 256, kWideQueries = 32;
+
+// The rows of one group and head in shared memory.
+template <class T, int D>
+struct WideGroup {
+  T *q, *grad_out, *k, *v;
+  T* grads;       // [kWideQueries, stride]: of the products, before the scale
+  float2* known;  // [queries]: log-sum-exp, to the base two, and delta
+  int stride;
+
+  __device__ WideGroup(T* memory, int queries, int keys)
+      : q(memory),
+        grad_out(q + queries * kStride<D>),
+        k(grad_out + queries * kStride<D>),
+        v(k + keys * kStride<D>),
+        grads(v + keys * kStride<D>),
+        known(reinterpret_cast<float2*>(grads + kWideQueries * (keys + 8))),
+        stride(keys + 8) {}
+
+  static int64_t bytes(int64_t queries, int64_t keys) {
+    const int64_t rows = 2 * (queries + keys) * kStride<D> + kWideQueries * (keys + 8);
+    return rows * sizeof(T) + queries * sizeof(float2);
+  }
+};
+
+// Leaves the log-sum-exp, to the base two, and delta of a warp's 16 queries in shared memory.
+template <class T, int D>
+__device__ __forceinline__ void prepare_queries(const Attention& a, const Backward& b, int h,
+                                                const Members& queries, const Members& keys,
+                                                const WideGroup<T, D>& group, int first) {
+  const float dot =
+      output_times_grad<T, D>(b.out, a.H, h, queries, first, group.grad_out + first * kStride<D>);
+  float lse[2], more[2] = {};
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int query = first + row_of_lane(i);
+    // Where there is no query, weights of zero.
+    lse[i] = query < queries.count ? b.lse[h * a.Q + queries.row(query)] * kLog2E : INFINITY;
+  }
+  if (b.grad_scores != nullptr && (a.scores == Scores::kMean || first == 0)) {
+    Rows16<D> rows;
+    rows.load(group.q + first * kStride<D>);
+    for (int n = 0; n < keys.count; n += 16) {
+      Square weights;
+      multiply_transposed<T, D>(weights, rows, group.k, n);
+#pragma unroll
+      for (int e = 0; e < 8; e++) {
+        const int key = n + column_of_lane(e / 4) + e % 2, i = e / 2 % 2;
+        if (key >= keys.count) continue;
+        const float weight = exp2_approx(weights[e / 4][e % 4] * (a.scale * kLog2E) - lse[i]);
+        more[i] += weight * b.grad_scores[keys.first + key];
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int r = row_of_lane(i), query = first + r;
+    const float share = share_of(a.scores, query, queries.count) / static_cast<float>(a.H);
+    const float delta = __shfl_sync(kAllLanes, dot, 2 * r) + sum_of_row(more[i]) * share;
+    if (lane_id() % 4 == 0) group.known[query] = make_float2(lse[i], delta);
+  }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(2 * kWideRows) wide_backward_kernel(Attention a, Backward b) {
+  DYNAMIC_SHARED(T, memory);
+  check_ends(a);
+  const int64_t g = blockIdx.x / a.H;
+  const int h = static_cast<int>(blockIdx.x % a.H);
+  const Members queries = queries_of(a, g), keys = keys_of(a, g);
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, start = 16 * warp;
+  const WideGroup<T, D> group(memory, round_up_16(a.max_queries), round_up_16(a.max_keys));
+  const int query_rows = round_up_16(queries.count), key_rows = round_up_16(keys.count);
+  const Strided grads_of_out = {b.grad_out, a.H * D, D};
+  copy_rows<T, D>(group.q, query_rows, a.q, h, queries, 0, threadIdx.x, blockDim.x);
+  copy_rows<T, D>(group.grad_out, query_rows, grads_of_out, h, queries, 0, threadIdx.x, blockDim.x);
+  copy_rows<T, D>(group.k, key_rows, a.k, h, keys, 0, threadIdx.x, blockDim.x);
+  copy_rows<T, D>(group.v, key_rows, a.v, h, keys, 0, threadIdx.x, blockDim.x);
+  cp_async_commit();
+  cp_async_wait();
+  __syncthreads();
+  if (start < queries.count) prepare_queries<T, D>(a, b, h, queries, keys, group, start);
+  __syncthreads();  // every query's delta is there
+
+  const bool has_keys = start < keys.count;
+  // Loaded again and again: registers are scarce here.
+  const auto grad_score = [&](int key) {
+    if (b.grad_scores == nullptr || key >= keys.count) return 0.0f;
+    const float share = share_of(a.scores, 0, queries.count) / static_cast<float>(a.H);
+    return b.grad_scores[keys.first + key] * share;
+  };
+  Square grad_k[D / 16], grad_v[D / 16];
+  clear<D>(grad_k);
+  clear<D>(grad_v);
+  for (int first = 0; first < queries.count; first += kWideQueries) {
+#pragma unroll 1
+    for (int n = 0; n < kWideQueries; n += 16) {
+      const int query = first + n;
+      if (!has_keys || query >= queries.count) continue;
+      Square weights, grads;
+      multiply_tiles<T, D>(weights, group.k, start, group.q, query);
+      multiply_tiles<T, D>(grads, group.v, start, group.grad_out, query);
+#pragma unroll
+      for (int e = 0; e < 8; e++) {
+        const int i = e / 2 % 2, column = query + column_of_lane(e / 4) + e % 2;
+        float& weight = weights[e / 4][e % 4];
+        float& x = grads[e / 4][e % 4];
+        const float2 known = group.known[column];
+        weight = exp2_approx(weight * (a.scale * kLog2E) - known.x);
+        const int key = start + row_of_lane(i);
+        if (key >= keys.count) weight = 0.0f;
+        if (a.scores == Scores::kMean || column == 0) x += grad_score(key);
+        x = weight * (x - known.y);
+      }
+      uint32_t packed[4];
+      pack<T>(packed, weights);
+      accumulate<T, D>(grad_v, packed, group.grad_out, query);
+      pack<T>(packed, grads);
+      accumulate<T, D>(grad_k, packed, group.q, query);
+      transpose(packed);
+      put(group.grads, group.stride, n, start, packed);
+    }
+    __syncthreads();  // the gradients of these queries' products are there
+    for (int square = warp; square < kWideQueries / 16 * (D / 16); square += warps) {
+      const int n = square / (D / 16) * 16, d = square % (D / 16) * 16;
+      if (first + n >= queries.count) continue;
+      Square sums = {};
+      for (int key = 0; key < keys.count; key += 16) {
+        uint32_t left[4], right[4];
+        load_square<true, false>(left, group.grads, group.stride, n, key);
+        load_square<true, true>(right, group.k, kStride<D>, key, d);
+        multiply<T>(sums, left, right);
+      }
+      uint32_t packed[4];
+      pack<T>(packed, sums, a.scale, a.scale);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int query = first + n + row_of_lane(i % 2);
+        if (query >= queries.count) continue;
+        T* const to = static_cast<T*>(b.grad_q) + (queries.row(query) * a.H + h) * D;
+        *reinterpret_cast<uint32_t*>(to + d + column_of_lane(i / 2)) = packed[i];
+      }
+    }
+    __syncthreads();  // nobody reads these queries' gradients any more
+  }
+  if (!has_keys) return;
+  // All is found again: kept through the loop, it would not fit into registers.
+  const Members same_keys = keys_of(a, blockIdx.x / a.H);
+  store_key_grads<T, D>(a, b, static_cast<int>(blockIdx.x % a.H), same_keys, threadIdx.x / 32 * 16,
+                        group.k + start * kStride<D>, grad_k, grad_v);
+}
+
+}  // namespace
+}  // namespace vidl

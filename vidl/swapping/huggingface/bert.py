@@ -1,0 +1,67 @@
+"""BERT of transformers: the layers compute words, and no padding."""
+
+from typing import Any
+
+import torch
+import transformers.models.bert.modeling_bert as bert
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from vidl.nn.captions import Captions
+from vidl.swapping.huggingface.attention import Visible, collected
+from vidl.swapping.registry import Family, Rule
+
+
+class BertEncoder(bert.BertEncoder):
+    """Packs the words of all captions, runs the layers, and unpacks: zeros are left at padding.
+
+    The number of words must be known on the host. A mask on a GPU is read for it once a forward,
+    where transformers' own masks are read, too (to see whether there is padding). Compiled, all
+    rows are computed, still without attention to padding.
+
+    All rows are computed, with what they have at padding, for hidden states of every layer
+    (`output_hidden_states`), and where attention weights are dropped out.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        keys = attention_mask.keys if isinstance(attention_mask, Visible) else None
+        more = any(isinstance(x, Tensor) for x in (*args, *kwargs.values()))
+        # transformers renamed it in 5.24
+        cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+        if keys is None or more or cached or collected() or self._drops_out():
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        words = None
+        if keys.is_cuda and not torch.compiler.is_compiling():
+            words = int(keys.sum())
+        captions = Captions(hidden_states, keys, words)
+        packed = captions.pack(hidden_states)[None]
+        result = super().forward(packed, captions.joint(), *args, **kwargs)
+        result.last_hidden_state = captions.unpack(result.last_hidden_state[0])
+        return result
+
+    def _drops_out(self) -> bool:
+        return self.training and any(layer.attention.self.dropout.p > 0 for layer in self.layer)
+
+
+def _why_not(encoder: Any) -> str | None:
+    config = encoder.config
+    if config.is_decoder:
+        return "a decoder: causal attention is PyTorch's own"
+    if config.chunk_size_feed_forward:
+        return f"chunk_size_feed_forward={config.chunk_size_feed_forward} needs rows of one length"
+    return None
+
+
+def _note(encoder: Any, backend: str) -> str:
+    drop = encoder.config.attention_probs_dropout_prob
+    if not drop:
+        return ""
+    return (
+        f"in training it computes padding, too, as attention_probs_dropout_prob={drop} drops out "
+        "weights: set it to 0 before you make the model"
+    )
+
+
+FAMILY = Family(rules=[Rule(bert.BertEncoder, BertEncoder, _why_not, _note)])

@@ -1,0 +1,77 @@
+"""The convolutions with which encoders of transformers cut pictures and clips into patches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vidl.kernels import library
+from vidl.kernels.masked_patch_embed import masked_patch_embed
+from vidl.swapping.huggingface.attention import defining_file
+from vidl.swapping.patches import speed, stays, whole_patches
+from vidl.swapping.registry import Family, full_name, remember, state_of
+from vidl.swapping.report import Change
+
+# The modules that own one, and how they call it, by the file that defines them. VideoMAE's is in
+# huggingface/videomae.py.
+OWNERS = {
+    "bridgetower": ("BridgeTowerVisionEmbeddings", "patch_embedding"),
+    "clip": ("CLIPVisionEmbeddings", "patch_embedding"),
+    "siglip": ("SiglipVisionEmbeddings", "patch_embedding"),
+    "timesformer": ("TimesformerPatchEmbeddings", "projection"),
+    "vit": ("ViTPatchEmbeddings", "projection"),
+    "vivit": ("VivitTubeletEmbeddings", "projection"),
+    "x_clip": ("XCLIPVisionEmbeddings", "patch_embedding"),
+}
+
+
+class Conv2d(nn.Conv2d):
+    """The same by one product of matrices, where a kernel of ours runs it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = state_of(self)
+        assert state is not None
+        if stays(state.backend, x.device.type, library.autocast_dtype(x)):
+            return super().forward(x)
+        h, w = (n // p for n, p in zip(x.shape[2:], self.kernel_size, strict=True))
+        x = x[..., : h * self.kernel_size[0], : w * self.kernel_size[1]]  # as a convolution does
+        return _embed(self, x.unsqueeze(2)).unflatten(2, (h, w))
+
+
+class Conv3d(nn.Conv3d):
+    """The same by one product of matrices: a Conv3d is slow everywhere, above all in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = [n // p for n, p in zip(x.shape[2:], self.kernel_size, strict=True)]
+        T, H, W = (n * p for n, p in zip(grid, self.kernel_size, strict=True))
+        return _embed(self, x[..., :T, :H, :W]).unflatten(2, grid)
+
+
+def _embed(projection: nn.Conv2d | nn.Conv3d, video: Tensor) -> Tensor:
+    """[B, D, N], as a view of [B, N, D], which is what the models make of it."""
+    state = state_of(projection)
+    assert state is not None
+    weight, bias = projection.weight, projection.bias
+    return masked_patch_embed(video, weight, bias, backend=state.backend).transpose(1, 2)
+
+
+def _swap(model: nn.Module, backend: str) -> Sequence[Change]:
+    changes = []
+    for name, module in model.named_modules():
+        kind = type(module)
+        owner, attribute = OWNERS.get(defining_file(kind), ("", ""))
+        if kind.__name__ != owner:
+            continue
+        projection: Any = getattr(module, attribute)
+        name = f"{name}.{attribute}" if name else attribute
+        was, became, note = full_name(type(projection)), None, whole_patches(projection)
+        if note is None:
+            swapped = Conv2d if type(projection) is nn.Conv2d else Conv3d
+            remember(projection, backend, swapped=swapped)
+            became = full_name(swapped)
+            note = speed(projection, backend) if swapped is Conv2d else ""
+        changes.append(Change(name, was, became, note or ""))
+    return changes
+
+
+FAMILY = Family(whole=_swap)

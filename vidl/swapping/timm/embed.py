@@ -1,0 +1,57 @@
+"""timm's `PatchEmbed`: a dense embedding that never calls its convolution."""
+
+from typing import Any
+
+import timm.layers.patch_embed as timm_patch_embed
+import torch.nn.functional as F
+from timm.layers.format import Format
+from torch import Tensor
+
+from vidl.kernels import library
+from vidl.kernels.masked_patch_embed import masked_patch_embed
+from vidl.swapping.patches import speed, stays
+from vidl.swapping.registry import Family, Rule, state_of
+
+
+class PatchEmbed(timm_patch_embed.PatchEmbed):
+    """The same embedding by `masked_patch_embed`, where a kernel of ours runs it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = state_of(self)
+        assert state is not None
+        if stays(state.backend, x.device.type, library.autocast_dtype(x)):
+            return super().forward(x)
+        x = self._checked(x)
+        h, w = (n // p for n, p in zip(x.shape[-2:], self.patch_size, strict=True))
+        x = x[..., : h * self.patch_size[0], : w * self.patch_size[1]]  # as the convolution does
+        tokens = masked_patch_embed(
+            x.unsqueeze(2), self.proj.weight, self.proj.bias, backend=state.backend
+        )
+        return self.norm(tokens if self.flatten else tokens.unflatten(1, (h, w)))
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """The images, padded to whole patches if the model does that."""
+        size = tuple(x.shape[-2:])
+        if self.img_size is not None and self.strict_img_size and size != tuple(self.img_size):
+            raise ValueError(f"need images of {self.img_size}, got {size}")
+        rest = [-n % p for n, p in zip(size, self.patch_size, strict=True)]
+        if any(rest) and self.dynamic_img_pad:
+            return F.pad(x, (0, rest[1], 0, rest[0]))
+        if any(rest) and self.img_size is not None and not self.strict_img_size:
+            raise ValueError(f"need images of whole patches of {self.patch_size}, got {size}")
+        return x
+
+
+def why_not(embed: Any) -> str | None:
+    """The reason why this embedding is left."""
+    if not embed.flatten and embed.output_fmt != Format.NHWC:
+        return f"it hands on {embed.output_fmt.value}, which a convolution makes at once"
+    return None
+
+
+def note(embed: Any, backend: str) -> str:
+    """What the report says where nothing is gained."""
+    return speed(embed.proj, backend)
+
+
+FAMILY = Family(rules=[Rule(timm_patch_embed.PatchEmbed, PatchEmbed, why_not, note)])
