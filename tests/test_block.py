@@ -7,34 +7,35 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_as_accurate, gradients
+from tiny import token_importance
 from torch import nn
 
 from vidl.kernels.groups import Groups
-from vidl.nn import Block
+from vidl.nn import Block, Pruning
 
 WIDTH, HEADS, TOKENS = 384, 12, 50
 PRUNING = (3, 6, 9)
 
 
-def stack(**options):
+def stack(pruning=None):
     """Twelve blocks as of a ViT-B, narrower; sharp attention, so that no two scores are close."""
     torch.manual_seed(0)
     blocks = nn.ModuleList()
     for layer in range(12):
-        pruning = options if layer in PRUNING else {}
-        blocks.append(Block(WIDTH, HEADS, 1.0, True, init_values=0.5, **pruning))
+        own = pruning if layer in PRUNING else None
+        blocks.append(Block(WIDTH, HEADS, 1.0, True, init_values=0.5, pruning=own))
         blocks[-1].attn.qkv.weight.data *= 4
     return blocks
 
 
-def eager(blocks, x, prune_before=None, prune_after=None):
-    """The same with the whole attention matrix; `prune_...(x, scores)` at the layers of PRUNING."""
+def eager(blocks, x, kind="cls", prune_before=None, prune_after=None):
+    """Blocks with a full attention matrix; `prune_...(x, scores)` runs at the layers of PRUNING."""
     for layer, block in enumerate(blocks):
         B, N, C = x.shape
         qkv = block.attn.qkv(block.norm1(x)).view(B, N, 3, HEADS, C // HEADS)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         attention = (q @ k.mT / math.sqrt(C // HEADS)).softmax(-1)
-        scores = attention[:, :, 0, 1:].mean(1)
+        scores = token_importance(kind, attention, k, v)[:, 1:]
         x = x + block.ls1.gamma * block.attn.proj((attention @ v).transpose(1, 2).flatten(2))
         if prune_before and layer in PRUNING:
             x = prune_before(x, scores)
@@ -74,11 +75,18 @@ def assert_near(ours, expected):
     [
         (dict(fuse="sum"), dict(prune_before=evit), 21),  # 49 -> 35 + 1 -> 26 + 1 -> 19 + 1
         (dict(when="after_mlp"), dict(prune_after=svitt), 19),  # 49 -> 35 -> 25 -> 18
+        (dict(scores="mean", fuse="sum"), dict(kind="mean", prune_before=evit), 21),
+        (dict(scores="value", fuse="sum"), dict(kind="value", prune_before=evit), 21),
+        (
+            dict(scores="similarity", when="after_mlp"),
+            dict(kind="similarity", prune_after=svitt),
+            19,
+        ),
     ],
-    ids=["EViT", "SViTT"],
+    ids=["EViT", "SViTT", "mean", "ATS", "ToMe"],
 )
 def test_twelve_layers(options, rule, tokens):
-    blocks = stack(keep_rate=0.7, **options)
+    blocks = stack(Pruning(0.7, **options))
     x = torch.randn(2, TOKENS, WIDTH)
 
     def run(forward, blocks, dtype):
@@ -110,13 +118,12 @@ def test_ids_and_order():
     block = Block(64, 2)
     whole, ids = block(x, return_ids=True)
     assert ids is None and whole.shape == x.shape
-    block.keep_rate, block.when, block.order = 0.5, "after_mlp", "index"
+    block.pruning = Pruning(0.5, when="after_mlp")
     pruned, ids = block(x, return_ids=True)
     assert ids.shape == (2, 5) and torch.equal(ids, ids.sort(1).values)
     rows = torch.cat([torch.zeros(2, 1, dtype=torch.int64), 1 + ids], 1)
     assert torch.equal(pruned, whole[torch.arange(2)[:, None], rows])
-    block.keep_rate = 0.95  # of 10 tokens all 10: nothing is pruned and nothing fused
-    block.fuse = "sum"
+    block.pruning = Pruning(0.95, fuse="sum")  # keeps all 10 tokens: nothing to fuse
     out, ids = block(x, return_ids=True)
     assert ids is None and out.shape == x.shape
     assert block(x[:, :1]).shape == (2, 1, 64)
@@ -134,7 +141,7 @@ def test_takes_over_a_block_of_timm(options):
     }
     x = torch.randn(2, 9, 64)
     assert_near(ours(x), stock(x))
-    pruned = Block.from_block(stock, keep_rate=0.5, fuse="mean")
+    pruned = Block.from_block(stock, pruning=Pruning(0.5, fuse="mean"))
     assert pruned(x).shape == (2, 6, 64)
 
 
@@ -151,7 +158,7 @@ def test_loads_the_weights_of_timm(init_values):
 
 def test_compiles():
     torch.manual_seed(0)
-    block = Block(64, 2, keep_rate=0.7, fuse="sum")
+    block = Block(64, 2, pruning=Pruning(0.7, fuse="sum"))
     x = torch.randn(2, 11, 64)
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -159,7 +166,7 @@ def test_compiles():
 
 
 def test_autocast_prunes_in_float32():
-    block = Block(64, 2, keep_rate=0.5, fuse="sum")
+    block = Block(64, 2, pruning=Pruning(0.5, fuse="sum"))
     x = torch.randn(2, 11, 64)
     with torch.autocast("cpu", torch.bfloat16):
         out = block(x)
@@ -170,13 +177,17 @@ def test_autocast_prunes_in_float32():
 
 def test_misuse_is_explained():
     with pytest.raises(ValueError, match="rate"):
-        Block(64, 2, keep_rate=1.5)
-    with pytest.raises(ValueError, match="when"):
-        Block(64, 2, when="between")
+        Pruning(1.5)
+    with pytest.raises(ValueError, match="need when among 'before_mlp', 'after_mlp', got 'betwe"):
+        Pruning(0.5, when="between")
     with pytest.raises(ValueError, match="order"):
-        Block(64, 2, order="random")
+        Pruning(0.5, order="random")
     with pytest.raises(ValueError, match="fuse"):
-        Block(64, 2, fuse="max")
+        Pruning(0.5, fuse="max")
+    with pytest.raises(ValueError, match="need scores among"):
+        Pruning(0.5, scores="norm")
+    with pytest.raises(ValueError, match="cannot weight a fused token"):
+        Pruning(0.5, scores="similarity", fuse="mean")
     with pytest.raises(ValueError, match="multiple"):
         Block(64, 3)
     with pytest.raises(ValueError, match="CLS"):
@@ -186,9 +197,6 @@ def test_misuse_is_explained():
     vision_transformer = pytest.importorskip("timm.models.vision_transformer")
     with pytest.raises(ValueError, match="attn_drop"):
         Block.from_block(vision_transformer.Block(64, 2, attn_drop=0.1))
-
-
-# ---- Packed ----------------------------------------------------------------------------------
 
 
 LENGTHS = (9, 1, 14, 4)
@@ -204,13 +212,19 @@ def packed(lengths=LENGTHS, width=64):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize(
-    "options",
-    [{}, dict(keep_rate=0.5, fuse="sum"), dict(keep_rate=0.6, when="after_mlp", rounding="floor")],
-    ids=["dense", "EViT", "SViTT"],
+    "pruning",
+    [
+        None,
+        Pruning(0.5, fuse="sum"),
+        Pruning(0.6, when="after_mlp", rounding="floor"),
+        Pruning(0.5, "value", fuse="sum"),
+        Pruning(0.5, "similarity"),
+    ],
+    ids=["dense", "EViT", "SViTT", "ATS", "ToMe"],
 )
-def test_packed_samples_are_as_alone(options, backend):
+def test_packed_samples_are_as_alone(pruning, backend):
     x, groups, alone = packed()
-    first, second = (Block(64, 2, 1.0, True, **options, backend=backend) for _ in range(2))
+    first, second = (Block(64, 2, 1.0, True, pruning=pruning, backend=backend) for _ in range(2))
     for block in (first, second):
         block.attn.qkv.weight.data *= 4
     out, middle, ids = first(x, groups, return_ids=True)
@@ -220,7 +234,7 @@ def test_packed_samples_are_as_alone(options, backend):
     def run(block, y):
         """One sample; nothing dropped of it, it has zeros as its fused token if it is packed."""
         z, positions = block(y, return_ids=True)
-        if positions is None and block.fuse:
+        if positions is None and pruning is not None and pruning.fuse:
             z = torch.cat([z, block.mlp(block.norm2(torch.zeros(1, 1, 64)))], 1)
         return z, torch.arange(y.shape[1] - 1) if positions is None else positions[0]
 
@@ -231,7 +245,7 @@ def test_packed_samples_are_as_alone(options, backend):
         kept.append(positions)
     assert after.row_offsets.diff().tolist() == [len(z) for z in expected]
     assert_near(out, torch.cat(expected))
-    if options:
+    if pruning is not None:
         assert torch.equal(ids, torch.cat(kept))
     else:
         assert ids is None and after is groups
@@ -245,7 +259,7 @@ def test_packed_samples_are_as_alone(options, backend):
 
 def test_packed_samples_of_one_length_are_a_batch():
     x = torch.randn(3, 9, 64)
-    block = Block(64, 2, keep_rate=0.5, fuse="sum")
+    block = Block(64, 2, pruning=Pruning(0.5, fuse="sum"))
     batch, ids = block(x, return_ids=True)
     out, groups, packed_ids = block(x.flatten(0, 1), Groups.equal(3, 9), return_ids=True)
     assert groups.uniform and groups.max_queries == batch.shape[1] == 6
@@ -263,14 +277,14 @@ def test_packed_in_other_groups():
     for frame in frames.unique():
         rows = frames == frame
         assert_near(out[rows], block(x[rows][None])[0])
-    block.keep_rate = 0.5
+    block.pruning = Pruning(0.5)
     with pytest.raises(ValueError, match="whole samples"):
         block(x, groups)
 
 
 def test_packed_pruning_compiles_where_the_count_is_known():
     x, groups, _ = packed()
-    block = Block(64, 2, keep_rate=0.5)
+    block = Block(64, 2, pruning=Pruning(0.5))
     expected, after = block(x, groups)
     num_kept = len(expected) - len(LENGTHS)
     torch._dynamo.reset()

@@ -8,12 +8,13 @@ from compare import assert_model_as_accurate
 from tiny import GRID, PATCHES, WIDTH, B, T, clip, randomise, results
 
 from vidl.masking import visual_mask
-from vidl.nn import MaeDecoder, ViT
+from vidl.nn import MaeDecoder, Pruning, ViT
 from vidl.nn.decoder import sincos_1d, sincos_2d
 from vidl.ops import masked_patch_loss
 
 SMALL = dict(patch_size=8, encoder_dim=WIDTH, dim=64, depth=2, num_heads=2)
 SAMPLES = torch.arange(B)
+PRUNING = Pruning(0.7, fuse="sum")
 
 
 def encoded(ids_keep, prefix=1):
@@ -100,7 +101,7 @@ def test_the_loss_of_pruned_frames():
     """The whole path of masked visual modelling, frame by frame, after pruning with fusion."""
     torch.manual_seed(0)
     mask = visual_mask(0, 0, SAMPLES, GRID, 0.5)
-    encoder = ViT(32, 8, embed_dim=WIDTH, depth=2, num_heads=2, prune_layers=(0,), fuse="sum")
+    encoder = ViT(32, 8, embed_dim=WIDTH, depth=2, num_heads=2, prune_layers=(0,), pruning=PRUNING)
     decoder = MaeDecoder((1, 4, 4), **SMALL)
     frames = encoder(clip(), mask.ids_keep)
     each = mask.per_frame()

@@ -169,9 +169,6 @@ def test_compiles():
     torch.testing.assert_close(compiled(clip(), ids), model(clip(), ids))
 
 
-# ---- Weights ---------------------------------------------------------------------------------
-
-
 def test_names_are_those_of_frozen_in_time():
     names = set(make().state_dict())
     assert {"cls_token", "pos_embed", "temporal_embed", "patch_embed.proj.weight"} <= names
@@ -218,7 +215,7 @@ def test_misuse_is_explained():
     with pytest.raises(ValueError, match="at most num_frames=2 frames, got 3"):
         make(num_frames=2)(clip())
     uneven = torch.arange(2 * T).expand(B, -1)
-    with pytest.raises(RuntimeError, match="as many visible"):
+    with pytest.raises(RuntimeError, match="same number of visible"):
         make()(clip(), uneven)
     with pytest.raises(ValueError, match="each of 3 frames"):
         make()(clip(), uneven[:, :4])

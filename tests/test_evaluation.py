@@ -288,7 +288,7 @@ def test_masks_and_pruning_are_as_asked_for():
     handle.remove()
     # 16 patches a frame: half of them and the fused token; of 5 visible ones; all of them.
     assert seen[::2] == [(False, 1 + 8 + 1), (True, 1 + 3 + 1), (False, 1 + 16)]
-    assert model.training and model.vision.blocks[1].keep_rate == 0.5 and model.selector.keep == 1
+    assert model.training and model.vision.keep_rate == 0.5 and model.selector.keep == 1
     low = retrieval(model, data, dataclasses.replace(QUIET, dtype=torch.bfloat16), rerank=2)
     assert math.isfinite(low.reranked["t2v"].mean)
 

@@ -16,9 +16,10 @@ from vidl.bench.training import breakdown, loading, savings, steps, summary
 from vidl.bench.training.baseline import SWAPS, stock
 from vidl.cli import main
 from vidl.masking import Vocabulary
-from vidl.nn import Block, MaskedPatchEmbed
+from vidl.nn import Block, MaskedPatchEmbed, Pruning
 from vidl.objectives import masked
 
+AFTER_MLP = Pruning(0.5, when="after_mlp")
 SMALL = dict(
     frames=2, image_size=32, patch_size=8, width=64, depth=2, heads=2, text_width=64, text_heads=2,
     text_layers=1, embed_dim=16, vocabulary=Vocabulary(200, 103, (0, 100, 101, 102, 103)),
@@ -94,7 +95,7 @@ def test_stock_shares_the_parameters_and_leaves_the_model_as_it_was():
             lambda: stock(MaskedPatchEmbed(8, 3, 8))(torch.zeros(1, 3, 2, 8, 8), cu_seqlens=0),
             "in every clip",
         ),
-        (lambda: stock(Block(8, 1, keep_rate=0.5, when="after_mlp"))(torch.zeros(1, 4, 8)), "MLP"),
+        (lambda: stock(Block(8, 1, pruning=AFTER_MLP))(torch.zeros(1, 4, 8)), "MLP"),
     ],
 )
 def test_stock_says_what_it_does_not_have(call, message):

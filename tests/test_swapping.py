@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import vidl
-from vidl.swapping import families
+from vidl.swapping import registry
 from vidl.swapping.registry import Family, Rule, remember, state_of
 
 
@@ -55,7 +55,7 @@ FAMILY = Family([RULE])
 
 @pytest.fixture(autouse=True)
 def families_of_this_file(monkeypatch):
-    monkeypatch.setattr(families, "of", lambda model: [ME.FAMILY])
+    monkeypatch.setattr(registry, "families_of", lambda model: [ME.FAMILY])
 
 
 def model(*parts):
@@ -68,7 +68,7 @@ def test_a_forward_on_the_object_itself_is_not_overlooked():
     m[0].forward = m[0].forward  # accelerate's hooks stand there
     report = vidl.swap(m)
     assert [change.name for change in report.swapped] == ["2"]
-    assert "its forward was replaced on the object itself" in report.left[0].note
+    assert "its forward was replaced on the object" in report.left[0].note
     with pytest.raises(ValueError, match="cannot swap .*Doubling: its forward was replaced"):
         remember(m[0], swapped=Swapped)
     assert state_of(m[0]) is None
@@ -120,7 +120,7 @@ def test_what_is_left_is_named_with_its_reason():
     assert {change.name: change.note for change in report.left} == {
         "1": "a limit of 7",
         "2": f"a subclass of {__name__}.Doubling, which may compute something else",
-        "3": "vidl has nothing that computes it",
+        "3": "vidl does not support it",
     }
     assert type(m[1]) is Doubling and type(m[2]) is SameAttention
     text = str(report)
@@ -141,8 +141,8 @@ def test_a_model_that_is_itself_swapped():
 @pytest.mark.parametrize(
     "m, why",
     [
-        (nn.Linear(2, 2), "it has no attention"),
-        (nn.MultiheadAttention(2, 1), "vidl has nothing that computes it"),
+        (nn.Linear(2, 2), "vidl recognises no attention"),
+        (nn.MultiheadAttention(2, 1), "vidl does not support it"),
         (Doubling(limit=7), "a limit of 7"),
     ],
 )
@@ -156,17 +156,17 @@ def test_nothing_to_swap(m, why):
 
 def test_wrong_calls():
     m = model()
-    with pytest.raises(ValueError, match="nothing of this model is swapped"):
+    with pytest.raises(ValueError, match="no module of this model is swapped"):
         vidl.unswap(m)
     with pytest.raises(ValueError, match="backend must be .* got 'fast'"):
         vidl.swap(m, backend="fast")
     with pytest.raises(TypeError, match="need a torch.nn.Module, got int"):
         vidl.swap(3)
     vidl.swap(m)
-    with pytest.raises(ValueError, match="swapped already .*'0' the first.*vidl.unswap"):
+    with pytest.raises(ValueError, match="already swapped .*first is '0'.*vidl.unswap"):
         vidl.swap(m)
     m[2].__class__ = SameAttention  # as fully_shard gives modules another class
-    with pytest.raises(ValueError, match="'2' became .*Swapped .* is now .*SameAttention"):
+    with pytest.raises(ValueError, match="swapped '2' to .*Swapped, .* is now .*SameAttention"):
         vidl.unswap(m)
 
 
@@ -182,19 +182,19 @@ def test_a_swap_that_fails_leaves_no_trace(monkeypatch):
 
 
 def test_versions(monkeypatch):
-    families.check_version.cache_clear()
+    registry.check_version.cache_clear()
     for version in ("1.0.31", "1.0.31.dev0"):
         monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(__version__=version))
-        families.check_version.cache_clear()
+        registry.check_version.cache_clear()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            families.check_version("timm")
+            registry.check_version("timm")
     for version in ("1.0.30", "1.1", "2.0.0"):
         monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(__version__=version))
-        families.check_version.cache_clear()
+        registry.check_version.cache_clear()
         with pytest.warns(UserWarning, match=f"tested with timm 1.0.31 .* this is {version}"):
-            families.check_version("timm")
-    families.check_version.cache_clear()
+            registry.check_version("timm")
+    registry.check_version.cache_clear()
 
 
 def test_import_is_light():

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from compare import assert_model_as_accurate
+from tiny import token_importance
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -62,9 +63,6 @@ def words(model, **more):
     """The hidden states of all words."""
     inputs = captions()
     return model(**inputs, **more).last_hidden_state[inputs["attention_mask"].bool()]
-
-
-# ---- Every family -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -215,9 +213,6 @@ def test_loads_without_vidl(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
-# ---- The attention interface --------------------------------------------------------------------
-
-
 def test_the_name_can_be_asked_for(tmp_path):
     model = bert()
     expected = words(model)
@@ -283,12 +278,12 @@ def test_what_cannot_be_computed_raises(option):
     attention = bert(attn_implementation="vidl").encoder.layer[0].attention.self
     q, k, v = randn(3, 1, 2, 4, 32)
     # Called as models call it: layers take some of these options for themselves.
-    with pytest.raises(ValueError, match=f"BertSelfAttention {option}: call vidl.unswap"):
+    with pytest.raises(ValueError, match=f"{option} in BertSelfAttention: call vidl.unswap"):
         interface.attention(attention, q, k, v, None, **{option: torch.ones(1)})
 
 
 def test_unknown_masks_raise():
-    with pytest.raises(TypeError, match="BertSelfAttention a mask of type str"):
+    with pytest.raises(TypeError, match="a mask of type str in BertSelfAttention"):
         bert(attn_implementation="vidl").encoder.layer[0](randn(1, 4, 64), "causal")
 
 
@@ -298,7 +293,7 @@ def test_weights_of_attention_are_refused(name):
     model.set_attn_implementation("eager")
     vidl.swap(model)
     # VideoMAE never tells its attention what was asked for.
-    with pytest.raises(ValueError, match="output_attentions=True asks for: call vidl.unswap"):
+    with pytest.raises(ValueError, match="output_attentions=True in .*: call vidl.unswap"):
         model(**inputs, output_attentions=True)
     vidl.unswap(model)
     assert model.config._attn_implementation == "eager"
@@ -337,7 +332,7 @@ def test_dropout_of_weights_is_that_of_sdpa():
 def test_heads_without_a_kernel():
     model = bert(num_attention_heads=8)
     expected = words(model)
-    assert "stays with PyTorch's own attention" in str(vidl.swap(model))
+    assert "keeps PyTorch's attention" in str(vidl.swap(model))
     close([words(model)], [expected])
 
 
@@ -349,9 +344,6 @@ def test_a_caption_of_padding_alone():
     found = model(inputs["input_ids"], mask).last_hidden_state
     close([found[mask.bool()]], [words(model)[: int(mask.sum())]])
     assert not found[2].any()
-
-
-# ---- BERT ---------------------------------------------------------------------------------------
 
 
 def rows_of(model, **more):
@@ -391,9 +383,6 @@ def test_heads_of_bert():
     close([model(**inputs, labels=labels).loss], [expected])
 
 
-# ---- VideoMAE -----------------------------------------------------------------------------------
-
-
 def test_masked_patches_are_never_embedded():
     model, inputs = PRETRAINING.model(), PRETRAINING.inputs()
     vidl.swap(model)
@@ -420,7 +409,7 @@ def test_unequal_masks_raise(visible):
     model, mask = PRETRAINING.model(), hidden(visible)
     vidl.swap(model)
     for part in (model, model.videomae):
-        with pytest.raises(ValueError, match=f"got from {visible[0]} to {visible[1]}"):
+        with pytest.raises(ValueError, match=f"got {visible[0]} to {visible[1]}"):
             part(clips()["pixel_values"], bool_masked_pos=mask)
 
 
@@ -455,7 +444,7 @@ def test_a_compiled_model_keeps_its_number_of_visible_patches():
     vidl.swap(model)
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
     model(**PRETRAINING.inputs())
-    with pytest.raises(RuntimeError, match="need 5 visible patches a clip"):
+    with pytest.raises(RuntimeError, match="need 5 visible patches in each clip"):
         model(**clips(), bool_masked_pos=hidden((6, 6)))
     # Their ids have a shape, of which torch.compile makes another graph.
     ids = (~hidden((6, 6))).nonzero()[:, 1].view(2, -1)
@@ -509,9 +498,6 @@ def test_the_table_of_positions_stays():
     assert torch.equal(model.position_embeddings, table)
 
 
-# ---- TimeSformer, ViViT and others ---------------------------------------------------------------
-
-
 def test_stochastic_depth_of_timesformer():
     model = CASES["Timesformer"].model().train()
     for layer in model.encoder.layer:  # its configuration takes whole numbers only
@@ -542,35 +528,37 @@ def test_sizes_that_a_convolution_cuts():
     close([model(images, interpolate_pos_encoding=True).last_hidden_state], [expected])
 
 
-# ---- vidl.prune ---------------------------------------------------------------------------------
-
-
-def by_hand(model, pixels, rate, layers, score):
-    """EViT's pruning with the matrix of weights, by the stock modules of ViT or ViViT."""
+def by_hand(model, pixels, rate, layers, scores):
+    """Pruning after attention with a weight matrix, by the original modules of ViT or ViViT."""
     x = model.embeddings(pixels)
     for number, layer in enumerate(model.layers):
-        out, weights = layer.attention(layer.layernorm_before(x), None)
+        normed, attn = layer.layernorm_before(x), layer.attention
+        out, weights = attn(normed, None)
         x = x + out
         if number in layers:
-            seen = weights.mean(1)[:, 0] if score == "cls" else weights.mean((1, 2))
+            k, v = (
+                projection(normed).unflatten(-1, (attn.num_attention_heads, -1)).transpose(1, 2)
+                for projection in (attn.k_proj, attn.v_proj)
+            )
+            importance = token_importance(scores, weights, k, v)
             keep = kept_count(x.shape[1] - 1, rate)
-            ids = 1 + seen[:, 1:].topk(keep).indices.sort(1).values
+            ids = 1 + importance[:, 1:].topk(keep).indices.sort(1).values
             kept = x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
             x = torch.cat([x[:, :1], kept], 1)
         x = x + layer.mlp(layer.layernorm_after(x))
     return model.layernorm(x)
 
 
-@pytest.mark.parametrize("score", ["cls", "mean"])
+@pytest.mark.parametrize("scores", ["cls", "mean", "value", "similarity"])
 @pytest.mark.parametrize("name", ["ViT", "Vivit"])
-def test_prune(name, score):
+def test_prune(name, scores):
     case = CASES[name]
     model = case.model()
     model.set_attn_implementation("eager")
     pixels = case.inputs()["pixel_values"]
     before = outputs(model, case, torch.float32)
-    expected = by_hand(model, pixels, 0.6, (0, 1), score)
-    report = vidl.prune(model, 0.6, [0, 1], score=score)
+    expected = by_hand(model, pixels, 0.6, (0, 1), scores)
+    report = vidl.prune(model, 0.6, [0, 1], scores=scores)
     assert "keeps 0.6 of its tokens" in str(report)
     found = model(pixels, output_hidden_states=True)
     close([found.last_hidden_state], [expected])
@@ -586,15 +574,15 @@ def test_prune(name, score):
     assert torch.equal(model.eval()(pixels).last_hidden_state, before[0])
 
 
-@pytest.mark.parametrize("fuse", [None, "sum"])
-def test_prune_videomae(fuse):
+@pytest.mark.parametrize("fuse, scores", [(None, "mean"), ("sum", "mean"), (None, "similarity")])
+def test_prune_videomae(fuse, scores):
     case = CASES["VideoMAEForVideoClassification"]
     model, rows = case.model(), []
-    vidl.prune(model, 0.5, [0], score="mean", fuse=fuse)
+    vidl.prune(model, 0.5, [0], scores=scores, fuse=fuse)
     model.videomae.encoder.layer[1].register_forward_hook(lambda m, i, o: rows.append(o.shape[1]))
     model(**case.inputs()).logits.sum().backward()
     assert rows == [PATCHES // 2 + (fuse is not None)]
-    vidl.prune(model, 1.0, [0], score="mean", fuse=fuse)  # all of them again
+    vidl.prune(model, 1.0, [0], scores=scores, fuse=fuse)  # keeps all tokens
     before = outputs(model, case, torch.float32)
     vidl.unswap(model)
     close(before, outputs(model, case, torch.float32))
@@ -615,9 +603,6 @@ def test_what_cannot_be_pruned():
         vidl.prune(transformers.ViTForMaskedImageModeling(config), 0.5, [0])
 
 
-# ---- vidl.mask ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["ViT", "Vivit", "CLIP", "Siglip"])
 def test_mask(name):
     case = CASES[name]
@@ -626,7 +611,7 @@ def test_mask(name):
     embeddings = getattr(model, "vision_model", model).embeddings
     pixels = case.inputs()["pixel_values"]
     every = embeddings(pixels)
-    assert "hides 0.75 of its patches in training" in str(vidl.mask(model, 0.75))
+    assert "masks 0.75 of its patches in training" in str(vidl.mask(model, 0.75))
     close(outputs(model, case, torch.float32), before)
 
     model.train()
@@ -652,7 +637,7 @@ def test_what_cannot_be_masked():
     with pytest.raises(ValueError, match="found none in"):
         vidl.mask(CASES["Bert"].model(), 0.5)
     config = transformers.ViTConfig(**VISION, encoder_stride=8)
-    with pytest.raises(ValueError, match="a token for masked patches"):
+    with pytest.raises(ValueError, match="a mask token"):
         vidl.mask(transformers.ViTForMaskedImageModeling(config), 0.5)
 
 
@@ -662,14 +647,16 @@ def test_the_report():
     assert "SiglipAttention by attn_implementation='vidl'" in str(report)
     report = vidl.swap(CASES["CLIP"].model())
     notes = {c.note for c in report.swapped if c.name.startswith("text_model")}
-    assert notes == {"PyTorch's own attention, as it is causal"}
+    assert notes == {"stays with PyTorch's attention, because it is causal"}
 
 
 def test_another_version_of_transformers_leaves_the_rest(monkeypatch):
     name = "vidl.swapping.huggingface.bert"
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delattr(modeling_bert, "BertEncoder")
-    with pytest.warns(UserWarning, match=r"leaves models of transformers .*huggingface.bert.*"):
+    with pytest.warns(
+        UserWarning, match=r"cannot change models of .*huggingface.bert.*"
+    ):
         vidl.swap(CASES["ViT"].model())
     monkeypatch.undo()
     vidl.swap(bert())
@@ -677,11 +664,8 @@ def test_another_version_of_transformers_leaves_the_rest(monkeypatch):
 
 def test_nothing_to_swap():
     config = transformers.T5Config(d_model=32, num_layers=1, num_heads=2, d_ff=32, vocab_size=20)
-    with pytest.raises(ValueError, match=r"nothing of .*T5Model can be swapped"):
+    with pytest.raises(ValueError, match=r"no module of .*T5Model can be swapped"):
         vidl.swap(transformers.T5Model(config))
-
-
-# ---- What is timed, and what is shown ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

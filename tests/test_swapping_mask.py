@@ -62,7 +62,7 @@ def test_again_and_back():
     assert_equal(results(copy.deepcopy(model), images()), results(model, images()))
     report = vidl.mask(model, 0.75)
     assert model.forward_features(images()).shape[1] == 1 + 4
-    assert "hides 0.75 of its patches in training" in str(report)
+    assert "masks 0.75 of its patches in training" in str(report)
     model.eval()
     vidl.unswap(model)
     assert type(model) is VisionTransformer and type(model.patch_drop) is nn.Identity

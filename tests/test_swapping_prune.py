@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_model_as_accurate
+from tiny import token_importance
 
 pytest.importorskip("timm")
 
@@ -28,9 +29,8 @@ import vidl  # noqa: E402
 from vidl.bench.measure import cases  # noqa: E402
 from vidl.bench.measure.check import check  # noqa: E402
 from vidl.bench.ops import swapped  # noqa: E402
-from vidl.nn import Block  # noqa: E402
+from vidl.nn import Block, Pruning, pruning  # noqa: E402
 from vidl.ops import kept_count  # noqa: E402
-from vidl.swapping import prune as pruning  # noqa: E402
 
 BEIT = dict(use_rel_pos_bias=True, init_values=0.1)
 PRUNED = {
@@ -75,8 +75,8 @@ def chosen(monkeypatch):
 class Masked:
     """timm's model, whose layers in LAYERS mask tokens from there on; `choices` are their ids."""
 
-    def __init__(self, monkeypatch, score, choices, right):
-        self.score, self.choices, self.right = score, choices, right
+    def __init__(self, monkeypatch, scores, choices, right):
+        self.scores, self.choices, self.right = scores, choices, right
         self.sdpa, self.patch = F.scaled_dot_product_attention, monkeypatch
 
     def __call__(self, model, x):
@@ -95,15 +95,20 @@ class Masked:
         mask = hidden[:, None, None] if attn_mask is None else attn_mask + hidden[:, None, None]
         layer, self.calls = self.calls, self.calls + 1
         if layer in LAYERS:
-            weights = (q @ k.mT * q.shape[-1] ** -0.5 + mask).softmax(-1).float().mean(1)
-            self.drop(weights.detach(), seen, self.choices[LAYERS.index(layer)])
+            weights = (q @ k.mT * q.shape[-1] ** -0.5 + mask).softmax(-1).float()
+            scores = self.score(weights.detach(), k.detach(), v.detach(), seen)
+            self.drop(scores[:, self.prefix :], self.choices[LAYERS.index(layer)])
         return self.sdpa(q, k, v, attn_mask=mask.expand(-1, q.shape[1], q.shape[2], -1))
 
-    def drop(self, weights, seen, ids):
-        if self.score == "cls":
-            scores = weights[:, 0, self.prefix :]
-        else:
-            scores = (weights * seen[:, :, None]).sum(1)[:, self.prefix :]
+    def score(self, weights, k, v, seen):
+        """The scores of the tokens that are not masked, by each sample on its own."""
+        scores = weights.new_zeros(seen.shape)
+        for sample, rows in enumerate(seen):
+            own = [x[sample : sample + 1, :, rows] for x in (weights[..., rows], k, v)]
+            scores[sample, rows] = token_importance(self.scores, *own)[0].to(scores.dtype)
+        return scores
+
+    def drop(self, scores, ids):
         alive = self.alive.clone()
         for sample, places in enumerate(self.alive):
             places = places.nonzero().flatten()
@@ -118,18 +123,21 @@ class Masked:
 
 
 @pytest.mark.parametrize(
-    "name, score",
-    [(name, "cls") for name in PRUNED] + [(n, "mean") for n in PRUNED if "BEiT" not in n],
+    "name, scores",
+    [(name, "cls") for name in PRUNED]
+    + [(name, "mean") for name in PRUNED if "BEiT" not in name]
+    + [(name, "value") for name in ("ViT", "DeiT, distilled", "RoPE, shared keys", "DINOv3")]
+    + [(name, "similarity") for name in ("ViT", "SigLIP", "EVA, norms after", "RoPE, shared keys")],
 )
-def test_dropped_tokens_are_as_if_masked(name, score, chosen, monkeypatch):
+def test_dropped_tokens_are_as_if_masked(name, scores, chosen, monkeypatch):
     model, x = deep(name), images()
     stock = copy.deepcopy(model)
-    vidl.prune(model, RATE, LAYERS, score=score)
+    vidl.prune(model, RATE, LAYERS, scores=scores)
     ours = results(model, x, features)
     right = []
-    low = results(stock, x, Masked(monkeypatch, score, chosen, right))
+    low = results(stock, x, Masked(monkeypatch, scores, chosen, right))
     assert len(right) == 6 and all(right), "the tokens with the highest scores stay"
-    masked = Masked(monkeypatch, score, chosen, None)
+    masked = Masked(monkeypatch, scores, chosen, None)
     true = results(copy.deepcopy(stock).double(), x.detach().double().requires_grad_(), masked)
     assert_model_as_accurate(ours, low, true, torch.float32)
     kept = kept_count(kept_count(16, RATE), RATE)
@@ -154,7 +162,7 @@ def test_bfloat16(name, chosen, monkeypatch):
 def test_vit_is_our_block(name, when, fuse):
     model, x = deep(name), images()
     stock = copy.deepcopy(model)
-    options = dict(keep_rate=RATE, when=when, fuse=fuse, order="index", backend="reference")
+    options = dict(pruning=Pruning(RATE, "cls", when, "index", fuse), backend="reference")
 
     def written_out(stock, x):
         x = stock.norm_pre(stock._pos_embed(stock.patch_embed(x)))
@@ -283,7 +291,7 @@ def test_again_with_another_rate_and_after_a_swap():
     report = vidl.prune(model, 0.5, [0])
     assert model.forward_features(x).shape[1] == 1 + 8
     assert {change.name for change in report.changes} == {"", "blocks.0"}
-    assert "keeps 0.5 of its tokens by cls attention" in str(report)
+    assert "keeps 0.5 of its tokens by scores='cls'" in str(report)
     vidl.prune(model, 0.25, [1, 3], fuse="sum")
     assert model.forward_features(x).shape[1] == 1 + 3
     vidl.prune(model, 1.0, [2])
@@ -303,13 +311,16 @@ def test_masks_are_refused_where_tokens_are_dropped():
 @pytest.mark.parametrize(
     "model, options, reason",
     [
-        (MODELS["SigLIP"], {}, "no class token; score='mean'"),
-        (MODELS["BEiT"], {"score": "mean"}, "only score='cls'"),
-        (MODELS["BEiT"], {"fuse": "sum"}, "a fused token has no place"),
+        (MODELS["SigLIP"], {}, "no class token; need scores='mean' or scores='similarity'"),
+        (MODELS["SigLIP"], {"scores": "value"}, "no class token"),
+        (MODELS["DINOv2"], {"scores": "similarity"}, "5 prefix tokens, .* one class token"),
+        (MODELS["BEiT"], {"scores": "mean"}, "only scores='cls', got 'mean'"),
+        (MODELS["BEiT"], {"scores": "value"}, "only scores='cls', got 'value'"),
+        (MODELS["BEiT"], {"fuse": "sum"}, "a fused token has no position"),
         (MODELS["ViT"], {"layers": [2]}, r"layers in \[0, 2\).* got \[2\]"),
         (MODELS["ViT"], {"layers": []}, r"layers in \[0, 2\)"),
         (MODELS["ViT"], {"keep_rate": 1.5}, r"a rate in \(0, 1\], got 1.5"),
-        (MODELS["ViT"], {"score": "norm"}, "need score among 'cls', 'mean', got 'norm'"),
+        (MODELS["ViT"], {"scores": "norm"}, "need scores among 'cls', .*, got 'norm'"),
         (MODELS["ViT"], {"fuse": "max"}, "need fuse among None, 'sum', 'mean', got 'max'"),
         (MODELS["ViT"], {"when": "later"}, "need when among .*, got 'later'"),
         (MODELS["NaFlexVit"], {}, r"need a vision transformer .*VisionTransformer.* found none"),

@@ -13,7 +13,7 @@ from tiny import GRID, PATCHES, SIZE, WIDTH, B, T, clip, randomise, results
 from torch import nn
 
 from vidl.masking import visual_mask
-from vidl.nn import ViT
+from vidl.nn import Pruning, ViT
 
 NORM = partial(nn.LayerNorm, eps=1e-5)  # CLIP's
 
@@ -90,7 +90,7 @@ def test_masked_encoder_is_that_of_mae(backend):
 
 @pytest.mark.parametrize("fuse", [None, "sum"])
 def test_pruning_says_what_stayed(fuse):
-    ours = randomise(ViT(**SIZE, prune_layers=(0, 2), keep_rate=0.6, fuse=fuse))
+    ours = randomise(ViT(**SIZE, prune_layers=(0, 2), pruning=Pruning(0.6, fuse=fuse)))
     ids_keep, video = mask(), clip()
     found = ours(video, ids_keep)
 
@@ -125,7 +125,7 @@ def test_pruning_says_what_stayed(fuse):
 
 
 def test_every_parameter_learns():
-    ours = ViT(**SIZE, prune_layers=(1,), fuse="sum")
+    ours = ViT(**SIZE, prune_layers=(1,), pruning=Pruning(0.7, fuse="sum"))
     ours(clip(), mask()).tokens.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in ours.parameters())
 
@@ -151,7 +151,7 @@ def test_base_is_as_large_as_published():
 
 
 def test_autocast():
-    ours = randomise(ViT(**SIZE, prune_layers=(1,), fuse="sum"))
+    ours = randomise(ViT(**SIZE, prune_layers=(1,), pruning=Pruning(0.7, fuse="sum")))
     with torch.autocast("cpu", torch.bfloat16):
         found = ours(clip(), mask())
     assert found.tokens.dtype == torch.float32
@@ -163,7 +163,7 @@ def test_autocast():
 
 def test_compiles():
     torch._dynamo.reset()
-    ours = ViT(**SIZE, prune_layers=(1,), fuse="sum")
+    ours = ViT(**SIZE, prune_layers=(1,), pruning=Pruning(0.7, fuse="sum"))
 
     def run(video, ids):
         found = ours(video, ids)
@@ -172,9 +172,6 @@ def test_compiles():
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     for ours_, theirs in zip(compiled(clip(), mask()), run(clip(), mask()), strict=True):
         torch.testing.assert_close(ours_, theirs)
-
-
-# ---- Weights of others -----------------------------------------------------------------------
 
 
 def transformers_vit():
@@ -360,8 +357,10 @@ def test_weights_that_do_not_fit_are_named():
 def test_misuse_is_explained():
     with pytest.raises(ValueError, match=r"prune_layers in \[0, 3\).*got \[3\]"):
         ViT(**SIZE, prune_layers=(0, 3))
+    with pytest.raises(ValueError, match="need pruning=Pruning"):
+        ViT(**SIZE, prune_layers=(0,))
     with pytest.raises(ValueError, match="rate"):
-        ViT(**SIZE, keep_rate=0.0)
+        ViT(**SIZE, prune_layers=(0,), pruning=Pruning(0.5)).set_keep_rate(0.0)
     with pytest.raises(ValueError, match="multiple of num_heads"):
         ViT(**(SIZE | dict(num_heads=3)))
     with pytest.raises(ValueError, match="multiple of patch_size"):
@@ -374,7 +373,7 @@ def test_misuse_is_explained():
     with pytest.raises(ValueError, match="each of 3 frames"):
         ours(clip(), torch.zeros(B, 4, dtype=torch.int64))
     uneven = torch.arange(2 * T).expand(B, -1)
-    with pytest.raises(RuntimeError, match="equally|as many visible"):
+    with pytest.raises(RuntimeError, match="same number of visible patches in each frame"):
         ours(clip(), uneven)
     with pytest.raises(ValueError, match="whole tubelets of 2, got 3 frames"):
         ViT(**SIZE, tubelet_size=2)(clip())

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidl.bench.ops.select_tokens import index_select
-from vidl.kernels.select_tokens import kept_count
-from vidl.nn import Bert, Block, FrameSelector, MaskedPatchEmbed, SelectedFrames
+from vidl.nn import Bert, Block, FrameSelector, MaskedPatchEmbed, Pruning, SelectedFrames
 from vidl.nn.bert import BertAttention
 from vidl.nn.divided import DividedBlock, SpaceTimeTransformer
 from vidl.nn.vit import frames_of
@@ -109,29 +108,33 @@ class StockBlock(Block):
     """A ViT's block; where it prunes, as EViT does but with the weights of CLS alone."""
 
     def forward(self, x: Tensor, *args: Any, return_ids: bool = False, **options: Any) -> Any:
-        if args or options or self.when != "before_mlp":
+        pruning = self.pruning
+        if args or options or (pruning is not None and pruning.when != "before_mlp"):
             raise ValueError("need equal samples, pruned before the MLP")
         attn: Any = self.attn
         q, k, v = heads(attn.qkv(self.norm1(x)), 3 * attn.num_heads).chunk(3, 1)
         n = x.shape[1] - 1
-        keep = n if self.keep_rate is None else kept_count(n, self.keep_rate, self.rounding)
+        keep = n if pruning is None else pruning.kept(n)
         scores = _cls_weights(q, k) if keep < n else None
         x = x + self.ls1(attn.proj(attention(q, k, v)))
         ids = None
         if scores is not None:
-            x, ids = self._pick(x, scores, keep)
+            assert pruning is not None
+            x, ids = self._pick(x, scores, keep, pruning)
         x = x + self.ls2(self.mlp(self.norm2(x)))
         return (x, ids) if return_ids else x
 
-    def _pick(self, x: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    def _pick(
+        self, x: Tensor, scores: Tensor, keep: int, pruning: Pruning
+    ) -> tuple[Tensor, Tensor]:
         """CLS, the best, and if wanted the sum or mean of the others."""
-        ids = scores.topk(keep, sorted=self.order == "score").indices
-        if self.order == "index":
+        ids = scores.topk(keep, sorted=pruning.order != "index").indices
+        if pruning.order == "index":
             ids = ids.sort(1).values
-        if self.fuse is None:
+        if pruning.fuse is None:
             return index_select(x, torch.cat([torch.zeros_like(ids[:, :1]), ids + 1], 1)), ids
         weights = scores.scatter(1, ids, 0)
-        if self.fuse == "mean":
+        if pruning.fuse == "mean":
             weights = weights / weights.sum(1, keepdim=True)
         fused = weights.to(x.dtype)[:, None] @ x[:, 1:]
         return torch.cat([x[:, :1], index_select(x, ids + 1), fused], 1), ids

@@ -127,7 +127,7 @@ def _place(model: Any, begins: Place, ends: Place) -> None:
     ends(model.vision.patch_embed, "other")
     for block in model.vision.blocks:
         begins(getattr(block, "norm3", block.norm1), "attention")
-        if getattr(block, "keep_rate", None) is not None:
+        if getattr(block, "pruning", None) is not None:
             ends(block.attn.proj, "selection")
         begins(block.norm2, "MLP")
         ends(block, "other")

@@ -14,7 +14,7 @@ from vidl.kernels.select_tokens.op import Fuse
 from vidl.masking import VisualMask, mask_words
 from vidl.models.recipe import Recipe
 from vidl.models.two_towers import TwoTowers
-from vidl.nn import Bert, FrameSelector, MaeDecoder, Projection, ViT
+from vidl.nn import Bert, FrameSelector, MaeDecoder, Projection, Pruning, ViT
 from vidl.nn.vit import Frames
 from vidl.objectives import (
     ContrastiveLoss,
@@ -136,8 +136,8 @@ class Smaug(TwoTowers):
         self.recipe = r = recipe
         self.vision = ViT(
             r.image_size, r.patch_size, embed_dim=r.width, depth=r.depth, num_heads=r.heads,
-            prune_layers=r.prune_layers, keep_rate=r.keep_rate, fuse=r.fuse, backend=r.backend,
-            **r.embedding,
+            prune_layers=r.prune_layers, pruning=Pruning(r.keep_rate, fuse=r.fuse),
+            backend=r.backend, **r.embedding,
         )  # fmt: skip
         self.time = nn.Parameter(torch.zeros(r.grid[0], r.width))
         self.text = Bert(
@@ -274,16 +274,13 @@ class Smaug(TwoTowers):
     @contextmanager
     def unpruned(self) -> Iterator[None]:
         """Within this all visible tokens and all frames stay, whatever the recipe says."""
-        blocks = [self.vision.blocks[layer] for layer in self.vision.prune_layers]
-        rates, frames = [block.keep_rate for block in blocks], self.selector.keep
+        rate, frames = self.vision.keep_rate, self.selector.keep
         try:
-            for block in blocks:
-                block.keep_rate = None
+            self.vision.set_keep_rate(1.0)
             self.selector.keep = self.recipe.grid[0]
             yield
         finally:
-            for block, rate in zip(blocks, rates, strict=True):
-                block.keep_rate = rate
+            self.vision.set_keep_rate(rate)
             self.selector.keep = frames
 
     def reconstruct(self, frames: Frames, mask: VisualMask) -> Tensor:

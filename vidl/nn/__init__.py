@@ -1,4 +1,4 @@
-"""Building blocks of models: modules whose parameters are named as their stock twins' are."""
+"""Building blocks of models, with parameters named as in timm, Hugging Face and MAE."""
 
 from vidl.nn.bert import Bert
 from vidl.nn.block import Block
@@ -8,6 +8,7 @@ from vidl.nn.divided import DividedBlock, SpaceTimeTransformer
 from vidl.nn.frame_selector import FrameSelector, SelectedFrames
 from vidl.nn.patch_embed import MaskedPatchEmbed
 from vidl.nn.projection import Projection
+from vidl.nn.pruning import Pruning
 from vidl.nn.vit import Frames, ViT
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "MaeDecoder",
     "MaskedPatchEmbed",
     "Projection",
+    "Pruning",
     "SelectedFrames",
     "SpaceTimeTransformer",
     "ViT",

@@ -73,8 +73,8 @@ class DividedBlock(nn.Module):
         Returns:
             [total, C].
         """
-        through_time, _ = attend(self.timeattn, self.norm3(x), time, False, self.backend)
-        in_space, _ = attend(self.attn, self.norm1(x + through_time), space, False, self.backend)
+        through_time, _ = attend(self.timeattn, self.norm3(x), time, None, self.backend)
+        in_space, _ = attend(self.attn, self.norm1(x + through_time), space, None, self.backend)
         x = x + in_space
         return x + self.mlp(self.norm2(x))
 

@@ -1,21 +1,21 @@
-"""A vision transformer for the frames of a clip: visible patches in, the tokens that stay out."""
+"""A vision transformer on the visible patches of each frame, with token pruning."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vidl.kernels.select_tokens.op import Fuse, Order, Rounding
-from vidl.nn.block import LAYER_NORM, Block, When
+from vidl.nn.block import LAYER_NORM, Block
 from vidl.nn.checkpoints import load_or_explain, resample_position, timm_names
 from vidl.nn.patch_embed import MaskedPatchEmbed
+from vidl.nn.pruning import Pruning
 
-# Parts of published checkpoints that are no part of an encoder: classifiers, MAE's decoder, the
-# projection and the tables of numbers in CLIP.
-NO_ENCODER = (
+# Parts of published checkpoints outside the encoder: classifiers, MAE's decoder, CLIP's projection,
+# and the index buffers of Hugging Face.
+NOT_ENCODER = (
     *("head.", "head_dist.", "classifier.", "pooler.", "decoder", "mask_token", "proj"),
     *("embeddings.mask_token", "embeddings.position_ids"),
 )
@@ -23,14 +23,14 @@ NO_ENCODER = (
 
 @dataclass(frozen=True, eq=False)
 class Frames:
-    """What the encoder found in each frame, and where.
+    """The tokens of each frame after the encoder, and their patches.
 
     Attributes:
-        tokens: CLS and the tokens that stayed, after the final norm, [B * T, 1 + n, C]; frame t of
+        tokens: CLS and the K tokens that stayed, after the final norm, [B T, 1 + K, C]; frame t of
             clip b is row b T + t.
-        ids: which patch of its frame each of the n tokens after CLS is, [B * T, n] int64; -1 for a
-            fused one.
-        kept: for each layer that pruned, `ids` after it.
+        ids: index of each of the K tokens' patch in its frame, [B T, K] int64; -1 for a fused
+            token.
+        kept: `ids` after each layer that pruned, by the layer's index.
     """
 
     tokens: Tensor
@@ -39,30 +39,29 @@ class Frames:
 
 
 class ViT(nn.Module):
-    """Vision transformer that sees each frame of a clip by itself, and of it only visible patches.
+    """Vision transformer that encodes each frame of a clip separately, from its visible patches.
 
-    Masked patches are never embedded. Layers in `prune_layers` drop the tokens to which CLS attends
-    least, frame by frame. Parameters are named as those of timm's `VisionTransformer`. Sources:
-    ViT, arXiv 2010.11929, 3.1; MAE, arXiv 2111.06377, 3; pruning: EViT, arXiv 2202.07800, 3.2.
+    Masked patches are never embedded. Layers in `prune_layers` prune the tokens of each frame.
+    Parameters are named as in timm's `VisionTransformer`. Sources: ViT, arXiv 2010.11929, 3.1; MAE,
+    arXiv 2111.06377, 3; pruning: EViT, arXiv 2202.07800, 3.2.
 
     Args:
         img_size: of a frame, one number or (height, width).
-        patch_size: pixels, one number or (height, width).
+        patch_size: of a patch in pixels, one number or (height, width).
         in_chans: channels of the clip.
-        tubelet_size: frames in a patch, as in `MaskedPatchEmbed`; below, what such patches span
-            counts as one frame.
-        embed_dim, depth, num_heads, mlp_ratio, qkv_bias, init_values: as timm has them.
-        act_layer, norm_layer: as timm has them.
-        pre_norm: a norm before the first block, and no bias in the patch embedding, as in CLIP.
-        prune_layers: which layers drop tokens, counted from 0.
-        keep_rate: of each of these, in (0, 1].
-        when, order, fuse, rounding: as in `Block`.
+        tubelet_size: frames in a patch, as in `MaskedPatchEmbed`; if given, "frame" below means one
+            such tubelet slice.
+        embed_dim, depth, num_heads, mlp_ratio, qkv_bias, init_values: as in timm.
+        act_layer, norm_layer: as in timm.
+        pre_norm: add a norm before the first block, and no bias to the patch embedding, as in CLIP.
+        prune_layers: the layers that prune their tokens, counted from 0.
+        pruning: how these layers prune; required with `prune_layers`.
         mean, std: normalisation of uint8 clips, as in `MaskedPatchEmbed`.
         backend: of all ops.
 
     Raises:
-        ValueError: options do not fit together, as patches that do not divide a frame, or a layer
-            to prune beyond the depth.
+        ValueError: options do not fit together: for example, patches do not divide a frame, or
+            `prune_layers` are beyond the depth or come without `pruning`.
     """
 
     def __init__(
@@ -82,11 +81,7 @@ class ViT(nn.Module):
         *,
         tubelet_size: int | None = None,
         prune_layers: Sequence[int] = (),
-        keep_rate: float = 0.7,
-        when: When = "before_mlp",
-        order: Order | None = None,
-        fuse: Fuse | None = None,
-        rounding: Rounding = "ceil",
+        pruning: Pruning | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         backend: str = "auto",
@@ -95,6 +90,8 @@ class ViT(nn.Module):
         self.grid = grid_of(img_size, patch_size)
         if wrong := sorted(layer for layer in prune_layers if not 0 <= layer < depth):
             raise ValueError(f"need prune_layers in [0, {depth}), the depth, got {wrong}")
+        if prune_layers and pruning is None:
+            raise ValueError("need pruning=Pruning(keep_rate, ...) with prune_layers, got None")
         self.embed_dim, self.prune_layers = embed_dim, tuple(sorted(set(prune_layers)))
         self.patch_embed = MaskedPatchEmbed(
             patch_size, in_chans, embed_dim, tubelet_size, not pre_norm,
@@ -106,12 +103,9 @@ class ViT(nn.Module):
         self.norm_pre = norm_layer(embed_dim) if pre_norm else nn.Identity()
         block: dict[str, Any] = dict(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, backend=backend)
         block |= dict(init_values=init_values, act_layer=act_layer, norm_layer=norm_layer)
-        pruning: dict[str, Any] = dict(keep_rate=keep_rate, when=when, order=order)
-        pruning |= dict(fuse=fuse, rounding=rounding)
-        Block(1, 1, **pruning)  # wrong options are an error though no layer prunes
+        plans = [pruning if layer in self.prune_layers else None for layer in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, **block, **(pruning if i in self.prune_layers else {}))
-            for i in range(depth)
+            Block(embed_dim, num_heads, **block, pruning=plan) for plan in plans
         )
         self.norm = norm_layer(embed_dim)
         initialise(self)
@@ -123,17 +117,17 @@ class ViT(nn.Module):
 
         Args:
             video: [B, C, T, H, W], or images [B, C, H, W]; uint8 or floating point, any strides.
-            ids_keep: visible patches of the clip in (time, row, column) order, [B, T k] int64,
-                those of frame t in the columns t k to (t + 1) k - 1; None: all.
-            time: added to the patches of each frame, [T, C]; None: nothing.
+            ids_keep: visible patches of the clip in (time, row, column) order, [B, T K] int64,
+                those of frame t in columns t K to (t + 1) K - 1; None: all.
+            time: embedding added to the patches of each frame, [T, C]; None: nothing.
 
         Returns:
             `Frames`.
 
         Raises:
-            ValueError: the clip, the ids or the time have another shape.
-            RuntimeError: the frames do not have equally many visible patches (on CUDA as a
-                device-side assertion).
+            ValueError: the clip, the ids or the time embedding do not have these shapes.
+            RuntimeError: frames differ in their number of visible patches (on CUDA as a device-side
+                assertion).
         """
         if video.ndim == 4:
             video = video.unsqueeze(2)
@@ -143,8 +137,8 @@ class ViT(nn.Module):
         if time is None and T > 1:
             time = patches.new_zeros(T, self.embed_dim)
         position = patches if time is None else (time, patches)
-        x = self.patch_embed(video, ids_keep, position=position)  # [B, T k, C]
-        ids = frame_ids(video.shape[0], T, patches.shape[0], ids_keep, x.device)  # [B T, k]
+        x = self.patch_embed(video, ids_keep, position=position)  # [B, T K, C]
+        ids = frame_ids(video.shape[0], T, patches.shape[0], ids_keep, x.device)  # [B T, K]
         x = x.reshape(*ids.shape, self.embed_dim)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = self.norm_pre(torch.cat([cls, x], 1))
@@ -153,27 +147,46 @@ class ViT(nn.Module):
             x, chosen = block(x, return_ids=True)
             if chosen is not None:
                 ids = ids.gather(1, chosen)
-                if x.shape[1] > 1 + ids.shape[1]:  # the fused token is no patch
+                if x.shape[1] > 1 + ids.shape[1]:  # a fused token has no patch
                     ids = torch.nn.functional.pad(ids, (0, 1), value=-1)
                 kept[layer] = ids
         return Frames(self.norm(x), ids, kept)
 
+    @property
+    def keep_rate(self) -> float:
+        """The share of tokens that each layer in `prune_layers` keeps."""
+        if not self.prune_layers:
+            return 1.0
+        block: Any = self.blocks[self.prune_layers[0]]
+        return block.pruning.keep_rate
+
+    def set_keep_rate(self, keep_rate: float) -> None:
+        """Set the keep rate of all layers in `prune_layers`; 1.0 keeps all tokens.
+
+        Raises:
+            ValueError: keep_rate is not in (0, 1].
+        """
+        for layer in self.prune_layers:
+            block: Any = self.blocks[layer]
+            block.pruning = replace(block.pruning, keep_rate=keep_rate)
+
     def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> list[str]:
         """Load the weights of a ViT, DeiT, MAE or CLIP visual tower.
 
-        Under the names of timm (MAE's own are the same), OpenAI's CLIP, open_clip, or Hugging
-        Face's ViT, ViTMAE and CLIP. Positions are resampled (bicubic) to this model's grid.
+        The weights may have the names of timm (MAE's are the same), OpenAI's CLIP, open_clip, or
+        Hugging Face's ViT, ViTMAE and CLIP. Position embeddings are resampled (bicubic) to this
+        model's grid.
 
         Returns:
-            The names of weights that were left out because they are no part of an encoder:
+            The names of weights that were skipped because they are outside the encoder:
             classifiers, decoders, projections, a text tower.
 
         Raises:
-            ValueError: names every other key that is missing, unexpected, or of another shape.
+            ValueError: other weights are missing, unexpected, or of another shape (all are named).
         """
-        state, left = encoder_weights(state_dict, self)
+        state, skipped = encoder_weights(state_dict, self)
         load_or_explain(self, state)
-        return left
+        return skipped
 
 
 def grid_of(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -188,13 +201,13 @@ def grid_of(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) 
 def frames_of(
     video: Tensor, ids_keep: Tensor | None, grid: tuple[int, int], embed: MaskedPatchEmbed
 ) -> int:
-    """T, of frames or tubelets, after a look at the shapes of a clip and its visible patches."""
+    """Check the shapes of a clip and its visible patches; return T, in frames or tubelets."""
     *tubelet, h, w = embed.proj.kernel_size
     size = (grid[0] * h, grid[1] * w)
     if video.ndim != 5 or video.shape[3:] != size:
         raise ValueError(
-            f"need video [B, C, T, {size[0]}, {size[1]}], got {tuple(video.shape)}; img_size was "
-            "chosen when the model was made, and load_pretrained resamples its positions"
+            f"need video [B, C, T, {size[0]}, {size[1]}], got {tuple(video.shape)}; img_size is an "
+            "option of the model, and load_pretrained resamples position embeddings to it"
         )
     B, t = video.shape[0], math.prod(tubelet)
     if video.shape[2] % t:
@@ -207,18 +220,19 @@ def frames_of(
 def frame_ids(
     B: int, T: int, patches: int, ids_keep: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Which patches of its frame each frame shows, [B * T, k]."""
+    """Indices of the visible patches within their frames, [B T, K]."""
     if ids_keep is None:
         return torch.arange(patches, device=device).expand(B * T, patches)
     if ids_keep.shape[1] % T:
         raise ValueError(
-            f"need as many visible patches in each of {T} frames, got {ids_keep.shape[1]} in all"
+            f"need the same number of visible patches in each of {T} frames, got "
+            f"{ids_keep.shape[1]} in total"
         )
     ids = ids_keep.reshape(B, T, ids_keep.shape[1] // T)
     frame = torch.arange(T, device=device)[:, None]
     torch._assert_async(
         (ids // patches == frame).all(),
-        "need as many visible patches in each frame, one frame after another: a mask of kind "
+        "need the same number of visible patches in each frame, frame after frame: a mask of kind "
         "'frame' or 'tube'",
     )
     return (ids - frame * patches).flatten(0, 1)
@@ -227,28 +241,28 @@ def frame_ids(
 def encoder_weights(
     state_dict: Mapping[str, Tensor], encoder: Any
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights of an encoder like this one under timm's names; and the names of what is none.
+    """The weights of an encoder like this one under timm's names, and the names of all others.
 
-    Patches of images become tubelets as ViViT inflates them: each of t frames has the same weights,
-    over t. Source: ViViT, arXiv 2103.15691, 3.4.
+    Patch embeddings of images are inflated to tubelets as in ViViT: each of the t frames gets the
+    image's weights divided by t. Source: ViViT, arXiv 2103.15691, 3.4.
     """
-    state, left = timm_names(state_dict)
-    for name in [n for n in state if n.startswith(NO_ENCODER)]:
-        left.append(name)
+    state, skipped = timm_names(state_dict)
+    for name in [n for n in state if n.startswith(NOT_ENCODER)]:
+        skipped.append(name)
         del state[name]
     if "pos_embed" in state:
         state["pos_embed"] = resample_position(state["pos_embed"], encoder.grid)
     name, tubelet = "patch_embed.proj.weight", encoder.patch_embed.proj.kernel_size[:-2]
     if tubelet and name in state and state[name].ndim == 4:
         state[name] = state[name].unsqueeze(2).repeat(1, 1, *tubelet, 1, 1) / tubelet[0]
-    return state, left
+    return state, skipped
 
 
 def initialise(model: nn.Module) -> None:
-    """As MAE initialises a ViT: Xavier's uniform, which narrow models need, and zero biases.
+    """MAE's initialisation of a ViT: Xavier uniform weights and zero biases.
 
-    timm's normal of 0.02 is that of ViT-B, and does not grow where layers have fewer inputs.
-    Source: MAE, arXiv 2111.06377, A.1.
+    timm's normal distribution with a deviation of 0.02 suits ViT-B; it does not grow for narrower
+    layers. Source: MAE, arXiv 2111.06377, A.1.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""The kernels in models that exist already: instances change in place, and change back."""
+"""The kernels in existing models: modules are swapped in place, and can be swapped back."""
 
 from vidl.swapping.mask import mask
 from vidl.swapping.prune import prune

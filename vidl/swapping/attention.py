@@ -1,16 +1,16 @@
-"""What the families share: attention among whole samples of equal length."""
+"""Attention of swapped models: samples of equal length, and groups that are built only once."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vidl.kernels import library
 from vidl.kernels.groups import Groups
-from vidl.kernels.space_time_attention import space_time_attention
-from vidl.kernels.space_time_attention.op import Scores
-from vidl.kernels.token_scores import token_scores
-from vidl.swapping.kept_groups import kept
+from vidl.nn.pruning import Scores, scored_attention
 
 
 def attend(
@@ -23,49 +23,69 @@ def attend(
     scores: Scores | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of the tokens of each sample, or of groups of them.
+    """Attention within each sample, or within groups of tokens.
 
     Args:
         q: [B, N, H, D], any strides of the first three: slices of a fused buffer need no copy.
         k, v: [B, M, H, D].
-        groups: of the B N queries and B M keys; default each sample is one.
+        groups: of the B N queries and B M keys; default: each sample is a group.
         scale: default 1 / sqrt(D).
-        scores: also return how important each key is, as `vidl.ops.space_time_attention` does.
+        scores: also return the importance of each key, as in `vidl.nn.Pruning`; groups must then be
+            samples.
 
     Returns:
-        The output, [B, N, H D], and the scores, [B, M] float32, or None; of samples only.
+        The output, [B, N, H D], and the scores, [B, M] float32, or None.
     """
     B, N, M = q.shape[0], q.shape[1], k.shape[1]
     if groups is None:
         groups = equal_groups(B, N, M, q.device)
     # Norms of q and k return float32 under autocast.
     q, k, v = (x.to(v.dtype).flatten(0, 1) for x in (q, k, v))
-    options: Any = {"scale": scale, "backend": backend}
-    importance: Tensor | None = None
-    if scores is not None and fused(q, backend):
-        out, importance = space_time_attention(q, k, v, groups, return_scores=scores, **options)
-    else:
-        out = space_time_attention(q, k, v, groups, **options)
-        if scores is not None:
-            importance = token_scores(q, k, groups, scores, **options)
+    separate = scores is not None and backend == "auto" and stays(q)
+    options: Any = {"separate": separate, "scale": scale, "backend": backend}
+    out, importance = scored_attention(q, k, v, groups, scores, **options)
     return out.view(B, N, -1), None if importance is None else importance.view(B, M)
 
 
-def fused(q: Tensor, backend: str) -> bool:
-    """Whether scores should come with the attention: not where that is PyTorch's own, without."""
-    dtype, head_size = library.autocast_dtype(q), q.shape[2]
-    place = ("space_time_attention", q.device.type, dtype)
-    return backend != "auto" or library.choose("auto", *place, head_size=head_size) != "reference"
+def stays(q: Tensor) -> bool:
+    """Whether backend "auto" runs the attention of q, [queries, H, D], in PyTorch's kernels."""
+    device, dtype = q.device.type, library.autocast_dtype(q)
+    chosen = library.choose("auto", "space_time_attention", device, dtype, head_size=q.shape[2])
+    return chosen == "reference"
 
 
-@kept
+def cached(build: Callable[..., Groups]) -> Callable[..., Groups]:
+    """Keep the groups that a function builds from numbers and, as its last argument, a device."""
+
+    @functools.lru_cache(maxsize=64)
+    def build_once(*numbers: Any) -> Groups:
+        with torch.inference_mode(False):  # training cannot use tensors of inference mode
+            return build(*numbers)
+
+    @functools.wraps(build)
+    def groups(*numbers: Any) -> Groups:
+        capturing = numbers[-1].type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if tracing() or capturing:
+            # Tensors built here belong to a graph or are fake: they must not outlive it.
+            return build(*numbers)
+        return build_once(*numbers)
+
+    return groups
+
+
+def tracing() -> bool:
+    """Whether tensors may have no data, as under `torch.compile` or FakeTensorMode."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+@cached
 def equal_groups(B: int, N: int, M: int, device: torch.device) -> Groups:
     """B samples of N queries and M keys."""
     return Groups.equal(B, N, keys=M, device=device)
 
 
 def speed(device: torch.device, dtype: torch.dtype, head_size: int, backend: str) -> str:
-    """What the report says of attention that gains nothing here; "" where our kernels run."""
+    """The report's note on attention that does not become faster; "" if a vidl kernel runs it."""
     if backend != "auto":
         return ""
     op = "space_time_attention"
@@ -73,5 +93,5 @@ def speed(device: torch.device, dtype: torch.dtype, head_size: int, backend: str
         return ""
     reason = library.why_not("native", op, device.type, dtype, head_size=head_size)
     if reason is None:
-        reason = f"no kernel of ours is known to be faster on {device.type}"
-    return f"as fast as before: backend='auto' stays with PyTorch's own attention, as {reason}"
+        reason = f"no vidl kernel is known to be faster on {device.type}"
+    return f"not faster: backend='auto' keeps PyTorch's attention, because {reason}"

@@ -1,10 +1,16 @@
-"""What a family of models declares, and what a swapped module remembers.
+"""Which files know which models, what such a file declares, and what a swapped module stores.
 
-A family is one file of this folder. It has a constant FAMILY, and classes that are swapped in: each
-subclasses the original, bears its name (so that what is saved names the original; the module tells
-them apart) and overrides `forward` and little else. It has no `__init__` and no parameters.
+A family of models is one file in timm/ or huggingface/. It has a constant FAMILY and the classes
+that replace the model's own. Each replacement subclasses the original and has the same name, so
+that saved models name the original. It overrides `forward` and little else, and has no `__init__`
+and no parameters.
 """
 
+import functools
+import importlib
+import re
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,20 +19,43 @@ from torch import nn
 
 from vidl.swapping.report import Change
 
-REMEMBERED = "_vidl"  # the attribute with a module's State; no parameter, buffer or module
+# Files of this folder, each with the module that defines the classes that it replaces. A file is
+# imported only if that module is: otherwise no model can have such classes.
+FAMILIES = {
+    "timm.attention": "timm.layers.attention",
+    "huggingface.videomae": "transformers.models.videomae.modeling_videomae",
+    "huggingface.timesformer": "transformers.models.timesformer.modeling_timesformer",
+    "huggingface.bert": "transformers.models.bert.modeling_bert",
+    "huggingface.bridgetower": "transformers.models.bridgetower.modeling_bridgetower",
+    "huggingface.patches": "transformers.modeling_utils",
+    "huggingface.pruning": "transformers.modeling_utils",
+    "huggingface.masking": "transformers.modeling_utils",
+    # After the others, because it reads what they changed.
+    "huggingface.attention": "transformers.modeling_utils",
+    "timm.embed": "timm.layers.patch_embed",
+    "timm.naflex": "timm.models.naflexvit",
+    "timm.vit": "timm.models.vision_transformer",
+    "timm.pruning": "timm.models.eva",
+    "timm.beit": "timm.models.beit",
+}
+
+# The first and the last version that the tests ran with.
+TESTED = {"timm": ("1.0.31", "1.0.31"), "transformers": ("5.23.0", "5.24.0")}
+
+REMEMBERED = "_vidl"  # the attribute with a module's State; not a parameter, buffer or module
 
 
 @dataclass
 class State:
-    """What a swapped module remembers: the way back, and the options of its `forward`.
+    """What a swapped module stores: its original class, and the options of its new `forward`.
 
     Attributes:
-        original: the class that it had.
-        swapped: the class that it has.
-        backend: of the operations, as `vidl.swap` was told.
-        memory: anything else that a family keeps with the module; copied and pickled with it.
-        undo: called with the module, the last one first, before it gets its class back; functions
-            of a module, so that they can be pickled.
+        original: the class before the swap.
+        swapped: the class after the swap.
+        backend: of the ops, as given to `vidl.swap`.
+        memory: anything else that a family stores; copied and pickled with the module.
+        undo: functions of the module, called last to first before its class is restored; defined at
+            module level, so that they can be pickled.
     """
 
     original: type[nn.Module]
@@ -37,21 +66,22 @@ class State:
 
 
 def never(module: nn.Module) -> str | None:
-    """There is no reason against it."""
+    """The default of `Rule.why_not`: every module of the class can be swapped."""
     return None
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A class, and the one that takes its place.
+    """A class and its replacement.
 
     Attributes:
-        original: exactly this class; a subclass may compute something else, and is left.
+        original: exactly this class is replaced; a subclass may compute something else, so it is
+            left as it is.
         swapped: a subclass of it.
-        why_not: the reason why this module cannot be swapped, or None; it changes nothing.
-        note: what the report should say of this module though it is swapped, given its backend.
-        setup: called with the module after its class changed and its State is there.
-        undo: called with the module before it gets its class back.
+        why_not: returns the reason why a module cannot be swapped, or None; changes nothing.
+        note: returns the report's note on a swapped module, given its backend.
+        setup: called with the module after its class changed and its State exists.
+        undo: called with the module before its class is restored.
     """
 
     original: type[nn.Module]
@@ -64,17 +94,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Tower:
-    """A transformer whose layers can drop tokens.
+    """A transformer whose layers `vidl.prune` can change.
 
     Attributes:
-        original, swapped: its class, exactly, and the one that takes its place.
-        blocks: for each class of layers the one that drops; it reads memory["pruning"],
-            memory["layer"] and memory["prefix"] of its State.
-        layers: the layers of such a model.
-        prefix: how many of its tokens, in front, always stay.
-        why_not: the reason why these layers cannot drop tokens so, or None; it changes nothing.
-        every: whether layers that drop nothing are swapped too, as they must know what others did.
-        setup, undo: as of a Rule.
+        original, swapped: exactly its class, and the replacement.
+        blocks: the pruning replacement of each class of layers; it reads memory["plan"] of its
+            State (see `vidl.swapping.prune.Plan`).
+        layers: returns the layers of such a model.
+        prefix: returns the number of tokens in front that always stay.
+        why_not: returns the reason why these layers cannot be pruned, given the model, the
+            `vidl.nn.Pruning` and the layers, or None; changes nothing.
+        every: replace all layers, because they must know what other layers dropped.
+        setup, undo: as in `Rule`.
     """
 
     original: type[nn.Module]
@@ -90,16 +121,16 @@ class Tower:
 
 @dataclass(frozen=True)
 class Family:
-    """What one file knows of its models.
+    """What one file declares about its models.
 
     Attributes:
-        rules: for classes of modules.
-        whole: a step for what is no matter of one module: called with the model and the backend
-            after all rules. It calls `remember` for each module that it changes, with the undo, and
-            returns the changes, those that it left among them.
+        rules: classes and their replacements.
+        whole: a step that concerns the whole model: called with the model and the backend after all
+            rules. It calls `remember` for each module that it changes, with the undo, and returns
+            the changes, including the modules that it left.
         towers: for `vidl.prune`.
-        mask: for `vidl.mask`: called with the model, the ratio and the backend; it returns what
-            became of each transformer, as `whole` does.
+        mask: for `vidl.mask`: called with the model, the ratio and the backend; returns the changes
+            like `whole`.
     """
 
     rules: Sequence[Rule] = ()
@@ -108,22 +139,58 @@ class Family:
     mask: Callable[[nn.Module, float, str], Sequence[Change]] | None = None
 
 
+def families_of(model: nn.Module) -> list[Family]:
+    """The families that may know modules of a model."""
+    libraries = {kind.__module__.split(".")[0] for m in model.modules() for kind in type(m).__mro__}
+    families = []
+    for file, defines in FAMILIES.items():
+        library = defines.split(".")[0]
+        if library in libraries and defines in sys.modules:
+            check_version(library)
+            try:
+                families.append(importlib.import_module(f"vidl.swapping.{file}").FAMILY)
+            except (ImportError, AttributeError) as error:  # another version lacks what it needs
+                warnings.warn(
+                    f"vidl.swap cannot change models of {library} "
+                    f"{sys.modules[library].__version__} ({file}): {error}",
+                    stacklevel=3,
+                )
+    return families
+
+
+@functools.cache
+def check_version(library: str) -> None:
+    """Warn once if a library's version is outside the tested range."""
+    first, last = TESTED[library]
+    version = sys.modules[library].__version__
+    if not _numbers(first) <= _numbers(version) <= _numbers(last):
+        warnings.warn(
+            f"vidl.swap was tested with {library} {first} to {last}, this is {version}: compare "
+            "the outputs of your model before and after the swap",
+            stacklevel=4,
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+
+
 def state_of(module: nn.Module) -> State | None:
-    """What a module remembers, if anything of it was swapped."""
+    """The State of a swapped module; None if it is not swapped."""
     return module.__dict__.get(REMEMBERED)
 
 
 def original(module: nn.Module) -> type[nn.Module]:
-    """The class that a module has, or had before it was swapped."""
+    """The class of a module before any swap."""
     state = state_of(module)
     return type(module) if state is None else state.original
 
 
 def own_forward(module: nn.Module) -> str | None:
-    """The reason why another class would go unnoticed, or None."""
+    """The reason why a new class would have no effect, or None."""
     if "forward" not in vars(module):
         return None
-    return "its forward was replaced on the object itself, as accelerate's hooks do: swap it before"
+    return "its forward was replaced on the object, as accelerate's hooks do: swap before that"
 
 
 def remember(
@@ -133,10 +200,10 @@ def remember(
     swapped: type[nn.Module] | None = None,
     undo: Callable[[nn.Module], None] | None = None,
 ) -> State:
-    """Give a module its State, or add to the one it has; and a new class, if there is one.
+    """Give a module a State, or extend the one it has; and optionally a new class.
 
     Raises:
-        ValueError: the new class would not be called.
+        ValueError: the forward of the new class would not be called.
     """
     if swapped is not None and (reason := own_forward(module)):
         raise ValueError(f"cannot swap {full_name(type(module))}: {reason}")

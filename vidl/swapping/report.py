@@ -1,4 +1,4 @@
-"""What a swap did to each module of a model, and what it left."""
+"""What a swap changed in each module of a model, and which modules it left."""
 
 import re
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Change:
-    """One module: what it was, and what it is now.
+    """One module before and after the swap.
 
     Attributes:
-        name: in the model, as `named_modules` has it; "" is the model itself.
-        was: the full name of its class.
+        name: as in `named_modules`; "" is the model itself.
+        was: full name of its class before.
         became: what it is now, or None if it was left.
-        note: why it was left; or what is worth knowing of what it became.
+        note: the reason why it was left; or a remark on what it became.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Change:
 class Report:
     """Every module that was swapped, and every attention or embedding that was left.
 
-    `str(report)` has one line for the modules of different layers that had the same fate.
+    `str(report)` has one line for the modules of different layers with the same outcome.
     """
 
     changes: tuple[Change, ...]
@@ -37,7 +37,7 @@ class Report:
 
     @property
     def left(self) -> tuple[Change, ...]:
-        """The attentions and embeddings that did not, each with the reason."""
+        """The attentions and embeddings that did not change, each with the reason."""
         return tuple(change for change in self.changes if change.became is None)
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Report:
 
 
 def summary(changes: tuple[Change, ...]) -> list[str]:
-    """One line for each kind of change; layers that differ by their numbers only are counted."""
+    """One line for each kind of change; modules whose names differ only in numbers are counted."""
     kinds: dict[tuple[str, str, str | None, str], int] = {}
     for change in changes:
         name = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", change.name) or "the model itself"
@@ -57,5 +57,5 @@ def summary(changes: tuple[Change, ...]) -> list[str]:
 
 def _line(count: int, name: str, was: str, became: str | None, note: str) -> str:
     times = f" ({count} x)" if count > 1 else ""
-    fate = "left" if became is None else f"-> {became}"
-    return f"  {name}{times}: {was} {fate}" + (f": {note}" if note else "")
+    outcome = "left" if became is None else f"-> {became}"
+    return f"  {name}{times}: {was} {outcome}" + (f": {note}" if note else "")

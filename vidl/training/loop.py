@@ -254,9 +254,7 @@ class Training:
         if not over or not hasattr(self.recipe, "keep_rate"):
             return
         rate = optimizer.keep_rate(self.step, self.recipe.keep_rate, self.config.schedule)
-        for block in self.model.vision.blocks:
-            if block.keep_rate is not None:
-                block.keep_rate = rate
+        self.model.vision.set_keep_rate(rate)
 
     def _log(
         self, losses: dict[str, Tensor], norm: Tensor, watch: "_Watch", progress: Progress | None

@@ -1,8 +1,8 @@
-"""`attn_implementation="vidl"` of transformers: its attention function, and its masks.
+"""`attn_implementation="vidl"` of transformers: its attention function and its mask function.
 
-Importing this file registers both under the one name, so that `from_pretrained(...,
-attn_implementation="vidl")` and `model.set_attn_implementation("vidl")` work; `vidl.swap` does it
-for the families in `KNOWN`, and reaches configurations that those calls do not.
+Importing this file registers both, so that `from_pretrained(..., attn_implementation="vidl")` and
+`model.set_attn_implementation("vidl")` work. `vidl.swap` sets it for the models in `KNOWN`, also in
+configurations that those calls do not reach.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,14 +19,13 @@ from transformers.utils import output_capturing
 from vidl.kernels import library
 from vidl.kernels.groups import Groups
 from vidl.kernels.space_time_attention import peers, space_time_attention
-from vidl.swapping.attention import equal_groups, speed
-from vidl.swapping.kept_groups import tracing
+from vidl.swapping.attention import equal_groups, speed, tracing
 from vidl.swapping.registry import Family, full_name, remember, state_of
 from vidl.swapping.report import Change
 
 NAME = "vidl"
 
-# The attentions that call the interface and are tested with it, by the file that defines them.
+# Attentions that use the interface and are tested with it, by the folder that defines them.
 KNOWN = {
     "bert": ("BertSelfAttention", "BertCrossAttention"),
     "bridgetower": ("BridgeTowerSelfAttention", "BridgeTowerCrossAttention"),
@@ -38,26 +37,26 @@ KNOWN = {
     "x_clip": ("XCLIPAttention", "XCLIPCrossAttention"),
 }
 CAUSAL = ("clip_text_model", "xclip_text_model")
-# How these call the share of attention weights that they drop out.
+# Their attribute for the dropout rate of attention weights.
 DROPOUT = ("dropout", "attention_dropout", "dropout_prob", "attn_drop")
-# What some models hand to their attention, and no kernel of ours computes.
+# Arguments that some models pass to their attention and vidl does not support.
 UNSUPPORTED = ("position_bias", "softcap", "s_aux", "cache", "block_table")
 
 
 @dataclass(frozen=True, eq=False)
 class Visible:
-    """What takes the place of a mask: the keys that every query of a sample sees.
+    """Takes the place of a mask if all queries of a sample see the same keys.
 
     Attributes:
-        keys: [B, K] bool, False where a key is padding; None: every key is seen.
-        groups: the same for the attention of all layers.
+        keys: [B, num_keys] bool, False where a key is padding; None: all keys are visible.
+        groups: the same as groups, for the attention of all layers.
     """
 
     keys: Tensor | None
     groups: Groups
 
     def dense(self) -> Tensor | None:
-        """As a mask of `scaled_dot_product_attention`, [B, 1, 1, K]."""
+        """As a mask of `scaled_dot_product_attention`, [B, 1, 1, num_keys]."""
         return None if self.keys is None else self.keys[:, None, None, :]
 
 
@@ -73,13 +72,13 @@ def visible(
 ) -> Visible | Tensor | None:
     """The mask function of `attn_implementation="vidl"`.
 
-    Padding of keys becomes groups, without a host synchronisation: [B, K] numbers once, where
-    PyTorch's attention reads a mask [B, 1, Q, K] in every layer. Causal and all other masks are
-    those of "sdpa".
+    Padding of keys becomes groups, without a host synchronisation: [B, num_keys] numbers once,
+    where PyTorch's attention reads a mask [B, 1, num_queries, num_keys] in every layer. Causal and
+    all other masks are those of "sdpa".
 
     Returns:
-        `Visible` for a bidirectional mask, even one that hides nothing: an attention without a mask
-        may be causal, and so knows that it is not.
+        `Visible` for a bidirectional mask, even without padding: it tells the attention, which
+        might otherwise be causal, that it is bidirectional.
     """
     if mask_function is not bidirectional_mask_function:
         return sdpa_mask(
@@ -116,24 +115,24 @@ def attention(
 ) -> tuple[Tensor, None]:
     """The attention function of `attn_implementation="vidl"`.
 
-    `space_time_attention` where every query of a sample sees the same keys. Attention that is
-    causal, that drops weights out in training, or has any other mask [B, 1, Q, K] or [B, H, Q, K],
-    goes to PyTorch's, as "sdpa" has it: groups gain nothing there. So do heads for which this
-    machine has no kernel.
+    It calls `space_time_attention` if all queries of a sample see the same keys. Causal attention,
+    attention with dropout, attention with any other mask [B, 1, num_queries, num_keys] or [B, H,
+    num_queries, num_keys], and head sizes without a kernel on this machine stay with PyTorch, as
+    under "sdpa".
 
     Args:
-        module: that calls it.
-        query: [B, H, S, D].
-        key, value: [B, H, K, D].
-        attention_mask: what `visible` made; or, for rows packed as one sample, their `Groups`.
-        scaling, dropout, is_causal: as transformers has them.
+        module: the attention module that calls it.
+        query: [B, H, num_queries, D].
+        key, value: [B, H, num_keys, D].
+        attention_mask: the result of `visible`; or, for rows packed as one sample, their `Groups`.
+        scaling, dropout, is_causal: as in transformers.
 
     Returns:
-        [B, S, H, D], and None for the weights, which are never made.
+        [B, num_queries, H, D], and None for the attention weights, which are never computed.
 
     Raises:
-        ValueError: the module asks for what cannot be computed, or for the weights.
-        TypeError: the mask is of an unknown kind.
+        ValueError: the module uses an unsupported option, or the attention weights are requested.
+        TypeError: the mask is of an unknown type.
     """
     refuse(module, options)
     if not isinstance(attention_mask, Visible | Groups | Tensor | None):
@@ -157,45 +156,47 @@ def attention(
 
 
 def collected() -> Sequence[str]:
-    """What a caller wants of the layers below besides their result: "attentions", ..."""
+    """What transformers collects from the layers of the running forward: "attentions", ..."""
     active = output_capturing._active_collector
-    # torch.compile cannot trace a context variable; transformers then has a global one.
-    found = active.global_var if torch.compiler.is_compiling() else active.get()
-    return tuple(found or ())
+    # torch.compile cannot trace a context variable; transformers then uses a global one.
+    names = active.global_var if torch.compiler.is_compiling() else active.get()
+    return tuple(names or ())
 
 
-def _groups(keys: Tensor | None, B: int, S: int, K: int, device: torch.device) -> Groups:
-    """Groups of S queries a sample and its visible keys.
+def _groups(
+    keys: Tensor | None, B: int, num_queries: int, num_keys: int, device: torch.device
+) -> Groups:
+    """Groups of the queries of each sample and its visible keys.
 
-    A sample has two groups, of static shape: all its queries with the keys that they see; and no
-    query with the others, which are in that order behind them.
+    A sample has two groups, so that shapes are static: all of its queries with the visible keys;
+    and no query with the padded keys, which come after the visible ones.
     """
     if keys is None:
-        return equal_groups(B, S, K, device)
+        return equal_groups(B, num_queries, num_keys, device)
     order = torch.argsort((~keys).byte(), dim=1, stable=True)
     step = torch.arange(B + 1, dtype=torch.int32, device=device)
-    seen = step[:-1] * K + keys.sum(1, dtype=torch.int32)
-    key_offsets = torch.stack([step[:-1] * K, seen], 1).flatten()
-    query_offsets = torch.stack([step[:-1], step[1:]], 1).flatten() * S
+    visible_end = step[:-1] * num_keys + keys.sum(1, dtype=torch.int32)
+    key_offsets = torch.stack([step[:-1] * num_keys, visible_end], 1).flatten()
+    query_offsets = torch.stack([step[:-1], step[1:]], 1).flatten() * num_queries
     return Groups(
-        torch.cat([query_offsets, step[-1:] * S]),
-        torch.cat([key_offsets, step[-1:] * K]),
+        torch.cat([query_offsets, step[-1:] * num_queries]),
+        torch.cat([key_offsets, step[-1:] * num_keys]),
         None,
-        (order + step[:-1, None] * K).flatten().int(),
-        max_queries=S,
-        max_keys=K,
-        num_queries=B * S,
-        num_keys=B * K,
+        (order + step[:-1, None] * num_keys).flatten().int(),
+        max_queries=num_queries,
+        max_keys=num_keys,
+        num_queries=B * num_queries,
+        num_keys=B * num_keys,
     )
 
 
 def _causal(module: Any, is_causal: bool | None) -> bool:
-    """Whether an attention that has no mask is causal, as transformers decides it."""
+    """Whether attention without a mask is causal, by the rule of transformers."""
     if is_causal is not None:
         return is_causal
     if type(module).__name__ == "BridgeTowerSelfAttention":
-        # Its cross-modal layers say that they are causal, and are called without a mask. But as the
-        # model is defined, by "eager", they attend both ways.
+        # Its cross-modal layers claim to be causal and are called without a mask, but "eager",
+        # which defines the model, computes bidirectional attention.
         return bool(module.config.is_decoder)
     return getattr(module, "is_causal", True)
 
@@ -203,16 +204,16 @@ def _causal(module: Any, is_causal: bool | None) -> bool:
 def _groups_for(mask: Visible | Groups | Tensor | None, query: Tensor, key: Tensor) -> Groups:
     if isinstance(mask, Groups):
         return mask
-    B, S, K, keys = query.shape[0], query.shape[2], key.shape[2], None
+    B, num_queries, num_keys, keys = query.shape[0], query.shape[2], key.shape[2], None
     if isinstance(mask, Visible):
-        if mask.groups.num_queries == B * S and mask.groups.num_keys == B * K:
+        if mask.groups.num_queries == B * num_queries and mask.groups.num_keys == B * num_keys:
             return mask.groups
-        keys = mask.keys  # BridgeTower announces one query a sample, whatever comes
-    return _groups(keys, B, S, K, query.device)
+        keys = mask.keys  # BridgeTower asks for a mask of one query, however many there are
+    return _groups(keys, B, num_queries, num_keys, query.device)
 
 
 def _faster(query: Tensor, groups: Groups, module: nn.Module) -> bool:
-    """Not if only the definition in plain PyTorch is left, which pads and stores the weights."""
+    """False if only the reference could run, which pads groups and stores the weights."""
     facts: dict[str, Any] = {"device": query.device.type, "head_size": query.shape[3]}
     dtype = library.autocast_dtype(query)
     chosen = library.choose("auto", "space_time_attention", dtype=dtype, **facts)
@@ -226,32 +227,29 @@ def _backend(module: nn.Module) -> str:
 
 
 def refuse(module: nn.Module, options: dict[str, Any]) -> None:
-    """Raise if a module asks for what cannot be computed, or for the weights of attention."""
+    """Raise if a call uses an unsupported argument or requests the attention weights."""
     for name in UNSUPPORTED:
         if options.get(name) is not None:
             raise _cannot(module, name)
-    wanted = [name for name in collected() if "attentions" in name]
-    if options.get("output_attentions") or wanted:
-        raise _cannot(module, "the weights that output_attentions=True asks for", remedy="eager")
+    requested = any("attentions" in name for name in collected())
+    if options.get("output_attentions") or requested:
+        raise _cannot(module, "the weights of output_attentions=True", remedy="eager")
 
 
 def _cannot(
     module: nn.Module, what: str, error: type[Exception] = ValueError, remedy: str = "sdpa"
 ) -> Exception:
     return error(
-        f"attn_implementation='{NAME}' cannot give {type(module).__name__} {what}: call "
+        f"attn_implementation='{NAME}' does not support {what} in {type(module).__name__}: call "
         f"vidl.unswap(model), or model.set_attn_implementation('{remedy}')"
     )
 
 
-# ---- vidl.swap ----------------------------------------------------------------------------------
-
-
 def _swap(model: nn.Module, backend: str) -> Sequence[Change]:
-    """Choose the implementation in every configuration that the known attentions read.
+    """Set the implementation in every configuration that the known attentions read.
 
-    Their models' configurations, too, which decide on the masks. Not by `set_attn_implementation`:
-    it does not reach copies, as that of VideoMAE's decoder.
+    This includes the configurations of their models, which choose the mask function.
+    `set_attn_implementation` does not reach copies, such as the one of VideoMAE's decoder.
     """
     done: set[int] = set()
     changes = []
@@ -275,7 +273,7 @@ def _swap(model: nn.Module, backend: str) -> Sequence[Change]:
 
 
 def defining_file(kind: type) -> str:
-    """The folder of transformers' models that defines a class; "" if none does."""
+    """The folder of transformers.models that defines a class; "" if there is none."""
     prefix, name = "transformers.models.", kind.__module__
     return name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
 
@@ -287,7 +285,7 @@ def _restore(module: nn.Module) -> None:
 
 
 def _note(module: Any, backend: str) -> str:
-    """What the report says of an attention that is not, or not always, computed by our kernels."""
+    """The report's note on attention that vidl does not, or not always, compute."""
     weight = next(module.parameters())
     if hasattr(module, "attention_head_size"):
         head_size = module.attention_head_size
@@ -296,13 +294,13 @@ def _note(module: Any, backend: str) -> str:
     config = module.config
     decoder = getattr(config, "is_decoder", False) and "Cross" not in type(module).__name__
     if decoder or config.model_type in CAUSAL:
-        return "PyTorch's own attention, as it is causal"
+        return "stays with PyTorch's attention, because it is causal"
     if note := speed(weight.device, weight.dtype, head_size, backend):
         return note
-    found = (getattr(module, name, None) for name in DROPOUT)
-    drop = next(value for value in found if value is not None)
+    rates = (getattr(module, name, None) for name in DROPOUT)
+    drop = next(rate for rate in rates if rate is not None)
     drop = drop.p if isinstance(drop, nn.Dropout) else drop
-    return f"PyTorch's own attention in training, as it drops out weights ({drop})" if drop else ""
+    return f"PyTorch's attention in training, because it drops out weights ({drop})" if drop else ""
 
 
 FAMILY = Family(whole=_swap)

@@ -1,4 +1,4 @@
-"""BERT of transformers: the layers compute words, and no padding."""
+"""BERT of transformers: layers compute only words, not padding."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from vidl.swapping.registry import Family, Rule
 
 
 class BertEncoder(bert.BertEncoder):
-    """Packs the words of all captions, runs the layers, and unpacks: zeros are left at padding.
+    """Packs the words of all captions, runs the layers, and unpacks, with zeros at padding.
 
-    The number of words must be known on the host. A mask on a GPU is read for it once a forward,
-    where transformers' own masks are read, too (to see whether there is padding). Compiled, all
-    rows are computed, still without attention to padding.
+    The number of words must be known on the host. It is read from a mask on a GPU once a forward;
+    transformers itself reads its masks too, to see whether there is padding. Under `torch.compile`
+    all rows are computed, still without attention to padding.
 
-    All rows are computed, with what they have at padding, for hidden states of every layer
-    (`output_hidden_states`), and where attention weights are dropped out.
+    All rows including padding are also computed if hidden states of every layer are requested
+    (`output_hidden_states`), or if attention weights are dropped out.
     """
 
     def forward(
@@ -28,7 +28,7 @@ class BertEncoder(bert.BertEncoder):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         keys = attention_mask.keys if isinstance(attention_mask, Visible) else None
         more = any(isinstance(x, Tensor) for x in (*args, *kwargs.values()))
-        # transformers renamed it in 5.24
+        # transformers 5.24 renamed this argument.
         cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
         if keys is None or more or cached or collected() or self._drops_out():
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -48,9 +48,9 @@ class BertEncoder(bert.BertEncoder):
 def _why_not(encoder: Any) -> str | None:
     config = encoder.config
     if config.is_decoder:
-        return "a decoder: causal attention is PyTorch's own"
+        return "a decoder: causal attention stays with PyTorch"
     if config.chunk_size_feed_forward:
-        return f"chunk_size_feed_forward={config.chunk_size_feed_forward} needs rows of one length"
+        return f"chunk_size_feed_forward={config.chunk_size_feed_forward} needs padded captions"
     return None
 
 
@@ -59,8 +59,8 @@ def _note(encoder: Any, backend: str) -> str:
     if not drop:
         return ""
     return (
-        f"in training it computes padding, too, as attention_probs_dropout_prob={drop} drops out "
-        "weights: set it to 0 before you make the model"
+        f"in training it also computes padding, because attention_probs_dropout_prob={drop} drops "
+        "out attention weights: set it to 0 in the config before you build the model"
     )
 
 

@@ -1,6 +1,6 @@
-"""BridgeTower of transformers: its vision tower is made of nn.MultiheadAttention.
+"""BridgeTower's vision tower of transformers, which uses nn.MultiheadAttention.
 
-The other attentions of the model are in huggingface/attention.py. Source: BridgeTower, arXiv
+For the model's other attentions see huggingface/attention.py. Source: BridgeTower, arXiv
 2206.08657.
 """
 
@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from vidl.kernels.groups import Groups
 from vidl.kernels.space_time_attention import space_time_attention
-from vidl.swapping.attention import speed
-from vidl.swapping.kept_groups import kept
+from vidl.swapping.attention import cached, speed
 from vidl.swapping.registry import Family, Rule, state_of
 
 
 class BridgeTowerResidualAttention(bridgetower.BridgeTowerResidualAttention):
-    """Attends where the rows are: token by token, sample by sample."""
+    """Attention on rows in the order (token, sample), without a copy to (sample, token)."""
 
     def attention(self, hidden_state: Tensor, attention_mask: Tensor | None) -> Tensor:
         state, attn = state_of(self), self.attn
@@ -34,16 +33,16 @@ class BridgeTowerResidualAttention(bridgetower.BridgeTowerResidualAttention):
         return attn.out_proj(out.view(N, B, C))
 
 
-@kept
+@cached
 def _samples(B: int, N: int, device: torch.device) -> Groups:
-    """Of N x B rows, (token, sample): those of one sample."""
+    """The groups of B samples in N x B rows, in the order (token, sample)."""
     rows = torch.arange(N * B, dtype=torch.int32, device=device).view(N, B).T.flatten()
     steps = torch.arange(B + 1, dtype=torch.int32, device=device) * N
     return Groups(steps, steps, rows, rows, N, N, N * B, N * B, uniform=True)
 
 
 def drops_out(attention: Any) -> bool:
-    """Whether weights of attention are dropped at random, which our kernels do not do."""
+    """Whether attention weights are dropped out, which vidl does not support."""
     return attention.training and attention.dropout > 0
 
 
@@ -52,7 +51,7 @@ def _why_not(block: Any) -> str | None:
     if type(attn) is not nn.MultiheadAttention or attn.in_proj_weight is None or attn.batch_first:
         return f"its attention is {attn}"
     if attn.bias_k is not None or attn.add_zero_attn:
-        return "its attention has keys of its own"
+        return "its attention has extra keys (bias_k or add_zero_attn)"
     return None
 
 

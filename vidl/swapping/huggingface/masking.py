@@ -1,6 +1,6 @@
-"""ViT, ViViT, CLIP and SigLIP of transformers, which hide random patches in training.
+"""ViT, ViViT, CLIP and SigLIP of transformers, trained on a random part of their patches.
 
-X-CLIP is not among them: it averages the patches of its frames, place by place.
+X-CLIP is not supported: it averages patches at the same position over frames.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import transformers.models.vivit.modeling_vivit as vivit
 from torch import Tensor, nn
 
 from vidl.kernels.masked_patch_embed import masked_patch_embed
-from vidl.swapping.patches import whole_patches
+from vidl.swapping import patches
 from vidl.swapping.registry import Family, full_name, remember, state_of
 from vidl.swapping.report import Change
 
@@ -23,7 +23,7 @@ class ViTEmbeddings(vit.ViTEmbeddings):
     """Embeds a random part of the patches in training."""
 
     def forward(self, pixel_values: Tensor, *args: Any, **options: Any) -> Tensor:
-        if not hides(self):
+        if not masks(self):
             return super().forward(pixel_values, *args, **options)
         _refuse(*args, **options)
         x = visible(self, pixel_values.unsqueeze(2), self.position_embeddings[0, 1:])
@@ -34,7 +34,7 @@ class VivitEmbeddings(vivit.VivitEmbeddings):
     """Embeds a random part of the tubelets in training."""
 
     def forward(self, pixel_values: Tensor, *args: Any, **options: Any) -> Tensor:
-        if not hides(self):
+        if not masks(self):
             return super().forward(pixel_values, *args, **options)
         _refuse(*args, **options)
         x = visible(self, pixel_values.transpose(1, 2), self.position_embeddings[0, 1:])
@@ -45,7 +45,7 @@ class CLIPVisionEmbeddings(clip.CLIPVisionEmbeddings):
     """Embeds a random part of the patches in training."""
 
     def forward(self, pixel_values: Tensor, *args: Any, **options: Any) -> Tensor:
-        if not hides(self):
+        if not masks(self):
             return super().forward(pixel_values, *args, **options)
         _refuse(*args, **options)
         position = self.position_embedding.weight
@@ -57,47 +57,47 @@ class SiglipVisionEmbeddings(siglip.SiglipVisionEmbeddings):
     """Embeds a random part of the patches in training; there is no class token."""
 
     def forward(self, pixel_values: Tensor, *args: Any, **options: Any) -> Tensor:
-        if not hides(self):
+        if not masks(self):
             return super().forward(pixel_values, *args, **options)
         _refuse(*args, **options)
         return visible(self, pixel_values.unsqueeze(2), self.position_embedding.weight)
 
 
-def hides(embeddings: nn.Module) -> bool:
-    """Whether it hides patches now."""
+def masks(embeddings: nn.Module) -> bool:
+    """Whether these embeddings mask patches now."""
     state = state_of(embeddings)
     assert state is not None
-    return embeddings.training and state.memory["hidden"] > 0
+    return embeddings.training and state.memory["ratio"] > 0
 
 
 def visible(embeddings: nn.Module, video: Tensor, position: Tensor) -> Tensor:
-    """The patches that are not hidden, with their positions, [B, K, D].
+    """Embed a random part of the patches and add their position embeddings: [B, K, C].
 
     Args:
-        video: [B, C, T, H, W].
-        position: [N, D], of all patches.
+        video: [B, C_in, T, H, W].
+        position: of all patches, [N, C].
     """
     state, projection = state_of(embeddings), _projection(embeddings)
     assert state is not None
     (B, N), device = (video.shape[0], position.shape[0]), video.device
-    K = max(1, int(N * (1 - state.memory["hidden"])))
+    K = max(1, int(N * (1 - state.memory["ratio"])))
     ids = torch.rand(B, N, device=device).argsort(1)[:, :K].sort(1).values
     weight, bias = projection.weight, projection.bias
     return masked_patch_embed(video, weight, bias, position, ids, backend=state.backend)
 
 
 def _behind(cls: Tensor, x: Tensor) -> Tensor:
-    """A class token [1, 1, D] before the tokens of each sample."""
+    """Tokens of each sample after a class token, [1, 1, C]."""
     return torch.cat([cls.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
 
 
 def _refuse(*args: Any, **options: Any) -> None:
-    """Masks, and images of other sizes: what the stock embeddings take besides pixels."""
+    """Raise if a mask or interpolated positions are given, which the original would accept."""
     given = [value for value in (*args, *options.values()) if value is not None]
     if any(isinstance(value, Tensor) or value for value in given):
         raise ValueError(
-            "a model that hides random patches in training needs a call without bool_masked_pos "
-            "and interpolate_pos_encoding; vidl.unswap(model) brings back the one that takes them"
+            "a model that masks random patches in training needs a call without bool_masked_pos "
+            "and interpolate_pos_encoding; vidl.unswap(model) restores the one that takes them"
         )
 
 
@@ -126,19 +126,19 @@ def mask(model: nn.Module, ratio: float, backend: str) -> Sequence[Change]:
         reason = _why_not(module)
         if reason is None:
             state = remember(module, backend, swapped=SWAPPED[kind])
-            state.memory["hidden"] = ratio
+            state.memory["ratio"] = ratio
         became = full_name(SWAPPED[kind]) if reason is None else None
-        note = f"hides {ratio:g} of its patches in training" if reason is None else reason
+        note = f"masks {ratio:g} of its patches in training" if reason is None else reason
         changes.append(Change(name, full_name(kind), became, note))
     return changes
 
 
 def _why_not(embeddings: Any) -> str | None:
     if getattr(embeddings, "mask_token", None) is not None:
-        return "it has a token for masked patches, which it embeds"
+        return "it has a mask token, so it embeds masked patches"
     projection = _projection(embeddings)
-    # vidl.swap has given the projection another class, and looked at it before.
-    return None if state_of(projection) is not None else whole_patches(projection)
+    # A projection that vidl.swap has changed was checked then.
+    return None if state_of(projection) is not None else patches.why_not(projection)
 
 
 FAMILY = Family(mask=mask)

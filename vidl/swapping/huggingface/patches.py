@@ -1,4 +1,4 @@
-"""The convolutions with which encoders of transformers cut pictures and clips into patches."""
+"""The convolutions by which encoders of transformers embed patches of images and clips."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from vidl.kernels import library
 from vidl.kernels.masked_patch_embed import masked_patch_embed
 from vidl.swapping.huggingface.attention import defining_file
-from vidl.swapping.patches import speed, stays, whole_patches
+from vidl.swapping.patches import speed, stays, why_not
 from vidl.swapping.registry import Family, full_name, remember, state_of
 from vidl.swapping.report import Change
 
-# The modules that own one, and how they call it, by the file that defines them. VideoMAE's is in
-# huggingface/videomae.py.
+# The module that owns the convolution and the name of its attribute, by the folder that defines
+# the module. For VideoMAE see huggingface/videomae.py.
 OWNERS = {
     "bridgetower": ("BridgeTowerVisionEmbeddings", "patch_embedding"),
     "clip": ("CLIPVisionEmbeddings", "patch_embedding"),
@@ -26,7 +26,7 @@ OWNERS = {
 
 
 class Conv2d(nn.Conv2d):
-    """The same by one product of matrices, where a kernel of ours runs it."""
+    """The convolution as one matmul, if a vidl kernel runs it."""
 
     def forward(self, x: Tensor) -> Tensor:
         state = state_of(self)
@@ -39,7 +39,7 @@ class Conv2d(nn.Conv2d):
 
 
 class Conv3d(nn.Conv3d):
-    """The same by one product of matrices: a Conv3d is slow everywhere, above all in bfloat16."""
+    """The convolution as one matmul: PyTorch's Conv3d is slow, above all in bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
         grid = [n // p for n, p in zip(x.shape[2:], self.kernel_size, strict=True)]
@@ -48,7 +48,7 @@ class Conv3d(nn.Conv3d):
 
 
 def _embed(projection: nn.Conv2d | nn.Conv3d, video: Tensor) -> Tensor:
-    """[B, D, N], as a view of [B, N, D], which is what the models make of it."""
+    """Tokens [B, C, N], a view of [B, N, C], to which the models transpose them."""
     state = state_of(projection)
     assert state is not None
     weight, bias = projection.weight, projection.bias
@@ -64,7 +64,7 @@ def _swap(model: nn.Module, backend: str) -> Sequence[Change]:
             continue
         projection: Any = getattr(module, attribute)
         name = f"{name}.{attribute}" if name else attribute
-        was, became, note = full_name(type(projection)), None, whole_patches(projection)
+        was, became, note = full_name(type(projection)), None, why_not(projection)
         if note is None:
             swapped = Conv2d if type(projection) is nn.Conv2d else Conv3d
             remember(projection, backend, swapped=swapped)

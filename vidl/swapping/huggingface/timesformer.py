@@ -1,6 +1,6 @@
-"""TimeSformer of transformers, which does not call its attention interface.
+"""TimeSformer of transformers, which does not use transformers' attention interface.
 
-Source: TimeSformer, arXiv 2102.05095, 3, of which these are the "divided" form and the others.
+Source: TimeSformer, arXiv 2102.05095, 3.
 """
 
 from typing import Any
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from vidl.kernels.groups import Groups
 from vidl.kernels.space_time_attention import space_time_attention
-from vidl.swapping.attention import equal_groups, speed
-from vidl.swapping.kept_groups import kept
+from vidl.swapping.attention import cached, equal_groups, speed
 from vidl.swapping.registry import Family, Rule, state_of
 
 
 class TimesformerSelfAttention(timesformer.TimesformerSelfAttention):
-    """Slices of one buffer of queries, keys and values, in groups; no matrix of weights."""
+    """Attention within groups, on slices of the fused QKV buffer, without a weight matrix."""
 
     def forward(
         self, hidden_states: Tensor, output_attentions: bool = False, groups: Groups | None = None
@@ -36,10 +35,11 @@ class TimesformerSelfAttention(timesformer.TimesformerSelfAttention):
 
 
 class TimesformerLayer(timesformer.TimesformerLayer):
-    """Divided attention on tokens that stay where they are: place by place, frame by frame.
+    """Divided attention without reordering: patches stay in the order (position, frame).
 
-    The original copies them into another order for the attention in space, and back. Each frame has
-    its own query of CLS there, whose results are averaged: these lie before the patches.
+    The original copies them to the order (frame, position) for spatial attention, and back. In
+    spatial attention CLS has one query for each frame, whose outputs are averaged: these T rows
+    precede the patches.
     """
 
     def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, ...]:
@@ -50,8 +50,8 @@ class TimesformerLayer(timesformer.TimesformerLayer):
         cls, patches = hidden_states[:, :1], hidden_states[:, 1:]
         B, T, C = hidden_states.shape[0], self.config.num_frames, hidden_states.shape[2]
         P = patches.shape[1] // T
-        places = self.temporal_layernorm(patches.reshape(B * P, T, C))
-        through_time = self.drop_path(time(places)[0]).view(B, P * T, C)
+        positions = self.temporal_layernorm(patches.reshape(B * P, T, C))
+        through_time = self.drop_path(time(positions)[0]).view(B, P * T, C)
         patches = patches + self.temporal_dense(through_time)
 
         rows = self.layernorm_before(torch.cat([cls.expand(-1, T, -1), patches], 1))
@@ -65,15 +65,15 @@ class TimesformerLayer(timesformer.TimesformerLayer):
         return (x + self.drop_path(mlp),)
 
     def _drop_frames(self, rows: Tensor, B: int, T: int) -> Tensor:
-        """Stochastic depth of whole frames of a clip, CLS and patches, as the original has it."""
-        kept = self.drop_path(rows.new_ones(B * T, 1)).view(B, T)
-        factor = torch.cat([kept, kept.repeat(1, (rows.shape[1] - T) // T)], 1)
+        """Stochastic depth of whole frames, CLS and patches, as in the original."""
+        scale = self.drop_path(rows.new_ones(B * T, 1)).view(B, T)
+        factor = torch.cat([scale, scale.repeat(1, (rows.shape[1] - T) // T)], 1)
         return rows * factor[..., None]
 
 
-@kept
+@cached
 def _frames(B: int, T: int, P: int, device: torch.device) -> Groups:
-    """Of T CLS and P x T patches (place, frame) of each clip: those of one frame."""
+    """The frames of B clips of T CLS rows and P x T patches, in the order (position, frame)."""
     rows = torch.arange(B * (1 + P) * T, dtype=torch.int32, device=device)
     rows = rows.view(B, 1 + P, T).transpose(1, 2).flatten()
     steps = torch.arange(B * T + 1, dtype=torch.int32, device=device) * (1 + P)
@@ -82,7 +82,7 @@ def _frames(B: int, T: int, P: int, device: torch.device) -> Groups:
 
 
 def drops_out(attention: Any) -> bool:
-    """Whether weights of attention are dropped at random, which our kernels do not do."""
+    """Whether attention weights are dropped out, which vidl does not support."""
     return attention.training and attention.attn_drop.p > 0
 
 
@@ -91,14 +91,14 @@ def _note(attention: Any, backend: str) -> str:
     head_size = weight.shape[1] // attention.num_heads
     drop = attention.attn_drop.p
     if drop:
-        return f"as before in training, as it drops out weights ({drop})"
+        return f"unchanged in training, because it drops out attention weights ({drop})"
     return speed(weight.device, weight.dtype, head_size, backend)
 
 
 def _why_not(layer: Any) -> str | None:
     if layer.attention_type == "divided_space_time":
         return None
-    return f"attention_type={layer.attention_type!r}: there is nothing to win but its attention"
+    return f"attention_type={layer.attention_type!r}: vidl only replaces its attention"
 
 
 FAMILY = Family(

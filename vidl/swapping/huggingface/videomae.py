@@ -1,6 +1,6 @@
-"""VideoMAE of transformers: what is masked is never embedded, and the loss reads the clip itself.
+"""VideoMAE of transformers: masked patches are never embedded, and the loss reads the clip.
 
-Its attention is in huggingface/attention.py. Source: VideoMAE, arXiv 2203.12602.
+For its attention see huggingface/attention.py. Source: VideoMAE, arXiv 2203.12602.
 """
 
 from collections.abc import Sequence
@@ -14,25 +14,25 @@ from transformers.utils.generic import can_return_tuple
 
 from vidl.kernels.masked_patch_embed import masked_patch_embed
 from vidl.kernels.masked_patch_loss import masked_patch_loss
-from vidl.swapping.patches import whole_patches
+from vidl.swapping import patches as convolutions
 from vidl.swapping.registry import Family, Rule, state_of
 
 
 class VideoMAEEmbeddings(videomae.VideoMAEEmbeddings):
-    """Embeds the visible patches only.
+    """Embeds only visible patches.
 
-    `bool_masked_pos` is as before, [B, N] bool; or the visible patches themselves, [B, K] int64,
-    for which nothing waits for the device. A clip is as before, or uint8: then it is normalised
-    inside, as the image processor does it.
+    `bool_masked_pos` is a mask [B, N] bool as in the original, or the indices of the visible
+    patches, [B, K] int64, which need no host synchronisation. A clip is floating point as in the
+    original, or uint8: then it is normalised inside as by the image processor.
     """
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
         patches, state = self.patch_embeddings, state_of(self)
         assert state is not None
-        wanted = (patches.num_channels, *patches.image_size)
-        if pixel_values.ndim != 5 or pixel_values.shape[2:] != wanted:
+        expected = (patches.num_channels, *patches.image_size)
+        if pixel_values.ndim != 5 or pixel_values.shape[2:] != expected:
             raise ValueError(
-                f"need pixel_values [B, T, {', '.join(map(str, wanted))}], got "
+                f"need pixel_values [B, T, {', '.join(map(str, expected))}], got "
                 f"{tuple(pixel_values.shape)}"
             )
         ids_keep = None
@@ -53,7 +53,7 @@ class VideoMAEEmbeddings(videomae.VideoMAEEmbeddings):
 
 
 class VideoMAEForPreTraining(videomae.VideoMAEForPreTraining):
-    """Indices instead of boolean masks, and no label is ever stored."""
+    """Works on indices instead of boolean masks, and never stores the labels."""
 
     @can_return_tuple
     def forward(
@@ -72,13 +72,14 @@ class VideoMAEForPreTraining(videomae.VideoMAEForPreTraining):
         x = self.encoder_to_decoder(outputs.last_hidden_state)
         dtype = pixel_values.dtype if pixel_values.is_floating_point() else self.mask_token.dtype
         positions = position_table(self, pixel_values.device).to(dtype)
-        hidden = self.mask_token + positions[masked]
-        logits = self.decoder(torch.cat([x + positions[keep], hidden], 1), masked.shape[1]).logits
+        mask_tokens = self.mask_token + positions[masked]
+        tokens = torch.cat([x + positions[keep], mask_tokens], 1)
+        logits = self.decoder(tokens, masked.shape[1]).logits
         mean, std = normalisation(pixel_values)
         if pixel_values.is_floating_point() and config.num_channels == 3:
             mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
         elif not pixel_values.is_floating_point():
-            mean = std = None  # the target of a uint8 clip is its pixels from 0 to 1
+            mean = std = None  # the target of a uint8 clip is its pixels in [0, 1]
         loss = masked_patch_loss(
             logits,
             pixel_values.detach().transpose(1, 2),
@@ -102,17 +103,16 @@ class VideoMAEForPreTraining(videomae.VideoMAEForPreTraining):
 def visible_patches(mask: Tensor, B: int, N: int, device: torch.device) -> Tensor:
     """The visible patches of each clip, [B, K] int64.
 
-    K must be known on the host. Of a boolean mask on a GPU that is one number to wait for;
-    `torch.compile` takes it from the mask that it is compiled with, and the graph checks the
-    others.
+    K must be known on the host, so a boolean mask on a GPU costs one host synchronisation.
+    `torch.compile` takes K from the mask that it compiles with, and the graph checks later masks.
 
     Args:
         mask: [B, N] bool, or the visible patches [B, K] int64.
 
     Raises:
-        ValueError: shapes do not fit, or samples have unequally many visible patches.
-        RuntimeError: compiled, there are more or fewer visible patches than in the mask it was
-            compiled with (on CUDA as a device-side assertion).
+        ValueError: shapes do not fit, or clips differ in their number of visible patches.
+        RuntimeError: in a compiled graph, the number of visible patches differs from that at
+            compilation (on CUDA as a device-side assertion).
     """
     if mask.dtype == torch.int64 and mask.ndim == 2 and mask.shape[0] == B and mask.shape[1] <= N:
         return mask.to(device)
@@ -125,36 +125,36 @@ def visible_patches(mask: Tensor, B: int, N: int, device: torch.device) -> Tenso
     mask = mask.to(device)
     if torch.compiler.is_compiling():
         fits = (mask.sum(1) == N - K).all()
-        torch._assert_async(fits, f"need {K} visible patches a clip, as when this was compiled")
+        torch._assert_async(fits, f"need {K} visible patches in each clip, as at compilation")
     return torch.argsort(mask.byte(), dim=1, stable=True)[:, :K]
 
 
 def other_patches(ids: Tensor, N: int) -> Tensor:
-    """The patches that `ids`, [B, K], does not name, [B, N - K] in ascending order.
+    """The patches that are not in `ids`, [B, K], in ascending order: [B, N - K].
 
     Raises:
-        RuntimeError: it names one twice (on CUDA as a device-side assertion).
+        RuntimeError: `ids` has duplicates (on CUDA as a device-side assertion).
     """
     B, K = ids.shape
-    named = torch.zeros(B, N, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
-    torch._assert_async((named.sum(1) == K).all(), "need every visible patch once")
-    return torch.argsort(named.byte(), dim=1, stable=True)[:, : N - K]
+    visible = torch.zeros(B, N, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
+    torch._assert_async((visible.sum(1) == K).all(), "need every visible patch once")
+    return torch.argsort(visible.byte(), dim=1, stable=True)[:, : N - K]
 
 
 @torch.compiler.assume_constant_result
 def _visible(mask: Tensor) -> int:
-    """Patches that are visible in each sample."""
+    """The number of visible patches in each clip."""
     counts = (~mask).sum(1)
     least, most = torch.stack(counts.aminmax()).tolist() if counts.numel() else (0, 0)
     if least != most:
         raise ValueError(
-            f"need as many visible patches in every clip of a batch, got from {least} to {most}"
+            f"need the same number of visible patches in each clip, got {least} to {most}"
         )
     return least
 
 
 def position_table(module: nn.Module, device: torch.device) -> Tensor:
-    """The sines and cosines, [N, C]; they move to a device once, and not in every step."""
+    """The fixed position embeddings, [N, C], moved to the device once instead of in every step."""
     table = module.position_embeddings
     assert isinstance(table, Tensor)
     if table.device != device:
@@ -163,7 +163,7 @@ def position_table(module: nn.Module, device: torch.device) -> Tensor:
 
 
 def normalisation(pixels: Tensor) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-    """Mean and deviation of a uint8 clip."""
+    """Mean and standard deviation for a uint8 clip; None for others."""
     if pixels.dtype != torch.uint8 or pixels.shape[2] != 3:
         return None, None
     return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -173,7 +173,7 @@ def _whole(embeddings: Any) -> str | None:
     patches = embeddings.patch_embeddings
     if type(patches) is not videomae.VideoMAEPatchEmbeddings:
         return f"patch_embeddings is {type(patches).__name__}, which may compute something else"
-    return whole_patches(patches.projection)
+    return convolutions.why_not(patches.projection)
 
 
 def _pretraining(model: Any) -> str | None:

@@ -11,33 +11,32 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from vidl.kernels.groups import Groups
-from vidl.kernels.space_time_attention.op import Scores
+from vidl.nn.pruning import Scores
 from vidl.swapping.attention import attend, speed
 from vidl.swapping.registry import Family, Rule, state_of
 
-Mask = (
-    Tensor | Groups | None
-)  # a swapped NaFlexVit hands groups to its blocks where timm has a mask
+# A swapped NaFlexVit passes groups to its blocks in place of timm's mask.
+Mask = Tensor | Groups | None
 
 
 class Attention(timm_attention.Attention):
-    """The same attention by `space_time_attention`; timm's own where there is a mask or dropout."""
+    """timm's attention by `space_time_attention`; with a mask or dropout, timm's own."""
 
     def forward(self, x: Tensor, attn_mask: Mask = None, is_causal: bool = False) -> Tensor:
-        if timm_does(self, attn_mask, is_causal):
+        if needs_timm(self, attn_mask, is_causal):
             return super().forward(x, attn_mask, is_causal)
         return self.scored(x, groups_of(attn_mask))[0]
 
     def scored(
         self, x: Tensor, groups: Groups | None = None, scores: Scores | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The output, and how important each token is, [B, N] or None."""
+        """The output, and the importance of each token, [B, N], or None."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         return finish(self, x, self.q_norm(q), self.k_norm(k), v, groups, scores)
 
 
-class EvaAttention(timm_eva.EvaAttention):
-    """The same attention by `space_time_attention`; timm's own where there is a mask or dropout."""
+class Rotary:
+    """What the attentions with rotary embeddings share; a subclass has `project`."""
 
     def forward(
         self,
@@ -46,8 +45,8 @@ class EvaAttention(timm_eva.EvaAttention):
         attn_mask: Mask = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if timm_does(self, attn_mask, is_causal):
-            return super().forward(x, rope, attn_mask, is_causal)
+        if needs_timm(self, attn_mask, is_causal):
+            return super().forward(x, rope, attn_mask, is_causal)  # type: ignore[misc]
         return self.scored(x, rope, groups_of(attn_mask))[0]
 
     def scored(
@@ -57,89 +56,71 @@ class EvaAttention(timm_eva.EvaAttention):
         groups: Groups | None = None,
         scores: Scores | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The output, and how important each token is, [B, N] or None."""
+        """The output, and the importance of each token, [B, N], or None."""
+        attention: Any = self
+        q, k, v = attention.project(x)
+        q, k = rotate(self, attention.q_norm(q), attention.k_norm(k), v, rope)
+        if k.shape[2] < q.shape[2]:  # several heads of queries share a head of keys
+            k, v = (y.repeat_interleave(q.shape[2] // y.shape[2], dim=2) for y in (k, v))
+        return finish(self, x, q, k, v, groups, scores)
+
+
+class EvaAttention(Rotary, timm_eva.EvaAttention):
+    """timm's attention by `space_time_attention`; with a mask or dropout, timm's own."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, [B, N, H, D]."""
         heads = (self.num_heads, self.head_dim)
-        if self.qkv is None:
-            q, k, v = (p(x).unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        else:
-            q, k, v = biased_qkv(self, x).unflatten(-1, (3, *heads)).unbind(2)
-        q, k = turned(self, self.q_norm(q), self.k_norm(k), v, rope)
-        return finish(self, x, q, k, v, groups, scores)
+        if self.qkv is not None:
+            return biased_qkv(self, x).unflatten(-1, (3, *heads)).unbind(2)
+        return tuple(p(x).unflatten(-1, heads) for p in (self.q_proj, self.k_proj, self.v_proj))
 
 
-class AttentionRope(timm_attention.AttentionRope):
-    """The same attention by `space_time_attention`; timm's own where there is a mask or dropout."""
+class AttentionRope(Rotary, timm_attention.AttentionRope):
+    """timm's attention by `space_time_attention`; with a mask or dropout, timm's own."""
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Tensor | None = None,
-        attn_mask: Mask = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        if timm_does(self, attn_mask, is_causal):
-            return super().forward(x, rope, attn_mask, is_causal)
-        return self.scored(x, rope, groups_of(attn_mask))[0]
-
-    def scored(
-        self,
-        x: Tensor,
-        rope: Tensor | None = None,
-        groups: Groups | None = None,
-        scores: Scores | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The output, and how important each token is, [B, N] or None."""
-        if self.qkv is None:
-            q, k, v = (
-                p(x).unflatten(-1, (heads, self.head_dim))
-                for p, heads in (
-                    (self.q_proj, self.num_heads),
-                    (self.k_proj, self.num_kv_heads),
-                    (self.v_proj, self.num_kv_heads),
-                )
-            )
-        else:
-            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        q, k = turned(self, self.q_norm(q), self.k_norm(k), v, rope)
-        if self.num_kv_groups > 1:
-            k, v = (y.repeat_interleave(self.num_kv_groups, dim=2) for y in (k, v))
-        return finish(self, x, q, k, v, groups, scores)
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, [B, N, H, D]; keys and values may have fewer heads."""
+        if self.qkv is not None:
+            return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        return tuple(p(x).unflatten(-1, (-1, self.head_dim)) for p in projections)
 
 
-def timm_does(attention: Any, mask: Mask, is_causal: bool) -> bool:
-    """Whether this call is none for our operation."""
+def needs_timm(attention: Any, mask: Mask, is_causal: bool) -> bool:
+    """Whether the call must fall back to timm's own attention."""
     drops = attention.training and attention.attn_drop.p > 0
     if isinstance(mask, Groups):
         if drops:
-            raise ValueError("attn_drop was set after vidl.swap, which cannot drop out attention")
+            raise ValueError("attn_drop was set after vidl.swap, which does not support it")
         return False
     return mask is not None or is_causal or drops
 
 
 def groups_of(mask: Mask) -> Groups | None:
-    """What is left of masks after `timm_does`."""
+    """The groups that a swapped NaFlexVit passes in place of a mask; None without any."""
     return mask if isinstance(mask, Groups) else None
 
 
-def turned(
+def rotate(
     attention: Any, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys [B, N, H, D] after the rotary embedding, which has no prefix tokens."""
+    """Apply rotary embeddings to queries and keys, [B, N, H, D], except to prefix tokens."""
     if rope is None:
         return q, k
     # [N, D], [H, N, D], [B, 1, N, D] or [B, H, N, D], for timm's order of tokens and heads.
     rope = rope.unsqueeze(-2) if rope.ndim == 2 else rope.transpose(-3, -2)
     prefix, half = attention.num_prefix_tokens, getattr(attention, "rotate_half", False)
 
-    def turn(x: Tensor) -> Tensor:
+    def apply(x: Tensor) -> Tensor:
         patches = apply_rot_embed_cat(x[:, prefix:], rope, half=half)
         return torch.cat([x[:, :prefix], patches], 1).type_as(v)
 
-    return turn(q), turn(k)
+    return apply(q), apply(k)
 
 
 def biased_qkv(attention: Any, x: Tensor) -> Tensor:
-    """Queries, keys and values of EVA and BEiT, whose keys have no bias that learns."""
+    """Queries, keys and values of EVA and BEiT, whose keys have no learned bias."""
     if attention.q_bias is None:
         return attention.qkv(x)
     bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
@@ -170,13 +151,13 @@ def finish(
 def no_dropout(attention: Any) -> str | None:
     """`why_not` of attentions."""
     if attention.attn_drop.p > 0:
-        return f"attn_drop={attention.attn_drop.p}: weights of attention cannot be dropped out"
+        return f"attn_drop={attention.attn_drop.p}: vidl does not drop out attention weights"
     return None
 
 
 def relative_bias(attention: nn.Module) -> str | None:
     """`why_not` of BEiT's attention."""
-    return "it adds a relative position bias, which PyTorch's attention takes and ours does not"
+    return "it adds a relative position bias, so it stays with PyTorch's attention"
 
 
 def attention_speed(attention: Any, backend: str) -> str:

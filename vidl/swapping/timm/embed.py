@@ -1,4 +1,4 @@
-"""timm's `PatchEmbed`: a dense embedding that never calls its convolution."""
+"""timm's `PatchEmbed` without its convolution."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from vidl.swapping.registry import Family, Rule, state_of
 
 
 class PatchEmbed(timm_patch_embed.PatchEmbed):
-    """The same embedding by `masked_patch_embed`, where a kernel of ours runs it."""
+    """timm's embedding by `masked_patch_embed`, if a vidl kernel runs it."""
 
     def forward(self, x: Tensor) -> Tensor:
         state = state_of(self)
@@ -23,14 +23,14 @@ class PatchEmbed(timm_patch_embed.PatchEmbed):
             return super().forward(x)
         x = self._checked(x)
         h, w = (n // p for n, p in zip(x.shape[-2:], self.patch_size, strict=True))
-        x = x[..., : h * self.patch_size[0], : w * self.patch_size[1]]  # as the convolution does
+        x = x[..., : h * self.patch_size[0], : w * self.patch_size[1]]  # as a convolution does
         tokens = masked_patch_embed(
             x.unsqueeze(2), self.proj.weight, self.proj.bias, backend=state.backend
         )
         return self.norm(tokens if self.flatten else tokens.unflatten(1, (h, w)))
 
     def _checked(self, x: Tensor) -> Tensor:
-        """The images, padded to whole patches if the model does that."""
+        """The images, padded to whole patches if the model pads."""
         size = tuple(x.shape[-2:])
         if self.img_size is not None and self.strict_img_size and size != tuple(self.img_size):
             raise ValueError(f"need images of {self.img_size}, got {size}")
@@ -43,14 +43,14 @@ class PatchEmbed(timm_patch_embed.PatchEmbed):
 
 
 def why_not(embed: Any) -> str | None:
-    """The reason why this embedding is left."""
+    """The reason why this embedding is left, or None."""
     if not embed.flatten and embed.output_fmt != Format.NHWC:
-        return f"it hands on {embed.output_fmt.value}, which a convolution makes at once"
+        return f"its output format is {embed.output_fmt.value}, which is that of a convolution"
     return None
 
 
 def note(embed: Any, backend: str) -> str:
-    """What the report says where nothing is gained."""
+    """The report's note on this embedding."""
     return speed(embed.proj, backend)
 
 

@@ -1,4 +1,4 @@
-"""timm's NaFlexVit: groups of valid tokens instead of its N x N mask."""
+"""timm's NaFlexVit with groups of valid tokens in place of its N x N mask."""
 
 from typing import Any
 
@@ -13,9 +13,10 @@ from vidl.swapping.timm.attention import FAMILY as ATTENTION
 
 
 class NaFlexVit(timm_naflex.NaFlexVit):
-    """The same model; padding costs its attention nothing.
+    """timm's model without attention to padding.
 
-    Padded tokens come out otherwise than timm's do: among themselves; nobody reads them.
+    Padded tokens attend to one another, so their outputs differ from timm's; the model ignores
+    them.
     """
 
     def _forward_embeds(
@@ -23,21 +24,21 @@ class NaFlexVit(timm_naflex.NaFlexVit):
     ) -> dict[str, Any]:
         if patch_valid is None or attn_mask is not None or not self._takes_groups():
             return super()._forward_embeds(x, patch_coord, patch_valid, attn_mask)
-        # A mask that is given is passed on: so timm makes none.
-        found = super()._forward_embeds(x, patch_coord, patch_valid, patch_valid)
-        found["attn_mask"] = valid_groups(found["patch_valid"], self.num_prefix_tokens)
-        return found
+        # With a mask given, timm does not build its own.
+        embeds = super()._forward_embeds(x, patch_coord, patch_valid, patch_valid)
+        embeds["attn_mask"] = valid_groups(embeds["patch_valid"], self.num_prefix_tokens)
+        return embeds
 
     def _takes_groups(self) -> bool:
         return all(state_of(block.attn) is not None for block in self.blocks)
 
 
 def valid_groups(valid: Tensor, prefix: int) -> Groups:
-    """The valid tokens of each sample attend to one another, and the others to one another.
+    """Two groups a sample: its valid tokens, and its padding.
 
     Args:
-        valid: [B, N] bool, of patches.
-        prefix: tokens before the patches of each sample, always valid.
+        valid: which patches are valid, [B, N] bool.
+        prefix: number of tokens before the patches of each sample, always valid.
     """
     B, N = valid.shape
     valid = F.pad(valid.bool(), (prefix, 0), value=True)
@@ -46,7 +47,7 @@ def valid_groups(valid: Tensor, prefix: int) -> Groups:
 
 
 def why_not(model: Any) -> str | None:
-    """The reason why this model keeps its mask."""
+    """The reason why this model keeps its mask, or None."""
     swapped = {rule.original: rule for rule in ATTENTION.rules}
     for name, block in model.blocks.named_children():
         attention: Any = block.attn

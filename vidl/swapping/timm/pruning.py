@@ -1,6 +1,7 @@
-"""timm's ViT and EVA with layers that drop tokens."""
+"""timm's ViT and EVA with layers that prune their tokens."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import timm.models.deit as timm_deit
@@ -9,48 +10,73 @@ import timm.models.vision_transformer as timm_vit
 import torch
 from torch import Tensor
 
-from vidl.swapping.grids import refuse_grids
-from vidl.swapping.prune import Kept, Pruning, plan_of
+from vidl.nn.pruning import Pruning, Scores
+from vidl.swapping.prune import plan_of, without_class_token
 from vidl.swapping.registry import Family, Tower, original, state_of
+from vidl.swapping.timm.tokens import KeptTokens, refuse_grids
 from vidl.swapping.timm.vit import VisionTransformer
 
 
 class Block(timm_vit.Block):
-    """The same layer, dropping tokens."""
+    """timm's layer with pruning."""
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        pruning, layer, prefix = plan_of(self, x.shape[1])
-        if pruning is None:
+        plan = plan_of(self)
+        if not plan.drops(x.shape[1]):
             return super().forward(x, attn_mask, is_causal)
-        refuse_masks(layer, attn_mask, is_causal)
-        attended, scores = self.attn.scored(self.norm1(x), scores=pruning.score)
-        x = x + self.drop_path1(self.ls1(attended))
-        if pruning.when == "before_mlp":
-            x, _ = pruning.select(x, scores, prefix)
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        if pruning.when == "after_mlp":
-            x, _ = pruning.select(x, scores, prefix)
-        return x
+        refuse_masks(plan.layer, attn_mask, is_causal)
+        return plan.run(x, self.attended, self.transformed)[0]
+
+    def attended(self, x: Tensor, scores: Scores | None) -> tuple[Tensor, Tensor | None]:
+        """The tokens after attention, and their scores."""
+        out, importance = self.attn.scored(self.norm1(x), scores=scores)
+        return x + self.drop_path1(self.ls1(out)), importance
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """The tokens after the MLP."""
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-class EvaBlock(timm_eva.EvaBlock):
-    """The same layer, dropping tokens; their rotary embeddings follow them."""
+class RotaryBlock:
+    """What EVA's layers share; rotary embeddings follow the tokens that stay."""
 
     def forward(
         self,
         x: Tensor,
-        rope: Kept | None = None,
+        rope: KeptTokens | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        return eva_block(self, super().forward, x, rope, attn_mask, is_causal)
+        block: Any = self
+        plan, kept = plan_of(block), rope
+        own = None if kept is None else rope_of(kept, plan.layer)
+        ids = fused = None
+        if not plan.drops(x.shape[1]):
+            x = super().forward(x, own, attn_mask, is_causal)  # type: ignore[misc]
+        else:
+            refuse_masks(plan.layer, attn_mask, is_causal)
+            x, selected = plan.run(x, partial(block.attended, rope=own), block.transformed)
+            assert plan.pruning is not None and selected is not None
+            ids = selected.ids_keep
+            if kept is not None and kept.embedding is not None and plan.pruning.fuse:
+                fused = kept.embedding.shape[-2]
+        if kept is not None:
+            kept.hand_on(plan.layer, ids, fused)
+        return x
 
-    def attended(self, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+
+class EvaBlock(RotaryBlock, timm_eva.EvaBlock):
+    """timm's layer with pruning."""
+
+    def attended(
+        self, x: Tensor, scores: Scores | None, rope: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The tokens after attention, and their scores."""
-        out, scores = self.attn.scored(self.norm1(x), *args)
-        return x + self.drop_path1(out if self.gamma_1 is None else self.gamma_1 * out), scores
+        out, importance = self.attn.scored(self.norm1(x), rope, scores=scores)
+        out = out if self.gamma_1 is None else self.gamma_1 * out
+        return x + self.drop_path1(out), importance
 
     def transformed(self, x: Tensor) -> Tensor:
         """The tokens after the MLP."""
@@ -58,70 +84,30 @@ class EvaBlock(timm_eva.EvaBlock):
         return x + self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
 
 
-class EvaBlockPostNorm(timm_eva.EvaBlockPostNorm):
-    """The same layer, dropping tokens; their rotary embeddings follow them."""
+class EvaBlockPostNorm(RotaryBlock, timm_eva.EvaBlockPostNorm):
+    """timm's layer with pruning."""
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Kept | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        return eva_block(self, super().forward, x, rope, attn_mask, is_causal)
-
-    def attended(self, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    def attended(
+        self, x: Tensor, scores: Scores | None, rope: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The tokens after attention, and their scores."""
-        out, scores = self.attn.scored(x, *args)
-        return x + self.drop_path1(self.norm1(out)), scores
+        out, importance = self.attn.scored(x, rope, scores=scores)
+        return x + self.drop_path1(self.norm1(out)), importance
 
     def transformed(self, x: Tensor) -> Tensor:
         """The tokens after the MLP."""
         return x + self.drop_path2(self.norm2(self.mlp(x)))
 
 
-def eva_block(
-    block: Any,
-    stock: Any,
-    x: Tensor,
-    kept: Kept | None,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-) -> Tensor:
-    """A layer of EVA: timm's own with the embeddings of its tokens, or one that drops some."""
-    pruning, layer, prefix = plan_of(block, x.shape[1])
-    rope = None if kept is None else turns(kept, layer)
-    if pruning is None:
-        if kept is not None:
-            kept.hand_on(layer, None)
-        return stock(x, rope, attn_mask, is_causal)
-    refuse_masks(layer, attn_mask, is_causal)
-    x, scores = block.attended(x, rope, None, pruning.score)
-    if pruning.when == "before_mlp":
-        x, ids = pruning.select(x, scores, prefix)
-    x = block.transformed(x)
-    if pruning.when == "after_mlp":
-        x, ids = pruning.select(x, scores, prefix)
-    if kept is not None:
-        kept.hand_on(layer, ids, places(kept) if pruning.fuse else None)
-    return x
-
-
-def places(kept: Kept) -> int:
-    """How many positions have a rotary embedding."""
-    assert kept.positions is not None
-    return kept.positions.shape[-2]
-
-
-def turns(kept: Kept, layer: int) -> Tensor:
-    """The rotary embeddings of a layer's tokens; a fused token, which is nowhere, is not turned."""
-    rope, ids = kept.positions, kept.before(layer)
+def rope_of(kept: KeptTokens, layer: int) -> Tensor:
+    """The rotary embeddings of a layer's tokens; a fused token has no position, so no rotation."""
+    rope, ids = kept.embedding, kept.before(layer)
     assert rope is not None
     if ids is None:
         return rope
-    still = torch.zeros_like(rope[..., :1, :])  # sines, then cosines
-    still[..., rope.shape[-1] // 2 :] = 1
-    rope = torch.cat([rope, still], -2)
+    identity = torch.zeros_like(rope[..., :1, :])  # sines, then cosines
+    identity[..., rope.shape[-1] // 2 :] = 1
+    rope = torch.cat([rope, identity], -2)
     if rope.ndim == 2:  # [N, D] -> [B, 1, K, D]
         return rope[ids].unsqueeze(1)
     if rope.ndim == 3:  # [H, N, D] -> [B, H, K, D]
@@ -131,39 +117,40 @@ def turns(kept: Kept, layer: int) -> Tensor:
 
 
 def refuse_masks(layer: int, attn_mask: Any, is_causal: bool) -> None:
-    """A layer that drops tokens knows no masks."""
+    """Raise if a layer that drops tokens gets a mask."""
     if attn_mask is not None or is_causal:
         raise ValueError(
             f"layer {layer} drops tokens, so it needs a call without attn_mask and is_causal; "
-            "vidl.unswap(model) brings back layers that take them"
+            "vidl.unswap(model) restores layers that take them"
         )
 
 
 class VisionTransformerDistilled(timm_deit.VisionTransformerDistilled):
-    """The same model, whose tokens become fewer."""
+    """timm's model with layers that prune."""
 
     def forward_intermediates(self, *args: Any, **options: Any) -> Any:
         return refuse_grids(self, super().forward_intermediates, *args, **options)
 
 
 class Eva(timm_eva.Eva):
-    """The same model, whose tokens become fewer."""
+    """timm's model with layers that prune."""
 
     def forward_intermediates(self, *args: Any, **options: Any) -> Any:
         return refuse_grids(self, super().forward_intermediates, *args, **options)
 
     def _pos_embed(self, x: Tensor) -> tuple[Tensor, Any]:
         x, rope = super()._pos_embed(x)
-        return x, None if rope is None else Kept(rope)
+        return x, None if rope is None else KeptTokens(rope)
 
 
 def why_not(model: Any, pruning: Pruning, layers: Sequence[int]) -> str | None:
-    """The reason why these layers cannot drop tokens so."""
-    if pruning.score == "cls" and model.cls_token is None:
-        return "it has no class token; score='mean' needs none"
+    """The reason why these layers cannot be pruned, or None."""
+    if model.cls_token is None and (reason := without_class_token(pruning)):
+        return reason
     for layer, block in enumerate(model.blocks):
         kind = original(block)
-        concerned = layer in layers or isinstance(model, timm_eva.Eva)  # its embeddings go through
+        # Every layer of Eva must pass on the embeddings of the tokens that stay.
+        concerned = layer in layers or isinstance(model, timm_eva.Eva)
         if concerned and kind not in BLOCKS:
             return f"layer {layer} is a {kind.__name__}, need one of {', '.join(NAMES)}"
         if layer in layers and state_of(block.attn) is None:
@@ -179,10 +166,10 @@ BLOCKS: Any = {
 NAMES = [kind.__name__ for kind in BLOCKS]
 
 
-def tower(stock: Any, swapped: Any, every: bool) -> Tower:
-    """All of timm's have the same parts."""
+def tower(original: Any, swapped: Any, every: bool) -> Tower:
+    """A model of timm; all of them name their parts alike."""
     return Tower(
-        stock,
+        original,
         swapped,
         BLOCKS,
         layers=lambda model: model.blocks,

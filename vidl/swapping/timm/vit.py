@@ -1,4 +1,4 @@
-"""timm's `VisionTransformer`, which embeds only the patches that its patch dropout keeps."""
+"""timm's `VisionTransformer`, embedding only the patches that its patch dropout keeps."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from vidl.kernels.masked_patch_embed import masked_patch_embed
-from vidl.swapping.grids import refuse_grids
 from vidl.swapping.registry import Family, full_name, original, remember, state_of
 from vidl.swapping.report import Change
+from vidl.swapping.timm.tokens import refuse_grids
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
-    """The same model with fewer tokens: some never embedded, some dropped by its layers."""
+    """timm's model: patch dropout runs before the embedding, and layers may prune."""
 
     def forward_features(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -34,12 +34,12 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
 
 def visible(model: Any, images: Tensor) -> Tensor:
-    """The class and register tokens, and the patches that stay, all with their positions."""
+    """Class and register tokens, then the patches that stay, all with position embeddings."""
     embed, drop, prefix = model.patch_embed, model.patch_drop, model.num_prefix_tokens
     B, patches = images.shape[0], embed.num_patches
     if tuple(images.shape[2:]) != tuple(embed.img_size):
         raise ValueError(f"need images of {embed.img_size}, got {tuple(images.shape[2:])}")
-    # timm draws, with numbers in place of tokens.
+    # timm's own random draw, of patch numbers in place of tokens.
     numbers = torch.arange(patches, device=images.device).expand(B, -1).unsqueeze(-1)
     _, ids = patch_dropout_forward(numbers, drop.prob, 0, drop.ordered, True)
     tokens = [t.expand(B, -1, -1) for t in (model.cls_token, model.reg_token) if t is not None]
@@ -58,32 +58,32 @@ def visible(model: Any, images: Tensor) -> Tensor:
 
 
 def embeds_all(model: Any) -> str | None:
-    """The reason why this model embeds patches that it then drops; None if it need not."""
+    """The reason why this model must embed all patches before it drops some, or None."""
     embed = model.patch_embed
     if model.dynamic_img_size or embed.img_size is None or not embed.strict_img_size:
-        return "it takes images of any size"
+        return "it accepts images of any size"
     if original(embed) is not PatchEmbed or not embed.flatten:
-        return f"its patch embedding is a {type(embed).__name__} of its own kind"
+        return f"its patch embedding is a {type(embed).__name__}, or does not flatten its output"
     if not isinstance(embed.norm, nn.Identity):
         return "its patch embedding has a norm"
     if model.pos_drop.p > 0:
-        return f"it drops out tokens before patches (pos_drop_rate={model.pos_drop.p})"
+        return f"it has dropout before patch dropout (pos_drop_rate={model.pos_drop.p})"
     return None
 
 
 def transformers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The modules that are, or were, exactly timm's class."""
+    """The modules whose class is exactly timm's, swapped or not."""
     for name, module in model.named_modules():
         if original(module) is timm_vit.VisionTransformer:
             yield name, module
 
 
 def drop_first(model: nn.Module, backend: str) -> Sequence[Change]:
-    """Where timm drops patches in training, drop them before they are embedded."""
+    """Run patch dropout before the patch embedding."""
     changes = []
     for name, module in transformers(model):
         if isinstance(module.patch_drop, PatchDropout):
-            changes.append(_swap(name, module, backend, "embeds only what patch dropout keeps"))
+            changes.append(_swap(name, module, backend, "embeds only patches that stay"))
     return changes
 
 
@@ -91,7 +91,7 @@ def mask(model: nn.Module, ratio: float, backend: str) -> Sequence[Change]:
     """`vidl.mask` of timm's ViT."""
     changes = []
     for name, module in transformers(model):
-        change = _swap(name, module, backend, f"hides {ratio:g} of its patches in training")
+        change = _swap(name, module, backend, f"masks {ratio:g} of its patches in training")
         if change.became is not None:
             state = state_of(module)
             assert state is not None
@@ -105,7 +105,7 @@ def mask(model: nn.Module, ratio: float, backend: str) -> Sequence[Change]:
 
 
 def unmask(model: Any) -> None:
-    """The patch dropout that the model came with."""
+    """Restore the model's own patch dropout."""
     state = state_of(model)
     assert state is not None
     model.patch_drop = state.memory["patch_drop"].train(model.training)
