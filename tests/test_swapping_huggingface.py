@@ -654,9 +654,7 @@ def test_another_version_of_transformers_leaves_the_rest(monkeypatch):
     name = "vidl.swapping.huggingface.bert"
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delattr(modeling_bert, "BertEncoder")
-    with pytest.warns(
-        UserWarning, match=r"cannot change models of .*huggingface.bert.*"
-    ):
+    with pytest.warns(UserWarning, match=r"cannot change models of .*huggingface.bert.*"):
         vidl.swap(CASES["ViT"].model())
     monkeypatch.undo()
     vidl.swap(bert())

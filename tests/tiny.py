@@ -60,9 +60,7 @@ def token_importance(scores: str, weights: Tensor, k: Tensor, v: Tensor) -> Tens
         importance[:, ::2] = -(keys[:, ::2] @ keys[:, 1::2].mT).amax(-1)
         return importance
     importance = weights[:, :, 0].mean(1)
-    if (
-        scores == "value"
-    ):  # ATS: times the norm of the value, without the class token
+    if scores == "value":  # ATS: times the norm of the value, without the class token
         norms = v.transpose(1, 2).flatten(2).norm(dim=-1)
         importance = F.pad(importance[:, 1:] * norms[:, 1:], (1, 0))
         importance = importance / importance.sum(1, keepdim=True)

@@ -21,28 +21,28 @@ BASE_WIDTH = 768
 class Bert(nn.Module):
     """BERT whose last layers fuse captions with visual tokens.
 
-    The first `text_layers` are BERT's; the `fusion_layers` after them attend to the visual tokens
-    too, between attention and MLP, as ALBEF and Singularity split BERT-base 9 + 3. Normalisation
-    comes after each residual; GELU. Parameters are named as in Hugging Face's `BertModel`, and a
-    fusion layer's as in its cross-attention layers, so its state_dict loads. Captions are packed:
-    see `vidl.nn.captions.Captions` for what `words` saves. Dropout is applied to hidden states, as
-    `hidden_dropout_prob`; attention weights are not dropped out (`attention_probs_dropout_prob`
-    must be 0), since they are never stored. There is no pooler: CLS is `hidden[:, 0]`. Sources:
+    The first `text_layers` are BERT's. The `fusion_layers` after them also attend to the visual
+    tokens, between self-attention and MLP; ALBEF and Singularity split BERT-base into 9 + 3 layers.
+    Layers are post-norm with GELU. Parameters are named as in Hugging Face's `BertModel`, those of
+    fusion layers as in its cross-attention layers, so its state_dict loads. Captions are packed:
+    see `vidl.nn.captions.Captions` for `words`. Dropout applies to hidden states, as
+    `hidden_dropout_prob`. Attention weights are never stored, so they cannot be dropped out
+    (`attention_probs_dropout_prob` must be 0). There is no pooler: CLS is `hidden[:, 0]`. Sources:
     BERT, arXiv 1810.04805; ALBEF, arXiv 2107.07651, 3.1; Singularity, arXiv 2206.03428, 3.1.
 
     Args:
-        vocab_size: words known, V.
-        width: of the tokens, C.
-        text_layers, fusion_layers: how many of each; BERT-base has 12 in all.
+        vocab_size: number of words.
+        width: channels of a token, C.
+        text_layers, fusion_layers: number of layers; BERT-base has 12 in total.
         num_heads: H.
-        mlp_width: of the MLP's hidden layer; default 4 C.
-        visual_width: of the visual tokens; default C.
-        max_positions: longest caption.
-        token_types: segments that have an embedding (captions are of the first); 0: none, as
+        mlp_width: width of the MLP's hidden layer; default 4 C.
+        visual_width: channels of the visual tokens; default C.
+        max_positions: length of the longest caption.
+        token_types: number of segment embeddings (captions use the first); 0: none, as in
             DistilBERT.
-        dropout: of hidden states.
-        mlm_head: whether there is a head that predicts words, with the word embedding as its
-            output layer, named as `cls` of `BertForMaskedLM`.
+        dropout: rate for hidden states.
+        mlm_head: add a head that predicts words, with the word embedding as its output layer, named
+            as `cls` in `BertForMaskedLM`.
         backend: of the attention.
 
     Raises:
@@ -67,10 +67,11 @@ class Bert(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or width % num_heads:
-            raise ValueError(f"need a width that is a multiple of num_heads={num_heads}: {width}")
+            raise ValueError(f"need width as a multiple of num_heads={num_heads}, got {width}")
         if text_layers < 0 or fusion_layers < 0 or text_layers + fusion_layers < 1:
             raise ValueError(
-                f"need layers, got {text_layers} of text and {fusion_layers} of fusion"
+                f"need at least one layer, got text_layers={text_layers} and "
+                f"fusion_layers={fusion_layers}"
             )
         self.text_layers, self.fusion_layers, self.backend = text_layers, fusion_layers, backend
         self.width, self.visual_width = width, width if visual_width is None else visual_width
@@ -93,14 +94,15 @@ class Bert(nn.Module):
 
         Args:
             ids: words, [B, L] int64.
-            attention_mask: [B, L], not zero where there is a word; None: everywhere.
-            words: rows to compute: how many words there are, or an upper bound; see `Captions`.
+            attention_mask: [B, L], nonzero at words; None: no padding.
+            words: number of rows to compute: the number of words, or an upper bound; see
+                `Captions`.
 
         Returns:
-            [B, L, C], zero where there is no word; CLS comes first.
+            [B, L, C], zero at padding; CLS comes first.
 
         Raises:
-            ValueError: shapes do not fit, or a caption is too long.
+            ValueError: shapes do not fit, or captions are longer than `max_positions`.
         """
         if ids.ndim != 2 or ids.shape[1] > self.embeddings.max_positions:
             raise ValueError(
@@ -127,20 +129,23 @@ class Bert(nn.Module):
     ) -> Tensor:
         """Run the fusion layers: captions attend to themselves and to visual tokens.
 
-        Keys and values of a clip are computed once, for however many captions are its partners, as
-        the positive and negative pairs of video-text matching are.
+        Keys and values of a clip are computed once, for all captions that attend to it, as in the
+        positive and negative pairs of video-text matching.
 
         Args:
-            text: [B, L, C], of `encode`.
-            attention_mask: [B, L], not zero where there is a word; None: everywhere.
-            visual: [V, N, visual_width], or packed [total, visual_width] with `cu_visual`.
-            partner: the clip of each caption, [B] int64 in [0, V); None: its own, V = B.
-            cu_visual: [V + 1] int32, where each clip begins in a packed `visual`.
-            max_visual: tokens of any clip in a packed `visual`: an upper bound.
-            words: rows to compute: how many words there are, or an upper bound; see `Captions`.
+            text: output of `encode`, [B, L, C].
+            attention_mask: [B, L], nonzero at words; None: no padding.
+            visual: tokens of S clips, [S, N, visual_width], or packed [total, visual_width] with
+                `cu_visual`.
+            partner: the clip of each caption, [B] int64 in [0, S); None: caption b attends to clip
+                b, and S = B.
+            cu_visual: offsets of the clips in a packed `visual`, [S + 1] int32.
+            max_visual: an upper bound of the tokens of any clip in a packed `visual`.
+            words: number of rows to compute: the number of words, or an upper bound; see
+                `Captions`.
 
         Returns:
-            [B, L, C], zero where there is no word.
+            [B, L, C], zero at padding.
 
         Raises:
             ValueError: shapes do not fit, or there are no fusion layers.
@@ -148,9 +153,9 @@ class Bert(nn.Module):
         self._check_fuse(text, visual, partner, cu_visual, max_visual)
         captions = Captions(text, attention_mask, words)
         if cu_visual is None:
-            V, max_visual = visual.shape[:2]
+            S, max_visual = visual.shape[:2]
             visual = visual.flatten(0, 1)
-            cu_keys = torch.arange(V + 1, dtype=torch.int32, device=visual.device) * max_visual
+            cu_keys = torch.arange(S + 1, dtype=torch.int32, device=visual.device) * max_visual
         else:
             cu_keys = cu_visual
         assert max_visual is not None
@@ -162,17 +167,17 @@ class Bert(nn.Module):
         return captions.unpack(x)
 
     def predict_words(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """The logits of the words at some positions, and at no others.
+        """Compute logits of words, only at the given positions.
 
         Args:
-            hidden: [B, L, C], of `fuse` or `encode`.
-            positions: [M] int64 in [0, B L), as `vidl.masking.mask_words` has them.
+            hidden: output of `fuse` or `encode`, [B, L, C].
+            positions: [M] int64 in [0, B L), as from `vidl.masking.mask_words`.
 
         Returns:
-            [M, V].
+            [M, vocab_size].
 
         Raises:
-            ValueError: it was built without `mlm_head=True`.
+            ValueError: the model was built without `mlm_head=True`.
         """
         if not hasattr(self, "cls"):
             raise ValueError("need Bert(mlm_head=True) to predict words")
@@ -183,19 +188,18 @@ class Bert(nn.Module):
     def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load the weights of Hugging Face's BERT or DistilBERT, with or without its heads.
 
-        Names may begin with `bert.` or `distilbert.`. What this module has no place for by design
-        (the pooler, next-sentence and, without `mlm_head`, word prediction) is left out. The
-        cross-attention of fusion layers may be missing, as it is in BERT itself: it stays as
-        initialised.
+        Names may begin with `bert.` or `distilbert.`. The weights of the pooler, of next-sentence
+        prediction and, without `mlm_head`, of word prediction are skipped. The cross-attention of
+        fusion layers may be missing, as in BERT itself: it keeps its initial weights.
 
         Raises:
             ValueError: weights are missing, unexpected or of another shape (all are named), or the
                 checkpoint's output layer is not its word embedding.
         """
         weights = {_own_name(name): weight for name, weight in state_dict.items()}
-        left_out = ["pooler.", "cls.seq_relationship.", "embeddings.position_ids"]
-        left_out += [] if hasattr(self, "cls") else ["cls."]
-        weights = {n: w for n, w in weights.items() if not n.startswith(tuple(left_out))}
+        skipped = ["pooler.", "cls.seq_relationship.", "embeddings.position_ids"]
+        skipped += [] if hasattr(self, "cls") else ["cls."]
+        weights = {n: w for n, w in weights.items() if not n.startswith(tuple(skipped))}
         decoder = weights.pop("cls.predictions.decoder.weight", None)
         words = weights.get("embeddings.word_embeddings.weight")
         if decoder is not None and words is not None and not torch.equal(decoder, words):
@@ -221,7 +225,7 @@ class Bert(nn.Module):
         max_visual: int | None,
     ) -> None:
         if not self.fusion_layers:
-            raise ValueError("need Bert(fusion_layers=...) of at least 1 to fuse")
+            raise ValueError("need Bert(fusion_layers=...) with at least 1 layer to fuse")
         if text.ndim != 3 or text.shape[2] != self.width:
             raise ValueError(f"need text [B, L, {self.width}], got {tuple(text.shape)}")
         if (cu_visual is None) != (max_visual is None):
@@ -229,7 +233,7 @@ class Bert(nn.Module):
         packed = cu_visual is not None
         if visual.ndim != 3 - packed or visual.shape[-1] != self.visual_width:
             raise ValueError(
-                f"need visual [V, N, {self.visual_width}], or [total, {self.visual_width}] with "
+                f"need visual [S, N, {self.visual_width}], or [total, {self.visual_width}] with "
                 f"cu_visual, got {tuple(visual.shape)}"
             )
         B = text.shape[0]
@@ -241,7 +245,7 @@ class Bert(nn.Module):
 
 
 class _Embeddings(nn.Module):
-    """Words, positions and segments."""
+    """Word, position and segment embeddings."""
 
     def __init__(
         self, vocab_size: int, width: int, max_positions: int, token_types: int, dropout: float
@@ -262,7 +266,7 @@ class _Embeddings(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Attention, cross-attention if there is a `visual_width`, and MLP; on packed rows."""
+    """Self-attention, cross-attention if `visual_width` is given, and MLP, on packed rows."""
 
     def __init__(
         self, width: int, heads: int, mlp_width: int, dropout: float, visual_width: int | None
@@ -290,7 +294,7 @@ class _Layer(nn.Module):
 
 
 class BertAttention(nn.Module):
-    """Rows attend to those of a context; residual and normalisation follow."""
+    """Attention to the rows of a context, then residual and LayerNorm."""
 
     def __init__(self, width: int, context: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -324,7 +328,7 @@ class _Residual(nn.Module):
 
 
 class _MlmHead(nn.Module):
-    """Linear, GELU, LayerNorm, and the product with each word's embedding."""
+    """Linear, GELU, LayerNorm, and the dot product with each word embedding."""
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
@@ -340,10 +344,10 @@ class _MlmHead(nn.Module):
 
 
 def _initialise(module: nn.Module, width: int) -> None:
-    """As BERT: normal with a deviation of 0.02, biases zero, the padding word zero.
+    """BERT's initialisation: normal with a deviation of 0.02; biases and the padding word zero.
 
-    In a model that is narrower than BERT's 768, layers have as much more as makes up for fewer
-    inputs: else its captions begin almost equal.
+    In models narrower than BERT's 768 channels, linear layers get a larger deviation, which makes
+    up for fewer inputs: otherwise different captions have almost equal features at first.
     """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02 * max(1.0, BASE_WIDTH / width) ** 0.5)
@@ -354,7 +358,7 @@ def _initialise(module: nn.Module, width: int) -> None:
         nn.init.zeros_(module.weight[module.padding_idx].detach())
 
 
-# Of Hugging Face's prefixes, of DistilBERT, and of checkpoints made before LayerNorm had weights.
+# Hugging Face's prefixes, DistilBERT's names, and old names of LayerNorm's parameters.
 _RENAMED = {
     r"^(distil)?bert\.": "",
     r"^transformer\.layer\.": "encoder.layer.",

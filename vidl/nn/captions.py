@@ -1,4 +1,4 @@
-"""Padded captions as packed words, and the groups in which these attend."""
+"""Padded captions as packed words, and the attention groups of these words."""
 
 import torch
 from torch import Tensor
@@ -7,25 +7,25 @@ from vidl.kernels.groups import Groups, group_of
 
 
 class Captions:
-    """Where the words of padded captions are: packs them, unpacks them, and groups them.
+    """Packs, unpacks and groups the words of padded captions.
 
-    How many words a batch has is known on the device; PyTorch must know the number of packed rows
-    on the host. So the caller says it: `words`, exact or an upper bound, which a data loader knows
-    for nothing. Captions of 10 to 20 words padded to 32 are then half the work in every layer. Rows
-    beyond the last word hold padding, in groups of their own that no word sees; rounded up to a
-    multiple, `words` gives few shapes for `torch.compile` and CUDA graphs. Without `words` the
-    number is read from a mask on the CPU, where that costs nothing; on a GPU, and in
-    `torch.compile`, all B L rows are computed, still without attention to padding and without a
-    host synchronisation.
+    The number of words of a batch is known on the device, but PyTorch needs the number of packed
+    rows on the host. The caller passes it as `words`, exact or as an upper bound, which a data
+    loader knows without a synchronisation. For captions of 10 to 20 words padded to 32, packing
+    halves the work of every layer. Rows after the last word hold padding, in groups of their own
+    that no word attends to; if `words` is rounded up to a multiple, `torch.compile` and CUDA graphs
+    see few shapes. Without `words` the number is read from a mask on the CPU, which costs nothing
+    there; on a GPU, and under `torch.compile`, all B L rows are computed, still without attention
+    to padding and without a host synchronisation.
 
     Args:
-        padded: [B, L, ...], ids or hidden states: for the shape and the device.
-        attention_mask: [B, L] bool or integer, not zero where there is a word; None: everywhere.
-        words: rows to pack, at least as many as there are words and at most B L.
+        padded: ids or hidden states, [B, L, ...]; only the shape and the device are used.
+        attention_mask: [B, L] bool or integer, nonzero at words; None: no padding.
+        words: number of packed rows, at least the number of words and at most B L.
 
     Raises:
         ValueError: shapes, devices or numbers do not fit.
-        RuntimeError: there are more words than `words` (on CUDA as a device-side assertion).
+        RuntimeError: the batch has more words than `words` (on CUDA as a device-side assertion).
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Captions:
         if attention_mask is not None:
             self._read(attention_mask, words)
         elif words not in (None, self.rows):
-            raise ValueError(f"need an attention_mask to tell {words} words of {self.rows} apart")
+            raise ValueError(f"need an attention_mask if words={words} is not B * L={self.rows}")
 
     def _read(self, attention_mask: Tensor, words: int | None) -> None:
         if attention_mask.shape != (self.batch, self.length):
@@ -60,10 +60,10 @@ class Captions:
             self.rows = int(self.total)
         elif words is not None:
             self.rows = words
-            torch._assert_async(self.total <= words, "there are more words than `words`")
-        # Words first, in their order, then padding.
+            torch._assert_async(self.total <= words, "the batch has more words than `words`")
+        # Words first, in order, then padding.
         self.order = torch.argsort((~mask).flatten().byte(), stable=True)[: self.rows]
-        # What is beyond the words lies in groups of up to L rows.
+        # Rows after the words are in groups of up to L rows.
         self.tails = -(-self.rows // self.length) if self.length and not read else 0
         ends = sizes.cumsum(0, dtype=torch.int32)
         steps = torch.arange(1, self.tails + 1, dtype=torch.int32, device=self.device)
@@ -76,7 +76,7 @@ class Captions:
         return x if self.order is None else x.index_select(0, self.order)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """[rows, C] to [B, L, C], with zeros where there is no word."""
+        """[rows, C] to [B, L, C], with zeros at padding."""
         if self.order is not None:
             beyond = torch.arange(self.rows, device=x.device) >= self.total
             x = x.masked_fill(beyond[:, None], 0)
@@ -84,12 +84,12 @@ class Captions:
         return x.unflatten(0, (self.batch, self.length))
 
     def columns(self) -> Tensor:
-        """The place of each packed row in its padded caption, [rows] int64."""
+        """The position of each packed row in its padded caption, [rows] int64."""
         order = torch.arange(self.rows, device=self.device) if self.order is None else self.order
         return order % self.length if self.length else order
 
     def joint(self) -> Groups:
-        """The words of a caption attend to one another."""
+        """Groups in which the words of a caption attend to one another."""
         if self.order is None:
             return Groups.equal(self.batch, self.length, device=self.device)
         return Groups.joint(self.offsets, self.rows, self.length)
@@ -97,15 +97,15 @@ class Captions:
     def cross(
         self, cu_keys: Tensor, num_keys: int, max_keys: int, partner: Tensor | None, equal: bool
     ) -> Groups:
-        """The words of a caption attend to one sequence of keys.
+        """Groups in which the words of a caption attend to one sequence of keys.
 
         Args:
-            cu_keys: [V + 1] int32, where each sequence of keys begins.
-            num_keys: of all sequences.
-            max_keys: of any sequence.
-            partner: [B] int64, the sequence of each caption; sequences may have several captions or
-                none. None: caption b has sequence b.
-            equal: whether every sequence has `max_keys` keys.
+            cu_keys: offsets of the S sequences of keys, [S + 1] int32.
+            num_keys: total number of keys.
+            max_keys: an upper bound of the keys of any sequence.
+            partner: the sequence of each caption, [B] int64; several captions may share a sequence,
+                and a sequence may have none. None: caption b attends to sequence b.
+            equal: whether every sequence has exactly `max_keys` keys.
         """
         if self.order is None:
             steps = torch.arange(self.batch + 1, dtype=torch.int32, device=self.device)
@@ -117,7 +117,7 @@ class Captions:
                 return Groups.equal(self.batch, self.length, keys=max_keys, device=self.device)
             return Groups.cross(
                 offsets,
-                torch.cat([cu_keys, cu_keys[-1:].expand(tails)]),  # padding sees nothing
+                torch.cat([cu_keys, cu_keys[-1:].expand(tails)]),  # padding has no keys
                 num_queries=self.rows,
                 num_keys=num_keys,
                 max_queries=self.length,
@@ -138,11 +138,11 @@ class Captions:
 
 
 def rounded_words(words: int, most: int) -> int:
-    """Up to one of eight sizes: few shapes, whose memory is used again.
+    """Round up to one of eight sizes, so that few shapes occur and their memory is reused.
 
     Args:
-        words: of a batch.
-        most: what they can be, B L.
+        words: number of words of a batch.
+        most: the largest possible number, B L.
     """
     unit = -(-most // 8)
     return min(-(-words // unit) * unit, most)
@@ -151,21 +151,21 @@ def rounded_words(words: int, most: int) -> int:
 def _keys_of(
     partner: Tensor, cu_keys: Tensor, max_keys: int, equal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys of every caption's partner, one caption after another.
+    """The keys of each caption's sequence, caption after caption.
 
-    Entries are as many as they can be, B times `max_keys`, so that their number is known on the
-    host; if some sequences are shorter, the last ones are no caption's.
+    There are B times `max_keys` entries, so that their number is known on the host; if sequences
+    are shorter, the last entries belong to no caption.
 
     Returns:
-        Where each caption's entries begin, [B + 1]; the rows of all entries; and offsets of groups
-        for those of no caption. All int32.
+        The offsets of the captions' entries, [B + 1]; the rows of all entries; and the offsets of
+        groups of the entries without a caption. All int32.
     """
     B, device = partner.shape[0], partner.device
     ends = cu_keys.diff()[partner].cumsum(0, dtype=torch.int32)
     starts = torch.cat([ends.new_zeros(1), ends])
     caption = group_of(starts, B * max_keys)
-    place = torch.arange(B * max_keys, device=device)
+    entry = torch.arange(B * max_keys, device=device)
     owner = caption.clamp(max=B - 1)
-    rows = torch.where(caption < B, cu_keys[partner[owner]] + place - starts[owner], 0)
+    rows = torch.where(caption < B, cu_keys[partner[owner]] + entry - starts[owner], 0)
     steps = torch.arange(1, 1 + (0 if equal else B), device=device, dtype=torch.int32)
     return starts, rows.int(), (starts[-1] + steps * max_keys).clamp(max=B * max_keys)

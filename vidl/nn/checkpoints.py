@@ -1,4 +1,4 @@
-"""Weights of others: their names become timm's, and what does not fit is named."""
+"""Published weights: rename them to timm's names, resample positions, and explain misfits."""
 
 import math
 import re
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What precedes the encoder's weights in a larger model: in OpenAI's CLIP and open_clip, in Hugging
-# Face's CLIP, in Hugging Face's ViT and MAE with a head, and in Frozen in Time.
+# Prefixes of the encoder's weights in larger models: OpenAI's CLIP and open_clip; Hugging Face's
+# CLIP; Hugging Face's ViT and MAE with a head; Frozen in Time.
 TOWERS = ("visual.", "vision_model.", "vit.", "module.video_model.", "video_model.")
 
 _BLOCK = r"(?:encoder\.|transformer\.)?(?:layers?|resblocks)\.(\d+)\."
@@ -40,12 +40,12 @@ RENAMES = [
 def timm_names(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """The weights of a ViT under timm's names.
 
-    Knows the names of timm (ViT, DeiT, and those of MAE, which are the same), of OpenAI's CLIP and
-    open_clip, and of Hugging Face's ViT, ViTMAE and CLIP. Separate query, key and value projections
-    are joined. Names that it does not know stay as they are.
+    It renames the weights of timm (ViT, DeiT; MAE has the same names), OpenAI's CLIP, open_clip,
+    and Hugging Face's ViT, ViTMAE and CLIP, and joins separate query, key and value projections.
+    Unknown names stay as they are.
 
     Returns:
-        The weights, and the names that belong to other parts of a larger model (a text tower).
+        The weights, and the names of weights outside the vision tower of a larger model.
     """
     tower = next((t for t in TOWERS if any(name.startswith(t) for name in state_dict)), "")
     state, others = {}, [name for name in state_dict if not name.startswith(tower)]
@@ -70,15 +70,15 @@ def timm_names(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], lis
 
 
 def resample_position(position: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
-    """Position embeddings for another number of rows and columns, bicubic, as timm does it.
+    """Resample position embeddings to another grid (bicubic), as timm does.
 
     Args:
-        position: [1, prefix + P, C], of a square grid.
+        position: [1, prefix + P, C], of a square grid of P patches.
         grid: rows and columns of the result.
-        prefix: so many at the front belong to no patch and stay as they are.
+        prefix: number of embeddings in front that belong to prefix tokens; these stay as they are.
 
     Raises:
-        ValueError: the P patches are no square.
+        ValueError: P is not a square number.
     """
     patches = position.shape[1] - prefix
     if patches == math.prod(grid):
@@ -98,15 +98,15 @@ def resample_position(position: Tensor, grid: tuple[int, int], prefix: int = 1) 
 def load_or_explain(
     module: nn.Module, state_dict: Mapping[str, Tensor], may_miss: Iterable[str] = ()
 ) -> None:
-    """Load weights, all or none of them.
+    """Load all weights, or raise an error that names every misfit and load none.
 
     Args:
-        module: to load into.
-        state_dict: its weights by name.
-        may_miss: names that need not be there.
+        module: the module to load into.
+        state_dict: the weights by name.
+        may_miss: names that may be missing.
 
     Raises:
-        ValueError: names every key that is missing, unexpected, or of another shape.
+        ValueError: weights are missing, unexpected, or of another shape.
     """
     own = module.state_dict()
     missing = sorted(own.keys() - state_dict.keys() - set(may_miss))
@@ -117,9 +117,9 @@ def load_or_explain(
         if own[name].shape != state_dict[name].shape
     ]
     wrong = [("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(shapes))]
-    if found := [f"{what}: {', '.join(names)}" for what, names in wrong if names]:
+    if misfits := [f"{what}: {', '.join(names)}" for what, names in wrong if names]:
         raise ValueError(
-            f"these weights do not fit {type(module).__name__}; {'; '.join(found)}. Nothing was "
-            "loaded: make it with the options of the model that they come from"
+            f"these weights do not fit {type(module).__name__}; {'; '.join(misfits)}. Nothing was "
+            "loaded: build the module with the options of the model that the weights come from"
         )
     module.load_state_dict(dict(state_dict), strict=False)

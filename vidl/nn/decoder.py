@@ -1,4 +1,4 @@
-"""MAE's light decoder: from the tokens of visible patches to the pixels of masked ones."""
+"""MAE's decoder: tokens of visible patches in, pixels of masked patches out."""
 
 import math
 from collections.abc import Callable
@@ -18,26 +18,27 @@ DecoderPosition = Literal["sincos_2d", "sincos_1d", "learned"]
 class MaeDecoder(nn.Module):
     """Predict the pixels of masked patches, as MAE and VideoMAE do.
 
-    Tokens of visible patches are projected; a learned mask token stands for each masked patch; all
-    get the position of their patch and pass through blocks; the masked ones are then normed and
-    projected to pixels. Attention knows of order by the positions alone, so that there is neither
-    unshuffling nor a prediction of visible patches. Parameters are named as MAE's: of its
-    checkpoints those load that begin with "decoder" or "mask_token". Sources: MAE, arXiv
-    2111.06377, 3, and models_mae.py; VideoMAE, arXiv 2203.12602, 3.
+    The tokens of visible patches are projected, and a learned mask token is added for each masked
+    patch. All get the position embedding of their patch and pass through transformer blocks. Then
+    the tokens of masked patches are normalised and projected to pixels. Attention depends on the
+    order only through position embeddings, so tokens are not unshuffled, and visible patches are
+    not predicted. Parameters are named as in MAE: the weights of its checkpoints that begin with
+    "decoder" or "mask_token" load. Sources: MAE, arXiv 2111.06377, 3, and models_mae.py; VideoMAE,
+    arXiv 2203.12602, 3.
 
     Args:
-        grid: frames (or tubelets), rows and columns of patches in what is reconstructed:
-            (1, 14, 14) for frames by themselves.
-        patch_size: pixels, one number or (height, width).
-        encoder_dim: width of the encoder's tokens.
+        grid: frames (or tubelets), rows and columns of patches that are reconstructed together; (1,
+            14, 14) if frames are reconstructed separately.
+        patch_size: of a patch in pixels, one number or (height, width).
+        encoder_dim: channels of the encoder's tokens.
         in_chans: channels of the clip.
         tubelet_size: frames in a patch.
         dim, depth, num_heads, mlp_ratio, qkv_bias, norm_layer: of the decoder's blocks, as in
             `Block`; by default MAE's.
-        position: "sincos_2d", fixed (MAE; of one frame), "sincos_1d", fixed, by the number of the
-            patch (VideoMAE), or "learned".
-        prefix: so many tokens at the front (CLS) are no patches. MAE has 1, VideoMAE none.
-        embed_bias: whether the projection of the encoder's tokens has a bias. VideoMAE's has none.
+        position: position embeddings: "sincos_2d", fixed, for one frame (MAE); "sincos_1d", fixed,
+            by the index of the patch (VideoMAE); or "learned".
+        prefix: number of prefix tokens (CLS). MAE has 1, VideoMAE 0.
+        embed_bias: whether the projection of the encoder's tokens has a bias; not in VideoMAE.
         backend: of all ops.
 
     Raises:
@@ -81,17 +82,16 @@ class MaeDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, tokens: Tensor, ids_keep: Tensor, ids_mask: Tensor) -> Tensor:
-        """Predict.
+        """Predict the pixels of masked patches.
 
         Args:
             tokens: of the encoder, [B, prefix + K, encoder_dim].
-            ids_keep: which patch each of the K tokens is, [B, K] int64; -1 for one that is no patch
-                (a fused token), which gets no position. Patches that are in neither list (pruned)
-                are simply absent.
+            ids_keep: the patch of each of the K tokens, [B, K] int64; -1 for a fused token, which
+                gets no position embedding. Patches in neither list (pruned ones) are ignored.
             ids_mask: the patches to predict, [B, M] int64.
 
         Returns:
-            [B, M, t p p C], the numbers of a patch in the order (t, p, p, C), for
+            [B, M, t p p C_in], the pixels of a patch in the order (t, p, p, C_in), for
             `vidl.ops.masked_patch_loss`.
 
         Raises:
@@ -106,18 +106,18 @@ class MaeDecoder(nn.Module):
             )
         N, M = math.prod(self.grid), ids_mask.shape[1]
         first, patches = self.decoder_pos_embed[0].split([self.prefix, N])
-        table = F.pad(patches, (0, 0, 0, 1))  # a row of zeros for what is no patch
-        places = F.embedding(torch.where(ids_keep < 0, N, ids_keep), table)
-        places = torch.cat([first.expand(B, -1, -1), places], 1)
+        table = F.pad(patches, (0, 0, 0, 1))  # a row of zeros for fused tokens
+        positions = F.embedding(torch.where(ids_keep < 0, N, ids_keep), table)
+        positions = torch.cat([first.expand(B, -1, -1), positions], 1)
         masked = self.mask_token + F.embedding(ids_mask, patches)
-        x = torch.cat([self.decoder_embed(tokens) + places, masked], 1)
+        x = torch.cat([self.decoder_embed(tokens) + positions, masked], 1)
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x[:, x.shape[1] - M :]))
 
 
 def _position(grid: Grid, dim: int, prefix: int, kind: str) -> nn.Parameter:
-    """[1, prefix + N, dim]; those that are fixed do not learn, and are zero in the prefix."""
+    """Position embeddings, [1, prefix + N, dim]; fixed ones are zero in the prefix."""
     if kind not in get_args(DecoderPosition):
         names = ", ".join(get_args(DecoderPosition))
         raise ValueError(f"need position among {names}, got {kind!r}")
@@ -129,23 +129,23 @@ def _position(grid: Grid, dim: int, prefix: int, kind: str) -> nn.Parameter:
     if kind == "sincos_2d":
         if grid[0] != 1 or dim % 4:
             raise ValueError(
-                "sincos_2d needs a grid of one frame and dim in fours, got "
-                f"{grid} and {dim}: decode frame by frame, or take sincos_1d"
+                "position='sincos_2d' needs a grid of one frame and dim as a multiple of 4, got "
+                f"{grid} and {dim}: decode frame by frame, or use position='sincos_1d'"
             )
         table = sincos_2d(grid[1], grid[2], dim)
     else:
         if dim % 2:
-            raise ValueError(f"sincos_1d needs an even dim, got {dim}")
+            raise ValueError(f"position='sincos_1d' needs an even dim, got {dim}")
         table = sincos_1d(N, dim)
     table = F.pad(table, (0, 0, prefix, 0)).float()
     return nn.Parameter(table[None], requires_grad=False)
 
 
 def sincos_2d(rows: int, columns: int, dim: int) -> Tensor:
-    """MAE's fixed positions, [rows * columns, dim] float64.
+    """MAE's fixed position embeddings, [rows * columns, dim] float64.
 
-    The first half of the channels is of the column, the second of the row; in each half the sines
-    of all frequencies come first, then the cosines.
+    The first half of the channels encodes the column, the second half the row. In each half the
+    sines of all frequencies come first, then the cosines.
     """
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(
@@ -153,12 +153,12 @@ def sincos_2d(rows: int, columns: int, dim: int) -> Tensor:
         torch.arange(columns, dtype=torch.float64),
         indexing="ij",
     )
-    angles = [place.flatten()[:, None] * frequency for place in (column, row)]
+    angles = [index.flatten()[:, None] * frequency for index in (column, row)]
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
 
 
 def sincos_1d(length: int, dim: int) -> Tensor:
-    """VideoMAE's fixed positions, [length, dim] float64: sine and cosine take turns."""
+    """VideoMAE's fixed position embeddings, [length, dim] float64: sine and cosine alternate."""
     frequency = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)

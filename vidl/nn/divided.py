@@ -1,4 +1,4 @@
-"""Frozen in Time's video encoder: attention through time, then in space, on visible patches."""
+"""Frozen in Time's video encoder, divided space-time attention, on visible patches."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,16 +15,16 @@ from vidl.nn.patch_embed import MaskedPatchEmbed
 from vidl.nn.vit import encoder_weights, frame_ids, frames_of, grid_of, initialise
 
 TimeGroups = Literal["slot", "position", "joint"]
-TIME = ("timeattn.", "norm3.", "temporal_embed")  # what an image model does not have
+TIME = ("timeattn.", "norm3.", "temporal_embed")  # parameters that image models do not have
 
 
 class DividedBlock(nn.Module):
-    """Attention through time, attention in space, MLP, as Frozen in Time orders them.
+    """Temporal attention, spatial attention and MLP, in the order of Frozen in Time.
 
         t = time(norm3(x));  s = space(norm1(x + t));  y = x + s;  out = y + mlp(norm2(y))
 
-    The residual of both attentions is x, not x + t. Source: Frozen in Time, arXiv 2104.00650, 3.1,
-    and the authors' code (`SpaceTimeBlock`), whose parameter names these are.
+    The residual of both attentions is x, not x + t. Parameters are named as in the authors' code
+    (`SpaceTimeBlock`). Source: Frozen in Time, arXiv 2104.00650, 3.1.
 
     Args:
         dim, num_heads, mlp_ratio, qkv_bias, act_layer, norm_layer: as in `Block`.
@@ -51,12 +51,12 @@ class DividedBlock(nn.Module):
         self.reset_time()
 
     def reset_time(self) -> None:
-        """Let the attention through time add nothing at first: its values are zero.
+        """Set the values of temporal attention to zero, so that it adds nothing at first.
 
-        The block then is one of a ViT, and learns from the first step on. Frozen in Time fills
-        `qkv` with zeros and `proj` with ones instead. But queries and keys that are both zero get
-        no gradient from each other, and what such a `proj` adds is the same in all channels, which
-        `norm1` takes away: nothing but rounding noise would move the attention through time.
+        The block then equals a ViT block, and temporal attention learns from the first step on.
+        Frozen in Time sets `qkv` to zeros and `proj` to ones instead. But queries and keys that are
+        both zero get no gradient from each other, and such a `proj` adds the same number to all
+        channels, which `norm1` removes: only rounding noise would train temporal attention.
         """
         with torch.no_grad():
             for parameter in self.timeattn.qkv.parameters():
@@ -68,7 +68,7 @@ class DividedBlock(nn.Module):
 
         Args:
             x: [total, C].
-            space, time: which rows attend to one another.
+            space, time: groups of spatial and temporal attention.
 
         Returns:
             [total, C].
@@ -82,25 +82,27 @@ class DividedBlock(nn.Module):
 class SpaceTimeTransformer(nn.Module):
     """Divided space-time transformer with one global CLS token, on the visible patches of a clip.
 
-    In both attentions CLS attends to all tokens of the clip, and a patch to its group and to CLS.
-    In space its group is its frame. Through time it is, by `time`, all patches
+    In both attentions CLS attends to all tokens of the clip, and a patch attends to its group and
+    to CLS. In spatial attention its group is its frame. In temporal attention `time` chooses the
+    group:
 
-    - "slot": with its place among the visible patches of their frame, which is Frozen's rule: with
-      random masks per frame these lie at other positions;
-    - "position": at its position, however many frames show it; the same as "slot" if every frame
-      shows the same positions (a tube mask);
-    - "joint": of the clip.
+    - "slot": patches with the same index among the visible patches of their frame, as in Frozen;
+      with random masks per frame these are at different positions;
+    - "position": patches at the same position, in all frames where it is visible; equal to "slot"
+      if every frame shows the same positions (a tube mask);
+    - "joint": all patches of the clip.
 
-    Which of these MAC used is not known. Parameters are named as those of frozen-in-time's
-    `SpaceTimeTransformer`; their spatial part is timm's. Sources: Frozen in Time, arXiv 2104.00650;
-    MAC, arXiv 2212.00986, figure 2.
+    The paper of MAC does not report which of these it uses. Parameters are named as in
+    frozen-in-time's `SpaceTimeTransformer`; the names of the spatial part are timm's. Sources:
+    Frozen in Time, arXiv 2104.00650; MAC, arXiv 2212.00986, figure 2.
 
     Args:
-        img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias: as `ViT`.
-        act_layer, norm_layer: as `ViT`.
-        num_frames: at most so many; clips may have fewer.
-        tubelet_size: as `ViT`.
-        time: one of those above; "slot" needs as many visible patches in every frame.
+        img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias: as in
+            `ViT`.
+        act_layer, norm_layer: as in `ViT`.
+        num_frames: the largest number of frames; clips may have fewer.
+        tubelet_size: as in `ViT`.
+        time: see above; "slot" needs the same number of visible patches in every frame.
         mean, std: normalisation of uint8 clips, as in `MaskedPatchEmbed`.
         backend: of all ops.
 
@@ -165,7 +167,7 @@ class SpaceTimeTransformer(nn.Module):
 
         Raises:
             ValueError: the clip or the ids have another shape.
-            RuntimeError: with time "slot", the frames do not have equally many visible patches (on
+            RuntimeError: with time "slot", frames differ in their number of visible patches (on
                 CUDA as a device-side assertion).
         """
         if video.ndim == 4:
@@ -187,7 +189,7 @@ class SpaceTimeTransformer(nn.Module):
     def _groups(
         self, B: int, T: int, ids_keep: Tensor | None, device: torch.device
     ) -> tuple[Groups, Groups]:
-        """The groups in space and through time, built once for all layers."""
+        """The groups of spatial and temporal attention, built once for all layers."""
         rows, columns = self.grid
         patches, grid = rows * columns, (T, rows, columns)
         if ids_keep is None:
@@ -198,14 +200,14 @@ class SpaceTimeTransformer(nn.Module):
         even = ids_keep is None or self.time == "slot"
         if even:
             frame_ids(B, T, patches, ids_keep, device)  # checks that it is so
-        each = K // T if even else patches
-        space = _with_cls(Groups.spatial(ids, grid, longest=each), K)
+        in_frame = K // T if even else patches
+        space = _with_cls(Groups.spatial(ids, grid, longest=in_frame), K)
         if self.time == "joint":
             return space, Groups.equal(B, 1 + K, device=device)
         if self.time == "position":
             return space, _with_cls(Groups.temporal(ids, grid), K)
         slots = torch.arange(K, device=device).expand(B, K)
-        return space, _with_cls(Groups.temporal(slots, (T, 1, max(each, 1))), K)
+        return space, _with_cls(Groups.temporal(slots, (T, 1, max(in_frame, 1))), K)
 
     def load_pretrained(
         self,
@@ -215,25 +217,24 @@ class SpaceTimeTransformer(nn.Module):
     ) -> list[str]:
         """Load the weights of a Frozen-in-Time video encoder, or of an image model.
 
-        Of an image model (the names that `ViT.load_pretrained` knows) the attention in space is
-        taken, and the attention through time stays as it is: on a new model it adds nothing.
-        Positions are resampled (bicubic) to this model's grid.
+        From an image model (see `ViT.load_pretrained` for the names) only spatial attention is
+        loaded. Temporal attention keeps its weights: in a new model it adds nothing. Position
+        embeddings are resampled (bicubic) to this model's grid.
 
         Args:
             state_dict: the weights by name.
-            frames: where the weights are of fewer frames: "zeros" for the further ones, or
-                "interpolate" (linear) between those there are. Of more frames the first are taken,
-                or all are interpolated.
+            frames: temporal embeddings if the weights have another number of frames: "zeros" for
+                missing frames, and the first ones of too many; or "interpolate" (linear).
 
         Returns:
-            The names of weights that were left out because they are no part of an encoder.
+            The names of weights that were skipped because they are outside the encoder.
 
         Raises:
-            ValueError: names every other key that is missing, unexpected, or of another shape.
+            ValueError: other weights are missing, unexpected, or of another shape (all are named).
         """
         if frames not in ("zeros", "interpolate"):
             raise ValueError(f"need frames 'zeros' or 'interpolate', got {frames!r}")
-        state, left = encoder_weights(state_dict, self)
+        state, skipped = encoder_weights(state_dict, self)
         own = [name for name in self.state_dict() if any(part in name for part in TIME)]
         image = not any(name in state for name in own)
         if "temporal_embed" in state:
@@ -241,16 +242,17 @@ class SpaceTimeTransformer(nn.Module):
                 state["temporal_embed"], self.num_frames, frames
             )
         load_or_explain(self, state, may_miss=own if image else ())
-        return left
+        return skipped
 
 
 def _with_cls(groups: Groups, K: int) -> Groups:
-    """With a global token before the `K` tokens of each sample."""
-    return replace(groups.with_global(), max_keys=1 + K)  # a bound tighter than of ragged samples
+    """The groups with a global token before the K tokens of each sample."""
+    # A tighter bound than the one for ragged samples.
+    return replace(groups.with_global(), max_keys=1 + K)
 
 
 def _other_frames(embed: Tensor, frames: int, how: str) -> Tensor:
-    """Temporal embeddings [1, T, C] for another number of frames."""
+    """Temporal embeddings, [1, T, C], for another number of frames."""
     if how == "interpolate" and embed.shape[1] != frames:
         resized = F.interpolate(embed.float().mT, frames, mode="linear", align_corners=True)
         return resized.mT.to(embed.dtype)

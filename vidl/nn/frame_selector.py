@@ -1,4 +1,4 @@
-"""Which frames of a clip a text is about: the others are dropped."""
+"""Selection of the frames of a clip that match a text best."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ class SelectedFrames:
     """What `FrameSelector` returns.
 
     Attributes:
-        tokens: of the kept frames, in their order in time, [B, keep, N, C].
-        ids: which frames these are, [B, keep] int64, ascending.
-        probabilities: of all frames, [B, T] float32; they sum to 1.
+        tokens: of the kept frames, in temporal order, [B, keep, N, C].
+        ids: indices of the kept frames, [B, keep] int64, ascending.
+        probabilities: of all frames, [B, T] float32, with sum 1.
     """
 
     tokens: Tensor
@@ -24,24 +24,25 @@ class SelectedFrames:
 
 
 class FrameSelector(nn.Module):
-    """Keep the frames that fit a text best; the scores learn by a straight-through gradient.
+    """Keep the frames that match a text best, with a straight-through gradient for the scores.
 
         p = softmax over frames of fc2(gelu(fc1([frame, text])))
         out = tokens of the best frames, times 1 + p - stop_gradient(p)
 
-    The factor is 1, and its gradient that of p: a frame that helped more becomes more probable.
-    SMAUG (arXiv 2211.11446, figure 2c) scores frames from visual and textual features; what network
-    it takes, how many frames it keeps and its gradient were not found: these are our choice.
+    The factor equals 1 and has the gradient of p, so frames that reduce the loss become more
+    probable. SMAUG (arXiv 2211.11446, figure 2c) scores frames from visual and textual features.
+    The paper does not report the network, the number of kept frames or the gradient: these are our
+    choice.
 
     Args:
-        visual_dim, text_dim: width of the frames' and of the text's features.
-        keep: how many frames stay.
-        num_frames: how many there are.
+        visual_dim, text_dim: channels of the frames' and of the text's features.
+        keep: number of frames that stay.
+        num_frames: number of frames of a clip.
         hidden_dim: width of the hidden layer; default `visual_dim`.
         backend: of `vidl.ops.select_tokens`.
 
     Raises:
-        ValueError: more frames are to be kept than there are, or none.
+        ValueError: `keep` is not in [1, num_frames].
     """
 
     def __init__(
@@ -57,28 +58,28 @@ class FrameSelector(nn.Module):
         super().__init__()
         if not 1 <= keep <= num_frames:
             raise ValueError(
-                f"need keep in [1, {num_frames}], the frames that it gets, got {keep}: sample more "
+                f"need keep in [1, {num_frames}], the number of frames, got {keep}: sample more "
                 "frames or keep fewer"
             )
         hidden = hidden_dim or visual_dim
         self.keep, self.backend = keep, backend
         self.fc1 = nn.Linear(visual_dim + text_dim, hidden)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, 1, bias=False)  # the softmax would not see it
+        self.fc2 = nn.Linear(hidden, 1, bias=False)  # a bias would cancel in the softmax
 
     def forward(self, frames: Tensor, text: Tensor, tokens: Tensor) -> SelectedFrames:
-        """Select.
+        """Select frames.
 
         Args:
-            frames: a feature of each frame, such as its CLS, [B, T, visual_dim].
-            text: a feature of the text, such as its CLS, [B, text_dim].
+            frames: a feature of each frame, such as its CLS token, [B, T, visual_dim].
+            text: a feature of the text, such as its CLS token, [B, text_dim].
             tokens: of all frames, [B, T, N, C].
 
         Returns:
-            `SelectedFrames`. Of equal frames the earlier ones are kept.
+            `SelectedFrames`; of frames with equal scores the earlier ones are kept.
 
         Raises:
-            ValueError: the shapes do not fit, or there are fewer than `keep` frames.
+            ValueError: the shapes do not fit, or a clip has fewer than `keep` frames.
         """
         B, T = frames.shape[:2]
         if frames.ndim != 3 or text.ndim != 2 or tokens.ndim != 4 or len(text) != B:
@@ -90,11 +91,11 @@ class FrameSelector(nn.Module):
         scores = self.fc2(self.act(self.fc1(both))).squeeze(-1)
         high = torch.promote_types(scores.dtype, torch.float32)
         probabilities = scores.to(high).softmax(-1)
-        found = select_tokens(tokens, probabilities, self.keep, backend=self.backend)
-        chosen = probabilities.gather(1, found.ids_keep)
+        selected = select_tokens(tokens, probabilities, self.keep, backend=self.backend)
+        chosen = probabilities.gather(1, selected.ids_keep)
         factor = 1 + (chosen - chosen.detach())  # in this order it is exactly 1
-        kept = found.tokens * factor[..., None, None].to(tokens.dtype)
-        return SelectedFrames(kept, found.ids_keep, probabilities)
+        kept = selected.tokens * factor[..., None, None].to(tokens.dtype)
+        return SelectedFrames(kept, selected.ids_keep, probabilities)
 
     def extra_repr(self) -> str:
         return f"keep={self.keep}, backend={self.backend!r}"

@@ -1,4 +1,4 @@
-"""Patch embedding that drops first and embeds then, with the parameters of a convolution."""
+"""Patch embedding of visible patches only, with the parameters of a convolution."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,22 +11,22 @@ from vidl.kernels.masked_patch_embed.op import Position
 
 
 class MaskedPatchEmbed(nn.Module):
-    """Embed the visible patches of a clip or an image, and only those.
+    """Embed only the visible patches of a clip or an image.
 
-    Equal to `proj(x).flatten(2).transpose(1, 2)`, plus `position`, then a gather of `ids_keep`. The
-    convolution `proj` holds the parameters and is never called, so a state_dict of timm's
-    `PatchEmbed` loads as it is, and one of a Hugging Face `...PatchEmbeddings`, whose convolution
-    is called `projection`, too. Sources: ViT, arXiv 2010.11929, 3.1; MAE, arXiv 2111.06377, 3.
+    Equivalent to `proj(x).flatten(2).transpose(1, 2)`, plus `position`, then a gather of
+    `ids_keep`. The convolution `proj` holds the parameters and is never called, so it loads the
+    state_dict of timm's `PatchEmbed`, and of Hugging Face's `...PatchEmbeddings`, whose convolution
+    is named `projection`. Sources: ViT, arXiv 2010.11929, 3.1; MAE, arXiv 2111.06377, 3.
 
     Args:
-        patch_size: pixels, one number or (height, width).
+        patch_size: of a patch in pixels, one number or (height, width).
         in_chans: channels of the clip.
-        embed_dim: width of the tokens.
-        tubelet_size: frames in a patch, for a `Conv3d`; None for a `Conv2d`, which embeds images
-            and, frame by frame, clips.
-        bias: whether there is one.
-        mean, std: normalisation of uint8 clips, one number a channel, of pixels in 0 to 1; a
-            floating-point clip is taken as normalised.
+        embed_dim: channels of a token.
+        tubelet_size: frames in a patch, for a `Conv3d`; None for a `Conv2d`, which embeds images or
+            the frames of clips.
+        bias: whether the convolution has a bias.
+        mean, std: normalisation of uint8 clips, one number per channel, for pixels scaled to [0,
+            1]; floating-point clips are not normalised.
         backend: as in `vidl.ops.masked_patch_embed`.
     """
 
@@ -65,12 +65,11 @@ class MaskedPatchEmbed(nn.Module):
         std: Sequence[float] | None = None,
         backend: str = "auto",
     ) -> "MaskedPatchEmbed":
-        """Take over a patch embedding's convolution; its parameters are shared, not copied.
+        """Take over the convolution of a patch embedding; its parameters are shared, not copied.
 
         Raises:
-            TypeError: it is neither a Conv2d nor a Conv3d.
-            ValueError: it is no patch embedding: its patches overlap, are padded, have holes or
-                see only some of the channels.
+            TypeError: `conv` is neither a Conv2d nor a Conv3d.
+            ValueError: `conv` has overlapping patches, padding, dilation or groups.
         """
         if not isinstance(conv, nn.Conv2d | nn.Conv3d):
             raise TypeError(f"need nn.Conv2d or nn.Conv3d, got {type(conv).__name__}")
@@ -80,12 +79,12 @@ class MaskedPatchEmbed(nn.Module):
                 f"groups, got {conv}"
             )
         *t, h, w = conv.kernel_size
-        made = cls(
+        embedding = cls(
             (h, w), conv.in_channels, conv.out_channels, t[0] if t else None,
             conv.bias is not None, mean=mean, std=std, backend=backend, device="meta",
         )  # fmt: skip
-        made.proj = conv
-        return made.train(conv.training)
+        embedding.proj = conv
+        return embedding.train(conv.training)
 
     def forward(
         self,
@@ -94,20 +93,21 @@ class MaskedPatchEmbed(nn.Module):
         cu_seqlens: Tensor | None = None,
         position: Position | None = None,
     ) -> Tensor:
-        """Embed.
+        """Embed the visible patches.
 
         Args:
-            video: [B, C, T, H, W], or [B, C, H, W] where `proj` is a Conv2d; uint8 or floating
+            video: [B, C_in, T, H, W], or [B, C_in, H, W] if `proj` is a Conv2d; uint8 or floating
                 point, any strides.
             ids_keep: visible patches, [B, K] int64, or [total] with `cu_seqlens`; None: all.
-            cu_seqlens: [B + 1] int32, the offsets of samples in a packed `ids_keep`.
-            position: [N, D], or a pair for time and space; added to the tokens.
+            cu_seqlens: offsets of the samples in a packed `ids_keep`, [B + 1] int32.
+            position: position embeddings that are added to the tokens, [N, C], or a pair (time [T,
+                C], space [P, C]).
 
         Returns:
-            [B, K, D], [total, D] if packed, or [B, N, D] without `ids_keep`.
+            [B, K, C], [total, C] if packed, or [B, N, C] without `ids_keep`.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as `vidl.ops.masked_patch_embed` does.
+            TypeError, ValueError, RuntimeError: as `vidl.ops.masked_patch_embed`.
         """
         if video.ndim == 4 and isinstance(self.proj, nn.Conv2d):
             video = video.unsqueeze(2)
@@ -131,7 +131,7 @@ class MaskedPatchEmbed(nn.Module):
 
 
 def cuts_patches(conv: nn.Conv2d | nn.Conv3d) -> bool:
-    """Whether a convolution sees patches side by side: whole, with all channels, and no padding."""
+    """Whether a convolution has no overlap, padding, dilation or groups."""
     padded = conv.padding not in ("valid", (0,) * len(conv.kernel_size))
     whole = conv.stride == conv.kernel_size and not padded and set(conv.dilation) == {1}
     return whole and conv.groups == 1

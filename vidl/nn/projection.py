@@ -1,20 +1,20 @@
-"""From a tower's feature to the space in which clips and captions are compared."""
+"""Projection of a clip's or caption's feature to the space in which the two are compared."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Projection(nn.Linear):
-    """Linear, after a ReLU if `relu`; the losses bring the result to length one.
+    """Linear, after a ReLU if `relu`; the losses normalise the result to unit length.
 
-    Singularity projects both features to 256 numbers; Frozen in Time, and MAC with it, put a ReLU
-    before the text's projection. Weights are named as those of `nn.Linear`. Sources: Singularity,
-    arXiv 2206.03428; Frozen in Time, arXiv 2104.00650, 3.2 (m-bain/frozen-in-time, model.py).
+    Singularity projects both features to 256 channels; Frozen in Time and MAC apply a ReLU before
+    the text projection. Weights are named as in `nn.Linear`. Sources: Singularity, arXiv
+    2206.03428; Frozen in Time, arXiv 2104.00650, 3.2 (m-bain/frozen-in-time, model.py).
 
     Args:
-        width: of the feature.
-        dim: of the common space.
-        relu: whether the feature goes through a ReLU first.
+        width: channels of the feature.
+        dim: channels of the common space.
+        relu: apply a ReLU to the feature first.
     """
 
     def __init__(self, width: int, dim: int = 256, *, relu: bool = False) -> None:
