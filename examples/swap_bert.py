@@ -1,8 +1,8 @@
-"""Captions of many lengths through transformers' BERT: the same answers, and no work at padding.
+"""Run captions of different lengths through transformers' BERT without computing padding.
 
     python examples/swap_bert.py
 
-The weights are random: put `from_pretrained` where the machine may download.
+The weights are random, so that nothing is downloaded; use `from_pretrained` in their place.
 """
 
 import time
@@ -26,5 +26,5 @@ def run() -> torch.Tensor:
 
 
 with torch.inference_mode():
-    run(), (stock := run()), print(vidl.swap(model))
-    print("largest difference", f"{(run() - stock).abs().max():.1e}")
+    run(), (baseline := run()), print(vidl.swap(model))
+    print("largest difference", f"{(run() - baseline).abs().max():.1e}")

@@ -1,8 +1,8 @@
-"""Divided space-time attention of transformers' TimeSformer, in groups; compiled, with a gradient.
+"""Run transformers' TimeSformer with divided space-time attention in groups, and train a step.
 
     python examples/swap_timesformer.py
 
-The weights are random: put `from_pretrained` where the machine may download.
+The weights are random, so that nothing is downloaded; use `from_pretrained` in their place.
 """
 
 import torch
@@ -15,12 +15,12 @@ small = dict(hidden_size=192, num_attention_heads=3, num_hidden_layers=2, interm
 config = TimesformerConfig(image_size=64, patch_size=16, num_frames=4, num_labels=5, **small)
 model = TimesformerForVideoClassification(config).eval()
 clips, labels = torch.rand(2, 4, 3, 64, 64), torch.tensor([0, 3])
-stock = model(clips, labels=labels)
+baseline = model(clips, labels=labels)
 
 print(vidl.swap(model))
 swapped = model(clips, labels=labels)
-print("largest difference", f"{(swapped.logits - stock.logits).abs().max():.1e}")
+print("largest difference", f"{(swapped.logits - baseline.logits).abs().max():.1e}")
 swapped.loss.backward()
-weights = model(clips, output_attentions=True).attentions[0]  # those are still made if asked for
+weights = model(clips, output_attentions=True).attentions[0]  # still available on request
 print("attention weights of a layer", tuple(weights.shape))
 vidl.unswap(model)

@@ -1,8 +1,8 @@
-"""Swap the kernels into a ViT of timm, prune it, take a training step, and change it back.
+"""Swap the kernels into a ViT of timm, prune it, train a step, and swap it back.
 
     python examples/swap_timm.py
 
-The weights are random: put `pretrained=True` where the machine may download, or load your own.
+The weights are random, so that nothing is downloaded; use `pretrained=True` or load your own.
 """
 
 import timm
@@ -13,10 +13,10 @@ import vidl
 torch.manual_seed(0)
 model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
 images, labels = torch.rand(4, 3, 224, 224), torch.randint(10, (4,))
-stock = model(images)
+baseline = model(images)
 
 print(vidl.swap(model))
-print("largest difference", f"{(model(images) - stock).abs().max():.1e}")
+print("largest difference", f"{(model(images) - baseline).abs().max():.1e}")
 
 print(vidl.prune(model, keep_rate=0.7, layers=[3, 6, 9], fuse="sum"))
 print(f"{model.forward_features(images).shape[1]} of 197 tokens reach the last layer")
@@ -27,4 +27,4 @@ optimizer.step()
 
 vidl.unswap(model)
 fresh = timm.create_model("vit_tiny_patch16_224", num_classes=10)
-fresh.load_state_dict(model.state_dict())  # the names are timm's: it loads without vidl
+fresh.load_state_dict(model.state_dict())  # timm's own names

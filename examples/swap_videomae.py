@@ -1,8 +1,8 @@
-"""Pre-train transformers' VideoMAE on clips with nine tenths masked: stock, swapped, and from ids.
+"""Pre-train transformers' VideoMAE with 90% masking: original, swapped, and from indices.
 
     python examples/swap_videomae.py
 
-The weights are random: put `from_pretrained` where the machine may download.
+The weights are random, so that nothing is downloaded; use `from_pretrained` in their place.
 """
 
 import torch
@@ -18,10 +18,10 @@ model = VideoMAEForPreTraining(VideoMAEConfig(**small, **decoder))
 clips = torch.randint(0, 256, (2, 16, 3, 64, 64), dtype=torch.uint8)
 mask = visual_mask(0, 0, torch.arange(2), (8, 4, 4), 0.9, kind="tube")
 mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-stock = model((clips / 255 - mean) / std, bool_masked_pos=mask.masked()).loss
+baseline = model((clips / 255 - mean) / std, bool_masked_pos=mask.masked()).loss
 
 print(vidl.swap(model))
 loss = model(clips, bool_masked_pos=mask.ids_keep).loss  # uint8 clips, and no boolean mask
 loss.backward()
-print(f"loss {loss:.5f}, stock {stock:.5f}; {mask.ids_keep.shape[1]} of 128 patches embedded")
-vidl.unswap(model)  # as it was; what save_pretrained writes loads without vidl either way
+print(f"loss {loss:.5f}, baseline {baseline:.5f}; {mask.ids_keep.shape[1]} of 128 patches embedded")
+vidl.unswap(model)  # optional: save_pretrained writes the original model anyway

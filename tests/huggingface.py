@@ -1,4 +1,4 @@
-"""Tiny models of transformers with random weights, and what they are given."""
+"""Tiny models of transformers with random weights, and their inputs."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ def randn(*shape: int) -> Tensor:
 
 
 def captions() -> dict[str, Tensor]:
-    """Three, padded to nine words."""
+    """Three captions, padded to nine words."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(4, 50, (len(LENGTHS), max(LENGTHS)), generator=generator)
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
@@ -52,7 +52,7 @@ def captions() -> dict[str, Tensor]:
 
 
 def hidden(visible: Sequence[int] = (5, 5)) -> Tensor:
-    """Masks of clips, [B, PATCHES] bool, with that many visible patches."""
+    """Masks of clips, [B, PATCHES] bool, with these numbers of visible patches."""
     generator = torch.Generator().manual_seed(1)
     ranks = torch.rand(len(visible), PATCHES, generator=generator).argsort(1).argsort(1)
     return ranks >= torch.tensor(visible)[:, None]
@@ -90,7 +90,7 @@ def clip_like(kind: str, **vision: Any) -> nn.Module:
 
 @dataclass
 class Case:
-    """A model, what it is given, and which of its outputs count where captions have words."""
+    """A model, its inputs, its outputs, and the outputs that count only at words."""
 
     make: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Tensor]]
@@ -100,7 +100,7 @@ class Case:
     def model(self) -> nn.Module:
         torch.manual_seed(0)
         model = self.make()
-        for parameter in model.parameters():  # biases and positions too must make a difference
+        for parameter in model.parameters():  # no trivial biases and positions
             if parameter.ndim == 2 and parameter.std() > 0.5:
                 parameter.data *= 0.1  # X-CLIP's prompts would multiply every rounding error
             parameter.data += 0.05 * torch.randn_like(parameter)
@@ -173,27 +173,25 @@ CASES = {
 
 
 def outputs(model: nn.Module, case: Case, dtype: torch.dtype, **more: Any) -> list[Tensor]:
-    """What the model answers; of captions only the words, as padding has no meaning."""
+    """The outputs of the model; for captions only at words, as padding has no meaning."""
     inputs = {
         name: x.to(dtype) if x.is_floating_point() else x for name, x in case.inputs().items()
     }
-    found = model(**inputs, **more)
+    out = model(**inputs, **more)
     mask = inputs.get("attention_mask")
-    return [
-        found[name][mask.bool()] if name in case.words else found[name] for name in case.outputs
-    ]
+    return [out[name][mask.bool()] if name in case.words else out[name] for name in case.outputs]
 
 
 def results(model: nn.Module, case: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """The outputs, and the gradients of all of them by the parameters that they depend on."""
+    """The outputs, and their gradients with respect to all parameters."""
     model = copy.deepcopy(model).to(dtype)
-    found = outputs(model, case, dtype)
-    joined = torch.cat([x.flatten().to(found[0].dtype) for x in found])
+    tensors = outputs(model, case, dtype)
+    joined = torch.cat([x.flatten().to(tensors[0].dtype) for x in tensors])
     leaves = [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
     generator = torch.Generator().manual_seed(1)
     numbers = torch.randn(joined.shape, generator=generator, dtype=torch.float64).to(joined.dtype)
     grads = torch.autograd.grad(joined, leaves, numbers, allow_unused=True)
     return [
-        *found,
+        *tensors,
         *(torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)),
     ]

@@ -1,4 +1,4 @@
-"""Bert: against BertModel and DistilBertModel of transformers, same weights, ragged captions."""
+"""Bert against BertModel and DistilBertModel of transformers: same weights, ragged captions."""
 
 import copy
 
@@ -35,24 +35,24 @@ def config(**options):
     )
 
 
-def stock(text_layers=2, fusion_layers=2):
-    """BertModel whose last layers are those of a decoder; they are called without a causal mask."""
+def baseline(text_layers=2, fusion_layers=2):
+    """BertModel whose last layers have cross-attention, without a causal mask."""
     torch.manual_seed(0)
     model = transformers.BertModel(config(num_hidden_layers=text_layers), add_pooling_layer=False)
     decoder = config(is_decoder=True, add_cross_attention=True)
     for _ in range(fusion_layers):
         layer = BertLayer(decoder)
-        # Hugging Face's visual tokens are as wide as words; ALBEF's are not.
+        # In Hugging Face visual tokens have the width of words, unlike in ALBEF.
         layer.crossattention.self.key = nn.Linear(VISUAL, 64)
         layer.crossattention.self.value = nn.Linear(VISUAL, 64)
         model.encoder.layer.append(layer)
-    for parameter in model.parameters():  # LayerNorms and biases too must not be trivial
+    for parameter in model.parameters():  # no trivial LayerNorms and biases
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
 
 
 def additive(mask):
-    """[B, keys] to the mask that layers of transformers add to products."""
+    """[B, num_keys] to the additive mask of transformers."""
     return torch.where(mask, 0.0, torch.finfo(torch.float32).min)[:, None, None]
 
 
@@ -98,15 +98,15 @@ def assert_as_transformers(ours, model, visual, run_ours, run_model):
         parameters = dict(module.named_parameters())
         leaves = [leaf, *(parameters[name] for name, _ in ours.named_parameters())]
         results.append(gradients(run(module, leaf), leaves))
-    # All in one, each in units of its largest number. A softmax does not see what its keys share:
-    # the gradient of their bias is zero, and a sum of others.
+    # Compare all results at once, each scaled by its largest number. Softmax is invariant to the
+    # bias of keys, so its gradient is zero up to rounding and is scaled like that of the weight.
     names = ["result", "visual", *(name for name, _ in ours.named_parameters())]
     sizes = dict(zip(names, (true.abs().max().item() for true in results[2]), strict=True))
     units = [sizes[name.replace("key.bias", "key.weight")] for name in names]
     assert_as_accurate(
         *(
-            torch.cat([x.flatten() / unit for x, unit in zip(found, units, strict=True)])
-            for found in results
+            torch.cat([x.flatten() / unit for x, unit in zip(tensors, units, strict=True)])
+            for tensors in results
         ),
         torch.float32,
     )
@@ -118,7 +118,7 @@ def assert_near(ours, expected):
 
 
 def test_names_are_those_of_transformers():
-    model = stock()
+    model = baseline()
     assert set(ours_of(model).state_dict()) == set(model.state_dict())
     head = Bert(mlm_head=True, text_layers=1, fusion_layers=0, **SIZES)
     masked = transformers.BertForMaskedLM(config(num_hidden_layers=1)).state_dict()
@@ -135,7 +135,7 @@ def test_the_base_model_has_the_parameters_of_bert_base():
 
 
 def both(model, visual, ids, mask, visual_mask=None, partner=None):
-    """`model` encodes and fuses, by itself: the words of the result."""
+    """Encode and fuse with `model` alone; return the words of the result."""
     if partner is not None:
         visual, visual_mask = visual[partner], visual_mask[partner]
     hidden = stock_encode(model, ids, mask)
@@ -145,7 +145,7 @@ def both(model, visual, ids, mask, visual_mask=None, partner=None):
 @BACKENDS
 @pytest.mark.parametrize("words", [None, sum(LENGTHS) + 3, B * L], ids=["exact", "bound", "all"])
 def test_ragged_captions_as_transformers(backend, words):
-    model = stock()
+    model = baseline()
     ids, mask = captions()
 
     def ours(ours, visual):
@@ -165,7 +165,7 @@ def test_ragged_captions_as_transformers(backend, words):
 
 @BACKENDS
 def test_captions_without_padding(backend):
-    model = stock()
+    model = baseline()
     ids, mask = torch.randint(1, 50, (B, L)), torch.ones(B, L, dtype=torch.bool)
     assert_as_transformers(
         ours_of(model, backend),
@@ -178,7 +178,7 @@ def test_captions_without_padding(backend):
 
 @BACKENDS
 def test_ragged_visual_tokens(backend):
-    model = stock()
+    model = baseline()
     ids, mask = captions()
     sizes = torch.tensor([3, 6, 4, 1, 5])
     visual_mask = torch.arange(6) < sizes[:, None]
@@ -202,7 +202,7 @@ def test_ragged_visual_tokens(backend):
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
 def test_partners_share_keys_and_values(backend, padded, ragged):
-    model = stock()
+    model = baseline()
     ids, mask = captions()
     mask = mask if padded else torch.ones_like(mask)
     partner = torch.tensor([2, 0, 2, 2, 1])  # clip 3 has no caption
@@ -228,7 +228,7 @@ def test_partners_share_keys_and_values(backend, padded, ragged):
 
 
 def test_masks_with_holes_and_on_the_left():
-    model = stock()
+    model = baseline()
     ours = ours_of(model)
     ids, _ = captions()
     mask = torch.rand(B, L) < 0.6
@@ -238,7 +238,7 @@ def test_masks_with_holes_and_on_the_left():
 
 
 def test_a_caption_without_words():
-    ours = ours_of(stock())
+    ours = ours_of(baseline())
     ids, mask = captions()
     mask[1] = False
     hidden = ours.encode(ids, mask)
@@ -263,7 +263,7 @@ def test_nothing_at_all(backend, batch, length, tokens, clips):
 
 
 def test_padding_changes_nothing():
-    ours = ours_of(stock())
+    ours = ours_of(baseline())
     ids, mask = captions()
     other = torch.where(mask, ids, 33)
     for words in (None, B * L):
@@ -275,17 +275,17 @@ def test_padding_changes_nothing():
 def test_groups_are_sound():
     _, mask = captions()
     for words in (None, sum(LENGTHS) + 5, B * L):
-        found = Captions(mask, mask, words)
-        found.joint().check()
+        packed = Captions(mask, mask, words)
+        packed.joint().check()
         cu = torch.tensor([0, 3, 9, 14, 16, 16], dtype=torch.int32)
-        found.cross(cu, 16, 6, None, False).check()
-        found.cross(cu, 16, 6, torch.tensor([4, 1, 1, 3, 2]), False).check()
+        packed.cross(cu, 16, 6, None, False).check()
+        packed.cross(cu, 16, 6, torch.tensor([4, 1, 1, 3, 2]), False).check()
         equal = torch.arange(4, dtype=torch.int32) * 6
-        found.cross(equal, 18, 6, torch.tensor([2, 1, 1, 0, 2]), True).check()
+        packed.cross(equal, 18, 6, torch.tensor([2, 1, 1, 0, 2]), True).check()
 
 
 def test_autocast_and_dropout():
-    ours = ours_of(stock())
+    ours = ours_of(baseline())
     ids, mask = captions()
     with torch.autocast("cpu", torch.bfloat16):
         out = ours.fuse(ours.encode(ids, mask), mask, torch.randn(B, 6, VISUAL))
@@ -300,7 +300,7 @@ def test_autocast_and_dropout():
 
 
 def test_padding_is_not_computed_nor_a_clip_twice():
-    ours = ours_of(stock())
+    ours = ours_of(baseline())
     ids, mask = captions()
     visual = torch.randn(B, 6, VISUAL)
 
@@ -341,12 +341,12 @@ def test_compiles_without_a_graph_for_each_length(known):
         words = sum(LENGTHS) - shift if known else None
         inputs = (ids, mask, visual, partner, words)
         torch.testing.assert_close(compiled(*inputs), run(*inputs))
-    assert counter.frame_count == (2 if known else 1)  # the second is for any number of words
+    assert counter.frame_count == (2 if known else 1)  # the second graph takes any number of words
 
 
 def test_every_backend_on_every_device(where):
     where.skip_unless_runs("space_time_attention")
-    ours = ours_of(stock(), "reference")
+    ours = ours_of(baseline(), "reference")
     inputs = [*captions(), torch.randn(4, 6, VISUAL), torch.tensor([2, 0, 2, 2, 1])]
 
     def run(inputs):
@@ -356,8 +356,8 @@ def test_every_backend_on_every_device(where):
 
     expected = run(inputs)
     ours.to(where.device).backend = where.backend
-    found = run([x.to(where.device) for x in inputs])
-    for our, reference in zip(found, expected, strict=True):
+    results = run([x.to(where.device) for x in inputs])
+    for our, reference in zip(results, expected, strict=True):
         torch.testing.assert_close(our.cpu(), reference, rtol=1e-4, atol=1e-4)
 
 
@@ -365,7 +365,7 @@ def test_every_backend_on_every_device(where):
 def test_the_same_on_cuda_without_synchronising():
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
-    ours = ours_of(stock())
+    ours = ours_of(baseline())
     (ids, mask), visual = captions(), torch.randn(B, 6, VISUAL)
     partner = torch.arange(B).roll(1)
     here = ours.fuse(ours.encode(ids, mask), mask, visual, partner=partner)

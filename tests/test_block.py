@@ -1,4 +1,4 @@
-"""Block: twelve layers against EViT and SViTT written plainly, packed samples, timm's weights."""
+"""Block: EViT, SViTT, ATS and ToMe in plain PyTorch, packed samples, timm's weights."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ PRUNING = (3, 6, 9)
 
 
 def stack(pruning=None):
-    """Twelve blocks as of a ViT-B, narrower; sharp attention, so that no two scores are close."""
+    """Twelve narrow blocks with sharp attention, so that no two scores are close."""
     torch.manual_seed(0)
     blocks = nn.ModuleList()
     for layer in range(12):
@@ -47,7 +47,7 @@ def eager(blocks, x, kind="cls", prune_before=None, prune_after=None):
 
 
 def evit(x, scores):
-    """The best in their order, and the others weighed by their scores and added up."""
+    """The best tokens in the order of scores, and the sum of the others weighted by scores."""
     K = math.ceil(0.7 * scores.shape[1])
     order = scores.argsort(1, descending=True)
     kept, rest = (
@@ -60,7 +60,7 @@ def evit(x, scores):
 
 
 def svitt(x, scores):
-    """The best, in the order in which they were."""
+    """The best tokens in their original order."""
     ids = scores.topk(math.ceil(0.7 * scores.shape[1])).indices.sort(1).values
     return torch.stack([torch.cat([x[b, :1], x[b, 1 + i]]) for b, i in enumerate(ids)])
 
@@ -130,18 +130,18 @@ def test_ids_and_order():
 
 
 @pytest.mark.parametrize("options", [{}, dict(init_values=0.1, qk_norm=True, qkv_bias=True)])
-def test_takes_over_a_block_of_timm(options):
+def test_from_block_of_timm(options):
     vision_transformer = pytest.importorskip("timm.models.vision_transformer")
     torch.manual_seed(0)
-    stock = vision_transformer.Block(64, 2, drop_path=0.5, **options).eval()
-    ours = Block.from_block(stock)
+    baseline = vision_transformer.Block(64, 2, drop_path=0.5, **options).eval()
+    ours = Block.from_block(baseline)
     assert not ours.training
     assert {n: p.data_ptr() for n, p in ours.named_parameters()} == {
-        n: p.data_ptr() for n, p in stock.named_parameters()
+        n: p.data_ptr() for n, p in baseline.named_parameters()
     }
     x = torch.randn(2, 9, 64)
-    assert_near(ours(x), stock(x))
-    pruned = Block.from_block(stock, pruning=Pruning(0.5, fuse="mean"))
+    assert_near(ours(x), baseline(x))
+    pruned = Block.from_block(baseline, pruning=Pruning(0.5, fuse="mean"))
     assert pruned(x).shape == (2, 6, 64)
 
 
@@ -149,11 +149,11 @@ def test_takes_over_a_block_of_timm(options):
 def test_loads_the_weights_of_timm(init_values):
     vision_transformer = pytest.importorskip("timm.models.vision_transformer")
     torch.manual_seed(0)
-    stock = vision_transformer.Block(64, 2, qkv_bias=True, init_values=init_values)
+    baseline = vision_transformer.Block(64, 2, qkv_bias=True, init_values=init_values)
     ours = Block(64, 2, qkv_bias=True, init_values=init_values)
-    ours.load_state_dict(stock.state_dict(), strict=True)
+    ours.load_state_dict(baseline.state_dict(), strict=True)
     x = torch.randn(2, 9, 64)
-    assert_near(ours(x), stock(x))
+    assert_near(ours(x), baseline(x))
 
 
 def test_compiles():
@@ -203,7 +203,7 @@ LENGTHS = (9, 1, 14, 4)
 
 
 def packed(lengths=LENGTHS, width=64):
-    """Ragged samples, their groups, and each by itself."""
+    """Ragged samples, their groups, and a list of single samples."""
     torch.manual_seed(0)
     x = torch.randn(sum(lengths), width, requires_grad=True)
     offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
@@ -222,7 +222,7 @@ def packed(lengths=LENGTHS, width=64):
     ],
     ids=["dense", "EViT", "SViTT", "ATS", "ToMe"],
 )
-def test_packed_samples_are_as_alone(pruning, backend):
+def test_packed_samples_equal_single_samples(pruning, backend):
     x, groups, alone = packed()
     first, second = (Block(64, 2, 1.0, True, pruning=pruning, backend=backend) for _ in range(2))
     for block in (first, second):
@@ -232,7 +232,7 @@ def test_packed_samples_are_as_alone(pruning, backend):
     assert after.check().num_queries == len(out)
 
     def run(block, y):
-        """One sample; nothing dropped of it, it has zeros as its fused token if it is packed."""
+        """One sample; if nothing is dropped, its fused token is zero, as in a packed batch."""
         z, positions = block(y, return_ids=True)
         if positions is None and pruning is not None and pruning.fuse:
             z = torch.cat([z, block.mlp(block.norm2(torch.zeros(1, 1, 64)))], 1)

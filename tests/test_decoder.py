@@ -1,4 +1,4 @@
-"""MaeDecoder: MAE's decoder written plainly, positions of its sources, and the loss it feeds."""
+"""MaeDecoder: MAE's decoder in plain PyTorch, its position embeddings, and its loss."""
 
 import math
 
@@ -34,7 +34,7 @@ def blocks(model, x):
 
 
 def mae(model, tokens, ids_keep, ids_mask):
-    """MAE unshuffles: mask tokens are appended, and all put where their patches are."""
+    """MAE: append mask tokens and unshuffle all tokens to the positions of their patches."""
     x = model.decoder_embed(tokens)
     whole = torch.cat([x[:, 1:], model.mask_token.expand(len(x), ids_mask.shape[1], -1)], 1)
     ids_restore = torch.cat([ids_keep, ids_mask], 1).argsort(1)
@@ -45,7 +45,7 @@ def mae(model, tokens, ids_keep, ids_mask):
 
 
 def videomae(model, tokens, ids_keep, ids_mask):
-    """VideoMAE puts the masked ones behind and predicts the last M."""
+    """VideoMAE: append mask tokens and predict the last M."""
     x, place = model.decoder_embed(tokens), model.decoder_pos_embed.expand(len(tokens), -1, -1)
     rows = lambda ids: place.gather(1, ids[..., None].expand(-1, -1, place.shape[2]))  # noqa: E731
     x = torch.cat([x + rows(ids_keep), model.mask_token + rows(ids_mask)], 1)
@@ -86,10 +86,10 @@ def test_positions_are_those_of_the_sources():
     assert not ours[0, 0].any() and torch.equal(ours[0, 1:], sincos_2d(3, 5, 64).float())
     for row in range(3):
         for column in range(5):
-            angles = [[place / 10000 ** (i / 16) for i in range(16)] for place in (column, row)]
+            angles = [[index / 10000 ** (i / 16) for i in range(16)] for index in (column, row)]
             waves = [f(angle) for some in angles for f in (math.sin, math.cos) for angle in some]
-            found = ours[0, 1 + 5 * row + column]
-            torch.testing.assert_close(found.data, torch.tensor(waves), rtol=1e-6, atol=1e-6)
+            position = ours[0, 1 + 5 * row + column]
+            torch.testing.assert_close(position.data, torch.tensor(waves), rtol=1e-6, atol=1e-6)
     pytest.importorskip("transformers")
     from transformers.models.videomae import modeling_videomae
 
@@ -98,14 +98,14 @@ def test_positions_are_those_of_the_sources():
 
 
 def test_the_loss_of_pruned_frames():
-    """The whole path of masked visual modelling, frame by frame, after pruning with fusion."""
+    """Masked visual modelling of single frames, from pruning with a fused token to the loss."""
     torch.manual_seed(0)
     mask = visual_mask(0, 0, SAMPLES, GRID, 0.5)
     encoder = ViT(32, 8, embed_dim=WIDTH, depth=2, num_heads=2, prune_layers=(0,), pruning=PRUNING)
     decoder = MaeDecoder((1, 4, 4), **SMALL)
     frames = encoder(clip(), mask.ids_keep)
-    each = mask.per_frame()
-    predicted = decoder(frames.tokens, frames.ids, each.ids_mask)
+    ids_mask = mask.per_frame().ids_mask
+    predicted = decoder(frames.tokens, frames.ids, ids_mask)
     assert predicted.shape == (B * T, PATCHES // 2, 192)
     predicted = predicted.view(B, -1, 192)
     loss = masked_patch_loss(predicted, clip(), mask.ids_mask, patch_size=8)
@@ -114,10 +114,10 @@ def test_the_loss_of_pruned_frames():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learning)
     assert decoder.decoder_pos_embed.grad is None
 
-    # A fused token has no position; the order of tokens says nothing.
+    # The fused token has no position embedding, and the order of tokens does not matter.
     order = torch.randperm(frames.ids.shape[1])
     tokens = torch.cat([frames.tokens[:, :1], frames.tokens[:, 1:][:, order]], 1)
-    again = decoder(tokens, frames.ids[:, order], each.ids_mask).view(B, -1, 192)
+    again = decoder(tokens, frames.ids[:, order], ids_mask).view(B, -1, 192)
     torch.testing.assert_close(again, predicted)
 
 

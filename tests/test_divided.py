@@ -1,4 +1,4 @@
-"""SpaceTimeTransformer: Frozen in Time's rule written plainly, masks, and weights."""
+"""SpaceTimeTransformer: Frozen in Time in plain PyTorch, masks, and published weights."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SIZE = SIZE | dict(depth=2)
 
 
 def attention(part, x, seen):
-    """Softmax attention where `seen`, [B, N, N], lets it; x [B, N, C]."""
+    """Softmax attention with the mask `seen`, [B, N, N]; x [B, N, C]."""
     q, k, v = part.qkv(x).view(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
     logits = (q @ k.mT) * q.shape[-1] ** -0.5
     weights = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
@@ -20,7 +20,7 @@ def attention(part, x, seen):
 
 
 def with_cls(same):
-    """Who sees whom, [B, 1 + K, 1 + K]: CLS sees all and is seen by all."""
+    """Attention mask, [B, 1 + K, 1 + K]: CLS attends to all tokens, and all attend to CLS."""
     seen = torch.ones(len(same), same.shape[1] + 1, same.shape[1] + 1, dtype=torch.bool)
     seen[:, 1:, 1:] = same
     return seen
@@ -48,7 +48,7 @@ def plain(model, video, ids, kind):
 
 
 def divided(part, x, frames, through_time):
-    """Frozen's `VarAttention`, with CLS set apart: all tokens of all frames are there."""
+    """Frozen's `VarAttention` on all tokens of all frames, with separate attention of CLS."""
     q, k, v = part.qkv(x).view(*x.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
     scale = q.shape[-1] ** -0.5
     cls = (q[:, :, :1] @ k.mT * scale).softmax(-1) @ v
@@ -57,11 +57,11 @@ def divided(part, x, frames, through_time):
         y = y[:, :, 1:].unflatten(2, (frames, PATCHES))
         return y.transpose(2, 3) if through_time else y
 
-    def leading(y):  # the key of CLS before those of each group
+    def with_cls(y):  # the key of CLS before the keys of each group
         rest = grouped(y)
         return torch.cat([y[:, :, None, :1].expand(*rest.shape[:3], 1, -1), rest], 3)
 
-    out = (grouped(q) @ leading(k).mT * scale).softmax(-1) @ leading(v)
+    out = (grouped(q) @ with_cls(k).mT * scale).softmax(-1) @ with_cls(v)
     out = out.transpose(2, 3) if through_time else out
     return part.proj(torch.cat([cls, out.flatten(2, 3)], 2).transpose(1, 2).flatten(2))
 
@@ -123,7 +123,7 @@ def test_begins_as_an_image_model():
 
 
 def test_attention_through_time_learns():
-    """Not from rounding noise, as it would from zeros and ones: in float64 it learns the same."""
+    """Temporal attention learns from its gradient, not from rounding: float64 gives the same."""
     gradients = []
     for dtype in (torch.float32, torch.float64):
         torch.manual_seed(0)
@@ -136,7 +136,7 @@ def test_attention_through_time_learns():
             optimizer.step()
         time = (p for name, p in model.named_parameters() if "timeattn" in name or "norm3" in name)
         gradients.append([p.grad.double() / p.grad.abs().max() for p in time])
-    # What a bias of the keys adds is the same for all keys: softmax does not see it.
+    # Softmax is invariant to the bias of the keys, which adds the same to all products.
     for single, double in zip(*gradients, strict=True):
         rows = slice(None) if single.shape[0] != 3 * WIDTH else slice(2 * WIDTH, None)
         torch.testing.assert_close(single[rows], double[rows], rtol=0.01, atol=0.01)
@@ -184,15 +184,15 @@ def test_loads_a_model_of_other_frames(frames):
     whole |= {"module.txt_proj.1.weight": torch.zeros(3)}
     ours = make(num_frames=frames)
     assert ours.load_pretrained(whole) == ["module.txt_proj.1.weight"]
-    was, now = state["temporal_embed"], ours.temporal_embed.data
+    before, after = state["temporal_embed"], ours.temporal_embed.data
     both = min(frames, 4)
-    assert torch.equal(now[:, :both], was[:, :both]) and not now[:, 4:].any()
+    assert torch.equal(after[:, :both], before[:, :both]) and not after[:, 4:].any()
     torch.testing.assert_close(ours(clip()[:, :, :both]), make()(clip()[:, :, :both]))
     ours.load_pretrained(whole, frames="interpolate")
-    now = ours.temporal_embed.data
-    torch.testing.assert_close(now[:, [0, -1]], was[:, [0, -1]])
-    between = torch.stack([was[0, :, 0].min(), was[0, :, 0].max()])
-    assert ((now[0, :, 0] >= between[0] - 1e-6) & (now[0, :, 0] <= between[1] + 1e-6)).all()
+    after = ours.temporal_embed.data
+    torch.testing.assert_close(after[:, [0, -1]], before[:, [0, -1]])
+    low, high = before[0, :, 0].min(), before[0, :, 0].max()
+    assert ((after[0, :, 0] >= low - 1e-6) & (after[0, :, 0] <= high + 1e-6)).all()
 
 
 def test_weights_that_do_not_fit_are_named():

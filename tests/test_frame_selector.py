@@ -1,4 +1,4 @@
-"""FrameSelector: the best frames in their order, and the gradient that reaches the scores."""
+"""FrameSelector: the best frames in temporal order, and the gradient of the scores."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def inputs():
 def test_is_the_rule_written_plainly(backend):
     model, arguments = make(backend=backend), inputs()
     leaves = [x.clone().requires_grad_() for x in arguments]
-    found = model(*leaves)
+    selected = model(*leaves)
 
     frames, text, tokens = (x.clone().requires_grad_() for x in arguments)
     joined = torch.stack([torch.cat([frames[:, t], text], 1) for t in range(T)], 1)
@@ -30,13 +30,13 @@ def test_is_the_rule_written_plainly(backend):
     p = scores[..., 0].softmax(1)
     ids = torch.stack([torch.tensor(sorted(row.topk(KEEP).indices.tolist())) for row in p])
     expected = torch.stack([tokens[b, row] for b, row in enumerate(ids)])
-    assert torch.equal(found.ids, ids) and torch.equal(found.tokens, expected)
-    torch.testing.assert_close(found.probabilities, p)
-    torch.testing.assert_close(found.probabilities.sum(1), torch.ones(B))
+    assert torch.equal(selected.ids, ids) and torch.equal(selected.tokens, expected)
+    torch.testing.assert_close(selected.probabilities, p)
+    torch.testing.assert_close(selected.probabilities.sum(1), torch.ones(B))
 
     grad = torch.randn_like(expected)
-    found.tokens.backward(grad)
-    # Straight through: that of p, as if out = p x token, and of the tokens, as if it were chosen.
+    selected.tokens.backward(grad)
+    # Straight-through: the gradient of p is that of p x token, that of tokens is of a plain gather.
     weight = p.gather(1, ids)[..., None, None]
     (weight * expected.detach() + expected).backward(grad)
     for ours, theirs in zip(leaves, (frames, text, tokens), strict=True):
@@ -57,11 +57,11 @@ def test_learns_which_frame_the_text_is_about():
     with torch.no_grad():
         before = (model(labels, text, labels[:, :, None]).ids[:, 0] == asked).float().mean()
     for _ in range(150):
-        found = model(labels, text, right[..., None, None])
+        selected = model(labels, text, right[..., None, None])
         optimizer.zero_grad()
-        (-found.tokens.mean()).backward()  # the model only sees what the chosen frame holds
+        (-selected.tokens.mean()).backward()  # the model only sees what the chosen frame holds
         optimizer.step()
-    after = (found.ids[:, 0] == asked).float().mean()
+    after = (selected.ids[:, 0] == asked).float().mean()
     assert after > 0.9 > before
 
 
@@ -71,8 +71,8 @@ def test_other_lengths_and_autocast():
     whole = model(frames[:, :KEEP], text, tokens[:, :KEEP])
     assert torch.equal(whole.tokens, tokens[:, :KEEP])
     with torch.autocast("cpu", torch.bfloat16):
-        found = model(frames, text, tokens)
-    assert found.tokens.dtype == found.probabilities.dtype == torch.float32
+        selected = model(frames, text, tokens)
+    assert selected.tokens.dtype == selected.probabilities.dtype == torch.float32
 
 
 def test_compiles():
@@ -80,8 +80,8 @@ def test_compiles():
     model, arguments = make(), inputs()
 
     def run(*arguments):
-        found = model(*arguments)
-        return found.tokens, found.ids
+        selected = model(*arguments)
+        return selected.tokens, selected.ids
 
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     for ours, theirs in zip(compiled(*arguments), run(*arguments), strict=True):

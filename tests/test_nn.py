@@ -1,4 +1,4 @@
-"""MaskedPatchEmbed: takes over the weights of timm and Hugging Face, and answers as they do."""
+"""MaskedPatchEmbed: loads the weights of timm and Hugging Face, and has the same outputs."""
 
 import pytest
 import torch
@@ -9,16 +9,17 @@ from vidl.nn import MaskedPatchEmbed
 
 def timm_embed():
     layers = pytest.importorskip("timm.layers")
-    stock = layers.PatchEmbed(img_size=32, patch_size=8, in_chans=3, embed_dim=24)
-    return stock, MaskedPatchEmbed(8, 3, 24), torch.randn(2, 3, 32, 32), lambda x: x
+    baseline = layers.PatchEmbed(img_size=32, patch_size=8, in_chans=3, embed_dim=24)
+    return baseline, MaskedPatchEmbed(8, 3, 24), torch.randn(2, 3, 32, 32), lambda x: x
 
 
 def vit_embed():
     transformers = pytest.importorskip("transformers")
     from transformers.models.vit.modeling_vit import ViTPatchEmbeddings
 
-    stock = ViTPatchEmbeddings(transformers.ViTConfig(hidden_size=24, image_size=32, patch_size=8))
-    return stock, MaskedPatchEmbed(8, 3, 24), torch.randn(2, 3, 32, 32), lambda x: x
+    config = transformers.ViTConfig(hidden_size=24, image_size=32, patch_size=8)
+    baseline = ViTPatchEmbeddings(config)
+    return baseline, MaskedPatchEmbed(8, 3, 24), torch.randn(2, 3, 32, 32), lambda x: x
 
 
 def videomae_embed():
@@ -28,47 +29,47 @@ def videomae_embed():
     config = transformers.VideoMAEConfig(
         hidden_size=24, image_size=32, patch_size=8, num_frames=4, tubelet_size=2
     )
-    clip = torch.randn(2, 4, 3, 32, 32)  # [B, T, C, H, W]
+    clip = torch.randn(2, 4, 3, 32, 32)  # [B, T, C_in, H, W]
     ours = MaskedPatchEmbed(8, 3, 24, tubelet_size=2)
     return VideoMAEPatchEmbeddings(config), ours, clip, lambda x: x.transpose(1, 2)
 
 
 @pytest.fixture(params=[timm_embed, vit_embed, videomae_embed], ids=lambda make: make.__name__)
-def twins(request):
+def pair(request):
     torch.manual_seed(0)
     return request.param()
 
 
-def assert_near(ours, stock):
-    assert ours.shape == stock.shape
-    assert (ours - stock).abs().max() <= 1e-5 * stock.abs().max()
+def assert_near(ours, baseline):
+    assert ours.shape == baseline.shape
+    assert (ours - baseline).abs().max() <= 1e-5 * baseline.abs().max()
 
 
-def test_loads_strictly_and_answers_as_stock(twins):
-    stock, ours, pixels, permute = twins
-    ours.load_state_dict(stock.state_dict(), strict=True)
+def test_loads_strictly_with_the_same_outputs(pair):
+    baseline, ours, pixels, permute = pair
+    ours.load_state_dict(baseline.state_dict(), strict=True)
 
-    expected, tokens = stock(pixels), ours(permute(pixels))
+    expected, tokens = baseline(pixels), ours(permute(pixels))
     grad = torch.randn_like(expected)
     expected.backward(grad)
     tokens.backward(grad)
 
     assert_near(tokens, expected)
-    conv = stock.proj if hasattr(stock, "proj") else stock.projection
+    conv = baseline.proj if hasattr(baseline, "proj") else baseline.projection
     assert_near(ours.proj.weight.grad, conv.weight.grad)
     assert_near(ours.proj.bias.grad, conv.bias.grad)
 
 
-def test_visible_patches_are_those_of_stock(twins):
-    stock, ours, pixels, permute = twins
-    ours.load_state_dict(stock.state_dict())
-    dense = stock(pixels)
-    B, N, D = dense.shape
-    position = torch.randn(N, D)
+def test_visible_patches_equal_the_baseline(pair):
+    baseline, ours, pixels, permute = pair
+    ours.load_state_dict(baseline.state_dict())
+    dense = baseline(pixels)
+    B, N, C = dense.shape
+    position = torch.randn(N, C)
     ids = torch.stack([torch.randperm(N)[: N // 4] for _ in range(B)])
 
     tokens = ours(permute(pixels), ids, position=position)
-    expected = (dense + position).gather(1, ids[..., None].expand(-1, -1, D))
+    expected = (dense + position).gather(1, ids[..., None].expand(-1, -1, C))
     assert_near(tokens, expected)
 
     offsets = torch.tensor([0, 1, N // 4 + 1], dtype=torch.int32)
@@ -79,10 +80,10 @@ def test_visible_patches_are_those_of_stock(twins):
     )
 
 
-def test_renames_inside_a_larger_model(twins):
-    stock, ours, _, _ = twins
+def test_renames_inside_a_larger_model(pair):
+    baseline, ours, _, _ = pair
     model = nn.ModuleDict({"embed": ours, "head": nn.Linear(2, 2)})
-    state = {f"embed.{name}": value for name, value in stock.state_dict().items()}
+    state = {f"embed.{name}": value for name, value in baseline.state_dict().items()}
     before = dict(state)
     model.load_state_dict(state | model["head"].state_dict(prefix="head."), strict=True)
     assert torch.equal(ours.proj.bias, next(v for k, v in before.items() if k.endswith("bias")))
@@ -118,7 +119,7 @@ def test_from_conv_shares_the_parameters():
         {"stride": 8, "groups": 3},
     ],
 )
-def test_from_conv_refuses_what_is_no_patch_embedding(options):
+def test_from_conv_refuses_other_convolutions(options):
     with pytest.raises(ValueError, match="stride is its kernel_size"):
         MaskedPatchEmbed.from_conv(nn.Conv2d(3, 12, 8, **options))
 
@@ -144,6 +145,6 @@ def test_images_need_a_conv2d():
         MaskedPatchEmbed(8, 3, 12, tubelet_size=1)(torch.randn(1, 3, 16, 16))
 
 
-def test_repr_says_what_it_does():
+def test_repr_has_the_options():
     text = repr(MaskedPatchEmbed(8, mean=(0.5,) * 3, std=(0.5,) * 3, backend="reference"))
     assert "mean=(0.5, 0.5, 0.5)" in text and "backend='reference'" in text and "Conv2d" in text

@@ -1,4 +1,4 @@
-"""Swapping itself: on models made here, of any library's making."""
+"""vidl.swap and vidl.unswap on models that are defined here."""
 
 import copy
 import pickle
@@ -65,7 +65,7 @@ def model(*parts):
 
 def test_a_forward_on_the_object_itself_is_not_overlooked():
     m = model()
-    m[0].forward = m[0].forward  # accelerate's hooks stand there
+    m[0].forward = m[0].forward  # as accelerate's hooks do
     report = vidl.swap(m)
     assert [change.name for change in report.swapped] == ["2"]
     assert "its forward was replaced on the object" in report.left[0].note
@@ -165,7 +165,7 @@ def test_wrong_calls():
     vidl.swap(m)
     with pytest.raises(ValueError, match="already swapped .*first is '0'.*vidl.unswap"):
         vidl.swap(m)
-    m[2].__class__ = SameAttention  # as fully_shard gives modules another class
+    m[2].__class__ = SameAttention  # as fully_shard does
     with pytest.raises(ValueError, match="swapped '2' to .*Swapped, .* is now .*SameAttention"):
         vidl.unswap(m)
 

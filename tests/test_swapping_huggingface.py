@@ -1,4 +1,4 @@
-"""vidl.swap of transformers: every family against itself unswapped, same weights."""
+"""vidl.swap, vidl.prune and vidl.mask of transformers, against the unswapped models."""
 
 import copy
 import json
@@ -74,13 +74,13 @@ def test_outputs_and_gradients(name, dtype):
     vidl.swap(model)
     ours = results(model, case, dtype)
     assert [x.dtype for x in ours] == [x.dtype for x in low]
-    # A softmax does not see what is added to all keys: the gradient of their bias is zero, and in
-    # units of itself any rounding error is large.
+    # Softmax is invariant to the bias of keys, so its gradient is zero up to rounding: its relative
+    # error means nothing.
     sizes = [float(x.detach().square().mean().sqrt()) for x in true]
     none = [i for i, size in enumerate(sizes) if size < 1e-9 * max(sizes)]
     for i in none:
         assert ours[i].abs().max() <= 2 * low[i].abs().max() + torch.finfo(dtype).eps * max(sizes)
-    parts = ([x for i, x in enumerate(found) if i not in none] for found in (ours, low, true))
+    parts = ([x for i, x in enumerate(tensors) if i not in none] for tensors in (ours, low, true))
     assert_model_as_accurate(*parts, dtype)
 
 
@@ -131,9 +131,9 @@ def test_compiles(name):
     expected = results(model, case)
     compiled = copy.deepcopy(model)
     compiled.forward = torch.compile(compiled.forward, fullgraph=True, backend="aot_eager")
-    found = outputs(compiled, case, torch.float32)
-    close(found, expected[: len(found)])
-    found[0].sum().backward()
+    results_compiled = outputs(compiled, case, torch.float32)
+    close(results_compiled, expected[: len(results_compiled)])
+    results_compiled[0].sum().backward()
     model.zero_grad()
     outputs(model, case, torch.float32)[0].sum().backward()
     for a, b in zip(compiled.parameters(), model.parameters(), strict=True):
@@ -162,8 +162,8 @@ def test_hidden_states(name):
 
 
 def outputs_of_layers(model, case):
-    found = model(**case.inputs(), output_hidden_states=True)
-    parts = (found, *(found.get(part) for part in ("text_model_output", "vision_model_output")))
+    out = model(**case.inputs(), output_hidden_states=True)
+    parts = (out, *(out.get(part) for part in ("text_model_output", "vision_model_output")))
     states = [part.hidden_states for part in parts if part is not None and "hidden_states" in part]
     flat = []
     while states:
@@ -222,9 +222,9 @@ def test_the_name_can_be_asked_for(tmp_path):
     loaded = transformers.BertModel.from_pretrained(tmp_path, attn_implementation="vidl").eval()
     assert loaded.config._attn_implementation == "vidl"
     close([words(loaded)], [expected])
-    made = transformers.AutoModel.from_config(model.config, attn_implementation="vidl").eval()
-    made.load_state_dict(model.state_dict())
-    close([words(made)], [expected])
+    built = transformers.AutoModel.from_config(model.config, attn_implementation="vidl").eval()
+    built.load_state_dict(model.state_dict())
+    close([words(built)], [expected])
 
 
 def test_padding_never_reaches_a_word():
@@ -241,12 +241,12 @@ def test_padding_anywhere(how):
     mask = inputs["attention_mask"].flip(1) if how == "left" else torch.tensor([[1, 0, 1] * 3] * 3)
     expected = model(inputs["input_ids"], mask).last_hidden_state
     model.set_attn_implementation("vidl")
-    # Padded queries, too, are as before: SigLIP reads the last one.
+    # Padded queries are equal too: SigLIP reads the last one.
     close([model(inputs["input_ids"], mask).last_hidden_state], [expected])
     vidl.swap(model)
-    found = model(inputs["input_ids"], mask).last_hidden_state
-    close([found[mask.bool()]], [expected[mask.bool()]])
-    assert not found[mask == 0].any()
+    hidden = model(inputs["input_ids"], mask).last_hidden_state
+    close([hidden[mask.bool()]], [expected[mask.bool()]])
+    assert not hidden[mask == 0].any()
 
 
 def test_masks_that_are_no_padding_are_those_of_sdpa():
@@ -266,7 +266,7 @@ def test_a_decoder_with_cross_attention_and_a_cache():
     report = str(vidl.swap(model))
     assert "it is causal" in report and "a decoder" in report
     close([words(model, **more)], [expected])
-    ids = inputs["input_ids"][:1]  # nine words, the last one with what the cache has of the others
+    ids = inputs["input_ids"][:1]  # nine words, the last one with a cache of the others
     first = model(ids[:, :8], use_cache=True, **{n: x[:1] for n, x in more.items()})
     cache = dict(past_key_values=first.past_key_values)
     last = model(ids[:, 8:], **cache, **{n: x[:1] for n, x in more.items()})
@@ -277,7 +277,7 @@ def test_a_decoder_with_cross_attention_and_a_cache():
 def test_what_cannot_be_computed_raises(option):
     attention = bert(attn_implementation="vidl").encoder.layer[0].attention.self
     q, k, v = randn(3, 1, 2, 4, 32)
-    # Called as models call it: layers take some of these options for themselves.
+    # Called directly, because layers consume some of these options.
     with pytest.raises(ValueError, match=f"{option} in BertSelfAttention: call vidl.unswap"):
         interface.attention(attention, q, k, v, None, **{option: torch.ones(1)})
 
@@ -292,7 +292,7 @@ def test_weights_of_attention_are_refused(name):
     model, inputs = CASES[name].model(), CASES[name].inputs()
     model.set_attn_implementation("eager")
     vidl.swap(model)
-    # VideoMAE never tells its attention what was asked for.
+    # VideoMAE does not pass output_attentions to its attention.
     with pytest.raises(ValueError, match="output_attentions=True in .*: call vidl.unswap"):
         model(**inputs, output_attentions=True)
     vidl.unswap(model)
@@ -304,17 +304,17 @@ def test_timesformer_still_gives_weights():
     model = case.model()
     expected = model(**case.inputs(), output_attentions=True).attentions
     vidl.swap(model)
-    found = model(**case.inputs(), output_attentions=True)
-    close(found.attentions, expected)
-    close([found.last_hidden_state], outputs(model, case, torch.float32))
+    out = model(**case.inputs(), output_attentions=True)
+    close(out.attentions, expected)
+    close([out.last_hidden_state], outputs(model, case, torch.float32))
 
 
 def test_rows_packed_by_the_caller():
     attention = bert(attn_implementation="vidl").encoder.layer[0].attention.self
     x, groups = randn(7, 64), Groups.joint(torch.tensor([0, 3, 7], dtype=torch.int32), 7, 4)
-    found = attention(x[None], groups)[0][0]
+    out = attention(x[None], groups)[0][0]
     q, k, v = (f(x).view(7, 2, 32) for f in (attention.query, attention.key, attention.value))
-    close([found], [space_time_attention(q, k, v, groups).flatten(1)])
+    close([out], [space_time_attention(q, k, v, groups).flatten(1)])
 
 
 def test_dropout_of_weights_is_that_of_sdpa():
@@ -341,13 +341,13 @@ def test_a_caption_of_padding_alone():
     mask = inputs["attention_mask"].clone()
     mask[2] = 0
     vidl.swap(model)
-    found = model(inputs["input_ids"], mask).last_hidden_state
-    close([found[mask.bool()]], [words(model)[: int(mask.sum())]])
-    assert not found[2].any()
+    hidden = model(inputs["input_ids"], mask).last_hidden_state
+    close([hidden[mask.bool()]], [words(model)[: int(mask.sum())]])
+    assert not hidden[2].any()
 
 
 def rows_of(model, **more):
-    """How many rows the layers computed."""
+    """The number of rows that the layers compute."""
     seen = []
     handle = model.encoder.layer[1].register_forward_hook(
         lambda module, args, out: seen.append(out.shape[0] * out.shape[1])
@@ -398,8 +398,8 @@ def test_visible_patches_instead_of_a_mask():
     vidl.swap(model)
     expected = model(**inputs)
     ids = (~inputs["bool_masked_pos"]).nonzero()[:, 1].view(2, -1)
-    found = model(inputs["pixel_values"], ids)
-    assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
+    out = model(inputs["pixel_values"], ids)
+    assert torch.equal(out.logits, expected.logits) and torch.equal(out.loss, expected.loss)
     other = model(inputs["pixel_values"], ids.flip(1))  # in any order
     close([other.logits, other.loss], [expected.logits, expected.loss])
 
@@ -446,7 +446,7 @@ def test_a_compiled_model_keeps_its_number_of_visible_patches():
     model(**PRETRAINING.inputs())
     with pytest.raises(RuntimeError, match="need 5 visible patches in each clip"):
         model(**clips(), bool_masked_pos=hidden((6, 6)))
-    # Their ids have a shape, of which torch.compile makes another graph.
+    # Indices of another shape would only compile another graph.
     ids = (~hidden((6, 6))).nonzero()[:, 1].view(2, -1)
     assert model(**clips(), bool_masked_pos=ids).logits.shape[1] == PATCHES - 6
 
@@ -458,12 +458,12 @@ def test_uint8_clips():
     video = torch.randint(0, 256, (2, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
     mean, std = (
         torch.tensor(x).view(3, 1, 1)
-        for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # of the image processor
+        for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # as in the image processor
     )
     expected = model((video / 255 - mean) / std, hidden())
-    found = model(video, hidden())
-    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-4)
+    out = model(video, hidden())
+    torch.testing.assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [dict(norm_pix_loss=False), dict(num_channels=2)])
@@ -473,10 +473,10 @@ def test_other_losses(options):
     video = randn(2, 4, options.get("num_channels", 3), 32, 32)
     expected = model(video, hidden())
     vidl.swap(model)
-    found = model(video, hidden())
-    close([found.loss, found.logits], [expected.loss, expected.logits])
+    out = model(video, hidden())
+    close([out.loss, out.logits], [expected.loss, expected.logits])
     expected = model(video, hidden(), return_dict=False)
-    assert torch.equal(expected[0], found.loss)
+    assert torch.equal(expected[0], out.loss)
 
 
 def test_autocast():
@@ -484,9 +484,9 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(**inputs)
         vidl.swap(model)
-        found = model(**inputs)
-    assert found.loss.dtype == expected.loss.dtype and found.logits.dtype == expected.logits.dtype
-    torch.testing.assert_close(found.logits, expected.logits, rtol=0.1, atol=0.1)
+        out = model(**inputs)
+    assert out.loss.dtype == expected.loss.dtype and out.logits.dtype == expected.logits.dtype
+    torch.testing.assert_close(out.logits, expected.logits, rtol=0.1, atol=0.1)
 
 
 def test_the_table_of_positions_stays():
@@ -500,7 +500,7 @@ def test_the_table_of_positions_stays():
 
 def test_stochastic_depth_of_timesformer():
     model = CASES["Timesformer"].model().train()
-    for layer in model.encoder.layer:  # its configuration takes whole numbers only
+    for layer in model.encoder.layer:  # its configuration accepts only integers
         layer.drop_path = TimesformerDropPath(0.5)
     torch.manual_seed(5)
     expected = model(**clips()).last_hidden_state
@@ -560,11 +560,11 @@ def test_prune(name, scores):
     expected = by_hand(model, pixels, 0.6, (0, 1), scores)
     report = vidl.prune(model, 0.6, [0, 1], scores=scores)
     assert "keeps 0.6 of its tokens" in str(report)
-    found = model(pixels, output_hidden_states=True)
-    close([found.last_hidden_state], [expected])
+    out = model(pixels, output_hidden_states=True)
+    close([out.last_hidden_state], [expected])
     first = kept_count(before[0].shape[1] - 1, 0.6)
     sizes = [1 + first, 1 + kept_count(first, 0.6)]
-    assert [x.shape[1] for x in found.hidden_states[1:]] == sizes
+    assert [x.shape[1] for x in out.hidden_states[1:]] == sizes
     model.train().activation_checkpointing_enable()
     model(pixels).last_hidden_state.sum().backward()
     assert all(p.grad is not None for p in model.layers.parameters())
@@ -615,14 +615,14 @@ def test_mask(name):
     close(outputs(model, case, torch.float32), before)
 
     model.train()
-    found = embeddings(pixels)
+    visible = embeddings(pixels)
     prefix = name != "Siglip"
-    assert found.shape[1] == prefix + (every.shape[1] - prefix) // 4
-    for sample, whole in zip(found, every, strict=True):  # each token is one of all, in their order
+    assert visible.shape[1] == prefix + (every.shape[1] - prefix) // 4
+    for sample, whole in zip(visible, every, strict=True):  # a subset of all tokens, in order
         places = torch.cdist(sample, whole).argmin(1)
         close([sample], [whole[places]])
         assert places.tolist() == sorted(set(places.tolist())) and (places[0] == 0 or not prefix)
-    assert not torch.equal(found, embeddings(pixels))
+    assert not torch.equal(visible, embeddings(pixels))
     outputs(model, case, torch.float32)[0].sum().backward()
     with pytest.raises(ValueError, match="without bool_masked_pos and interpolate"):
         embeddings(pixels, interpolate_pos_encoding=True)
@@ -675,7 +675,7 @@ def test_nothing_to_swap():
     ids=["videomae", "bert"],
 )
 def test_benchmark(sizes, monkeypatch):
-    """What is timed is right, and its multiplications are those that PyTorch counts."""
+    """The benchmark's candidates are correct, and its FLOPs are those that PyTorch counts."""
     monkeypatch.setattr(swapped, "SHAPES", {"tiny": sizes | {"B": {"cpu": 3}}})
     (case,) = cases.plan(["swapped"], dtypes=["float32"], device="cpu").cases
     trials = check(case)
@@ -684,7 +684,7 @@ def test_benchmark(sizes, monkeypatch):
     inputs = case.make()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         swapped.step(inputs, "vidl native")
-    pooler = 2 * 3 * 64 * 64 if sizes["model"] == "bert" else 0  # which no output depends on
+    pooler = 2 * 3 * 64 * 64 if sizes["model"] == "bert" else 0  # no output depends on it
     assert counter.get_total_flops() == case.work("forward")[0].flops + pooler
 
 

@@ -1,4 +1,4 @@
-"""vidl.mask: timm's patch dropout, without embedding what it drops."""
+"""vidl.mask: timm's patch dropout without embedding the dropped patches."""
 
 import copy
 from functools import partial
@@ -27,7 +27,7 @@ SAME = {
 
 @pytest.fixture
 def embedded(monkeypatch):
-    """How many patches each call of the operation embedded."""
+    """The number of patches embedded by each call of the op."""
     counts, embed = [], vit.masked_patch_embed
 
     def count(*args, **options):
@@ -42,16 +42,16 @@ def embedded(monkeypatch):
 @pytest.mark.parametrize("options", SAME.values(), ids=SAME.keys())
 @pytest.mark.parametrize("by", ["swap", "mask"])
 def test_what_timm_drops_is_not_embedded(options, by, embedded):
-    stock, x = make(partial(VIT, **options, patch_drop_rate=0.6)).train(), images()
-    names = list(stock.state_dict())
-    model = copy.deepcopy(stock) if by == "swap" else make(partial(VIT, **options)).train()
+    baseline, x = make(partial(VIT, **options, patch_drop_rate=0.6)).train(), images()
+    names = list(baseline.state_dict())
+    model = copy.deepcopy(baseline) if by == "swap" else make(partial(VIT, **options)).train()
     report = vidl.swap(model) if by == "swap" else vidl.mask(model, 0.6)
     assert list(model.state_dict()) == names and "" in {change.name for change in report.swapped}
-    assert_equal(results(model, x), results(stock, x))
+    assert_equal(results(model, x), results(baseline, x))
     assert embedded == [6]
     model.set_grad_checkpointing()
-    assert_equal(results(model, x), results(stock, x))
-    assert_equal(results(model.eval(), x), results(stock.eval(), x))
+    assert_equal(results(model, x), results(baseline, x))
+    assert_equal(results(model.eval(), x), results(baseline.eval(), x))
     assert embedded == [6, 6]
 
 
@@ -90,10 +90,10 @@ def test_with_pruning(embedded):
 )
 def test_where_timm_embeds_all(options, reason, embedded):
     model = make(partial(VIT, **options, patch_drop_rate=0.5)).train()
-    stock = results(model, images())
+    baseline = results(model, images())
     report = vidl.swap(model)
     assert reason in {change.name: change.note for change in report.left}[""]
-    assert_equal(results(model, images()), stock)
+    assert_equal(results(model, images()), baseline)
     vidl.unswap(model)
     with pytest.raises(ValueError, match=reason):
         vidl.mask(model, 0.5)

@@ -1,8 +1,8 @@
 """vidl.prune: timm's models with layers that drop tokens, against timm's own with masks.
 
-A token that nobody looks at is as good as gone: timm's untouched model, with the dropped tokens
-masked in every later attention, computes for the others what the pruned model must. Positions,
-rotary embeddings and relative biases are then right by construction.
+A token that no other token attends to has no effect. So the baseline is timm's unchanged model with
+the dropped tokens masked in all later attentions: it must compute the same for all other tokens.
+Its positions, rotary embeddings and relative biases are right by construction.
 """
 
 import copy
@@ -50,7 +50,7 @@ def deep(name):
     model = make(partial(PRUNED.get(name) or MODELS[name], depth=4))
     for name, weights in model.named_parameters():
         if "bias_table" in name:
-            weights.data *= 20  # enough to decide which tokens stay
+            weights.data *= 20  # large enough to change which tokens stay
     return model
 
 
@@ -60,20 +60,20 @@ def features(model, x):
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """The tokens that each layer of a pruned model kept, in the order of the calls."""
-    found, select = [], pruning.select_tokens
+    """The tokens that each layer of a pruned model keeps, in the order of the calls."""
+    kept, select = [], pruning.select_tokens
 
     def record(*args, **options):
         selected = select(*args, **options)
-        found.append(selected.ids_keep)
+        kept.append(selected.ids_keep)
         return selected
 
     monkeypatch.setattr(pruning, "select_tokens", record)
-    return found
+    return kept
 
 
 class Masked:
-    """timm's model, whose layers in LAYERS mask tokens from there on; `choices` are their ids."""
+    """timm's model, masking tokens from the layers in LAYERS on; `choices` are the kept ids."""
 
     def __init__(self, monkeypatch, scores, choices, right):
         self.scores, self.choices, self.right = scores, choices, right
@@ -101,7 +101,7 @@ class Masked:
         return self.sdpa(q, k, v, attn_mask=mask.expand(-1, q.shape[1], q.shape[2], -1))
 
     def score(self, weights, k, v, seen):
-        """The scores of the tokens that are not masked, by each sample on its own."""
+        """The scores of the tokens that are not masked, sample by sample."""
         scores = weights.new_zeros(seen.shape)
         for sample, rows in enumerate(seen):
             own = [x[sample : sample + 1, :, rows] for x in (weights[..., rows], k, v)]
@@ -110,12 +110,12 @@ class Masked:
 
     def drop(self, scores, ids):
         alive = self.alive.clone()
-        for sample, places in enumerate(self.alive):
-            places = places.nonzero().flatten()
-            keep = places[ids[sample]]
+        for sample, positions in enumerate(self.alive):
+            positions = positions.nonzero().flatten()
+            keep = positions[ids[sample]]
             if self.right is not None:
-                count = kept_count(len(places), RATE)
-                best = places[scores[sample, places].topk(count).indices].sort().values
+                count = kept_count(len(positions), RATE)
+                best = positions[scores[sample, positions].topk(count).indices].sort().values
                 self.right.append(torch.equal(keep, best))
             alive[sample] = False
             alive[sample, keep] = True
@@ -131,14 +131,14 @@ class Masked:
 )
 def test_dropped_tokens_are_as_if_masked(name, scores, chosen, monkeypatch):
     model, x = deep(name), images()
-    stock = copy.deepcopy(model)
+    baseline = copy.deepcopy(model)
     vidl.prune(model, RATE, LAYERS, scores=scores)
     ours = results(model, x, features)
     right = []
-    low = results(stock, x, Masked(monkeypatch, scores, chosen, right))
+    low = results(baseline, x, Masked(monkeypatch, scores, chosen, right))
     assert len(right) == 6 and all(right), "the tokens with the highest scores stay"
     masked = Masked(monkeypatch, scores, chosen, None)
-    true = results(copy.deepcopy(stock).double(), x.detach().double().requires_grad_(), masked)
+    true = results(copy.deepcopy(baseline).double(), x.detach().double().requires_grad_(), masked)
     assert_model_as_accurate(ours, low, true, torch.float32)
     kept = kept_count(kept_count(16, RATE), RATE)
     assert ours[0].shape[1] == model.num_prefix_tokens + kept
@@ -147,12 +147,12 @@ def test_dropped_tokens_are_as_if_masked(name, scores, chosen, monkeypatch):
 @pytest.mark.parametrize("name", ["ViT", "EVA-02", "BEiT"])
 def test_bfloat16(name, chosen, monkeypatch):
     model, x = deep(name), images()
-    stock = copy.deepcopy(model)
+    baseline = copy.deepcopy(model)
     vidl.prune(model, RATE, LAYERS)
     ours = results(model.bfloat16(), images(torch.bfloat16), features)
-    masked = Masked(monkeypatch, "cls", chosen, None)  # the same tokens: a rounding may swap two
-    true = results(copy.deepcopy(stock).double(), x.detach().double().requires_grad_(), masked)
-    low = results(stock.bfloat16(), images(torch.bfloat16), masked)
+    masked = Masked(monkeypatch, "cls", chosen, None)  # the same tokens, as rounding may swap two
+    true = results(copy.deepcopy(baseline).double(), x.detach().double().requires_grad_(), masked)
+    low = results(baseline.bfloat16(), images(torch.bfloat16), masked)
     assert_model_as_accurate(ours, low, true, torch.bfloat16)
 
 
@@ -161,57 +161,58 @@ def test_bfloat16(name, chosen, monkeypatch):
 @pytest.mark.parametrize("name", ["ViT", "DeiT-III", "CLIP"])
 def test_vit_is_our_block(name, when, fuse):
     model, x = deep(name), images()
-    stock = copy.deepcopy(model)
+    baseline = copy.deepcopy(model)
     options = dict(pruning=Pruning(RATE, "cls", when, "index", fuse), backend="reference")
 
-    def written_out(stock, x):
-        x = stock.norm_pre(stock._pos_embed(stock.patch_embed(x)))
-        for layer, block in enumerate(stock.blocks):
+    def written_out(baseline, x):
+        x = baseline.norm_pre(baseline._pos_embed(baseline.patch_embed(x)))
+        for layer, block in enumerate(baseline.blocks):
             x = Block.from_block(block, **options)(x) if layer in LAYERS else block(x)
-        return stock.norm(x)
+        return baseline.norm(x)
 
     vidl.prune(model, RATE, LAYERS, when=when, fuse=fuse)
-    assert_equal(results(model, x, features), results(stock, x, written_out))
+    assert_equal(results(model, x, features), results(baseline, x, written_out))
 
 
 @pytest.mark.parametrize("fuse", ["sum", "mean"])
 @pytest.mark.parametrize("name", ["EVA-02", "RoPE, mixed", "DINOv3"])
-def test_a_fused_token_is_nowhere(name, fuse, chosen, monkeypatch):
+def test_a_fused_token_has_no_position(name, fuse, chosen, monkeypatch):
     model, x = deep(name), images()
-    stock = copy.deepcopy(model)
+    baseline = copy.deepcopy(model)
     vidl.prune(model, RATE, LAYERS, fuse=fuse)
     ours = results(model, x, features)
     rows = first_rows(monkeypatch)
 
-    def written_out(stock, x):
-        """Our tokens at every step, with positions that are followed sample by sample."""
-        x, rope = stock._pos_embed(stock.patch_embed(x))
-        x = stock.norm_pre(x)
-        prefix, places = stock.num_prefix_tokens, [list(range(16)) for _ in x]
-        for layer, block in enumerate(stock.blocks):
+    def written_out(baseline, x):
+        """timm's layers on our choice of tokens, tracking positions sample by sample."""
+        x, rope = baseline._pos_embed(baseline.patch_embed(x))
+        x = baseline.norm_pre(x)
+        prefix, positions = baseline.num_prefix_tokens, [list(range(16)) for _ in x]
+        for layer, block in enumerate(baseline.blocks):
             own = rope[layer] if rope.ndim == 4 else rope
-            unturned = own.new_tensor([0.0, 1.0]).repeat_interleave(own.shape[-1] // 2)
-            table = torch.cat([own, unturned.expand(*own.shape[:-2], 1, -1)], -2)
-            ids = torch.tensor(places)
-            turns = apply_keep_indices_nlc(x, table, ids)
-            turns = turns if turns.ndim == 4 else turns.unsqueeze(1)
-            out = block.attn(block.norm1(x), rope=turns)
+            identity = own.new_tensor([0.0, 1.0]).repeat_interleave(own.shape[-1] // 2)
+            table = torch.cat([own, identity.expand(*own.shape[:-2], 1, -1)], -2)
+            ids = torch.tensor(positions)
+            rotary = apply_keep_indices_nlc(x, table, ids)
+            rotary = rotary if rotary.ndim == 4 else rotary.unsqueeze(1)
+            out = block.attn(block.norm1(x), rope=rotary)
             x = x + (out if block.gamma_1 is None else block.gamma_1 * out)
             if layer in LAYERS:
                 keep = chosen[LAYERS.index(layer)]
                 x = fused(x, rows[-1][:, prefix:], keep, prefix, fuse)
-                places = [
-                    [p[i] for i in row.tolist()] + [16] for p, row in zip(places, keep, strict=True)
+                positions = [
+                    [own[i] for i in row.tolist()] + [16]
+                    for own, row in zip(positions, keep, strict=True)
                 ]
             out = block.mlp(block.norm2(x))
             x = x + (out if block.gamma_2 is None else block.gamma_2 * out)
-        return stock.norm(x)
+        return baseline.norm(x)
 
-    assert_equal(ours, results(stock, x, written_out))
+    assert_equal(ours, results(baseline, x, written_out))
 
 
 def first_rows(monkeypatch):
-    """What the first query pays to every key, averaged over heads, of every attention of timm's."""
+    """Attention from the first query, averaged over heads, for every attention of timm."""
     rows, sdpa = [], F.scaled_dot_product_attention
 
     def record(q, k, v, **options):
@@ -223,7 +224,7 @@ def first_rows(monkeypatch):
 
 
 def fused(x, scores, keep, prefix, fuse):
-    """The prefix, the kept tokens, and the weighted sum or mean of the others."""
+    """The prefix, the kept tokens, and the weighted sum or mean of the other tokens."""
     stays = torch.zeros_like(scores, dtype=torch.bool).scatter(1, keep, True)
     weights = scores.masked_fill(stays, 0.0)
     if fuse == "mean":
@@ -235,7 +236,7 @@ def fused(x, scores, keep, prefix, fuse):
 
 @pytest.mark.parametrize("name", ["ViT", "RoPE, mixed", "EVA-02", "BEiT"])
 def test_everything_around_it(name, tmp_path):
-    """Checkpointing, compilation, copies, saved weights; and two forwards before a backward."""
+    """Checkpointing, copies, saved weights, and two forwards before a backward."""
     model, x = deep(name), images()
     names = list(model.state_dict())
     vidl.prune(model, RATE, LAYERS)
@@ -246,7 +247,7 @@ def test_everything_around_it(name, tmp_path):
 
     def twice(model, x):
         first = model(x)
-        model(x.flip(0).detach())  # chooses other tokens
+        model(x.flip(0).detach())  # keeps other tokens
         return first
 
     model.set_grad_checkpointing()
@@ -256,8 +257,8 @@ def test_everything_around_it(name, tmp_path):
     vidl.unswap(model)
     untouched = deep(name)
     untouched.load_state_dict(model.state_dict())
-    for our, stock in zip(results(model, x), results(untouched, x), strict=True):
-        assert torch.equal(our, stock)
+    for our, baseline in zip(results(model, x), results(untouched, x), strict=True):
+        assert torch.equal(our, baseline)
     assert str(model) == str(untouched)
 
 
@@ -276,8 +277,8 @@ def test_intermediates_have_no_grid(name):
     vidl.prune(model, RATE, LAYERS)
     with pytest.raises(ValueError, match="output_fmt='NLC'.*got 'NCHW'.*vidl.unswap"):
         model.forward_intermediates(x)
-    final, found = model.forward_intermediates(x, output_fmt="NLC")
-    assert [y.shape[1] for y in found] == [16, 10, 6, 6]
+    final, layers = model.forward_intermediates(x, output_fmt="NLC")
+    assert [y.shape[1] for y in layers] == [16, 10, 6, 6]
     assert torch.equal(final, model.forward_features(x))
     if hasattr(model, "get_intermediate_layers"):
         with pytest.raises(ValueError, match="no grid of tokens"):
@@ -286,7 +287,7 @@ def test_intermediates_have_no_grid(name):
 
 def test_again_with_another_rate_and_after_a_swap():
     model, x = deep("ViT"), images()
-    stock = model.forward_features(x)
+    baseline = model.forward_features(x)
     vidl.swap(model, backend="reference")
     report = vidl.prune(model, 0.5, [0])
     assert model.forward_features(x).shape[1] == 1 + 8
@@ -295,9 +296,9 @@ def test_again_with_another_rate_and_after_a_swap():
     vidl.prune(model, 0.25, [1, 3], fuse="sum")
     assert model.forward_features(x).shape[1] == 1 + 3
     vidl.prune(model, 1.0, [2])
-    torch.testing.assert_close(model.forward_features(x), stock)
+    torch.testing.assert_close(model.forward_features(x), baseline)
     vidl.unswap(model)
-    assert torch.equal(model.forward_features(x), stock)
+    assert torch.equal(model.forward_features(x), baseline)
 
 
 def test_masks_are_refused_where_tokens_are_dropped():
@@ -329,16 +330,16 @@ def test_masks_are_refused_where_tokens_are_dropped():
     ],
 )
 def test_what_cannot_be_pruned(model, options, reason):
-    made = model()
-    before = str(made), [type(part) for part in made.modules()]
+    built = model()
+    before = str(built), [type(part) for part in built.modules()]
     with pytest.raises(ValueError, match=reason):
-        vidl.prune(made, **{"keep_rate": 0.5, "layers": [0], **options})
-    assert (str(made), [type(part) for part in made.modules()]) == before
+        vidl.prune(built, **{"keep_rate": 0.5, "layers": [0], **options})
+    assert (str(built), [type(part) for part in built.modules()]) == before
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.7])
 def test_benchmark(rate, monkeypatch):
-    """What is timed is right, and its multiplications are those that PyTorch counts."""
+    """The benchmark's candidates are correct, and its FLOPs are those that PyTorch counts."""
     options = (("depth", 4), ("embed_dim", 64), ("num_heads", 2), ("img_size", 64))
     sizes = dict(model="vit", name="vit_tiny_patch16_224", options=options, rate=rate)
     monkeypatch.setattr(swapped, "SHAPES", {"tiny": sizes | {"B": {"cpu": 2}}})
@@ -352,7 +353,8 @@ def test_benchmark(rate, monkeypatch):
     inputs = case.make()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         swapped.step(inputs, "vidl native")
-    fused = 2 * 2 * 64 * (4 + 3) if rate < 1 else 0  # of the dropped tokens: not worth counting
+    # The benchmark does not count the sum over dropped tokens.
+    fused = 2 * 2 * 64 * (4 + 3) if rate < 1 else 0
     assert counter.get_total_flops() == case.work("forward")[0].flops + fused
 
 

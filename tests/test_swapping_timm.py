@@ -1,4 +1,4 @@
-"""Swapped models of timm compute what timm's own do."""
+"""Swapped models of timm have the outputs and gradients of timm's own."""
 
 import copy
 import io
@@ -28,15 +28,15 @@ ROPE = dict(use_rot_pos_emb=True, use_abs_pos_emb=False)
 
 
 def with_attention(model, kind, **options):
-    """Options of an attention that its model's constructor does not pass on."""
+    """A model with attention options that its constructor does not pass on."""
 
-    def made():
+    def build():
         changed = model()
         for block in changed.blocks:
             block.attn = kind(64, num_heads=2, norm_layer=nn.LayerNorm, **options)
         return changed
 
-    return made
+    return build
 
 
 MODELS = {
@@ -107,9 +107,9 @@ def results(model, x, forward=None):
     ]
 
 
-def assert_equal(ours, stock):
-    """To 1e-5 of the largest number of each result, or of 1."""
-    for our, their in zip(ours, stock, strict=True):
+def assert_equal(ours, baseline):
+    """Equal up to 1e-5 of the largest number of each result, or of 1."""
+    for our, their in zip(ours, baseline, strict=True):
         allowed = 1e-5 * max(1.0, float(their.detach().abs().max()))
         torch.testing.assert_close(our, their, atol=allowed, rtol=0)
 
@@ -119,14 +119,14 @@ def assert_equal(ours, stock):
 def test_float32(name, train):
     model = make(name).train(train)
     x = images(size=(24, 40) if getattr(model, "dynamic_img_size", False) else (32, 32))
-    stock, names = results(model, x), list(model.state_dict())
+    baseline, names = results(model, x), list(model.state_dict())
     report = vidl.swap(model)
     assert len(report.swapped) >= 1 and list(model.state_dict()) == names
     if name != "BEiT":
         assert sum("Attention" in change.was for change in report.swapped) == 2
-    assert_equal(results(model, x), stock)
+    assert_equal(results(model, x), baseline)
     vidl.unswap(model)
-    for our, their in zip(results(model, x), stock, strict=True):
+    for our, their in zip(results(model, x), baseline, strict=True):
         assert torch.equal(our, their)
     assert not any(type(module).__module__.startswith("vidl") for module in model.modules())
 
@@ -173,10 +173,10 @@ def test_masks_stay_with_timm(name, mask):
     def forward(model, x):
         return model(x, **options)
 
-    stock, unmasked = results(model, x, forward), model(x)
+    baseline, unmasked = results(model, x, forward), model(x)
     vidl.swap(model)
     ours = results(model, x, forward)
-    assert_equal(ours, stock)
+    assert_equal(ours, baseline)
     assert not torch.allclose(ours[0], unmasked, atol=1e-3)
 
 
@@ -186,55 +186,55 @@ def test_intermediates(name, output_fmt):
     model, x = make(name), images()
 
     def forward(model, x):
-        found = model.forward_intermediates(
+        intermediates = model.forward_intermediates(
             x, return_prefix_tokens=True, norm=True, output_fmt=output_fmt, intermediates_only=True
         )
-        return torch.cat([part.flatten() for pair in found for part in pair])
+        return torch.cat([part.flatten() for pair in intermediates for part in pair])
 
-    stock = results(model, x, forward)
+    baseline = results(model, x, forward)
     vidl.swap(model)
-    assert_equal(results(model, x, forward), stock)
+    assert_equal(results(model, x, forward), baseline)
 
 
 @pytest.mark.parametrize("name", ["dropout", "RoPE, mixed, patch dropout"])
 def test_checkpointing(name):
     model, x = make(name).train(), images()
-    stock = results(model, x)
+    baseline = results(model, x)
     vidl.swap(model)
     model.set_grad_checkpointing()
-    assert_equal(results(model, x), stock)
+    assert_equal(results(model, x), baseline)
 
 
 def test_copies_and_saved_weights():
     model, x = make("EVA-02"), images()
-    stock = results(model, x)
+    baseline = results(model, x)
     vidl.swap(model)
-    assert_equal(results(copy.deepcopy(model), x), stock)
+    assert_equal(results(copy.deepcopy(model), x), baseline)
     for saved in (model, model.state_dict()):
         file = io.BytesIO()
         torch.save(saved, file)
         file.seek(0)
         loaded = torch.load(file, weights_only=not isinstance(saved, nn.Module))
         if isinstance(saved, nn.Module):
-            assert_equal(results(loaded, x), stock)
+            assert_equal(results(loaded, x), baseline)
         else:
             untouched = MODELS["EVA-02"]()
             untouched.load_state_dict(loaded)
-            assert torch.equal(results(untouched, x)[0], stock[0])
+            assert torch.equal(results(untouched, x)[0], baseline[0])
 
 
 @pytest.mark.parametrize("name", ["ViT", "EVA-02"])
 def test_compile(name):
     model, x = make(name), images()
-    stock = results(model, x)
+    baseline = results(model, x)
     vidl.swap(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert_equal(results(model, x, lambda _, x: compiled(x)), stock)
+    assert_equal(results(model, x, lambda _, x: compiled(x)), baseline)
 
 
 def test_distributed(tmp_path):
     model, x = make("ViT"), images()
-    stock = results(model, x)
+    baseline = results(model, x)
     vidl.swap(model)
     options = dict(init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     torch.distributed.init_process_group("gloo", **options)
@@ -246,11 +246,11 @@ def test_distributed(tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     named = dict(model.named_parameters())
-    assert_equal([out, x.grad, *(named[n].grad for n in sorted(named))], stock)
+    assert_equal([out, x.grad, *(named[n].grad for n in sorted(named))], baseline)
 
 
 def test_training_after_inference():
-    # What is kept from one call to the next must not be of inference mode.
+    # Cached groups must not be inference tensors.
     model, x = make("ViT"), images(size=(32, 32))[:2].detach().requires_grad_()
     vidl.swap(model)
     with torch.inference_mode():
@@ -269,13 +269,13 @@ def test_dropout_of_attention_is_left():
     model, x = make("ViT").train(), images()
     for block in model.blocks:
         block.attn.attn_drop.p = 0.5
-    stock = results(model, x)
+    baseline = results(model, x)
     for block in model.blocks:
         block.attn.attn_drop.p = 0.0
     vidl.swap(model)
     for block in model.blocks:
-        block.attn.attn_drop.p = 0.5  # set afterwards: timm's own attention does it
-    assert_equal(results(model, x), stock)
+        block.attn.attn_drop.p = 0.5  # set after the swap: falls back to timm's attention
+    assert_equal(results(model, x), baseline)
 
 
 def test_what_is_left_has_its_reason():
@@ -291,10 +291,10 @@ def test_what_is_left_has_its_reason():
 
 def test_narrow_heads_are_no_faster_and_the_report_says_so():
     model, x = make(partial(VIT, num_heads=4)), images()
-    stock = results(model, x)
+    baseline = results(model, x)
     report = vidl.swap(model)
     assert "not faster" in str(report) and "32, 64, 80, 96, 128 channels, not 16" in str(report)
-    assert_equal(results(model, x), stock)
+    assert_equal(results(model, x), baseline)
 
 
 @pytest.mark.parametrize(
@@ -310,9 +310,9 @@ def test_narrow_heads_are_no_faster_and_the_report_says_so():
 def test_patch_embed(options, size):
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 64} | options
     embed, x = randomise(timm.layers.PatchEmbed(**options)), images(size=size)
-    stock = results(embed, x)
+    baseline = results(embed, x)
     vidl.swap(embed)
-    assert_equal(results(embed, x), stock)
+    assert_equal(results(embed, x), baseline)
 
 
 def test_patch_embed_refuses_what_timm_refuses():
@@ -347,18 +347,18 @@ def test_naflex_needs_no_mask(rope, key_only, monkeypatch):
         pooled = model.forward_head(features, patch_valid=valid)
         return torch.cat([features[kept].flatten(), pooled.flatten()])
 
-    stock = results(model, x, forward)
+    baseline = results(model, x, forward)
     report = vidl.swap(model)
-    made = []
+    masks = []
     mask = timm.models.naflexvit.create_attention_mask
     monkeypatch.setattr(
         timm.models.naflexvit,
         "create_attention_mask",
-        lambda *args, **options: made.append(mask(*args, **options)) or made[-1],
+        lambda *args, **options: masks.append(mask(*args, **options)) or masks[-1],
     )
-    assert_equal(results(model, x, forward), stock)
+    assert_equal(results(model, x, forward), baseline)
     assert [change.name for change in report.left] == ["attn_pool"]
-    assert not [m for m in made if m is not None and m.shape[-2] > 1], "an N x N mask was made"
+    assert not [m for m in masks if m is not None and m.shape[-2] > 1], "an N x N mask was built"
 
 
 def test_naflex_with_an_attention_that_takes_no_groups_keeps_its_mask():
@@ -370,7 +370,7 @@ def test_naflex_with_an_attention_that_takes_no_groups_keeps_its_mask():
 
 
 def test_a_tower_inside_another_model():
-    # As open_clip holds a timm tower.
+    # As in open_clip's models with a timm tower.
     tower = nn.ModuleDict(
         {"visual": nn.ModuleDict({"trunk": make("CLIP")}), "text": nn.Linear(2, 2)}
     )
@@ -380,7 +380,7 @@ def test_a_tower_inside_another_model():
 
 def test_backend_by_name():
     model, x = make("ViT"), images()
-    stock = results(model, x)
+    baseline = results(model, x)
     report = vidl.swap(model, backend="reference")
     assert state_of(model.blocks[0].attn).backend == "reference" and "not faster" not in str(report)
-    assert_equal(results(model, x), stock)
+    assert_equal(results(model, x), baseline)

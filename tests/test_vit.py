@@ -1,4 +1,4 @@
-"""ViT: timm's forward on the same weights, MAE's rule, pruning, and the weights of others."""
+"""ViT: timm's forward with the same weights, MAE's masking, pruning, published weights."""
 
 import copy
 import math
@@ -31,12 +31,11 @@ def as_images(video):
     return video.transpose(1, 2).flatten(0, 1)
 
 
-def assert_same(ours, stock, ours_of, stock_of):
-    """Output and gradients by all parameters and the input, as accurate as the stock model's."""
-
+def assert_same(ours, baseline, ours_of, baseline_of):
+    """Output and all gradients are as accurate as the baseline model's."""
     mine = results(ours, ours_of, torch.float32, clip())
     low, true = (
-        results(stock, stock_of, dtype, clip()) for dtype in (torch.float32, torch.float64)
+        results(baseline, baseline_of, dtype, clip()) for dtype in (torch.float32, torch.float64)
     )
     assert_model_as_accurate(mine, low, true, torch.float32)
 
@@ -55,13 +54,13 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_forward_is_that_of_timm(variant, backend):
     timm = pytest.importorskip("timm.models.vision_transformer")
-    options, stock_options = VARIANTS[variant]
-    stock = randomise(timm.VisionTransformer(**SIZE, num_classes=0, **stock_options))
+    options, baseline_options = VARIANTS[variant]
+    baseline = randomise(timm.VisionTransformer(**SIZE, num_classes=0, **baseline_options))
     ours = ViT(**SIZE, **options, backend=backend)
-    assert ours.load_pretrained(stock.state_dict()) == []
+    assert ours.load_pretrained(baseline.state_dict()) == []
     assert_same(
         ours,
-        stock,
+        baseline,
         lambda model, video: model(video).tokens,
         lambda model, video: model.forward_features(as_images(video)),
     )
@@ -70,29 +69,29 @@ def test_forward_is_that_of_timm(variant, backend):
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_masked_encoder_is_that_of_mae(backend):
     timm = pytest.importorskip("timm.models.vision_transformer")
-    stock = randomise(timm.VisionTransformer(**SIZE, num_classes=0))
+    baseline = randomise(timm.VisionTransformer(**SIZE, num_classes=0))
     ours = ViT(**SIZE, backend=backend)
-    ours.load_pretrained(stock.state_dict())
+    ours.load_pretrained(baseline.state_dict())
     ids_keep = mask()
 
     def mae(model, video):
-        """All patches are embedded; then those that are masked are thrown away."""
+        """Embed all patches, then drop the masked ones."""
         x = model.patch_embed(as_images(video)) + model.pos_embed[:, 1:]
         in_frame = (ids_keep % PATCHES).view(B * T, -1)
         x = x.gather(1, in_frame[..., None].expand(-1, -1, WIDTH))
         cls = (model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1)
         return model.norm(model.blocks(torch.cat([cls, x], 1)))
 
-    assert_same(ours, stock, lambda model, video: model(video, ids_keep).tokens, mae)
-    found = ours(clip(), ids_keep)
-    assert torch.equal(found.ids, (ids_keep % PATCHES).view(B * T, -1)) and found.kept == {}
+    assert_same(ours, baseline, lambda model, video: model(video, ids_keep).tokens, mae)
+    frames = ours(clip(), ids_keep)
+    assert torch.equal(frames.ids, (ids_keep % PATCHES).view(B * T, -1)) and frames.kept == {}
 
 
 @pytest.mark.parametrize("fuse", [None, "sum"])
-def test_pruning_says_what_stayed(fuse):
+def test_pruning_returns_the_kept_patches(fuse):
     ours = randomise(ViT(**SIZE, prune_layers=(0, 2), pruning=Pruning(0.6, fuse=fuse)))
     ids_keep, video = mask(), clip()
-    found = ours(video, ids_keep)
+    frames = ours(video, ids_keep)
 
     ids = (ids_keep % PATCHES).view(B * T, -1)
     position = ours.pos_embed[0, 1:].repeat(T, 1)
@@ -118,10 +117,10 @@ def test_pruning_says_what_stayed(fuse):
                 parts, ids = [*parts, fused], F.pad(ids, (0, 1), value=-1)
             x, kept[layer] = torch.cat(parts, 1), ids
         x = x + block.mlp(block.norm2(x))
-    torch.testing.assert_close(found.tokens, ours.norm(x), rtol=1e-4, atol=1e-4)
-    assert torch.equal(found.ids, ids) and found.kept.keys() == kept.keys() == {0, 2}
-    assert all(torch.equal(found.kept[layer], kept[layer]) for layer in kept)
-    assert (found.ids == -1).any() == bool(fuse)
+    torch.testing.assert_close(frames.tokens, ours.norm(x), rtol=1e-4, atol=1e-4)
+    assert torch.equal(frames.ids, ids) and frames.kept.keys() == kept.keys() == {0, 2}
+    assert all(torch.equal(frames.kept[layer], kept[layer]) for layer in kept)
+    assert (frames.ids == -1).any() == bool(fuse)
 
 
 def test_every_parameter_learns():
@@ -153,11 +152,11 @@ def test_base_is_as_large_as_published():
 def test_autocast():
     ours = randomise(ViT(**SIZE, prune_layers=(1,), pruning=Pruning(0.7, fuse="sum")))
     with torch.autocast("cpu", torch.bfloat16):
-        found = ours(clip(), mask())
-    assert found.tokens.dtype == torch.float32
+        frames = ours(clip(), mask())
+    assert frames.tokens.dtype == torch.float32
     expected = ours(clip(), mask())
-    assert (found.tokens[:, 0] - expected.tokens[:, 0]).abs().mean() < 0.1
-    found.tokens.sum().backward()
+    assert (frames.tokens[:, 0] - expected.tokens[:, 0]).abs().mean() < 0.1
+    frames.tokens.sum().backward()
     assert all(p.grad is not None for p in ours.parameters())
 
 
@@ -166,8 +165,8 @@ def test_compiles():
     ours = ViT(**SIZE, prune_layers=(1,), pruning=Pruning(0.7, fuse="sum"))
 
     def run(video, ids):
-        found = ours(video, ids)
-        return found.tokens, found.ids
+        frames = ours(video, ids)
+        return frames.tokens, frames.ids
 
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     for ours_, theirs in zip(compiled(clip(), mask()), run(clip(), mask()), strict=True):
