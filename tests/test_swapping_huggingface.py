@@ -515,7 +515,7 @@ def test_dropout_of_timesformer():
     model = simple("TimesformerModel", config)().train()
     torch.manual_seed(5)
     expected = model(**clips()).last_hidden_state
-    assert "drops out weights (0.5)" in str(vidl.swap(model))
+    assert "drops out attention weights (0.5)" in str(vidl.swap(model))
     torch.manual_seed(5)
     close([model(**clips()).last_hidden_state], [expected])
 

@@ -19,48 +19,51 @@ from vidl.swapping.registry import Family, full_name, remember, state_of
 from vidl.swapping.report import Change
 
 
-class ViTEmbeddings(vit.ViTEmbeddings):
-    """Embeds a random part of the patches in training."""
+class Masking:
+    """Embeds a random part of the patches in training; a subclass has `embed_visible`."""
 
     def forward(self, pixel_values: Tensor, *args: Any, **options: Any) -> Tensor:
-        if not masks(self):
-            return super().forward(pixel_values, *args, **options)
+        embeddings: Any = self
+        if not masks(embeddings):
+            return super().forward(pixel_values, *args, **options)  # type: ignore[misc]
         _refuse(*args, **options)
-        x = visible(self, pixel_values.unsqueeze(2), self.position_embeddings[0, 1:])
+        return embeddings.embed_visible(pixel_values)
+
+
+class ViTEmbeddings(Masking, vit.ViTEmbeddings):
+    """ViT: a class token, then visible patches."""
+
+    def embed_visible(self, pixels: Tensor) -> Tensor:
+        """[B, C_in, H, W] to [B, 1 + K, C]."""
+        x = visible(self, pixels.unsqueeze(2), self.position_embeddings[0, 1:])
         return self.dropout(_behind(self.cls_token + self.position_embeddings[:, :1], x))
 
 
-class VivitEmbeddings(vivit.VivitEmbeddings):
-    """Embeds a random part of the tubelets in training."""
+class VivitEmbeddings(Masking, vivit.VivitEmbeddings):
+    """ViViT: a class token, then visible tubelets."""
 
-    def forward(self, pixel_values: Tensor, *args: Any, **options: Any) -> Tensor:
-        if not masks(self):
-            return super().forward(pixel_values, *args, **options)
-        _refuse(*args, **options)
-        x = visible(self, pixel_values.transpose(1, 2), self.position_embeddings[0, 1:])
+    def embed_visible(self, pixels: Tensor) -> Tensor:
+        """[B, T, C_in, H, W] to [B, 1 + K, C]."""
+        x = visible(self, pixels.transpose(1, 2), self.position_embeddings[0, 1:])
         return self.dropout(_behind(self.cls_token + self.position_embeddings[:, :1], x))
 
 
-class CLIPVisionEmbeddings(clip.CLIPVisionEmbeddings):
-    """Embeds a random part of the patches in training."""
+class CLIPVisionEmbeddings(Masking, clip.CLIPVisionEmbeddings):
+    """CLIP: a class token, then visible patches."""
 
-    def forward(self, pixel_values: Tensor, *args: Any, **options: Any) -> Tensor:
-        if not masks(self):
-            return super().forward(pixel_values, *args, **options)
-        _refuse(*args, **options)
+    def embed_visible(self, pixels: Tensor) -> Tensor:
+        """[B, C_in, H, W] to [B, 1 + K, C]."""
         position = self.position_embedding.weight
-        x = visible(self, pixel_values.unsqueeze(2), position[1:])
+        x = visible(self, pixels.unsqueeze(2), position[1:])
         return _behind((self.class_embedding + position[0])[None, None], x)
 
 
-class SiglipVisionEmbeddings(siglip.SiglipVisionEmbeddings):
-    """Embeds a random part of the patches in training; there is no class token."""
+class SiglipVisionEmbeddings(Masking, siglip.SiglipVisionEmbeddings):
+    """SigLIP: visible patches, without a class token."""
 
-    def forward(self, pixel_values: Tensor, *args: Any, **options: Any) -> Tensor:
-        if not masks(self):
-            return super().forward(pixel_values, *args, **options)
-        _refuse(*args, **options)
-        return visible(self, pixel_values.unsqueeze(2), self.position_embedding.weight)
+    def embed_visible(self, pixels: Tensor) -> Tensor:
+        """[B, C_in, H, W] to [B, K, C]."""
+        return visible(self, pixels.unsqueeze(2), self.position_embedding.weight)
 
 
 def masks(embeddings: nn.Module) -> bool:
