@@ -81,12 +81,12 @@ def test_config_reads_files_and_overrides(tmp_path):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("model.mask_ration=0.5", "the nearest is 'model.mask_ratio'"),
-        ("run.steps=5", "the nearest is 'schedule.steps'"),
+        ("model.mask_ration=0.5", "did you mean 'model.mask_ratio'?"),
+        ("run.steps=5", "did you mean 'schedule.steps'?"),
         ("optimizer.lr=fast", "need optimizer.lr as float, got 'fast'"),
         ("schedule.steps=2.5", "need schedule.steps as int, got 2.5"),
         ("run.parallel=dp", "need run.parallel as Literal['ddp', 'fsdp'], got 'dp'"),
-        ("model.time=slot", "there is no 'model.time'"),  # MAC's
+        ("model.time=slot", "the configuration has no field 'model.time'"),  # MAC's
         ("model.name=clip", "need a model among smaug, mac, got 'clip'"),
         ("model.mask_ratio=2", "need mask_ratio in [0, 1), got 2.0"),
         ("schedule.steps=0", "need schedule.steps >= 1, got 0"),

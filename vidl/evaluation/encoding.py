@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vidl.data.commands import progress
 from vidl.data.dataset import ClipSet, Sample
 from vidl.data.formats import Row
 from vidl.data.loader import Loader
+from vidl.data.progress import progress
 from vidl.data.sampler import InOrder, Key
 from vidl.models import TwoTowers
 

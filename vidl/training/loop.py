@@ -68,6 +68,8 @@ class Training:
     def __init__(
         self, config: Config, ranks: parallel.Ranks, evaluate: Evaluate | None = None
     ) -> None:
+        import safetensors.torch  # noqa: F401  fail now, not when the first checkpoint is saved
+
         self.config, self.ranks = config, ranks
         self.evaluate = evaluate or measures.chosen(config)
         self.folder = Path(config.run.folder)
