@@ -1,4 +1,4 @@
-"""Reference models: each reads like the figure of its paper, and calls the ops."""
+"""Reference models: SMAUG and MAC, written with the ops of vidl."""
 
 import dataclasses
 from typing import Any, get_type_hints
