@@ -312,7 +312,7 @@ def test_killed_and_terminated(tmp_path):
     wait_for(tmp_path / "killed", killed_at + 3, process)
     process.send_signal(signal.SIGTERM)
     _, shown = process.communicate(timeout=60)
-    assert process.returncode == 0 and "the same command goes on" in shown
+    assert process.returncode == 0 and "run the same command to resume" in shown
     assert "from step " in shown and "from step 0 " not in shown
     stopped_at = records(tmp_path / "killed")[-1]["step"]
     assert checkpoints.newest(tmp_path / "killed").name == f"step-{stopped_at:08}"

@@ -16,7 +16,7 @@ from vidl.masking.draws import uniform
 
 Replace = Literal["bert", "mask"]
 
-# Streams of `uniform` beside the caller's stream: which words are masked, what replaces each, and by
+# Streams of `uniform` beside the caller's stream: which words are masked, what replaces each, and
 # which random word.
 HIDDEN, REPLACED, RANDOM = 1 << 58, 2 << 58, 3 << 58
 IGNORED = -100  # label of a word that is not predicted: the default of F.cross_entropy
