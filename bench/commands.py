@@ -4,9 +4,8 @@ Imports are inside the functions, so that `vidl --help` stays quick.
 """
 
 import argparse
-import ast
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,8 @@ def _report(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         from vidl.bench.report import plots
     except ModuleNotFoundError as error:
         pictures = []
-        print(f"vidl bench report: no plots without {error.name}; try: pip install 'vidl[bench]'")
+        install = "pip install 'vidl-kernels[bench]'"
+        print(f"vidl bench report: no plots without {error.name}; try: {install}")
     else:
         pictures = plots.draw(devices, out)
     (folder / "README.md").write_text(markdown.details(devices))
@@ -166,6 +166,7 @@ def _add_savings(commands: argparse._SubParsersAction) -> None:
 
 
 def _savings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl import overrides
     from vidl.bench.measure import record
     from vidl.bench.training import savings, scaling, summary
 
@@ -179,7 +180,7 @@ def _savings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         plan = savings.plan(
             args.model,
             args.preset or "base",
-            fields(args.overrides),
+            overrides.parse(args.overrides),
             batch=args.batch,
             steps=args.steps,
             device=args.device,
@@ -202,12 +203,8 @@ def _savings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def _quality(parser: argparse.ArgumentParser, args: argparse.Namespace, write: Any) -> int:
-    try:
-        from vidl.bench.training import quality
-    except ModuleNotFoundError as error:
-        parser.exit(
-            1, f"vidl savings --quality needs {error.name}; try: pip install 'vidl[data]'\n"
-        )
+    from vidl.bench.training import quality
+
     options = {"seeds": args.seeds, "preset": args.preset, "file": args.config}
     try:
         plan = quality.plan(args.model, args.quality, args.overrides, **options)
@@ -229,21 +226,3 @@ def _print(
     """Show records; the exit status is 1 if one of them is wrong or failed."""
     print("\n".join(map(json.dumps, records)) if args.json else table(records))
     return 0 if all(record["status"] == "ok" for record in records) else 1
-
-
-def fields(texts: Sequence[str]) -> dict[str, Any]:
-    """The fields of a recipe and their values, Python literals or else strings.
-
-    Raises:
-        ValueError: one is no FIELD=VALUE.
-    """
-    found: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"need FIELD=VALUE, got {text!r}")
-        try:
-            found[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            found[name] = value
-    return found

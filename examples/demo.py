@@ -122,7 +122,7 @@ def step_times(preset, repetitions):
     made = {}
     for backend in ("reference", "auto"):
         recipe = models.recipe("smaug", preset, backend=backend)
-        ways = recipe.ways()
+        ways = recipe.variants()
         for name in ("dense", "masked", "masked and pruned"):
             made[name, backend] = models.Smaug(ways[name])
     batch, calls = 2, []

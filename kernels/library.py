@@ -56,7 +56,7 @@ _library = torch.library.Library("vidl", "DEF")
 def _library_files() -> Sequence[Path]:
     # Beside this package; or, for a source tree in front of a regular install, beside that.
     files = [Path(__file__).parents[1] / "_C.so"]
-    for installed in metadata.distributions(name="vidl"):
+    for installed in metadata.distributions(name="vidl-kernels"):
         files.append(Path(str(installed.locate_file("vidl/_C.so"))))
     return files
 

@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from vidl import info
-from vidl.cli import main
+from vidl.cli import EXTRAS, main
 from vidl.data import video
 from vidl.kernels import library
+from vidl.training import Config
 
 
 def test_info_json_covers_every_op_backend_and_device(capsys):
@@ -84,7 +87,7 @@ def test_a_decoder_that_is_half_there_gives_a_reason(monkeypatch, error, reason)
     "argv, words",
     [
         (["--help"], ["info", "bench"]),
-        (["info", "--help"], ["--json", "which backend runs each op"]),
+        (["info", "--help"], ["--json", "backends of each op"]),
         (["data", "--help"], ["convert", "check", "preview"]),
         (["data", "convert", "--help"], ["webvid", "msrvtt", "--media", "share its pages"]),
         (["data", "check", "--help"], ["Decode every frame", "Exit status 1"]),
@@ -142,6 +145,94 @@ def test_help_loads_nothing_heavy(tmp_path):
     )
     assert answer.returncode == 0, answer.stderr
     assert "COMMAND" in answer.stdout
+
+
+# `vidl` where no package of an extra can be imported; prints the exit status of each command.
+BARE = """
+import ast, sys
+
+from vidl.cli import EXTRAS, main
+
+class Finder:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, *options):
+        if name.partition(".")[0] not in (*EXTRAS, "torchcodec"):
+            return self.finder.find_spec(name, *options)
+
+sys.meta_path[:] = map(Finder, sys.meta_path)
+for command in ast.literal_eval(sys.argv[1]):
+    try:
+        status = main(command)
+    except SystemExit as stop:
+        status = stop.code
+    print(command, status, file=sys.stderr)
+"""
+COMMANDS = [
+    *(["info"], ["bench"], ["bench", "compare"], ["bench", "report"], ["bench", "summary"]),
+    *(["savings"], ["summary"], ["pretrain"], ["finetune"], ["finetune", "retrieval"]),
+    *(["finetune", "qa"], ["eval"], ["export"], ["data"], ["data", "convert"], ["data", "check"]),
+    *(["data", "preview"], ["data", "speed"]),
+]
+
+
+def bare(commands):
+    """Run the commands without the extras; returns the lines that they print to stderr."""
+    process = subprocess.run(
+        [sys.executable, "-c", BARE, repr(commands)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stderr.splitlines()
+
+
+def test_help_needs_no_extra():
+    commands = [[*command, "--help"] for command in COMMANDS]
+    assert bare(commands) == [f"{command} 0" for command in commands]
+
+
+def test_commands_name_the_extra_that_they_need(tmp_path):
+    clips = str(tmp_path / "clips.json")
+    Path(clips).write_text('[{"video": "a.mp4", "caption": "a"}]')
+    run = tmp_path / "run"
+    run.mkdir()
+    Config.read(None, ["data.source=moving_shapes"]).save(run / "config.yaml")
+    (run / "tokenizer.json").write_text("{}")
+    weights = ["--weights", str(run)]
+    folder = f"run.folder={tmp_path / 'new'}"
+    needed = {
+        ("info",): None,
+        ("bench", "--dry-run"): None,
+        ("savings", "mac", "--preset", "tiny", "--dry-run"): None,
+        ("savings", "mac", "--preset", "tiny", "--dry-run", "--quality", "1"): None,
+        ("summary", "mac", "--preset", "tiny", "depth=1"): None,
+        ("data", "convert", clips): "pyarrow",
+        ("data", "check", clips): "pyarrow",
+        ("data", "preview", clips): "pyarrow",
+        ("data", "speed", clips): "pyarrow",
+        ("pretrain", "data.source=moving_shapes", folder): "safetensors",
+        ("finetune", "retrieval", *weights, folder): "safetensors",
+        ("finetune", "qa", *weights, f"data.files={clips}", "data.source=clips"): "pyarrow",
+        ("eval", "retrieval", *weights): "tokenizers",
+        ("export", *weights, "--out", str(tmp_path / "out")): "tokenizers",
+    }
+    expected = []
+    for command, package in needed.items():
+        if package is not None:
+            extra = "train" if package == "safetensors" else "data"
+            install = f"pip install 'vidl-kernels[{extra}]'"
+            expected.append(f'vidl {command[0]} needs {package} (extra "{extra}"): {install}')
+        expected.append(f"{list(command)} {int(package is not None)}")
+    assert bare([list(command) for command in needed]) == expected
+
+
+def test_the_extras_are_those_of_pyproject():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    for package, extra in EXTRAS.values():
+        assert re.search(rf'^{extra} = \[.*"{package}[>"]', text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

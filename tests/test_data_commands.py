@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from clips import EXAMPLES
 
 from vidl.cli import main
 from vidl.data import video
+from vidl.data.progress import progress
 
 av = pytest.importorskip("av")
 commands = pytest.importorskip("vidl.data.commands")
@@ -103,20 +102,8 @@ def test_speed(annotated, capsys, monkeypatch, tmp_path):
 
 
 def test_progress_is_for_terminals(capsys, monkeypatch):
-    assert list(commands.progress([1, 2], "counting")) == [1, 2]
+    assert list(progress([1, 2], "counting")) == [1, 2]
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    assert list(commands.progress([1, 2], "counting")) == [1, 2]
+    assert list(progress([1, 2], "counting")) == [1, 2]
     assert "counting: 2/2, 0 s left" in capsys.readouterr().err
-
-
-def test_a_package_that_is_missing_is_named(annotated):
-    code = "import sys; sys.modules['pyarrow'] = None; from vidl.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "data", "check", str(annotated)],
-        cwd=EXAMPLES.parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stderr == "vidl data needs pyarrow; try: pip install 'vidl[data]'\n"

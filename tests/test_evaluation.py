@@ -107,7 +107,9 @@ def test_constant_scores_find_nothing():
     assert ranks(torch.zeros(5, 5), correct).tolist() == [5] * 5
     assert ranks(torch.full((5, 5), math.nan), correct).tolist() == [5] * 5
     assert ranks(torch.eye(5), correct).tolist() == [1] * 5
-    with pytest.raises(ValueError, match=r"need scores and correct \[Q, N\], got \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"need scores and correct \[num_queries, candidates\], got \(2, 3\)"
+    ):
         ranks(torch.zeros(2, 3), correct)
 
 
@@ -338,7 +340,7 @@ def test_multiple_choice_is_that_of_a_plain_loop(name, fused, question):
         "2.mp4": "no frames"
     }
     assert json.loads(found.to_json())["right"] == right
-    assert str(found).startswith(f"9 questions, {right} right")
+    assert str(found).startswith(f"9 questions, {right} correct")
 
 
 def test_equal_options_are_wrong():
@@ -392,7 +394,7 @@ def test_questions_are_learned_and_answered():
     found = question_answering(model, data, QUIET)
     known = int((truth >= 0).sum())
     assert (found.questions, found.answerable, found.right) == (9, known, known)
-    assert "have an answer that the model cannot give" in str(found) or known == 9
+    assert "have an answer outside the model's answer set" in str(found) or known == 9
     broken = question_answering(model, Stored(questions(9), broken=["0.mp4"]), QUIET)
     assert broken.right <= known - int((truth[:3] >= 0).sum()) and list(broken.broken) == ["0.mp4"]
 
@@ -442,8 +444,8 @@ def test_moving_shapes_and_their_table():
     lines = str(found).splitlines()
     assert " ".join(lines[0].split()) == "6 clips, 6 captions R@1 R@5 R@10 median mean"
     assert [line.split("  ")[0] for line in lines[1:]] == [
-        "text to video", "video to text", "text to video, best 2 re-ranked",
-        "video to text, best 2 re-ranked",
+        "text to video", "video to text", "text to video, top 2 re-ranked",
+        "video to text, top 2 re-ranked",
     ]  # fmt: skip
     assert json.loads(found.to_json())["rankings"]["t2v"]["recall"]["5"] <= 100
 
@@ -472,9 +474,9 @@ def test_a_tokenizer_of_another_model():
         retrieval(tiny("mac", vocabulary=words), data, QUIET)
     with pytest.raises(ValueError, match="need batch_size >= 1"):
         Options(batch_size=0)
-    with pytest.raises(ValueError, match="need options and the right one of each row"):
+    with pytest.raises(ValueError, match="need options and the correct one in each row"):
         multiple_choice(tiny("mac"), Stored(captioned(2)), QUIET)
     with pytest.raises(ValueError, match="need a model trained with vtm for fused=True"):
         multiple_choice(tiny("mac"), Stored(choices(2)), QUIET, fused=True)
-    with pytest.raises(ValueError, match="need a question and an answer of each row"):
+    with pytest.raises(ValueError, match="need a question and an answer in each row"):
         question_answering(answering(), Stored(captioned(2)), QUIET)

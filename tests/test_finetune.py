@@ -59,7 +59,7 @@ def test_a_run_is_opened_as_it_was_saved(pretrained):
         trained = open_run(path)
         assert len(trained.tokenizer) == trained.model.recipe.vocabulary.size
         assert not trained.model.training and trained.config.schedule.steps == 2
-    with pytest.raises(ValueError, match="need the folder of a run, or one of its checkpoints"):
+    with pytest.raises(ValueError, match="need the folder of a run .*or one of its checkpoints"):
         open_run(pretrained["smaug"] / "checkpoints")
 
 
@@ -97,7 +97,7 @@ def test_questions_are_learned_and_asked(pretrained, clips, tmp_path, capsys):
     # It says "red" to all; that is right of two, wrong of one, and one cannot be read.
     found = json.loads(result.read_text())
     assert (found["questions"], found["right"], found["answerable"]) == (4, 2, 3)
-    assert "4 questions, 2 right: 50.0 %" in (said := capsys.readouterr().out)
+    assert "4 questions, 2 correct: 50.0 %" in (said := capsys.readouterr().out)
     assert "1 clip could not be read" in said and "d.mp4" in said
     assert main(["eval", "retrieval", *arguments]) == 1
     assert "need a run for retrieval, got Answering" in capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_evaluation_on_the_command_line(pretrained, clips, tmp_path, capsys):
         == 0
     )
     said = capsys.readouterr().out
-    assert "4 clips, 4 captions" in said and "best 2 re-ranked" in said and "d.mp4" in said
+    assert "4 clips, 4 captions" in said and "top 2 re-ranked" in said and "d.mp4" in said
     assert json.loads(result.read_text())["rerank"] == 2
     assert (
         main(["eval", "retrieval", *weights, "--masked", "--unpruned", "--dtype", "bfloat16"]) == 0
@@ -151,7 +151,7 @@ def test_export_on_the_command_line(pretrained, tmp_path, capsys):
 
 
 def test_wrong_finetuning(pretrained, tmp_path, capsys):
-    with pytest.raises(ValueError, match="there is no 'model.mask'|mask_ratios"):
+    with pytest.raises(ValueError, match="no field 'model.mask_ratios'"):
         configuration(pretrained["mac"], None, ["model.mask_ratios=1"])
     with pytest.raises(SystemExit):
         main(["finetune", "retrieval", "--weights", str(tmp_path)])

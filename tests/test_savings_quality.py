@@ -65,7 +65,7 @@ def test_smaug_becomes_dense_in_all_that_makes_it_sparse():
     "arguments, message",
     [
         (["mac", "--quality", "0"], "need seconds > 0"),
-        (["mac", "nonsense=1", "--quality", "1"], "there is no 'model.nonsense'"),
+        (["mac", "nonsense=1", "--quality", "1"], "no field 'model.nonsense'"),
         (["mac", "mask_ratio=0", "--quality", "1"], "nothing is saved without"),
         (["mac", "data.source=clips", "data.files=[a.json]", "--quality", "1"], "evaluation.files"),
     ],

@@ -81,12 +81,12 @@ def test_config_reads_files_and_overrides(tmp_path):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("model.mask_ration=0.5", "the nearest is 'model.mask_ratio'"),
-        ("run.steps=5", "the nearest is 'schedule.steps'"),
+        ("model.mask_ration=0.5", "did you mean 'model.mask_ratio'?"),
+        ("run.steps=5", "did you mean 'schedule.steps'?"),
         ("optimizer.lr=fast", "need optimizer.lr as float, got 'fast'"),
         ("schedule.steps=2.5", "need schedule.steps as int, got 2.5"),
         ("run.parallel=dp", "need run.parallel as Literal['ddp', 'fsdp'], got 'dp'"),
-        ("model.time=slot", "there is no 'model.time'"),  # MAC's
+        ("model.time=slot", "the configuration has no field 'model.time'"),  # MAC's
         ("model.name=clip", "need a model among smaug, mac, got 'clip'"),
         ("model.mask_ratio=2", "need mask_ratio in [0, 1), got 2.0"),
         ("schedule.steps=0", "need schedule.steps >= 1, got 0"),
@@ -312,7 +312,7 @@ def test_killed_and_terminated(tmp_path):
     wait_for(tmp_path / "killed", killed_at + 3, process)
     process.send_signal(signal.SIGTERM)
     _, shown = process.communicate(timeout=60)
-    assert process.returncode == 0 and "the same command goes on" in shown
+    assert process.returncode == 0 and "run the same command to resume" in shown
     assert "from step " in shown and "from step 0 " not in shown
     stopped_at = records(tmp_path / "killed")[-1]["step"]
     assert checkpoints.newest(tmp_path / "killed").name == f"step-{stopped_at:08}"

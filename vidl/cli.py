@@ -4,15 +4,29 @@ So `vidl --help` answers at once, and a subcommand loads only what it needs.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import vidl
 from vidl.bench import commands as bench_commands
+
+# Modules of the extras in pyproject.toml: the package that has the module, and the extra.
+EXTRAS = {
+    "PIL": ("pillow", "data"),
+    "av": ("av", "data"),
+    "matplotlib": ("matplotlib", "bench"),
+    "pyarrow": ("pyarrow", "data"),
+    "safetensors": ("safetensors", "train"),
+    "timm": ("timm", "timm"),
+    "tokenizers": ("tokenizers", "data"),
+    "transformers": ("transformers", "hf"),
+    "webdataset": ("webdataset", "shards"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,12 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the command's name; default: those of this process.
 
     Returns:
-        The exit status: 0, or 1 if the command ran and found something wrong. Arguments that make
-        no sense end in `SystemExit` with status 2, as is argparse's way.
+        The exit status: 0 if all is well; 1 if the command reports a problem or needs a package
+        that is not installed. Invalid arguments raise `SystemExit` with status 2, as argparse does.
     """
     parser = argparse.ArgumentParser(
-        prog="vidl", description="Masked and token-pruned video-language training, made fast."
+        prog="vidl", description="Fast training of masked and token-pruned video models."
     )
+    parser.add_argument("--version", action="version", version=f"vidl {vidl.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_info(commands)
     _add_bench(commands)
@@ -42,13 +57,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["bench"] and words[1:2] and words[1] in bench_commands.READERS:
         words[:2] = [" ".join(words[:2])]
     args, rest = parser.parse_known_args(words)
-    # argparse takes FIELD=VALUE only where no option stands before it.
+    # argparse leaves a FIELD=VALUE that follows an option in `rest`.
     if hasattr(args, "overrides") and not [word for word in rest if word.startswith("-")]:
         args.overrides, rest = [*args.overrides, *rest], []
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.run(parser, args)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRAS:
+            raise
+        package, extra = EXTRAS[module]
+        install = f"pip install 'vidl-kernels[{extra}]'"
+        print(f'vidl {words[0]} needs {package} (extra "{extra}"): {install}', file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `vidl info | head`
@@ -56,10 +79,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+Command = Callable[[argparse.ArgumentParser, argparse.Namespace], int]
+
+
+def _report_errors(command: Command) -> Command:
+    """Print an error in the files, the clips or the configuration as one line; exit status 1."""
+
+    @functools.wraps(command)
+    def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+        try:
+            return command(parser, args)
+        except Exception as error:
+            from vidl.data.dataset import TooManyBroken
+            from vidl.data.video import BrokenClip
+
+            if not isinstance(error, (TooManyBroken, BrokenClip, ValueError, OSError)):
+                raise
+            name = command.__name__.strip("_").split("_")[0]
+            print(f"vidl {name}: {error}", file=sys.stderr)
+            return 1
+
+    return run
+
+
 def _add_info(commands: argparse._SubParsersAction) -> None:
-    about = "versions, build, devices, decoders, and which backend runs each op here, or why not"
-    command = commands.add_parser("info", help=about, description=about.capitalize() + ".")
-    command.add_argument("--json", action="store_true", help="print the same facts as JSON")
+    about = "show versions, the build, devices, video decoders and the backends of each op"
+    command = commands.add_parser(
+        "info",
+        help=about,
+        description=about.capitalize() + ", with the reason why a backend cannot run here.",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_info)
 
 
@@ -141,44 +191,45 @@ def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def _add_summary(commands: argparse._SubParsersAction) -> None:
-    about = "tokens, parameters, FLOPs and memory of a model: dense, masked and pruned"
+    about = "count tokens, parameters, FLOPs and memory of a model: dense, masked and pruned"
     command = commands.add_parser("summary", help=about, description=about.capitalize() + ".")
     add = command.add_argument
     add("model", help="smaug or mac")
-    add("overrides", nargs="*", metavar="FIELD=VALUE", help="of its recipe, as in mask_ratio=0.5")
-    add("--preset", default="base", help="tiny, small or base, which is the default")
-    add("--batch", type=int, default=2, help="clips of a step (default 2)")
-    add("--words", type=int, default=32, help="of each caption (default 32)")
-    add("--steps", type=int, default=0, help="how many steps are timed (default: none)")
-    add("--device", default="cpu", help="default cpu")
+    add("overrides", nargs="*", metavar="FIELD=VALUE", help="recipe fields, e.g. mask_ratio=0.5")
+    add("--preset", default="base", help="tiny, small or base (default: base)")
+    add("--batch", type=int, default=2, help="batch size (default: 2)")
+    add("--words", type=int, default=32, help="tokens of each caption (default: 32)")
+    add("--steps", type=int, default=0, help="steps to time (default: 0)")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     command.set_defaults(run=_summary)
 
 
 def _summary(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from vidl import models
+    from vidl import models, overrides
 
     try:
-        overrides = bench_commands.fields(args.overrides)
-        model = models.create(args.model, args.preset, **overrides).to(args.device)
+        fields = overrides.parse(args.overrides)
+        model = models.create(args.model, args.preset, **fields).to(args.device)
         sizes = {"batch": args.batch, "words": args.words, "steps": args.steps}
         print(models.summarize(model, **sizes))
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         parser.error(str(error))
     return 0
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
-    about = "convert annotations to one table, find broken clips, look at clips, time the decoders"
+    about = "convert annotations, find broken clips, preview clips, time video decoders"
     data = commands.add_parser("data", help=about, description=about.capitalize() + ".")
     parts = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     part = parts.add_parser(
         "convert",
-        help="annotations of a known format to the Arrow table that training reads",
-        description="Write annotations as an Arrow table. Workers map it and share its pages, "
-        "however many rows it has. The common JSON needs no conversion: it is done on first use.",
+        help="convert annotations of a known format to an Arrow table",
+        description="Convert annotations to an Arrow table. Workers memory-map the table and share "
+        "its pages, so memory does not grow with the number of rows. Common JSON needs no "
+        "conversion: vidl converts it on first use.",
     )
-    part.add_argument("file", type=Path, help="the annotations")
+    part.add_argument("file", type=Path, help="annotation file")
     part.add_argument("out", type=Path, nargs="?", help="default: the same name with .arrow")
     part.add_argument(
         "--format",
@@ -190,11 +241,13 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     part.add_argument(
         "--media",
         type=Path,
-        help="folder of the clips: names in the table get the suffixes that the files there have",
+        help="folder of the clips; the file names in the table get the suffixes of its files",
     )
-    part.add_argument("--split", help="msrvtt: only train, validate or test")
+    part.add_argument("--split", help="msrvtt: keep only train, validate or test")
     part.add_argument(
-        "--ids", type=Path, help="msrvtt: only videos of this CSV, as MSRVTT_train.9k.csv"
+        "--ids",
+        type=Path,
+        help="msrvtt: keep only the videos that this CSV lists, e.g. MSRVTT_train.9k.csv",
     )
     part.set_defaults(run=_data_convert)
 
@@ -202,116 +255,122 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         "check",
         help="decode every clip and list the broken ones",
         description="Decode every frame of every clip. Lists clips that are missing, broken, "
-        "damaged or shorter than they say. Exit status 1 if any is missing, broken or damaged.",
+        "damaged, or shorter than their header says. Exit status 1 if any is missing, broken or "
+        "damaged.",
     )
     _add_source(part)
-    part.add_argument("--workers", type=int, default=os.cpu_count(), help="clips at a time")
+    part.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="threads (default: one a core)"
+    )
     part.set_defaults(run=_data_check)
 
     part = parts.add_parser(
         "preview",
-        help="a picture of some clips and their captions",
-        description="Write a picture of some clips, drawn at random: captions, frames, and what a "
-        "random mask leaves of them.",
+        help="draw some clips with their captions",
+        description="Write a picture of randomly chosen clips: captions, frames and, with "
+        "--mask-ratio, the same frames under a random mask.",
     )
     _add_source(part)
     add = part.add_argument
-    add("--out", type=Path, default=Path("preview.png"), help="default: preview.png")
-    add("--clips", type=int, default=8, help="how many (default 8)")
-    add("--frames", type=int, default=4, help="of each clip (default 4)")
-    add("--size", type=int, default=224, help="side of a frame (default 224)")
-    add("--mask-ratio", type=float, help="share of the patches that a mask hides, as 0.65")
-    add("--patch", type=int, default=16, help="side of a patch (default 16)")
-    add("--seed", type=int, default=0, help="draws other clips and another mask")
+    add("--out", type=Path, default=Path("preview.png"), help="picture (default: preview.png)")
+    add("--clips", type=int, default=8, help="number of clips (default: 8)")
+    add("--frames", type=int, default=4, help="frames of each clip (default: 4)")
+    add("--size", type=int, default=224, help="height and width of a frame (default: 224)")
+    add("--mask-ratio", type=float, help="share of masked patches, e.g. 0.65 (default: no mask)")
+    add("--patch", type=int, default=16, help="height and width of a patch (default: 16)")
+    add("--seed", type=int, default=0, help="seed of the choice of clips and of the mask")
     part.set_defaults(run=_data_preview)
 
     part = parts.add_parser(
         "speed",
-        help="how many clips a second each decoder reads",
-        description="Read training samples with each decoder that can run here, and from the cache "
-        "of data.cache, in turns: how many clips a second one process of the loader reads.",
+        help="time video decoders: clips per second",
+        description="Read training samples in one process with each available decoder and from the "
+        "cache of data.cache, in turns, and print clips per second.",
     )
     _add_source(part)
     add = part.add_argument
-    add("--clips", type=int, default=64, help="how many are read (default 64)")
-    add("--frames", type=int, default=4, help="of each clip (default 4)")
-    add("--size", type=int, default=224, help="side of a frame (default 224)")
-    add("--seed", type=int, default=0, help="draws other instants and crops")
+    add("--clips", type=int, default=64, help="clips to read (default: 64)")
+    add("--frames", type=int, default=4, help="frames of each clip (default: 4)")
+    add("--size", type=int, default=224, help="height and width of a frame (default: 224)")
+    add("--seed", type=int, default=0, help="seed of the sampled frames and crops")
     part.set_defaults(run=_data_speed)
 
 
 def _add_source(part: argparse.ArgumentParser) -> None:
-    part.add_argument("file", type=Path, help="annotations: common JSON, or an Arrow table")
+    part.add_argument("file", type=Path, help="annotations: common JSON or an Arrow table")
     part.add_argument(
         "--media",
         type=Path,
         help="folder of the clips; default: "
-        "the one beside the file that has its name, or the one that the file is in",
+        "of clips.json the folder clips beside it if there is one, else the folder of the file",
     )
 
 
-def _data_commands(parser: argparse.ArgumentParser) -> ModuleType:
-    try:
-        from vidl.data import commands
-    except ModuleNotFoundError as error:
-        parser.exit(1, f"vidl data needs {error.name}; try: pip install 'vidl[data]'\n")
-    return commands
-
-
+@_report_errors
 def _data_convert(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     options = {"split": args.split, "ids": args.ids} if args.format == "msrvtt" else {}
     if not options and (args.split or args.ids):
         parser.error(f"--split and --ids are for --format msrvtt, not {args.format}")
+    from vidl.data import commands
 
-    commands = _data_commands(parser)
-
-    def convert() -> int:
-        commands.convert(args.file, args.out, format=args.format, media=args.media, **options)
-        return 0
-
-    return commands.run(convert)
+    commands.convert(args.file, args.out, format=args.format, media=args.media, **options)
+    return 0
 
 
+@_report_errors
 def _data_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    commands = _data_commands(parser)
-    return commands.run(lambda: commands.check(args.file, args.media, workers=args.workers))
+    from vidl.data import commands
+
+    return 1 if commands.check(args.file, args.media, workers=args.workers) else 0
 
 
+@_report_errors
 def _data_preview(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if args.mask_ratio is not None and not 0 <= args.mask_ratio <= 1:
         parser.error(f"need a --mask-ratio from 0 to 1, got {args.mask_ratio}")
-    commands = _data_commands(parser)
+    from vidl.data import commands
+
     names = ("clips", "frames", "size", "mask_ratio", "patch", "seed")
     options = {name: getattr(args, name) for name in names}
-    return commands.run(lambda: commands.preview(args.file, args.media, args.out, **options))
+    return 1 if commands.preview(args.file, args.media, args.out, **options) else 0
 
 
+@_report_errors
 def _data_speed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if args.clips < 1:
         parser.error(f"need --clips >= 1, got {args.clips}")
-    commands = _data_commands(parser)
+    from vidl.data import commands
+
     options = {name: getattr(args, name) for name in ("clips", "frames", "size", "seed")}
-    return commands.run(lambda: commands.speed(args.file, args.media, **options))
+    return 1 if commands.speed(args.file, args.media, **options) else 0
 
 
 def _add_pretrain(commands: argparse._SubParsersAction) -> None:
-    about = "train a model on clips and captions, or go on with a run"
     command = commands.add_parser(
         "pretrain",
-        help=about,
-        description="Train a model on clips and captions. The same command goes on with a run that "
-        "was stopped. Over several processes: torchrun --nproc-per-node 8 -m vidl pretrain ...",
+        help="pre-train a model on clips and captions, or resume a run",
+        description="Pre-train a model on clips and captions. Run the same command again to resume "
+        "a run that was stopped. On several GPUs: torchrun --nproc-per-node 8 -m vidl pretrain ...",
         add_help=False,
     )
-    add = command.add_argument
-    add("-h", "--help", action=_HelpOnFields, help="explain every field of the configuration")
-    add("--config", type=Path, metavar="FILE", help="YAML of sections and their fields")
-    add("overrides", nargs="*", metavar="SECTION.FIELD=VALUE", help="as in model.mask_ratio=0.5")
+    _add_configuration(command)
     command.set_defaults(run=_pretrain)
 
 
+def _add_configuration(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("-h", "--help", action=_HelpOnFields, help="show this help and every configuration field")
+    add("--config", type=Path, metavar="FILE", help="YAML file of sections and their fields")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="SECTION.FIELD=VALUE",
+        help="override the file, e.g. model.mask_ratio=0.5 data.files=[a.json]",
+    )
+
+
 class _HelpOnFields(argparse.Action):
-    """The help of a command, and that of the fields of a configuration, which loads PyTorch."""
+    """Print the help of a command and of every configuration field; imports PyTorch."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
@@ -323,96 +382,99 @@ class _HelpOnFields(argparse.Action):
         parser.exit()
 
 
+@_report_errors
 def _pretrain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from vidl.data.dataset import TooManyBroken
     from vidl.training import Config, pretrain
 
     try:
         config = Config.read(args.config, args.overrides)
     except ValueError as error:
         parser.error(str(error))
-    try:
-        pretrain(config)
-    except (TooManyBroken, ValueError, OSError) as error:
-        print(f"vidl pretrain: {error}", file=sys.stderr)
-        return 1
+    pretrain(config)
     return 0
 
 
 def _add_finetune(commands: argparse._SubParsersAction) -> None:
-    about = "train a pre-trained model on, for retrieval or to answer questions"
+    about = "fine-tune a pre-trained model for retrieval or question answering"
     command = commands.add_parser("finetune", help=about, description=about.capitalize() + ".")
     tasks = command.add_subparsers(title="tasks", metavar="TASK", required=True)
     for task, about in (
-        ("retrieval", "by the losses that the model has"),
-        ("qa", "with a classifier of the most frequent answers, on the fusion encoder"),
-    ):
+        ("retrieval", "for retrieval, with the losses of the model"),
+        ("qa", "for question answering: a classifier of the most frequent answers on the fusion "
+            "encoder"),
+    ):  # fmt: skip
         part = tasks.add_parser(
             task,
-            help=about,
-            description=f"Train a pre-trained model on, {about}. The configuration is that of the "
-            "run it begins with, but for model.mask_ratio=0, optimizer.lr=1e-5 and "
-            "run.folder=finetuned (and model.word_ratio=0 of mac). The same command goes on with "
-            "a run that was stopped.",
+            help=f"fine-tune {about}",
+            description=f"Fine-tune a pre-trained model {about}. The configuration defaults to "
+            "that of the pre-training run with model.mask_ratio=0, optimizer.lr=1e-5 and "
+            "run.folder=finetuned (and model.word_ratio=0 for mac). Run the same command again to "
+            "resume a run that was stopped.",
             add_help=False,
         )
+        _add_configuration(part)
         add = part.add_argument
-        add("-h", "--help", action=_HelpOnFields, help="explain every field of the configuration")
-        add("--weights", type=Path, required=True, metavar="RUN", help="a run, or its checkpoint")
+        add("--weights", type=Path, required=True, metavar="RUN", help="a run or a checkpoint")
         if task == "qa":
-            add("--answers", type=int, default=1500, help="how many can be given (default 1500)")
-        add("--config", type=Path, metavar="FILE", help="YAML of sections and their fields")
-        add("overrides", nargs="*", metavar="SECTION.FIELD=VALUE", help="as in data.files=[a.json]")
+            add("--answers", type=int, default=1500, help="size of the answer set (default: 1500)")
         part.set_defaults(run=_finetune, task=task)
 
 
+@_report_errors
 def _finetune(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from vidl.data.dataset import TooManyBroken
     from vidl.training import configuration, finetune
 
     try:
         config = configuration(args.weights, args.config, args.overrides)
     except ValueError as error:
         parser.error(str(error))
-    try:
-        finetune(args.task, config, **({"answers": args.answers} if args.task == "qa" else {}))
-    except (TooManyBroken, ValueError, OSError) as error:
-        print(f"vidl finetune: {error}", file=sys.stderr)
-        return 1
+    finetune(args.task, config, **({"answers": args.answers} if args.task == "qa" else {}))
     return 0
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "eval",
-        help="how good a trained model is: retrieval, multiple choice, open questions",
+        help="evaluate a trained model: retrieval, multiple choice, question answering",
         description="Evaluate a trained model: retrieval in both directions (retrieval), multiple "
-        "choice (mc) or open questions (qa). A clip that cannot be read is never replaced: it "
-        "counts as missed, and is named. Over several processes: torchrun --nproc-per-node 8 -m "
-        "vidl eval ...",
+        "choice (mc) or open questions (qa). A clip that cannot be read counts as a miss and is "
+        "listed; it is never replaced. On several GPUs: torchrun --nproc-per-node 8 -m vidl eval "
+        "...",
     )
     add = command.add_argument
-    add("task", choices=("retrieval", "mc", "qa"), help="what is asked")
-    add("--weights", type=Path, required=True, metavar="RUN", help="a run, or its checkpoint")
+    add("task", choices=("retrieval", "mc", "qa"), help="the task")
+    add("--weights", type=Path, required=True, metavar="RUN", help="a run or a checkpoint")
     add(
         "--data",
         type=Path,
         metavar="FILE",
-        help="annotations: common JSON, or an Arrow table; default: what the run's configuration "
-        "has under evaluation",
+        help="annotations: common JSON or an Arrow table; default: the section `evaluation` of the "
+        "run's configuration",
     )
-    add("--media", type=Path, help="folder of the clips; default: as `vidl data check` has it")
-    add("--rerank", type=int, default=0, metavar="K", help="judge the best K again (default 0)")
-    add("--batch", type=int, default=32, help="clips at a time (default 32)")
-    add("--workers", type=int, default=0, help="processes that read clips (default: this one)")
-    add("--masked", action="store_true", help="mask clips as in training; default: show all")
+    add("--media", type=Path, help="folder of the clips; default: as for `vidl data check`")
+    add(
+        "--rerank",
+        type=int,
+        default=0,
+        metavar="K",
+        help="re-rank the top K with the fusion encoder (default: 0)",
+    )
+    add("--batch", type=int, default=32, help="batch size (default: 32)")
+    add("--workers", type=int, default=0, help="processes that read clips (default: 0)")
+    add("--masked", action="store_true", help="mask clips as in training (default: no mask)")
     add("--unpruned", action="store_true", help="keep all tokens and frames")
-    add("--device", default="auto", help="cpu, cuda, or auto (default): cuda if there is one")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of products")
-    add("--json", type=Path, metavar="FILE", help="write the result there too")
+    add("--device", default="auto", help="cpu, cuda or auto: cuda if available (default: auto)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of matmuls, by autocast (default: float32)",
+    )
+    add("--json", type=Path, metavar="FILE", help="also write the result to this file")
     command.set_defaults(run=_eval)
 
 
+@_report_errors
 def _eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     import torch
 
@@ -421,46 +483,39 @@ def _eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
     if args.rerank and args.task != "retrieval":
         parser.error(f"--rerank is for retrieval, not {args.task}")
-    try:
-        options = Options(
-            batch_size=args.batch,
-            workers=args.workers,
-            masked=args.masked,
-            pruned=not args.unpruned,
-            dtype=None if args.dtype == "float32" else getattr(torch, args.dtype),
-        )
-        with parallel.ranks(args.device) as ranks:
-            data = None if args.data is None else (args.data, args.media)
-            found = runs.evaluate(args.weights, args.task, data, ranks, options, args.rerank)
-            if ranks.first:
-                print(found)
-            if ranks.first and args.json is not None:
-                args.json.write_text(found.to_json() + "\n")
-    except (ValueError, OSError) as error:
-        print(f"vidl eval: {error}", file=sys.stderr)
-        return 1
+    options = Options(
+        batch_size=args.batch,
+        workers=args.workers,
+        masked=args.masked,
+        pruned=not args.unpruned,
+        dtype=None if args.dtype == "float32" else getattr(torch, args.dtype),
+    )
+    with parallel.ranks(args.device) as ranks:
+        data = None if args.data is None else (args.data, args.media)
+        result = runs.evaluate(args.weights, args.task, data, ranks, options, args.rerank)
+        if ranks.first:
+            print(result)
+        if ranks.first and args.json is not None:
+            args.json.write_text(result.to_json() + "\n")
     return 0
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
-    about = "write the encoders of a run for timm and transformers, as safetensors"
+    about = "export the encoders of a run for timm and transformers, as safetensors"
     command = commands.add_parser("export", help=about, description=about.capitalize() + ".")
     command.add_argument("--weights", type=Path, required=True, metavar="RUN", help="a run")
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="is made")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
     command.set_defaults(run=_export)
 
 
+@_report_errors
 def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from vidl.models.export import export
     from vidl.training import open_run
 
-    try:
-        model = open_run(args.weights).model
-        for file in export(getattr(model, "model", model), args.out):
-            print(file)
-    except (ValueError, OSError) as error:
-        print(f"vidl export: {error}", file=sys.stderr)
-        return 1
+    model = open_run(args.weights).model
+    for file in export(getattr(model, "model", model), args.out):
+        print(file)
     return 0
 
 

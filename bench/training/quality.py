@@ -77,7 +77,7 @@ def plan(
 def rows(config: Config) -> dict[str, dict[str, Any]]:
     """The fields of the recipe that make it dense, and none for what it is: sparse."""
     recipe: Any = config.recipe()
-    dense = recipe.ways()["dense"]
+    dense = recipe.variants()["dense"]
     names = [field.name for field in dataclasses.fields(recipe)]
     changed = {n: getattr(dense, n) for n in names if getattr(dense, n) != getattr(recipe, n)}
     if not changed:

@@ -84,7 +84,7 @@ def plan(
             f"need batch >= 2, steps >= 1, epochs > 0 and clips >= 1, got {batch}, {steps}, "
             f"{epochs} and {clips}"
         )
-    if recipe.ways()["dense"] == list(recipe.ways().values())[-1]:
+    if recipe.variants()["dense"] == list(recipe.variants().values())[-1]:
         raise ValueError(f"{name} with these fields masks and prunes nothing: nothing is saved")
     return Plan(
         name, preset, overrides or {}, recipe, batch, steps, device, compiled, epochs, clips, budget
@@ -95,7 +95,7 @@ def dry_run(plan: Plan) -> Iterator[str]:
     """What would be measured."""
     columns = ["stock", *(["stock, compiled"] if plan.compiled else []), "vidl"]
     yield f"{plan.shape} · {plan.device} · {plan.steps} steps of each, in turns"
-    ways = list(plan.recipe.ways().values())
+    ways = list(plan.recipe.variants().values())
     for row, way in (("dense", ways[0]), ("sparse", ways[-1])):
         tokens = ", ".join(f"{name} {n}" for name, n in way.tokens().items())
         yield from (f"  {row}, {column}: tokens of a clip: {tokens}" for column in columns)

@@ -84,7 +84,7 @@ def cells(recipe: Any, batch: int, device: str, compiled: bool = False) -> Itera
         device: "cpu", in float32, or "cuda", with bfloat16 by autocast.
         compiled: also the stock model under `torch.compile`.
     """
-    ways = list(recipe.ways().values())
+    ways = list(recipe.variants().values())
     dtype = torch.bfloat16 if device == "cuda" else None
     for row, way in (("dense", ways[0]), ("sparse", ways[-1])):
         torch.manual_seed(0)

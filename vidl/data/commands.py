@@ -1,12 +1,10 @@
 """`vidl data convert | check | preview | speed`: what the command line calls."""
 
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy
 import torch
@@ -17,10 +15,9 @@ from vidl.data import annotations, crops, video
 from vidl.data.cache import CachedClips
 from vidl.data.dataset import Clips, text_of
 from vidl.data.formats import Row
+from vidl.data.progress import progress
 from vidl.data.sampler import Key
 from vidl.data.video import BrokenClip
-
-Item = TypeVar("Item")
 
 
 def convert(
@@ -193,27 +190,3 @@ def _title(text: str, width: int) -> Tensor:
     image = Image.new("RGB", (width, 16), "white")
     ImageDraw.Draw(image).text((2, 2), text, "black")
     return torch.from_numpy(numpy.array(image))
-
-
-def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-    """The same items; a terminal sees how many there were, and how long the rest will take."""
-    if total is None:
-        total = len(items) if isinstance(items, Sequence) else 0
-    shown = begin = time.monotonic()
-    for number, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if sys.stderr.isatty() and (now - shown > 0.2 or number == total):
-            shown, left = now, (now - begin) / number * (total - number)
-            end = "\n" if number == total else ""
-            line = f"\r{what}: {number}/{total}, {left:.0f} s left "
-            print(line, end=end, file=sys.stderr, flush=True)
-
-
-def run(action: Callable[[], int]) -> int:
-    """Run one of the above: 1 if something is broken, or if it says what it needs."""
-    try:
-        return 1 if action() else 0
-    except (BrokenClip, ValueError, OSError) as error:
-        print(f"vidl data: {error}", file=sys.stderr)
-        return 1

@@ -405,8 +405,9 @@ def choose_decoder(decoder: str = "auto") -> str:
         One of `DECODERS`.
 
     Raises:
-        ValueError: there is no decoder of this name.
-        RuntimeError: it, or with "auto" any, cannot run here; says why.
+        ValueError: unknown decoder.
+        ModuleNotFoundError: "auto", and PyAV is not installed.
+        RuntimeError: the decoder, or with "auto" every decoder, cannot run here; gives the reason.
     """
     if decoder != "auto" and decoder not in DECODERS:
         raise ValueError(f"need a decoder among {', '.join(DECODERS)} or auto, got {decoder!r}")
@@ -415,6 +416,8 @@ def choose_decoder(decoder: str = "auto") -> str:
     for name, reason in reasons.items():
         if reason is None:
             return name
+    if decoder == "auto":
+        import av  # noqa: F401  if it is not installed, the error names the package
     reasons = {name: why_not(name) for name in DECODERS}
     raise RuntimeError(
         f"decoder {decoder!r} cannot run here: "

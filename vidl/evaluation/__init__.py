@@ -1,4 +1,4 @@
-"""How good a model is: retrieval, multiple choice and open questions."""
+"""Evaluation: retrieval, multiple choice and open-ended question answering."""
 
 from vidl.evaluation.encoding import Options
 from vidl.evaluation.questions import Accuracy, multiple_choice, question_answering

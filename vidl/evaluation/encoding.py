@@ -1,4 +1,4 @@
-"""The model on each clip of a data set once, over all ranks; what is broken is never replaced."""
+"""Encode each clip of a data set once, over all ranks; broken clips are never replaced."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vidl.data.commands import progress
 from vidl.data.dataset import ClipSet, Sample
 from vidl.data.formats import Row
 from vidl.data.loader import Loader
+from vidl.data.progress import progress
 from vidl.data.sampler import InOrder, Key
 from vidl.models import TwoTowers
 
@@ -27,14 +27,13 @@ class Options:
     """How a model is evaluated.
 
     Attributes:
-        batch_size: clips at a time; captions and pairs are `text_batch` at a time.
-        text_batch: captions, or pairs of a clip and a caption, at a time.
-        workers: processes that read clips; 0: this one.
-        masked: whether clips are masked as the recipe says, with the masks of step 0; else the
-            model sees all of them.
-        pruned: whether tokens and frames are pruned as the recipe says; else all stay.
-        dtype: of autocast; None: as the caller has it.
-        quiet: no progress on the terminal.
+        batch_size: clips of a batch.
+        text_batch: captions, or pairs of a clip and a caption, of a batch.
+        workers: processes that read clips; 0: the calling process.
+        masked: mask clips as in the recipe, with the masks of step 0; false: no mask.
+        pruned: prune tokens and frames as in the recipe; false: keep all.
+        dtype: dtype of autocast; None: the caller's autocast state.
+        quiet: do not print progress.
 
     Raises:
         ValueError: a number is out of range.
@@ -57,19 +56,19 @@ class Options:
 
 
 class Gallery(ClipSet):
-    """Each clip of a data set once, however many of its rows show it.
+    """The distinct clips of a data set.
 
-    Rows of the same file, from the same start to the same end, show the same clip: questions have
-    a row each. Clips that cannot be read are left out.
+    Rows with the same file, start and end are the same clip; with questions, a clip has several
+    rows. Clips that cannot be read are left out.
 
     Args:
-        dataset: clips as they are for evaluation, not for training.
+        dataset: a data set for evaluation (`train=False`).
 
     Raises:
         ValueError: the data set draws random frames and crops, has no tokenizer, or is empty.
 
     Attributes:
-        rows: of each clip, those that show it.
+        rows: the rows of each clip.
     """
 
     def __init__(self, dataset: ClipSet) -> None:
@@ -103,12 +102,12 @@ class Gallery(ClipSet):
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """Captions or questions as a model encodes them.
+    """Encoded captions or questions.
 
     Attributes:
-        features: [n, E].
-        tokens: [n, L, C].
-        attention_mask: [n, L].
+        features: [B, embed_dim].
+        tokens: [B, L, C].
+        attention_mask: [B, L].
     """
 
     features: Tensor
@@ -121,14 +120,14 @@ class Texts:
 
 @contextmanager
 def evaluating(model: Any, options: Options) -> Iterator[None]:
-    """Without gradients and dropout, in `options.dtype`, unpruned if wanted; then as before.
+    """A context without gradients and dropout, with `options.dtype` and `options.pruned`.
 
     Raises:
-        ValueError: the model is sharded. Ranks would wait for one another at each of its layers,
-            and they have other numbers of batches.
+        ValueError: the model is sharded. Its layers synchronise all ranks, but ranks have different
+            numbers of batches.
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ValueError("need a model that is whole on every rank, got a sharded one")
+        raise ValueError("need a model that is not sharded, got one with sharded parameters")
     training, dtype = model.training, options.dtype
     casting = nullcontext() if dtype is None else torch.autocast(device_of(model).type, dtype)
     pruning = nullcontext() if options.pruned else model.unpruned()
@@ -141,22 +140,25 @@ def evaluating(model: Any, options: Options) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model is."""
+    """The device of a model."""
     return next(model.parameters()).device
 
 
 def encoded_clips(
     model: TwoTowers, gallery: Gallery, options: Options, broken: dict[str, str]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """The clips of this rank: their numbers in the gallery, and their tokens.
+    """Encode the clips of this rank, batch by batch.
 
     Args:
         model: within `evaluating`.
-        gallery: ranks take turns, clip by clip.
-        options: how.
-        broken: becomes the names and reasons of those that could not be read.
+        gallery: the clips; rank r encodes clips r, r + ranks, ...
+        options: batches, masks, workers.
+        broken: filled with the names of clips that cannot be read and the reasons.
+
+    Yields:
+        The indices of the clips in the gallery, and their tokens.
     """
-    rank, ranks = place()
+    rank, ranks = rank_and_size()
     sampler = InOrder(gallery.images(), options.batch_size, rank=rank, world_size=ranks)
     loader = Loader(gallery, sampler, workers=options.workers, limit=1.0)
     for batch in shown(loader, "clips", options, len(sampler)):
@@ -164,7 +166,7 @@ def encoded_clips(
         if not len(batch):
             continue
         video = batch.video.to(device_of(model))
-        if video.shape[2] == 1:  # a picture is a clip that does not move, as in training
+        if video.shape[2] == 1:  # an image is repeated to a clip, as in training
             video = video.expand(-1, -1, model.recipe.frames, -1, -1)
         mask = None
         if options.masked:
@@ -173,49 +175,50 @@ def encoded_clips(
 
 
 def encode_texts(model: TwoTowers, gallery: Gallery, texts: Sequence[str]) -> Texts:
-    """Captions or questions, encoded at once.
+    """Encode captions or questions in one batch.
 
     Args:
         model: within `evaluating`.
-        gallery: has the tokenizer, and the length of its results.
-        texts: how many fit into memory.
+        gallery: its data set has the tokenizer and the number of tokens.
+        texts: at most as many as fit into memory.
 
     Raises:
-        ValueError: the tokenizer knows words that the model does not.
+        ValueError: the vocabulary of the tokenizer is larger than that of the model.
     """
     tokenizer, known = gallery.dataset.tokenizer, model.recipe.vocabulary.size
     assert tokenizer is not None
     if len(tokenizer) > known:
         raise ValueError(
-            f"need a tokenizer of at most {known} tokens, which the model knows, got "
-            f"{len(tokenizer)}: it was trained with another one"
+            f"need a tokenizer of at most {known} tokens, the vocabulary of the model, got "
+            f"{len(tokenizer)}: the model was trained with another tokenizer"
         )
     ids, attention_mask = tokenizer(texts, gallery.dataset.words)
-    count = int(attention_mask.sum())  # still on the host
+    count = int(attention_mask.sum())  # before the copy to the device: no synchronisation
     device = device_of(model)
     ids, attention_mask = ids.to(device), attention_mask.to(device)
     tokens = model.encode_text(ids, attention_mask, words=count)
     return Texts(model.text_features(tokens), tokens, attention_mask)
 
 
-def place() -> tuple[int, int]:
-    """Our rank, and how many there are."""
+def rank_and_size() -> tuple[int, int]:
+    """Rank and world size."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def of_all_ranks(own: Any) -> list[Any]:
-    """What each rank has, in their order; a tensor on the CPU, or plain Python objects."""
-    if place()[1] == 1:
+    """Gather CPU tensors or plain Python objects from all ranks, in the order of ranks."""
+    size = rank_and_size()[1]
+    if size == 1:
         return [own]
-    found: list[Any] = [None] * place()[1]
-    dist.all_gather_object(found, own)
-    return found
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, own)
+    return gathered
 
 
 def shown(
     items: Iterable[Item], what: str, options: Options, total: int | None = None
 ) -> Iterable[Item]:
-    """The same items; the terminal of the first rank sees how many there were."""
-    return items if options.quiet or place()[0] else progress(items, what, total)
+    """Iterate over items; rank 0 shows the progress on the terminal."""
+    return items if options.quiet or rank_and_size()[0] else progress(items, what, total)

@@ -1,4 +1,4 @@
-"""Multiple choice and open questions: how many are answered right."""
+"""Accuracy of multiple choice and of open-ended question answering."""
 
 import dataclasses
 import json
@@ -28,12 +28,12 @@ from vidl.models.answering import UNKNOWN, Answering
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What `multiple_choice` and `question_answering` find.
+    """The result of `multiple_choice` and `question_answering`.
 
     Attributes:
-        questions: how many there were.
-        right: how many were answered right.
-        answerable: how many have their answer among those that can be given.
+        questions: number of questions.
+        right: number of correct answers.
+        answerable: number of questions whose answer is among the model's classes.
         broken: clips that could not be read, and why; questions about them count as wrong.
     """
 
@@ -44,18 +44,18 @@ class Accuracy:
 
     @property
     def accuracy(self) -> float:
-        """The percentage of all questions."""
+        """Correct answers in percent of all questions."""
         return 100 * self.right / self.questions
 
     def to_json(self) -> str:
-        """The same as JSON."""
+        """The result as JSON."""
         return json.dumps({"accuracy": self.accuracy} | dataclasses.asdict(self), indent=2)
 
     def __str__(self) -> str:
-        lines = [f"{self.questions} questions, {self.right} right: {self.accuracy:.1f} %"]
+        lines = [f"{self.questions} questions, {self.right} correct: {self.accuracy:.1f} %"]
         if self.answerable < self.questions:
             unknown = self.questions - self.answerable
-            lines.append(f"{unknown} have an answer that the model cannot give")
+            lines.append(f"{unknown} have an answer outside the model's answer set")
         return "\n".join(lines + broken_lines(self.broken))
 
 
@@ -66,30 +66,30 @@ def multiple_choice(
     *,
     fused: bool | None = None,
 ) -> Accuracy:
-    """Choose the text that fits a clip, of a few; ties are wrong.
+    """Multiple choice: choose the option with the highest score; a tie counts as wrong.
 
-    A question, if there is one, stands before each of its options. Runs over all ranks. Source:
-    Singularity, arXiv 2206.03428, 4.1, which takes the matching head.
+    If a row has a question, it is put before each option. Runs over all ranks. Source: Singularity,
+    arXiv 2206.03428, 4.1, which scores with the matching head.
 
     Args:
-        model: as `retrieval` has it.
-        dataset: rows with `options`, of which `correct` is right.
+        model: see `retrieval`.
+        dataset: rows with `options` and `correct`.
         options: batches, masks, pruning.
-        fused: by the fusion encoder, or by the similarity of features; None: by the first, if the
-            model was trained to match.
+        fused: score with the fusion encoder (True) or with the similarity of features (False);
+            None: with the fusion encoder if the model was trained to match.
 
     Raises:
         ValueError: a row has no options, or the model was not trained to match.
     """
     if fused and not matches(model):
-        raise ValueError("need a model trained with vtm for fused=True, as Smaug with vtm > 0")
+        raise ValueError("need a model trained with vtm for fused=True, e.g. Smaug with vtm > 0")
     by_match = matches(model) if fused is None else fused
 
     def right(clips: Tensor, rows: Sequence[Row], partner: Tensor, gallery: Gallery) -> Tensor:
         count = torch.tensor([len(row.options) for row in rows])
-        said = [f"{row.question or ''} {text}".strip() for row in rows for text in row.options]
-        pairs = list(zip(partner.repeat_interleave(count).tolist(), said, strict=True))
-        # Equal options are scored once: rounding must not tell them apart.
+        prompts = [f"{row.question or ''} {text}".strip() for row in rows for text in row.options]
+        pairs = list(zip(partner.repeat_interleave(count).tolist(), prompts, strict=True))
+        # Equal options are scored once, so that rounding cannot break a tie.
         numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
         texts = encode_texts(model, gallery, [text for _, text in numbers])
         clip_of = torch.tensor([clip for clip, _ in numbers])
@@ -108,10 +108,12 @@ def multiple_choice(
 
     def check(row: Row) -> bool:
         if not row.options or row.correct is None:
-            raise ValueError(f"need options and the right one of each row, got none of {row.media}")
+            raise ValueError(
+                f"need options and the correct one in each row, got none for {row.media}"
+            )
         return True
 
-    return _asked(model, dataset, options, right, check)
+    return _answer_all(model, dataset, options, right, check)
 
 
 def question_answering(
@@ -119,12 +121,12 @@ def question_answering(
     dataset: ClipSet,
     options: Options = Options(),  # noqa: B008  (it is frozen)
 ) -> Accuracy:
-    """Answer open questions with one of the answers that the model knows.
+    """Open-ended question answering with the classes of a model.
 
-    Runs over all ranks. An answer is right if it is that of the row, letter by letter.
+    Runs over all ranks. An answer is correct if it equals the answer of the row exactly.
 
     Args:
-        model: fine-tuned; as `retrieval` has it otherwise.
+        model: fine-tuned; otherwise see `retrieval`.
         dataset: rows with a question and an answer.
         options: batches, masks, pruning.
 
@@ -140,26 +142,26 @@ def question_answering(
 
     def check(row: Row) -> bool:
         if not row.question or row.answer is None:
-            raise ValueError(f"need a question and an answer of each row, got none of {row.media}")
+            raise ValueError(f"need a question and an answer in each row, got none for {row.media}")
         return bool(model.numbers([row.answer])[0] != UNKNOWN)
 
-    return _asked(model, dataset, options, right, check)
+    return _answer_all(model, dataset, options, right, check)
 
 
-def _asked(
+def _answer_all(
     model: Any,
     dataset: ClipSet,
     options: Options,
     right: Callable[[Tensor, Sequence[Row], Tensor, Gallery], Tensor],
     check: Callable[[Row], bool],
 ) -> Accuracy:
-    """Ask all questions about each clip, which is encoded once.
+    """Encode each clip once and answer all questions about it.
 
     Args:
-        model, dataset, options: as above.
-        right: which rows are answered right, bool, on the host; of the tokens of some clips, some
-            rows, the clip of each, and the gallery.
-        check: whether a row can be answered; raises if it is no question.
+        model, dataset, options: see above.
+        right: from the tokens of some clips, some rows, the clip of each row and the gallery to a
+            bool tensor on the CPU: which rows are answered correctly.
+        check: whether the model can give the row's answer; raises if the row is not a question.
     """
     gallery = Gallery(dataset)
     answerable = sum(check(dataset.row(index)) for index in range(len(dataset)))
@@ -171,7 +173,7 @@ def _asked(
             rows = [dataset.row(index) for indices in own for index in indices]
             partner = torch.arange(len(own)).repeat_interleave(torch.tensor([*map(len, own)]))
             for at in range(0, len(rows), options.text_batch):
-                some = slice(at, at + options.text_batch)
-                count += int(right(clips, rows[some], partner[some], gallery).sum())
+                part = slice(at, at + options.text_batch)
+                count += int(right(clips, rows[part], partner[part], gallery).sum())
     broken = {name: why for part in of_all_ranks(broken) for name, why in part.items()}
     return Accuracy(len(dataset), sum(of_all_ranks(count)), answerable, broken)

@@ -1,11 +1,10 @@
-"""Masks of clips and captions, drawn on the device from (seed, step, sample)."""
+"""Random masks of clips and captions, drawn on the device from (seed, step, sample)."""
 
 from vidl.masking.draws import uniform
 from vidl.masking.text import MaskedWords, Vocabulary, continuations, mask_words, most_hidden
 from vidl.masking.visual import (
     VisualKind,
     VisualMask,
-    drop_masked,
     replace_masked,
     visual_mask,
     zero_masked,
@@ -17,7 +16,6 @@ __all__ = [
     "VisualMask",
     "Vocabulary",
     "continuations",
-    "drop_masked",
     "mask_words",
     "most_hidden",
     "replace_masked",

@@ -1,7 +1,8 @@
-"""Random numbers that are a function of where they are used, and of nothing else.
+"""Counter-based random numbers.
 
-A number depends on (seed, step, stream, sample, i) alone: a resumed run, another split into batches
-or ranks, and another device draw the same. All arithmetic is on integers below 2^63.
+A number depends on (seed, step, stream, sample, i) only, so a resumed run, another split into
+batches or ranks, and another device draw the same numbers. All arithmetic is on integers below
+2^63.
 """
 
 from typing import Any
@@ -12,29 +13,29 @@ from torch import Tensor
 Word = Any  # an int or an int64 tensor: the same arithmetic on the host and on the device
 
 BITS = 0xFFFFFFFF
-# lowbias32, one of the least biased two-round mixers of 32 bits. The second number is 0x846CA68B
-# less 2^32: the same product of 32 bits, and no overflow in 64.
+# lowbias32, a two-round 32-bit mixer of very low bias. The second constant is 0x846CA68B - 2^32: it
+# gives the same 32-bit product without overflow in 64 bits.
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
 GOLDEN = 0x9E3779B9 - (1 << 32)  # steps of 2^32 / golden ratio spread the counter over all bits
 
 
 def uniform(seed: int, step: int | Tensor, samples: Tensor, n: int, *, stream: int = 0) -> Tensor:
-    """`n` random numbers for each sample, the same wherever and whenever they are drawn.
+    """Draw `n` reproducible uniform random numbers for each sample.
 
         out[b, i] = hash(seed, step, stream, samples[b], i) / 2^24, 24 bits of the hash
 
-    No state, no host synchronisation; the same bits on every device.
+    No state, no host synchronisation, and the same bits on every device.
 
     Args:
-        seed: of the run, 0 or more.
-        step: of the training, 0 or more; as an int, or as an int64 scalar tensor on the device of
-            `samples`, which does not recompile under `torch.compile` when it changes.
+        seed: seed of the run, >= 0.
+        step: training step, >= 0: an int, or an int64 scalar tensor on the device of `samples`
+            (`torch.compile` does not recompile when its value changes).
         samples: index of each sample in the data set, [B] int64.
-        n: numbers for each sample.
-        stream: tells different uses apart, 0 or more: two masks of one sample are then independent.
+        n: number of random numbers for each sample.
+        stream: >= 0; different streams of one sample are independent.
 
     Returns:
-        [B, n] float32, in [0, 1), multiples of 2^-24; without a gradient.
+        [B, n] float32 in [0, 1), multiples of 2^-24, without a gradient.
 
     Raises:
         TypeError: `samples` or a tensor `step` is not int64.
@@ -43,7 +44,7 @@ def uniform(seed: int, step: int | Tensor, samples: Tensor, n: int, *, stream: i
     Source: counter-based generators, Salmon et al., SC 2011; the mixer: hash-prospector, lowbias32.
     """
     _check(seed, step, samples, n, stream)
-    # Two words of 32 bits: with one, two of 2^16 samples would share their numbers.
+    # 64 bits of state: with 32, two of 2^16 samples would share their numbers.
     low: Word = 0x243F6A88
     high: Word = 0x13198A2E
     for number in (seed, stream, step, samples):
@@ -60,7 +61,7 @@ def _words(number: Word) -> tuple[Word, Word]:
 
 
 def _mix(x: Word) -> Word:
-    """A bijection of 32 bits in which every bit of the input flips half of the output's."""
+    """A 32-bit bijection in which each input bit flips about half of the output bits."""
     x = x ^ (x >> 16)
     x = x * FIRST & BITS
     x = x ^ (x >> 15)

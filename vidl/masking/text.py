@@ -1,7 +1,7 @@
-"""Masks of captions: which words are hidden, what stands in their place, what is to be predicted.
+"""Masks of captions for masked language modelling (MLM).
 
-Drawn from (seed, step, sample, position), so that neither the padding of a batch nor its split over
-ranks changes them.
+Drawn from (seed, step, sample, position), so they depend neither on the padding of a batch nor on
+its split over ranks.
 """
 
 import math
@@ -16,18 +16,18 @@ from vidl.masking.draws import uniform
 
 Replace = Literal["bert", "mask"]
 
-# Which words, what replaces each, and by which random word: parts of the stream of `uniform` for
-# which no caller has any use.
+# Streams of `uniform` beside the caller's stream: which words are masked, what replaces each, and
+# which random word.
 HIDDEN, REPLACED, RANDOM = 1 << 58, 2 << 58, 3 << 58
-IGNORED = -100  # the label of what is not to be predicted, as PyTorch's cross-entropy has it
+IGNORED = -100  # label of a word that is not predicted: the default of F.cross_entropy
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What masks need to know of a tokenizer; the defaults are those of bert-base-uncased.
+    """The properties of a tokenizer that masks depend on; the defaults are bert-base-uncased's.
 
     Attributes:
-        size: number of words.
+        size: number of tokens.
         mask: id of [MASK].
         special: ids that are never masked: [PAD], [UNK], [CLS], [SEP], [MASK].
     """
@@ -39,13 +39,13 @@ class Vocabulary:
 
 @dataclass(frozen=True, eq=False)
 class MaskedWords:
-    """A batch of captions with hidden words.
+    """A batch of captions with masked words.
 
     Attributes:
-        ids: [B, L] int64, the captions with their words replaced.
-        hidden: [B, L] bool, the words that were chosen (a tenth of which "bert" leaves as it is).
-        positions: [M] int64, where they are among the B L; for `Bert.predict_words`.
-        labels: [M] int64, which words they were; -100 where fewer than M were chosen.
+        ids: [B, L] int64, the captions with masked words replaced.
+        hidden: [B, L] bool, the masked words ("bert" leaves a tenth of them unchanged).
+        positions: [M] int64, flat indices of the masked words; for `Bert.predict_words`.
+        labels: [M] int64, the original words; -100 where fewer than M words are masked.
     """
 
     ids: Tensor
@@ -68,26 +68,26 @@ def mask_words(
     most: int | None = None,
     stream: int = 0,
 ) -> MaskedWords:
-    """Hide each word with a probability of `mask_ratio`, whatever happens to the others.
+    """Mask each word independently with probability `mask_ratio`.
 
-    "bert" replaces 80 % of the hidden words by [MASK] and 10 % by a random word, and leaves the
-    rest; "mask" replaces all by [MASK], as MAC and SimVTP do. Padding and special tokens are never
-    hidden. No host synchronisation. Sources: BERT, arXiv 1810.04805, 3.1; whole words:
+    "bert" replaces 80 % of the masked words by [MASK] and 10 % by a random word, and leaves the
+    rest unchanged; "mask" replaces all by [MASK], as MAC and SimVTP do. Padding and special tokens
+    are never masked. No host synchronisation. Sources: BERT, arXiv 1810.04805, 3.1; whole words:
     google-research/bert, README of May 31st, 2019.
 
     Args:
         seed, step, samples: as in `vidl.masking.uniform`; samples [B] int64.
         ids: [B, L] int64.
-        attention_mask: [B, L], not zero where there is a word.
+        attention_mask: [B, L], nonzero where there is a word.
         mask_ratio: in [0, 1].
         replace: "bert" or "mask".
-        word_starts: [B, L] bool, the first piece of each whole word, all pieces of which are then
-            hidden together: `~continuations(words)[ids]`. None: each piece for itself.
-        vocabulary: default that of bert-base-uncased.
-        most: how many hidden words are to be predicted in the whole batch, M; default
-            `most_hidden(B * L, mask_ratio)`. If there are more, the last ones are hidden all the
-            same.
-        stream: tells two masks of the same samples apart.
+        word_starts: [B, L] bool, true at the first piece of each word: all pieces of a word are
+            masked together. Use `~continuations(words)[ids]`. None: pieces are independent.
+        vocabulary: default: bert-base-uncased.
+        most: number of positions and labels returned for the whole batch, M; default
+            `most_hidden(B * L, mask_ratio)`. If more words are masked, the last ones are masked but
+            not predicted.
+        stream: different streams give independent masks of the same samples.
 
     Raises:
         TypeError: `ids` is not int64.
@@ -105,7 +105,7 @@ def mask_words(
         word = word & (ids != special)
     chosen = draw(HIDDEN)
     if word_starts is not None:
-        # A piece shares the number of the nearest start at or before it.
+        # Each piece uses the random number of the first piece of its word.
         place = torch.arange(L, device=ids.device)
         chosen = chosen.gather(1, torch.where(word_starts, place, 0).cummax(1).values)
     hidden = word & (chosen < mask_ratio)
@@ -118,29 +118,29 @@ def mask_words(
         replaced = torch.where(fate >= 0.9, ids, replaced)
 
     most = most_hidden(ids.numel(), mask_ratio) if most is None else most
-    # Hidden words first, in their order.
+    # Masked words first, in order.
     positions = torch.argsort((~hidden).flatten().byte(), stable=True)[:most]
     labels = torch.where(hidden, ids, IGNORED).flatten().index_select(0, positions)
     return MaskedWords(replaced, hidden, positions, labels)
 
 
 def most_hidden(words: int, mask_ratio: float) -> int:
-    """How many of `words` words are hidden at most: 8 standard deviations beyond the mean.
+    """Upper bound of the number of masked words: 8 standard deviations above the mean.
 
         n p + 8 sqrt(n p (1 - p))
 
-    Known before anything is drawn, so that shapes are static. Ratios from 0.15 exceed it less than
-    once in 10^10 batches; of words of three pieces each, hidden whole, once in 20,000.
+    It does not depend on the draw, so shapes are static. Ratios from 0.15 exceed it less than once
+    in 10^10 batches; with whole words of three pieces each, once in 20,000.
     """
     spread = math.sqrt(words * mask_ratio * (1 - mask_ratio))
     return min(words, math.ceil(words * mask_ratio + 8 * spread))
 
 
 def continuations(words: Sequence[str]) -> Tensor:
-    """Which words of a WordPiece vocabulary continue another: those that begin with "##".
+    """Which tokens of a WordPiece vocabulary continue a word: those that begin with "##".
 
     Args:
-        words: in the order of their ids.
+        words: the vocabulary in the order of its ids.
 
     Returns:
         [V] bool.

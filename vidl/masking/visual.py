@@ -1,4 +1,4 @@
-"""Masks of clips: which patches the encoder sees, and which are to be predicted."""
+"""Masks of clips: which patches the encoder sees, and which the decoder predicts."""
 
 import math
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ VisualKind = Literal["frame", "tube", "clip", "block"]
 
 @dataclass(frozen=True, eq=False)
 class VisualMask:
-    """Which patches of each clip are visible, and which are masked.
+    """The visible and the masked patches of each clip.
 
-    Patches are numbered in (time, row, column) order; both lists ascend and together name every
-    patch once.
+    Patches are numbered in (time, row, column) order. Both lists ascend, and each patch is in one
+    of them.
 
     Attributes:
-        ids_keep: the visible patches, [B, K] int64. If every frame has equally many, k, those of
+        ids_keep: the visible patches, [B, K] int64. If every frame has k visible patches, those of
             frame t are the columns t k to (t + 1) k - 1.
         ids_mask: the masked patches, [B, M] int64.
         grid: frames, rows and columns of patches.
@@ -34,23 +34,24 @@ class VisualMask:
     grid: Grid
 
     def masked(self) -> Tensor:
-        """Whether each patch is masked, [B, N] bool."""
+        """True at masked patches, [B, N] bool."""
         shape = self.ids_mask.shape[0], math.prod(self.grid)
         zeros = torch.zeros(shape, dtype=torch.bool, device=self.ids_mask.device)
         return zeros.scatter(1, self.ids_mask, True)
 
     def per_frame(self) -> "VisualMask":
-        """The same as masks of B * T clips of one frame; frame t of clip b is row b T + t.
+        """The masks of B * T single frames; frame t of clip b is row b T + t.
 
         Raises:
-            ValueError: the frames cannot have equally many visible patches.
-            RuntimeError: they have not ("frame" and "tube" do; on CUDA as a device-side assertion).
+            ValueError: the number of visible patches is not a multiple of T.
+            RuntimeError: frames differ in their number of visible patches (kinds other than "frame"
+                and "tube"); on CUDA a device-side assertion.
         """
         T, H, W = self.grid
         if self.ids_keep.shape[1] % T:
             raise ValueError(
-                f"need as many visible patches in each of {T} frames, got {self.ids_keep.shape[1]} "
-                "in all: a mask of kind 'frame' or 'tube'"
+                f"need the same number of visible patches in each of {T} frames, got "
+                f"{self.ids_keep.shape[1]} in total: use kind 'frame' or 'tube'"
             )
         first = torch.arange(T, device=self.ids_keep.device)[:, None] * H * W
         keep, mask = (
@@ -58,7 +59,7 @@ class VisualMask:
             for ids in (self.ids_keep, self.ids_mask)
         )
         inside = ((keep >= 0) & (keep < H * W)).all() & ((mask >= 0) & (mask < H * W)).all()
-        torch._assert_async(inside, "need as many visible patches in each frame")
+        torch._assert_async(inside, "need the same number of visible patches in each frame")
         return VisualMask(keep.flatten(0, 1), mask.flatten(0, 1), (1, H, W))
 
 
@@ -73,36 +74,36 @@ def visual_mask(
     rounding: Rounding = "floor",
     stream: int = 0,
 ) -> VisualMask:
-    """Draw a mask of each clip, with the same number of visible patches in every one.
+    """Draw a random mask for each clip; all clips have the same number of visible patches.
 
     ======= =================================================== =============================
-    kind    masked are                                          source
+    kind    masked patches                                      source
     ======= =================================================== =============================
-    "frame" as many patches of every frame, each frame its own  MAC, SMAUG (figures)
-    "tube"  the same patches of every frame                     VideoMAE, arXiv 2203.12602
-    "clip"  patches of the whole clip, wherever                 MAE-ST, arXiv 2205.09113
-    "block" cuboids of the clip, until there are enough         VIOLET, arXiv 2111.12681; BEiT
+    "frame" equally many in every frame, drawn per frame        MAC, SMAUG (figures)
+    "tube"  the same patches in every frame                     VideoMAE, arXiv 2203.12602
+    "clip"  anywhere in the clip                                MAE-ST, arXiv 2205.09113
+    "block" random cuboids                                      VIOLET, arXiv 2111.12681; BEiT
     ======= =================================================== =============================
 
-    A cuboid has 1 to T - 1 frames, and 1 to 2/3 of the rows and of the columns less one, all
-    uniform, as VIOLET has it. VIOLET stops after a fixed number of cuboids; here the last one is
-    cut, at random, so that the count is exact, and what many cuboids still leave is random.
+    A cuboid has 1 to T - 1 frames, and 1 to 2/3 of the rows and columns minus one, all uniform, as
+    in VIOLET. VIOLET draws a fixed number of cuboids. Here the last cuboid is cut at random so that
+    the number of masked patches is exact; if the cuboids do not suffice, the rest is random.
 
     Args:
         seed, step, samples, stream: as in `vidl.masking.uniform`; samples [B] int64.
         grid: frames, rows and columns of patches.
         mask_ratio: the share of masked patches, in [0, 1).
-        kind: one of those above.
-        rounding: of the visible share 1 - mask_ratio of a frame ("frame", "tube") or of the clip
-            ("clip", "block"), as `vidl.ops.kept_count` has it; "floor" is MAE's.
-        stream: tells two masks of the same samples apart.
+        kind: see the table.
+        rounding: how the number of visible patches of a frame ("frame", "tube") or of the clip
+            ("clip", "block") is rounded, see `vidl.ops.kept_count`; MAE uses "floor".
+        stream: different streams give independent masks of the same samples.
 
     Returns:
-        `VisualMask`, on the device of `samples`; shapes depend on the numbers alone.
+        `VisualMask` on the device of `samples`; its shapes do not depend on the draw.
 
     Raises:
-        TypeError, ValueError: as `vidl.masking.uniform` does; there is no such kind or rounding; a
-            number is out of its range.
+        TypeError, ValueError: see `vidl.masking.uniform`; unknown kind or rounding; a number is out
+            of range.
     """
     if kind not in get_args(VisualKind):
         raise ValueError(f"need kind among {', '.join(get_args(VisualKind))}, got {kind!r}")
@@ -111,46 +112,37 @@ def visual_mask(
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"need mask_ratio in [0, 1), got {mask_ratio}")
     (T, H, W), N = grid, math.prod(grid)
-    each = H * W if kind in ("frame", "tube") else N
-    numbers = each if kind == "tube" else N
-    masked = each - kept_count(each, 1 - mask_ratio, rounding)
+    # Patches among which one share is masked: those of a frame or of the whole clip.
+    patches = H * W if kind in ("frame", "tube") else N
+    numbers = patches if kind == "tube" else N
+    masked = patches - kept_count(patches, 1 - mask_ratio, rounding)
     ranks = uniform(seed, step, samples, numbers, stream=stream)
     if kind == "block":
         ranks = ranks + _first_cuboid(seed, step, samples, grid, mask_ratio, stream)
-    keep, mask = _split(ranks.view(samples.shape[0], numbers // each, each), masked)
-    if each < N:
-        first = torch.arange(T, device=samples.device)[:, None] * each
+    keep, mask = _split(ranks.view(samples.shape[0], numbers // patches, patches), masked)
+    if patches < N:
+        first = torch.arange(T, device=samples.device)[:, None] * patches
         keep, mask = keep + first, mask + first
     return VisualMask(keep.flatten(1), mask.flatten(1), grid)
 
 
-def drop_masked(tokens: Tensor, mask: VisualMask) -> Tensor:
-    """The visible tokens: [B, N, C] -> [B, K, C].
-
-    `vidl.nn.MaskedPatchEmbed` never embeds the others, given `mask.ids_keep`; this is for tokens
-    that are embedded already. Source: MAE, arXiv 2111.06377, 3.
-    """
-    _check_tokens(tokens, mask)
-    return tokens.gather(1, mask.ids_keep[..., None].expand(-1, -1, tokens.shape[2]))
-
-
 def replace_masked(tokens: Tensor, mask: VisualMask, mask_token: Tensor) -> Tensor:
-    """Put `mask_token`, [C], in the place of masked tokens: [B, N, C] -> [B, N, C].
+    """Replace masked tokens by `mask_token`, [C]: [B, N, C] -> [B, N, C].
 
-    Before the position is added. Source: BEiT, arXiv 2106.08254, 2.3.
+    Call it before the position embedding is added. Source: BEiT, arXiv 2106.08254, 2.3.
     """
     _check_tokens(tokens, mask)
     return torch.where(mask.masked()[..., None], mask_token.to(tokens.dtype), tokens)
 
 
 def zero_masked(video: Tensor, mask: VisualMask) -> Tensor:
-    """Set the pixels of masked patches to zero: [B, C, T, H, W] -> the same.
+    """Set the pixels of masked patches to zero: [B, C, T, H, W] -> [B, C, T, H, W].
 
-    Zero is the mean pixel of a normalised clip, and black in a uint8 one. Source: VIOLET, arXiv
+    Zero is the mean pixel of a normalised clip, and black in a uint8 clip. Source: VIOLET, arXiv
     2111.12681.
 
     Raises:
-        ValueError: the clip cannot be cut into the mask's grid.
+        ValueError: the clip does not divide into the mask's grid.
     """
     T, H, W = mask.grid
     if video.ndim != 5 or any(n % m for n, m in zip(video.shape[2:], mask.grid, strict=True)):
@@ -166,7 +158,7 @@ def zero_masked(video: Tensor, mask: VisualMask) -> Tensor:
 
 
 def _split(ranks: Tensor, masked: int) -> tuple[Tensor, Tensor]:
-    """The kept and the masked places, ascending: masked are those of lowest rank."""
+    """The kept and the masked indices, ascending; the lowest ranks are masked."""
     order = ranks.argsort(dim=-1, stable=True)
     return order[..., masked:].sort(-1).values, order[..., :masked].sort(-1).values
 
@@ -174,13 +166,13 @@ def _split(ranks: Tensor, masked: int) -> tuple[Tensor, Tensor]:
 def _first_cuboid(
     seed: int, step: int | Tensor, samples: Tensor, grid: Grid, mask_ratio: float, stream: int
 ) -> Tensor:
-    """The first of the random cuboids that covers each patch, or their number if none, [B, N]."""
+    """The index of the first cuboid that covers each patch, [B, N]; `count` if none does."""
     longest = (max(1, grid[0] - 1), *(max(1, 2 * n // 3 - 1) for n in grid[1:]))
-    # Random cuboids of mean size v leave (1 - v / N)^count: this is twice what the ratio asks for.
+    # Cuboids of mean size v leave a share (1 - v / N)^count; twice as many as mask_ratio needs.
     share = math.prod([(n + 1) / 2 for n in longest]) / math.prod(grid)
     count = max(1, math.ceil(2 * math.log(1 - mask_ratio) / math.log1p(-min(share, 0.999))))
     B = samples.shape[0]
-    # A stream that no caller has any use for.
+    # a stream that callers do not use
     drawn = uniform(seed, step, samples, 6 * count, stream=stream | 1 << 62).view(B, count, 6)
     covered = torch.ones(B, count, 1, dtype=torch.bool, device=samples.device)
     for axis, (n, most) in enumerate(zip(grid, longest, strict=True)):

@@ -1,7 +1,7 @@
-"""Reference models: each reads like the figure of its paper, and calls the ops."""
+"""Reference models: SMAUG and MAC, written with the ops of vidl."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_type_hints
 
 from vidl.models.answering import Answering, frequent_answers
 from vidl.models.mac import Mac, MacRecipe
@@ -9,6 +9,7 @@ from vidl.models.recipe import Recipe
 from vidl.models.smaug import Smaug, SmaugRecipe
 from vidl.models.summary import Cost, Summary, summarize
 from vidl.models.two_towers import TwoTowers
+from vidl.overrides import convert
 
 from . import mac, smaug
 
@@ -38,26 +39,24 @@ def recipe(name: str, preset: str = "base", **overrides: Any) -> Recipe:
     Args:
         name: "smaug" or "mac".
         preset: "tiny", which trains on a CPU, "small" or "base".
-        overrides: fields of the recipe with another value.
+        overrides: fields of the recipe that differ from the preset.
 
     Raises:
-        ValueError: there is no such model, preset or field, or the fields do not fit together.
+        ValueError: unknown model, preset or field, or the fields do not fit together.
     """
     if name not in MODELS:
         raise ValueError(f"need a model among {', '.join(MODELS)}, got {name!r}")
     presets = MODELS[name][1]
     if preset not in presets:
         raise ValueError(f"need a preset among {', '.join(presets)}, got {preset!r}")
-    fields = [field.name for field in dataclasses.fields(presets[preset])]
-    if unknown := sorted(set(overrides) - set(fields)):
-        raise ValueError(f"{name} has no {', '.join(unknown)}; it has {', '.join(fields)}")
-    return dataclasses.replace(presets[preset], **overrides)
+    hints = get_type_hints(type(presets[preset]))
+    return dataclasses.replace(presets[preset], **convert(overrides, hints, of=name))
 
 
 def create(name: str, preset: str = "base", **overrides: Any) -> Any:
-    """A model with fresh weights.
+    """A model with random weights, e.g. `create("smaug", preset="tiny", mask_ratio=0.5)`.
 
-    `create("smaug", preset="tiny", mask_ratio=0.5)`; arguments and errors are those of `recipe`.
+    Arguments and errors are those of `recipe`.
     """
-    made = recipe(name, preset, **overrides)  # its errors first
-    return MODELS[name][0](made)
+    chosen = recipe(name, preset, **overrides)  # raises its errors
+    return MODELS[name][0](chosen)

@@ -1,4 +1,4 @@
-"""Open questions about clips: one of the answers that training knew, by the fusion encoder."""
+"""Open-ended question answering: a classifier of known answers on the fusion encoder."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,19 +16,20 @@ UNKNOWN = -1
 
 
 class Answering(nn.Module):
-    """A pre-trained model whose fusion encoder reads a question, and a classifier of answers.
+    """A pre-trained model with a classifier of answers on its fusion encoder.
 
         logits = Linear(GELU(Linear(CLS of the question fused with the clip)))
 
-    Questions take the place of captions, answers are classes. The hidden layer is twice as wide as
-    CLS, as ALPRO and VIOLET have it. Sources: ALPRO, arXiv 2112.09583, 4; VIOLET, arXiv 2111.12681.
+    Questions replace captions, and answers are classes. The hidden layer is twice as wide as CLS,
+    as in ALPRO and VIOLET. Sources: ALPRO, arXiv 2112.09583, 4; VIOLET, arXiv 2111.12681.
 
     Args:
-        model: pre-trained; what answering does not use (projections, heads, decoder) is frozen.
-        answers: all that can be given; see `frequent_answers`.
+        model: pre-trained; the parts that answering does not use (projections, heads, decoder) are
+            frozen.
+        answers: the classes; see `frequent_answers`.
 
     Raises:
-        ValueError: the model has no fusion layers, or answers are missing or equal.
+        ValueError: the model has no fusion layers, or the answers are empty or not distinct.
     """
 
     def __init__(self, model: Smaug, answers: Sequence[str]) -> None:
@@ -68,9 +69,9 @@ class Answering(nn.Module):
         """The loss of a batch of questions.
 
         Args:
-            video, ids, attention_mask, samples, step, words: as the model has them.
-            answers: [B] int64, of `numbers`; those that are unknown teach nothing. None: the first
-                one, for a trial.
+            video, ids, attention_mask, samples, step, words: see `TwoTowers.forward`.
+            answers: [B] int64, from `numbers`; unknown answers are ignored. None: the first answer
+                for every question, for a trial run.
             clip_ids: not used.
 
         Returns:
@@ -81,24 +82,24 @@ class Answering(nn.Module):
         clips = self.encode_clips(video, self.recipe.visual_mask(samples, step))
         text = self.encode_text(ids, attention_mask, words=words)
         logits = self.answer(clips, text, attention_mask, words=words)
-        # Of a batch without any known answer this is 0, and so are its gradients.
+        # If no answer of the batch is known, the loss and its gradients are 0.
         total = F.cross_entropy(logits.float(), answers, ignore_index=UNKNOWN, reduction="sum")
         loss = total / (answers != UNKNOWN).sum().clamp(min=1)
         return {"loss": loss, "qa": loss}
 
     @property
     def vision(self) -> Any:
-        """The model's encoder of clips."""
+        """The clip encoder of the model."""
         return self.model.vision
 
     def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
-        """As the model does."""
+        """See `TwoTowers.encode_clips`."""
         return self.model.encode_clips(video, mask)
 
     def encode_text(
         self, ids: Tensor, attention_mask: Tensor | None = None, *, words: int | None = None
     ) -> Tensor:
-        """As the model does, of questions."""
+        """See `TwoTowers.encode_text`; the text is a question."""
         return self.model.encode_text(ids, attention_mask, words=words)
 
     def answer(
@@ -109,7 +110,7 @@ class Answering(nn.Module):
         partner: Tensor | None = None,
         words: int | None = None,
     ) -> Tensor:
-        """The logits of all answers to each question, [P, answers].
+        """The logits of all answers to each question, [S, answers].
 
         Arguments are those of `Smaug.fuse`.
         """
@@ -117,25 +118,26 @@ class Answering(nn.Module):
         return self.head(fused[:, 0])
 
     def numbers(self, answers: Iterable[str | None]) -> Tensor:
-        """Which of the answers these are, [B] int64; -1: none."""
-        return torch.tensor([self._numbers.get(each or "", UNKNOWN) for each in answers])
+        """The classes of these answers, [B] int64; -1: unknown."""
+        return torch.tensor([self._numbers.get(answer or "", UNKNOWN) for answer in answers])
 
     @contextmanager
     def unpruned(self) -> Iterator[None]:
-        """As the model does."""
+        """See `TwoTowers.unpruned`."""
         with self.model.unpruned():
             yield
 
 
 def frequent_answers(answers: Iterable[str | None], most: int) -> list[str]:
-    """The most frequent answers of a training set, those of equal frequency by their letters.
+    """The most frequent answers of a training set; ties are in alphabetical order.
 
     Args:
-        answers: of all questions.
-        most: how many; the field takes 1000 to 2000 of MSRVTT-QA and ActivityNet-QA.
+        answers: the answers to all questions.
+        most: number of answers; published systems use 1000 to 2000 for MSRVTT-QA and
+            ActivityNet-QA.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no answers, or most < 1.
     """
     counts = Counter(answer for answer in answers if answer)
     if most < 1 or not counts:

@@ -1,4 +1,4 @@
-"""The encoders of a model as files that timm and transformers load, without vidl."""
+"""Export the encoders of a model to files that timm and transformers load without vidl."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from vidl.nn import Bert
 from vidl.nn.bert import EPS
 from vidl.nn.divided import TIME
 
-# From our names, which are those of BERT, to those of DistilBERT, which has no segments.
+# From our parameter names (those of BERT) to those of DistilBERT, which has no segments.
 _DISTILBERT = {
     r"^encoder\.layer\.": "transformer.layer.",
     r"\.attention\.self\.query\.": ".attention.q_lin.",
@@ -27,19 +27,19 @@ _DISTILBERT = {
 
 
 def vision_weights(model: TwoTowers) -> dict[str, Tensor]:
-    """The encoder of frames under the names of timm's `VisionTransformer(num_classes=0)`.
+    """The frame encoder under the parameter names of timm's `VisionTransformer(num_classes=0)`.
 
-    It is the whole of `vidl.nn.ViT`: unmasked and unpruned, timm computes the same. Of
-    `vidl.nn.SpaceTimeTransformer` it is the part in space.
+    For `vidl.nn.ViT` these are all weights: without mask and pruning, timm computes the same. For
+    `vidl.nn.SpaceTimeTransformer` these are the spatial layers.
     """
     state = model.vision.state_dict()
     return {name: x for name, x in state.items() if not any(part in name for part in TIME)}
 
 
 def text_weights(model: TwoTowers) -> dict[str, Tensor]:
-    """The text layers under the names of transformers' `BertModel` without a pooler.
+    """The text layers under the parameter names of transformers' `BertModel` without a pooler.
 
-    Or of `DistilBertModel`, if there are no segments. Fusion layers and heads are no part of them.
+    Without segments, under those of `DistilBertModel`. Fusion layers and heads are left out.
     """
     text = model.text
     fusion = tuple(
@@ -53,7 +53,7 @@ def text_weights(model: TwoTowers) -> dict[str, Tensor]:
 
 
 def text_config(model: TwoTowers) -> dict[str, Any]:
-    """The config.json of `text_weights`, as transformers reads it."""
+    """The config.json for `text_weights`, as transformers reads it."""
     text = model.text
     recipe, embeddings = model.recipe, text.embeddings
     first: Any = text.encoder.layer[0]  # type: ignore[index]
@@ -79,17 +79,17 @@ def text_config(model: TwoTowers) -> dict[str, Any]:
 
 
 def vision_options(model: TwoTowers) -> dict[str, Any]:
-    """The arguments of timm's `VisionTransformer` for `vision_weights`, and how pixels are scaled.
+    """The arguments of timm's `VisionTransformer` for `vision_weights`, and "mean" and "std".
 
-    The latter, "mean" and "std", are of pixels in 0 to 1, and no arguments.
+    "mean" and "std" normalise pixels in 0 to 1; they are not arguments of `VisionTransformer`.
 
     Raises:
-        ValueError: the patches are tubelets, which timm's have no name for.
+        ValueError: tubelet_size > 1, which timm's `VisionTransformer` does not support.
     """
     r = model.recipe
     if r.tubelet_size > 1:
         raise ValueError(
-            "need tubelet_size 1 for timm's VisionTransformer, whose patches are of one frame, got "
+            "need tubelet_size 1: patches of timm's VisionTransformer have one frame, got "
             f"{r.tubelet_size}"
         )
     sizes = dict(img_size=r.image_size, patch_size=r.patch_size, embed_dim=r.width, depth=r.depth)
@@ -99,19 +99,19 @@ def vision_options(model: TwoTowers) -> dict[str, Any]:
 def export(model: TwoTowers, folder: str | Path) -> list[Path]:
     """Write both encoders.
 
-    `vision/model.safetensors` with `vision/timm.json`, which has the arguments of
-    `timm.models.VisionTransformer`; and `text/model.safetensors` with `text/config.json`, the
-    folder of `transformers.AutoModel.from_pretrained`.
+    `vision/` has model.safetensors and timm.json, the arguments of `timm.models.VisionTransformer`.
+    `text/` has model.safetensors and config.json; `transformers.AutoModel.from_pretrained` loads
+    it.
 
     Args:
-        model: on any device; of a question answerer its `model`.
-        folder: is made.
+        model: on any device; for `Answering` pass its `model`.
+        folder: output folder; created if missing.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: as `vision_options`; nothing is written.
+        ValueError: see `vision_options`; nothing is written.
     """
     from safetensors.torch import save_file
 

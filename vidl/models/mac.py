@@ -1,4 +1,4 @@
-"""MAC: a masked clip and its masked caption are brought together, and nothing else."""
+"""MAC: contrastive learning of masked clips and masked captions."""
 
 import dataclasses
 import math
@@ -18,16 +18,16 @@ class MacRecipe(Recipe):
     """Sizes and masks of `Mac`.
 
     Stated by the paper, or by Frozen in Time, on which it builds: 4 frames, ViT-B/16, masks that
-    differ from frame to frame, DistilBERT whose words are replaced by [MASK], ReLU and projection
-    to 256, a temperature of 0.05. Our choice: `mask_ratio`, at which a step takes the 60 % fewer
-    FLOPs that the paper reports; `word_ratio`, BERT's; and `time`, since with such masks "the same
-    place in another frame" may mean two things.
+    differ between frames, DistilBERT, words replaced by [MASK], ReLU and projection to 256, a
+    temperature of 0.05. Our choice: `mask_ratio`, which gives the 60 % fewer FLOPs that the paper
+    reports; `word_ratio`, from BERT; and `time`, because with such masks "the same position in
+    another frame" is ambiguous.
 
     Attributes:
         time: which tokens attend to one another through time; see `vidl.nn.SpaceTimeTransformer`.
-        temperature: of the contrastive loss; fixed.
+        temperature: temperature of the contrastive loss; fixed.
 
-    The others, and what is raised, are those of `vidl.models.Recipe`.
+    The other fields and the errors are those of `vidl.models.Recipe`.
     """
 
     mask_ratio: float = 0.6
@@ -40,15 +40,15 @@ class MacRecipe(Recipe):
         if self.time == "slot" and self.mask not in ("frame", "tube"):
             raise ValueError(
                 f"need mask 'frame' or 'tube' with time 'slot', got {self.mask!r}: frames must "
-                "keep equally many patches; time 'position' and 'joint' take any mask"
+                "keep equally many patches; time 'position' and 'joint' accept any mask"
             )
 
     def tokens(self) -> dict[str, int]:
-        """Of one clip, at each stage."""
+        """Tokens of one clip at each stage."""
         return {"patches": math.prod(self.grid), "encoder": 1 + self.visible}
 
-    def ways(self) -> dict[str, "MacRecipe"]:
-        """The recipe without its mask, and as it is."""
+    def variants(self) -> dict[str, "MacRecipe"]:
+        """The recipe dense (no mask) and masked."""
         return {"dense": dataclasses.replace(self, mask_ratio=0.0), "masked": self}
 
 
@@ -63,9 +63,9 @@ PRESETS = {
 
 
 class Mac(TwoTowers):
-    """Masked contrastive pre-training of a clip and its caption.
+    """Masked contrastive pre-training on clips and captions.
 
-    Two encoders, no decoder, no fusion: Frozen in Time's divided space-time transformer on the
+    Two encoders without decoder or fusion: Frozen in Time's divided space-time transformer on the
     visible patches, BERT on the masked caption, and a contrastive loss between their CLS tokens.
     Source: MAC, arXiv 2212.00986, figure 2.
     """
@@ -96,22 +96,9 @@ class Mac(TwoTowers):
         clip_ids: Tensor | None = None,
         words: int | None = None,
     ) -> dict[str, Tensor]:
-        """The loss of a batch.
+        """The loss of a batch: "loss" and "vtc" are the same scalar.
 
-        Args:
-            video: [B, 3, T, H, W], uint8 or normalised; any strides.
-            ids: captions, [B, L] int64.
-            attention_mask: [B, L], not zero where there is a word.
-            samples: index of each sample in the data set, [B] int64.
-            step: of the training; the masks depend on it and on `samples`.
-            clip_ids: [B] int64, the clip of each sample; None: all differ.
-            words: an upper bound of the words in `ids`; see `vidl.nn.Bert`.
-
-        Returns:
-            "loss" and "vtc", the same float32 scalar.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: as its parts do.
+        Arguments and errors are those of `TwoTowers.forward`.
         """
         r = self.recipe
         v = self.embed_clips(video, r.visual_mask(samples, step))

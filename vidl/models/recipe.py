@@ -1,4 +1,4 @@
-"""What the recipes of all models have: a clip, two encoders and their masks."""
+"""The fields that the recipes of all models share: clip, two encoders and masks."""
 
 import dataclasses
 import math
@@ -16,24 +16,24 @@ class Recipe:
     """Sizes and masks.
 
     Attributes:
-        frames, image_size, patch_size: of a clip.
-        tubelet_size: frames in a patch, which sees how they differ; the model takes what such a
-            patch spans for one frame. 1: patches of single frames, those of the papers.
+        frames, image_size, patch_size: number and size of the frames, and of their patches.
+        tubelet_size: frames in a patch. 1 (the papers' choice): a patch is part of one frame; above
+            1 the model sees motion within a patch and treats the tubelet as one frame.
         width, depth, heads: of the vision encoder.
         mask: kind of the visual mask; see `vidl.masking.visual_mask`.
-        mask_ratio: share of masked patches, in [0, 1); 0: all are seen.
+        mask_ratio: share of masked patches, in [0, 1); 0: no mask.
         text_width, text_layers, text_heads, dropout: of the text encoder.
-        vocabulary: of the captions' tokenizer.
-        word_ratio: share of hidden words, in [0, 1].
-        embed_dim: of the space in which clips and captions are compared.
-        temperature: of that comparison.
+        vocabulary: vocabulary of the captions' tokenizer.
+        word_ratio: share of masked words, in [0, 1].
+        embed_dim: width of the features that compare clips and captions.
+        temperature: temperature of the contrastive loss.
         mean, std: normalisation of pixels in 0 to 1.
-        seed: of everything drawn.
-        gather: whether to contrast with the features of all ranks.
-        backend: of all ops.
+        seed: seed of masks and negatives.
+        gather: contrast with the features of all ranks.
+        backend: backend of all ops; see `vidl info`.
 
     Raises:
-        ValueError: numbers do not fit together.
+        ValueError: values are out of range or inconsistent.
     """
 
     frames: int = 4
@@ -86,19 +86,19 @@ class Recipe:
 
     @property
     def embedding(self) -> dict[str, Any]:
-        """What both encoders of clips need to know to embed patches."""
+        """The options of the patch embedding of both clip encoders."""
         tubelet = None if self.tubelet_size == 1 else self.tubelet_size
         return {"tubelet_size": tubelet, "mean": self.mean, "std": self.std}
 
     @property
     def visible(self) -> int:
-        """Patches that the mask leaves of a clip; `visual_mask` leaves as many."""
+        """Number of visible patches of a clip, as `visual_mask` draws them."""
         T, H, W = self.grid
         whole = T if self.mask in ("frame", "tube") else 1
         return whole * kept_count(math.prod(self.grid) // whole, 1 - self.mask_ratio, "floor")
 
     def visual_mask(self, samples: Tensor, step: int | Tensor) -> VisualMask | None:
-        """Which patches of each sample are visible at a step; None: all."""
+        """The visible patches of each sample at a step; None: all are visible."""
         if self.mask_ratio == 0:
             return None
         return visual_mask(self.seed, step, samples, self.grid, self.mask_ratio, kind=self.mask)

@@ -1,4 +1,4 @@
-"""SMAUG: what is masked is never embedded, what is unimportant goes before it is fused."""
+"""SMAUG: embed visible patches only, prune unimportant tokens, then fuse clip and caption."""
 
 import dataclasses
 import math
@@ -29,27 +29,27 @@ from vidl.objectives import (
 class SmaugRecipe(Recipe):
     """Sizes, masks and losses of `Smaug`.
 
-    What could be read of the paper names the parts and their order: visible patches only, pruning
-    inside the encoder frame by frame, frames selected by the text, MVM on pixels. It gives none of
-    the numbers, so every default is our choice: the encoders are ViT-B/16 and BERT-base, split as
-    Singularity splits it; pruning is EViT's; the share of hidden words is Singularity's; the
-    decoder is a shorter one of MAE's.
+    The parts of the paper that we could access name the components and their order: visible patches
+    only, pruning inside the encoder frame by frame, frames selected by the text, MVM on pixels.
+    They do not report hyperparameters, so every default is our choice: the encoders are ViT-B/16
+    and BERT-base, split as in Singularity; pruning follows EViT; word_ratio is Singularity's; the
+    decoder is a shallower version of MAE's.
 
     Attributes:
-        mask: "frame" or "tube", which leave each frame equally many patches.
-        mask_ratio: 0 means no MVM either.
-        prune_layers: of the vision encoder, counted from 0.
-        keep_rate: of each of these, in (0, 1]; 1: nothing is pruned.
-        fuse: what becomes of pruned tokens; "sum" is EViT's fused token.
-        frame_time: whether the time of a frame is added "before" the encoder, which VTC, a mean
-            over frames, needs to tell their order, or "after" it, for the fusion alone.
-        frames_kept: how many frames the caption selects.
-        fusion_layers: of BERT, after its `text_layers`.
-        decoder_width, decoder_depth, decoder_heads: of the decoder of pixels.
-        vtc, vtm, mlm, mvm: weights of the losses; one whose weight is 0 is not computed.
-        temperature: of VTC at first; it is learned.
+        mask: "frame" or "tube": every frame keeps the same number of patches.
+        mask_ratio: share of masked patches, in [0, 1); 0 also disables MVM.
+        prune_layers: layers of the vision encoder that prune tokens, counted from 0.
+        keep_rate: share of the tokens that each of them keeps, in (0, 1]; 1: no pruning.
+        fuse: how pruned tokens are fused into one; "sum" is EViT's fused token; None: dropped.
+        frame_time: where the time embedding of a frame is added: "before" the encoder, so that VTC,
+            which averages over frames, sees their order; or "after" it, for the fusion only.
+        frames_kept: number of frames that the caption selects.
+        fusion_layers: layers of BERT after its `text_layers` that attend to the clip.
+        decoder_width, decoder_depth, decoder_heads: of the MVM decoder.
+        vtc, vtm, mlm, mvm: weights of the losses; a loss with weight 0 is not computed.
+        temperature: initial temperature of VTC; it is learned.
 
-    The others, and what is raised, are those of `vidl.models.Recipe`.
+    The other fields and the errors are those of `vidl.models.Recipe`.
     """
 
     mask_ratio: float = 0.65
@@ -73,7 +73,7 @@ class SmaugRecipe(Recipe):
         super().__post_init__()
         if self.mask not in ("frame", "tube"):
             raise ValueError(
-                f"need mask 'frame' or 'tube', so that frames keep equally many, got {self.mask!r}"
+                f"need mask 'frame' or 'tube' (frames keep equally many patches), got {self.mask!r}"
             )
         if wrong := [layer for layer in self.prune_layers if not 0 <= layer < self.depth]:
             raise ValueError(f"need prune_layers in [0, {self.depth}), the depth, got {wrong}")
@@ -88,17 +88,17 @@ class SmaugRecipe(Recipe):
             raise ValueError("need fusion_layers >= 1 for vtm and mlm, or vtm=0 and mlm=0")
 
     def tokens(self) -> dict[str, int]:
-        """Of one clip, at each stage."""
+        """Tokens of one clip at each stage."""
         T, n = self.grid[0], self.visible // self.grid[0]
-        found = {"patches": math.prod(self.grid), "encoder": T * (1 + n)}
+        tokens = {"patches": math.prod(self.grid), "encoder": T * (1 + n)}
         for layer in self.prune_layers:
             kept = kept_count(n, self.keep_rate)
             n = kept + (self.fuse is not None) if kept < n else n
-            found[f"after layer {layer}"] = T * (1 + n)
-        return found | {"fusion": self.frames_kept * (1 + n)}
+            tokens[f"after layer {layer}"] = T * (1 + n)
+        return tokens | {"fusion": self.frames_kept * (1 + n)}
 
-    def ways(self) -> dict[str, "SmaugRecipe"]:
-        """The recipe without masks and pruning, with masks alone, and with both."""
+    def variants(self) -> dict[str, "SmaugRecipe"]:
+        """The recipe dense (no mask, no pruning), masked only, and masked and pruned."""
         whole: dict[str, Any] = dict(keep_rate=1.0, frames_kept=self.grid[0])
         return {
             "dense": dataclasses.replace(self, mask_ratio=0.0, **whole),
@@ -122,13 +122,13 @@ PRESETS = {
 
 
 class Smaug(TwoTowers):
-    """Sparse masked pre-training of a clip and its caption.
+    """Sparse masked pre-training on clips and captions.
 
-    Patches are masked at random and only visible ones are embedded; a ViT sees each frame by itself
-    and prunes on the way; the caption selects frames, whose tokens BERT's last layers attend to.
-    It learns by contrast (VTC), matching (VTM), hidden words (MLM) and masked pixels (MVM). A
-    learned embedding of the frame's time is added (our choice: nothing could tell their order
-    otherwise). Source: SMAUG, arXiv 2211.11446, figure 2.
+    Patches are masked at random and only visible patches are embedded. A ViT encodes each frame
+    separately and prunes tokens between its layers. The caption selects frames, and the last layers
+    of BERT attend to their tokens. Losses: contrastive (VTC), matching (VTM), masked words (MLM)
+    and masked pixels (MVM). A learned time embedding is added to each frame (our choice: without it
+    the model cannot see the order of frames). Source: SMAUG, arXiv 2211.11446, figure 2.
     """
 
     def __init__(self, recipe: SmaugRecipe) -> None:
@@ -172,22 +172,9 @@ class Smaug(TwoTowers):
         clip_ids: Tensor | None = None,
         words: int | None = None,
     ) -> dict[str, Tensor]:
-        """The losses of a batch.
+        """The losses of a batch: "loss", their weighted sum, "vtc", "vtm", "mlm" and "mvm".
 
-        Args:
-            video: [B, 3, T, H, W], uint8 or normalised; any strides.
-            ids: captions, [B, L] int64.
-            attention_mask: [B, L], not zero where there is a word.
-            samples: index of each sample in the data set, [B] int64.
-            step: of the training; masks and negatives depend on it and on `samples`.
-            clip_ids: [B] int64, the clip of each sample; None: all differ.
-            words: an upper bound of the words in `ids`; see `vidl.nn.Bert`.
-
-        Returns:
-            "loss", the weighted sum, and each loss by its name: float32 scalars.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: as its parts do.
+        Arguments and errors are those of `TwoTowers.forward`.
         """
         r = self.recipe
         mask = r.visual_mask(samples, step)
@@ -221,19 +208,19 @@ class Smaug(TwoTowers):
         return {"loss": total, **losses}
 
     def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
-        """The tokens of each frame that the encoder does not prune, [B, T, n, C]."""
+        """The tokens of each frame after pruning, [B, T, n, C]."""
         return self.in_time(self.encode_frames(video, mask), video.shape[0])
 
     def encode_frames(self, video: Tensor, mask: VisualMask | None = None) -> Frames:
-        """What the encoder finds in each frame; None: nothing is masked."""
+        """The encoder's output for each frame; mask None: all patches are visible."""
         before = self.recipe.frame_time == "before"
         time = self.time[: video.shape[2] // self.recipe.tubelet_size] if before else None
         return self.vision(video, None if mask is None else mask.ids_keep, time)
 
     def in_time(self, frames: Frames, B: int) -> Tensor:
-        """The tokens of each frame and when it was, [B, T, n, C]; the first one is its CLS."""
+        """The tokens of each frame with its time embedding, [B, T, n, C]; CLS is the first."""
         tokens = frames.tokens.unflatten(0, (B, -1))
-        if self.recipe.frame_time == "before":  # they know it
+        if self.recipe.frame_time == "before":  # the encoder added it
             return tokens
         return tokens + self.time[: tokens.shape[1], None]
 
@@ -245,12 +232,13 @@ class Smaug(TwoTowers):
         partner: Tensor | None = None,
         words: int | None = None,
     ) -> Tensor:
-        """Captions that have seen a clip: the frames that each selects of it, [P, L, C].
+        """Captions fused with the frames that each caption selects from a clip, [S, L, C].
 
         Args:
             clips: [B, T, n, C].
-            text, attention_mask: [P, L, C] of `Bert.encode`, and [P, L].
-            partner: the clip of each caption, [P] int64; None: its own, P = B.
+            text, attention_mask: [S, L, C] from `Bert.encode`, and [S, L].
+            partner: the clip of each caption, [S] int64; None: caption b has clip b (S = B).
+            words: an upper bound of the words in the captions; see `vidl.nn.Bert`.
         """
         clips = clips if partner is None else clips[partner]
         selected = self.selector(clips[:, :, 0], text[:, 0], clips)
@@ -264,7 +252,7 @@ class Smaug(TwoTowers):
         partner: Tensor | None = None,
         words: int | None = None,
     ) -> Tensor:
-        """The logits of "does not match" and "matches" of each caption with a clip, [P, 2].
+        """The logits of "does not match" and "matches" for each caption and its clip, [S, 2].
 
         Arguments are those of `fuse`.
         """
@@ -273,7 +261,7 @@ class Smaug(TwoTowers):
 
     @contextmanager
     def unpruned(self) -> Iterator[None]:
-        """Within this all visible tokens and all frames stay, whatever the recipe says."""
+        """A context in which all visible tokens and all frames are kept."""
         rate, frames = self.vision.keep_rate, self.selector.keep
         try:
             self.vision.set_keep_rate(1.0)
@@ -284,7 +272,7 @@ class Smaug(TwoTowers):
             self.selector.keep = frames
 
     def reconstruct(self, frames: Frames, mask: VisualMask) -> Tensor:
-        """The pixels of masked patches, [B, T m, t p p 3]."""
+        """The predicted pixels of masked patches, [B, M, pixels]."""
         ids_mask = mask.per_frame().ids_mask
         pixels = self.decoder(frames.tokens, frames.ids, ids_mask)
         return pixels.view(*mask.ids_mask.shape, -1)

@@ -1,4 +1,4 @@
-"""What a model costs: its tokens at each stage, parameters, FLOPs, memory and time of a step."""
+"""The cost of a model: tokens at each stage, parameters, FLOPs, memory and step time."""
 
 import dataclasses
 import statistics
@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of a training step, for each clip with its caption.
+    """The cost of a training step, per clip with its caption.
 
     Attributes:
-        tokens: of a clip, at each stage of the model.
-        forward_flops, backward_flops: floating-point operations; a multiply-add is two.
-        activations: bytes that the forward keeps for the backward, parameters apart.
-        seconds: of forward and backward, if they were measured.
+        tokens: tokens of a clip at each stage of the model.
+        forward_flops, backward_flops: floating-point operations; a multiply-add counts as two.
+        activations: bytes saved for the backward pass, without parameters.
+        seconds: time of forward and backward, if measured.
     """
 
     tokens: dict[str, int]
@@ -33,11 +33,11 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A recipe as it is, and without what makes it sparse.
+    """The cost of a model with and without its sparsity.
 
     Attributes:
-        name: of the model.
-        parameters: how many, by part.
+        name: name of the model.
+        parameters: number of parameters, by part.
         costs: "dense", "masked" and, where the recipe prunes, "masked and pruned".
     """
 
@@ -46,12 +46,12 @@ class Summary:
     costs: dict[str, Cost]
 
     def realised_saving(self, name: str) -> float | None:
-        """The speed-up over "dense" as a share of the saving of FLOPs, if times were measured."""
+        """The speedup over "dense" divided by the reduction of FLOPs, if times were measured."""
         dense, cost = self.costs["dense"], self.costs[name]
         if dense.seconds is None or cost.seconds is None:
             return None
-        flops = (each.forward_flops + each.backward_flops for each in (dense, cost))
-        return (dense.seconds / cost.seconds) / (next(flops) / next(flops))
+        before, after = (c.forward_flops + c.backward_flops for c in (dense, cost))
+        return (dense.seconds / cost.seconds) / (before / after)
 
     def __str__(self) -> str:
         rows = [(f"{self.name}: parameters", [f"{sum(self.parameters.values()) / 1e6:.1f} M"])]
@@ -59,7 +59,7 @@ class Summary:
         rows += [("", []), ("one clip of a step", list(self.costs))]
         costs, dense = list(self.costs.values()), self.costs["dense"]
         for stage in costs[-1].tokens:
-            # What has no such stage has as many tokens as before it.
+            # Empty for a variant without this stage: it has as many tokens as before.
             rows.append((f"  tokens, {stage}", [str(cost.tokens.get(stage, "")) for cost in costs]))
         for label, field, unit, scale in (
             ("forward", "forward_flops", "GFLOP", 1e9),
@@ -82,15 +82,16 @@ class Summary:
 
 
 def summarize(model: Any, *, batch: int = 2, words: int = 32, steps: int = 0) -> Summary:
-    """What the recipe of a model costs, dense, masked and pruned.
+    """Count the cost of a model: dense, masked, and masked and pruned.
 
-    Runs a step of noise of each, on the model's device, and counts; a large model takes seconds.
+    Runs one step of each variant on random inputs on the model's device; a large model takes
+    seconds.
 
     Args:
-        model: of `vidl.models`; others like it are built, and it stays as it is.
-        batch: clips of a step, over which its cost is divided.
-        words: of each caption.
-        steps: how many more are timed, the three in turns; each is a forward and a backward.
+        model: a model of `vidl.models`; its variants are built anew, the model is not changed.
+        batch: batch size.
+        words: tokens of each caption.
+        steps: steps to time for each variant, in turns; a step is forward and backward.
 
     Raises:
         ValueError: a number is out of range.
@@ -98,19 +99,20 @@ def summarize(model: Any, *, batch: int = 2, words: int = 32, steps: int = 0) ->
     if batch < 2 or words < 1 or steps < 0:
         raise ValueError(f"need batch >= 2, words >= 1, steps >= 0, got {batch}, {words}, {steps}")
     device = next(model.parameters()).device
-    built = {name: type(model)(recipe).to(device) for name, recipe in model.recipe.ways().items()}
-    costs = {name: _count(each, batch, words) for name, each in built.items()}
+    recipes = model.recipe.variants()
+    variants = {name: type(model)(recipe).to(device) for name, recipe in recipes.items()}
+    costs = {name: _count(variant, batch, words) for name, variant in variants.items()}
     if steps:
-        for name, seconds in _time(built, batch, words, steps).items():
+        for name, seconds in _time(variants, batch, words, steps).items():
             costs[name] = dataclasses.replace(costs[name], seconds=seconds / batch)
     parameters = {name: _size(child) for name, child in model.named_children()}
     parameters |= {name: p.numel() for name, p in model.named_parameters(recurse=False)}
-    found = {name: n for name, n in parameters.items() if n}
-    return Summary(type(model).__name__, found, costs)
+    parameters = {name: n for name, n in parameters.items() if n}
+    return Summary(type(model).__name__, parameters, costs)
 
 
 def example(recipe: Any, batch: int, words: int, device: torch.device | str = "cpu") -> Any:
-    """A batch of noise, as the arguments of a model: uint8 clips, and captions of `words` words."""
+    """A random batch as the arguments of a model: uint8 clips, captions of `words` tokens."""
     size = (batch, 3, recipe.frames, recipe.image_size, recipe.image_size)
     ids = torch.randint(recipe.vocabulary.size, (batch, words), device=device)
     return {
@@ -140,10 +142,10 @@ def _count(model: Any, batch: int, words: int) -> Cost:
 
 @contextmanager
 def _kept(model: nn.Module) -> Iterator[dict[int, int]]:
-    """The bytes of all storages that are saved for the backward, each once, but parameters."""
+    """The bytes of each storage saved for the backward pass, without parameters."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     sizes: dict[int, int] = {}
-    alive = []  # the address of one that is gone may be another's
+    alive = []  # so that no freed address is used again
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -156,11 +158,11 @@ def _kept(model: nn.Module) -> Iterator[dict[int, int]]:
         yield sizes
 
 
-def _time(built: dict[str, Any], batch: int, words: int, steps: int) -> dict[str, float]:
-    """The median seconds of a step of each model; they take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in built}
+def _time(variants: dict[str, Any], batch: int, words: int, steps: int) -> dict[str, float]:
+    """The median seconds of a step of each variant, measured in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for step in range(steps + 1):
-        for name, model in built.items():
+        for name, model in variants.items():
             device = next(model.parameters()).device
             inputs = example(model.recipe, batch, words, device)
             begin = time.perf_counter()
@@ -170,4 +172,4 @@ def _time(built: dict[str, Any], batch: int, words: int, steps: int) -> dict[str
             if step:  # the first one warms up
                 seconds[name].append(time.perf_counter() - begin)
             model.zero_grad()
-    return {name: statistics.median(each) for name, each in seconds.items()}
+    return {name: statistics.median(times) for name, times in seconds.items()}

@@ -1,4 +1,4 @@
-"""What models learn from: contrast, matching, hidden words and hidden pixels."""
+"""Losses: contrastive (VTC), matching (VTM), masked words (MLM) and masked pixels (MVM)."""
 
 from vidl.objectives.contrastive import ContrastiveLoss, gather_with_gradient
 from vidl.objectives.masked import MaskedPatchLoss, masked_word_loss

@@ -1,4 +1,4 @@
-"""Video-text contrast (VTC): a clip and its caption are closer than it is to others."""
+"""Video-text contrastive loss (VTC)."""
 
 from typing import Any, Literal
 
@@ -9,29 +9,29 @@ from torch import Tensor, nn
 
 
 class ContrastiveLoss(nn.Module):
-    """Symmetric cross-entropy over the similarities of clips and captions.
+    """Symmetric cross-entropy (InfoNCE) over the similarities of clips and captions.
 
         s[i, j] = cos(video_i, text_j) / temperature
         loss    = CE(rows of s, target) + CE(columns of s, target), halved if form is "mean"
 
-    The target of a row is its own column; with `clip_ids`, all columns of the same clip share its
-    mass equally. Features of several frames are compared each, and the cosines averaged. Computed
-    in float32 under autocast. Defaults are ALBEF's and Singularity's; Frozen in Time and MAC have
-    `ContrastiveLoss(0.05, learned=False, form="sum")` (NormSoftmax). Sources: ALBEF, arXiv
+    The target of a row is its own column; with `clip_ids`, it is spread equally over all columns of
+    the same clip. With features of several frames, the cosines are averaged over frames. Computed
+    in float32 under autocast. Defaults are those of ALBEF and Singularity; Frozen in Time and MAC
+    use `ContrastiveLoss(0.05, learned=False, form="sum")` (NormSoftmax). Sources: ALBEF, arXiv
     2107.07651, 3.2; Singularity, arXiv 2206.03428; Frozen in Time, arXiv 2104.00650, 3.3.
 
     Args:
-        temperature: the first, or the fixed one.
+        temperature: initial temperature, or the fixed temperature.
         learned: whether `temperature` is a parameter.
-        bounds: between which a learned temperature is kept: it is moved there, as ALBEF does, at
-            each call in training, so that its gradient never dies.
+        bounds: a learned temperature is clamped in place to these bounds at each call in training,
+            as in ALBEF, so that its gradient never vanishes.
         form: "mean" or "sum" of the two directions.
         gather: contrast with the features of all ranks of torch.distributed; every rank must have
-            equally many. The mean of the losses of the ranks is that of one rank with all samples,
-            and so are DDP's gradients.
+            the same batch size. The mean of the ranks' losses, and DDP's gradients, equal those of
+            one rank with all samples.
 
     Raises:
-        ValueError: the temperature is outside its bounds, or there is no such form.
+        ValueError: the temperature is outside its bounds, or unknown form.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ContrastiveLoss(nn.Module):
         if form not in ("mean", "sum"):
             raise ValueError(f"need form 'mean' or 'sum', got {form!r}")
         self.bounds, self.form, self.gather = bounds, form, gather
-        # One number in one dimension: FSDP2 shards no scalars.
+        # One-dimensional: FSDP2 cannot shard scalars.
         value = torch.tensor([temperature])
         self.temperature: Tensor
         if learned:
@@ -62,12 +62,12 @@ class ContrastiveLoss(nn.Module):
         """The loss.
 
         Args:
-            video: [B, C], or [B, T, C] for each frame; floating point, of any norm.
+            video: [B, C], or [B, T, C] with features of each frame; floating point, any norm.
             text: [B, C].
             clip_ids: [B] int64, the clip of each sample; None: all differ.
 
         Returns:
-            A scalar, float32 (float64 if the features are).
+            A scalar, float32 (float64 for float64 features).
 
         Raises:
             ValueError: the shapes do not fit.
@@ -75,7 +75,8 @@ class ContrastiveLoss(nn.Module):
         _check(video, text, clip_ids)
         if video.shape[0] != text.shape[0]:
             raise ValueError(
-                f"need as many clips as captions, got {tuple(video.shape)} and {tuple(text.shape)}"
+                "need the same number of clips and captions, got "
+                f"{tuple(video.shape)} and {tuple(text.shape)}"
             )
         if isinstance(self.temperature, nn.Parameter) and self.training:
             with torch.no_grad():
@@ -90,14 +91,14 @@ class ContrastiveLoss(nn.Module):
         return loss / 2 if self.form == "mean" else loss
 
     def similarity(self, video: Tensor, text: Tensor) -> Tensor:
-        """Of the clips and captions of this rank, over the temperature: what negatives go by.
+        """The cosine similarity of this rank's clips and captions, over the temperature.
 
         Args:
-            video: [V, C] or [V, T, C].
+            video: S clips, [S, C] or [S, T, C].
             text: [B, C].
 
         Returns:
-            [V, B], float32 (float64 if the features are).
+            [S, B], float32 (float64 for float64 features).
         """
         _check(video, text)
         with torch.autocast(text.device.type, enabled=False):
@@ -107,7 +108,7 @@ class ContrastiveLoss(nn.Module):
         return gather_with_gradient(x) if self.gather else x
 
     def _target(self, clip_ids: Tensor | None, text: Tensor) -> Tensor:
-        """The share of each of all samples in the target of each of ours, [B, all]."""
+        """The target distribution over the samples of all ranks, [B, ranks * B]."""
         B, device = text.shape[0], text.device
         rank, ranks = _place() if self.gather else (0, 1)
         if clip_ids is None:
@@ -124,9 +125,9 @@ class ContrastiveLoss(nn.Module):
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """The tensors of all ranks, one after another; each gets its gradient from all ranks.
+    """Concatenate the tensors of all ranks; the gradient is summed over all ranks.
 
-    Equal to `x` itself where torch.distributed is not initialised.
+    Returns `x` itself if torch.distributed is not initialised.
 
     Args:
         x: [B, ...], of the same shape on every rank.
@@ -147,24 +148,25 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # Features are small: a sum of all rows costs little more than that of ours, and every
-        # backend of torch.distributed has it.
+        # Features are small: an all-reduce costs little more than a reduce-scatter, and every
+        # backend of torch.distributed supports it.
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.narrow(0, _place()[0] * ctx.rows, ctx.rows)
 
 
 def _place() -> tuple[int, int]:
-    """Our rank, and how many there are."""
+    """Rank and world size."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def _direction(x: Tensor) -> Tensor:
-    """Rows of length one, [B, C], at least in float32; of [B, T, C] the mean over frames of those.
+    """Rows normalised to length 1, at least in float32; [B, T, C] is then averaged over frames.
 
-    The mean of cosines is the cosine of means of such rows: frames need not be compared one by one.
+    The dot product with a mean of unit rows is the mean of the cosines, so frames need not be
+    compared one by one.
     """
     x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-8)
     return x if x.ndim == 2 else x.mean(1)

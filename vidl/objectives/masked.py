@@ -1,4 +1,4 @@
-"""Prediction of what was hidden: words (MLM) and pixels (MVM)."""
+"""Losses of masked words (MLM) and masked pixels (MVM)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,22 +12,23 @@ from vidl.kernels.masked_patch_loss.op import Target
 
 
 def masked_word_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of hidden words.
+    """Cross-entropy of masked words.
 
     Args:
-        logits: [M, V], of `Bert.predict_words`.
-        labels: [M] int64, of `vidl.masking.mask_words`; -100 is left out.
+        logits: [M, vocabulary], from `Bert.predict_words`.
+        labels: [M] int64, from `vidl.masking.mask_words`; -100 is ignored.
 
     Returns:
-        The mean over the words, zero if there are none; a scalar, float32 (float64 if the logits
-        are).
+        The mean over the words, zero if there are none; a scalar, float32 (float64 for float64
+        logits).
 
     Raises:
         ValueError: the shapes do not fit.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
-            f"need logits [M, V] and labels [M], got {tuple(logits.shape)}, {tuple(labels.shape)}"
+            "need logits [M, vocabulary] and labels [M], got "
+            f"{tuple(logits.shape)} and {tuple(labels.shape)}"
         )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
@@ -38,10 +39,10 @@ class MaskedPatchLoss(nn.Module):
     """Mean squared error of the pixels of masked patches; `vidl.ops.masked_patch_loss` as a module.
 
     Args:
-        patch_size: pixels, one number or (height, width).
+        patch_size: height and width of a patch in pixels, one number or (height, width).
         tubelet_size, target, norm_pix, backend: as in `vidl.ops.masked_patch_loss`.
-        mean, std: of the model's normalisation; where "mae" is given a floating-point clip, that is
-            taken as normalised.
+        mean, std: normalisation of the model; with target "mae" a floating-point clip is taken as
+            already normalised.
     """
 
     def __init__(
@@ -69,17 +70,17 @@ class MaskedPatchLoss(nn.Module):
         """The loss.
 
         Args:
-            prediction: [B, M, t * p * p * C].
+            prediction: [B, M, pixels], where pixels = tubelet_size * height * width * C.
             video: [B, C, T, H, W], uint8 or floating point.
             ids_mask: [B, M] int64, the masked patches.
 
         Returns:
-            The mean over all numbers of all masked patches, a float32 scalar.
+            The mean over all pixels of all masked patches, a float32 scalar.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as `vidl.ops.masked_patch_loss` does.
+            TypeError, ValueError, RuntimeError: see `vidl.ops.masked_patch_loss`.
         """
-        # A floating-point clip is as the model sees it, which is what "mae" compares with.
+        # A floating-point clip is already normalised, as the target "mae" needs it.
         known = video.dtype == torch.uint8 or self.options["target"] == "videomae"
         mean, std = (self.mean, self.std) if known else (None, None)
         return masked_patch_loss(prediction, video, ids_mask, mean=mean, std=std, **self.options)

@@ -1,4 +1,4 @@
-"""Video-text matching (VTM): does this caption belong to this clip?"""
+"""Video-text matching loss (VTM) with hard negatives."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,19 @@ from torch import Tensor
 
 from vidl.masking.draws import uniform
 
-# Negative captions and negative clips: parts of the stream of `uniform` for which no caller has any
-# use.
+# Streams of `uniform` for negative captions and negative clips; callers do not use them.
 CAPTIONS, CLIPS = 4 << 58, 5 << 58
 
 
 @dataclass(frozen=True, eq=False)
 class Negatives:
-    """For each of B clips a caption that is not its own, and for each caption such a clip.
+    """A negative caption for each of B clips, and a negative clip for each caption.
 
     Attributes:
-        captions: [B] int64, a caption for each clip.
-        clips: [B] int64, a clip for each caption.
-        exist: [B] bool; false where the whole batch shows one clip, and what was drawn is none.
+        captions: [B] int64, the negative caption of each clip.
+        clips: [B] int64, the negative clip of each caption.
+        exist: [B] bool; false where all samples of the batch show the same clip, so that there is
+            no negative.
     """
 
     captions: Tensor
@@ -28,9 +28,9 @@ class Negatives:
     exist: Tensor
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """All 3B pairs to judge, as (captions, clips): matched; negative clips; negative captions.
+        """All 3B pairs as (captions, clips): matches, negative clips, negative captions.
 
-        For `fuse(text[captions], attention_mask[captions], visual, partner=clips)`.
+        Use as `match(video, text[captions], attention_mask[captions], partner=clips)`.
         """
         own = torch.arange(self.clips.shape[0], device=self.clips.device)
         return torch.cat([own, own, self.captions]), torch.cat([own, self.clips, own])
@@ -44,7 +44,7 @@ def hard_negatives(
     similarity: Tensor,
     clip_ids: Tensor | None = None,
 ) -> Negatives:
-    """Draw the negatives that look most like matches.
+    """Draw hard negatives: the more similar a pair, the more likely it is drawn.
 
         P(caption j for clip i) = softmax_j(similarity[i, j]), where i and j show different clips
 
@@ -53,7 +53,7 @@ def hard_negatives(
 
     Args:
         seed, step, samples: as in `vidl.masking.uniform`; samples [B] int64.
-        similarity: [B, B], clips x captions, over the temperature: `ContrastiveLoss.similarity`.
+        similarity: [B, B], clips x captions, over the temperature; `ContrastiveLoss.similarity`.
         clip_ids: [B] int64, the clip of each sample; None: all differ.
 
     Raises:
@@ -72,8 +72,8 @@ def hard_negatives(
     matched = clip_ids[:, None] == clip_ids
 
     def drawn(logits: Tensor, stream: int) -> Tensor:
-        # The largest of logit + Gumbel noise is a draw from the softmax. Numbers lie between those
-        # of `uniform`, so that none is zero.
+        # Gumbel-max trick: the argmax of logit + Gumbel noise is a draw from the softmax. An offset
+        # of half a step keeps the numbers above zero.
         numbers = uniform(seed, step, samples, B, stream=stream).double() + 2.0**-25
         noisy = logits.double() - torch.log(-torch.log(numbers))
         return noisy.masked_fill(matched, float("-inf")).argmax(1)
@@ -88,8 +88,8 @@ def matching_loss(logits: Tensor, negatives: Negatives) -> Tensor:
         logits: [3B, 2], in the order of `negatives.pairs()`.
 
     Returns:
-        The mean over all pairs but negatives that do not exist; a scalar, float32 (float64 if the
-        logits are).
+        The mean over all pairs, without negatives that do not exist; a scalar, float32 (float64 for
+        float64 logits).
 
     Raises:
         ValueError: the shapes do not fit.

@@ -1,4 +1,4 @@
-"""Training: one loop for all models, on one process or many; it resumes exactly."""
+"""Training: one loop for all models, on one or several processes, with exact resumption."""
 
 from vidl.training.config import Config
 from vidl.training.finetune import configuration, finetune

@@ -1,4 +1,4 @@
-"""Checkpoints, whole or not there: weights in safetensors, the rest without pickled code."""
+"""Atomic checkpoints: weights in safetensors, the other state without pickled code."""
 
 import os
 import re
@@ -23,8 +23,8 @@ WEIGHTS, STATE = "model.safetensors", "state.pt"
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the highest step in a run's folder."""
-    found = [path for path in (folder / "checkpoints").glob("step-*") if NAME.fullmatch(path.name)]
-    return max(found, default=None)
+    paths = (path for path in (folder / "checkpoints").glob("step-*"))
+    return max((path for path in paths if NAME.fullmatch(path.name)), default=None)
 
 
 def save(
@@ -39,18 +39,17 @@ def save(
 ) -> None:
     """Write a checkpoint, then remove the oldest ones.
 
-    It has all of the weights and of the optimizer's state under the model's own names, however the
-    model is sharded: every rank must call this, one of them writes. That one holds a copy of both
-    in its memory.
+    A checkpoint has the full weights and optimizer state under the parameter names of the model,
+    however the model is sharded. Every rank must call this; one rank writes, and holds a copy of
+    both in memory.
 
     Args:
-        folder: of the run.
-        step: how many steps were made.
+        folder: folder of the run.
+        step: number of completed steps.
         model, optimizer: of the run.
-        state: numbers, strings, lists, dicts and tensors: what `torch.load(weights_only=True)`
-            takes.
-        keep: how many checkpoints stay.
-        write: whether this is the rank that writes.
+        state: other state; types that `torch.load(weights_only=True)` accepts.
+        keep: number of checkpoints to keep.
+        write: whether this rank writes.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: Any = get_model_state_dict(model, options=options)
@@ -72,7 +71,7 @@ def save(
         _to_disk(file)
     _folder_to_disk(unfinished)
     final = checkpoints / f"step-{step:08}"
-    if final.exists():  # of the same run, at the same step: the same
+    if final.exists():  # the same run at the same step: identical
         shutil.rmtree(final)
     unfinished.rename(final)
     _folder_to_disk(checkpoints)
@@ -82,10 +81,10 @@ def save(
 def load(
     checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> dict[str, Any]:
-    """Load weights and the optimizer's state, of a model sharded in this way or in another.
+    """Load weights and optimizer state, however the saved model was sharded.
 
     Returns:
-        The rest of the state.
+        The other state.
     """
     options = StateDictOptions(full_state_dict=True)
     weights: Any = weights_of(checkpoint, device)
@@ -96,14 +95,15 @@ def load(
 
 
 def weights_of(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The weights of a run (its folder: the newest checkpoint), a checkpoint, or a file.
+    """The weights of a run, a checkpoint or a file.
 
     Args:
-        path: a folder of one of these; or a file of safetensors, or of `torch.save`.
-        device: where to put them.
+        path: folder of a run (its newest checkpoint counts), folder of a checkpoint, or a file in
+            safetensors or `torch.save` format.
+        device: device of the weights.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no such file.
     """
     path = Path(path)
     checkpoint = newest(path) or path
@@ -123,12 +123,12 @@ def weights_of(path: str | Path, device: torch.device | str = "cpu") -> dict[str
 
 def _remove_old(checkpoints: Path, keep: int) -> None:
     for path in sorted(checkpoints.glob("step-*"))[:-keep]:
-        # hidden first: a half removed folder must not look like a checkpoint
+        # rename first: a partly removed folder must not look like a checkpoint
         hidden = path.with_name(f".{path.name}.old")
         path.rename(hidden)
         shutil.rmtree(hidden)
     for path in checkpoints.glob(".step-*"):
-        shutil.rmtree(path)  # of a run that was killed here
+        shutil.rmtree(path)  # left by a run that was killed while saving
 
 
 def _to_disk(file: Any) -> None:

@@ -1,4 +1,4 @@
-"""Fine-tuning: what pre-training made goes on with retrieval, or learns to answer questions."""
+"""Fine-tuning of a pre-trained model for retrieval or question answering."""
 
 import json
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from vidl.training.loop import Training
 from vidl.training.runs import ANSWERS, folder_of
 
 TASKS = ("retrieval", "qa")
-# What differs from pre-training unless the user says otherwise: nothing is masked but the words of
-# MLM, and the rate is that of Singularity (arXiv 2206.03428, appendix).
+# Defaults that differ from the pre-training run: no visual mask, and the learning rate of
+# Singularity (arXiv 2206.03428, appendix).
 DEFAULTS = {"model.mask_ratio": 0.0, "optimizer.lr": 1e-5, "run.folder": "finetuned"}
 DEFAULTS_OF = {"mac": {"model.word_ratio": 0.0}}
 
@@ -25,15 +25,15 @@ DEFAULTS_OF = {"mac": {"model.word_ratio": 0.0}}
 def configuration(
     weights: str | Path, file: str | Path | None = None, overrides: Sequence[str] = ()
 ) -> Config:
-    """The configuration of a fine-tuning: that of the run it begins with, and what differs.
+    """The configuration of a fine-tuning run, based on that of the pre-training run.
 
     Args:
-        weights: the run, or one of its checkpoints.
-        file, overrides: as `Config.read` has them; they are stronger than `DEFAULTS`, and these
-            than the run's own values.
+        weights: the pre-training run or one of its checkpoints.
+        file, overrides: see `Config.read`; they take precedence over `DEFAULTS`, and `DEFAULTS`
+            over the values of the pre-training run.
 
     Raises:
-        ValueError: there is no such run, or the configuration is not one.
+        ValueError: no such run, or the configuration is invalid.
     """
     folder = folder_of(weights)
     base = Config.read(folder / "config.yaml").values() | DEFAULTS
@@ -44,22 +44,22 @@ def configuration(
 
 
 def finetune(task: str, config: Config, *, answers: int = 1500) -> dict[str, Any]:
-    """Train what is at `config.start.model` on.
+    """Fine-tune the model at `config.start.model`.
 
-    The loop is that of `pretrain`, and resumes as it does. For "qa" the rows are questions, and the
-    fusion encoder gets a classifier of their most frequent answers, as `vidl.models.Answering`
-    has it; these are kept in the run's answers.json.
+    The loop is that of `pretrain`, and so is resumption. For "qa" the rows are questions, and the
+    model becomes a `vidl.models.Answering` with the most frequent answers; they are saved in the
+    run's answers.json.
 
     Args:
         task: "retrieval" or "qa".
-        config: of `configuration`.
-        answers: of "qa", how many can be given.
+        config: from `configuration`.
+        answers: size of the answer set of "qa".
 
     Returns:
-        As `pretrain`.
+        See `pretrain`.
 
     Raises:
-        ValueError: there is no such task, the model cannot learn it, or as `pretrain`.
+        ValueError: unknown task, the model does not support it, or see `pretrain`.
     """
     if task not in TASKS:
         raise ValueError(f"need a task among {', '.join(TASKS)}, got {task!r}")
@@ -70,7 +70,7 @@ def finetune(task: str, config: Config, *, answers: int = 1500) -> dict[str, Any
 
 
 class Questions(Training):
-    """A run that learns to answer questions."""
+    """A fine-tuning run for question answering."""
 
     def __init__(self, config: Config, ranks: parallel.Ranks, most: int) -> None:
         folder = Path(config.run.folder)
@@ -99,9 +99,9 @@ class Questions(Training):
 
 
 def accuracy(training: Any) -> dict[str, float]:
-    """The accuracy of a run's answers on what its configuration names, in percent."""
+    """The accuracy on the evaluation set of the configuration, in percent."""
     config = training.config
     dataset = sources.open_searched(config, training.recipe, training.tokenizer)
-    assert dataset is not None  # there are evaluation.files
+    assert dataset is not None  # the caller checks evaluation.files
     options = Options(batch_size=config.data.batch_size, dtype=training.dtype, quiet=True)
     return {"accuracy": question_answering(training.whole_model(), dataset, options).accuracy}

@@ -1,4 +1,4 @@
-"""From a batch of the loader to the arguments of a model."""
+"""Convert a batch of the loader to the arguments of a model."""
 
 import hashlib
 from typing import Any
@@ -18,22 +18,22 @@ def arguments(
     match: str = "clip",
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """What `forward` of a model is called with.
+    """The arguments of a model's `forward`.
 
     Args:
-        batch: with `ids`.
-        recipe: of the model. Pictures are shown as clips whose frames are all the same.
-        step: of the run.
-        match: samples of one "clip" are no negatives of each other; or those of one "caption".
-        device: of the model.
+        batch: has `ids`. Images are repeated to clips of `recipe.frames` frames.
+        recipe: recipe of the model.
+        step: step of the run.
+        match: samples with the same "clip", or the same "caption", are not negatives of each other.
+        device: device of the model.
     """
     assert batch.ids is not None and batch.attention_mask is not None
     names = batch.text if match == "caption" else [row.media for row in batch.rows]
     clip_ids = torch.tensor([_number(name) for name in names])
     device = torch.device(device)
-    found: dict[str, Any] = {"clip_ids": clip_ids.to(device, non_blocking=True)}
+    options: dict[str, Any] = {"clip_ids": clip_ids.to(device, non_blocking=True)}
     if device.type == "cuda":
-        found["words"] = rounded_words(int(batch.attention_mask.sum()), batch.ids.numel())
+        options["words"] = rounded_words(int(batch.attention_mask.sum()), batch.ids.numel())
     batch = batch.to(device)
     assert batch.ids is not None and batch.attention_mask is not None
     video = batch.video
@@ -45,10 +45,10 @@ def arguments(
         "attention_mask": batch.attention_mask,
         "samples": batch.index,
         "step": step,
-        **found,
+        **options,
     }
 
 
 def _number(name: str) -> int:
-    """The same 63 bits for the same name, on every rank."""
+    """A 63-bit hash of a name, equal on every rank."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,4 +1,4 @@
-"""The loop: batches, steps, checkpoints. What a step computes depends on its number alone."""
+"""The training loop: batches, steps, checkpoints. A step depends on its number only."""
 
 import contextlib
 import math
@@ -24,30 +24,30 @@ from vidl.training.config import Config
 from vidl.training.inputs import arguments
 from vidl.training.progress import Progress
 
-# Weights of parts that a model has for a loss of pre-training only.
+# Weights of modules that only the pre-training losses use.
 OPTIONAL = ("decoder.", "text.cls.")
-# Numbers for a run at one of its steps, such as the recall of retrieval.
+# From a run to its metrics at the current step, such as the recall of retrieval.
 Evaluate = Callable[["Training"], Mapping[str, Any]]
 
 
 def pretrain(config: Config, evaluate: Evaluate | None = None) -> dict[str, Any]:
-    """Train a model as a configuration says, or go on with the run in its folder.
+    """Train a model, or resume the run in the configuration's folder.
 
-    SIGTERM and Ctrl-C save a checkpoint after the step that is being made, and end the run. A run
-    that goes on computes what it would have computed without the break: bit for bit on a CPU with
-    as many threads.
+    SIGTERM and Ctrl-C save a checkpoint after the current step and end the run. A resumed run
+    computes what it would have computed without the interruption; on a CPU with the same number of
+    threads bit for bit.
 
     Args:
-        config: of the run.
-        evaluate: called every `evaluation.every` steps and at the end, on all ranks; its numbers
-            are logged. Default: retrieval, if `evaluation` says of what.
+        config: configuration of the run.
+        evaluate: called on all ranks every `evaluation.every` steps and at the end; its metrics are
+            logged. Default: retrieval, if the configuration has an evaluation set.
 
     Returns:
         "step", whether the run is "finished", and the last record of its log.
 
     Raises:
-        ValueError: the configuration is not that of the run in its folder; or as its parts do.
-        RuntimeError: the loss is no number; or as its parts do.
+        ValueError: the folder has a run with another configuration; or from data and model.
+        RuntimeError: the loss is not finite; or from data and model.
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -56,18 +56,20 @@ def pretrain(config: Config, evaluate: Evaluate | None = None) -> dict[str, Any]
 
 
 class Training:
-    """One run: what it is made of, and where it is.
+    """The state of a run.
 
     Attributes:
-        model: the model itself; FSDP2 has sharded it, and `whole_model` makes one that is not.
-        tokenizer: of its captions.
-        loader: its batches.
-        step: how many were made.
+        model: the model; FSDP2 shards it in place, see `whole_model`.
+        tokenizer: tokenizer of the captions.
+        loader: the training batches.
+        step: number of completed steps.
     """
 
     def __init__(
         self, config: Config, ranks: parallel.Ranks, evaluate: Evaluate | None = None
     ) -> None:
+        import safetensors.torch  # noqa: F401  fail now, not when the first checkpoint is saved
+
         self.config, self.ranks = config, ranks
         self.evaluate = evaluate or measures.chosen(config)
         self.folder = Path(config.run.folder)
@@ -90,15 +92,15 @@ class Training:
             self._resume(self.checkpoint)
 
     def _claim_folder(self) -> None:
-        """The folder is new, or has a run of the same configuration."""
+        """Create the folder, or check that it has a run with the same configuration."""
         file = self.folder / "config.yaml"
         resumes = self.checkpoint is not None and file.exists()
         if changed := self.config.changed(Config.read(file)) if resumes else []:
             raise ValueError(
-                f"{self.folder} has a run with another {', '.join(changed)}: need the same to go "
-                "on with it, or another run.folder"
+                f"{self.folder} has a run with another {', '.join(changed)}: need the same to "
+                "resume it, or another run.folder"
             )
-        self.ranks.wait()  # all have read it
+        self.ranks.wait()  # until all ranks have read the file
         if self.ranks.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.config.save(file)
@@ -122,14 +124,14 @@ class Training:
         return model
 
     def new_model(self) -> Any:
-        """The model with fresh weights."""
+        """The model with random weights."""
         return models.MODELS[self.config.model.name][0](self.recipe)
 
     def begin_with(self, model: nn.Module, weights: dict[str, Any]) -> None:
-        """Load weights of a model that may have had parts that this one does without.
+        """Load weights; those of modules in `OPTIONAL` that this model does not have are skipped.
 
         Raises:
-            ValueError: names each weight that is missing or of another shape.
+            ValueError: weights are missing or have another shape; lists each of them.
         """
         own = model.state_dict()
         kept = [name for name in weights if name in own or not name.startswith(OPTIONAL)]
@@ -143,7 +145,7 @@ class Training:
         self.loader.load_state_dict(loaders[self.ranks.rank if same else 0])
 
     def whole_model(self) -> Any:
-        """The model with all of its weights on this rank: itself, or under FSDP2 a copy."""
+        """The model with all weights on this rank; under FSDP2 a copy."""
         if not isinstance(self.model, FSDPModule):
             return self.model
         weights = get_model_state_dict(
@@ -154,7 +156,7 @@ class Training:
         return model.eval()
 
     def save(self) -> None:
-        """Write a checkpoint; all ranks must call it."""
+        """Write a checkpoint; all ranks must call this."""
         state = {"loaders": self.ranks.gathered(self.loader.state_dict()), "record": self.record}
         checkpoints.save(
             self.folder,
@@ -168,7 +170,7 @@ class Training:
         self.ranks.wait()
 
     def run(self) -> dict[str, Any]:
-        """Make the steps that are left."""
+        """Run the remaining steps."""
         run, steps = self.config.run, self.config.schedule.steps
         progress = None
         if self.ranks.first:
@@ -201,21 +203,21 @@ class Training:
         assert saved == self.step
 
     def _make_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Tensor], Tensor]:
-        """One step of the optimizer; returns its losses, and the norm of its gradient."""
+        """One optimizer step; returns its losses and the gradient norm."""
         options, schedule = self.config.optimizer, self.config.schedule
         self._keep_rate(schedule.prune_over)
         losses: dict[str, Tensor] = {}
         for part in range(options.accumulate):
             inputs = self._inputs(next(batches))
-            # dropout too depends on where it is drawn: nothing of it has to be saved
+            # dropout depends on the step only, so its generator need not be saved
             place = self.step * options.accumulate + part
             random = generator(self.config.run.seed, place, self.ranks.rank, "dropout")
             torch.manual_seed(random.getrandbits(63))
             with parallel.synced(self.parallel, part == options.accumulate - 1):
                 with self._autocast():
-                    found = self.parallel(**inputs)
-                (found["loss"] / options.accumulate).backward()
-            for name, loss in found.items():
+                    outputs = self.parallel(**inputs)
+                (outputs["loss"] / options.accumulate).backward()
+            for name, loss in outputs.items():
                 losses[name] = losses.get(name, 0) + loss.detach() / options.accumulate
         norm = parallel.clip(self.parallel, self.ranks, options.clip)
         rate = optimizer.learning_rate(self.step, options.lr, schedule)
@@ -236,13 +238,13 @@ class Training:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of autocast; None: there is none."""
+        """Dtype of autocast; None: no autocast."""
         kind, precision = self.ranks.device.type, self.config.run.precision
         low = precision == "bfloat16" or (precision == "auto" and kind == "cuda")
         return torch.bfloat16 if low else None
 
     def _example(self) -> dict[str, Any]:
-        """Inputs of the model that are noise."""
+        """Random inputs of the model."""
         return example(self.recipe, 2, self.config.data.words, self.ranks.device)
 
     def _autocast(self) -> Any:
@@ -261,11 +263,11 @@ class Training:
     ) -> None:
         names = list(losses)
         values = self.ranks.mean(torch.stack([losses[name].float() for name in names])).tolist()
-        found = dict(zip(names, values, strict=True))
-        if not math.isfinite(found["loss"]):
-            raise RuntimeError(f"the loss is {found['loss']} at step {self.step}: {found}")
+        means = dict(zip(names, values, strict=True))
+        if not math.isfinite(means["loss"]):
+            raise RuntimeError(f"the loss is {means['loss']} at step {self.step}: {means}")
         rate = self.optimizer.param_groups[0]["lr"]
-        self.record = {**found, "lr": rate, "grad_norm": float(norm), **watch.read(self)}
+        self.record = {**means, "lr": rate, "grad_norm": float(norm), **watch.read(self)}
         self.record["losses"] = [name for name in names if name != "loss"]
         if progress is not None:
             progress.record(self.step, self.record)
@@ -274,11 +276,11 @@ class Training:
         assert self.evaluate is not None
         self.model.eval()
         with torch.no_grad():
-            found = self.evaluate(self)
+            metrics = self.evaluate(self)
         self.model.train()
-        self.record = {**self.record, "evaluation": dict(found)}
+        self.record = {**self.record, "evaluation": dict(metrics)}
         if progress is not None:
-            progress.evaluated(self.step, found)
+            progress.evaluated(self.step, metrics)
 
     def _finish(self, progress: Progress | None) -> None:
         reports = [report for report in self.ranks.gathered(self.loader.report()) if report]
@@ -288,13 +290,13 @@ class Training:
         for report in reports:
             progress.say(report)
         if self.step < self.config.schedule.steps:
-            progress.say(f"stopped at step {self.step} and saved; the same command goes on")
+            progress.say(f"stopped at step {self.step}; run the same command to resume")
         else:
-            progress.say(f"see {checkpoints.newest(self.folder)}")
+            progress.say(f"saved {checkpoints.newest(self.folder)}")
 
 
 class _Watch:
-    """Clips and visible patches a second, and the share of the time spent waiting for data."""
+    """Clips and visible patches per second, and the share of time spent waiting for data."""
 
     def __init__(self, training: Training) -> None:
         self._from(training)
@@ -304,7 +306,7 @@ class _Watch:
         self.waited = training.loader.wait_seconds
 
     def read(self, training: Training) -> dict[str, float]:
-        """Since the last time; of all ranks, if each is as fast as this one."""
+        """Rates since the last call, extrapolated from this rank to all ranks."""
         seconds = time.perf_counter() - self.begin
         steps = training.step - self.step
         config = training.config
@@ -322,7 +324,7 @@ class _Watch:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or Ctrl-C came; a second one ends the process as ever."""
+    """Whether SIGTERM or Ctrl-C was received; a second one ends the process at once."""
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

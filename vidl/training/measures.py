@@ -1,4 +1,4 @@
-"""What a run measures of itself: retrieval, on the way and at the end."""
+"""Retrieval during and after training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,40 +10,40 @@ from vidl.training.config import Config
 
 
 def chosen(config: Config) -> Callable[[Any], dict[str, float]] | None:
-    """What is called to evaluate a run, if its configuration names anything to search."""
+    """The function that evaluates a run, if its configuration has an evaluation set."""
     searched = config.evaluation.files or config.data.source == "moving_shapes"
     return recalls if searched else None
 
 
 def recalls(training: Any) -> dict[str, float]:
-    """The numbers of a run's retrieval."""
+    """Recall of a run's retrieval."""
     return numbers(search(training))
 
 
-def numbers(found: Retrieval) -> dict[str, float]:
-    """The recalls in percent, by direction and rank."""
-    rankings = dict(found.rankings)
-    rankings |= {f"{name} re-ranked": each for name, each in found.reranked.items()}
+def numbers(result: Retrieval) -> dict[str, float]:
+    """Recall in percent by direction and k."""
+    rankings = dict(result.rankings)
+    rankings |= {f"{name} re-ranked": ranking for name, ranking in result.reranked.items()}
     return {
         f"{name} R@{k}": recall
-        for name, each in rankings.items()
-        for k, recall in each.recall.items()
+        for name, ranking in rankings.items()
+        for k, recall in ranking.recall.items()
     }
 
 
 def search(training: Any) -> Retrieval:
-    """Retrieval with a run's model as it is now, on what its configuration names.
+    """Evaluate retrieval with the current model on the evaluation set of the configuration.
 
     Args:
         training: a `vidl.training.loop.Training`.
 
     Raises:
-        ValueError: nothing is named.
+        ValueError: there is no evaluation set.
     """
     config = training.config
     dataset = sources.open_searched(config, training.recipe, training.tokenizer)
     if dataset is None:
-        raise ValueError("need evaluation.files to search")
+        raise ValueError("need evaluation.files to evaluate retrieval")
     model = training.whole_model()
     rerank = config.evaluation.rerank if matches(model) else 0
     options = Options(batch_size=config.data.batch_size, dtype=training.dtype, quiet=True)

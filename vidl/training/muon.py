@@ -1,4 +1,4 @@
-"""Muon: the update of a weight matrix, made orthogonal, beside AdamW for all that is no matrix."""
+"""Muon for weight matrices and AdamW for all other parameters, in one optimizer."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -7,32 +7,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of the quintic that takes singular values in (0, 1] to about 1; five steps reach 0.7 to 1.2.
+# Coefficients of the quintic that maps singular values in (0, 1] to about 1; after five steps they
+# are 0.7 to 1.2.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but groups with `orthogonal=True` take the orthogonal factor of their momentum.
+    """AdamW whose groups with `orthogonal=True` use Muon: orthogonalised momentum.
 
-    An update has the root mean square of AdamW's, about 0.2, so that one learning rate and one
-    weight decay serve both kinds of groups. `torch.optim.Muon` computes in bfloat16 everywhere,
-    which most CPUs emulate; this one does so on CUDA only, and takes matrices of one shape as a
-    batch. Sources: Muon, https://kellerjordan.github.io/posts/muon; the scale: Muon is Scalable for
+    Muon updates are scaled to the root mean square of AdamW updates, about 0.2, so that both kinds
+    of groups share one learning rate and weight decay. `torch.optim.Muon` computes in bfloat16
+    everywhere, which most CPUs emulate; this class does so on CUDA only, and batches matrices of
+    the same shape. Sources: Muon, https://kellerjordan.github.io/posts/muon; the scale: Muon is Scalable for
     LLM Training, arXiv 2502.16982, 2.2.
 
     Args:
-        params: groups, as `torch.optim.AdamW` has them. Those with `orthogonal=True` need
-            parameters of two or more dimensions, and take more than two as [first, all others];
-            `momentum` (0.95) is that of theirs, in Nesterov's form.
-        lr, betas, eps, weight_decay, ...: of AdamW; `lr` and `weight_decay` of all groups.
+        params: parameter groups, see `torch.optim.AdamW`. Groups with `orthogonal=True` need
+            parameters of two or more dimensions; more than two are flattened to [first, others].
+            `momentum` (0.95) is the Nesterov momentum of these groups.
+        lr, betas, eps, weight_decay, ...: of AdamW; `lr` and `weight_decay` apply to all groups.
 
     Raises:
         ValueError: an orthogonal group has a vector.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, which takes the defaults of what it does not say."""
+        """Add a group with default values for the options that it does not set."""
         super().add_param_group({"orthogonal": False, "momentum": 0.95, **param_group})
         added = self.param_groups[-1]
         if added["orthogonal"] and any(p.ndim < 2 for p in added["params"]):
@@ -48,24 +49,24 @@ class Muon(torch.optim.AdamW):
         taken: list[tuple[Tensor, Tensor]] = []
         for group in self.param_groups:
             if group["orthogonal"]:
-                found = [(p, p.grad) for p in group["params"] if p.grad is not None]
-                self._orthogonal_step(group, found)
-                taken += found
+                pairs = [(p, p.grad) for p in group["params"] if p.grad is not None]
+                self._orthogonal_step(group, pairs)
+                taken += pairs
         for parameter, _ in taken:
-            parameter.grad = None  # AdamW leaves such parameters alone
+            parameter.grad = None  # AdamW skips parameters without a gradient
         super().step()
         for parameter, gradient in taken:
             parameter.grad = gradient
         return loss
 
-    def _orthogonal_step(self, group: dict[str, Any], found: list[tuple[Tensor, Tensor]]) -> None:
+    def _orthogonal_step(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
         momentum = group["momentum"]
         batches: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for parameter, gradient in found:
+        for parameter, gradient in pairs:
             state = self.state[parameter]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(parameter)
-                state["step"] = torch.tensor(0.0)  # Adam looks for it where it loads states
+                state["step"] = torch.tensor(0.0)  # AdamW expects it when it loads a state
             state["step"] += 1
             mean = state["momentum"].lerp_(gradient, 1 - momentum)
             ahead = gradient.lerp(mean, momentum).flatten(1)
@@ -79,13 +80,13 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """About the orthogonal factor of the polar decomposition, by five Newton-Schulz steps.
+    """Approximate orthogonal factor of the polar decomposition, by five Newton-Schulz steps.
 
     Args:
         matrices: [B, M, N], floating point.
 
     Returns:
-        [B, M, N], same dtype, singular values about 0.7 to 1.2; zeros where a matrix is zero.
+        [B, M, N], same dtype, singular values about 0.7 to 1.2; a zero matrix stays zero.
         Computed in bfloat16 on CUDA, else in float32.
     """
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)

@@ -1,4 +1,4 @@
-"""AdamW or Muon with its groups, and what changes as a function of the step alone."""
+"""AdamW or Muon with parameter groups, and schedules that depend on the step only."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vidl.training.config import Optimizer, Schedule
 from vidl.training.muon import Muon
 
-# Positions, times, and tokens that are no words.
+# Temperatures, and embeddings of positions, times and special tokens.
 NO_DECAY = re.compile(
     r"(^|\.)(time|temperature|\w*pos_embed|temporal_embed|cls_token|mask_token"
     r"|(position|token_type)_embeddings\.weight)$"
@@ -18,9 +18,10 @@ NO_DECAY = re.compile(
 
 
 def make(model: nn.Module, options: Optimizer) -> torch.optim.Optimizer:
-    """AdamW or Muon: norms, biases, positions, tokens and temperatures do not decay.
+    """AdamW or Muon; norms, biases, positions, tokens and temperatures have no weight decay.
 
-    Muon takes what decays but embeddings of words, whose rows are no inputs of one another.
+    Muon updates the matrices that decay, except word embeddings: a lookup table is not a linear
+    map.
     """
     words = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed: list[Tensor] = []
@@ -47,7 +48,7 @@ def make(model: nn.Module, options: Optimizer) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, highest: float, schedule: Schedule) -> float:
-    """Rises in a line over the warm-up, then falls along a half cosine to its final share."""
+    """Linear warm-up, then cosine decay to `schedule.final` times the peak."""
     if step < schedule.warmup:
         return highest * (step + 1) / schedule.warmup
     left = max(schedule.steps - schedule.warmup, 1)
@@ -55,7 +56,7 @@ def learning_rate(step: int, highest: float, schedule: Schedule) -> float:
 
 
 def keep_rate(step: int, final: float, schedule: Schedule) -> float:
-    """The share of tokens that a pruning layer keeps: falls along a half cosine from 1.
+    """The keep rate of pruning layers: cosine decay from 1 to its final value.
 
     Source: EViT, arXiv 2202.07800, 4 (training from scratch).
     """

@@ -1,4 +1,4 @@
-"""Ranks of torchrun: DDP or FSDP2, gradients of all of them, and what they agree on."""
+"""Distributed training: ranks of torchrun, DDP and FSDP2, gradients of all ranks."""
 
 import contextlib
 import gc
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all."""
+    """This process and the world size."""
 
     rank: int
     world_size: int
@@ -28,7 +28,7 @@ class Ranks:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true on any rank; over gloo, so that a GPU does not wait."""
+        """Whether the flag is true on any rank; over gloo, without GPU synchronisation."""
         if self.world_size == 1:
             return flag
         flags = torch.tensor(int(flag))
@@ -36,14 +36,14 @@ class Ranks:
         return bool(flags)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of the ranks."""
+        """The mean over all ranks."""
         if self.world_size > 1:
             dist.all_reduce(values)
             values /= self.world_size
         return values
 
     def gathered(self, value: Any) -> list[Any]:
-        """Small objects of all ranks."""
+        """Small objects of all ranks, in the order of ranks."""
         values: list[Any] = [value]
         if self.world_size > 1:
             values = [None] * self.world_size
@@ -51,24 +51,24 @@ class Ranks:
         return values
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Barrier of all ranks."""
         self.any(False)
 
 
 @contextlib.contextmanager
 def ranks(device: str = "auto") -> Iterator[Ranks]:
-    """Join the other ranks, if torchrun started any, and leave them in the end.
+    """Initialise torch.distributed if torchrun started several ranks, and clean up at the end.
 
     Args:
-        device: "cpu", "cuda", or "auto": cuda if there is one.
+        device: "cpu", "cuda", or "auto": cuda if available.
 
     Raises:
-        RuntimeError: there is no such device.
+        RuntimeError: the device is not available.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("need a CUDA device for run.device=cuda, and torch finds none")
+        raise RuntimeError("need a CUDA device for run.device=cuda, torch finds none")
     where = torch.device(device)
     if device == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -77,23 +77,23 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks(0, 1, where)
         return
-    # gloo beside nccl: what ranks tell one another on the CPU does not wait for the GPU
+    # gloo beside nccl: collectives on CPU tensors do not synchronise with the GPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), world_size, where)
     finally:
-        gc.collect()  # what holds a process group goes before it
+        gc.collect()  # free objects that refer to the process group first
         dist.destroy_process_group()
 
 
 def wrap(model: nn.Module, kind: str, ranks: Ranks) -> nn.Module:
-    """The module to call in place of a model, whose gradients are the mean of all ranks.
+    """Wrap a model so that gradients are averaged over all ranks.
 
     Args:
-        model: of `vidl.models`, on its device; FSDP2 changes it in place.
-        kind: "ddp", or "fsdp", which shards each block, and the rest as one; a temperature stays
-            whole on every rank, since losses use it outside of forward.
-        ranks: of which one alone needs no wrapping.
+        model: a model of `vidl.models` on its device; FSDP2 changes it in place.
+        kind: "ddp" or "fsdp". FSDP2 shards each block and the rest as one unit; temperatures are
+            not sharded, because losses use them outside of forward.
+        ranks: with a single rank the model is returned as is.
     """
     if ranks.world_size == 1:
         return model
@@ -113,13 +113,13 @@ def whole(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def freeze_unused(model: nn.Module, inputs: dict[str, Any]) -> None:
-    """Parameters that no loss reaches do not learn: of heads whose loss has the weight 0.
+    """Freeze parameters without a gradient, such as heads whose loss has weight 0.
 
-    DDP would wait for their gradients, and an optimizer has no state of them.
+    DDP would wait for their gradients, and the optimizer would have no state for them.
 
     Args:
-        model: in training.
-        inputs: of its forward, of any batch.
+        model: in training mode.
+        inputs: arguments of its forward for any batch.
     """
     model(**inputs)["loss"].backward()
     for parameter in model.parameters():
@@ -129,7 +129,7 @@ def freeze_unused(model: nn.Module, inputs: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def synced(model: nn.Module, last: bool) -> Iterator[None]:
-    """Exchange gradients only in the last backward of a step."""
+    """Synchronise gradients only in the last backward pass of a step."""
     if isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():
             yield
@@ -140,9 +140,9 @@ def synced(model: nn.Module, last: bool) -> Iterator[None]:
 
 
 def clip(model: nn.Module, ranks: Ranks, most: float) -> Tensor:
-    """Shrink all gradients to a norm of at most `most`, if that is not 0; returns the norm.
+    """Clip gradients to a total norm of `most` unless it is 0; returns the norm before clipping.
 
-    Also brings together the gradients that FSDP2 left apart.
+    Also averages the gradients of the parameters that FSDP2 does not shard.
     """
     if isinstance(model, FSDPModule):
         for parameter in whole(model).values():
@@ -167,9 +167,9 @@ def _without(tensors: list[Tensor], others: list[Tensor]) -> list[Tensor]:
 
 
 def recompute(model: nn.Module) -> None:
-    """Keep no activations of blocks; the backward computes them again. Names stay as they are.
+    """Checkpoint the activations of transformer blocks; parameter names do not change.
 
-    A pruning block selects the same tokens again: its ops are deterministic.
+    The ops are deterministic, so a pruning block selects the same tokens when it is recomputed.
     """
     for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
         for block in blocks:

@@ -1,4 +1,4 @@
-"""What a run says while it runs: a line on the terminal, JSON lines, TensorBoard if installed."""
+"""Progress of a run: terminal, JSON lines, and TensorBoard if installed."""
 
 import json
 import shutil
@@ -10,17 +10,17 @@ from typing import Any, TextIO
 
 
 class Progress:
-    """Shows and records where a run is; the ranks but the first make none.
+    """Shows and logs the progress of a run; used on rank 0 only.
 
-    A terminal sees one line that changes, any other output a line for each record.
+    A terminal shows one line that is updated; other outputs get one line per record.
 
     Args:
-        folder: of the run; records go to its log.jsonl.
-        step: at which the run begins; later records are those of a run that was killed, and are
+        folder: folder of the run; records are appended to its log.jsonl.
+        step: first step; records of later steps were written by a run that was killed, and are
             removed.
-        steps: at which it ends.
-        tensorboard: whether to write TensorBoard's files, where it is installed.
-        out: where to show it; default: stderr.
+        steps: last step.
+        tensorboard: also write TensorBoard files, if it is installed.
+        out: output stream; default: stderr.
     """
 
     def __init__(
@@ -34,12 +34,12 @@ class Progress:
         self.board = _tensorboard(folder) if tensorboard else None
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """Write values that were measured at a step, and show them."""
+        """Log and show the values of a step."""
         self._write(step, values)
         self.show(step, values)
 
     def evaluated(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write what an evaluation found at a step, and show it."""
+        """Log and show the metrics of an evaluation."""
         self._write(step, {f"evaluation/{name}": value for name, value in values.items()})
         shown = (f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in values.items())
         self.say(f"step {step}: {', '.join(shown)}")
@@ -52,7 +52,7 @@ class Progress:
                 self.board.add_scalar(name, value, step)
 
     def show(self, step: int, values: dict[str, Any]) -> None:
-        """One line: loss, speed, the share of time spent waiting for data, and what is left."""
+        """Show one line: loss, speed, share of time spent waiting for data, time left."""
         left = (time.monotonic() - self.begin) / max(step - self.first, 1) * (self.steps - step)
         text = f"{step}/{self.steps}"
         if self.line:
@@ -69,11 +69,11 @@ class Progress:
         print(text, end="" if self.line else "\n", file=self.out, flush=True)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that is not overwritten."""
         print(("\n" if self.line else "") + text, file=self.out, flush=True)
 
     def close(self) -> None:
-        """Finish the line and the files."""
+        """End the line and close the files."""
         if self.line:
             print(file=self.out)
         if self.board is not None:
@@ -81,7 +81,7 @@ class Progress:
 
 
 def _cut(file: Path, step: int) -> None:
-    """Keep the records up to a step; a line that was being written is not one."""
+    """Remove the records after a step, and a last line that was not written completely."""
     if not file.exists():
         return
     kept = []

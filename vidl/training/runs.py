@@ -1,4 +1,4 @@
-"""The model of a run, as its newest checkpoint has it."""
+"""Load and evaluate the model of a run."""
 
 import dataclasses
 import json
@@ -27,12 +27,12 @@ ANSWERS = "answers.json"
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a run made, and by which configuration.
+    """A trained model with its tokenizer and configuration.
 
     Attributes:
-        model: of `vidl.models`; `Answering` if the run has answers.
-        tokenizer: of its captions.
-        config: of the run.
+        model: a model of `vidl.models`; `Answering` if the run has answers.
+        tokenizer: tokenizer of the captions.
+        config: configuration of the run.
     """
 
     model: Any
@@ -41,18 +41,18 @@ class Trained:
 
 
 def folder_of(path: str | Path) -> Path:
-    """The folder of a run, of which this is one, or one of its checkpoints.
+    """The folder of a run, given the folder or one of its checkpoints.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the path is neither.
     """
     path = Path(path)
     for folder in (path, *path.resolve().parents[1:2]):
         if (folder / "config.yaml").is_file() and (folder / "tokenizer.json").is_file():
             return folder
     raise ValueError(
-        f"need the folder of a run, or one of its checkpoints, with config.yaml and tokenizer.json "
-        f"in that folder, got {path}"
+        "need the folder of a run (with config.yaml and tokenizer.json), or one of its checkpoints, "
+        f"got {path}"
     )
 
 
@@ -60,11 +60,11 @@ def open_run(path: str | Path, device: torch.device | str = "cpu") -> Trained:
     """Load the model of a run.
 
     Args:
-        path: its folder: the newest checkpoint; or one of its checkpoints.
-        device: where to put the model.
+        path: folder of the run, for its newest checkpoint; or one of its checkpoints.
+        device: device of the model.
 
     Raises:
-        ValueError: there is no such run, or it has no checkpoint yet.
+        ValueError: no such run, or it has no checkpoint yet.
     """
     folder = folder_of(path)
     config = Config.read(folder / "config.yaml")
@@ -88,15 +88,16 @@ def evaluate(
     """Evaluate the model of a run.
 
     Args:
-        path: as `open_run` has it.
+        path: see `open_run`.
         task: "retrieval", "mc" or "qa".
-        data: annotations, and the folder of their media; None: what the run's configuration names.
-        ranks: of which this is one.
-        options: of the evaluation.
-        rerank: as `vidl.evaluation.retrieval` has it.
+        data: annotation file and the folder of its media; None: the evaluation set of the run's
+            configuration.
+        ranks: this rank.
+        options: batches, masks, pruning.
+        rerank: see `vidl.evaluation.retrieval`.
 
     Raises:
-        ValueError: there is no such run, or it cannot do the task.
+        ValueError: no such run, or its model does not support the task.
     """
     trained = open_run(path, ranks.device)
     model, config = trained.model, trained.config
@@ -109,7 +110,7 @@ def evaluate(
         config = dataclasses.replace(config, evaluation=chosen)
     dataset = sources.open_searched(config, model.recipe, trained.tokenizer)
     if dataset is None:
-        raise ValueError(f"need data to evaluate: {path} names none under evaluation.files")
+        raise ValueError(f"need data to evaluate: evaluation.files of {path} is empty")
     if task == "qa":
         return question_answering(model, dataset, options)
     if task == "mc":

@@ -1,4 +1,4 @@
-"""The clips and the tokenizer that a run's configuration asks for."""
+"""Create the data sets and the tokenizer of a run from its configuration."""
 
 import itertools
 from collections.abc import Iterable
@@ -16,19 +16,22 @@ from vidl.masking import Vocabulary
 from vidl.models import Recipe
 from vidl.training.config import Config
 
-# A vocabulary is made of at most so many captions.
+# Captions from which a vocabulary is built, at most.
 CAPTIONS = 1_000_000
 
 
 def open_tokenizer(config: Config, resumed: Path | None) -> Tokenizer:
-    """That of the run which goes on, or of the configuration, or one made of the captions.
+    """The tokenizer of a run.
+
+    In this order: the tokenizer of the run that is resumed, `data.tokenizer`, the tokenizer of the
+    run at `start.model`, or a new one built from the captions.
 
     Args:
-        config: with `start.model`, a run's folder, but without `data.tokenizer` that run's.
-        resumed: the folder of a run that goes on; None: it begins.
+        config: configuration of the run.
+        resumed: folder of the run that is resumed; None: a new run.
 
     Raises:
-        ValueError: there is none, and captions of shards are not read to make one.
+        ValueError: there is none, and the data are shards, whose captions are not read in advance.
     """
     data = config.data
     if resumed is not None:
@@ -43,16 +46,16 @@ def open_tokenizer(config: Config, resumed: Path | None) -> Tokenizer:
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """What masks need to know of it."""
+    """The properties of a tokenizer that masks depend on."""
     t = tokenizer
     special = (t.pad_id, t.unk_id, t.cls_id, t.sep_id, t.mask_id)
-    return Vocabulary(len(t), t.mask_id, tuple(each for each in special if each is not None))
+    return Vocabulary(len(t), t.mask_id, tuple(number for number in special if number is not None))
 
 
 def open_loader(
     config: Config, recipe: Recipe, tokenizer: Tokenizer, rank: int, world_size: int
 ) -> Loader:
-    """The batches of one rank."""
+    """The loader of one rank."""
     data = config.data
     dataset = open_clips(config, recipe, tokenizer)
     options: dict[str, Any] = dict(workers=data.workers, limit=data.broken)
@@ -66,7 +69,7 @@ def open_loader(
 
 
 def open_clips(config: Config, recipe: Recipe, tokenizer: Tokenizer | None) -> ClipSet:
-    """The clips that are trained on; of shards how they become samples, without their rows."""
+    """The training clips; for shards, the sample options without rows."""
     data = config.data
     sizes: dict[str, Any] = dict(frames=recipe.frames, size=recipe.image_size)
     words: dict[str, Any] = dict(seed=config.run.seed, tokenizer=tokenizer, words=data.words)
@@ -81,7 +84,7 @@ def open_clips(config: Config, recipe: Recipe, tokenizer: Tokenizer | None) -> C
 
 
 def open_searched(config: Config, recipe: Recipe, tokenizer: Tokenizer) -> ClipSet | None:
-    """The clips that retrieval is measured on, if there are any."""
+    """The evaluation set, if there is one."""
     chosen, data = config.evaluation, config.data
     sizes: dict[str, Any] = dict(frames=recipe.frames, size=recipe.image_size)
     words: dict[str, Any] = dict(seed=config.run.seed, tokenizer=tokenizer, words=data.words)
@@ -97,7 +100,7 @@ def open_searched(config: Config, recipe: Recipe, tokenizer: Tokenizer) -> ClipS
 
 
 def annotated(config: Config) -> Any:
-    """The rows of the annotation files that are trained on."""
+    """The rows of the training annotations."""
     return _load(config.data.files, config.data.media)
 
 
