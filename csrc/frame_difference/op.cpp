@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cpu/lines.h"
-#include "torch/device.h"
+#include "torch/dtype.h"
 
 namespace vidl {
 namespace {
@@ -165,10 +165,7 @@ Tensor frame_difference(Tensor video, std::vector<int64_t> patch, std::vector<do
                   "frame_difference: need ", video.size(1), " numbers in std");
   Frames f = {};
   f.data = static_cast<const char*>(video.data_ptr());
-  f.dtype = video.scalar_type() == ScalarType::Byte    ? Dtype::kUInt8
-            : video.scalar_type() == ScalarType::Float ? Dtype::kFloat32
-            : video.scalar_type() == ScalarType::Half  ? Dtype::kFloat16
-                                                       : Dtype::kBFloat16;
+  f.dtype = dtype_of(video);
   const int64_t B = video.size(0);
   f.C = video.size(1);
   f.t = patch[0];

@@ -14,8 +14,8 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "patches/device.h"
 #include "masked_patch_embed/interface.h"
+#include "patches/device.h"
 
 namespace vidl {
 namespace {

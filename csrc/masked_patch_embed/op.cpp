@@ -9,8 +9,6 @@
 // enters the product as (x - s_c) / 128 with s_c = round(255 mean_c), which is exact, and 128 /
 // (255 std_c) goes into the weight; what s_c leaves of the mean goes into the bias, by the weight
 // as it was rounded. In float32 the pixel is normalised as it is packed, from x - s_c too.
-#include "masked_patch_embed/interface.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -18,8 +16,9 @@
 #include <tuple>
 #include <vector>
 
-#include "patches/host.h"
 #include "cpu/lines.h"
+#include "masked_patch_embed/interface.h"
+#include "patches/host.h"
 #include "torch/device.h"
 
 namespace vidl {

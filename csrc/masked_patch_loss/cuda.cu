@@ -18,8 +18,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "patches/device.h"
 #include "masked_patch_loss/interface.h"
+#include "patches/device.h"
 
 namespace vidl {
 namespace {

@@ -4,16 +4,15 @@
 // A patch is read into planes of channels, as differences from its first pixel: those of uint8 are
 // small integers, so that mean and deviations are as exact as float32 allows, and those of a patch
 // of one colour are zero. Then it is put into the order of the prediction, and compared.
-#include "masked_patch_loss/interface.h"
-
 #include <algorithm>
 #include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "patches/host.h"
 #include "cpu/lines.h"
+#include "masked_patch_loss/interface.h"
+#include "patches/host.h"
 #include "torch/device.h"
 
 namespace vidl {
@@ -25,8 +24,8 @@ using torch::stable::parallel_for;
 constexpr const char* kOp = "masked_patch_loss";
 constexpr int64_t kGrain = 8;  // patches that are worth a thread
 
-// Clip and statistics, and as many numbers as there are channels: masked_patch_loss/interface.h has their
-// meaning.
+// Clip and statistics, and as many numbers as there are channels: masked_patch_loss/interface.h has
+// their meaning.
 struct Targets {
   Clip clip;
   Statistics statistics;

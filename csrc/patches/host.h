@@ -5,26 +5,10 @@
 #include <vector>
 
 #include "patches/interface.h"
-#include "torch/device.h"
+#include "torch/dtype.h"
 
 namespace vidl {
 namespace {
-
-[[maybe_unused]] Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Byte:
-      return Dtype::kUInt8;
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "vidl: need uint8, float32, float16 or bfloat16");
-  }
-  return Dtype::kFloat32;
-}
 
 // A clip [B, C, T, H, W] in patches of t x h x w pixels.
 [[maybe_unused]] Clip clip_of(const char* op, const Tensor& video, int64_t t, int64_t h,

@@ -4,8 +4,6 @@
 // On the CPU three steps, each in parallel: rank the tokens of every sample by 64-bit keys whose
 // order is the total order of the contract; copy the kept rows; add up the dropped ones, in float32
 // and in an order that does not depend on the threads.
-#include "select_tokens/interface.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,10 +11,12 @@
 #include <tuple>
 #include <vector>
 
+#include "select_tokens/interface.h"
+
 #ifndef VIDL_EMULATED
 #include "select_tokens/cpu.h"
 #endif
-#include "torch/device.h"
+#include "torch/dtype.h"
 
 namespace vidl {
 namespace {
@@ -24,15 +24,6 @@ namespace {
 using torch::stable::get_num_threads;
 using torch::stable::new_empty;
 using torch::stable::parallel_for;
-
-Dtype dtype_of(const Tensor& x) {
-  const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || is_16bit(dtype),
-                  "select_tokens: need x in float32, float16 or bfloat16");
-  return dtype == ScalarType::Float  ? Dtype::kFloat32
-         : dtype == ScalarType::Half ? Dtype::kFloat16
-                                     : Dtype::kBFloat16;
-}
 
 const int32_t* offsets_of(const OptionalTensor& x, const char* name) {
   if (!x) return nullptr;
@@ -295,6 +286,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(
   samples.prefix = prefix;
   samples.C = x->size(-1);
   samples.dtype = dtype_of(*x);
+  STD_TORCH_CHECK(samples.dtype != Dtype::kUInt8, "select_tokens: need a floating-point x");
   samples.fuses = !fuse.empty();
   if (packed) {
     STD_TORCH_CHECK(cu_kept->size(0) == samples.B + 1 && ranks.size(0) == samples.total &&

@@ -24,12 +24,12 @@ struct Work {
 
 // Either every group has `blocks` blocks, or, with 0, group g has those from
 // offsets[g] / kBlock + g on: always enough, and seldom more, however unequal the groups are.
-__device__ __forceinline__ Work find_work(const int32_t* offsets, const Attention& a,
+__device__ __forceinline__ Work find_work(const int32_t* offsets, const SpaceTimeAttention& a,
                                           int64_t blocks) {
   const int64_t item = blockIdx.x / a.H;
   const int h = static_cast<int>(blockIdx.x % a.H);
   if (blocks > 0) return {item / blocks, h, static_cast<int>(item % blocks) * kBlock};
-  int64_t low = 0, high = a.G;
+  int64_t low = 0, high = a.groups.G;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
     (offsets[middle] / kBlock + middle <= item ? low : high) = middle;
@@ -65,11 +65,11 @@ __device__ __forceinline__ void stream(T* memory, const Strided& x, const Stride
 
 template <class T, int D>
 __global__ void __launch_bounds__(kBlockThreads)
-    blocked_forward_kernel(Attention a, Forward f, int64_t blocks) {
+    blocked_forward_kernel(SpaceTimeAttention a, Forward f, int64_t blocks) {
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
-  const Work work = find_work(a.query_offsets, a, blocks);
-  const Members queries = queries_of(a, work.g), keys = keys_of(a, work.g);
+  check_ends(a.groups);
+  const Work work = find_work(a.groups.query_offsets, a, blocks);
+  const Members queries = queries_of(a.groups, work.g), keys = keys_of(a.groups, work.g);
   if (work.start >= queries.count) return;
   const int first = work.start + threadIdx.x / 32 * 16;
   T* const q = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   for (int i = 0; i < 2; i++) {
     const int query = first + row_of_lane(i);
     if (query < queries.count && lane_id() % 4 == 0) {
-      f.lse[work.h * a.Q + queries.row(query)] = row.lse[i];
+      f.lse[work.h * a.groups.num_queries + queries.row(query)] = row.lse[i];
     }
   }
 }
@@ -124,12 +124,12 @@ __global__ void __launch_bounds__(kBlockThreads)
 // The scores of 16 keys a warp: their weights, transposed, summed over the queries.
 template <class T, int D>
 __global__ void __launch_bounds__(kBlockThreads, 4)
-    blocked_scores_kernel(Attention a, Forward f, int64_t blocks) {
+    blocked_scores_kernel(SpaceTimeAttention a, Forward f, int64_t blocks) {
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
-  const Work work = find_work(a.key_offsets, a, blocks);
-  Members queries = queries_of(a, work.g);
-  const Members keys = keys_of(a, work.g);
+  check_ends(a.groups);
+  const Work work = find_work(a.groups.key_offsets, a, blocks);
+  Members queries = queries_of(a.groups, work.g);
+  const Members keys = keys_of(a.groups, work.g);
   if (work.start >= keys.count) return;
   const float share = queries.count > 0 ? share_of(a.scores, 0, queries.count) : 0.0f;
   if (a.scores == Scores::kCls) queries.count = min(queries.count, 1);
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
           for (int e = 0; e < 4; e++) {
             const int j = e / 2, l = e % 2, query = start + 16 * n + column_of_lane(j) + l;
             if (query >= queries.count) continue;
-            const float lse = f.lse[work.h * a.Q + queries.row(query)] * kLog2E;
+            const float lse = f.lse[work.h * a.groups.num_queries + queries.row(query)] * kLog2E;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
               sums[i] += exp2_approx(weights[j][2 * i + l] * (a.scale * kLog2E) - lse);
@@ -164,18 +164,19 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
   for (int i = 0; i < 2; i++) {
     const float sum = sum_of_row(sums[i]) * share;
     const int key = first + row_of_lane(i);
-    if (key < keys.count && lane_id() % 4 == 0) f.scores[work.h * a.E + keys.first + key] = sum;
+    if (key < keys.count && lane_id() % 4 == 0)
+      f.scores[work.h * a.groups.E + keys.first + key] = sum;
   }
 }
 
 template <class T, int D>
 __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
-    query_backward_kernel(Attention a, Backward b, int64_t blocks) {
+    query_backward_kernel(SpaceTimeAttention a, Backward b, int64_t blocks) {
   constexpr int kTile = kBlock * kStride<D>;
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
-  const Work work = find_work(a.query_offsets, a, blocks);
-  const Members queries = queries_of(a, work.g), keys = keys_of(a, work.g);
+  check_ends(a.groups);
+  const Work work = find_work(a.groups.query_offsets, a, blocks);
+  const Members queries = queries_of(a.groups, work.g), keys = keys_of(a.groups, work.g);
   if (work.start >= queries.count) return;
   const int lane = lane_id(), first = work.start + threadIdx.x / 32 * 16;
   T* const q = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
@@ -195,7 +196,9 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   for (int i = 0; i < 2; i++) {
     const int query = first + row_of_lane(i);
     delta[i] = __shfl_sync(kAllLanes, dot, 2 * row_of_lane(i));
-    lse[i] = query < queries.count ? b.lse[work.h * a.Q + queries.row(query)] * kLog2E : 0.0f;
+    lse[i] = query < queries.count
+                 ? b.lse[work.h * a.groups.num_queries + queries.row(query)] * kLog2E
+                 : 0.0f;
     share[i] = share_of(a.scores, query, queries.count) / static_cast<float>(a.H);
   }
   const auto weight_of = [&](float product, int i, bool real) {
@@ -254,7 +257,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   for (int i = 0; i < 2; i++) {
     const int query = first + row_of_lane(i);
     if (query < queries.count && lane % 4 == 0) {
-      b.delta[work.h * a.Q + queries.row(query)] = delta[i];
+      b.delta[work.h * a.groups.num_queries + queries.row(query)] = delta[i];
     }
   }
   __syncwarp();
@@ -265,14 +268,14 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
 // Weights and their gradients are transposed here: a warp has 16 keys.
 template <class T, int D>
 __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
-    key_backward_kernel(Attention a, Backward b, int64_t blocks) {
+    key_backward_kernel(SpaceTimeAttention a, Backward b, int64_t blocks) {
   constexpr int kTile = kBlock * kStride<D>;
   DYNAMIC_SHARED(T, memory);
   SHARED(float, lse, [2][kBlock]);  // of the queries in the two buffers
   SHARED(float, delta, [2][kBlock]);
-  check_ends(a);
-  const Work work = find_work(a.key_offsets, a, blocks);
-  const Members queries = queries_of(a, work.g), keys = keys_of(a, work.g);
+  check_ends(a.groups);
+  const Work work = find_work(a.groups.key_offsets, a, blocks);
+  const Members queries = queries_of(a.groups, work.g), keys = keys_of(a.groups, work.g);
   if (work.start >= keys.count) return;
   const int lane = lane_id(), first = work.start + threadIdx.x / 32 * 16;
   T* const k = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
@@ -304,7 +307,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
       [&](int start, int parity) {
         const int i = threadIdx.x % kBlock, query = start + i;
         const bool real = query < queries.count;
-        const int64_t at = real ? work.h * a.Q + queries.row(query) : 0;
+        const int64_t at = real ? work.h * a.groups.num_queries + queries.row(query) : 0;
         if (threadIdx.x < kBlock) {
           cp_async_4(&lse[parity][i], b.lse + at, real);
         } else {

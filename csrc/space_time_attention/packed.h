@@ -22,21 +22,22 @@ struct Pack {
   int row, place;    // of q, or of k and v; in the list of all groups' members
   int count;         // of queries, or keys, in the group
 
-  __device__ __forceinline__ bool find(const Attention& a) {
+  __device__ __forceinline__ bool find(const SpaceTimeAttention& a) {
     const int lane = lane_id(), inside = lane % 16;
-    slot = static_cast<int>(a.max_queries > a.max_keys ? a.max_queries : a.max_keys);
+    slot = static_cast<int>(a.groups.max_queries > a.groups.max_keys ? a.groups.max_queries
+                                                                     : a.groups.max_keys);
     groups = 16 / slot;
     const int64_t item = blockIdx.x * int64_t{kPackedWarps} + threadIdx.x / 32;
     const int64_t g = item / a.H * groups + inside / slot;
     h = static_cast<int>(item % a.H);
     row = -1, place = 0, count = 0;
-    if (inside / slot < groups && g < a.G) {
-      const Members group = lane < 16 ? queries_of(a, g) : keys_of(a, g);
+    if (inside / slot < groups && g < a.groups.G) {
+      const Members group = lane < 16 ? queries_of(a.groups, g) : keys_of(a.groups, g);
       const int member = inside % slot;
       count = group.count;
       if (member < group.count) row = group.row(member), place = group.first + member;
     }
-    return item / a.H * groups < a.G;
+    return item / a.H * groups < a.groups.G;
   }
 
   // Bit c is set where key c belongs to the group of query r; `rows` are those that are there now.
@@ -79,10 +80,11 @@ __device__ __forceinline__ bool finite(const T* tile) {
 // Groups share the sums of a product, where a weight of zero does not stop another group's NaN.
 // So where there is one, the groups of a warp go one after the other.
 template <class T, int D>
-__global__ void __launch_bounds__(32 * kPackedWarps) packed_forward_kernel(Attention a, Forward f) {
+__global__ void __launch_bounds__(32 * kPackedWarps)
+    packed_forward_kernel(SpaceTimeAttention a, Forward f) {
   constexpr int kTile = 16 * kStride<D>;
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
+  check_ends(a.groups);
   Pack group;
   if (!group.find(a)) return;
   T *const q = memory + threadIdx.x / 32 * 3 * kTile, *const k = q + kTile, *const v = k + kTile;
@@ -116,7 +118,8 @@ __global__ void __launch_bounds__(32 * kPackedWarps) packed_forward_kernel(Atten
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int r = row_of_lane(i), row = __shfl_sync(kAllLanes, rows, r);
-      if (row >= 0 && lane_id() % 4 == 0) f.lse[group.h * a.Q + row] = softmax.lse[i];
+      if (row >= 0 && lane_id() % 4 == 0)
+        f.lse[group.h * a.groups.num_queries + row] = softmax.lse[i];
       const int count = __shfl_sync(kAllLanes, group.count, r);
       share[i] = row < 0 ? 0.0f : softmax.inverse[i] * share_of(a.scores, r % group.slot, count);
     }
@@ -128,17 +131,17 @@ __global__ void __launch_bounds__(32 * kPackedWarps) packed_forward_kernel(Atten
           sum_of_column(weights[0][j][l] * share[0] + weights[0][j][2 + l] * share[1]);
       const int row = __shfl_sync(kAllLanes, rows, key);
       const int place = __shfl_sync(kAllLanes, group.place, key);
-      if (row >= 0 && lane_id() < 4) f.scores[group.h * a.E + place] = score;
+      if (row >= 0 && lane_id() < 4) f.scores[group.h * a.groups.E + place] = score;
     }
   }
 }
 
 template <class T, int D>
 __global__ void __launch_bounds__(32 * kPackedWarps)
-    packed_backward_kernel(Attention a, Backward b) {
+    packed_backward_kernel(SpaceTimeAttention a, Backward b) {
   constexpr int kTile = 16 * kStride<D>;
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
+  check_ends(a.groups);
   Pack group;
   if (!group.find(a)) return;
   T *const q = memory + threadIdx.x / 32 * 4 * kTile, *const grad_out = q + kTile;
@@ -168,7 +171,7 @@ __global__ void __launch_bounds__(32 * kPackedWarps)
       const int r = row_of_lane(i), row = __shfl_sync(kAllLanes, rows, r);
       const int count = __shfl_sync(kAllLanes, group.count, r);
       seen[i] = group.seen_by(r, rows);
-      lse[i] = row < 0 ? 0.0f : b.lse[group.h * a.Q + row] * kLog2E;
+      lse[i] = row < 0 ? 0.0f : b.lse[group.h * a.groups.num_queries + row] * kLog2E;
       share[i] = row < 0 ? 0.0f : share_of(a.scores, r % group.slot, count) / float(a.H);
     }
 #pragma unroll

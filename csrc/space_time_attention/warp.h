@@ -1,5 +1,4 @@
-// space_time_attention on CUDA: the groups of a call, and the softmax of 16 queries a warp, forward
-// and backward.
+// space_time_attention on CUDA: the softmax of 16 queries by a warp, forward and backward.
 #pragma once
 #include "groups/device.h"
 #include "space_time_attention/interface.h"
@@ -8,20 +7,6 @@ namespace vidl {
 namespace {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;  // exponentials are to the base two
-
-__device__ __forceinline__ Members queries_of(const Attention& a, int64_t g) {
-  return members(a.query_offsets, a.query_rows, g, a.Q, a.Q, a.max_queries);
-}
-__device__ __forceinline__ Members keys_of(const Attention& a, int64_t g) {
-  return members(a.key_offsets, a.key_rows, g, a.E, a.K, a.max_keys);
-}
-
-// Offsets must begin with 0 and end with all rows; members() looks at the rest.
-__device__ __forceinline__ void check_ends(const Attention& a) {
-  if (blockIdx.x != 0 || threadIdx.x != 0) return;
-  assert(a.query_offsets[0] == 0 && a.query_offsets[a.G] == a.Q);
-  assert(a.key_offsets[0] == 0 && a.key_offsets[a.G] == a.E);
-}
 
 __device__ __forceinline__ float sum_of_row(float x) {
   x += __shfl_xor_sync(kAllLanes, x, 1);
@@ -212,8 +197,8 @@ __device__ __forceinline__ float output_times_grad(const void* output, int64_t H
 // Stores the gradients of 16 keys and values from `first` on, or of their entries. `tile` belongs
 // to this warp alone.
 template <class T, int D>
-__device__ __forceinline__ void store_key_grads(const Attention& a, const Backward& b, int h,
-                                                const Members& keys, int first, T* tile,
+__device__ __forceinline__ void store_key_grads(const SpaceTimeAttention& a, const Backward& b,
+                                                int h, const Members& keys, int first, T* tile,
                                                 const Square (&grad_k)[D / 16],
                                                 const Square (&grad_v)[D / 16]) {
   if (b.entry_grad_k != nullptr) {

@@ -15,14 +15,14 @@ constexpr int kForwardWarps = 4;
 
 template <class T, int D, int kSquares>
 __global__ void __launch_bounds__(32 * kForwardWarps, kSquares == 4 && D <= 64 ? 3 : 2)
-    whole_forward_kernel(Attention a, Forward f) {
+    whole_forward_kernel(SpaceTimeAttention a, Forward f) {
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
+  check_ends(a.groups);
   const int64_t g = blockIdx.x / a.H;
   const int h = static_cast<int>(blockIdx.x % a.H);
-  const Members queries = queries_of(a, g), keys = keys_of(a, g);
+  const Members queries = queries_of(a.groups, g), keys = keys_of(a.groups, g);
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int most = round_up_16(a.max_keys), real = round_up_16(keys.count);
+  const int most = round_up_16(a.groups.max_keys), real = round_up_16(keys.count);
   T *const k = memory, *const v = k + most * kStride<D>;
   T* const q = v + (most + 16 * warp) * kStride<D>;  // of this warp: 16 queries, then their output
   float* const columns =                             // sums of weights, of each warp
@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kSquares == 4 && D <= 64 ?
     for (int i = 0; i < 2; i++) {
       const int query = start + row_of_lane(i);
       const bool is_query = query < queries.count;
-      if (is_query && lane_id() % 4 == 0) f.lse[h * a.Q + queries.row(query)] = row.lse[i];
+      if (is_query && lane_id() % 4 == 0)
+        f.lse[h * a.groups.num_queries + queries.row(query)] = row.lse[i];
       share[i] = is_query ? row.inverse[i] * share_of(a.scores, query, queries.count) : 0.0f;
     }
     if (f.scores != nullptr && (a.scores == Scores::kMean || start == 0)) {
@@ -77,25 +78,26 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kSquares == 4 && D <= 64 ?
   for (int key = threadIdx.x; key < keys.count; key += blockDim.x) {
     float score = 0.0f;
     for (int w = 0; w < warps; w++) score += columns[w * most + key];
-    f.scores[h * a.E + keys.first + key] = score;
+    f.scores[h * a.groups.E + keys.first + key] = score;
   }
 }
 
 // A warp for every 16 queries and 16 keys: first it has the queries, then the keys.
 template <class T, int D, int kSquares>
-__global__ void __launch_bounds__(32 * kSquares) whole_backward_kernel(Attention a, Backward b) {
+__global__ void __launch_bounds__(32 * kSquares)
+    whole_backward_kernel(SpaceTimeAttention a, Backward b) {
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
+  check_ends(a.groups);
   const int64_t g = blockIdx.x / a.H;
   const int h = static_cast<int>(blockIdx.x % a.H);
-  const Members queries = queries_of(a, g), keys = keys_of(a, g);
+  const Members queries = queries_of(a.groups, g), keys = keys_of(a.groups, g);
   const int warp = threadIdx.x / 32, start = 16 * warp;
-  const int stride = round_up_16(a.max_keys) + 8;  // of a row of weights
-  T *const q = memory, *const grad_out = q + round_up_16(a.max_queries) * kStride<D>;
-  T* const k = grad_out + round_up_16(a.max_queries) * kStride<D>;
-  T* const v = k + round_up_16(a.max_keys) * kStride<D>;
+  const int stride = round_up_16(a.groups.max_keys) + 8;  // of a row of weights
+  T *const q = memory, *const grad_out = q + round_up_16(a.groups.max_queries) * kStride<D>;
+  T* const k = grad_out + round_up_16(a.groups.max_queries) * kStride<D>;
+  T* const v = k + round_up_16(a.groups.max_keys) * kStride<D>;
   // The weights and their gradients, [queries, keys], take the place of keys and values.
-  T *const weights_tile = k, *const grads_tile = k + round_up_16(a.max_queries) * stride;
+  T *const weights_tile = k, *const grads_tile = k + round_up_16(a.groups.max_queries) * stride;
   const Strided grads_of_out = {b.grad_out, a.H * D, D};
   copy_rows<T, D>(q, round_up_16(queries.count), a.q, h, queries, 0, threadIdx.x, blockDim.x);
   copy_rows<T, D>(k, round_up_16(keys.count), a.k, h, keys, 0, threadIdx.x, blockDim.x);
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(32 * kSquares) whole_backward_kernel(Attention
     for (int i = 0; i < 2; i++) {
       const int query = start + row_of_lane(i);
       const bool real = query < queries.count;
-      lse[i] = real ? b.lse[h * a.Q + queries.row(query)] * kLog2E : INFINITY;
+      lse[i] = real ? b.lse[h * a.groups.num_queries + queries.row(query)] * kLog2E : INFINITY;
       share[i] = share_of(a.scores, query, queries.count) / static_cast<float>(a.H);
     }
     Square weights[kSquares], grads[kSquares];

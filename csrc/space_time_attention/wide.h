@@ -38,8 +38,8 @@ struct WideGroup {
 
 // Leaves the log-sum-exp, to the base two, and delta of a warp's 16 queries in shared memory.
 template <class T, int D>
-__device__ __forceinline__ void prepare_queries(const Attention& a, const Backward& b, int h,
-                                                const Members& queries, const Members& keys,
+__device__ __forceinline__ void prepare_queries(const SpaceTimeAttention& a, const Backward& b,
+                                                int h, const Members& queries, const Members& keys,
                                                 const WideGroup<T, D>& group, int first) {
   const float dot =
       output_times_grad<T, D>(b.out, a.H, h, queries, first, group.grad_out + first * kStride<D>);
@@ -48,7 +48,8 @@ __device__ __forceinline__ void prepare_queries(const Attention& a, const Backwa
   for (int i = 0; i < 2; i++) {
     const int query = first + row_of_lane(i);
     // Where there is no query, weights of zero.
-    lse[i] = query < queries.count ? b.lse[h * a.Q + queries.row(query)] * kLog2E : INFINITY;
+    lse[i] = query < queries.count ? b.lse[h * a.groups.num_queries + queries.row(query)] * kLog2E
+                                   : INFINITY;
   }
   if (b.grad_scores != nullptr && (a.scores == Scores::kMean || first == 0)) {
     Rows16<D> rows;
@@ -75,14 +76,16 @@ __device__ __forceinline__ void prepare_queries(const Attention& a, const Backwa
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(2 * kWideRows) wide_backward_kernel(Attention a, Backward b) {
+__global__ void __launch_bounds__(2 * kWideRows)
+    wide_backward_kernel(SpaceTimeAttention a, Backward b) {
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
+  check_ends(a.groups);
   const int64_t g = blockIdx.x / a.H;
   const int h = static_cast<int>(blockIdx.x % a.H);
-  const Members queries = queries_of(a, g), keys = keys_of(a, g);
+  const Members queries = queries_of(a.groups, g), keys = keys_of(a.groups, g);
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, start = 16 * warp;
-  const WideGroup<T, D> group(memory, round_up_16(a.max_queries), round_up_16(a.max_keys));
+  const WideGroup<T, D> group(memory, round_up_16(a.groups.max_queries),
+                              round_up_16(a.groups.max_keys));
   const int query_rows = round_up_16(queries.count), key_rows = round_up_16(keys.count);
   const Strided grads_of_out = {b.grad_out, a.H * D, D};
   copy_rows<T, D>(group.q, query_rows, a.q, h, queries, 0, threadIdx.x, blockDim.x);
@@ -158,7 +161,7 @@ __global__ void __launch_bounds__(2 * kWideRows) wide_backward_kernel(Attention 
   }
   if (!has_keys) return;
   // All is found again: kept through the loop, it would not fit into registers.
-  const Members same_keys = keys_of(a, blockIdx.x / a.H);
+  const Members same_keys = keys_of(a.groups, blockIdx.x / a.H);
   store_key_grads<T, D>(a, b, static_cast<int>(blockIdx.x % a.H), same_keys, threadIdx.x / 32 * 16,
                         group.k + start * kStride<D>, grad_k, grad_v);
 }
