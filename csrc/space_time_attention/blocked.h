@@ -1,12 +1,12 @@
-// space_time_attention on CUDA, groups of any length: 64 queries meet blocks of 64 keys, with an
-// online softmax. Backward one kernel for queries, which leaves every query's delta = sum of the
-// weights times their gradients behind, then one for keys and values. Scores need the final
-// log-sum-exp: a kernel of their own.
+// space_time_attention on CUDA for groups of any length: blocks of 64 queries meet blocks of 64
+// keys, with an online softmax. The backward has one kernel for queries, which also writes every
+// query's delta (the sum of its weights times their gradients), then one for keys and values.
+// Scores need the final log-sum-exp and so have a kernel of their own.
 //
-// Limit: bytes up to about 260 rows a group (backward) and 370 (forward), FLOPs above: forward
-// moves 8 N H D bytes (N rows in all, 16 bits) for 4 n N H D FLOPs, backward 16 N H D for 14 n N H
-// D, as it multiplies seven times instead of five. Each block of queries reads the keys again, from
-// L2.
+// Limit: bytes up to about 260 rows per group (backward) and 370 (forward), FLOPs above. For N rows
+// in all, n in a group, in 16 bits: forward moves 8 N H D bytes for 4 n N H D FLOPs, backward
+// 16 N H D bytes for 14 n N H D, with seven matmuls instead of five. Every block of queries reads
+// the keys from L2 again.
 #pragma once
 #include "space_time_attention/warp.h"
 
@@ -16,14 +16,14 @@ namespace {
 constexpr int kBlock = 64;  // queries or keys of a block of a long group: 16 a warp
 constexpr int kBlockThreads = kBlock / 16 * 32;
 
-// The block of queries, or of keys, that a block of threads works on.
+// The block of queries, or of keys, that a block of threads computes.
 struct Work {
   int64_t g;
   int h, start;
 };
 
-// Either every group has `blocks` blocks, or, with 0, group g has those from
-// offsets[g] / kBlock + g on: always enough, and seldom more, however unequal the groups are.
+// Every group has `blocks` blocks; or, if that is 0, group g has those from offsets[g] / kBlock + g
+// on, which always suffices and wastes at most one block per group, however unequal the groups are.
 __device__ __forceinline__ Work find_work(const int32_t* offsets, const SpaceTimeAttention& a,
                                           int64_t blocks) {
   const int64_t item = blockIdx.x / a.H;
@@ -37,8 +37,9 @@ __device__ __forceinline__ Work find_work(const int32_t* offsets, const SpaceTim
   return {low, h, static_cast<int>(item - low - offsets[low] / kBlock) * kBlock};
 }
 
-// Brings the rows of x, and of y unless it is null, block after block: body(tile of x, of y, start)
-// runs while the next two tiles are on their way. also(start, parity) starts more copies.
+// Loads the rows of x, and of y unless it is null, block by block into two pairs of tiles, and
+// calls body(tile of x, tile of y, start) while the next pair is loading. also(start, parity) may
+// start more copies.
 template <class T, int D, class Also, class Body>
 __device__ __forceinline__ void stream(T* memory, const Strided& x, const Strided* y, int h,
                                        const Members& group, Also also, Body body) {
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kBlockThreads)
         }
         scale_products(weights, count, a.scale * kLog2E, most,
                        [&](int, int column) { return column < count; });
-        float factor[2];  // of what was summed relative to a smaller product
+        float factor[2];  // rescales the sums so far, which are relative to a smaller maximum
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           factor[i] = exp2_approx(before[i] - (most[i] == -INFINITY ? 0.0f : most[i]));
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-// The scores of 16 keys a warp: their weights, transposed, summed over the queries.
+// A warp computes the scores of 16 keys: their weights, transposed, summed over the queries.
 template <class T, int D>
 __global__ void __launch_bounds__(kBlockThreads, 4)
     blocked_scores_kernel(SpaceTimeAttention a, Forward f, int64_t blocks) {
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   };
   T* const buffers = memory + 2 * kTile;
 
-  // What the scores' gradient adds to delta.
+  // The gradient of the scores adds to delta.
   if (b.grad_scores != nullptr && (a.scores == Scores::kMean || work.start == 0)) {
     float more[2] = {};
     stream<T, D>(
@@ -265,7 +266,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
                    [&](int r) { return first + r < queries.count ? queries.row(first + r) : -1; });
 }
 
-// Weights and their gradients are transposed here: a warp has 16 keys.
+// A warp computes 16 keys: weights and their gradients are transposed.
 template <class T, int D>
 __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
     key_backward_kernel(SpaceTimeAttention a, Backward b, int64_t blocks) {
@@ -286,7 +287,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   cp_async_wait();
   __syncwarp();
   Rows16<D> key_rows, value_rows;
-  constexpr bool kHeld = D <= 96;  // longer rows do not fit into registers beside both sums
+  constexpr bool kHeld = D <= 96;  // longer rows do not fit into the registers beside both sums
   key_rows.load(k);
   if (kHeld) value_rows.load(v);
   float grad_score[2] = {};
@@ -319,7 +320,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
 #pragma unroll
         for (int n = 0; n < kBlock / 16; n++) {
           if (start + 16 * n >= queries.count) break;
-          // Beyond the last query these are wrong, but meet rows of zeros.
+          // Beyond the last query these are meaningless, but are multiplied with rows of zeros.
           Square weights, grads;
           multiply_transposed<T, D>(weights, key_rows, q, 16 * n);
           if (!kHeld) value_rows.load(v);

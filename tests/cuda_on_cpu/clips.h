@@ -72,7 +72,7 @@ struct Patches {
     }
     if (which != kDense) {
       ids.shrink_to_fit();
-      rows.ids = ids.data(), rows.M = static_cast<int64_t>(ids.size());
+      rows.ids = ids.data(), rows.total = static_cast<int64_t>(ids.size());
     }
   }
   Patches(const Patches&) = delete;

@@ -61,7 +61,7 @@ std::vector<double> target_of(const Case& c, const Patches& p, const Channels& c
 void check(const Case& c) {
   const Patches p(c.layout, c.which, c.video, c.C, c.t, c.h, c.w);
   const Channels channels = channels_of(c);
-  const int64_t M = p.rows.M, K = p.rows.K, wide = p.numbers + c.margin;
+  const int64_t M = p.rows.total, K = p.rows.K, wide = p.numbers + c.margin;
   const int parts = c.statistics == Statistics::kNone    ? 0
                     : c.statistics == Statistics::kPatch ? 1
                                                          : c.C;
