@@ -92,7 +92,7 @@ VIDL_INLINE void add_floats(const Lines& lines, float* lanes) {
   }
 }
 
-VIDL_EACH_CPU void add_lines_of_bytes(const Lines& lines, int32_t* integers) {
+VIDL_EVERY_LEVEL void add_lines_of_bytes(const Lines& lines, int32_t* integers) {
   if (lines.stride_w == 1 && lines.width == kLanes) {
     add_narrow_bytes(lines, integers);
   } else if (lines.stride_w == 1 && lines.width == 32) {
@@ -104,7 +104,7 @@ VIDL_EACH_CPU void add_lines_of_bytes(const Lines& lines, int32_t* integers) {
   }
 }
 
-VIDL_EACH_CPU void add_lines_of_floats(const Lines& lines, Dtype dtype, float* lanes) {
+VIDL_EVERY_LEVEL void add_lines_of_floats(const Lines& lines, Dtype dtype, float* lanes) {
   VIDL_FLOATING(dtype, T, add_floats<T>(lines, lanes))
 }
 

@@ -186,7 +186,7 @@ int main() {
     for (const Dtype dtype : {kFloat32, kFloat16, kBFloat16}) check_fold(dtype);
     return true;
   });
-#ifndef __SANITIZE_THREAD__  // to which the threads of an abandoned launch never end
+#ifndef __SANITIZE_THREAD__  // TSan believes that the threads of a failed launch never end
   check_bad_indices();
 #endif
   return report("masked_patch_embed");

@@ -14,7 +14,7 @@ using vidl::Size;
 using vidl::SpaceTimeAttention;
 using Numbers = std::vector<double>;
 
-// [rows, H, D] of a dtype, in rows that have some more numbers: NaN.
+// [rows, H, D] of a dtype. Rows are padded with NaN.
 class Tensor : public Buffer {
  public:
   Tensor(Dtype dtype, size_t n) : Buffer(n * (dtype == Dtype::kFloat32 ? 4 : 2)), dtype(dtype) {
@@ -37,7 +37,7 @@ class Tensor : public Buffer {
 enum Rows { kInOrder, kGathered, kShared };
 
 struct Case {
-  std::vector<int> queries, keys;  // of each group
+  std::vector<int> queries, keys;  // of every group
   int64_t H, D;
   Dtype dtype;
   Scores scores;
@@ -55,7 +55,7 @@ int64_t longest(const std::vector<int>& sizes) {
   return *std::max_element(sizes.begin(), sizes.end());
 }
 
-// The inputs of a case, and the kernels' results.
+// The inputs of a case, and the results of the kernels.
 struct Problem {
   explicit Problem(const Case& c)
       : c(c),
@@ -121,7 +121,7 @@ struct Problem {
             c.dtype};
   }
 
-  // Runs `kernel`, which must write every element of the outputs, and once.
+  // Runs `kernel`, which must write every element of the outputs exactly once.
   template <class F>
   static void watched(std::vector<Tensor*> outputs, F kernel) {
     std::vector<std::unique_ptr<cuda_on_cpu::Watch>> watches;
@@ -144,7 +144,7 @@ struct Problem {
     std::vector<Tensor*> outputs = {&out};
     if (scored) outputs.push_back(&mean_scores);
     if (!(blocked && scored)) outputs.push_back(&lse);  // which another kernel reads then
-    if (c.poisoned >= 0) outputs.clear();               // NaN is what a watch takes for not written
+    if (c.poisoned >= 0) outputs.clear();               // a watch takes NaN for not written
     watched(outputs, [&] { return vidl_space_time_attention_cuda(&a, &f, nullptr); });
 
     const bool shared = c.rows == kShared;
@@ -182,7 +182,7 @@ struct Problem {
   Tensor entry_grad_v{Dtype::kFloat32, size_t(E * c.H * c.D)};
 };
 
-// What the results should be, group by group.
+// The expected results, group by group.
 struct Truth {
   explicit Truth(const Problem& p)
       : out(p.num_queries * p.c.H * p.c.D),
@@ -267,7 +267,7 @@ void check(const Case& c) {
   std::printf(", D = %d, scores %d\n", int(c.D), int(c.scores));
 }
 
-// What is not a number in one group leaves the others as they are, to the bit.
+// NaN in one group leaves the others unchanged, bit for bit.
 void check_poison(Case c) {
   Problem clean(c);
   clean.run();
@@ -343,7 +343,7 @@ int main() {
     check_poison({{5, 7, 8}, {2, 7, 8}, 1, 32, kFloat16, kMean, kInOrder, 0.3f});
     return true;
   });
-#ifndef __SANITIZE_THREAD__  // to which the threads of an abandoned launch never end
+#ifndef __SANITIZE_THREAD__  // TSan believes that the threads of a failed launch never end
   check_bad_groups();
 #endif
   return report("space_time_attention");
