@@ -58,13 +58,13 @@ BUGS = {
             "p + i < count ? x[i][j] - first[j] - mean[j] : 0.0f",
             "x[i][j] - first[j] - mean[j]",
         ),
-        "an error beyond the last pixel counts": ("k / kC < valid", "k / kC <= valid"),
+        "an error beyond the last pixel counts": ("i / kC < valid", "i / kC <= valid"),
         "the last number of a row is not written": (
             "even + lane; i < numbers;",
             "even + lane; i < numbers - 1;",
         ),
         "a warp beyond the last row works": (
-            "if (m >= task.rows.M) return;\n  Patch<Pixel, T, kC> patch(task, "
+            "if (m >= task.rows.total) return;\n  Patch<Pixel, T, kC> patch(task, "
             "memory_of_warp<Pixel, T>(task));\n  patch.load(m);\n  if",
             "Patch<Pixel, T, kC> patch(task, "
             "memory_of_warp<Pixel, T>(task));\n  patch.load(m);\n  if",

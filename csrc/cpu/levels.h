@@ -1,15 +1,15 @@
-// Code in vectors, compiled once for each instruction set and chosen at run time.
+// Vector code that is compiled for several instruction sets and chosen at run time.
 //
-// #define VIDL_SOURCE "op_cpu.h" and include this file, in the place where the functions belong;
-// op_cpu.h is then included after cpu/vectors.h in a namespace for each instruction set, and
-// VIDL_FOR_THIS_CPU(function) is the best that this CPU can run.
+// #define VIDL_SOURCE "<op>/cpu.h" and include this file inside the namespace of the op. It
+// includes cpu/vectors.h and VIDL_SOURCE once for each instruction set, in a namespace of its own;
+// VIDL_FOR_THIS_CPU(function) is the fastest version that this CPU can run.
 
-// Vectors never cross a call that is not inlined, so how they would be passed does not matter.
+// Every call with a vector argument is inlined, so the ABI for vectors does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #define VIDL_VECTOR_INLINE __attribute__((always_inline)) inline
 #if defined(__clang__)
 #define VIDL_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else  // GCC has the other one from version 12 on
+#else  // GCC before version 12 lacks __builtin_shufflevector
 #define VIDL_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, EightIntegers{__VA_ARGS__})
 #endif
 

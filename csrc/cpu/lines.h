@@ -1,5 +1,5 @@
 // Lines of numbers on the CPU, in any dtype: convert, scale, add. Every function is compiled for
-// each level of x86-64 and chosen at run time; arithmetic is in float32.
+// three levels of x86-64 and chosen at run time. Arithmetic is in float32.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -9,10 +9,10 @@
 #include "dtype.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VIDL_EACH_CPU \
+#define VIDL_EVERY_LEVEL \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), unused))
 #else
-#define VIDL_EACH_CPU __attribute__((unused))
+#define VIDL_EVERY_LEVEL __attribute__((unused))
 #endif
 // Clones do not reach into what they call, unless it is inlined.
 #define VIDL_INLINE __attribute__((always_inline)) inline
@@ -27,7 +27,8 @@ constexpr int64_t itemsize(Dtype dtype) {
   return dtype == Dtype::kUInt8 ? 1 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
-// Whether torch's bf16 products use instructions made for them. VIDL_CPU_BF16=0 or 1 overrides it.
+// Whether this CPU has instructions for bf16 matmuls, which torch then uses. VIDL_CPU_BF16=0 or 1
+// overrides the answer.
 [[maybe_unused]] bool cpu_multiplies_bf16() {
   static const bool answer = [] {
     if (const char* forced = std::getenv("VIDL_CPU_BF16")) return forced[0] == '1';
@@ -59,7 +60,7 @@ constexpr int64_t itemsize(Dtype dtype) {
     }                                         \
   }
 
-// The same, for uint8 as well.
+// The same, also for uint8.
 #define VIDL_ANY(dtype, type, statement)  \
   if (dtype == Dtype::kUInt8) {           \
     using type = uint8_t;                 \
@@ -96,10 +97,11 @@ VIDL_INLINE void pack_any(const S* from, int64_t stride_h, int64_t stride_w, int
 }
 
 // to[at + y * w + x] = (from[start + y * stride_h + x * stride_w] - centre) * scale + shift;
-// `to_dtype` is float32 or bfloat16, in which the CPU multiplies.
-VIDL_EACH_CPU void pack_plane(const void* from, Dtype from_dtype, int64_t start, int64_t stride_h,
-                              int64_t stride_w, int64_t h, int64_t w, float centre, float scale,
-                              float shift, void* to, Dtype to_dtype, int64_t at) {
+// `to_dtype` is float32 or bfloat16, the dtypes of matmuls on the CPU.
+VIDL_EVERY_LEVEL void pack_plane(const void* from, Dtype from_dtype, int64_t start,
+                                 int64_t stride_h, int64_t stride_w, int64_t h, int64_t w,
+                                 float centre, float scale, float shift, void* to, Dtype to_dtype,
+                                 int64_t at) {
   if (to_dtype == Dtype::kFloat32) {
     VIDL_ANY(from_dtype, S,
              (pack_any(static_cast<const S*>(from) + start, stride_h, stride_w, h, w, centre, scale,
@@ -113,7 +115,7 @@ VIDL_EACH_CPU void pack_plane(const void* from, Dtype from_dtype, int64_t start,
 
 template <class S, class T>
 VIDL_INLINE float fold_any(const S* from, T* to, int64_t count, float scale) {
-  constexpr int kLanes = 16;  // separate sums, so that the loop can be vectorised
+  constexpr int kLanes = 16;  // separate sums, so that the loop is vectorised
   float sums[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -131,9 +133,9 @@ VIDL_INLINE float fold_any(const S* from, T* to, int64_t count, float scale) {
   return sum;
 }
 
-// to[i] = from[i] * scale for `count` numbers from `at` on; returns the sum of what was written.
-VIDL_EACH_CPU float fold_line(const void* from, Dtype from_dtype, void* to, Dtype to_dtype,
-                              int64_t at, int64_t count, float scale) {
+// to[i] = from[i] * scale for `count` numbers from `at` on; returns the sum of the written numbers.
+VIDL_EVERY_LEVEL float fold_line(const void* from, Dtype from_dtype, void* to, Dtype to_dtype,
+                                 int64_t at, int64_t count, float scale) {
   float sum = 0.0f;
   VIDL_FLOATING(from_dtype, S,
                 VIDL_FLOATING(to_dtype, T,
@@ -143,18 +145,17 @@ VIDL_EACH_CPU float fold_line(const void* from, Dtype from_dtype, void* to, Dtyp
 }
 
 // sums[i] += from[start + i]
-VIDL_EACH_CPU void add_line(const void* from, Dtype from_dtype, int64_t start, float* sums,
-                            int64_t count){VIDL_FLOATING(from_dtype, S,
-                                                         {
-                                                           const S* line =
-                                                               static_cast<const S*>(from) + start;
-                                                           for (int64_t i = 0; i < count; i++)
-                                                             sums[i] += static_cast<float>(line[i]);
-                                                         })}
+VIDL_EVERY_LEVEL void add_line(const void* from, Dtype from_dtype, int64_t start, float* sums,
+                               int64_t count){
+    VIDL_FLOATING(from_dtype, S,
+                  {
+                    const S* line = static_cast<const S*>(from) + start;
+                    for (int64_t i = 0; i < count; i++) sums[i] += static_cast<float>(line[i]);
+                  })}
 
 // to[at + i] += from[start + i]
-VIDL_EACH_CPU void accumulate_line(const void* from, Dtype from_dtype, int64_t start, void* to,
-                                   Dtype to_dtype, int64_t at, int64_t count){
+VIDL_EVERY_LEVEL void accumulate_line(const void* from, Dtype from_dtype, int64_t start, void* to,
+                                      Dtype to_dtype, int64_t at, int64_t count){
     VIDL_FLOATING(from_dtype, S,
                   VIDL_FLOATING(to_dtype, T,
                                 {
@@ -166,10 +167,10 @@ VIDL_EACH_CPU void accumulate_line(const void* from, Dtype from_dtype, int64_t s
                                   }
                                 }))}
 
-// to[i] = first[i] + second[start + i] + third[begin + i]; a null one counts as zero.
-VIDL_EACH_CPU void add_three(const float* first, const void* second, Dtype second_dtype,
-                             int64_t start, const void* third, Dtype third_dtype, int64_t begin,
-                             void* to, Dtype to_dtype, int64_t at, int64_t count) {
+// to[at + i] = first[i] + second[start + i] + third[begin + i]; a null pointer counts as zeros.
+VIDL_EVERY_LEVEL void add_three(const float* first, const void* second, Dtype second_dtype,
+                                int64_t start, const void* third, Dtype third_dtype, int64_t begin,
+                                void* to, Dtype to_dtype, int64_t at, int64_t count) {
   constexpr int64_t kBlock = 256;
   for (int64_t done = 0; done < count; done += kBlock) {
     const int64_t part = count - done < kBlock ? count - done : kBlock;
@@ -194,14 +195,14 @@ VIDL_EACH_CPU void add_three(const float* first, const void* second, Dtype secon
   }
 }
 
-// The first number of a line, as float32.
+// One number, as float32.
 [[maybe_unused]] float first_of(const void* from, Dtype dtype, int64_t at) {
   float value = 0.0f;
   VIDL_ANY(dtype, S, (value = static_cast<float>(static_cast<const S*>(from)[at])))
   return value;
 }
 
-// Sums of `term` over i in [0, count), in separate lanes, so that the loop can be vectorised.
+// Returns the sum of `term` over i in [0, count), in separate lanes so that the loop is vectorised.
 #define VIDL_SUM_OF(count, term)                                             \
   constexpr int kLanes = 32;                                                 \
   float sums[kLanes] = {};                                                   \
@@ -218,10 +219,10 @@ VIDL_EACH_CPU void add_three(const float* first, const void* second, Dtype secon
   }                                                                          \
   return sums[0];
 
-VIDL_EACH_CPU float sum_line(const float* x, int64_t count){VIDL_SUM_OF(count, x[i])}
+VIDL_EVERY_LEVEL float sum_line(const float* x, int64_t count){VIDL_SUM_OF(count, x[i])}
 
 // Sum of (x - centre)^2.
-VIDL_EACH_CPU float sum_squares(const float* x, float centre, int64_t count) {
+VIDL_EVERY_LEVEL float sum_squares(const float* x, float centre, int64_t count) {
   VIDL_SUM_OF(count, (x[i] - centre) * (x[i] - centre))
 }
 
@@ -230,16 +231,16 @@ VIDL_INLINE float squared_distance_of(const S* a, const float* b, int64_t count)
     VIDL_SUM_OF(count, (static_cast<float>(a[i]) - b[i]) * (static_cast<float>(a[i]) - b[i]))}
 
 // Sum of (a[start + i] - b[i])^2.
-VIDL_EACH_CPU float squared_distance(const void* a, Dtype dtype, int64_t start, const float* b,
-                                     int64_t count) {
+VIDL_EVERY_LEVEL float squared_distance(const void* a, Dtype dtype, int64_t start, const float* b,
+                                        int64_t count) {
   float sum = 0.0f;
   VIDL_FLOATING(dtype, S, sum = squared_distance_of(static_cast<const S*>(a) + start, b, count))
   return sum;
 }
 
 // to[at + i] = (a[start + i] - b[i]) * factor, both in `dtype`.
-VIDL_EACH_CPU void scaled_difference(const void* a, Dtype dtype, int64_t start, const float* b,
-                                     float factor, void* to, int64_t at, int64_t count) {
+VIDL_EVERY_LEVEL void scaled_difference(const void* a, Dtype dtype, int64_t start, const float* b,
+                                        float factor, void* to, int64_t at, int64_t count) {
   VIDL_FLOATING(dtype, S, {
     const S* line = static_cast<const S*>(a) + start;
     S* out = static_cast<S*>(to) + at;
@@ -261,8 +262,8 @@ VIDL_INLINE void interleave_planes(const float* planes, int64_t channels, int64_
 }
 
 // to[i * channels + c] = (planes[c * pixels + i] - centre[c]) * factor[c]
-VIDL_EACH_CPU void interleave(const float* planes, int64_t channels, int64_t pixels,
-                              const float* centre, const float* factor, float* to) {
+VIDL_EVERY_LEVEL void interleave(const float* planes, int64_t channels, int64_t pixels,
+                                 const float* centre, const float* factor, float* to) {
   if (channels == 3) {
     interleave_planes<3>(planes, channels, pixels, centre, factor, to);
   } else if (channels == 1) {

@@ -1,11 +1,10 @@
-// Small matrix products and exponentials in float32 on the CPU, written in vectors of kWidth
-// floats.
+// Small matmuls and exponentials in float32 on the CPU, in vectors of kWidth floats.
 //
-// Included once for each instruction set, between `#pragma GCC target` and its end, into a
-// namespace of its own, with VIDL_WIDTH the floats of one register; so there is no include guard.
+// cpu/levels.h includes this file once for each instruction set, in a namespace of its own, with
+// VIDL_WIDTH floats in a register. So there is no include guard.
 
 constexpr int kWidth = VIDL_WIDTH;
-constexpr int kTileRows = 6;  // of two registers each: twelve sums hide the latency of one
+constexpr int kTileRows = 6;  // of two registers: twelve sums hide the latency of an addition
 
 typedef float Vector __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
@@ -31,7 +30,7 @@ VIDL_VECTOR_INLINE Integers lanes() {
   return v;
 }
 
-// The lanes are added in halves: a chain of additions would take longer than a short row.
+// The lanes are added in halves: for short rows a chain of additions would dominate.
 VIDL_VECTOR_INLINE float sum_of(Vector v) {
   float part[kWidth];
   store(part, v);
@@ -49,8 +48,8 @@ VIDL_VECTOR_INLINE float max_of(Vector v) {
   return part[0];
 }
 
-// The factor for power_of_two: exponentials are taken to the base two. Of a scale of zero it leaves
-// just so much that zero times infinity does not occur.
+// The factor for power_of_two, as exponentials are to the base two. It is at least 1e-30, so that a
+// scale of zero never multiplies infinity.
 VIDL_VECTOR_INLINE float of_two(float scale) {
   const float factor = static_cast<float>(scale * 1.4426950408889634);
   return factor > 1e-30f ? factor : 1e-30f;
@@ -61,9 +60,9 @@ VIDL_VECTOR_INLINE float level_of(float lse, float scale) {
   return lse / (scale > 1e-30f ? scale : 1e-30f);
 }
 
-// 2^(x * factor) to about one unit in the last place for x <= 0 (0 where the exponent is below
-// -126.5; NaN stays NaN): 2^n times a minimax polynomial of the rest in [-1/2, 1/2]. The product
-// itself is never rounded, where there are fused multiply-adds: only the rest is.
+// 2^(x * factor) for x <= 0, to about one unit in the last place (0 if the exponent is below
+// -126.5; NaN stays NaN): 2^n times a minimax polynomial of the remainder in [-1/2, 1/2]. With
+// fused multiply-adds only the remainder is rounded, never x * factor.
 VIDL_VECTOR_INLINE Vector power_of_two(Vector x, float factor) {
   const Vector least = Vector{} - 127.0f / factor;  // n is -127 there, and 2^n comes out as zero
   const Vector low = x < least ? least : x;
@@ -77,7 +76,7 @@ VIDL_VECTOR_INLINE Vector power_of_two(Vector x, float factor) {
   p = p * r + 1.0f;
   Integers bits;
   memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits << 23) + (127 << 23);  // the magic number's own bits leave at the top
+  bits = (bits << 23) + (127 << 23);  // the bits of the magic number are shifted out
   Vector power;
   memcpy(&power, &bits, sizeof power);
   return p * power;
@@ -117,7 +116,7 @@ VIDL_VECTOR_INLINE void transpose(const float* from, int64_t rows, int64_t colum
   }
 }
 
-// kRows rows and kVectors vectors of C; see multiply().
+// kRows rows and kVectors vectors of the result c; see multiply().
 template <int kRows, int kVectors, bool kAdd>
 VIDL_VECTOR_INLINE void tile(const float* a, int64_t a_row, int64_t a_depth, const float* b,
                              int64_t b_depth, float* c, int64_t c_row, int64_t depth) {
@@ -152,22 +151,21 @@ VIDL_VECTOR_INLINE void rows_of_tiles(int64_t rows, const float* a, int64_t a_ro
   }
 }
 
-// Products are summed over this many steps at a time: the part of B that they read stays in the
-// first-level cache, and the sums' rounding errors grow with their number, not with the whole
-// depth.
+// The depth is summed in steps of this length: the part of b that a step reads stays in the
+// first-level cache, and rounding errors grow with the number of steps instead of the depth.
 constexpr int64_t kDepthStep = 256;
 
-// C[m][n] = (or +=, with kAdd) sum over k of A[m][k] B[k][n]. A has any strides, so that it may be
-// a transpose; B and C have contiguous rows of `columns` numbers, a multiple of kWidth.
+// c[m][n] = (or += with kAdd) the sum over k of a[m][k] * b[k][n]. a has any strides, so it may be
+// a transpose; b and c have contiguous rows of `columns` numbers, a multiple of kWidth.
 template <bool kAdd>
 __attribute__((noinline)) void multiply(int64_t rows, int64_t columns, int64_t depth,
                                         const float* a, int64_t a_row, int64_t a_depth,
                                         const float* b, int64_t b_depth, float* c, int64_t c_row) {
   const int64_t parts = (rows + kTileRows - 1) / kTileRows;
   for (int64_t n = 0; n < columns; n += 2 * kWidth) {
-    for (int64_t k = 0; k == 0 || k < depth; k += kDepthStep) {  // no depth at all: zeros
+    for (int64_t k = 0; k == 0 || k < depth; k += kDepthStep) {  // a depth of 0 gives zeros
       const int64_t steps = depth - k < kDepthStep ? depth - k : kDepthStep;
-      for (int64_t part = 0; part < parts; part++) {  // of nearly equal numbers of rows
+      for (int64_t part = 0; part < parts; part++) {  // with nearly equal numbers of rows
         const int64_t m = rows * part / parts, count = rows * (part + 1) / parts - m;
         const float* const left = a + m * a_row + k * a_depth;
         const float* const right = b + k * b_depth + n;

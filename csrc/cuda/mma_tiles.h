@@ -1,5 +1,5 @@
-// Tiles of 16-bit numbers in shared memory, and what a warp's tensor cores make of them: products
-// of 16 x 16 squares. For CUDA sources and for the emulator of tests/cuda_on_cpu.
+// Tiles of 16-bit numbers in shared memory, rows of D numbers, and matmuls of 16 x 16 squares of
+// them on the tensor cores, by a warp. For CUDA sources and for the emulator of tests/cuda_on_cpu.
 #pragma once
 #include "cuda/primitives.h"
 
@@ -8,13 +8,11 @@ namespace {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-// ---- Tiles: rows of D numbers in shared memory -------------------------------------------------
-// Eight numbers more a row make it an odd number of 16-byte units, so that the same unit of eight
-// neighbouring rows lies in different banks: what ldmatrix reads, and what put() writes.
+// Eight more numbers per row make it an odd number of 16-byte units. The same unit of eight
+// neighbouring rows, which ldmatrix reads and put() writes, then lies in different banks.
 template <int D>
 constexpr int kStride = D + 8;
 
-// ---- Products ----------------------------------------------------------------------------------
 // 16 x 16 sums as mma leaves them: s[j][2 * i + l] is row lane / 4 + 8 * i, column
 // 8 * j + lane % 4 * 2 + l.
 typedef float Square[2][4];
@@ -22,8 +20,8 @@ typedef float Square[2][4];
 __device__ __forceinline__ int row_of_lane(int i) { return int(lane_id()) / 4 + 8 * i; }
 __device__ __forceinline__ int column_of_lane(int j) { return 8 * j + int(lane_id()) % 4 * 2; }
 
-// The 16 x 16 numbers of a tile from (row, column) on, as an operand of mma. As the left one: rows
-// by columns with <true, false>, transposed with <false, true>. As the right one, two of 16 x 8:
+// Loads the 16 x 16 numbers of a tile from (row, column) on as an operand of mma. Left operand:
+// rows by columns with <true, false>, transposed with <false, true>. Right operand, two of 16 x 8:
 // rows by columns with <true, true>, transposed with <false, false>.
 template <bool kDown, bool kTransposed, class T>
 __device__ __forceinline__ void load_square(uint32_t (&r)[4], const T* tile, int stride, int row,
@@ -41,7 +39,7 @@ __device__ __forceinline__ void multiply(Square& sums, const uint32_t (&a)[4],
   mma_m16n8k16<T>(sums[1], a, right);
 }
 
-// 16 whole rows of a tile, as the left operand.
+// 16 whole rows of a tile as left operands.
 template <int D>
 struct Rows16 {
   uint32_t x[D / 16][4];
@@ -53,7 +51,7 @@ struct Rows16 {
   }
 };
 
-// = rows times the transpose of 16 rows of a tile
+// sums = rows times the transpose of 16 rows of a tile
 template <class T, int D>
 __device__ __forceinline__ void multiply_transposed(Square& sums, const Rows16<D>& rows,
                                                     const T* tile, int row) {
@@ -67,7 +65,7 @@ __device__ __forceinline__ void multiply_transposed(Square& sums, const Rows16<D
   }
 }
 
-// The same of 16 rows of each of two tiles; slower, but in fewer registers.
+// The same for 16 rows of two tiles: slower, but with fewer registers.
 template <class T, int D>
 __device__ __forceinline__ void multiply_tiles(Square& sums, const T* x, int x_row, const T* y,
                                                int y_row) {
@@ -82,7 +80,7 @@ __device__ __forceinline__ void multiply_tiles(Square& sums, const T* x, int x_r
   }
 }
 
-// += a 16 x 16 matrix times 16 rows of a tile
+// sums += a 16 x 16 matrix times 16 rows of a tile
 template <class T, int D>
 __device__ __forceinline__ void accumulate(Square (&sums)[D / 16], const uint32_t (&a)[4],
                                            const T* tile, int row) {
@@ -94,7 +92,8 @@ __device__ __forceinline__ void accumulate(Square (&sums)[D / 16], const uint32_
   }
 }
 
-// Sums rounded to 16 bits, as a left operand; the rows of the lane are multiplied first.
+// Rounds sums to 16 bits, as a left operand, after the lane's two rows are multiplied by `top` and
+// `bottom`.
 template <class T>
 __device__ __forceinline__ void pack(uint32_t (&a)[4], const Square& s, float top = 1.0f,
                                      float bottom = 1.0f) {
@@ -113,7 +112,7 @@ __device__ __forceinline__ void transpose(uint32_t (&a)[4]) {
   a[3] = movmatrix_trans(a[3]);
 }
 
-// Writes what pack() made to a tile.
+// Writes the result of pack() to a tile.
 template <class T>
 __device__ __forceinline__ void put(T* tile, int stride, int row, int column,
                                     const uint32_t (&a)[4]) {
@@ -134,8 +133,8 @@ __device__ __forceinline__ void clear(Square (&sums)[D / 16]) {
 }
 
 // Stores 16 rows of sums, the lane's two multiplied by `top` and `bottom`, as rows of one head of x
-// [rows, H, D]: row r as row_of(r), or not at all where that is negative. 16-bit rows pass through
-// `tile`, which belongs to this warp alone.
+// [rows, H, D]: row r as row_of(r), or not at all if that is negative. They pass through `tile`,
+// which only this warp uses.
 template <class T, int D, class RowOf>
 __device__ __forceinline__ void store_rows(T* x, int64_t H, int h, T* tile,
                                            const Square (&sums)[D / 16], float top, float bottom,
@@ -156,6 +155,7 @@ __device__ __forceinline__ void store_rows(T* x, int64_t H, int h, T* tile,
   }
   __syncwarp();
 }
+// The same in float32, directly.
 template <int D, class RowOf>
 __device__ __forceinline__ void store_floats(float* x, int64_t H, int h,
                                              const Square (&sums)[D / 16], float scale,

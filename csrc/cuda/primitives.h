@@ -1,10 +1,9 @@
-// Warp-level building blocks with one spelling for nvcc (sm_80 and later) and for the CPU emulator
-// of tests/cuda_on_cpu.
+// Warp-level building blocks for nvcc (sm_80 and later) and for the CPU emulator of
+// tests/cuda_on_cpu.
 //
-// Of CUDA, kernels include this header only. Under nvcc each function is the PTX instruction it is
-// named after; under a host compiler it is that instruction's emulation, with the same fragment
-// layouts. Collective ones (ldmatrix, movmatrix, mma) must be reached by all 32 lanes of the warp
-// together.
+// Kernels include no other CUDA header. Under nvcc a function is the PTX instruction of that name;
+// under a host compiler it emulates that instruction, with the same fragment layouts. All 32 lanes
+// of a warp must call the collective ones (ldmatrix, movmatrix, mma) together.
 #pragma once
 #include <cstdint>
 #ifdef __CUDACC__
@@ -15,7 +14,7 @@
 #include <cmath>
 #define SITE_PARAM
 #define SHARED(T, name, dims) __shared__ __align__(16) T name dims
-// One symbol for all kernels: extern arrays of one name must agree in type.
+// One symbol for all kernels: extern arrays with one name must have one type.
 #define DYNAMIC_SHARED(T, name)                                     \
   extern __shared__ __align__(128) unsigned char dynamic_shared_[]; \
   T* const name = reinterpret_cast<T*>(dynamic_shared_)
@@ -30,7 +29,7 @@ using fp16 = __half;
 // In one-dimensional blocks.
 __device__ __forceinline__ unsigned lane_id() { return threadIdx.x % 32; }
 
-// ---- 16-bit pairs in a register; the first argument is the low half ----------------------------
+// Two 16-bit numbers in a register; the first argument is the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float lo, float hi);
 template <>
@@ -65,9 +64,8 @@ __device__ __forceinline__ float2 unpack2<fp16>(uint32_t r) {
                      __half2float(__ushort_as_half(static_cast<unsigned short>(r >> 16))));
 }
 
-// ---- Memory ------------------------------------------------------------------------------------
-// 16 bytes of global memory; the address must be a multiple of 16. load_16 is for data no thread
-// writes in this launch.
+// 16 bytes of global memory; the address must be a multiple of 16. load_16 is for data that no
+// thread writes in this launch.
 __device__ __forceinline__ uint4 load_16(const void* p) {
 #ifdef __CUDACC__
   uint4 v;
@@ -97,21 +95,16 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 #endif
 
-// cp.async: 16 bytes, or 4, from global to shared memory, in the background; zeros when !valid (the
-// source is then not read). The data is there for the copying thread after cp_async_wait, and for
-// the others after a barrier as well.
+// cp.async: copies 16 or 4 bytes from global to shared memory in the background, or zeros if !valid
+// (the source is then not read). The copying thread can read them after cp_async_wait, the others
+// after a further barrier.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, bool valid = true) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(valid ? 16 : 0)
                : "memory");
 #else
-  cuda_on_cpu::check_aligned(to, 16, "cp_async_16 destination");
-  cuda_on_cpu::check_aligned(from, 16, "cp_async_16 source");
-  cuda_on_cpu::check_shared(to, 16, "cp_async_16");
-  *static_cast<uint4*>(to) = {~0u, ~0u, ~0u, ~0u};  // undefined until the wait
-  cuda_on_cpu::TsanIgnore ignore;
-  cuda_on_cpu::self->copies.push_back({to, from, 16, valid ? 16u : 0u, cuda_on_cpu::self->groups});
+  cuda_on_cpu::start_copy<16>("cp_async_16", to, from, valid);
 #endif
 }
 __device__ __forceinline__ void cp_async_4(void* to, const void* from, bool valid = true) {
@@ -120,12 +113,7 @@ __device__ __forceinline__ void cp_async_4(void* to, const void* from, bool vali
                "r"(valid ? 4 : 0)
                : "memory");
 #else
-  cuda_on_cpu::check_aligned(to, 4, "cp_async_4 destination");
-  cuda_on_cpu::check_aligned(from, 4, "cp_async_4 source");
-  cuda_on_cpu::check_shared(to, 4, "cp_async_4");
-  *static_cast<uint32_t*>(to) = ~0u;
-  cuda_on_cpu::TsanIgnore ignore;
-  cuda_on_cpu::self->copies.push_back({to, from, 4, valid ? 4u : 0u, cuda_on_cpu::self->groups});
+  cuda_on_cpu::start_copy<4>("cp_async_4", to, from, valid);
 #endif
 }
 __device__ __forceinline__ void cp_async_commit() {
@@ -145,7 +133,6 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
-// ---- Tensor cores ------------------------------------------------------------------------------
 #ifndef __CUDACC__
 namespace cuda_on_cpu {
 struct LdMatrix {
@@ -293,8 +280,8 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t r SITE_PARAM) {
 #endif
 }
 
-// ---- Named barriers ----------------------------------------------------------------------------
-// ids 1..15; `threads`, a multiple of 32, counts those that wait and those that only arrive.
+// Named barriers, with ids 1 to 15. `threads`, a multiple of 32, counts the threads that wait and
+// those that only arrive.
 __device__ __forceinline__ void named_barrier_sync(unsigned id, unsigned threads SITE_PARAM) {
 #ifdef __CUDACC__
   asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -310,7 +297,6 @@ __device__ __forceinline__ void named_barrier_arrive(unsigned id, unsigned threa
 #endif
 }
 
-// ---- Arithmetic and reductions -----------------------------------------------------------------
 __device__ __forceinline__ float exp2_approx(float x) {  // 2^x to about 2 ulp; 0 for -inf
 #ifdef __CUDACC__
   float y;
@@ -327,8 +313,7 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// ---- launch(kernel, grid, block, dynamic shared bytes, stream, arguments...) -------------------
-#ifdef __CUDACC__
+#ifdef __CUDACC__  // the emulator has a launch() of its own
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, A&&... args) {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cpu/lines.h"
-#include "torch/device.h"
+#include "torch/dtype.h"
 
 namespace vidl {
 namespace {
@@ -92,7 +92,7 @@ VIDL_INLINE void add_floats(const Lines& lines, float* lanes) {
   }
 }
 
-VIDL_EACH_CPU void add_lines_of_bytes(const Lines& lines, int32_t* integers) {
+VIDL_EVERY_LEVEL void add_lines_of_bytes(const Lines& lines, int32_t* integers) {
   if (lines.stride_w == 1 && lines.width == kLanes) {
     add_narrow_bytes(lines, integers);
   } else if (lines.stride_w == 1 && lines.width == 32) {
@@ -104,7 +104,7 @@ VIDL_EACH_CPU void add_lines_of_bytes(const Lines& lines, int32_t* integers) {
   }
 }
 
-VIDL_EACH_CPU void add_lines_of_floats(const Lines& lines, Dtype dtype, float* lanes) {
+VIDL_EVERY_LEVEL void add_lines_of_floats(const Lines& lines, Dtype dtype, float* lanes) {
   VIDL_FLOATING(dtype, T, add_floats<T>(lines, lanes))
 }
 
@@ -165,10 +165,7 @@ Tensor frame_difference(Tensor video, std::vector<int64_t> patch, std::vector<do
                   "frame_difference: need ", video.size(1), " numbers in std");
   Frames f = {};
   f.data = static_cast<const char*>(video.data_ptr());
-  f.dtype = video.scalar_type() == ScalarType::Byte    ? Dtype::kUInt8
-            : video.scalar_type() == ScalarType::Float ? Dtype::kFloat32
-            : video.scalar_type() == ScalarType::Half  ? Dtype::kFloat16
-                                                       : Dtype::kBFloat16;
+  f.dtype = dtype_of(video);
   const int64_t B = video.size(0);
   f.C = video.size(1);
   f.t = patch[0];

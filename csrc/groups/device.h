@@ -1,8 +1,8 @@
-// Groups of packed rows in CUDA kernels: where a group's rows are, and their way to shared memory.
-// For CUDA sources and for the emulator of tests/cuda_on_cpu.
+// Groups of packed rows in CUDA kernels: the rows of a group, and their copy to shared memory. For
+// CUDA sources and for the emulator of tests/cuda_on_cpu.
 #pragma once
-#include "groups/interface.h"
 #include "cuda/mma_tiles.h"
+#include "groups/interface.h"
 
 namespace vidl {
 namespace {
@@ -27,10 +27,25 @@ __device__ __forceinline__ Members members(const int32_t* offsets, const int32_t
   assert(begin >= 0 && begin <= end && end <= places && end - begin <= longest);
   return {rows, total, begin, end - begin};
 }
+__device__ __forceinline__ Members queries_of(const Groups& groups, int64_t g) {
+  return members(groups.query_offsets, groups.query_rows, g, groups.num_queries, groups.num_queries,
+                 groups.max_queries);
+}
+__device__ __forceinline__ Members keys_of(const Groups& groups, int64_t g) {
+  return members(groups.key_offsets, groups.key_rows, g, groups.E, groups.num_keys,
+                 groups.max_keys);
+}
 
-// Starts to copy `rows` rows of a group's members from `start` on; zeros beyond the group's end.
-// Addresses come first, four at a time: they need an index from memory, which a copy would wait
-// for.
+// Offsets must begin with 0 and end with the length of the list; members() checks the others.
+__device__ __forceinline__ void check_ends(const Groups& groups) {
+  if (blockIdx.x != 0 || threadIdx.x != 0) return;
+  assert(groups.query_offsets[0] == 0 && groups.query_offsets[groups.G] == groups.num_queries);
+  assert(groups.key_offsets[0] == 0 && groups.key_offsets[groups.G] == groups.E);
+}
+
+// Starts to copy `rows` rows of a group, from member `start` on; zeros beyond the group's end. Four
+// addresses are computed before their copies start: each needs an index from memory, and a copy
+// would wait for it.
 template <class T, int D>
 __device__ __forceinline__ void copy_rows(T* tile, int rows, const Strided& x, int h,
                                           const Members& group, int start, int thread,

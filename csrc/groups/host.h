@@ -1,72 +1,116 @@
-// Groups of packed rows: what the host code of the ops that take them checks and shares.
+// Groups of packed rows on the host: from the tensors of an op to `Groups`, with every check.
 #pragma once
 #include <cstdint>
-#include <memory>
 #include <string>
-#include <vector>
+#include <utility>
 
-#include "cpu/lines.h"
 #include "groups/interface.h"
 #include "torch/device.h"
 
 namespace vidl {
 namespace {
 
-// Memory of one thread, kept from item to item.
-class Scratch {
- public:
-  void reset() {
-    if (used_ > size_) {  // all that the last item took comes in one piece from now on
-      size_ = used_;
-      memory_.reset(new float[size_]);
-    }
-    used_ = 0;
-    extra_.clear();
-  }
-  float* take(int64_t count) {
-    count = (count + 15) / 16 * 16;
-    const int64_t begin = used_;
-    used_ += count;
-    if (used_ <= size_) return memory_.get() + begin;
-    extra_.emplace_back(new float[count]);
-    return extra_.back().get();
-  }
-
- private:
-  std::unique_ptr<float[]> memory_;
-  std::vector<std::unique_ptr<float[]>> extra_;
-  int64_t size_ = 0, used_ = 0;
+// The groups as a parameter of an op's function. The schema has one argument for each field.
+struct GroupTensors {
+  Tensor query_offsets, key_offsets;
+  OptionalTensor query_rows, key_rows, entry_offsets, entries;
+  int64_t max_queries, max_keys;
 };
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+template <class...>
+struct Types {};
+template <class R, class... A>
+Types<A...> parameters_of(R (*)(A...));
 
-inline Dtype floating_dtype(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Float  ? Dtype::kFloat32
-         : x.scalar_type() == ScalarType::Half ? Dtype::kFloat16
-                                               : Dtype::kBFloat16;
+template <auto f, class Before, class After>
+struct Unbundled;
+template <auto f, class... Before, class First, class... After>
+struct Unbundled<f, Types<Before...>, Types<First, After...>>
+    : Unbundled<f, Types<Before..., First>, Types<After...>> {};
+template <auto f, class... Before, class... After>
+struct Unbundled<f, Types<Before...>, Types<GroupTensors, After...>> {
+  static auto call(Before... before, Tensor query_offsets, Tensor key_offsets,
+                   OptionalTensor query_rows, OptionalTensor key_rows, OptionalTensor entry_offsets,
+                   OptionalTensor entries, int64_t max_queries, int64_t max_keys, After... after) {
+    return f(std::move(before)...,
+             GroupTensors{query_offsets, key_offsets, query_rows, key_rows, entry_offsets, entries,
+                          max_queries, max_keys},
+             std::move(after)...);
+  }
+};
+
+// The function to register for f: its GroupTensors parameter is replaced by the schema's arguments.
+template <auto f>
+constexpr auto unbundled = &Unbundled<f, Types<>, decltype(parameters_of(f))>::call;
+
+// Checks shapes and dtypes; the values of the lists are checked by check_lists() on the CPU and by
+// the kernels on CUDA. `q` is absent where only the keys count.
+inline Groups groups_of(const std::string& op, const GroupTensors& tensors, const OptionalTensor& q,
+                        const Tensor& k) {
+  const auto list = [&](const OptionalTensor& x, const char* name, int64_t size) -> const int32_t* {
+    if (!x) return nullptr;
+    STD_TORCH_CHECK(x->scalar_type() == ScalarType::Int && x->is_contiguous() && x->dim() == 1 &&
+                        x->size(0) == size,
+                    op, ": need ", name, " [", size, "] in int32, contiguous");
+    return x->const_data_ptr<int32_t>();
+  };
+  const auto& [query_offsets, key_offsets, query_rows, key_rows, entry_offsets, entries,
+               max_queries, max_keys] = tensors;
+  Groups groups = {};
+  groups.G = key_offsets.numel() - 1;
+  STD_TORCH_CHECK(groups.G >= 0, op, ": need key_offsets [G + 1]");
+  groups.num_queries = q ? q->size(0) : 0;
+  groups.num_keys = k.size(0);
+  groups.E = key_rows ? key_rows->numel() : groups.num_keys;
+  groups.key_offsets = list(key_offsets, "key_offsets", groups.G + 1);
+  groups.key_rows = list(key_rows, "key_rows", groups.E);
+  if (q) {
+    groups.query_offsets = list(query_offsets, "query_offsets", groups.G + 1);
+    groups.query_rows = list(query_rows, "query_rows", groups.num_queries);
+  }
+  STD_TORCH_CHECK(entry_offsets.has_value() == entries.has_value(), op,
+                  ": need entry_offsets and entries, or neither");
+  groups.entry_offsets = list(entry_offsets, "entry_offsets", groups.num_keys + 1);
+  groups.entries = list(entries, "entries", groups.E);
+  groups.max_queries = max_queries;
+  groups.max_keys = max_keys;
+  return groups;
+}
+
+// Checks the offsets of `count` parts of a list, and the list: `size` numbers below `end`.
+inline void check_list(const std::string& op, const char* offsets_name, const int32_t* offsets,
+                       int64_t count, const char* name, const int32_t* list, int64_t size,
+                       int64_t end) {
+  bool ascending = offsets[0] == 0 && offsets[count] == size;
+  for (int64_t i = 0; i < count; i++) ascending = ascending && offsets[i] <= offsets[i + 1];
+  STD_TORCH_CHECK(ascending, op, ": ", offsets_name, " must ascend from 0 to ", size);
+  for (int64_t i = 0; list != nullptr && i < size; i++) {
+    STD_TORCH_CHECK(list[i] >= 0 && list[i] < end, op, ": ", name, " must lie in [0, ", end,
+                    "), got ", list[i]);
+  }
+}
+
+// Checks the values of the lists of queries and keys, which must be on the CPU.
+inline void check_lists(const std::string& op, const Groups& groups) {
+  const int64_t G = groups.G, num_queries = groups.num_queries;
+  check_list(op, "key_offsets", groups.key_offsets, G, "key_rows", groups.key_rows, groups.E,
+             groups.num_keys);
+  if (groups.query_offsets == nullptr) return;
+  check_list(op, "query_offsets", groups.query_offsets, G, "query_rows", groups.query_rows,
+             num_queries, num_queries);
+}
+
+// The same for the entries of every key, which only the backward reads.
+inline void check_entries(const std::string& op, const Groups& groups) {
+  if (groups.entry_offsets == nullptr) return;
+  check_list(op, "entry_offsets", groups.entry_offsets, groups.num_keys, "entries", groups.entries,
+             groups.E, groups.E);
 }
 
 inline Strided strided(const std::string& op, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 3 && (x.stride(2) == 1 || x.size(2) <= 1), op, ": need ", name,
                   " [rows, H, D] with a contiguous D");
   return {x.data_ptr(), x.stride(0), x.stride(1)};
-}
-
-inline const int32_t* index(const std::string& op, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Int && x.is_contiguous() && x.dim() == 1, op,
-                  ": need ", name, " in int32, contiguous");
-  return x.const_data_ptr<int32_t>();
-}
-
-inline void check_groups(const std::string& op, const char* name, const int32_t* offsets, int64_t G,
-                         const int32_t* rows, int64_t members, int64_t count) {
-  bool ascending = offsets[0] == 0 && offsets[G] == members;
-  for (int64_t g = 0; g < G; g++) ascending = ascending && offsets[g] <= offsets[g + 1];
-  STD_TORCH_CHECK(ascending, op, ": ", name, "_offsets must ascend from 0 to ", members);
-  for (int64_t i = 0; rows != nullptr && i < members; i++) {
-    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < count, op, ": ", name, "_rows must lie in [0, ",
-                    count, "), got ", rows[i]);
-  }
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Packed rows of several heads, for host code and CUDA kernels alike. No torch, no CUDA.
+// Groups of packed rows of several heads, for host code and CUDA kernels alike. No torch, no CUDA.
 #pragma once
 #include <cstdint>
 
@@ -10,6 +10,17 @@ namespace vidl {
 struct Strided {
   const void* data;
   int64_t row, head;
+};
+
+// G groups of queries and keys (vidl.ops.Groups). Group g has the queries and keys from offset g to
+// offset g + 1 of two lists. E is the length of the list of keys; its elements are the entries.
+struct Groups {
+  const int32_t *query_offsets, *key_offsets;  // [G + 1]; no queries: query_offsets is null
+  const int32_t *query_rows, *key_rows;        // [num_queries], [E], or null: rows in order
+  const int32_t *entry_offsets, *entries;      // [num_keys + 1], [E], or null: no shared keys
+  int64_t G, E;
+  int64_t num_queries, num_keys;  // rows of q, rows of k and v
+  int64_t max_queries, max_keys;  // upper bounds for any group
 };
 
 }  // namespace vidl

@@ -1,58 +1,55 @@
-// masked_patch_embed: fold, gather + normalise + pack, and the two scatters of the backward.
-// The matrix products between them are cuBLAS's (masked_patch_embed/op.cpp). Schema: kernels/
-// masked_patch_embed/op.py.
+// masked_patch_embed: fold, pack (gather and normalise), and the two scatters of the backward. The
+// matmuls between them are torch's (op.cpp). Schema: kernels/masked_patch_embed/op.py.
 //
-// Limits, at G1 (M = 17408 rows of kdim = 768 uint8 pixels, D = 768, bf16):
-//   pack      reads 13.4 MB of visible pixels (31.5 MB in 64-byte fills), writes 26.7 MB of patches
-//             and 26.7 MB of positions, 18 us on an H200; planar or channels-last, a warp reads and
-//             writes 16 bytes a lane, side by side
+// Limits, for 17408 rows of 768 uint8 pixels and C = 768 in bf16:
+//   pack      reads 13.4 MB of visible pixels (31.5 MB in 64-byte sectors), writes 26.7 MB of
+//             patches and 26.7 MB of positions, 18 us on an H200; for a planar or channels-last
+//             clip a warp reads and writes 16 neighbouring bytes per lane
 //   fold      reads and writes the weight once: 2.4 MB
-//   position  reads grad_out once, 26.7 MB, and the ids N / 8 * D / 256 times from L2
+//   position  reads grad_out once, 26.7 MB, and the ids N / 8 * C / 256 times from L2
 //   unpack    reads grad_patches once, writes the clip once
 #undef NDEBUG  // device assertions guard the indices in release builds too
 #include <algorithm>
 #include <initializer_list>
 #include <type_traits>
 
-#include "patches/device.h"
 #include "masked_patch_embed/interface.h"
+#include "patches/device.h"
 
 namespace vidl {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kUnpackThreads = 128;
-constexpr int64_t kSharedBytes = 48 * 1024;  // of a block that packs
+constexpr int64_t kSharedBytes = 48 * 1024;  // of a packing block
 
-// ---- fold --------------------------------------------------------------------------------------
-// One block an output channel d. The sum is taken in a fixed order.
+// One block per output channel. The sum has a fixed order.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    fold_kernel(const T* __restrict__ weight,    // [D, kdim]
-                const float* __restrict__ bias,  // [D] or null
-                T* __restrict__ weight_out,      // [D, kdim]
-                float* __restrict__ bias_out,    // [D]
-                int64_t kdim, int32_t per_channel, Affine affine) {
+    fold_kernel(const T* __restrict__ weight,    // [C, numbers]
+                const float* __restrict__ bias,  // [C] or null
+                T* __restrict__ weight_out,      // [C, numbers]
+                float* __restrict__ bias_out,    // [C]
+                int64_t numbers, int32_t per_channel, Affine affine) {
   SHARED(float, partial, [kThreads / 32]);
-  const int64_t d = blockIdx.x;
+  const int64_t row = blockIdx.x;
   float sum = 0.0f;
-  for (int64_t k = threadIdx.x; k < kdim; k += kThreads) {
-    const int32_t c = static_cast<int32_t>(k) / per_channel;
-    const T folded = from_float<T>(to_float(weight[d * kdim + k]) * affine.scale[c]);
-    weight_out[d * kdim + k] = folded;
+  for (int64_t i = threadIdx.x; i < numbers; i += kThreads) {
+    const int32_t c = static_cast<int32_t>(i) / per_channel;
+    const T folded = from_float<T>(to_float(weight[row * numbers + i]) * affine.scale[c]);
+    weight_out[row * numbers + i] = folded;
     sum = fmaf(to_float(folded), affine.shift[c], sum);
   }
   sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
   __syncthreads();
   if (threadIdx.x == 0) {
-    float total = bias == nullptr ? 0.0f : bias[d];
+    float total = bias == nullptr ? 0.0f : bias[row];
     for (int i = 0; i < kThreads / 32; i++) total += partial[i];
-    bias_out[d] = total;
+    bias_out[row] = total;
   }
 }
 
-// ---- pack --------------------------------------------------------------------------------------
 struct Packing {
   Clip clip;
   Walk walk;
@@ -62,14 +59,14 @@ struct Packing {
   bool wide_patches, wide_position;  // whether rows can be written 16 bytes at a time
 
   __device__ __forceinline__ int32_t pixels() const { return clip.t * clip.h * clip.w; }
-  // Beyond the channels that are known only float clips have more, all alike.
+  // Only float clips have more than kMaxChannels channels, with the same numbers for all.
   __device__ __forceinline__ float affine_of(int32_t c, float x) const {
     const int known = min(c, kMaxChannels - 1);
     return fmaf(x - affine.centre[known], affine.scale[known], affine.shift[known]);
   }
 };
 
-// sum[i] += table[at + i]; a table that is not there counts as zeros.
+// sum[i] += table[at + i]; a null table counts as zeros.
 template <int n>
 __device__ __forceinline__ void add_numbers(const void* table, Dtype dtype, int64_t at,
                                             float (&sum)[n]) {
@@ -89,24 +86,24 @@ __device__ __forceinline__ void add_numbers(const void* table, Dtype dtype, int6
   }
 }
 
-// A warp writes the position of a patch to its row of `out`, n columns a lane.
+// A warp writes the position of a patch to its row of `out`, n columns per lane.
 template <int n, class T>
 __device__ __forceinline__ void write_position(const Position& position, int64_t id, T* out) {
-  const uint32_t frame = static_cast<uint32_t>(position.S), patch = static_cast<uint32_t>(id);
-  const int64_t space = patch % frame * position.D, time = patch / frame * position.D;
-  for (int64_t d = lane_id() * n; d < position.D; d += 32 * n) {
+  const uint32_t frame = static_cast<uint32_t>(position.P), patch = static_cast<uint32_t>(id);
+  const int64_t space = patch % frame * position.C, time = patch / frame * position.C;
+  for (int64_t c = lane_id() * n; c < position.C; c += 32 * n) {
     float sum[n] = {};
-    add_numbers(position.bias, Dtype::kFloat32, d, sum);
-    add_numbers(position.space, position.space_dtype, space + d, sum);
-    add_numbers(position.time, position.time_dtype, time + d, sum);
+    add_numbers(position.bias, Dtype::kFloat32, c, sum);
+    add_numbers(position.space, position.space_dtype, space + c, sum);
+    add_numbers(position.time, position.time_dtype, time + c, sum);
     Chunk<T, n> result;
 #pragma unroll
     for (int i = 0; i < n; i++) result.x[i] = from_float<T>(sum[i]);
-    *reinterpret_cast<Chunk<T, n>*>(out + d) = result;
+    *reinterpret_cast<Chunk<T, n>*>(out + c) = result;
   }
 }
 
-// A warp writes a staged patch to its row of patches, n pixels of a channel a lane.
+// A warp writes a staged patch to its row of patches, n pixels of a channel per lane.
 template <int n, class Pixel, class T>
 __device__ __forceinline__ void write_patch(const Packing& task, const Pixel* patch, T* row) {
   const int32_t C = task.clip.C, pixels = task.pixels();
@@ -129,24 +126,25 @@ __device__ __forceinline__ void write_patch(const Packing& task, const Pixel* pa
   }
 }
 
-// A warp has a row. Its pixels pass through shared memory: they are read in the order of the clip's
-// memory and written in that of the weight (C, t, h, w), each 16 bytes a lane wherever possible.
+// A warp packs one row. Its pixels pass through shared memory: they are read in the order of the
+// clip's memory and written in that of the weight (C_in, t, h, w), 16 bytes per lane if possible.
 template <class Pixel, class T>
-__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ Packing task,
-                                                        T* __restrict__ patches,  // [M, kdim]
-                                                        T* __restrict__ out) {    // [M, D] or null
+__global__ void __launch_bounds__(kThreads)
+    pack_kernel(const __grid_constant__ Packing task,
+                T* __restrict__ patches,  // [total, numbers]
+                T* __restrict__ out) {    // [total, C] or null
   constexpr int kWide = 16 / sizeof(T);
   if (blockIdx.x == 0) check_offsets(task.rows);
   const int warp = threadIdx.x / 32;
   const int64_t m = blockIdx.x * int64_t{blockDim.x / 32} + warp;
-  if (m >= task.rows.M) return;
+  if (m >= task.rows.total) return;
   DYNAMIC_SHARED(Pixel, memory);
   Pixel* const patch = memory + warp * task.clip.C * task.walk.pitch;
   const Place place = locate(task.rows, m);
   stage(task.clip, task.walk, corner(task.clip, place), patch);
   cp_async_commit();
   if (out != nullptr) {
-    T* const row = out + m * task.position.D;
+    T* const row = out + m * task.position.C;
     if (task.wide_position) {
       write_position<kWide>(task.position, place.patch, row);
     } else {
@@ -163,18 +161,18 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
   }
 }
 
-// The same for patches that do not fit into shared memory, one pixel a lane.
+// The same for patches that do not fit into shared memory, one pixel per lane.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     pack_large_kernel(const __grid_constant__ Packing task,
-                      T* __restrict__ patches,  // [M, kdim]
-                      T* __restrict__ out) {    // [M, D] or null
+                      T* __restrict__ patches,  // [total, numbers]
+                      T* __restrict__ out) {    // [total, C] or null
   const Clip& clip = task.clip;
   if (blockIdx.x == 0) check_offsets(task.rows);
   const int64_t m = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32;
-  if (m >= task.rows.M) return;
+  if (m >= task.rows.total) return;
   const Place place = locate(task.rows, m);
-  if (out != nullptr) write_position<1>(task.position, place.patch, out + m * task.position.D);
+  if (out != nullptr) write_position<1>(task.position, place.patch, out + m * task.position.C);
   const int64_t start = corner(clip, place);
   const int32_t pixels = task.pixels();
   for (int32_t c = 0; c < clip.C; c++) {
@@ -188,12 +186,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- backward ----------------------------------------------------------------------------------
-// One block a patch of the clip. It walks over its sample's rows in order, so that a patch shown
-// twice adds up the same way in every run.
+// One block per patch of the clip. It visits the rows of its sample in order, so that the sum for a
+// patch that several rows show is deterministic.
 template <class T>
 __global__ void __launch_bounds__(kUnpackThreads)
-    unpack_kernel(const T* __restrict__ grad_patches,  // [M, kdim]
+    unpack_kernel(const T* __restrict__ grad_patches,  // [total, numbers]
                   Clip clip, Rows rows,
                   void* __restrict__ video) {  // [B, C, T, H, W], contiguous
   const unsigned N = static_cast<unsigned>(rows.N);
@@ -202,32 +199,32 @@ __global__ void __launch_bounds__(kUnpackThreads)
   const int64_t end = rows.cu_seqlens == nullptr ? begin + rows.K : rows.cu_seqlens[b + 1];
   const int64_t to = corner(clip, {b, n});
   const int32_t plane = clip.h * clip.w, channel = clip.t * plane, patch = clip.C * channel;
-  for (int32_t k = threadIdx.x; k < patch; k += kUnpackThreads) {
+  for (int32_t i = threadIdx.x; i < patch; i += kUnpackThreads) {
     float sum = 0.0f;
     if (rows.ids == nullptr) {
-      sum = to_float(grad_patches[(begin + n) * patch + k]);
+      sum = to_float(grad_patches[(begin + n) * patch + i]);
     } else {
       for (int64_t m = begin; m < end; m++) {
-        if (rows.ids[m] == n) sum += to_float(grad_patches[m * patch + k]);
+        if (rows.ids[m] == n) sum += to_float(grad_patches[m * patch + i]);
       }
     }
     store_any(video, clip.dtype,
-              to + k / channel * clip.stride_c + int64_t{k % channel / plane} * clip.stride_t +
-                  int64_t{k % plane / clip.w} * clip.stride_h + k % clip.w,
+              to + i / channel * clip.stride_c + int64_t{i % channel / plane} * clip.stride_t +
+                  int64_t{i % plane / clip.w} * clip.stride_h + i % clip.w,
               sum);
   }
 }
 
-// A block sums for eight neighbouring patches, one a warp, over 256 columns, eight a lane. The ids
-// pass through shared memory; each warp picks its rows out of them in ascending order.
+// A block sums 256 columns for eight neighbouring patches: one patch per warp, eight columns per
+// lane. The ids pass through shared memory; every warp selects its rows in ascending order.
 constexpr int kColumns = 8;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    position_grad_kernel(const T* __restrict__ grad_out,  // [M, D]
+    position_grad_kernel(const T* __restrict__ grad_out,  // [total, C]
                          Rows rows,
-                         float* __restrict__ grad_position,  // [N, D]
-                         int64_t D, unsigned column_blocks) {
+                         float* __restrict__ grad_position,  // [N, C]
+                         int64_t C, unsigned column_blocks) {
   SHARED(int64_t, ids, [kThreads]);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t n = int64_t{blockIdx.x / column_blocks} * (kThreads / 32) + warp;
@@ -236,16 +233,16 @@ __global__ void __launch_bounds__(kThreads)
   const auto add = [&](int64_t m) {
 #pragma unroll
     for (int i = 0; i < kColumns; i++) {
-      const int64_t d = column + 32 * i;
-      if (d < D) sum[i] += to_float(grad_out[m * D + d]);
+      const int64_t c = column + 32 * i;
+      if (c < C) sum[i] += to_float(grad_out[m * C + c]);
     }
   };
   if (rows.ids == nullptr) {
-    for (int64_t m = n; m < rows.M && n < rows.N; m += rows.N) add(m);
+    for (int64_t m = n; m < rows.total && n < rows.N; m += rows.N) add(m);
   } else {
-    for (int64_t start = 0; start < rows.M; start += kThreads) {
+    for (int64_t start = 0; start < rows.total; start += kThreads) {
       const int64_t mine = start + threadIdx.x;
-      ids[threadIdx.x] = mine < rows.M ? rows.ids[mine] : -1;
+      ids[threadIdx.x] = mine < rows.total ? rows.ids[mine] : -1;
       __syncthreads();
       for (int group = 0; group < kThreads; group += 32) {
         uint32_t matches = __ballot_sync(0xFFFFFFFFu, ids[group + lane] == n);
@@ -259,8 +256,8 @@ __global__ void __launch_bounds__(kThreads)
   if (n >= rows.N) return;
 #pragma unroll
   for (int i = 0; i < kColumns; i++) {
-    const int64_t d = column + 32 * i;
-    if (d < D) grad_position[n * D + d] = sum[i];
+    const int64_t c = column + 32 * i;
+    if (c < C) grad_position[n * C + c] = sum[i];
   }
 }
 
@@ -271,7 +268,7 @@ int pack(const Packing& task, T* patches, T* out, cudaStream_t stream) {
   const bool fits = bytes <= kSharedBytes;
   const int64_t most = fits ? kSharedBytes / std::max<int64_t>(bytes, 1) : kThreads / 32;
   const int64_t warps = std::min<int64_t>(most, kThreads / 32);
-  const dim3 grid(static_cast<unsigned>((task.rows.M + warps - 1) / warps));
+  const dim3 grid(static_cast<unsigned>((task.rows.total + warps - 1) / warps));
   const dim3 block(static_cast<unsigned>(32 * warps));
   const auto start = [&](auto kernel, int64_t shared) {
     return launch(kernel, grid, block, static_cast<size_t>(shared), stream, task, patches, out);
@@ -295,23 +292,23 @@ using vidl::Dtype;
 using vidl::Position;
 using vidl::Rows;
 
-int vidl_fold_cuda(const void* weight, Dtype dtype, const float* bias, void* weight_out,
-                   float* bias_out, int64_t D, int64_t kdim, int32_t C, const Affine* affine,
-                   void* stream) {
-  if (D == 0) return 0;
+int vidl_masked_patch_embed_fold_cuda(const void* weight, Dtype dtype, const float* bias,
+                                      void* weight_out, float* bias_out, int64_t C, int64_t numbers,
+                                      int32_t C_in, const Affine* affine, void* stream) {
+  if (C == 0) return 0;
   return vidl::with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return launch(vidl::fold_kernel<T>, dim3(static_cast<unsigned>(D)), dim3(vidl::kThreads), 0,
+    return launch(vidl::fold_kernel<T>, dim3(static_cast<unsigned>(C)), dim3(vidl::kThreads), 0,
                   static_cast<cudaStream_t>(stream), static_cast<const T*>(weight), bias,
-                  static_cast<T*>(weight_out), bias_out, kdim, static_cast<int32_t>(kdim / C),
-                  *affine);
+                  static_cast<T*>(weight_out), bias_out, numbers,
+                  static_cast<int32_t>(numbers / C_in), *affine);
   });
 }
 
-int vidl_pack_patches_cuda(const Clip* clip, const Rows* rows, const Affine* affine,
-                           const Position* position, void* patches, void* out, Dtype dtype,
-                           void* stream) {
-  if (rows->M == 0) return 0;
+int vidl_masked_patch_embed_pack_cuda(const Clip* clip, const Rows* rows, const Affine* affine,
+                                      const Position* position, void* patches, void* out,
+                                      Dtype dtype, void* stream) {
+  if (rows->total == 0) return 0;
   return vidl::with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int64_t kWide = 16 / sizeof(T);
@@ -323,15 +320,15 @@ int vidl_pack_patches_cuda(const Clip* clip, const Rows* rows, const Affine* aff
         *affine,
         *position,
         pixels % kWide == 0 && vidl::multiples_of_16({patches}),
-        position->D % kWide == 0 &&
+        position->C % kWide == 0 &&
             vidl::multiples_of_16({position->bias, position->space, position->time, out})};
     return vidl::pack(task, static_cast<T*>(patches), static_cast<T*>(out),
                       static_cast<cudaStream_t>(stream));
   });
 }
 
-int vidl_unpack_patches_cuda(const void* grad_patches, Dtype dtype, const Clip* clip,
-                             const Rows* rows, void* video, void* stream) {
+int vidl_masked_patch_embed_unpack_cuda(const void* grad_patches, Dtype dtype, const Clip* clip,
+                                        const Rows* rows, void* video, void* stream) {
   const int64_t blocks = rows->B * rows->N;
   if (blocks == 0) return 0;
   return vidl::with_type(dtype, [&](auto* type) {
@@ -342,9 +339,9 @@ int vidl_unpack_patches_cuda(const void* grad_patches, Dtype dtype, const Clip* 
   });
 }
 
-int vidl_position_grad_cuda(const void* grad_out, Dtype dtype, const Rows* rows,
-                            float* grad_position, int64_t D, void* stream) {
-  const int64_t column_blocks = (D + 32 * vidl::kColumns - 1) / (32 * vidl::kColumns);
+int vidl_masked_patch_embed_position_grad_cuda(const void* grad_out, Dtype dtype, const Rows* rows,
+                                               float* grad_position, int64_t C, void* stream) {
+  const int64_t column_blocks = (C + 32 * vidl::kColumns - 1) / (32 * vidl::kColumns);
   const int64_t patches = vidl::kThreads / 32;
   const int64_t blocks = (rows->N + patches - 1) / patches * column_blocks;
   if (blocks == 0) return 0;
@@ -352,7 +349,7 @@ int vidl_position_grad_cuda(const void* grad_out, Dtype dtype, const Rows* rows,
     using T = std::remove_pointer_t<decltype(type)>;
     return launch(vidl::position_grad_kernel<T>, dim3(static_cast<unsigned>(blocks)),
                   dim3(vidl::kThreads), 0, static_cast<cudaStream_t>(stream),
-                  static_cast<const T*>(grad_out), *rows, grad_position, D,
+                  static_cast<const T*>(grad_out), *rows, grad_position, C,
                   static_cast<unsigned>(column_blocks));
   });
 }

@@ -1,16 +1,14 @@
 // masked_patch_embed: forward and backward on the CPU, and the host side of the CUDA kernels in
-// masked_patch_embed/cuda.cu. Schema and contract: kernels/masked_patch_embed/op.py.
+// cuda.cu. Schema and contract: kernels/masked_patch_embed/op.py.
 //
-// Only the visible patches are gathered, into rows of the matrix product that follows; that product
-// is torch's own. What must be added to it, bias and position, is there before it (beta = 1), so
-// that it is added in float32 and rounded once.
+// Only the visible patches are gathered, into the rows of a matrix; torch multiplies it with the
+// weight. Bias and position are written to the output before and the matmul is added (beta = 1), so
+// that all is summed in float32 and rounded once.
 //
-// A uint8 pixel x of channel c is normalised to (x / 255 - mean_c) / std_c. In 16 bits the pixel
-// enters the product as (x - s_c) / 128 with s_c = round(255 mean_c), which is exact, and 128 /
-// (255 std_c) goes into the weight; what s_c leaves of the mean goes into the bias, by the weight
-// as it was rounded. In float32 the pixel is normalised as it is packed, from x - s_c too.
-#include "masked_patch_embed/interface.h"
-
+// A uint8 pixel x of channel c is normalised to (x / 255 - mean_c) / std_c. In 16 bits the matmul
+// reads (x - s_c) / 128 with s_c = round(255 mean_c), which is exact. The weight is multiplied by
+// 128 / (255 std_c); the difference between s_c and 255 mean_c goes into the bias, by way of the
+// rounded weight. In float32 the pixel is normalised as it is packed, also from x - s_c.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -18,9 +16,9 @@
 #include <tuple>
 #include <vector>
 
-#include "patches/host.h"
 #include "cpu/lines.h"
-#include "torch/device.h"
+#include "masked_patch_embed/interface.h"
+#include "patches/host.h"
 
 namespace vidl {
 namespace {
@@ -39,24 +37,26 @@ Affine identity() {
   return affine;
 }
 
-// Of the range of a pixel, so that the difference fits the 8 bits of a bfloat16.
+// s_c, in the range of a pixel, so that the difference fits the 8 bits of a bfloat16.
 double centre_of(double mean) {
   return std::min(std::max(std::nearbyint(255.0 * mean), 0.0), 255.0);
 }
 
 void check_weight(const Tensor& video, const Tensor& weight) {
-  STD_TORCH_CHECK(video.dim() == 5 && weight.dim() == 5 && weight.size(1) == video.size(1),
-                  "masked_patch_embed: need video [B, C, T, H, W] and weight [D, C, t, h, w]");
+  STD_TORCH_CHECK(
+      video.dim() == 5 && weight.dim() == 5 && weight.size(1) == video.size(1),
+      "masked_patch_embed: need video [B, C_in, T, H, W] and weight [C, C_in, t, h, w]");
 }
 
-void check_channels(const std::vector<double>& mean, const std::vector<double>& std, int32_t C) {
-  STD_TORCH_CHECK(mean.size() == std.size() && (mean.empty() || int32_t(mean.size()) == C),
-                  "masked_patch_embed: need ", C, " numbers in mean and std");
-  STD_TORCH_CHECK(mean.empty() || C <= kMaxChannels, "masked_patch_embed: a uint8 clip may have ",
-                  kMaxChannels, " channels, got ", C);
+void check_channels(const std::vector<double>& mean, const std::vector<double>& std, int32_t C_in) {
+  STD_TORCH_CHECK(mean.size() == std.size() && (mean.empty() || int32_t(mean.size()) == C_in),
+                  "masked_patch_embed: need ", C_in, " numbers in mean and std");
+  STD_TORCH_CHECK(mean.empty() || C_in <= kMaxChannels,
+                  "masked_patch_embed: a uint8 clip may have ", kMaxChannels, " channels, got ",
+                  C_in);
 }
 
-// The pixel as it is packed when the weight is not folded: normalised.
+// How pixels are packed if the weight is not folded: normalised.
 Affine normalising(const std::vector<double>& mean, const std::vector<double>& std) {
   Affine affine = identity();
   for (size_t c = 0; c < mean.size(); c++) {
@@ -67,7 +67,7 @@ Affine normalising(const std::vector<double>& mean, const std::vector<double>& s
   return affine;
 }
 
-// The pixel as it is packed for a folded weight: (x - s_c) / 128.
+// How pixels are packed for a folded weight: (x - s_c) / 128.
 Affine centring(const std::vector<double>& mean) {
   Affine affine = identity();
   for (size_t c = 0; c < mean.size(); c++) {
@@ -77,7 +77,7 @@ Affine centring(const std::vector<double>& mean) {
   return affine;
 }
 
-// What the weight is multiplied with, and what its sum adds to the bias.
+// The factor of the weight, and the factor of its sum in the bias.
 Affine folding(const std::vector<double>& mean, const std::vector<double>& std) {
   Affine affine = identity();
   for (size_t c = 0; c < mean.size(); c++) {
@@ -87,35 +87,34 @@ Affine folding(const std::vector<double>& mean, const std::vector<double>& std) 
   return affine;
 }
 
-// ---- The two devices: the same five steps ------------------------------------------------------
-// Each step works on `count` rows from row `first` on.
-
-#if !defined(VIDL_EMULATED)
+// `Cpu` and `Cuda` have the same five steps: fold, check, pack, position_grad, unpack. pack and
+// unpack take `count` rows from row `first` on.
+#ifndef VIDL_EMULATED
 struct Cpu {
-  // Enough rows for the product to run at full speed, few enough for them to stay in the cache.
+  // Enough rows for the matmul to run at full speed, few enough to stay in the cache.
   static constexpr int64_t kChunk = 1024;
   static constexpr bool kUnpackWritesAll = false;
 
-  // 16-bit products are fast only where the CPU has instructions for them; elsewhere torch's are
-  // several times slower than its float32 ones (docs/measured.md).
-  static ScalarType product_dtype(ScalarType dtype) {
+  // 16-bit matmuls are fast only on CPUs with instructions for them; elsewhere those of torch are
+  // several times slower than in float32 (docs/measured.md).
+  static ScalarType matmul_dtype(ScalarType dtype) {
     return dtype == ScalarType::BFloat16 && cpu_multiplies_bf16() ? dtype : ScalarType::Float;
   }
 
   static void fold(const Tensor& weight, const float* bias, Tensor& weight_out, float* bias_out,
                    const Affine& affine) {
-    const int64_t D = weight.size(0), kdim = weight.numel() / std::max<int64_t>(D, 1);
-    const int64_t per_channel = kdim / std::max<int64_t>(weight.size(1), 1);
+    const int64_t C = weight.size(0), numbers = weight.numel() / std::max<int64_t>(C, 1);
+    const int64_t per_channel = numbers / std::max<int64_t>(weight.size(1), 1);
     const Dtype from = dtype_of(weight), to = dtype_of(weight_out);
-    parallel_for(0, D, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t d = begin; d < end; d++) {
-        float sum = bias == nullptr ? 0.0f : bias[d];
-        for (int64_t k = 0; k < kdim; k += per_channel) {
-          const int64_t c = std::min<int64_t>(k / per_channel, kMaxChannels - 1);
+    parallel_for(0, C, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; row++) {
+        float sum = bias == nullptr ? 0.0f : bias[row];
+        for (int64_t i = 0; i < numbers; i += per_channel) {
+          const int64_t c = std::min<int64_t>(i / per_channel, kMaxChannels - 1);
           sum += affine.shift[c] * fold_line(weight.data_ptr(), from, weight_out.data_ptr(), to,
-                                             d * kdim + k, per_channel, affine.scale[c]);
+                                             row * numbers + i, per_channel, affine.scale[c]);
         }
-        if (bias_out != nullptr) bias_out[d] = sum;
+        if (bias_out != nullptr) bias_out[row] = sum;
       }
     });
   }
@@ -126,10 +125,10 @@ struct Cpu {
                    const Position* position, int64_t first, int64_t count, Tensor& patches,
                    Tensor* out) {
     const std::vector<Place> places = locate(kOp, rows, first, count);
-    const int64_t kdim = patches.size(1);
+    const int64_t numbers = patches.size(1);
     const Dtype to = dtype_of(patches);
     char* const patch_rows = static_cast<char*>(patches.data_ptr());
-    const int64_t patch_bytes = kdim * itemsize(to);
+    const int64_t patch_bytes = numbers * itemsize(to);
     parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         pack_patch(clip, corner(clip, places[i]), affine, patch_rows + i * patch_bytes, to);
@@ -138,39 +137,39 @@ struct Cpu {
     });
   }
 
-  // Sums by slices of columns: every thread walks over all rows in order.
+  // Every thread sums a slice of columns over all rows, in order.
   static void position_grad(const Tensor& grad_out, const Rows& rows, Tensor& grad_position,
-                            int64_t D) {
-    const std::vector<Place> places = locate(kOp, rows, 0, rows.M);
+                            int64_t C) {
+    const std::vector<Place> places = locate(kOp, rows, 0, rows.total);
     float* const sums = static_cast<float*>(grad_position.data_ptr());
     const Dtype from = dtype_of(grad_out);
     constexpr int64_t kSlice = 64;
-    parallel_for(0, (D + kSlice - 1) / kSlice, 1, [&](int64_t begin, int64_t end) {
-      const int64_t column = begin * kSlice, columns = std::min(end * kSlice, D) - column;
+    parallel_for(0, (C + kSlice - 1) / kSlice, 1, [&](int64_t begin, int64_t end) {
+      const int64_t column = begin * kSlice, columns = std::min(end * kSlice, C) - column;
       for (int64_t n = 0; n < rows.N; n++) {
-        std::memset(sums + n * D + column, 0, columns * sizeof(float));
+        std::memset(sums + n * C + column, 0, columns * sizeof(float));
       }
-      for (int64_t m = 0; m < rows.M; m++) {
-        add_line(grad_out.data_ptr(), from, m * D + column, sums + places[m].patch * D + column,
+      for (int64_t m = 0; m < rows.total; m++) {
+        add_line(grad_out.data_ptr(), from, m * C + column, sums + places[m].patch * C + column,
                  columns);
       }
     });
   }
 
-  // Adds rows of patches to the clip, by slices of a patch: every thread walks over all rows.
+  // Adds rows of patches to the clip. Every thread takes a slice of the patch and visits all rows.
   static void unpack(const Tensor& grad_patches, const Clip& clip, const Rows& rows, int64_t first,
                      int64_t count, Tensor& video) {
     const std::vector<Place> places = locate(kOp, rows, first, count);
     const Dtype from = dtype_of(grad_patches), to = clip.dtype;
-    const int64_t lines = int64_t{clip.C} * clip.t * clip.h, kdim = lines * clip.w;
+    const int64_t lines = int64_t{clip.C} * clip.t * clip.h, numbers = lines * clip.w;
     parallel_for(0, lines, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < count; i++) {
         const int64_t start = corner(clip, places[i]);
         for (int64_t line = begin; line < end; line++) {
           const int64_t at = start + line / (clip.t * clip.h) * clip.stride_c +
                              line / clip.h % clip.t * clip.stride_t + line % clip.h * clip.stride_h;
-          accumulate_line(grad_patches.data_ptr(), from, i * kdim + line * clip.w, video.data_ptr(),
-                          to, at, clip.w);
+          accumulate_line(grad_patches.data_ptr(), from, i * numbers + line * clip.w,
+                          video.data_ptr(), to, at, clip.w);
         }
       }
     });
@@ -179,22 +178,22 @@ struct Cpu {
  private:
   static void pack_patch(const Clip& clip, int64_t start, const Affine& affine, char* to_row,
                          Dtype to) {
-    int64_t k = 0;
+    int64_t at = 0;
     for (int32_t c = 0; c < clip.C; c++) {
       const int known = std::min(c, kMaxChannels - 1);
       for (int32_t t = 0; t < clip.t; t++) {
         const int64_t from = start + c * clip.stride_c + t * clip.stride_t;
         pack_plane(clip.data, clip.dtype, from, clip.stride_h, clip.stride_w, clip.h, clip.w,
-                   affine.centre[known], affine.scale[known], affine.shift[known], to_row, to, k);
-        k += int64_t{clip.h} * clip.w;
+                   affine.centre[known], affine.scale[known], affine.shift[known], to_row, to, at);
+        at += int64_t{clip.h} * clip.w;
       }
     }
   }
 
   static void add_position(const Position& position, int64_t id, int64_t row, Tensor& out) {
-    const int64_t D = position.D, S = position.S;
-    add_three(position.bias, position.space, position.space_dtype, id % S * D, position.time,
-              position.time_dtype, id / S * D, out.data_ptr(), dtype_of(out), row * D, D);
+    const int64_t C = position.C, P = position.P;
+    add_three(position.bias, position.space, position.space_dtype, id % P * C, position.time,
+              position.time_dtype, id / P * C, out.data_ptr(), dtype_of(out), row * C, C);
   }
 };
 #endif
@@ -204,15 +203,15 @@ struct Cuda {
   static constexpr int64_t kChunk = int64_t{1} << 62;  // one launch for all rows
   static constexpr bool kUnpackWritesAll = true;
 
-  static ScalarType product_dtype(ScalarType dtype) { return dtype; }
+  static ScalarType matmul_dtype(ScalarType dtype) { return dtype; }
 
   static void fold(const Tensor& weight, const float* bias, Tensor& weight_out, float* bias_out,
                    const Affine& affine) {
-    const int64_t D = weight.size(0);
-    if (D == 0) return;
-    check_cuda(vidl_fold_cuda(weight.data_ptr(), dtype_of(weight), bias, weight_out.data_ptr(),
-                              bias_out, D, weight.numel() / D, static_cast<int32_t>(weight.size(1)),
-                              &affine, current_stream(weight)));
+    const int64_t C = weight.size(0);
+    if (C == 0) return;
+    check_cuda(vidl_masked_patch_embed_fold_cuda(
+        weight.data_ptr(), dtype_of(weight), bias, weight_out.data_ptr(), bias_out, C,
+        weight.numel() / C, static_cast<int32_t>(weight.size(1)), &affine, current_stream(weight)));
   }
 
   static void check(const Rows&) {}  // the kernels assert
@@ -220,32 +219,32 @@ struct Cuda {
   static void pack(const Clip& clip, const Rows& rows, const Affine& affine,
                    const Position* position, int64_t, int64_t, Tensor& patches, Tensor* out) {
     const Position none = {};
-    check_cuda(vidl_pack_patches_cuda(&clip, &rows, &affine, position ? position : &none,
-                                      patches.data_ptr(), out ? out->data_ptr() : nullptr,
-                                      dtype_of(patches), current_stream(patches)));
+    check_cuda(vidl_masked_patch_embed_pack_cuda(
+        &clip, &rows, &affine, position ? position : &none, patches.data_ptr(),
+        out ? out->data_ptr() : nullptr, dtype_of(patches), current_stream(patches)));
   }
 
   static void position_grad(const Tensor& grad_out, const Rows& rows, Tensor& grad_position,
-                            int64_t D) {
-    check_cuda(vidl_position_grad_cuda(grad_out.data_ptr(), dtype_of(grad_out), &rows,
-                                       static_cast<float*>(grad_position.data_ptr()), D,
-                                       current_stream(grad_out)));
+                            int64_t C) {
+    check_cuda(vidl_masked_patch_embed_position_grad_cuda(
+        grad_out.data_ptr(), dtype_of(grad_out), &rows,
+        static_cast<float*>(grad_position.data_ptr()), C, current_stream(grad_out)));
   }
 
   static void unpack(const Tensor& grad_patches, const Clip& clip, const Rows& rows, int64_t,
                      int64_t, Tensor& video) {
-    check_cuda(vidl_unpack_patches_cuda(grad_patches.data_ptr(), dtype_of(grad_patches), &clip,
-                                        &rows, video.data_ptr(), current_stream(video)));
+    check_cuda(vidl_masked_patch_embed_unpack_cuda(grad_patches.data_ptr(), dtype_of(grad_patches),
+                                                   &clip, &rows, video.data_ptr(),
+                                                   current_stream(video)));
   }
 };
 #endif
 
-// x in `dtype`, contiguous; x itself if it is so already.
+// x in `dtype` and contiguous: x itself, or a copy.
 Tensor as(const Tensor& x, ScalarType dtype) {
   return torch::stable::contiguous(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
 }
 
-// ---- The op ------------------------------------------------------------------------------------
 template <class Device>
 Tensor masked_patch_embed(Tensor video, Tensor weight, OptionalTensor bias, OptionalTensor space,
                           OptionalTensor time, OptionalTensor ids, OptionalTensor cu_seqlens,
@@ -263,20 +262,20 @@ Tensor masked_patch_embed(Tensor video, Tensor weight, OptionalTensor bias, Opti
   check_channels(mean, std, clip.C);
   Device::check(rows);
 
-  const int64_t D = weight.size(0), kdim = int64_t{clip.C} * clip.t * clip.h * clip.w;
-  const ScalarType dtype = weight.scalar_type(), product = Device::product_dtype(dtype);
-  std::vector<int64_t> shape = {rows.M, D};
-  if (!cu_seqlens) shape = {rows.B, rows.K, D};
+  const int64_t C = weight.size(0), numbers = int64_t{clip.C} * clip.t * clip.h * clip.w;
+  const ScalarType dtype = weight.scalar_type(), compute = Device::matmul_dtype(dtype);
+  std::vector<int64_t> shape = {rows.total, C};
+  if (!cu_seqlens) shape = {rows.B, rows.K, C};
   Tensor result = new_empty(weight, shape);
-  if (rows.M == 0 || D == 0) return result;
-  Tensor out = torch::stable::view(result, {rows.M, D});
+  if (rows.total == 0 || C == 0) return result;
+  Tensor out = torch::stable::view(result, {rows.total, C});
 
-  Tensor matrix = weight;  // [D, kdim], as it enters the product
+  Tensor matrix = weight;  // the weight in the matmul, [C, numbers]
   Affine pixel = normalising(mean, std);
-  if (is_16bit(dtype) && (clip.dtype == Dtype::kUInt8 || product != dtype)) {
+  if (is_16bit(dtype) && (clip.dtype == Dtype::kUInt8 || compute != dtype)) {
     const bool fold = clip.dtype == Dtype::kUInt8;
-    matrix = new_empty(weight, {D, kdim}, product);
-    Tensor folded_bias = new_empty(weight, {D}, ScalarType::Float);
+    matrix = new_empty(weight, {C, numbers}, compute);
+    Tensor folded_bias = new_empty(weight, {C}, ScalarType::Float);
     Device::fold(weight, static_cast<const float*>(pointer(bias)), matrix,
                  static_cast<float*>(folded_bias.data_ptr()),
                  fold ? folding(mean, std) : identity());
@@ -285,11 +284,11 @@ Tensor masked_patch_embed(Tensor video, Tensor weight, OptionalTensor bias, Opti
       bias = folded_bias;
     }
   }
-  const Tensor columns = transpose(torch::stable::view(matrix, {D, kdim}), 0, 1);
+  const Tensor columns = transpose(torch::stable::view(matrix, {C, numbers}), 0, 1);
 
   Position position = {};
-  position.D = D;
-  position.S = space ? space->size(0) : 1;
+  position.C = C;
+  position.P = space ? space->size(0) : 1;
   position.bias = static_cast<const float*>(pointer(bias));
   position.space = pointer(space);
   position.time = pointer(time);
@@ -297,17 +296,17 @@ Tensor masked_patch_embed(Tensor video, Tensor weight, OptionalTensor bias, Opti
   if (time) position.time_dtype = dtype_of(*time);
   const bool prefill = bias || space;
 
-  const int64_t chunk = std::min(Device::kChunk, rows.M);
-  Tensor patches = new_empty(weight, {chunk, kdim}, product);
-  Tensor sums = product == dtype ? out : new_empty(weight, {chunk, D}, product);
-  for (int64_t first = 0; first < rows.M; first += chunk) {
-    const int64_t count = std::min(chunk, rows.M - first);
+  const int64_t chunk = std::min(Device::kChunk, rows.total);
+  Tensor patches = new_empty(weight, {chunk, numbers}, compute);
+  Tensor sums = compute == dtype ? out : new_empty(weight, {chunk, C}, compute);
+  for (int64_t first = 0; first < rows.total; first += chunk) {
+    const int64_t count = std::min(chunk, rows.total - first);
     Tensor a = narrow(patches, 0, 0, count);
     Tensor part = narrow(out, 0, first, count);
-    Tensor sum = product == dtype ? part : narrow(sums, 0, 0, count);
+    Tensor sum = compute == dtype ? part : narrow(sums, 0, 0, count);
     Device::pack(clip, rows, pixel, &position, first, count, a, prefill ? &sum : nullptr);
     addmm(sum, a, columns, prefill ? 1.0 : 0.0);
-    if (product != dtype) torch::stable::copy_(part, sum);
+    if (compute != dtype) torch::stable::copy_(part, sum);
   }
   return result;
 }
@@ -329,50 +328,51 @@ std::tuple<Tensor, Tensor, Tensor> masked_patch_embed_bwd(Tensor grad_out, Tenso
   check_channels(mean, std, clip.C);
   Device::check(rows);
 
-  const int64_t D = weight.size(0), kdim = int64_t{clip.C} * clip.t * clip.h * clip.w;
-  const ScalarType dtype = weight.scalar_type(), product = Device::product_dtype(dtype);
-  STD_TORCH_CHECK(grad_out.numel() == rows.M * D && grad_out.scalar_type() == dtype,
-                  "masked_patch_embed_bwd: need grad_out of ", rows.M, " rows of ", D);
-  grad_out = torch::stable::view(torch::stable::contiguous(grad_out), {rows.M, D});
+  const int64_t C = weight.size(0), numbers = int64_t{clip.C} * clip.t * clip.h * clip.w;
+  const ScalarType dtype = weight.scalar_type(), compute = Device::matmul_dtype(dtype);
+  STD_TORCH_CHECK(grad_out.numel() == rows.total * C && grad_out.scalar_type() == dtype,
+                  "masked_patch_embed_bwd: need grad_out of ", rows.total, " rows of ", C);
+  grad_out = torch::stable::view(torch::stable::contiguous(grad_out), {rows.total, C});
 
   Tensor grad_position = new_empty(grad_out, {0}, ScalarType::Float);
   if (need_position) {
-    grad_position = new_empty(grad_out, {rows.N, D}, ScalarType::Float);
-    if (rows.N > 0 && D > 0) Device::position_grad(grad_out, rows, grad_position, D);
+    grad_position = new_empty(grad_out, {rows.N, C}, ScalarType::Float);
+    if (rows.N > 0 && C > 0) Device::position_grad(grad_out, rows, grad_position, C);
   }
 
-  // Sums over chunks are taken in the dtype of the product: in float32 only.
+  // Several chunks are summed in the dtype of the matmul, so only in float32.
   const int64_t chunk =
-      std::max<int64_t>(is_16bit(product) ? rows.M : std::min(Device::kChunk, rows.M), 1);
-  // Calls f(first row, those rows of grad_out in the dtype of the product) chunk by chunk.
+      std::max<int64_t>(is_16bit(compute) ? rows.total : std::min(Device::kChunk, rows.total), 1);
+  // Calls f(first row, rows of grad_out in the dtype of the matmul) for every chunk.
   const auto in_chunks = [&](auto f) {
-    for (int64_t first = 0; first < rows.M; first += chunk) {
-      f(first, as(narrow(grad_out, 0, first, std::min(chunk, rows.M - first)), product));
+    for (int64_t first = 0; first < rows.total; first += chunk) {
+      f(first, as(narrow(grad_out, 0, first, std::min(chunk, rows.total - first)), compute));
     }
   };
 
   Tensor grad_weight = new_empty(weight, {0});
   if (need_weight) {
-    Tensor sum = rows.M == 0 ? torch::stable::new_zeros(weight, {D, kdim}, product)
-                             : new_empty(weight, {D, kdim}, product);
-    Tensor patches = new_empty(weight, {chunk, kdim}, product);
+    Tensor sum = rows.total == 0 ? torch::stable::new_zeros(weight, {C, numbers}, compute)
+                                 : new_empty(weight, {C, numbers}, compute);
+    Tensor patches = new_empty(weight, {chunk, numbers}, compute);
     in_chunks([&](int64_t first, const Tensor& grad) {
       Tensor a = narrow(patches, 0, 0, grad.size(0));
       Device::pack(clip, rows, normalising(mean, std), nullptr, first, grad.size(0), a, nullptr);
       addmm(sum, transpose(grad, 0, 1), a, first == 0 ? 0.0 : 1.0);
     });
-    grad_weight = torch::stable::view(as(sum, dtype), {D, weight.size(1), clip.t, clip.h, clip.w});
+    grad_weight = torch::stable::view(as(sum, dtype), {C, weight.size(1), clip.t, clip.h, clip.w});
   }
 
   Tensor grad_video = new_empty(video, {0});
   if (need_video) {
     const std::vector<int64_t> shape = {rows.B, video.size(1), video.size(2), video.size(3),
                                         video.size(4)};
-    grad_video = Device::kUnpackWritesAll && rows.M > 0 ? new_empty(video, shape)
-                                                        : torch::stable::new_zeros(video, shape);
+    grad_video = Device::kUnpackWritesAll && rows.total > 0
+                     ? new_empty(video, shape)
+                     : torch::stable::new_zeros(video, shape);
     Clip target = clip_of(kOp, grad_video, clip.t, clip.h, clip.w);
-    const Tensor matrix = torch::stable::view(as(weight, product), {D, kdim});
-    Tensor grad_patches = new_empty(weight, {chunk, kdim}, product);
+    const Tensor matrix = torch::stable::view(as(weight, compute), {C, numbers});
+    Tensor grad_patches = new_empty(weight, {chunk, numbers}, compute);
     in_chunks([&](int64_t first, const Tensor& grad) {
       Tensor part = narrow(grad_patches, 0, 0, grad.size(0));
       addmm(part, grad, matrix, 0.0);

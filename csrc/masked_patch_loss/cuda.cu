@@ -1,16 +1,17 @@
 // masked_patch_loss: one pass over the masked patches forward, and one backward. Schema:
 // kernels/masked_patch_loss/op.py.
 //
-// A warp has a patch. It brings the pixels, in the order of the clip's memory, and the prediction
-// into shared memory, 16 bytes a lane where their addresses allow it; all of that is in flight at
-// once. Then it takes mean and variance of each channel: of bytes as exact sums of integers, of
-// other numbers as differences from the channel's first, in two passes. Pixels meet the prediction
-// in its order (t, h, w, C): a lane has 48 bytes of it at a time if there are three channels, so
-// that each channel is known to the compiler, and else one number. The backward leaves its result
-// where the prediction was, and writes it from there, 16 bytes a lane. Every sum has a fixed order.
+// A warp computes one patch. It copies the pixels, in the order of the clip's memory, and the
+// prediction to shared memory, 16 bytes per lane if their addresses allow it, with all copies in
+// flight at once. Then it computes mean and variance of every channel: for bytes from exact sums of
+// integers, for other numbers from differences from the channel's first pixel, in two passes. The
+// prediction is compared in its order (t, h, w, C_in): with three channels a lane takes 48 bytes of
+// it at a time, so that the channel of every number is known at compile time, otherwise one number.
+// The backward overwrites the prediction in shared memory with its result and stores that, 16 bytes
+// per lane. Every sum has a fixed order.
 //
-// Limits. A patch of n numbers takes n bytes of a uint8 clip, and of a prediction in 16 bits 2 n
-// forward and 4 n backward (read, and written); about 12 instructions a number. On an H200:
+// Limits: bytes. A patch of n numbers reads n bytes of a uint8 clip, and moves 2 n bytes of a
+// 16-bit prediction forward and 4 n backward; about 12 instructions per number. On an H200:
 //   VideoMAE-B, 64 clips, 90 % masked   415 MB, 87 us forward; 692 MB, 144 us backward
 //   SMAUG, 64 clips of 4 frames, 65 %    75 MB, 16 us forward; 126 MB, 26 us backward
 //   MAE, 256 images, 75 %                87 MB, 18 us forward; 145 MB, 30 us backward
@@ -18,8 +19,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "patches/device.h"
 #include "masked_patch_loss/interface.h"
+#include "patches/device.h"
 
 namespace vidl {
 namespace {
@@ -36,14 +37,15 @@ struct Task {
   Channels channels;
 
   __device__ __forceinline__ int32_t pixels() const { return clip.t * clip.h * clip.w; }
-  // Means and variances of a patch.
+  // Number of means and variances per patch.
   __device__ __forceinline__ int32_t parts() const {
     return statistics == Statistics::kNone ? 0 : statistics == Statistics::kPatch ? 1 : clip.C;
   }
 };
 
-// Of one channel of one patch: a pixel x becomes (x * scale + shift - mean) * factor. On the way
-// there `mean` is that of x - its first pixel, and `factor` the sum of (x - its mean)^2.
+// One channel of one patch: a pixel x becomes (x * scale + shift - mean) * factor. Between
+// measure() and normalise(), `mean` is the mean of x - first pixel, and `factor` the sum of (x -
+// mean of x)^2.
 struct alignas(16) Channel {
   float scale, shift, mean, factor;
 };
@@ -58,8 +60,8 @@ __device__ __forceinline__ int32_t warp_sum_of_integers(int32_t x) {
   return x;
 }
 
-// A row between global and shared memory, 16 or 4 bytes at a time or one number. What was fetched
-// is there after cp_async_commit, cp_async_wait and __syncwarp.
+// Copies a row from global to shared memory, 16 or 4 bytes at a time or one number. The warp can
+// read it after cp_async_commit, cp_async_wait and __syncwarp.
 template <class T>
 __device__ __forceinline__ void fetch_row(const T* from, T* to, int32_t numbers) {
   const int lane = static_cast<int>(lane_id());
@@ -76,6 +78,7 @@ __device__ __forceinline__ void fetch_row(const T* from, T* to, int32_t numbers)
   for (int32_t i = (wide > 1 ? even : 0) + lane; i < numbers; i += 32) to[i] = from[i];
 }
 
+// Copies a row from shared to global memory.
 template <class T>
 __device__ __forceinline__ void write_row(const T* from, T* to, int32_t numbers) {
   constexpr int kWide = 16 / sizeof(T);
@@ -89,9 +92,8 @@ __device__ __forceinline__ void write_row(const T* from, T* to, int32_t numbers)
   for (int32_t i = even + lane; i < numbers; i += 32) to[i] = from[i];
 }
 
-// What a warp has of its patch, in shared memory, and what it does with that. A lane takes
-// kPixels neighbouring pixels at a time, in kC channels: in all, 48 bytes of a prediction, where a
-// clip has three, and one number of any other.
+// The patch of a warp in shared memory. A lane takes kPixels neighbouring pixels in kC channels at
+// a time: 48 bytes of a prediction if a clip has three channels, otherwise one number.
 template <class Pixel, class T, int kC>
 struct Patch {
   static constexpr int kPixels = kC == 1 ? 1 : 16 / sizeof(T);
@@ -99,10 +101,10 @@ struct Patch {
   using Numbers = Chunk<T, kPixels * kC>;
 
   const Task& task;
-  const int32_t C, count;  // of channels, of pixels
+  const int32_t C, count;  // number of channels, of pixels
   Channel* channels;       // [C]
   Pixel* pixels;           // [C * pitch]
-  T* row;                  // [C * pitch], of which the prediction takes C * count
+  T* row;                  // [C * pitch]; the prediction takes C * count of it
 
   __device__ __forceinline__ Patch(const Task& task, unsigned char* memory)
       : task(task), C(task.clip.C), count(task.pixels()) {
@@ -111,7 +113,7 @@ struct Patch {
     row = reinterpret_cast<T*>(pixels + C * task.walk.pitch);
   }
 
-  // Brings row m into shared memory.
+  // Copies row m to shared memory.
   __device__ __forceinline__ void load(int64_t m) {
     const Place place = locate(task.rows, m);
     const Predictions& p = task.predictions;
@@ -129,7 +131,7 @@ struct Patch {
     return to_float(pixels[task.walk.interleaved ? c : c * task.walk.pitch]);
   }
 
-  // Calls f(x, p) with this lane's pixels x[kPixels][kC] of the channels from c on, for every p.
+  // Calls f(x, p) for this lane's pixels from p on, x[kPixels][kC], in the channels from c on.
   template <class F>
   __device__ __forceinline__ void for_pixels(int32_t c, F f) const {
     for (int32_t p = static_cast<int32_t>(lane_id()) * kPixels; p < count; p += 32 * kPixels) {
@@ -139,7 +141,7 @@ struct Patch {
     }
   }
 
-  // Mean and squares of kC channels from c on.
+  // Writes mean and sum of squares of kC channels from c on.
   __device__ __forceinline__ void measure(int32_t c) const {
     float mean[kC], squares[kC];
     if constexpr (kBytes) {
@@ -193,13 +195,13 @@ struct Patch {
     }
   }
 
-  // Calls f(c) in some lane for every channel.
+  // Calls f(c) for every channel, in one lane each.
   template <class F>
   __device__ __forceinline__ void for_channels(F f) const {
     for (int32_t c = static_cast<int32_t>(lane_id()); c < C; c += 32) f(c);
   }
 
-  // Scale and shift of channel c: differences from the first pixel where a patch is normalised.
+  // Scale and shift of channel c, relative to the first pixel if the patch is normalised.
   __device__ __forceinline__ Channel differences(int32_t c) const {
     if (task.statistics == Statistics::kChannel) return {1.0f, -first_of(c), 0.0f, 1.0f};
     float shift = task.channels.shift[c];
@@ -207,7 +209,7 @@ struct Patch {
     return {task.channels.scale[c], shift, 0.0f, 1.0f};
   }
 
-  // Completes the channels, from means and squares; `moments` is the patch's own.
+  // Completes the channels from means and squares, and writes the moments of this patch.
   __device__ __forceinline__ void normalise(float* moments) const {
     const auto n = static_cast<float>(count);
     float total = 0.0f;
@@ -239,7 +241,7 @@ struct Patch {
     }
   }
 
-  // The same with the moments of the forward.
+  // Completes the channels from the moments of the forward.
   __device__ __forceinline__ void recall(const float* moments) const {
     for_channels([&](int32_t c) {
       Channel it = differences(c);
@@ -251,8 +253,8 @@ struct Patch {
     });
   }
 
-  // Calls f(numbers, error, valid) for this lane's parts of the prediction: what is predicted, how
-  // far it is from the target, and how many of the kPixels there are.
+  // Calls f(numbers, error, valid) for this lane's parts of the prediction: the predicted numbers,
+  // their difference from the target, and how many of the kPixels pixels exist.
   template <class F>
   __device__ __forceinline__ void compare(F f) const {
     for (int32_t c = 0; c < C; c += kC) {
@@ -264,10 +266,10 @@ struct Patch {
         Numbers numbers = *at;
         float error[kPixels * kC];
 #pragma unroll
-        for (int k = 0; k < kPixels * kC; k++) {
-          const Channel& it = channel[k % kC];
-          const float away = fmaf(to_float(x[k / kC][k % kC]), it.scale, it.shift) - it.mean;
-          error[k] = fmaf(-away, it.factor, to_float(numbers.x[k]));
+        for (int i = 0; i < kPixels * kC; i++) {
+          const Channel& it = channel[i % kC];
+          const float away = fmaf(to_float(x[i / kC][i % kC]), it.scale, it.shift) - it.mean;
+          error[i] = fmaf(-away, it.factor, to_float(numbers.x[i]));
         }
         f(at, error, count - p);
       });
@@ -285,11 +287,11 @@ __device__ __forceinline__ unsigned char* memory_of_warp(const Task& task) {
 template <class Pixel, class T, int kC>
 __global__ void __launch_bounds__(kMaxWarps * 32)
     forward_kernel(const __grid_constant__ Task task,
-                   float* __restrict__ losses,     // [M]
-                   float* __restrict__ moments) {  // [M, parts, 2]
+                   float* __restrict__ losses,     // [total]
+                   float* __restrict__ moments) {  // [total, parts, 2]
   if (blockIdx.x == 0) check_offsets(task.rows);
   const int64_t m = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32;
-  if (m >= task.rows.M) return;
+  if (m >= task.rows.total) return;
   Patch<Pixel, T, kC> patch(task, memory_of_warp<Pixel, T>(task));
   patch.load(m);
   if (task.statistics != Statistics::kNone) {
@@ -301,8 +303,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   float sum = 0.0f;
   patch.compare([&](auto*, const auto& error, int32_t valid) {
 #pragma unroll
-    for (int k = 0; k < patch.kPixels * kC; k++) {
-      if (k / kC < valid) sum = fmaf(error[k], error[k], sum);
+    for (int i = 0; i < patch.kPixels * kC; i++) {
+      if (i / kC < valid) sum = fmaf(error[i], error[i], sum);
     }
   });
   sum = warp_sum(sum);
@@ -312,11 +314,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
 template <class Pixel, class T, int kC>
 __global__ void __launch_bounds__(kMaxWarps * 32)
     backward_kernel(const __grid_constant__ Task task,
-                    const float* __restrict__ grad,     // [M]
-                    const float* __restrict__ moments,  // [M, parts, 2]
-                    T* __restrict__ out) {              // [M, numbers]
+                    const float* __restrict__ grad,     // [total]
+                    const float* __restrict__ moments,  // [total, parts, 2]
+                    T* __restrict__ out) {              // [total, numbers]
   const int64_t m = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32;
-  if (m >= task.rows.M) return;
+  if (m >= task.rows.total) return;
   Patch<Pixel, T, kC> patch(task, memory_of_warp<Pixel, T>(task));
   patch.load(m);
   patch.recall(moments + m * task.parts() * 2);
@@ -326,15 +328,15 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   patch.compare([&](auto* at, const auto& error, int32_t) {
     std::remove_pointer_t<decltype(at)> result;
 #pragma unroll
-    for (int k = 0; k < patch.kPixels * kC; k++) result.x[k] = from_float<T>(error[k] * factor);
+    for (int i = 0; i < patch.kPixels * kC; i++) result.x[i] = from_float<T>(error[i] * factor);
     *at = result;
   });
   __syncwarp();  // all lanes' results are there
   write_row(patch.row, out + m * numbers, numbers);
 }
 
-// Calls f(pixel, number, channels) with null pointers of the types of a kernel, and what it knows
-// of the channels.
+// Calls f(pixel, number, channels): null pointers to the types of a kernel, and its kC as an
+// integral_constant.
 template <class F>
 int with_types(const Task& task, F f) {
   return with_type(task.predictions.dtype, [&](auto* number) {
@@ -350,8 +352,8 @@ int with_types(const Task& task, F f) {
 template <class K, class... A>
 int start(K kernel, const Task& task, int64_t bytes, void* stream, A... arguments) {
   const int64_t warps = std::min<int64_t>(std::max<int64_t>(kSharedBytes / bytes, 1), kMaxWarps);
-  // Without rows a block checks the offsets all the same.
-  const int64_t blocks = std::max<int64_t>((task.rows.M + warps - 1) / warps, 1);
+  // One block even without rows: it checks the offsets.
+  const int64_t blocks = std::max<int64_t>((task.rows.total + warps - 1) / warps, 1);
   return launch(kernel, dim3(static_cast<unsigned>(blocks)),
                 dim3(static_cast<unsigned>(warps * 32)), static_cast<size_t>(warps * bytes),
                 static_cast<cudaStream_t>(stream), task, arguments...);
@@ -365,7 +367,7 @@ using namespace vidl;
 int vidl_masked_patch_loss_cuda(const Clip* clip, const Rows* rows, const Predictions* predictions,
                                 Statistics statistics, const Channels* channels, float* losses,
                                 float* moments, void* stream) {
-  if (rows->M == 0 && rows->cu_seqlens == nullptr) return 0;
+  if (rows->total == 0 && rows->cu_seqlens == nullptr) return 0;
   const Task task{*clip, walk_of(*clip), *rows, *predictions, statistics, *channels};
   return with_types(task, [&](auto* pixel, auto* number, auto channel_count) {
     using Pixel = std::remove_pointer_t<decltype(pixel)>;
@@ -379,7 +381,7 @@ int vidl_masked_patch_loss_bwd_cuda(const float* grad, const float* moments, con
                                     const Rows* rows, const Predictions* predictions,
                                     Statistics statistics, const Channels* channels, void* out,
                                     void* stream) {
-  if (rows->M == 0) return 0;
+  if (rows->total == 0) return 0;
   const Task task{*clip, walk_of(*clip), *rows, *predictions, statistics, *channels};
   return with_types(task, [&](auto* pixel, auto* number, auto channel_count) {
     using Pixel = std::remove_pointer_t<decltype(pixel)>;

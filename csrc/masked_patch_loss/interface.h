@@ -6,20 +6,21 @@
 
 namespace vidl {
 
-// Of a patch in a CUDA kernel: so many fit into the shared memory of one warp on every GPU, and the
-// sum of their squares into 31 bits.
+// The most numbers of a patch in a CUDA kernel: they fit into the shared memory of a warp on every
+// GPU, and the sum of their squares, as bytes, into 31 bits.
 constexpr int64_t kMaxNumbers = 8192;
 
-// What one mean and one variance of a target is of.
+// What mean and variance of a target are computed over: nothing, a patch, a channel of a patch.
 enum class Statistics : int32_t { kNone, kPatch, kChannel };
 
-// A pixel x of channel c enters the target as x * scale[c] + shift[c]. Where a patch is normalised,
-// they are relative to the first channel, or none: what all share cancels out but in eps.
+// A pixel x of channel c enters the target as x * scale[c] + shift[c]. With kPatch both are
+// relative to the first channel, with kChannel to the channel itself: a common factor and summand
+// cancel in the normalisation, except in eps.
 struct Channels {
   float scale[kMaxChannels], shift[kMaxChannels], eps[kMaxChannels];
 };
 
-// [B, K, numbers] or [M, numbers], each row contiguous: row m is the one m - sample * K of its
+// [B, K, numbers] or [total, numbers], each row contiguous: row m is the one m - sample * K of its
 // sample, or with K = 0 of all.
 struct Predictions {
   const void* data;
@@ -33,15 +34,15 @@ struct Predictions {
 // cudaError_t. Under the emulator of tests/cuda_on_cpu they are host pointers.
 extern "C" {
 
-// losses[m] = the mean of (prediction[m] - target)^2; moments[m] = mean and 1 / deviation of each
-// part of the patch that is normalised, [M, 0, 1 or C, 2].
+// losses[m] = the mean of (prediction[m] - target)^2; moments[m] = mean and 1 / deviation of every
+// normalised part of the patch, [total, 0 or 1 or C_in, 2].
 int vidl_masked_patch_loss_cuda(const vidl::Clip* clip, const vidl::Rows* rows,
                                 const vidl::Predictions* predictions, vidl::Statistics statistics,
                                 const vidl::Channels* channels, float* losses, float* moments,
                                 void* stream);
 
-// out[m] = 2 (prediction[m] - target) * grad[m] / numbers: [M, numbers] in the predictions' dtype,
-// from the moments of the forward.
+// out[m] = 2 (prediction[m] - target) * grad[m] / numbers: [total, numbers] in the predictions'
+// dtype, from the moments of the forward.
 int vidl_masked_patch_loss_bwd_cuda(const float* grad, const float* moments, const vidl::Clip* clip,
                                     const vidl::Rows* rows, const vidl::Predictions* predictions,
                                     vidl::Statistics statistics, const vidl::Channels* channels,

@@ -1,20 +1,19 @@
 // masked_patch_loss on the CPU, one masked patch at a time, and the host side of the CUDA kernels
-// in masked_patch_loss/cuda.cu. Schema and contract: kernels/masked_patch_loss/op.py.
+// in cuda.cu. Schema and contract: kernels/masked_patch_loss/op.py.
 //
-// A patch is read into planes of channels, as differences from its first pixel: those of uint8 are
-// small integers, so that mean and deviations are as exact as float32 allows, and those of a patch
-// of one colour are zero. Then it is put into the order of the prediction, and compared.
-#include "masked_patch_loss/interface.h"
-
+// A patch is read into planes of channels, as differences from its first pixel: for uint8 these are
+// small integers, so that mean and deviation are as exact as float32 allows, and for a patch of one
+// colour they are zero. The planes are then put into the order of the prediction and compared.
 #include <algorithm>
 #include <cmath>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
-#include "patches/host.h"
 #include "cpu/lines.h"
-#include "torch/device.h"
+#include "masked_patch_loss/interface.h"
+#include "patches/host.h"
 
 namespace vidl {
 namespace {
@@ -25,14 +24,13 @@ using torch::stable::parallel_for;
 constexpr const char* kOp = "masked_patch_loss";
 constexpr int64_t kGrain = 8;  // patches that are worth a thread
 
-// Clip and statistics, and as many numbers as there are channels: masked_patch_loss/interface.h has their
-// meaning.
+// Clip, statistics and numbers of every channel, as masked_patch_loss/interface.h explains them.
 struct Targets {
   Clip clip;
   Statistics statistics;
   std::vector<float> scale, shift, eps;
-  int64_t pixels, numbers;  // of a patch: in one channel, in all
-  int64_t count;            // means and variances of a patch
+  int64_t pixels, numbers;  // of a patch: in one channel, in all channels
+  int64_t count;            // means and variances per patch
 };
 
 Targets targets_of(const Tensor& video, const std::vector<int64_t>& patch,
@@ -64,12 +62,12 @@ Targets targets_of(const Tensor& video, const std::vector<int64_t>& patch,
 
 // A prediction whose rows are contiguous: x, or a copy of it.
 Tensor with_rows(const Tensor& x, const Rows& rows, int64_t numbers) {
-  const bool rows_fit = x.dim() == 2 ? rows.cu_seqlens && x.size(0) == rows.M
+  const bool rows_fit = x.dim() == 2 ? rows.cu_seqlens && x.size(0) == rows.total
                         : x.dim() == 3
                             ? !rows.cu_seqlens && x.size(0) == rows.B && x.size(1) == rows.K
                             : false;
-  STD_TORCH_CHECK(rows_fit && x.size(-1) == numbers, kOp,
-                  ": need a prediction of as many rows as ids, of ", numbers, " numbers each");
+  STD_TORCH_CHECK(rows_fit && x.size(-1) == numbers, kOp, ": need a prediction with one row of ",
+                  numbers, " numbers for every id");
   STD_TORCH_CHECK(x.scalar_type() != ScalarType::Byte, kOp, ": need a floating-point prediction");
   return x.stride(-1) == 1 || numbers == 1 ? x : torch::stable::contiguous(x);
 }
@@ -78,7 +76,6 @@ Predictions predictions_of(const Tensor& x) {
   return {x.data_ptr(), dtype_of(x), x.dim() == 3 ? x.stride(0) : 0, x.stride(-2)};
 }
 
-// ---- The CPU -----------------------------------------------------------------------------------
 #ifndef VIDL_EMULATED
 // The pixels of a patch, [C, pixels], as differences from its first.
 void read(const Targets& targets, const Place& place, float* planes) {
@@ -100,7 +97,7 @@ void read(const Targets& targets, const Place& place, float* planes) {
   }
 }
 
-// Mean and 1 / deviation of each part of a patch, [count, 2].
+// Mean and 1 / deviation of every part of a patch, [count, 2].
 void measure(const Targets& targets, const float* planes, float* moments) {
   const bool whole = targets.statistics == Statistics::kPatch;
   const int64_t part = whole ? targets.numbers : targets.pixels;
@@ -114,7 +111,7 @@ void measure(const Targets& targets, const float* planes, float* moments) {
   }
 }
 
-// The memory of one thread, and the target of one patch at a time.
+// Computes the target of one patch at a time, in the memory of one thread.
 class Reader {
  public:
   explicit Reader(const Targets& targets)
@@ -124,7 +121,7 @@ class Reader {
         mean_(targets.clip.C, 0.0f),
         factor_(targets.clip.C, 1.0f) {}
 
-  // With `measured` the moments are those of the forward; else they are written.
+  // If `measured`, `moments` are read (those of the forward); otherwise they are written.
   const float* target(const Place& place, float* moments, bool measured) {
     read(targets_, place, planes_.data());
     if (!measured) measure(targets_, planes_.data(), moments);
@@ -167,13 +164,13 @@ struct Cpu {
   }
 
  private:
-  // Calls f(m, where the row of the prediction begins, target) for every row m.
+  // Calls f(m, start of the row in the prediction, target) for every row m.
   template <class F>
   static void for_targets(const Targets& targets, const Rows& rows, const Predictions& p,
                           Tensor& moments, bool measured, F f) {
     float* const moment = static_cast<float*>(moments.data_ptr());
-    const std::vector<Place> places = locate(kOp, rows, 0, rows.M);
-    parallel_for(0, rows.M, kGrain, [&](int64_t begin, int64_t end) {
+    const std::vector<Place> places = locate(kOp, rows, 0, rows.total);
+    parallel_for(0, rows.total, kGrain, [&](int64_t begin, int64_t end) {
       Reader reader(targets);
       for (int64_t m = begin; m < end; m++) {
         const int64_t b = rows.cu_seqlens == nullptr ? places[m].sample : 0;
@@ -185,7 +182,6 @@ struct Cpu {
 };
 #endif
 
-// ---- CUDA --------------------------------------------------------------------------------------
 #if defined(VIDL_CUDA) || defined(VIDL_EMULATED)
 struct Cuda {
   static void check(const Targets& targets) {
@@ -224,21 +220,36 @@ struct Cuda {
 };
 #endif
 
-// ---- The op ------------------------------------------------------------------------------------
+// The checked inputs of forward and backward. prediction, ids and cu_seqlens become contiguous, as
+// far as is needed.
+struct Inputs {
+  Targets targets;
+  Rows rows;
+};
+
 template <class Device>
-std::tuple<Tensor, Tensor> masked_patch_loss(Tensor prediction, Tensor video, Tensor ids,
-                                             OptionalTensor cu_seqlens, std::vector<int64_t> patch,
-                                             std::string statistics, std::vector<double> scale,
-                                             std::vector<double> shift, double eps) {
-  const DeviceScope scope(video);
-  const Targets targets = targets_of(video, patch, statistics, scale, shift, eps);
+Inputs inputs_of(Tensor& prediction, const Tensor& video, Tensor& ids, OptionalTensor& cu_seqlens,
+                 const std::vector<int64_t>& patch, const std::string& statistics,
+                 const std::vector<double>& scale, const std::vector<double>& shift, double eps) {
+  Targets targets = targets_of(video, patch, statistics, scale, shift, eps);
   Device::check(targets);
   ids = torch::stable::contiguous(ids);
   cu_seqlens = packed(cu_seqlens);
   const Rows rows = rows_of(kOp, video, targets.clip, ids, cu_seqlens);
   Device::check(rows);
   prediction = with_rows(prediction, rows, targets.numbers);
-  std::vector<int64_t> shape = {rows.M};
+  return {std::move(targets), rows};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> masked_patch_loss(Tensor prediction, Tensor video, Tensor ids,
+                                             OptionalTensor cu_seqlens, std::vector<int64_t> patch,
+                                             std::string statistics, std::vector<double> scale,
+                                             std::vector<double> shift, double eps) {
+  const DeviceScope scope(video);
+  const auto [targets, rows] =
+      inputs_of<Device>(prediction, video, ids, cu_seqlens, patch, statistics, scale, shift, eps);
+  std::vector<int64_t> shape = {rows.total};
   if (!cu_seqlens) shape = {rows.B, rows.K};
   Tensor losses = new_empty(prediction, shape, ScalarType::Float);
   shape.insert(shape.end(), {targets.count, 2});
@@ -253,21 +264,16 @@ Tensor masked_patch_loss_bwd(Tensor grad, Tensor moments, Tensor prediction, Ten
                              std::string statistics, std::vector<double> scale,
                              std::vector<double> shift, double eps) {
   const DeviceScope scope(video);
-  const Targets targets = targets_of(video, patch, statistics, scale, shift, eps);
-  Device::check(targets);
-  ids = torch::stable::contiguous(ids);
-  cu_seqlens = packed(cu_seqlens);
-  const Rows rows = rows_of(kOp, video, targets.clip, ids, cu_seqlens);
-  Device::check(rows);
-  prediction = with_rows(prediction, rows, targets.numbers);
+  const auto [targets, rows] =
+      inputs_of<Device>(prediction, video, ids, cu_seqlens, patch, statistics, scale, shift, eps);
   grad = torch::stable::contiguous(grad);
   moments = torch::stable::contiguous(moments);
-  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == rows.M &&
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == rows.total &&
                       moments.scalar_type() == ScalarType::Float &&
-                      moments.numel() == rows.M * targets.count * 2,
-                  "masked_patch_loss_bwd: need grad of ", rows.M,
-                  " rows and the forward's moments");
-  std::vector<int64_t> shape = {rows.M, targets.numbers};
+                      moments.numel() == rows.total * targets.count * 2,
+                  "masked_patch_loss_bwd: need grad of ", rows.total,
+                  " rows and the moments of the forward");
+  std::vector<int64_t> shape = {rows.total, targets.numbers};
   if (!cu_seqlens) shape = {rows.B, rows.K, targets.numbers};
   Tensor out = new_empty(prediction, shape);
   Device::backward(targets, rows, predictions_of(prediction), grad, moments, out);

@@ -1,56 +1,28 @@
-// Patches of a clip in CUDA kernels: which patch a row is, and how a warp brings its pixels into
-// shared memory.
+// Patches of a clip in CUDA kernels: the patch of a row, and the copy of its pixels to shared
+// memory by a warp.
 #pragma once
 #include <algorithm>
 #include <cstdlib>
 
 #include "cuda/floats.h"
-#include "patches/interface.h"
+#include "patches/place.h"
 
 namespace vidl {
 namespace {
 
-struct Place {
-  int64_t sample, patch;
-};
-
 __device__ Place locate(const Rows& rows, int64_t m) {
-  Place place;
-  if (rows.cu_seqlens == nullptr) {
-    place.sample = m / rows.K;
-  } else {
-    int64_t low = 0, high = rows.B;  // the last b with cu_seqlens[b] <= m
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (rows.cu_seqlens[middle] <= m ? low : high) = middle;
-    }
-    place.sample = low;
-  }
-  place.patch = rows.ids == nullptr ? m - place.sample * rows.K : rows.ids[m];
+  const Place place = place_of(rows, m);
   // ids must lie in [0, N)
   assert(place.patch >= 0 && place.patch < rows.N);
   return place;
 }
 
-// cu_seqlens must ascend from 0 to M. Called by all threads of one block.
+// cu_seqlens must ascend from 0 to the number of rows. Called by all threads of one block.
 __device__ void check_offsets(const Rows& rows) {
-  if (rows.cu_seqlens == nullptr) return;
-  assert(rows.cu_seqlens[0] == 0 && rows.cu_seqlens[rows.B] == rows.M);
-  for (int64_t b = threadIdx.x; b < rows.B; b += blockDim.x) {
-    assert(rows.cu_seqlens[b] <= rows.cu_seqlens[b + 1]);
-  }
+  assert(offsets_ascend(rows, threadIdx.x, blockDim.x));
 }
 
-// The first pixel of a patch, in elements from the start of the clip.
-__device__ int64_t corner(const Clip& clip, const Place& place) {
-  const int32_t id = static_cast<int32_t>(place.patch);
-  const int32_t frame = clip.grid_h * clip.grid_w;
-  return place.sample * clip.stride_b + int64_t{id / frame} * clip.t * clip.stride_t +
-         int64_t{id % frame / clip.grid_w} * clip.h * clip.stride_h +
-         int64_t{id % clip.grid_w} * clip.w * clip.stride_w;
-}
-
-// n / divisor by a multiplication, for numbers below 2^31. Source: Granlund and Montgomery,
+// n / divisor as a multiplication, for numbers below 2^31. Source: Granlund and Montgomery,
 // Division by invariant integers using multiplication, 1994.
 struct Divider {
   uint32_t divisor, multiplier, shift;
@@ -65,15 +37,15 @@ struct Divider {
   }
 };
 
-// How a warp walks over a patch in the order of memory: planes of channels [C, t, h, w], or the
-// channels of a pixel side by side, [t, h, w, C]. A step is 16 bytes wherever all patches allow it,
-// else one number. In shared memory planes are `pitch` numbers apart.
+// The order in which a warp reads a patch, which is that of memory: planes of channels [C, t, h,
+// w], or interleaved channels [t, h, w, C]. A step is 16 bytes if all patches allow it, else one
+// number. In shared memory planes are `pitch` numbers apart.
 struct Walk {
   bool interleaved;
-  int32_t step, steps;   // numbers of a step, steps of a patch
-  int32_t pitch, extra;  // between a plane's beginning and the next one's; and its own end
+  int32_t step, steps;   // numbers per step, steps per patch
+  int32_t pitch, extra;  // from the start of a plane to that of the next; from its end to there
   Divider inner[3];      // sizes of the three inner dimensions, in steps
-  int64_t stride[4];     // of all four in the clip, inner first
+  int64_t stride[4];     // of all four dimensions in the clip, innermost first
 };
 
 [[maybe_unused]] int64_t itemsize_of(Dtype dtype) {
@@ -86,8 +58,8 @@ struct Walk {
   int64_t size[4] = {clip.w, clip.h, clip.t, clip.C};
   int64_t stride[4] = {clip.stride_w, clip.stride_h, clip.stride_t, clip.stride_c};
   const int64_t grid[4] = {clip.grid_w, clip.grid_h, clip.grid_t, 1};
-  for (int i = 1; i < 4; i++) stride[i] *= size[i] * grid[i] > 1;      // else it means nothing
-  if (interleaved && clip.stride_c == 1 && clip.stride_w == clip.C) {  // whole lines
+  for (int i = 1; i < 4; i++) stride[i] *= size[i] * grid[i] > 1;      // else without a meaning
+  if (interleaved && clip.stride_c == 1 && clip.stride_w == clip.C) {  // contiguous lines
     size[0] *= clip.C, size[3] = 1;
     stride[0] = 1, stride[3] = 0;
   } else if (interleaved) {
@@ -109,15 +81,15 @@ struct Walk {
           {stride[0], stride[1], stride[2], stride[3]}};
 }
 
-// Neighbours that are loaded or stored together.
+// Neighbouring elements that are loaded or stored together.
 template <class T, int n>
 struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Chunk {
   T x[n];
 };
 
-// Copies the patch that begins at `corner` into `patch`, in the order of the walk: bytes as they
-// are, other numbers in float32. They are there for the whole warp after cp_async_commit,
-// cp_async_wait and __syncwarp.
+// Copies the patch that begins at `corner` to `patch`, in the order of the walk: bytes unchanged,
+// other numbers in float32. The whole warp can read them after cp_async_commit, cp_async_wait and
+// __syncwarp.
 template <class Pixel>
 __device__ __forceinline__ void stage(const Clip& clip, const Walk& walk, int64_t corner,
                                       Pixel* patch) {
@@ -152,8 +124,8 @@ __device__ __forceinline__ void stage(const Clip& clip, const Walk& walk, int64_
   }
 }
 
-// Of a staged patch, kPixels neighbouring pixels from `p` on, in kC channels from `c` on. Where
-// there is more than one pixel, the patch has kC channels.
+// Reads kPixels neighbouring pixels from `p` on, in kC channels from `c` on, from a staged patch.
+// With more than one pixel, the patch must have kC channels.
 template <int kPixels, int kC, class Pixel>
 __device__ __forceinline__ void pixels_of(const Pixel* patch, const Walk& walk, int32_t C,
                                           int32_t p, int32_t c, Pixel (&x)[kPixels][kC]) {
@@ -171,10 +143,10 @@ __device__ __forceinline__ void pixels_of(const Pixel* patch, const Walk& walk, 
     }
     if (walk.interleaved) {
 #pragma unroll
-      for (int k = 0; k < kPixels * kC; k++) x[k / kC][k % kC] = part[k / kPixels].x[k % kPixels];
+      for (int i = 0; i < kPixels * kC; i++) x[i / kC][i % kC] = part[i / kPixels].x[i % kPixels];
     } else {
 #pragma unroll
-      for (int k = 0; k < kPixels * kC; k++) x[k / kC][k % kC] = part[k % kC].x[k / kC];
+      for (int i = 0; i < kPixels * kC; i++) x[i / kC][i % kC] = part[i % kC].x[i / kC];
     }
   }
 }

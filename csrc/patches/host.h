@@ -1,30 +1,14 @@
-// Patches of a clip, on the host: what a tensor holds, which patch each row is, where it begins.
-// `op` names the op in the messages; the ids are its own, whatever it calls them.
+// Patches of a clip on the host: from the tensors of an op to `Clip` and `Rows`, with every check.
+// `op` names the op in error messages. Errors say `ids` for ids_keep and ids_masked.
 #pragma once
 #include <cstdint>
 #include <vector>
 
-#include "patches/interface.h"
-#include "torch/device.h"
+#include "patches/place.h"
+#include "torch/dtype.h"
 
 namespace vidl {
 namespace {
-
-[[maybe_unused]] Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Byte:
-      return Dtype::kUInt8;
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "vidl: need uint8, float32, float16 or bfloat16");
-  }
-  return Dtype::kFloat32;
-}
 
 // A clip [B, C, T, H, W] in patches of t x h x w pixels.
 [[maybe_unused]] Clip clip_of(const char* op, const Tensor& video, int64_t t, int64_t h,
@@ -61,13 +45,13 @@ namespace {
   rows.cu_seqlens = nullptr;
   if (!ids) {
     rows.K = rows.N;
-    rows.M = rows.B * rows.N;
+    rows.total = rows.B * rows.N;
     return rows;
   }
   STD_TORCH_CHECK(ids->scalar_type() == ScalarType::Long && ids->is_contiguous(), op,
                   ": need ids in int64, contiguous");
   rows.ids = ids->const_data_ptr<int64_t>();
-  rows.M = ids->numel();
+  rows.total = ids->numel();
   if (cu_seqlens) {
     STD_TORCH_CHECK(cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->is_contiguous() &&
                         cu_seqlens->numel() == rows.B + 1 && ids->dim() == 1,
@@ -87,45 +71,22 @@ namespace {
 }
 
 [[maybe_unused]] void check_offsets(const char* op, const Rows& rows) {
-  if (rows.cu_seqlens == nullptr) return;
-  bool ascending = rows.cu_seqlens[0] == 0 && rows.cu_seqlens[rows.B] == rows.M;
-  for (int64_t b = 0; b < rows.B; b++) {
-    ascending = ascending && rows.cu_seqlens[b] <= rows.cu_seqlens[b + 1];
-  }
-  STD_TORCH_CHECK(ascending, op, ": cu_seqlens must ascend from 0 to ", rows.M);
+  STD_TORCH_CHECK(offsets_ascend(rows, 0, 1), op, ": cu_seqlens must ascend from 0 to ",
+                  rows.total);
 }
 
-struct Place {
-  int64_t sample, patch;
-};
-
-// The places of `count` rows from row `first` on, after a check of every index: outside any
-// parallel loop, since an exception inside one would lose its text.
+// The places of `count` rows from row `first` on, with every index checked. Called outside of
+// parallel loops: an exception inside one would lose its text.
 [[maybe_unused]] std::vector<Place> locate(const char* op, const Rows& rows, int64_t first,
                                            int64_t count) {
   std::vector<Place> places(count);
-  int64_t sample = 0;
   for (int64_t i = 0; i < count; i++) {
-    const int64_t m = first + i;
-    if (rows.cu_seqlens == nullptr) {
-      sample = m / rows.K;
-    } else {
-      while (rows.cu_seqlens[sample + 1] <= m) sample++;
-    }
-    const int64_t id = rows.ids == nullptr ? m % rows.K : rows.ids[m];
+    places[i] = place_of(rows, first + i);
+    const int64_t id = places[i].patch;
     STD_TORCH_CHECK(id >= 0 && id < rows.N, op, ": ids must lie in [0, ", rows.N, "), got ", id,
-                    " in row ", m);
-    places[i] = {sample, id};
+                    " in row ", first + i);
   }
   return places;
-}
-
-// Where a patch begins: elements from the clip's own first.
-[[maybe_unused]] int64_t corner(const Clip& clip, const Place& place) {
-  const int64_t id = place.patch, frame = int64_t{clip.grid_h} * clip.grid_w;
-  return place.sample * clip.stride_b + id / frame * clip.t * clip.stride_t +
-         id % frame / clip.grid_w * clip.h * clip.stride_h +
-         id % clip.grid_w * clip.w * clip.stride_w;
 }
 
 }  // namespace

@@ -18,12 +18,12 @@ struct Clip {
   int32_t grid_t, grid_h, grid_w;
 };
 
-// Which patch each of M rows is. Row m belongs to sample m / K, or to the sample b with
-// cu_seqlens[b] <= m < cu_seqlens[b + 1]; its patch is ids[m], or m % K without ids (then K = N).
+// `total` rows, of which every one is a patch: of sample m / K for row m, or of the sample b with
+// cu_seqlens[b] <= m < cu_seqlens[b + 1]; namely patch ids[m], or m % K without ids (then K = N).
 struct Rows {
-  const int64_t* ids;         // [M] or null
+  const int64_t* ids;         // [total] or null
   const int32_t* cu_seqlens;  // [B + 1] or null
-  int64_t B, K, M, N;
+  int64_t B, K, total, N;     // N patches of a sample
 };
 
 }  // namespace vidl

@@ -1,4 +1,4 @@
-// The CPU's kernels of select_tokens: ranks of scores, and lines of numbers.
+// select_tokens on the CPU: ranks of scores, and sums over rows.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -10,9 +10,7 @@
 namespace vidl {
 namespace {
 
-// ---- Rank ---------------------------------------------------------------------------------------
-
-// Keys have the order of the contract, the best the largest: by score, then by the lower index.
+// Keys in the order of the contract, larger is better: by score, then by the lower index.
 uint64_t key_of(float score, int64_t n) {
   uint32_t bits = 0;
   if (!std::isnan(score)) {
@@ -23,7 +21,7 @@ uint64_t key_of(float score, int64_t n) {
   return uint64_t{bits} << 32 | (0xffffffffu - static_cast<uint32_t>(n));
 }
 
-// Writes the K kept tokens of one sample, and each token's place among them or -1.
+// Writes the K kept tokens of one sample, and the place of every token among them, or -1.
 void rank(const float* scores, int64_t stride, int64_t N, int64_t K, bool by_score,
           std::vector<uint64_t>& keys, int64_t* ids, int64_t* inverse) {
   keys.resize(N);
@@ -45,11 +43,9 @@ void rank(const float* scores, int64_t stride, int64_t N, int64_t K, bool by_sco
   }
 }
 
-// ---- Lines of numbers ---------------------------------------------------------------------------
-
-constexpr int kRows = 8;      // added at a time, as a tree: fewer sums to load, smaller errors
-constexpr int kLanes = 16;    // separate sums, so that a loop over them is vectorised
-constexpr int kBlock = 1024;  // numbers whose products are added in float32, before a double
+constexpr int kRows = 8;      // summed at a time, as a tree: fewer loads, smaller rounding errors
+constexpr int kLanes = 16;    // separate sums, so that the loop is vectorised
+constexpr int kBlock = 1024;  // products summed in float32, before the sum goes into a double
 
 template <class S>
 VIDL_INLINE void add_rows(const S* const* rows, const float* scales, float* sums, int64_t count) {
@@ -65,9 +61,9 @@ VIDL_INLINE void add_rows(const S* const* rows, const float* scales, float* sums
 }
 
 // sums[i] = sum over rows r of scales[r] * data[starts[r] + i]
-VIDL_EACH_CPU void add_scaled_lines(const void* data, Dtype dtype, const int64_t* starts,
-                                    const float* scales, int64_t lines, float* sums,
-                                    int64_t count) {
+VIDL_EVERY_LEVEL void add_scaled_lines(const void* data, Dtype dtype, const int64_t* starts,
+                                       const float* scales, int64_t lines, float* sums,
+                                       int64_t count) {
   for (int64_t i = 0; i < count; i++) sums[i] = 0.0f;
   VIDL_FLOATING(dtype, S, {
     int64_t r = 0;
@@ -89,17 +85,18 @@ VIDL_EACH_CPU void add_scaled_lines(const void* data, Dtype dtype, const int64_t
 }
 
 // to[at + i] = from[i] * scale
-VIDL_EACH_CPU void scale_to(const float* from, float scale, void* to, Dtype dtype, int64_t at,
-                            int64_t count){VIDL_FLOATING(dtype, T,
-                                                         {
-                                                           T* line = static_cast<T*>(to) + at;
-                                                           for (int64_t i = 0; i < count; i++)
-                                                             line[i] =
-                                                                 static_cast<T>(from[i] * scale);
-                                                         })}
+VIDL_EVERY_LEVEL void scale_to(const float* from, float scale, void* to, Dtype dtype, int64_t at,
+                               int64_t count){VIDL_FLOATING(dtype, T,
+                                                            {
+                                                              T* line = static_cast<T*>(to) + at;
+                                                              for (int64_t i = 0; i < count; i++)
+                                                                line[i] =
+                                                                    static_cast<T>(from[i] * scale);
+                                                            })}
 
 // to[i] = from[start + i]
-VIDL_EACH_CPU void widen(const void* from, Dtype dtype, int64_t start, float* to, int64_t count) {
+VIDL_EVERY_LEVEL
+    void widen(const void* from, Dtype dtype, int64_t start, float* to, int64_t count) {
   VIDL_FLOATING(dtype, S, {
     const S* line = static_cast<const S*>(from) + start;
     for (int64_t i = 0; i < count; i++) to[i] = static_cast<float>(line[i]);
@@ -119,8 +116,9 @@ VIDL_INLINE double dot_block(const S* a, const float* b, int64_t count) {
   return sum;
 }
 
-// The product of a[start + i] and b[i], summed.
-VIDL_EACH_CPU float dot(const void* a, Dtype dtype, int64_t start, const float* b, int64_t count) {
+// The sum of a[start + i] * b[i].
+VIDL_EVERY_LEVEL float dot(const void* a, Dtype dtype, int64_t start, const float* b,
+                           int64_t count) {
   double sum = 0.0;
   VIDL_FLOATING(dtype, S, {
     const S* line = static_cast<const S*>(a) + start;
@@ -131,7 +129,7 @@ VIDL_EACH_CPU float dot(const void* a, Dtype dtype, int64_t start, const float* 
   return static_cast<float>(sum);
 }
 
-// Rows for one thread: enough bytes to be worth it.
+// Rows that are worth a thread, by their bytes.
 int64_t grain(int64_t row_bytes) { return std::max<int64_t>(1, 65536 / (row_bytes + 1)); }
 
 }  // namespace

@@ -1,25 +1,25 @@
-// select_tokens: choose, pack and fuse in one launch; its backward in one. Schema: kernels/
-// select_tokens/op.py.
+// select_tokens: selection, packing and fusing in one launch; the backward in one. Schema:
+// kernels/select_tokens/op.py.
 //
-// Forward has two kinds of blocks, and each finds out for itself which tokens of its sample stay,
-// from scores that fit into the cache, so that no block waits for another:
-//   pack  32 to 128 tokens of a sample: copies those that stay, and never reads the others
-//   fuse  a slice of columns of a sample: adds up the rows that do not stay, in a fixed order
-// A score's key is an integer in the order of the contract. In the order of indices, and to fuse, a
-// search for the K-th largest key, a bit at a time, tells who stays. In the order of scores a
-// token's place is the number of better ones: a block compares its tokens with all of a short
-// sample, and with those that stay, which the search has found, of a long one.
+// The forward has two kinds of blocks. Every block computes for itself which tokens of its sample
+// are kept, from scores that fit into the cache, so that no block waits for another:
+//   pack  32 to 128 tokens of a sample: copies the kept ones, and never reads the others
+//   fuse  a slice of columns of a sample: sums the dropped rows, in a fixed order
+// A score becomes an integer key in the order of the contract. For the order of indices, and to
+// fuse, a search for the K-th largest key, one bit at a time, gives the kept tokens. In the order
+// of scores the place of a token is the number of better ones: a block compares its tokens with all
+// tokens of a short sample, or with the kept ones of a long sample, which the search gives.
 //
-// Limits, with rows of R bytes: forward reads K + 1 rows, all of them if it fuses, and writes K + 1
-// or K + 2; backward reads what forward wrote, and the rows that were fused for the gradient of
-// their scores, and writes all rows. Scores, ids and inverse are 20 bytes a token. With bf16 and
-// C = 768, in MB (fused):
+// Limits, with rows of R bytes: the forward reads K + 1 rows, or all of them if it fuses, and
+// writes K + 1 or K + 2; the backward reads what the forward wrote, and the fused rows for the
+// gradient of their scores, and writes all rows. Scores, ids and inverse take 20 bytes per token.
+// For bf16 and C = 768, in MB (fused):
 //   P1   64 x 273, keep 0.7     38 (46)     P2  256 x 197, keep 0.7    110 (134)
 //   P1f  64 x 785, keep 0.5     78 (117)    P3   64 x 1568, keep 0.5   156 (233)
-// The choice is arithmetic on integers, two or three instructions a comparison at half rate. By
-// estimate, not yet measured, it takes a tenth of the time that the bytes of P2 need, and a third
-// of those of P1f and P3, while other blocks copy. Scores are kept in shared memory up to kCached
-// tokens; more are read from L2 each time.
+// The selection is integer arithmetic, two or three instructions per comparison at half rate. By an
+// estimate that is not yet measured it takes a tenth of the time that the bytes of P2 need, and a
+// third for P1f and P3, while other blocks copy. Up to kCached scores are kept in shared memory;
+// the others are read from L2 every time.
 #undef NDEBUG  // device assertions guard the indices in release builds too
 #include "cuda/floats.h"
 #include "select_tokens/interface.h"
@@ -28,17 +28,17 @@ namespace vidl {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kResident = 4;                     // blocks of a multiprocessor: half its threads
-constexpr int kMostRows = 128, kLeastRows = 32;  // tokens of a block that packs
+constexpr int kResident = 4;                     // blocks per multiprocessor: half its threads
+constexpr int kMostRows = 128, kLeastRows = 32;  // tokens of a packing block
 constexpr int kQuad = 4;                         // tokens that a thread compares with others
 constexpr int kAhead = 4;                        // units that a thread loads before it uses them
 constexpr int kCompareAll = 1024;                // tokens of a short sample
 constexpr int kCached = 16384, kCachedPacked = 4096;
-constexpr int64_t kManyBlocks = 768;  // about six for each multiprocessor of an H200
+constexpr int64_t kManyBlocks = 768;  // about six per multiprocessor of an H200
 constexpr int kChunk = 1024;          // units of a row that a block packs, at most
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 
-// A unit is what a thread loads at once: 16 bytes, or one element where rows are not aligned.
+// A thread loads one unit at a time: 16 bytes, or one element if rows are not aligned.
 template <class T, int kVec>
 struct Unit {
   uint4 bits;
@@ -83,10 +83,9 @@ __device__ __forceinline__ bool is_finite(float x) {
   return (__float_as_uint(x) & 0x7F800000u) != 0x7F800000u;
 }
 
-// ---- Samples -----------------------------------------------------------------------------------
 struct Sample {
   int64_t begin;       // its first row in packed x, else 0
-  int64_t scored;      // its first token in arrays in the shape of the scores
+  int64_t scored;      // its first token in arrays of the shape of the scores
   int64_t first_kept;  // in ids
   int64_t b;
   int N, K;
@@ -96,7 +95,7 @@ struct Sample {
   }
 };
 
-// Device assertions of several blocks race, so all of them name what may be wrong.
+// The assertions of several blocks race, so every message names all possible causes.
 #define OFFSETS_FIT(condition)                                            \
   assert((condition) &&                                                   \
          "cu_seqlens must ascend from 0 to the rows of x, by prefix rows" \
@@ -118,13 +117,13 @@ __device__ Sample sample_at(const Samples& s, int64_t b) {
   return sample;
 }
 
-// The offsets begin with 0 and end with all rows. Between, every sample's own block looks.
+// The offsets must begin with 0 and end with all rows; sample_at() checks the others.
 __device__ void check_ends(const Samples& s) {
   OFFSETS_FIT(s.cu_seqlens[0] == 0 && s.cu_seqlens[s.B] == s.total);
   OFFSETS_FIT(s.cu_kept[0] == 0 && s.cu_kept[s.B] == s.num_kept);
 }
 
-// The last b in [0, B) with at(b) <= x, where at(0) is.
+// The last b in [0, B) with at(b) <= x; at(0) <= x must hold.
 template <class F>
 __device__ __forceinline__ int64_t last_below(int64_t B, int64_t x, F at) {
   int64_t low = 0, high = B;
@@ -135,7 +134,6 @@ __device__ __forceinline__ int64_t last_below(int64_t B, int64_t x, F at) {
   return low;
 }
 
-// ---- Who stays ---------------------------------------------------------------------------------
 // Larger for a better score; 0 for NaN, and never all ones.
 __device__ __forceinline__ uint32_t key_of(float score) {
   if (score != score) return 0;
@@ -143,7 +141,7 @@ __device__ __forceinline__ uint32_t key_of(float score) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// The keys of a sample, the first of them in shared memory.
+// The keys of a sample, the first `cached` of them in shared memory.
 struct Keys {
   const float* scores;
   int64_t stride;
@@ -160,7 +158,7 @@ struct Keys {
   }
 };
 
-// Tokens with a larger key stay, and those with this one and an index below the bound.
+// Tokens with a larger key are kept, and those with this key and an index below the bound.
 struct Cut {
   uint32_t key;
   int bound;
@@ -188,14 +186,14 @@ __device__ Cut find_cut(const Keys& keys, int K) {
     return count_tokens(N, [&](int n) { return cut.stays(keys.at(n), n); });
   };
   Cut cut = {0, N};
-  int count = N;  // that stay: K or more
+  int count = N;  // kept tokens: K or more
   for (int bit = 31; bit >= 0 && count != K; bit--) {
     const Cut higher = {cut.key | 1u << bit, N};
     const int fewer = kept(higher);
     if (fewer >= K) cut = higher, count = fewer;
   }
   if (count == K) return cut;
-  // Some of those with the K-th largest key are too many: the last ones go.
+  // Too many tokens have the K-th largest key: the last ones are dropped.
   cut.bound = 0;
   for (int bit = 31 - __clz(N); bit >= 0; bit--) {
     const Cut wider = {cut.key, cut.bound | 1 << bit};
@@ -204,8 +202,7 @@ __device__ Cut find_cut(const Keys& keys, int K) {
   return cut;
 }
 
-// ---- Places of a block's tokens ----------------------------------------------------------------
-// places[r] of token start + r among those that stay, in the order of indices, or -1.
+// places[r] of token start + r among the kept ones, in the order of indices, or -1.
 __device__ void places_by_index(const Keys& keys, Cut cut, int start, int rows, int* places) {
   int before = count_tokens(start, [&](int n) { return cut.stays(keys.at(n), n); });
   if (threadIdx.x < 32) {
@@ -220,7 +217,7 @@ __device__ void places_by_index(const Keys& keys, Cut cut, int start, int rows, 
   __syncthreads();  // the places are there
 }
 
-// Moves the keys that stay to the front of the cache, in order.
+// Moves the keys of the kept tokens to the front of the cache, in order.
 __device__ void compact(const Keys& keys, Cut cut, int* counts) {
   const int warp = threadIdx.x / 32;
   int begin = 0;
@@ -242,12 +239,12 @@ __device__ void compact(const Keys& keys, Cut cut, int* counts) {
   }
 }
 
-// Adds to better[u], for each of four tokens, the rivals that go before it. `first` is the place of
-// the first of the four among the rivals, and those that are rivals follow one another.
+// Adds to better[u], for four tokens, the number of rivals that precede it. `first` is the place of
+// the first of the four among the rivals; those of the four that are rivals are neighbours there.
 __device__ void count_better(const Keys& keys, int rivals, int first, const uint32_t (&own)[kQuad],
                              int part, int parts, int (&better)[kQuad]) {
   for (int j = part; j < rivals; j += parts) {
-    const uint32_t rival = keys.at(j) + (j < first);  // of equal keys the first is better
+    const uint32_t rival = keys.at(j) + (j < first);  // the first of equal keys is better
 #pragma unroll
     for (int u = 0; u < kQuad; u++) better[u] += rival > own[u];
   }
@@ -262,7 +259,8 @@ __device__ void count_better(const Keys& keys, int rivals, int first, const uint
   }
 }
 
-// The same in the order of scores: `parts` neighbouring threads compare four tokens with all.
+// places[] in the order of scores: `parts` neighbouring threads compare four tokens with all
+// rivals.
 __device__ void places_by_score(const Keys& keys, int K, int start, int rows, int* places,
                                 int* counts) {
   const int parts = kThreads * kQuad / rows, part = threadIdx.x % parts;
@@ -283,7 +281,7 @@ __device__ void places_by_score(const Keys& keys, int K, int start, int rows, in
     stays[u] = n < keys.N && (all || places[r + u] >= 0);
     if (!all && stays[u]) first = places[r + u];
   }
-  if (!all) compact(keys, cut, counts);  // which has a barrier before it writes
+  if (!all) compact(keys, cut, counts);  // it has a barrier before its first write
   count_better(keys, all ? keys.N : K, first, own, part, parts, better);
   if (part == 0) {
 #pragma unroll
@@ -292,8 +290,7 @@ __device__ void places_by_score(const Keys& keys, int K, int start, int rows, in
   __syncthreads();  // the new places are there
 }
 
-// ---- Rows --------------------------------------------------------------------------------------
-// to[c] = from[c] for `count` elements, by `threads` threads, of which this is number `thread`.
+// to[c] = from[c] for `count` elements. Called by `threads` threads; this one is number `thread`.
 template <class T, int kVec>
 __device__ __forceinline__ void copy_row(const T* from, T* to, int count, int thread, int threads) {
   const int step = threads * kVec;
@@ -310,12 +307,12 @@ __device__ __forceinline__ void copy_row(const T* from, T* to, int count, int th
   }
 }
 
-// The numbers of a launch that packs and fuses.
+// The sizes of a forward launch.
 struct Plan {
-  int rows;        // tokens of a block that packs
-  int64_t parts;   // blocks of rows of each sample, without offsets
-  int64_t chunks;  // blocks of columns that pack the same rows
-  int64_t slices;  // blocks that fuse a sample
+  int rows;        // tokens of a packing block
+  int64_t parts;   // blocks of rows per sample, without offsets
+  int64_t chunks;  // blocks of columns per block of rows
+  int64_t slices;  // fusing blocks per sample
   int cached;      // keys in shared memory
 };
 
@@ -327,7 +324,7 @@ __device__ void pack_block(const Samples& s, const Plan& plan, const TokenRows& 
   const int64_t item = block / plan.chunks, chunk = block % plan.chunks;
   int64_t b, part;
   if (packed) {
-    // Sample b has the blocks from cu_seqlens[b] / rows + b on, of which there is at least one.
+    // Sample b has the blocks from cu_seqlens[b] / rows + b on, at least one.
     const auto first = [&](int64_t i) { return s.cu_seqlens[i] / plan.rows + i; };
     b = last_below(s.B, item, first);
     part = item - first(b);
@@ -366,7 +363,7 @@ __device__ void pack_block(const Samples& s, const Plan& plan, const TokenRows& 
 
   const int64_t first = chunk * kChunk * kVec;
   const int columns = static_cast<int>(s.C - first < kChunk * kVec ? s.C - first : kChunk * kVec);
-  const int64_t extra = part == 0 ? s.prefix : 0;  // rows that stay in front
+  const int64_t extra = part == 0 ? s.prefix : 0;  // prefix rows, always kept
   const T* const from = static_cast<const T*>(x.data) + b * x.sample + sample.begin * x.row + first;
   T* const tokens = static_cast<T*>(out.tokens) + to * s.C + first;
   for (int64_t i = threadIdx.x / 32; i < extra + count; i += kWarps) {
@@ -381,7 +378,7 @@ __device__ void pack_block(const Samples& s, const Plan& plan, const TokenRows& 
   }
 }
 
-// Threads that share a row of a slice: 128 bytes of it, or 32 elements.
+// Threads per row of a slice: 128 bytes of it, or 32 elements.
 template <int kVec>
 constexpr int kSharing = kVec == 1 ? 32 : 8;
 
@@ -430,7 +427,7 @@ __device__ void fuse_block(const Samples& s, const Plan& plan, const TokenRows& 
     }
   }
 
-  // Groups of one warp, then warps.
+  // Sums over the groups of a warp, then over the warps.
   for (int d = kSharing<kVec>; d < 32; d *= 2) {
     mass += __shfl_xor_sync(kAllLanes, mass, d);
 #pragma unroll
@@ -461,7 +458,7 @@ __device__ void fuse_block(const Samples& s, const Plan& plan, const TokenRows& 
   static_cast<T*>(out.tokens)[last * s.C + c] = from_float<T>(value);
 }
 
-// Blocks that fuse come first, they have the most to do.
+// Fusing blocks come first: they take longest.
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads, kResident)
     select_kernel(Samples samples, Plan plan, TokenRows x, Numbers ranks, Numbers weights,
@@ -480,9 +477,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
-// ---- Backward ----------------------------------------------------------------------------------
-// A row of x that was fused: its share of the fused token's gradient, and what it adds to the
-// product of that gradient with the row, or with the row minus the mean.
+// The backward of a fused row: writes its share of the fused token's gradient, and returns this
+// thread's part of the dot product of that gradient with the row, or with the row minus the mean.
 template <class T, int kVec>
 __device__ __forceinline__ float spread_row(const T* grad, const T* x, const float* mean, T* to,
                                             float scale, int count, int thread, int threads) {
@@ -500,14 +496,14 @@ __device__ __forceinline__ float spread_row(const T* grad, const T* x, const flo
 #pragma unroll
     for (int i = 0; i < kTwo; i++) {
       if (c + i * step >= count) continue;
-      float g[kVec], given[kVec];
+      float g[kVec], row[kVec];
       units[i].get(g);
       if (x != nullptr) {
-        rows[i].get(given);
+        rows[i].get(row);
         float centre[kVec] = {};
         if (mean != nullptr) load_floats(mean + c + i * step, centre);
 #pragma unroll
-        for (int e = 0; e < kVec; e++) product = fmaf(g[e], given[e] - centre[e], product);
+        for (int e = 0; e < kVec; e++) product = fmaf(g[e], row[e] - centre[e], product);
       }
       if (to != nullptr) {
 #pragma unroll
@@ -520,7 +516,7 @@ __device__ __forceinline__ float spread_row(const T* grad, const T* x, const flo
   return product;
 }
 
-// A row of x for each group of `threads` threads: a warp, or the block where rows are long.
+// A group of `threads` threads computes a row of x: a warp, or the block if rows are long.
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads, kResident)
     select_backward_kernel(Samples s, SelectionGrad grad, TokenRows x, Numbers weights,
@@ -528,7 +524,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   SHARED(float, partial, [kWarps]);
   const int thread = threadIdx.x % threads;
   const int64_t row = blockIdx.x * int64_t{kThreads / threads} + threadIdx.x / threads;
-  if (row >= s.total) return;  // whole warps, or nobody
+  if (row >= s.total) return;  // whole warps
   const bool packed = s.cu_seqlens != nullptr;
   const int64_t b = packed ? last_below(s.B, row, [&](int64_t i) { return s.cu_seqlens[i]; })
                            : row / (s.prefix + s.N);
@@ -538,7 +534,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int64_t number = sample.scored + n;
   const int64_t begin = grad.offsets[b], fused = grad.offsets[b + 1] - 1;
   const int64_t place = n < 0 ? n : grad.inverse[number];
-  // the place of a token among those that stay, or -1
+  // the place of a token among the kept ones, or -1
   assert(n < 0 || (place >= -1 && begin + s.prefix + place <= fused));
 
   const T* const grad_tokens = static_cast<const T*>(grad.tokens);
@@ -554,12 +550,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const float weight = weighed ? sample.numbers(weights, packed)[n * weights.token] : 0.0f;
     if (grad.mass != nullptr) share = grad.mass[b] == 0.0f ? 0.0f : 1.0f / grad.mass[b];
     if (weighed && is_finite(weight)) {
-      const T* given = nullptr;
+      const T* x_row = nullptr;
       if (grad_weights != nullptr) {
-        given = static_cast<const T*>(x.data) + b * x.sample + (sample.begin + inside) * x.row;
+        x_row = static_cast<const T*>(x.data) + b * x.sample + (sample.begin + inside) * x.row;
       }
       const float* const mean = grad.mean == nullptr ? nullptr : grad.mean + b * s.C;
-      product = spread_row<T, kVec>(grad_tokens + fused * s.C, given, mean, to, weight * share, C,
+      product = spread_row<T, kVec>(grad_tokens + fused * s.C, x_row, mean, to, weight * share, C,
                                     thread, threads);
     } else if (to != nullptr) {
       Unit<T, kVec> zeros;
@@ -580,7 +576,6 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if (thread == 0) grad_weights[number] = product * share;
 }
 
-// ---- Host --------------------------------------------------------------------------------------
 int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // Whether rows can be read and written 16 bytes at a time.

@@ -6,30 +6,30 @@
 
 namespace vidl {
 
-// One number for each token of a sample; strides count elements.
+// One number per token of a sample; strides count elements.
 struct Numbers {
   const float* data;
   int64_t sample, token;
 };
 
-// B samples of rows of C elements, each with its prefix first. With offsets they are packed.
+// B samples of rows of C elements; a sample begins with its prefix. With offsets they are packed.
 struct Samples {
   const int32_t *cu_seqlens, *cu_kept;  // [B + 1] or null
-  int64_t B, N, K;                      // tokens and kept tokens of each sample, without offsets
+  int64_t B, N, K;                      // tokens and kept tokens per sample, without offsets
   int64_t total, num_kept;              // rows and kept tokens of all
   int64_t prefix, C;
   Dtype dtype;
   bool fuses;
 };
 
-// Rows of x; strides count elements, that of samples counts without offsets only. A row's elements
-// are neighbours.
+// Contiguous rows of x; strides count elements. With offsets the stride of samples is not used.
 struct TokenRows {
   const void* data;
   int64_t sample, row;
 };
 
-// What forward returns (kernels/select_tokens/op.py). mean and mass are null unless fuse = "mean".
+// The outputs of the forward (kernels/select_tokens/op.py). mean and mass are null unless fuse is
+// "mean".
 struct Selection {
   void* tokens;
   int64_t *ids, *inverse;
@@ -37,7 +37,7 @@ struct Selection {
   float *mean, *mass;
 };
 
-// What the gradients are computed from: mean and mass as above; no weights without a fused token.
+// The inputs of the backward; mean and mass as above.
 struct SelectionGrad {
   const void* tokens;  // the gradient of the tokens
   const int64_t* inverse;
@@ -51,14 +51,13 @@ struct SelectionGrad {
 // cudaError_t. Under the emulator of tests/cuda_on_cpu they are host pointers.
 extern "C" {
 
-// Writes every element of `out`. `weights` have no data without a fused token.
+// Writes every element of `out`. weights->data is null without a fused token.
 int vidl_select_tokens_cuda(const vidl::Samples* samples, const vidl::TokenRows* x,
                             const vidl::Numbers* ranks, const vidl::Numbers* weights, bool by_score,
                             const vidl::Selection* out, void* stream);
 
 // Writes every element of grad_x (contiguous, as x) and grad_weights (contiguous, as the scores).
-// Either may be null; without grad_weights x has no data. Of the samples, cu_kept, K and num_kept
-// do not count.
+// Either may be null; without grad_weights x->data is null. cu_kept, K and num_kept are not used.
 int vidl_select_tokens_bwd_cuda(const vidl::Samples* samples, const vidl::SelectionGrad* grad,
                                 const vidl::TokenRows* x, const vidl::Numbers* weights,
                                 void* grad_x, float* grad_weights, void* stream);

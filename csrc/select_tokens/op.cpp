@@ -1,11 +1,9 @@
-// select_tokens, forward and backward: what PyTorch calls, and how the CPU does it; CUDA's side is
-// select_tokens/cuda.cu. Schema and contract: kernels/select_tokens/op.py.
+// select_tokens, forward and backward, on the CPU, and the host side of the CUDA kernels in
+// cuda.cu. Schema and contract: kernels/select_tokens/op.py.
 //
-// On the CPU three steps, each in parallel: rank the tokens of every sample by 64-bit keys whose
-// order is the total order of the contract; copy the kept rows; add up the dropped ones, in float32
-// and in an order that does not depend on the threads.
-#include "select_tokens/interface.h"
-
+// The CPU takes three steps, all of them parallel: rank the tokens of every sample by 64-bit keys
+// in the total order of the contract; copy the kept rows; sum the dropped rows, in float32 and in
+// an order that does not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,10 +11,12 @@
 #include <tuple>
 #include <vector>
 
+#include "select_tokens/interface.h"
+
 #ifndef VIDL_EMULATED
 #include "select_tokens/cpu.h"
 #endif
-#include "torch/device.h"
+#include "torch/dtype.h"
 
 namespace vidl {
 namespace {
@@ -24,15 +24,6 @@ namespace {
 using torch::stable::get_num_threads;
 using torch::stable::new_empty;
 using torch::stable::parallel_for;
-
-Dtype dtype_of(const Tensor& x) {
-  const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || is_16bit(dtype),
-                  "select_tokens: need x in float32, float16 or bfloat16");
-  return dtype == ScalarType::Float  ? Dtype::kFloat32
-         : dtype == ScalarType::Half ? Dtype::kFloat16
-                                     : Dtype::kBFloat16;
-}
 
 const int32_t* offsets_of(const OptionalTensor& x, const char* name) {
   if (!x) return nullptr;
@@ -48,7 +39,7 @@ Numbers numbers_of(const OptionalTensor& x, bool packed) {
   return {x->const_data_ptr<float>(), packed ? 0 : x->stride(0), x->stride(packed ? 0 : 1)};
 }
 
-// x [B, prefix + N, C] or [total, C]; made contiguous where the elements of a row are not.
+// x [B, prefix + N, C] or [total, C], as a contiguous copy if the elements of a row are not.
 TokenRows rows_of(OptionalTensor& x, bool packed) {
   if (!x) return {nullptr, 0, 0};
   if (x->stride(-1) != 1) x = torch::stable::contiguous(*x);
@@ -57,17 +48,16 @@ TokenRows rows_of(OptionalTensor& x, bool packed) {
 
 float* floats(Tensor& x, bool exists) { return exists ? x.mutable_data_ptr<float>() : nullptr; }
 
-// ---- The CPU -----------------------------------------------------------------------------------
 #ifndef VIDL_EMULATED
-// Where samples lie, for the host.
+// Samples with the positions of their rows and numbers.
 struct OnHost : Samples {
   int64_t begin(int64_t b) const {
     return cu_seqlens != nullptr ? cu_seqlens[b] : b * (prefix + N);
   }
   int64_t tokens(int64_t b) const { return begin(b + 1) - begin(b) - prefix; }
   int64_t first_kept(int64_t b) const { return cu_kept != nullptr ? cu_kept[b] : b * K; }
-  // Where a sample's numbers begin in an array in the shape of the scores: packed ones have a
-  // number for the prefix too.
+  // Where the numbers of a sample begin in an array of the shape of the scores. If packed, that has
+  // numbers for the prefix too.
   int64_t scored(int64_t b) const { return cu_seqlens != nullptr ? cu_seqlens[b] + prefix : b * N; }
   const float* in(const Numbers& numbers, int64_t b) const {
     return numbers.data + (cu_seqlens != nullptr ? scored(b) * numbers.token : b * numbers.sample);
@@ -83,11 +73,11 @@ struct OnHost : Samples {
   }
 };
 
-// The weighted sums or means of the dropped rows, one for each sample, by slices of columns.
+// The weighted sum or mean of the dropped rows of every sample, by slices of columns.
 void fuse_rows(const OnHost& samples, const TokenRows& x, const Numbers& weights,
                const Selection& out) {
   const int64_t C = samples.C;
-  // Whole rows where there are samples enough for all threads; the result is the same.
+  // Whole rows if there are enough samples for all threads; the result is the same.
   const int64_t threads = std::max<int64_t>(get_num_threads(), 1);
   const int64_t width = samples.B >= threads ? std::max<int64_t>(C, 1) : 256;
   const int64_t slices = (C + width - 1) / width;
@@ -126,11 +116,11 @@ void fuse_rows(const OnHost& samples, const TokenRows& x, const Numbers& weights
   });
 }
 
-// What the fused token of each sample passes back.
+// The gradients of the fused tokens.
 struct Fused {
   std::vector<float> grads;  // [B, C]
   std::vector<float> scale;  // [B]: 1, or 1 / (the sum of the weights)
-  std::vector<float> shift;  // [B]: the mean times its gradient, which each weight's loses
+  std::vector<float> shift;  // [B]: the mean times its gradient, subtracted for every weight
 };
 
 Fused fused_gradients(const Samples& samples, const SelectionGrad& grad) {
@@ -150,9 +140,9 @@ Fused fused_gradients(const Samples& samples, const SelectionGrad& grad) {
 }
 
 struct Cpu {
-  static void check(const Samples& given) {
-    if (given.cu_seqlens == nullptr) return;
-    const OnHost samples = {given};
+  static void check(const Samples& s) {
+    if (s.cu_seqlens == nullptr) return;
+    const OnHost samples = {s};
     bool ascending = samples.begin(0) == 0 && samples.begin(samples.B) == samples.total;
     for (int64_t b = 0; b < samples.B; b++) ascending = ascending && samples.tokens(b) >= 0;
     STD_TORCH_CHECK(ascending, "select_tokens: cu_seqlens must ascend from 0 to ", samples.total,
@@ -168,9 +158,9 @@ struct Cpu {
     }
   }
 
-  static void select(const Samples& given, const TokenRows& x, const Numbers& ranks,
+  static void select(const Samples& s, const TokenRows& x, const Numbers& ranks,
                      const Numbers& weights, bool by_score, const Selection& out, const Tensor&) {
-    const OnHost samples = {given};
+    const OnHost samples = {s};
     const int64_t B = samples.B, prefix = samples.prefix, extra = prefix + samples.fuses;
     const int64_t count = samples.num_kept + B * extra;
     std::vector<int64_t> sources(count, -1);  // where rows begin in x; -1: is fused
@@ -205,9 +195,9 @@ struct Cpu {
     if (samples.fuses) fuse_rows(samples, x, weights, out);
   }
 
-  static void backward(const Samples& given, const SelectionGrad& grad, const TokenRows& x,
+  static void backward(const Samples& s, const SelectionGrad& grad, const TokenRows& x,
                        const Numbers& weights, void* grad_x, float* grad_weights, const Tensor&) {
-    const OnHost samples = {given};
+    const OnHost samples = {s};
     const int64_t C = samples.C, prefix = samples.prefix, bytes = C * itemsize(samples.dtype);
     const Dtype dtype = samples.dtype;
     const Fused fused = samples.fuses ? fused_gradients(samples, grad) : Fused{};
@@ -244,10 +234,9 @@ struct Cpu {
 };
 #endif
 
-// ---- CUDA --------------------------------------------------------------------------------------
 #if defined(VIDL_CUDA) || defined(VIDL_EMULATED)
 struct Cuda {
-  static void check(const Samples& samples) {  // the offsets are asserted by the kernels
+  static void check(const Samples& samples) {  // the kernels assert the offsets
     const int64_t longest = samples.cu_seqlens != nullptr ? samples.total : samples.N;
     STD_TORCH_CHECK(longest <= int64_t{1} << 30 && samples.C <= int64_t{1} << 30,
                     "select_tokens: need samples of at most 2^30 tokens of at most 2^30 elements, "
@@ -271,7 +260,6 @@ struct Cuda {
 };
 #endif
 
-// ---- The op ------------------------------------------------------------------------------------
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(
     Tensor given, Tensor ranks, OptionalTensor weights, OptionalTensor cu_seqlens,
@@ -295,6 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(
   samples.prefix = prefix;
   samples.C = x->size(-1);
   samples.dtype = dtype_of(*x);
+  STD_TORCH_CHECK(samples.dtype != Dtype::kUInt8, "select_tokens: need a floating-point x");
   samples.fuses = !fuse.empty();
   if (packed) {
     STD_TORCH_CHECK(cu_kept->size(0) == samples.B + 1 && ranks.size(0) == samples.total &&
@@ -352,7 +341,7 @@ std::tuple<Tensor, Tensor> select_tokens_bwd(Tensor grad_tokens, OptionalTensor 
   samples.fuses = !fuse.empty();
   STD_TORCH_CHECK((!packed || cu_seqlens->size(0) == samples.B + 1) &&
                       weights.has_value() == samples.fuses && (x.has_value() || !need_weights),
-                  "select_tokens_bwd: need what select_tokens returned");
+                  "select_tokens_bwd: need the outputs of select_tokens");
   Device::check(samples);
   const std::vector<int64_t> shape = {samples.B, prefix + samples.N, samples.C};
   Tensor grad_x = !need_x  ? new_empty(grad_tokens, {0})

@@ -1,12 +1,12 @@
-// space_time_attention on CUDA, groups of any length: 64 queries meet blocks of 64 keys, with an
-// online softmax. Backward one kernel for queries, which leaves every query's delta = sum of the
-// weights times their gradients behind, then one for keys and values. Scores need the final
-// log-sum-exp: a kernel of their own.
+// space_time_attention on CUDA for groups of any length: blocks of 64 queries meet blocks of 64
+// keys, with an online softmax. The backward has one kernel for queries, which also writes every
+// query's delta (the sum of its weights times their gradients), then one for keys and values.
+// Scores need the final log-sum-exp and so have a kernel of their own.
 //
-// Limit: bytes up to about 260 rows a group (backward) and 370 (forward), FLOPs above: forward
-// moves 8 N H D bytes (N rows in all, 16 bits) for 4 n N H D FLOPs, backward 16 N H D for 14 n N H
-// D, as it multiplies seven times instead of five. Each block of queries reads the keys again, from
-// L2.
+// Limit: bytes up to about 260 rows per group (backward) and 370 (forward), FLOPs above. For N rows
+// in all, n in a group, in 16 bits: forward moves 8 N H D bytes for 4 n N H D FLOPs, backward
+// 16 N H D bytes for 14 n N H D, with seven matmuls instead of five. Every block of queries reads
+// the keys from L2 again.
 #pragma once
 #include "space_time_attention/warp.h"
 
@@ -16,20 +16,20 @@ namespace {
 constexpr int kBlock = 64;  // queries or keys of a block of a long group: 16 a warp
 constexpr int kBlockThreads = kBlock / 16 * 32;
 
-// The block of queries, or of keys, that a block of threads works on.
+// The block of queries, or of keys, that a block of threads computes.
 struct Work {
   int64_t g;
   int h, start;
 };
 
-// Either every group has `blocks` blocks, or, with 0, group g has those from
-// offsets[g] / kBlock + g on: always enough, and seldom more, however unequal the groups are.
-__device__ __forceinline__ Work find_work(const int32_t* offsets, const Attention& a,
+// Every group has `blocks` blocks; or, if that is 0, group g has those from offsets[g] / kBlock + g
+// on, which always suffices and wastes at most one block per group, however unequal the groups are.
+__device__ __forceinline__ Work find_work(const int32_t* offsets, const SpaceTimeAttention& a,
                                           int64_t blocks) {
   const int64_t item = blockIdx.x / a.H;
   const int h = static_cast<int>(blockIdx.x % a.H);
   if (blocks > 0) return {item / blocks, h, static_cast<int>(item % blocks) * kBlock};
-  int64_t low = 0, high = a.G;
+  int64_t low = 0, high = a.groups.G;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
     (offsets[middle] / kBlock + middle <= item ? low : high) = middle;
@@ -37,8 +37,9 @@ __device__ __forceinline__ Work find_work(const int32_t* offsets, const Attentio
   return {low, h, static_cast<int>(item - low - offsets[low] / kBlock) * kBlock};
 }
 
-// Brings the rows of x, and of y unless it is null, block after block: body(tile of x, of y, start)
-// runs while the next two tiles are on their way. also(start, parity) starts more copies.
+// Loads the rows of x, and of y unless it is null, block by block into two pairs of tiles, and
+// calls body(tile of x, tile of y, start) while the next pair is loading. also(start, parity) may
+// start more copies.
 template <class T, int D, class Also, class Body>
 __device__ __forceinline__ void stream(T* memory, const Strided& x, const Strided* y, int h,
                                        const Members& group, Also also, Body body) {
@@ -65,11 +66,11 @@ __device__ __forceinline__ void stream(T* memory, const Strided& x, const Stride
 
 template <class T, int D>
 __global__ void __launch_bounds__(kBlockThreads)
-    blocked_forward_kernel(Attention a, Forward f, int64_t blocks) {
+    blocked_forward_kernel(SpaceTimeAttention a, Forward f, int64_t blocks) {
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
-  const Work work = find_work(a.query_offsets, a, blocks);
-  const Members queries = queries_of(a, work.g), keys = keys_of(a, work.g);
+  check_ends(a.groups);
+  const Work work = find_work(a.groups.query_offsets, a, blocks);
+  const Members queries = queries_of(a.groups, work.g), keys = keys_of(a.groups, work.g);
   if (work.start >= queries.count) return;
   const int first = work.start + threadIdx.x / 32 * 16;
   T* const q = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kBlockThreads)
         }
         scale_products(weights, count, a.scale * kLog2E, most,
                        [&](int, int column) { return column < count; });
-        float factor[2];  // of what was summed relative to a smaller product
+        float factor[2];  // rescales the sums so far, which are relative to a smaller maximum
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           factor[i] = exp2_approx(before[i] - (most[i] == -INFINITY ? 0.0f : most[i]));
@@ -116,20 +117,20 @@ __global__ void __launch_bounds__(kBlockThreads)
   for (int i = 0; i < 2; i++) {
     const int query = first + row_of_lane(i);
     if (query < queries.count && lane_id() % 4 == 0) {
-      f.lse[work.h * a.Q + queries.row(query)] = row.lse[i];
+      f.lse[work.h * a.groups.num_queries + queries.row(query)] = row.lse[i];
     }
   }
 }
 
-// The scores of 16 keys a warp: their weights, transposed, summed over the queries.
+// A warp computes the scores of 16 keys: their weights, transposed, summed over the queries.
 template <class T, int D>
 __global__ void __launch_bounds__(kBlockThreads, 4)
-    blocked_scores_kernel(Attention a, Forward f, int64_t blocks) {
+    blocked_scores_kernel(SpaceTimeAttention a, Forward f, int64_t blocks) {
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
-  const Work work = find_work(a.key_offsets, a, blocks);
-  Members queries = queries_of(a, work.g);
-  const Members keys = keys_of(a, work.g);
+  check_ends(a.groups);
+  const Work work = find_work(a.groups.key_offsets, a, blocks);
+  Members queries = queries_of(a.groups, work.g);
+  const Members keys = keys_of(a.groups, work.g);
   if (work.start >= keys.count) return;
   const float share = queries.count > 0 ? share_of(a.scores, 0, queries.count) : 0.0f;
   if (a.scores == Scores::kCls) queries.count = min(queries.count, 1);
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
           for (int e = 0; e < 4; e++) {
             const int j = e / 2, l = e % 2, query = start + 16 * n + column_of_lane(j) + l;
             if (query >= queries.count) continue;
-            const float lse = f.lse[work.h * a.Q + queries.row(query)] * kLog2E;
+            const float lse = f.lse[work.h * a.groups.num_queries + queries.row(query)] * kLog2E;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
               sums[i] += exp2_approx(weights[j][2 * i + l] * (a.scale * kLog2E) - lse);
@@ -164,18 +165,19 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
   for (int i = 0; i < 2; i++) {
     const float sum = sum_of_row(sums[i]) * share;
     const int key = first + row_of_lane(i);
-    if (key < keys.count && lane_id() % 4 == 0) f.scores[work.h * a.E + keys.first + key] = sum;
+    if (key < keys.count && lane_id() % 4 == 0)
+      f.scores[work.h * a.groups.E + keys.first + key] = sum;
   }
 }
 
 template <class T, int D>
 __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
-    query_backward_kernel(Attention a, Backward b, int64_t blocks) {
+    query_backward_kernel(SpaceTimeAttention a, Backward b, int64_t blocks) {
   constexpr int kTile = kBlock * kStride<D>;
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
-  const Work work = find_work(a.query_offsets, a, blocks);
-  const Members queries = queries_of(a, work.g), keys = keys_of(a, work.g);
+  check_ends(a.groups);
+  const Work work = find_work(a.groups.query_offsets, a, blocks);
+  const Members queries = queries_of(a.groups, work.g), keys = keys_of(a.groups, work.g);
   if (work.start >= queries.count) return;
   const int lane = lane_id(), first = work.start + threadIdx.x / 32 * 16;
   T* const q = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
@@ -195,7 +197,9 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   for (int i = 0; i < 2; i++) {
     const int query = first + row_of_lane(i);
     delta[i] = __shfl_sync(kAllLanes, dot, 2 * row_of_lane(i));
-    lse[i] = query < queries.count ? b.lse[work.h * a.Q + queries.row(query)] * kLog2E : 0.0f;
+    lse[i] = query < queries.count
+                 ? b.lse[work.h * a.groups.num_queries + queries.row(query)] * kLog2E
+                 : 0.0f;
     share[i] = share_of(a.scores, query, queries.count) / static_cast<float>(a.H);
   }
   const auto weight_of = [&](float product, int i, bool real) {
@@ -206,7 +210,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   };
   T* const buffers = memory + 2 * kTile;
 
-  // What the scores' gradient adds to delta.
+  // The gradient of the scores adds to delta.
   if (b.grad_scores != nullptr && (a.scores == Scores::kMean || work.start == 0)) {
     float more[2] = {};
     stream<T, D>(
@@ -254,7 +258,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   for (int i = 0; i < 2; i++) {
     const int query = first + row_of_lane(i);
     if (query < queries.count && lane % 4 == 0) {
-      b.delta[work.h * a.Q + queries.row(query)] = delta[i];
+      b.delta[work.h * a.groups.num_queries + queries.row(query)] = delta[i];
     }
   }
   __syncwarp();
@@ -262,17 +266,17 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
                    [&](int r) { return first + r < queries.count ? queries.row(first + r) : -1; });
 }
 
-// Weights and their gradients are transposed here: a warp has 16 keys.
+// A warp computes 16 keys: weights and their gradients are transposed.
 template <class T, int D>
 __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
-    key_backward_kernel(Attention a, Backward b, int64_t blocks) {
+    key_backward_kernel(SpaceTimeAttention a, Backward b, int64_t blocks) {
   constexpr int kTile = kBlock * kStride<D>;
   DYNAMIC_SHARED(T, memory);
   SHARED(float, lse, [2][kBlock]);  // of the queries in the two buffers
   SHARED(float, delta, [2][kBlock]);
-  check_ends(a);
-  const Work work = find_work(a.key_offsets, a, blocks);
-  const Members queries = queries_of(a, work.g), keys = keys_of(a, work.g);
+  check_ends(a.groups);
+  const Work work = find_work(a.groups.key_offsets, a, blocks);
+  const Members queries = queries_of(a.groups, work.g), keys = keys_of(a.groups, work.g);
   if (work.start >= keys.count) return;
   const int lane = lane_id(), first = work.start + threadIdx.x / 32 * 16;
   T* const k = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
@@ -283,7 +287,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   cp_async_wait();
   __syncwarp();
   Rows16<D> key_rows, value_rows;
-  constexpr bool kHeld = D <= 96;  // longer rows do not fit into registers beside both sums
+  constexpr bool kHeld = D <= 96;  // longer rows do not fit into the registers beside both sums
   key_rows.load(k);
   if (kHeld) value_rows.load(v);
   float grad_score[2] = {};
@@ -304,7 +308,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
       [&](int start, int parity) {
         const int i = threadIdx.x % kBlock, query = start + i;
         const bool real = query < queries.count;
-        const int64_t at = real ? work.h * a.Q + queries.row(query) : 0;
+        const int64_t at = real ? work.h * a.groups.num_queries + queries.row(query) : 0;
         if (threadIdx.x < kBlock) {
           cp_async_4(&lse[parity][i], b.lse + at, real);
         } else {
@@ -316,7 +320,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
 #pragma unroll
         for (int n = 0; n < kBlock / 16; n++) {
           if (start + 16 * n >= queries.count) break;
-          // Beyond the last query these are wrong, but meet rows of zeros.
+          // Beyond the last query these are meaningless, but are multiplied with rows of zeros.
           Square weights, grads;
           multiply_transposed<T, D>(weights, key_rows, q, 16 * n);
           if (!kHeld) value_rows.load(v);

@@ -1,109 +1,55 @@
 // space_time_attention of one head of one group on the CPU; included once for each instruction set,
-// after cpu/vectors.h (which says how).
+// after cpu/vectors.h (see there).
 //
-// Everything is read into float32 first: keys also transposed, so that both products of the forward
-// and all five of the backward run over contiguous rows. A block of queries meets all keys at once:
-// one softmax, no rescaling. The products are scaled as the softmax reads them, not before: a
-// scaled query would be rounded once more. A negative scale turns the query round, so that the
-// greatest product still has the greatest weight.
-
-constexpr int64_t kKeyStep = kWidth < 8 ? 8 : kWidth;  // rows of keys are padded to this number
-
-// How many queries meet the keys at once: their products stay in the second-level cache.
-VIDL_VECTOR_INLINE int64_t block_of(int64_t columns) {
-  const int64_t rows = 32768 / columns / kTileRows * kTileRows;
-  return rows < 2 * kTileRows ? 2 * kTileRows : rows > 60 ? 60 : rows;
-}
+// All rows are converted to float32 first. Keys are also transposed, so that both matmuls of the
+// forward and all five of the backward read contiguous rows. A block of queries meets all keys at
+// once: one softmax without rescaling. The scale is applied inside the softmax: scaled queries
+// would be rounded once more. A negative scale negates the queries, so that the greatest product
+// still has the greatest weight.
+#include "groups/cpu.h"
 
 template <class T>
-VIDL_VECTOR_INLINE void read_row(const T* from, int64_t D, float scale, float* to) {
-  for (int64_t d = 0; d < D; d++) to[d] = static_cast<float>(from[d]) * scale;
-}
-
-template <class T>
-VIDL_VECTOR_INLINE void write_row(const float* from, int64_t D, float scale, T* to) {
-  for (int64_t d = 0; d < D; d++) to[d] = static_cast<T>(from[d] * scale);
-}
-
-// Rows of keys or values [count, D] as they are, zero up to `padded` rows. The next head is the
-// next task: its part of the row, on a page of its own, would come too late.
-template <class T>
-VIDL_VECTOR_INLINE void read_rows(const Strided& x, const int32_t* rows, int64_t first,
-                                  int64_t count, int64_t padded, int64_t h, int64_t D, float* to) {
-  const T* from = static_cast<const T*>(x.data) + h * x.head;
-  for (int64_t j = 0; j < count; j++) {
-    const int64_t row = rows == nullptr ? first + j : rows[first + j];
-    read_row(from + row * x.row, D, 1.0f, to + j * D);
-    prefetch(from + row * x.row + x.head, D);
-  }
-  memset(to + count * D, 0, (padded - count) * D * sizeof(float));
-}
-
-template <class T>
-VIDL_VECTOR_INLINE void forward(const Attention& a, const Forward& f, int64_t g, int64_t h,
+VIDL_VECTOR_INLINE void forward(const SpaceTimeAttention& a, const Forward& f, int64_t g, int64_t h,
                                 Scratch& scratch) {
-  const int64_t D = a.D, first_query = a.query_offsets[g], first_key = a.key_offsets[g];
-  const int64_t queries = a.query_offsets[g + 1] - first_query;
-  const int64_t keys = a.key_offsets[g + 1] - first_key;
+  const Groups& groups = a.groups;
+  const auto [first_query, queries, first_key, keys] = group_of(groups, g);
+  const int64_t D = a.D;
   const float sign = a.scale < 0 ? -1.0f : 1.0f, scale = a.scale * sign;
-  const float factor = of_two(scale);
   T* const out = static_cast<T*>(f.out) + h * D;
-  float* const scores = f.scores == nullptr ? nullptr : f.scores + h * a.E + first_key;
+  float* const scores = f.scores == nullptr ? nullptr : f.scores + h * groups.E + first_key;
   if (keys == 0) {
     for (int64_t i = 0; i < queries; i++) {
-      const int64_t row = a.query_rows == nullptr ? first_query + i : a.query_rows[first_query + i];
+      const int64_t row = row_of(groups.query_rows, first_query + i);
       for (int64_t d = 0; d < D; d++) out[row * a.H * D + d] = static_cast<T>(0.0f);
-      f.lse[h * a.Q + row] = -INFINITY;
+      f.lse[h * groups.num_queries + row] = -INFINITY;
     }
     return;
   }
-  const int64_t columns = round_up(keys, kKeyStep), block = block_of(columns);
+  const int64_t columns = round_up(keys, kKeyStep), block = queries_at_once(columns);
   float* const values = scratch.take(columns * D);
   float* const keys_across = scratch.take(D * columns);
   float* const weights = scratch.take(block * columns);
   float* const q = scratch.take(block * D);
   float* const sums = scratch.take(block * D);
-  read_rows<T>(a.k, a.key_rows, first_key, keys, columns, h, D, values);
+  read_rows<T>(a.k, groups.key_rows, first_key, keys, columns, h, D, D, 1.0f, values);
   transpose(values, columns, D, D, keys_across, columns);
-  read_rows<T>(a.v, a.key_rows, first_key, keys, keys, h, D, values);
+  read_rows<T>(a.v, groups.key_rows, first_key, keys, keys, h, D, D, 1.0f, values);
   if (scores != nullptr) memset(scores, 0, keys * sizeof(float));
 
   for (int64_t start = 0; start < queries; start += block) {
     const int64_t count = queries - start < block ? queries - start : block;
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t at = first_query + start + i;
-      const int64_t row = a.query_rows == nullptr ? at : a.query_rows[at];
-      const T* const from = static_cast<const T*>(a.q.data) + row * a.q.row + h * a.q.head;
-      read_row(from, D, sign, q + i * D);
-      prefetch(from + a.q.head, D);
-    }
+    const int64_t first = first_query + start;
+    read_rows<T>(a.q, groups.query_rows, first, count, count, h, D, D, sign, q);
     multiply<false>(count, columns, D, q, D, 1, keys_across, columns, weights, columns);
-    float inverse[60];
+    float inverse[kMostQueries];
     for (int64_t i = 0; i < count; i++) {
-      float* const line = weights + i * columns;
-      for (int64_t j = keys; j < columns; j++) line[j] = -INFINITY;
-      Vector most = load(line);
-      for (int64_t j = kWidth; j < columns; j += kWidth) {
-        const Vector next = load(line + j);
-        most = next > most ? next : most;
-      }
-      const float top = max_of(most);
-      Vector total = {};
-      for (int64_t j = 0; j < columns; j += kWidth) {
-        const Vector weight = power_of_two(load(line + j) - top, factor);
-        store(line + j, weight);
-        total += weight;
-      }
-      const float sum = sum_of(total);
-      inverse[i] = 1.0f / sum;
-      const int64_t at = first_query + start + i;
-      const int64_t row = a.query_rows == nullptr ? at : a.query_rows[at];
-      f.lse[h * a.Q + row] = top * scale + std::log(sum);
+      const RowOfWeights sum = exponentiate(weights + i * columns, keys, columns, scale);
+      inverse[i] = sum.inverse;
+      f.lse[h * groups.num_queries + row_of(groups.query_rows, first + i)] = sum.lse;
     }
     multiply<false>(count, D, keys, weights, columns, 1, values, D, sums, D);
     for (int64_t i = 0; i < count; i++) {
-      const int64_t at = first_query + start + i;
-      const int64_t row = a.query_rows == nullptr ? at : a.query_rows[at];
+      const int64_t row = row_of(groups.query_rows, first + i);
       write_row(sums + i * D, D, inverse[i], out + row * a.H * D);
     }
     if (scores == nullptr) continue;
@@ -117,15 +63,15 @@ VIDL_VECTOR_INLINE void forward(const Attention& a, const Forward& f, int64_t g,
 }
 
 template <class T>
-VIDL_VECTOR_INLINE void backward(const Attention& a, const Backward& b, int64_t g, int64_t h,
-                                 Scratch& scratch) {
-  const int64_t D = a.D, first_query = a.query_offsets[g], first_key = a.key_offsets[g];
-  const int64_t queries = a.query_offsets[g + 1] - first_query;
-  const int64_t keys = a.key_offsets[g + 1] - first_key;
+VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b, int64_t g,
+                                 int64_t h, Scratch& scratch) {
+  const Groups& groups = a.groups;
+  const auto [first_query, queries, first_key, keys] = group_of(groups, g);
+  const int64_t D = a.D;
   const float sign = a.scale < 0 ? -1.0f : 1.0f, scale = a.scale * sign;
   const float factor = of_two(scale);
   T* const grad_q = static_cast<T*>(b.grad_q) + h * D;
-  const int64_t columns = round_up(keys, kKeyStep), block = block_of(columns + 1);
+  const int64_t columns = round_up(keys, kKeyStep), block = queries_at_once(columns + 1);
   float* const k = scratch.take(columns * D);
   float* const keys_across = scratch.take(D * columns);
   float* const values_across = scratch.take(D * columns);
@@ -136,31 +82,24 @@ VIDL_VECTOR_INLINE void backward(const Attention& a, const Backward& b, int64_t 
   float* const q = scratch.take(block * D);
   float* const grad_out = scratch.take(block * D);
   float* const sums = scratch.take(block * D);
-  read_rows<T>(a.v, a.key_rows, first_key, keys, columns, h, D, k);
+  read_rows<T>(a.v, groups.key_rows, first_key, keys, columns, h, D, D, 1.0f, k);
   transpose(k, columns, D, D, values_across, columns);
-  read_rows<T>(a.k, a.key_rows, first_key, keys, columns, h, D, k);
+  read_rows<T>(a.k, groups.key_rows, first_key, keys, columns, h, D, D, 1.0f, k);
   transpose(k, columns, D, D, keys_across, columns);
   memset(grad_k, 0, keys * D * sizeof(float));
   memset(grad_v, 0, keys * D * sizeof(float));
 
+  const Strided grads_of_out = {b.grad_out, a.H * D, D};
   for (int64_t start = 0; start < queries; start += block) {
     const int64_t count = queries - start < block ? queries - start : block;
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t at = first_query + start + i;
-      const int64_t row = a.query_rows == nullptr ? at : a.query_rows[at];
-      const T* const from = static_cast<const T*>(a.q.data) + row * a.q.row + h * a.q.head;
-      const T* const grad_from = static_cast<const T*>(b.grad_out) + (row * a.H + h) * D;
-      read_row(from, D, sign, q + i * D);
-      read_row(grad_from, D, 1.0f, grad_out + i * D);
-      prefetch(from + a.q.head, D);
-      prefetch(grad_from + D, D);
-    }
+    const int64_t first = first_query + start;
+    read_rows<T>(a.q, groups.query_rows, first, count, count, h, D, D, sign, q);
+    read_rows<T>(grads_of_out, groups.query_rows, first, count, count, h, D, D, 1.0f, grad_out);
     multiply<false>(count, columns, D, q, D, 1, keys_across, columns, weights, columns);
     multiply<false>(count, columns, D, grad_out, D, 1, values_across, columns, grads, columns);
     for (int64_t i = 0; i < count; i++) {
-      const int64_t at = first_query + start + i;
-      const int64_t row = a.query_rows == nullptr ? at : a.query_rows[at];
-      const float level = level_of(b.lse[h * a.Q + row], scale);
+      const int64_t row = row_of(groups.query_rows, first + i);
+      const float level = level_of(b.lse[h * groups.num_queries + row], scale);
       float* const weight = weights + i * columns;
       float* const grad = grads + i * columns;
       if (b.grad_scores != nullptr && (a.scores == Scores::kMean || start + i == 0)) {
@@ -172,8 +111,8 @@ VIDL_VECTOR_INLINE void backward(const Attention& a, const Backward& b, int64_t 
         store(weight + j, power_of_two(load(weight + j) - level, factor));
       }
       for (int64_t j = keys; j < columns; j++) weight[j] = 0.0f;
-      // The weights of a row are made to sum to one again, as far as rounding in the log-sum-exp
-      // let them stray: their gradient is a difference that would show it.
+      // The weights of a row are divided by their sum again, which differs from one by the rounding
+      // error of the log-sum-exp: their gradient is a difference, in which that error would show.
       Vector sum = {}, total = {};
       for (int64_t j = 0; j < columns; j += kWidth) {
         sum += load(weight + j);
@@ -192,8 +131,7 @@ VIDL_VECTOR_INLINE void backward(const Attention& a, const Backward& b, int64_t 
     multiply<true>(keys, D, count, grads, 1, columns, q, D, grad_k, D);
     multiply<false>(count, D, keys, grads, columns, 1, k, D, sums, D);
     for (int64_t i = 0; i < count; i++) {
-      const int64_t at = first_query + start + i;
-      const int64_t row = a.query_rows == nullptr ? at : a.query_rows[at];
+      const int64_t row = row_of(groups.query_rows, first + i);
       write_row(sums + i * D, D, a.scale, grad_q + row * a.H * D);
     }
   }
@@ -203,14 +141,14 @@ VIDL_VECTOR_INLINE void backward(const Attention& a, const Backward& b, int64_t 
       write_row(grad_k + j * D, D, scale, b.entry_grad_k + (entry * a.H + h) * D);
       memcpy(b.entry_grad_v + (entry * a.H + h) * D, grad_v + j * D, D * sizeof(float));
     } else {
-      const int64_t row = a.key_rows == nullptr ? entry : a.key_rows[entry];
+      const int64_t row = row_of(groups.key_rows, entry);
       write_row(grad_k + j * D, D, scale, static_cast<T*>(b.grad_k) + (row * a.H + h) * D);
       write_row(grad_v + j * D, D, 1.0f, static_cast<T*>(b.grad_v) + (row * a.H + h) * D);
     }
   }
 }
 
-void forward_items(const Attention& a, const Forward& f, int64_t begin, int64_t end) {
+void forward_items(const SpaceTimeAttention& a, const Forward& f, int64_t begin, int64_t end) {
   thread_local Scratch scratch;
   for (int64_t item = begin; item < end; item++) {
     scratch.reset();
@@ -218,7 +156,7 @@ void forward_items(const Attention& a, const Forward& f, int64_t begin, int64_t 
   }
 }
 
-void backward_items(const Attention& a, const Backward& b, int64_t begin, int64_t end) {
+void backward_items(const SpaceTimeAttention& a, const Backward& b, int64_t begin, int64_t end) {
   thread_local Scratch scratch;
   for (int64_t item = begin; item < end; item++) {
     scratch.reset();

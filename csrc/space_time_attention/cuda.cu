@@ -1,14 +1,16 @@
-// space_time_attention on the tensor cores of sm_80 and later, forward and backward, in size
-// classes, each in a file of its own; space_time_attention/interface.h has the rule which a call takes.
-// Schema: kernels/space_time_attention/op.py.
+// space_time_attention on the tensor cores of sm_80 and later, forward and backward. Every size
+// class has its file (packed.h, whole.h, wide.h, blocked.h); interface.h chooses the class of a
+// call. Schema: kernels/space_time_attention/op.py.
 //
-// Rows are gathered as they are loaded. A row beyond the end of its group is never read: it counts
-// as zeros, so that a neighbour's NaN stays there. Nothing is added atomically: keys in several
-// groups get a gradient for every entry, and a last kernel adds them in order.
+// Rows are gathered as they are loaded. A row beyond the end of its group is never read but counts
+// as zeros, so that NaN in the neighbouring group has no effect. There are no atomic additions: a
+// key of several groups gets one gradient per entry, and a last kernel sums them in order.
 //
-// Limits: in the files of the classes. Two kernels here only add: the mean of the scores over the
-// heads reads 4 H E bytes for 4 E written, the sum over a row's entries 8 E H D for 4 K H D.
+// Limits: see the files of the classes. The two kernels of this file are limited by bytes: the mean
+// of the scores over the heads reads 4 H E and writes 4 E bytes, the sum over the entries reads
+// 8 E H D and writes 4 num_keys H D.
 #undef NDEBUG  // device assertions guard the indices in release builds too
+#include <algorithm>
 #include <type_traits>
 
 #include "space_time_attention/blocked.h"
@@ -16,7 +18,7 @@
 #include "space_time_attention/whole.h"
 #include "space_time_attention/wide.h"
 
-#ifndef VIDL_HEAD_SIZES  // builds with sanitizers, and nvcc in tests, take fewer
+#ifndef VIDL_HEAD_SIZES  // tests with sanitizers or nvcc compile fewer
 #define VIDL_HEAD_SIZES 32, 64, 80, 96, 128
 #endif
 
@@ -33,19 +35,19 @@ __global__ void __launch_bounds__(kSumThreads) mean_scores_kernel(Forward f, int
   f.mean_scores[e] = sum / static_cast<float>(H);
 }
 
-// A thread has two neighbouring channels of a row of keys and values.
+// A thread sums two neighbouring channels of a row of keys and values.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
-    sum_entries_kernel(Backward b, int64_t K, int64_t E, int64_t channels) {
+    sum_entries_kernel(Groups groups, Backward b, int64_t channels) {
   const int64_t i = blockIdx.x * int64_t{kSumThreads} + threadIdx.x;
   const int64_t row = i / (channels / 2), channel = i % (channels / 2) * 2;
-  if (row >= K) return;
-  const int begin = b.entry_offsets[row], end = b.entry_offsets[row + 1];
-  assert(begin >= 0 && begin <= end && end <= E);  // entry_offsets must ascend from 0 to E
+  if (row >= groups.num_keys) return;
+  const int begin = groups.entry_offsets[row], end = groups.entry_offsets[row + 1];
+  assert(begin >= 0 && begin <= end && end <= groups.E);  // entry_offsets must ascend from 0 to E
   float2 k = make_float2(0.0f, 0.0f), v = k;
   for (int n = begin; n < end; n++) {
-    const int64_t entry = b.entries[n];
-    assert(entry >= 0 && entry < E);  // entries are out of range
+    const int64_t entry = groups.entries[n];
+    assert(entry >= 0 && entry < groups.E);  // entries are out of range
     const int64_t at = entry * channels + channel;
     const float2 more_k = *reinterpret_cast<const float2*>(b.entry_grad_k + at);
     const float2 more_v = *reinterpret_cast<const float2*>(b.entry_grad_v + at);
@@ -68,92 +70,98 @@ int start(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_byte
 
 constexpr int64_t div_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// Blocks of threads for the members of all groups, and how many each group has; 0: see find_work().
+// Blocks of threads for the members of all groups, and of every group; 0: see find_work().
 struct Blocks {
-  int64_t all, each;
+  int64_t all, of_group;
 };
-Blocks blocks_of(const Attention& a, int64_t longest, int64_t members) {
-  const int64_t each = div_up(longest, kBlock), fewest = members / kBlock + a.G;
-  if (a.G * each <= 2 * fewest) return {a.G * each * a.H, each};
+Blocks blocks_of(const SpaceTimeAttention& a, int64_t longest, int64_t members) {
+  const int64_t G = a.groups.G, of_group = div_up(longest, kBlock), fewest = members / kBlock + G;
+  if (G * of_group <= 2 * fewest) return {G * of_group * a.H, of_group};
   return {fewest * a.H, 0};
 }
 
-int64_t packs_of(const Attention& a) {
-  const int64_t slot = a.max_queries > a.max_keys ? a.max_queries : a.max_keys;
-  return slot == 0 ? 0 : div_up(div_up(a.G, 16 / slot) * a.H, kPackedWarps);
+// Blocks of threads for groups that are packed into warps.
+int64_t packed_blocks(const Groups& groups, int64_t H) {
+  const int64_t slot = std::max(groups.max_queries, groups.max_keys);
+  return slot == 0 ? 0 : div_up(div_up(groups.G, 16 / slot) * H, kPackedWarps);
 }
 
 template <class T, int D>
-int forward(const Attention& a, const Forward& f, void* stream) {
+int forward(const SpaceTimeAttention& a, const Forward& f, void* stream) {
   constexpr int64_t kRow = kStride<D> * sizeof(T);
-  const Size size = forward_size(a.max_queries, a.max_keys);
+  const Groups& groups = a.groups;
+  const Size size = forward_size(groups.max_queries, groups.max_keys);
   int error = 0;
   if (size == Size::kPacked) {
-    error = start(packed_forward_kernel<T, D>, packs_of(a), 32 * kPackedWarps,
+    error = start(packed_forward_kernel<T, D>, packed_blocks(groups, a.H), 32 * kPackedWarps,
                   kPackedWarps * 3 * 16 * kRow, stream, a, f);
   } else if (size != Size::kBlocked) {
-    const int64_t keys = round_up_16(a.max_keys), squares = round_up_16(a.max_queries) / 16;
+    const int64_t keys = round_up_16(groups.max_keys);
+    const int64_t squares = round_up_16(groups.max_queries) / 16;
     const int64_t warps = squares < 1 ? 1 : squares < kForwardWarps ? squares : kForwardWarps;
     const int64_t bytes = (2 * keys + 16 * warps) * kRow + warps * keys * sizeof(float);
     const auto kernel = keys <= 64    ? whole_forward_kernel<T, D, 4>
                         : keys <= 128 ? whole_forward_kernel<T, D, 8>
                                       : whole_forward_kernel<T, D, 16>;
-    error = start(kernel, a.G * a.H, static_cast<int>(32 * warps), bytes, stream, a, f);
+    error = start(kernel, groups.G * a.H, static_cast<int>(32 * warps), bytes, stream, a, f);
   } else {
-    const Blocks blocks = blocks_of(a, a.max_queries, a.Q), keys = blocks_of(a, a.max_keys, a.E);
+    const Blocks blocks = blocks_of(a, groups.max_queries, groups.num_queries);
+    const Blocks key_blocks = blocks_of(a, groups.max_keys, groups.E);
     error = start(blocked_forward_kernel<T, D>, blocks.all, kBlockThreads, 5 * kBlock * kRow,
-                  stream, a, f, blocks.each);
+                  stream, a, f, blocks.of_group);
     if (error == 0 && f.scores != nullptr) {
-      error = start(blocked_scores_kernel<T, D>, keys.all, kBlockThreads, 5 * kBlock * kRow, stream,
-                    a, f, keys.each);
+      error = start(blocked_scores_kernel<T, D>, key_blocks.all, kBlockThreads, 5 * kBlock * kRow,
+                    stream, a, f, key_blocks.of_group);
     }
   }
   if (error != 0 || f.scores == nullptr) return error;
-  return start(mean_scores_kernel, div_up(a.E, kSumThreads), kSumThreads, 0, stream, f, a.H, a.E);
+  return start(mean_scores_kernel, div_up(groups.E, kSumThreads), kSumThreads, 0, stream, f, a.H,
+               groups.E);
 }
 
 template <class T, int D>
-int backward(const Attention& a, const Backward& b, void* stream) {
+int backward(const SpaceTimeAttention& a, const Backward& b, void* stream) {
   constexpr int64_t kRow = kStride<D> * sizeof(T);
-  const Size size = backward_size(a.max_queries, a.max_keys, D);
-  const int64_t queries = round_up_16(a.max_queries), keys = round_up_16(a.max_keys);
+  const Groups& groups = a.groups;
+  const Size size = backward_size(groups.max_queries, groups.max_keys, D);
+  const int64_t queries = round_up_16(groups.max_queries), keys = round_up_16(groups.max_keys);
   const int64_t most = queries > keys ? queries : keys;
   int error = 0;
   if (size == Size::kPacked) {
-    error = start(packed_backward_kernel<T, D>, packs_of(a), 32 * kPackedWarps,
+    error = start(packed_backward_kernel<T, D>, packed_blocks(groups, a.H), 32 * kPackedWarps,
                   kPackedWarps * 4 * 16 * kRow, stream, a, b);
   } else if (size == Size::kWhole) {
     const int64_t tiles = 2 * keys * kRow, weights = 2 * queries * (keys + 8) * sizeof(T);
     const int64_t bytes = 2 * queries * kRow + (tiles > weights ? tiles : weights);
     const auto kernel =
         most <= 64 ? whole_backward_kernel<T, D, 4> : whole_backward_kernel<T, D, 8>;
-    error = start(kernel, a.G * a.H, static_cast<int>(2 * most), bytes, stream, a, b);
+    error = start(kernel, groups.G * a.H, static_cast<int>(2 * most), bytes, stream, a, b);
   } else if (size == Size::kWide) {
     if constexpr (D <= 64) {
-      error = start(wide_backward_kernel<T, D>, a.G * a.H, static_cast<int>(2 * most),
+      error = start(wide_backward_kernel<T, D>, groups.G * a.H, static_cast<int>(2 * most),
                     WideGroup<T, D>::bytes(queries, keys), stream, a, b);
     }
   } else {
-    const Blocks of_queries = blocks_of(a, a.max_queries, a.Q);
-    const Blocks of_keys = blocks_of(a, a.max_keys, a.E);
-    error = start(query_backward_kernel<T, D>, of_queries.all, kBlockThreads, 6 * kBlock * kRow,
-                  stream, a, b, of_queries.each);
+    const Blocks query_blocks = blocks_of(a, groups.max_queries, groups.num_queries);
+    const Blocks key_blocks = blocks_of(a, groups.max_keys, groups.E);
+    error = start(query_backward_kernel<T, D>, query_blocks.all, kBlockThreads, 6 * kBlock * kRow,
+                  stream, a, b, query_blocks.of_group);
     if (error == 0) {
-      error = start(key_backward_kernel<T, D>, of_keys.all, kBlockThreads, 6 * kBlock * kRow,
-                    stream, a, b, of_keys.each);
+      error = start(key_backward_kernel<T, D>, key_blocks.all, kBlockThreads, 6 * kBlock * kRow,
+                    stream, a, b, key_blocks.of_group);
     }
   }
-  if (error != 0 || b.entry_offsets == nullptr) return error;
-  const int64_t pairs = a.K * a.H * D / 2;
-  return start(sum_entries_kernel<T>, div_up(pairs, kSumThreads), kSumThreads, 0, stream, b, a.K,
-               a.E, a.H * int64_t{D});
+  if (error != 0 || groups.entry_offsets == nullptr) return error;
+  const int64_t pairs = groups.num_keys * a.H * D / 2;
+  return start(sum_entries_kernel<T>, div_up(pairs, kSumThreads), kSumThreads, 0, stream, groups, b,
+               a.H * int64_t{D});
 }
 
 template <int... kSizes>
 struct HeadSizes {
-  // Calls f with a null pointer of the type that `dtype` names, and the head size as a type.
+  // Calls f(null pointer to the C++ type of the dtype, head size as an integral_constant).
   template <class F>
-  static int with(const Attention& a, F f) {
+  static int with(const SpaceTimeAttention& a, F f) {
     constexpr int kNotSupported = 801;  // cudaErrorNotSupported
     int result = kNotSupported;
     const auto with_size = [&](auto* type) {
@@ -169,13 +177,15 @@ struct HeadSizes {
 }  // namespace
 }  // namespace vidl
 
-int vidl_attention_cuda(const vidl::Attention* a, const vidl::Forward* f, void* stream) {
+int vidl_space_time_attention_cuda(const vidl::SpaceTimeAttention* a, const vidl::Forward* f,
+                                   void* stream) {
   return vidl::HeadSizes<VIDL_HEAD_SIZES>::with(*a, [&](auto* type, auto D) {
     return vidl::forward<std::remove_pointer_t<decltype(type)>, D.value>(*a, *f, stream);
   });
 }
 
-int vidl_attention_bwd_cuda(const vidl::Attention* a, const vidl::Backward* b, void* stream) {
+int vidl_space_time_attention_bwd_cuda(const vidl::SpaceTimeAttention* a, const vidl::Backward* b,
+                                       void* stream) {
   return vidl::HeadSizes<VIDL_HEAD_SIZES>::with(*a, [&](auto* type, auto D) {
     return vidl::backward<std::remove_pointer_t<decltype(type)>, D.value>(*a, *b, stream);
   });

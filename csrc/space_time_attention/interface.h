@@ -8,38 +8,35 @@ namespace vidl {
 
 enum class Scores : int32_t { kNone, kCls, kMean };
 
-struct Attention {
+struct SpaceTimeAttention {
+  Groups groups;
   Strided q, k, v;
-  const int32_t *query_offsets, *key_offsets;  // [G + 1]
-  const int32_t *query_rows, *key_rows;        // [Q], [E], or null
-  int64_t G, H, D, Q, K, E;                    // Q rows of q, K rows of k and v
-  int64_t max_queries, max_keys;               // of any group: upper bounds
+  int64_t H, D;
   float scale;
   Scores scores;
   Dtype dtype;
 };
 
 struct Forward {
-  void* out;           // [Q, H, D]
-  float* lse;          // [H, Q]
+  void* out;           // [num_queries, H, D]
+  float* lse;          // [H, num_queries]
   float* scores;       // [H, E] or null
-  float* mean_scores;  // [E] or null: of the heads
+  float* mean_scores;  // [E] or null: the mean of `scores` over the heads
 };
 
 struct Backward {
-  const void *grad_out, *out;              // [Q, H, D]
-  const float *lse, *grad_scores;          // [H, Q]; [E] or null
-  void *grad_q, *grad_k, *grad_v;          // [Q, H, D], [K, H, D]
-  float *entry_grad_k, *entry_grad_v;      // [E, H, D] where rows are shared, else null
-  const int32_t *entry_offsets, *entries;  // [K + 1], [E], of rows that are shared
-  float* delta;                            // [H, Q], for the kernels of long groups
+  const void *grad_out, *out;          // [num_queries, H, D]
+  const float *lse, *grad_scores;      // [H, num_queries]; [E] or null
+  void *grad_q, *grad_k, *grad_v;      // as q, k, v, contiguous
+  float *entry_grad_k, *entry_grad_v;  // [E, H, D], or null without entries
+  float* delta;                        // [H, num_queries], for the kernels of long groups
 };
 
-// Which kernels a call takes on CUDA: by its longest group, before they are launched.
+// Which CUDA kernels a call launches, by its longest group.
 enum class Size {
-  kPacked,   // at most 16 queries and keys: a warp has the groups that fill 16 rows
-  kWhole,    // at most 128: a block has a group, and every warp whole rows of weights
-  kWide,     // at most 256: the same, but backward with a few queries at a time
+  kPacked,   // at most 16 queries and keys: a warp computes the groups that fit into 16 rows
+  kWhole,    // at most 128: a block computes a group, and every warp whole rows of weights
+  kWide,     // at most 256: the same, but the backward takes a few queries at a time
   kBlocked,  // any length: blocks of queries meet blocks of keys
 };
 
@@ -50,7 +47,7 @@ constexpr Size forward_size(int64_t max_queries, int64_t max_keys) {
          : longest <= 256 ? Size::kWide
                           : Size::kBlocked;
 }
-// All rows of a wide group, four tensors of them, fit into a block's shared memory up to D = 64.
+// The rows of a wide group, of four tensors, fit into the shared memory of a block up to D = 64.
 constexpr Size backward_size(int64_t max_queries, int64_t max_keys, int64_t D) {
   const Size size = forward_size(max_queries, max_keys);
   return size == Size::kWide && D > 64 ? Size::kBlocked : size;
@@ -62,8 +59,8 @@ constexpr Size backward_size(int64_t max_queries, int64_t max_keys, int64_t D) {
 // Pointers are device pointers, `stream` is a cudaStream_t, the result is a cudaError_t. Under the
 // emulator of tests/cuda_on_cpu they are host pointers.
 extern "C" {
-int vidl_attention_cuda(const vidl::Attention* attention, const vidl::Forward* forward,
-                        void* stream);
-int vidl_attention_bwd_cuda(const vidl::Attention* attention, const vidl::Backward* backward,
-                            void* stream);
+int vidl_space_time_attention_cuda(const vidl::SpaceTimeAttention* attention,
+                                   const vidl::Forward* forward, void* stream);
+int vidl_space_time_attention_bwd_cuda(const vidl::SpaceTimeAttention* attention,
+                                       const vidl::Backward* backward, void* stream);
 }

@@ -1,9 +1,10 @@
-// space_time_attention on CUDA, at most 16 queries and keys a group: a warp has all groups of one
-// head that fit into 16 rows. One 16 x 16 matrix of weights, in which only a group's own square
-// counts; backward in one pass. No barriers of the block.
+// space_time_attention on CUDA for groups of at most 16 queries and keys. A warp computes one head
+// of as many groups as fit into 16 rows: a 16 x 16 matrix of weights with one square block per
+// group, zero elsewhere. The backward is one pass. No barriers of the block.
 //
-// Limit: bytes. Forward moves 8 N H D bytes (N rows in all, 16 bits) for 4 n N H D useful FLOPs,
-// backward 14 N H D for 10 n N H D: at n = 8 4 and 6 FLOPs a byte, where an H200 needs 184.
+// Limit: bytes. For N rows in all, n in a group, in 16 bits: forward moves 8 N H D bytes for
+// 4 n N H D useful FLOPs, backward 14 N H D bytes for 10 n N H D. At n = 8 that is 4 and 6 FLOPs
+// per byte; an H200 balances at 184.
 #pragma once
 #include <type_traits>
 
@@ -14,32 +15,33 @@ namespace {
 
 constexpr int kPackedWarps = 4;
 
-// What a warp has of the packed class: rows 0 to 15 are queries, one a lane, and rows 16 to 31
-// keys. A row that no group fills is -1.
+// The rows of a warp: lanes 0 to 15 hold a query, lanes 16 to 31 a key. A row that no group fills
+// is -1.
 struct Pack {
   int h;
-  int slot, groups;  // rows of a group, groups in 16 rows
-  int row, place;    // of q, or of k and v; in the list of all groups' members
-  int count;         // of queries, or keys, in the group
+  int slot, groups;  // rows per group, groups in 16 rows
+  int row, place;    // in q, or in k and v; in the list of all queries, or of all keys
+  int count;         // queries, or keys, of the group
 
-  __device__ __forceinline__ bool find(const Attention& a) {
+  __device__ __forceinline__ bool find(const SpaceTimeAttention& a) {
     const int lane = lane_id(), inside = lane % 16;
-    slot = static_cast<int>(a.max_queries > a.max_keys ? a.max_queries : a.max_keys);
+    slot = static_cast<int>(a.groups.max_queries > a.groups.max_keys ? a.groups.max_queries
+                                                                     : a.groups.max_keys);
     groups = 16 / slot;
     const int64_t item = blockIdx.x * int64_t{kPackedWarps} + threadIdx.x / 32;
     const int64_t g = item / a.H * groups + inside / slot;
     h = static_cast<int>(item % a.H);
     row = -1, place = 0, count = 0;
-    if (inside / slot < groups && g < a.G) {
-      const Members group = lane < 16 ? queries_of(a, g) : keys_of(a, g);
+    if (inside / slot < groups && g < a.groups.G) {
+      const Members group = lane < 16 ? queries_of(a.groups, g) : keys_of(a.groups, g);
       const int member = inside % slot;
       count = group.count;
       if (member < group.count) row = group.row(member), place = group.first + member;
     }
-    return item / a.H * groups < a.G;
+    return item / a.H * groups < a.groups.G;
   }
 
-  // Bit c is set where key c belongs to the group of query r; `rows` are those that are there now.
+  // Bit c is set if key c belongs to the group of query r and both are among `rows`.
   __device__ __forceinline__ uint32_t seen_by(int r, int rows) const {
     const uint32_t real = __ballot_sync(kAllLanes, rows >= 0);
     return real >> r & 1 ? real >> 16 & ((1u << slot) - 1) << r / slot * slot : 0u;
@@ -59,7 +61,7 @@ __device__ __forceinline__ void copy_pack(T* tile, const Strided& x, int h, int 
   }
 }
 
-// Whether 16 rows of a tile hold neither NaN nor infinity; asked by all lanes of a warp.
+// Whether 16 rows of a tile hold neither NaN nor infinity; called by all lanes of a warp.
 template <class T, int D>
 __device__ __forceinline__ bool finite(const T* tile) {
   constexpr uint32_t kExponents = std::is_same_v<T, bf16> ? 0x7F807F80u : 0x7C007C00u;
@@ -76,13 +78,15 @@ __device__ __forceinline__ bool finite(const T* tile) {
   return !__any_sync(kAllLanes, (carry & 0x80008000u) != 0);
 }
 
-// Groups share the sums of a product, where a weight of zero does not stop another group's NaN.
-// So where there is one, the groups of a warp go one after the other.
+// A sum runs over the rows of all groups of a warp, and a weight of zero does not stop NaN of
+// another group. If a tile holds NaN or infinity, the groups of the warp are therefore computed one
+// after another.
 template <class T, int D>
-__global__ void __launch_bounds__(32 * kPackedWarps) packed_forward_kernel(Attention a, Forward f) {
+__global__ void __launch_bounds__(32 * kPackedWarps)
+    packed_forward_kernel(SpaceTimeAttention a, Forward f) {
   constexpr int kTile = 16 * kStride<D>;
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
+  check_ends(a.groups);
   Pack group;
   if (!group.find(a)) return;
   T *const q = memory + threadIdx.x / 32 * 3 * kTile, *const k = q + kTile, *const v = k + kTile;
@@ -116,7 +120,8 @@ __global__ void __launch_bounds__(32 * kPackedWarps) packed_forward_kernel(Atten
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int r = row_of_lane(i), row = __shfl_sync(kAllLanes, rows, r);
-      if (row >= 0 && lane_id() % 4 == 0) f.lse[group.h * a.Q + row] = softmax.lse[i];
+      if (row >= 0 && lane_id() % 4 == 0)
+        f.lse[group.h * a.groups.num_queries + row] = softmax.lse[i];
       const int count = __shfl_sync(kAllLanes, group.count, r);
       share[i] = row < 0 ? 0.0f : softmax.inverse[i] * share_of(a.scores, r % group.slot, count);
     }
@@ -128,17 +133,17 @@ __global__ void __launch_bounds__(32 * kPackedWarps) packed_forward_kernel(Atten
           sum_of_column(weights[0][j][l] * share[0] + weights[0][j][2 + l] * share[1]);
       const int row = __shfl_sync(kAllLanes, rows, key);
       const int place = __shfl_sync(kAllLanes, group.place, key);
-      if (row >= 0 && lane_id() < 4) f.scores[group.h * a.E + place] = score;
+      if (row >= 0 && lane_id() < 4) f.scores[group.h * a.groups.E + place] = score;
     }
   }
 }
 
 template <class T, int D>
 __global__ void __launch_bounds__(32 * kPackedWarps)
-    packed_backward_kernel(Attention a, Backward b) {
+    packed_backward_kernel(SpaceTimeAttention a, Backward b) {
   constexpr int kTile = 16 * kStride<D>;
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
+  check_ends(a.groups);
   Pack group;
   if (!group.find(a)) return;
   T *const q = memory + threadIdx.x / 32 * 4 * kTile, *const grad_out = q + kTile;
@@ -168,7 +173,7 @@ __global__ void __launch_bounds__(32 * kPackedWarps)
       const int r = row_of_lane(i), row = __shfl_sync(kAllLanes, rows, r);
       const int count = __shfl_sync(kAllLanes, group.count, r);
       seen[i] = group.seen_by(r, rows);
-      lse[i] = row < 0 ? 0.0f : b.lse[group.h * a.Q + row] * kLog2E;
+      lse[i] = row < 0 ? 0.0f : b.lse[group.h * a.groups.num_queries + row] * kLog2E;
       share[i] = row < 0 ? 0.0f : share_of(a.scores, r % group.slot, count) / float(a.H);
     }
 #pragma unroll
@@ -192,7 +197,7 @@ __global__ void __launch_bounds__(32 * kPackedWarps)
       const int place = __shfl_sync(kAllLanes, group.place, 16 + r);
       return int64_t{row < 0 || b.entry_grad_k == nullptr ? row : place};
     };
-    // Each gradient takes the place of a tile that is not needed any more: v, then grad_out, k.
+    // Every gradient overwrites a tile that is no longer needed: v, then grad_out, then k.
     const auto store_keys = [&](void* x, float* entries, T* tile, const Square(&sums)[D / 16],
                                 float scale) {
       if (entries != nullptr) {

@@ -1,5 +1,4 @@
-// space_time_attention on CUDA: the groups of a call, and the softmax of 16 queries a warp, forward
-// and backward.
+// space_time_attention on CUDA: the softmax of 16 queries by a warp, forward and backward.
 #pragma once
 #include "groups/device.h"
 #include "space_time_attention/interface.h"
@@ -8,20 +7,6 @@ namespace vidl {
 namespace {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;  // exponentials are to the base two
-
-__device__ __forceinline__ Members queries_of(const Attention& a, int64_t g) {
-  return members(a.query_offsets, a.query_rows, g, a.Q, a.Q, a.max_queries);
-}
-__device__ __forceinline__ Members keys_of(const Attention& a, int64_t g) {
-  return members(a.key_offsets, a.key_rows, g, a.E, a.K, a.max_keys);
-}
-
-// Offsets must begin with 0 and end with all rows; members() looks at the rest.
-__device__ __forceinline__ void check_ends(const Attention& a) {
-  if (blockIdx.x != 0 || threadIdx.x != 0) return;
-  assert(a.query_offsets[0] == 0 && a.query_offsets[a.G] == a.Q);
-  assert(a.key_offsets[0] == 0 && a.key_offsets[a.G] == a.E);
-}
 
 __device__ __forceinline__ float sum_of_row(float x) {
   x += __shfl_xor_sync(kAllLanes, x, 1);
@@ -37,8 +22,8 @@ __device__ __forceinline__ float sum_of_column(float x) {  // of the sixteen row
   return x + __shfl_xor_sync(kAllLanes, x, 16);
 }
 
-// Scales the products of 16 queries with `count` keys; -inf where the lane's row i does not see a
-// key, which sees(i, column) says. `most` becomes the greatest of a row, if it was less.
+// Scales the products of 16 queries with `count` keys. A product is -inf unless sees(i, column):
+// the query of the lane's row i attends to that key. `most` is raised to the maximum of a row.
 template <int kSquares, class Sees>
 __device__ __forceinline__ void scale_products(Square (&products)[kSquares], int count, float scale,
                                                float (&most)[2], Sees sees) {
@@ -56,13 +41,13 @@ __device__ __forceinline__ void scale_products(Square (&products)[kSquares], int
   for (int i = 0; i < 2; i++) most[i] = max_of_row(most[i]);
 }
 
-// Products become weights, relative to that of `most`; a lane adds its own columns to `sum`.
+// Turns products into exponentials relative to `most`; a lane adds those of its columns to `sum`.
 template <int kSquares>
 __device__ __forceinline__ void exponentiate(Square (&products)[kSquares], int count,
                                              const float (&most)[2], float (&sum)[2]) {
   float top[2];
 #pragma unroll
-  for (int i = 0; i < 2; i++) top[i] = most[i] == -INFINITY ? 0.0f : most[i];  // has seen nothing
+  for (int i = 0; i < 2; i++) top[i] = most[i] == -INFINITY ? 0.0f : most[i];  // no key so far
 #pragma unroll
   for (int n = 0; n < kSquares; n++) {
     if (16 * n >= count) continue;
@@ -75,7 +60,7 @@ __device__ __forceinline__ void exponentiate(Square (&products)[kSquares], int c
   }
 }
 
-// += weights times values
+// out += weights times values
 template <class T, int D, int kSquares>
 __device__ __forceinline__ void add_values(Square (&out)[D / 16], const Square (&weights)[kSquares],
                                            const T* v, int count) {
@@ -88,7 +73,7 @@ __device__ __forceinline__ void add_values(Square (&out)[D / 16], const Square (
   }
 }
 
-// What makes the weights of the lane's rows sum to one, and the log-sum-exp; 0 and -inf of no keys.
+// 1 / the sum of the weights, and the log-sum-exp, of the lane's rows; 0 and -inf without keys.
 struct Normaliser {
   float inverse[2], lse[2];
 
@@ -102,7 +87,7 @@ struct Normaliser {
   }
 };
 
-// The weights of 16 queries that meet all their keys at once; the sum to one is left to be made.
+// The weights of 16 queries that meet all their keys at once, before the division by their sum.
 template <class T, int D, int kSquares, class Sees>
 __device__ __forceinline__ Normaliser weigh_keys(const T* q, const T* k, int count, float scale,
                                                  Square (&weights)[kSquares], Sees sees) {
@@ -110,7 +95,7 @@ __device__ __forceinline__ Normaliser weigh_keys(const T* q, const T* k, int cou
 #pragma unroll
   for (int e = 0; e < 8 * kSquares; e++) weights[e / 8][e / 4 % 2][e % 4] = 0.0f;
 #pragma unroll
-  for (int d = 0; d < D; d += 16) {  // outermost: no more than 16 channels of the queries are held
+  for (int d = 0; d < D; d += 16) {  // outermost: only 16 channels of the queries are in registers
     uint32_t left[4], right[4];
     load_square<true, false>(left, q, kStride<D>, 0, d);
 #pragma unroll
@@ -125,10 +110,10 @@ __device__ __forceinline__ Normaliser weigh_keys(const T* q, const T* k, int cou
   return Normaliser(most, sum);
 }
 
-// Whole rows of weights of 16 queries once more, and the gradients of their products before the
-// scale. `lse` is to the base two; more(i, column) is added to the gradient of a weight. The
-// weights of a row are made to sum to one again, as far as rounding in the log-sum-exp let them
-// stray: their gradient is a difference that would show it.
+// Recomputes whole rows of weights of 16 queries, and computes the gradients of their logits before
+// the scale. `lse` is to the base two; more(i, column) is added to the gradient of a weight. The
+// weights of a row are divided by their sum again, which differs from one by the rounding error of
+// the log-sum-exp: their gradient is a difference, in which that error would show.
 template <class T, int D, int kSquares, class Sees, class More>
 __device__ __forceinline__ void differentiate(const T* q, const T* grad_out, const T* k, const T* v,
                                               int count, float scale, const float (&lse)[2],
@@ -182,8 +167,8 @@ __device__ __forceinline__ void differentiate(const T* q, const T* grad_out, con
   }
 }
 
-// delta of 16 queries from `first` on: the sum of their weights times the gradients of these, which
-// is the output times its gradient. `grad_out` is their tile; a row has two lanes, 2 r and 2 r + 1.
+// delta of 16 queries from `first` on: the sum of the weights times their gradients equals the
+// output times its gradient. `grad_out` is the queries' tile; lanes 2 r and 2 r + 1 share row r.
 template <class T, int D>
 __device__ __forceinline__ float output_times_grad(const void* output, int64_t H, int h,
                                                    const Members& queries, int first,
@@ -209,11 +194,11 @@ __device__ __forceinline__ float output_times_grad(const void* output, int64_t H
   return dot + __shfl_xor_sync(kAllLanes, dot, 1);
 }
 
-// Stores the gradients of 16 keys and values from `first` on, or of their entries. `tile` belongs
-// to this warp alone.
+// Stores the gradients of 16 keys and values from `first` on, or of their entries. Only this warp
+// uses `tile`.
 template <class T, int D>
-__device__ __forceinline__ void store_key_grads(const Attention& a, const Backward& b, int h,
-                                                const Members& keys, int first, T* tile,
+__device__ __forceinline__ void store_key_grads(const SpaceTimeAttention& a, const Backward& b,
+                                                int h, const Members& keys, int first, T* tile,
                                                 const Square (&grad_k)[D / 16],
                                                 const Square (&grad_v)[D / 16]) {
   if (b.entry_grad_k != nullptr) {
@@ -233,7 +218,7 @@ __host__ __device__ constexpr int round_up_16(int64_t n) {
   return static_cast<int>((n + 15) / 16 * 16);
 }
 
-// The part of a query's weights in the scores of its keys, of one head.
+// The factor of a query's weights in the scores of its keys, within one head.
 __device__ __forceinline__ float share_of(Scores scores, int i, int queries) {
   if (scores == Scores::kMean) return 1.0f / static_cast<float>(queries);
   return i == 0 ? 1.0f : 0.0f;

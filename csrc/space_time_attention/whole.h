@@ -1,10 +1,11 @@
-// space_time_attention on CUDA, 17 to 256 queries or keys a group forward, to 128 backward: a block
-// has a group and a head, with all keys and values in shared memory; a warp has 16 queries and
-// their whole rows of weights in registers. Backward in one pass too: the weights and their
-// gradients go through shared memory to the warps of the keys.
+// space_time_attention on CUDA for groups of 17 to 256 queries or keys (forward) and up to 128
+// (backward). A block computes one head of one group, with all keys and values in shared memory; a
+// warp computes 16 queries, with their whole rows of weights in registers. The backward is one pass
+// as well: weights and their gradients reach the warps of the keys through shared memory.
 //
-// Limit: bytes. Forward moves 8 N H D bytes (N rows in all, 16 bits) for 4 n N H D FLOPs, backward
-// 14 N H D for 10 n N H D: at n = 69 35 and 49 FLOPs a byte, where an H200 needs 184.
+// Limit: bytes. For N rows in all, n in a group, in 16 bits: forward moves 8 N H D bytes for
+// 4 n N H D FLOPs, backward 14 N H D bytes for 10 n N H D. At n = 69 that is 35 and 49 FLOPs per
+// byte; an H200 balances at 184.
 #pragma once
 #include "space_time_attention/warp.h"
 
@@ -15,17 +16,17 @@ constexpr int kForwardWarps = 4;
 
 template <class T, int D, int kSquares>
 __global__ void __launch_bounds__(32 * kForwardWarps, kSquares == 4 && D <= 64 ? 3 : 2)
-    whole_forward_kernel(Attention a, Forward f) {
+    whole_forward_kernel(SpaceTimeAttention a, Forward f) {
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
+  check_ends(a.groups);
   const int64_t g = blockIdx.x / a.H;
   const int h = static_cast<int>(blockIdx.x % a.H);
-  const Members queries = queries_of(a, g), keys = keys_of(a, g);
+  const Members queries = queries_of(a.groups, g), keys = keys_of(a.groups, g);
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int most = round_up_16(a.max_keys), real = round_up_16(keys.count);
+  const int most = round_up_16(a.groups.max_keys), real = round_up_16(keys.count);
   T *const k = memory, *const v = k + most * kStride<D>;
-  T* const q = v + (most + 16 * warp) * kStride<D>;  // of this warp: 16 queries, then their output
-  float* const columns =                             // sums of weights, of each warp
+  T* const q = v + (most + 16 * warp) * kStride<D>;  // of this warp: 16 queries, later their output
+  float* const columns =                             // sums of weights, for every warp
       reinterpret_cast<float*>(v + (most + 16 * warps) * kStride<D>);
   copy_rows<T, D>(k, real, a.k, h, keys, 0, threadIdx.x, blockDim.x);
   copy_rows<T, D>(v, real, a.v, h, keys, 0, threadIdx.x, blockDim.x);
@@ -46,7 +47,8 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kSquares == 4 && D <= 64 ?
     for (int i = 0; i < 2; i++) {
       const int query = start + row_of_lane(i);
       const bool is_query = query < queries.count;
-      if (is_query && lane_id() % 4 == 0) f.lse[h * a.Q + queries.row(query)] = row.lse[i];
+      if (is_query && lane_id() % 4 == 0)
+        f.lse[h * a.groups.num_queries + queries.row(query)] = row.lse[i];
       share[i] = is_query ? row.inverse[i] * share_of(a.scores, query, queries.count) : 0.0f;
     }
     if (f.scores != nullptr && (a.scores == Scores::kMean || start == 0)) {
@@ -77,25 +79,26 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kSquares == 4 && D <= 64 ?
   for (int key = threadIdx.x; key < keys.count; key += blockDim.x) {
     float score = 0.0f;
     for (int w = 0; w < warps; w++) score += columns[w * most + key];
-    f.scores[h * a.E + keys.first + key] = score;
+    f.scores[h * a.groups.E + keys.first + key] = score;
   }
 }
 
-// A warp for every 16 queries and 16 keys: first it has the queries, then the keys.
+// There is a warp for every 16 queries and 16 keys. It computes its queries first, then its keys.
 template <class T, int D, int kSquares>
-__global__ void __launch_bounds__(32 * kSquares) whole_backward_kernel(Attention a, Backward b) {
+__global__ void __launch_bounds__(32 * kSquares)
+    whole_backward_kernel(SpaceTimeAttention a, Backward b) {
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
+  check_ends(a.groups);
   const int64_t g = blockIdx.x / a.H;
   const int h = static_cast<int>(blockIdx.x % a.H);
-  const Members queries = queries_of(a, g), keys = keys_of(a, g);
+  const Members queries = queries_of(a.groups, g), keys = keys_of(a.groups, g);
   const int warp = threadIdx.x / 32, start = 16 * warp;
-  const int stride = round_up_16(a.max_keys) + 8;  // of a row of weights
-  T *const q = memory, *const grad_out = q + round_up_16(a.max_queries) * kStride<D>;
-  T* const k = grad_out + round_up_16(a.max_queries) * kStride<D>;
-  T* const v = k + round_up_16(a.max_keys) * kStride<D>;
-  // The weights and their gradients, [queries, keys], take the place of keys and values.
-  T *const weights_tile = k, *const grads_tile = k + round_up_16(a.max_queries) * stride;
+  const int stride = round_up_16(a.groups.max_keys) + 8;  // of a row of weights
+  T *const q = memory, *const grad_out = q + round_up_16(a.groups.max_queries) * kStride<D>;
+  T* const k = grad_out + round_up_16(a.groups.max_queries) * kStride<D>;
+  T* const v = k + round_up_16(a.groups.max_keys) * kStride<D>;
+  // The weights and their gradients, [queries, keys], overwrite keys and values.
+  T *const weights_tile = k, *const grads_tile = k + round_up_16(a.groups.max_queries) * stride;
   const Strided grads_of_out = {b.grad_out, a.H * D, D};
   copy_rows<T, D>(q, round_up_16(queries.count), a.q, h, queries, 0, threadIdx.x, blockDim.x);
   copy_rows<T, D>(k, round_up_16(keys.count), a.k, h, keys, 0, threadIdx.x, blockDim.x);
@@ -116,7 +119,7 @@ __global__ void __launch_bounds__(32 * kSquares) whole_backward_kernel(Attention
     for (int i = 0; i < 2; i++) {
       const int query = start + row_of_lane(i);
       const bool real = query < queries.count;
-      lse[i] = real ? b.lse[h * a.Q + queries.row(query)] * kLog2E : INFINITY;
+      lse[i] = real ? b.lse[h * a.groups.num_queries + queries.row(query)] * kLog2E : INFINITY;
       share[i] = share_of(a.scores, query, queries.count) / static_cast<float>(a.H);
     }
     Square weights[kSquares], grads[kSquares];

@@ -1,10 +1,11 @@
-// space_time_attention on CUDA, backward of groups of 129 to 256 queries or keys with heads of at
-// most 64: a block has a group and a head, with all rows of it in shared memory, and a warp 16
-// keys, whose gradients it sums in registers. The queries come 32 at a time: the gradients of their
-// products go through shared memory to the warps that multiply them with the keys.
+// space_time_attention on CUDA, backward of groups of 129 to 256 queries or keys with a head size
+// of at most 64. A block computes one head of one group, with all its rows in shared memory; a warp
+// sums the gradients of 16 keys in registers. The queries are taken 32 at a time: the gradients of
+// their logits go through shared memory to the warps that multiply them with the keys.
 //
-// Limit: bytes. It moves 16 N H D bytes (N rows in all, 16 bits) for 10 n N H D FLOPs, at n = 197
-// 123 FLOPs a byte, where an H200 needs 184; the scores' gradient takes another 2 n N H D.
+// Limit: bytes. For N rows in all, n in a group, in 16 bits: 16 N H D bytes for 10 n N H D FLOPs,
+// which is 123 FLOPs per byte at n = 197; an H200 balances at 184. The gradient of the scores adds
+// 2 n N H D FLOPs.
 #pragma once
 #include "space_time_attention/warp.h"
 
@@ -17,8 +18,8 @@ constexpr int kWideRows = 256, kWideQueries = 32;
 template <class T, int D>
 struct WideGroup {
   T *q, *grad_out, *k, *v;
-  T* grads;       // [kWideQueries, stride]: of the products, before the scale
-  float2* known;  // [queries]: log-sum-exp, to the base two, and delta
+  T* grads;       // [kWideQueries, stride]: of the logits, before the scale
+  float2* known;  // [queries]: log-sum-exp to the base two, delta
   int stride;
 
   __device__ WideGroup(T* memory, int queries, int keys)
@@ -36,10 +37,10 @@ struct WideGroup {
   }
 };
 
-// Leaves the log-sum-exp, to the base two, and delta of a warp's 16 queries in shared memory.
+// Writes the log-sum-exp (to the base two) and delta of a warp's 16 queries to shared memory.
 template <class T, int D>
-__device__ __forceinline__ void prepare_queries(const Attention& a, const Backward& b, int h,
-                                                const Members& queries, const Members& keys,
+__device__ __forceinline__ void prepare_queries(const SpaceTimeAttention& a, const Backward& b,
+                                                int h, const Members& queries, const Members& keys,
                                                 const WideGroup<T, D>& group, int first) {
   const float dot =
       output_times_grad<T, D>(b.out, a.H, h, queries, first, group.grad_out + first * kStride<D>);
@@ -47,8 +48,9 @@ __device__ __forceinline__ void prepare_queries(const Attention& a, const Backwa
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int query = first + row_of_lane(i);
-    // Where there is no query, weights of zero.
-    lse[i] = query < queries.count ? b.lse[h * a.Q + queries.row(query)] * kLog2E : INFINITY;
+    // Without a query the weights become zero.
+    lse[i] = query < queries.count ? b.lse[h * a.groups.num_queries + queries.row(query)] * kLog2E
+                                   : INFINITY;
   }
   if (b.grad_scores != nullptr && (a.scores == Scores::kMean || first == 0)) {
     Rows16<D> rows;
@@ -75,14 +77,16 @@ __device__ __forceinline__ void prepare_queries(const Attention& a, const Backwa
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(2 * kWideRows) wide_backward_kernel(Attention a, Backward b) {
+__global__ void __launch_bounds__(2 * kWideRows)
+    wide_backward_kernel(SpaceTimeAttention a, Backward b) {
   DYNAMIC_SHARED(T, memory);
-  check_ends(a);
+  check_ends(a.groups);
   const int64_t g = blockIdx.x / a.H;
   const int h = static_cast<int>(blockIdx.x % a.H);
-  const Members queries = queries_of(a, g), keys = keys_of(a, g);
+  const Members queries = queries_of(a.groups, g), keys = keys_of(a.groups, g);
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, start = 16 * warp;
-  const WideGroup<T, D> group(memory, round_up_16(a.max_queries), round_up_16(a.max_keys));
+  const WideGroup<T, D> group(memory, round_up_16(a.groups.max_queries),
+                              round_up_16(a.groups.max_keys));
   const int query_rows = round_up_16(queries.count), key_rows = round_up_16(keys.count);
   const Strided grads_of_out = {b.grad_out, a.H * D, D};
   copy_rows<T, D>(group.q, query_rows, a.q, h, queries, 0, threadIdx.x, blockDim.x);
@@ -96,7 +100,7 @@ __global__ void __launch_bounds__(2 * kWideRows) wide_backward_kernel(Attention 
   __syncthreads();  // every query's delta is there
 
   const bool has_keys = start < keys.count;
-  // Loaded again and again: registers are scarce here.
+  // Loaded at every use: registers are scarce here.
   const auto grad_score = [&](int key) {
     if (b.grad_scores == nullptr || key >= keys.count) return 0.0f;
     const float share = share_of(a.scores, 0, queries.count) / static_cast<float>(a.H);
@@ -157,8 +161,8 @@ __global__ void __launch_bounds__(2 * kWideRows) wide_backward_kernel(Attention 
     __syncthreads();  // nobody reads these queries' gradients any more
   }
   if (!has_keys) return;
-  // All is found again: kept through the loop, it would not fit into registers.
-  const Members same_keys = keys_of(a, blockIdx.x / a.H);
+  // Computed again: kept through the loop, these would not fit into registers.
+  const Members same_keys = keys_of(a.groups, blockIdx.x / a.H);
   store_key_grads<T, D>(a, b, static_cast<int>(blockIdx.x % a.H), same_keys, threadIdx.x / 32 * 16,
                         group.k + start * kStride<D>, grad_k, grad_v);
 }

@@ -1,5 +1,4 @@
-// A few lines of test framework: CHECK, and raises(text, function) for launches that must report a
-// bug.
+// CHECK(condition), and raises(text, function) for launches that must report a bug.
 #pragma once
 #include <cstdio>
 #include <cstdlib>
@@ -27,7 +26,7 @@ bool raises(const char* text, F f) {
   std::printf("no error, expected '%s'\n", text);
   return false;
 }
-// Runs f with seeds 0 (in order), 1, 2, ...; returns for how many of them it gave true.
+// Runs f with seeds 0 (in order), 1, 2, ...; returns how many times it returned true.
 template <class F>
 int count_seeds(int n, F f) {
   auto saved = cuda_on_cpu::options();
@@ -39,8 +38,8 @@ int count_seeds(int n, F f) {
   cuda_on_cpu::options() = saved;
   return hits;
 }
-// Zeroed memory, 16-byte aligned and exactly as long as asked for: AddressSanitizer sees every
-// access past its end.
+// Zeroed memory, 16-byte aligned, of exactly this size: AddressSanitizer detects every access past
+// its end.
 class Buffer {
  public:
   explicit Buffer(size_t bytes) : bytes_(bytes) {

@@ -44,7 +44,7 @@ enum Which { kDense, kUniform, kRagged };
 
 constexpr int kB = 3, kGridT = 2, kGridH = 2, kGridW = 2, kN = kGridT * kGridH * kGridW;
 
-// Runs `kernel`, which must write every element of `out`, and once.
+// Runs `kernel`, which must write every element of `out` exactly once.
 template <class F>
 void watched(Tensor& out, const char* name, F kernel) {
   cuda_on_cpu::Watch watch(out.data(), out.bytes(), size_of(out.dtype), name);
@@ -52,7 +52,7 @@ void watched(Tensor& out, const char* name, F kernel) {
   watch.expect_all_written();
 }
 
-// A clip of kB samples in patches of t x h x w pixels, and which of them are rows.
+// A clip of kB samples in patches of t x h x w pixels, and the rows: which of the patches.
 struct Patches {
   Patches(Layout layout, Which which, Dtype dtype, int C, int t, int h, int w)
       : clip{nullptr, dtype, 0, 0, 0, 0, 0, C, t, h, w, kGridT, kGridH, kGridW},
@@ -72,7 +72,7 @@ struct Patches {
     }
     if (which != kDense) {
       ids.shrink_to_fit();
-      rows.ids = ids.data(), rows.M = static_cast<int64_t>(ids.size());
+      rows.ids = ids.data(), rows.total = static_cast<int64_t>(ids.size());
     }
   }
   Patches(const Patches&) = delete;

@@ -1,24 +1,24 @@
-// Compiles CUDA C++ kernels with a host compiler and runs them on the CPU, for unit tests.
+// Runs CUDA C++ kernels on the CPU for unit tests, compiled by a host compiler.
 //
 // Kernels include "cuda/primitives.h", which includes this file when the compiler is not nvcc:
 //     nvcc -arch=sm_90 kernel.cu                      the GPU build
 //     g++ -std=c++20 -pthread -x c++ kernel.cu        the emulated build
 //
-// How it works. A block runs on one OS thread; each of its CUDA threads is a fiber with its own
+// How it works. A block runs on one OS thread; every CUDA thread of it is a fiber with its own
 // stack. A fiber runs until it reaches a collective (barrier, shuffle, vote, ldmatrix, mma, ...),
-// leaves its operands there and switches to another ready fiber; the last one to arrive computes
-// the result for all of them. Which fiber goes next depends on options().seed, so that code which
-// relies on an order it did not ask for gives different (wrong) results.
+// stores its operands and switches to another ready fiber; the last one to arrive computes the
+// result for all. The next fiber depends on options().seed, so that code that relies on an order
+// without synchronization gives different (wrong) results.
 //
-// What is caught, and how it is reported:
+// Which bugs are detected, and how they are reported:
 // - Divergent barriers, deadlocks, mismatched collectives, lanes missing from a mask: an Error that
 //   names the source lines.
 // - Writes past the end of a SHARED array: an Error when the block ends (canary); at once under
 //   AddressSanitizer.
-// - Reads of shared memory that nobody wrote: it starts as 0xFF bytes, that is NaN, or -1.
+// - Reads of uninitialized shared memory: it starts as 0xFF bytes, which is NaN or -1.
 // - Reads of cp.async data before the wait: the destination holds 0xFF until then.
-// - Misaligned 16-byte accesses made through cuda/primitives.h: an Error.
-// - Output elements written by no block, or by two: Watch.
+// - Misaligned 16-byte accesses through cuda/primitives.h: an Error.
+// - Output elements that no block writes, or two blocks: Watch.
 // - Races in shared and global memory, a missing __syncwarp: -fsanitize=thread, where every CUDA
 //   thread is a fiber of its own to ThreadSanitizer.
 // An Error is a C++ exception thrown out of launch().
@@ -78,7 +78,6 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 #include <ucontext.h>
 #endif
 
-// ---- Language extensions -----------------------------------------------------------------------
 #define CUDA_ON_CPU 1
 #define __global__
 #define __device__
@@ -99,7 +98,6 @@ void AnnotateIgnoreWritesEnd(const char*, int);
       &name##_tag, sizeof(name##_type), #name, ::cuda_on_cpu::Site::current()))
 #define DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::cuda_on_cpu::dynamic_shared())
 
-// ---- Vector types ------------------------------------------------------------------------------
 #define CUDA_ON_CPU_VECTOR(T, name, align)                           \
   struct alignas(2 * align) name##2 { T x, y; };                     \
   struct name##3 { T x, y, z; };                                     \
@@ -138,7 +136,7 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// ---- Options (from the environment, and free to change between launches) -----------------------
+// Read from the environment; may change between launches.
 struct Options {
   uint64_t seed =
       env("CUDA_ON_CPU_SEED", 1);  // 0: blocks and threads run in index order; else shuffled
@@ -197,9 +195,8 @@ inline void tsan_acquire([[maybe_unused]] void* p) {
 #endif
 }
 
-// ---- Fibers ------------------------------------------------------------------------------------
 struct Context {
-  char* stack = nullptr;  // lowest address; with size, what AddressSanitizer wants to know
+  char* stack = nullptr;  // lowest address; with `size`, for AddressSanitizer
   size_t size = 0;
   void* tsan = nullptr;
 #ifdef CUDA_ON_CPU_UCONTEXT
@@ -284,9 +281,8 @@ inline constinit thread_local Block* block = nullptr;
 inline constinit thread_local Fiber* self = nullptr;
 [[noreturn]] void fail(const std::string& what);
 
-// ---- A block -----------------------------------------------------------------------------------
 struct Block {
-  static constexpr size_t guard = 128;  // bytes of canary around each shared array
+  static constexpr size_t guard = 128;  // bytes of canary around every shared array
   static constexpr size_t arena_bytes = 512 * 1024;
   static constexpr unsigned char canary = 0xFD;
   struct Array {
@@ -302,7 +298,7 @@ struct Block {
   Context host;
   std::vector<Fiber> fibers;
   char* stacks = nullptr;
-  size_t stacks_bytes = 0, stack_bytes = 0;  // all of them, each
+  size_t stacks_bytes = 0, stack_bytes = 0;  // of all stacks, of one
   std::exception_ptr error;
   bool abandoned = false;  // the last run left unfinished fibers behind
   // Scheduling: one bit per lane and per warp; a warp's bit in ready_slots is its priority,
@@ -333,7 +329,6 @@ struct Block {
     return static_cast<char*>(p);
   }
 
-  // -- scheduling
   void make_ready(unsigned warp, uint32_t lanes) {
     ready[warp] |= lanes;
     if (ready[warp]) ready_slots |= 1u << slot_of[warp];
@@ -350,7 +345,7 @@ struct Block {
     if (!(ready[warp] &= ~(1u << lane))) ready_slots &= ~(1u << slot);
     return &fibers[warp * 32 + lane];
   }
-  // Gives the CPU to another fiber, until somebody makes this one ready again and its turn comes.
+  // Runs other fibers until this one is ready again and its turn comes.
   __attribute__((always_inline)) void wait() {
     Fiber* me = self;
     Fiber* to = next();
@@ -376,7 +371,6 @@ struct Block {
     return text + "\n    " + std::to_string(threads - live) + " threads have exited";
   }
 
-  // -- life of a block
   static void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
     const void* bottom;
@@ -403,7 +397,7 @@ struct Block {
       if (to) b->resume(to);
     }
     switch_context(*me, to ? *static_cast<Context*>(to) : b->host, true);
-    std::abort();  // nobody resumes a finished fiber
+    std::abort();  // a finished fiber is never resumed
   }
 
   void leave() {  // the current thread returns from the kernel
@@ -416,8 +410,7 @@ struct Block {
   }
 
   void start(Fiber& f) {
-#if defined(__SANITIZE_ADDRESS__)  // a finished fiber leaves marks of its last frames, an abandoned
-                                   // one of all of them
+#if defined(__SANITIZE_ADDRESS__)  // finished and abandoned fibers leave poisoned frames behind
     size_t stale = abandoned ? f.size : std::min<size_t>(f.size, 8192);
     __asan_unpoison_memory_region(f.stack + f.size - stale, stale);
 #endif
@@ -439,9 +432,9 @@ struct Block {
     f.groups = 0;
   }
 
-  // TSan's notion of a thread is dear, so blocks take turns with four sets of them: a race between
-  // two blocks is missed only if both used the same set and the same thread index. Another seed
-  // pairs blocks differently.
+  // Threads of TSan are expensive, so blocks share four sets of them: a race between two blocks is
+  // missed only if both used the same set and the same thread index. Another seed pairs blocks
+  // differently.
   void* tsan_fiber([[maybe_unused]] unsigned i) {
 #if defined(__SANITIZE_THREAD__)
     static std::vector<void*> sets[4];
@@ -458,9 +451,9 @@ struct Block {
     TsanIgnore ignore;
     launch = &l;
     threads = live = l.block.x * l.block.y * l.block.z;
-    constexpr size_t page = 4096;  // an inaccessible one below each stack
+    constexpr size_t page = 4096;  // an inaccessible page lies below every stack
     const size_t stack = (options().stack + page - 1) / page * page;
-#if defined(__SANITIZE_THREAD__)  // fresh memory, which TSan does not connect with the last block's
+#if defined(__SANITIZE_THREAD__)  // new memory, which TSan does not associate with the last block
     unmap();
     arena = map(arena_bytes);
 #endif
@@ -523,7 +516,7 @@ struct Block {
                       where(a.site) + "), " + std::to_string(a.bytes) + " bytes");
   }
 
-  // -- shared memory: [canary] array [canary] array [canary] ...
+  // Shared memory: [canary] array [canary] array [canary] ...
   char* add_array(const void* tag, size_t bytes, const char* name, Site site) {
     size_t end = (arena_used + bytes + guard + 127) / 128 * 128;
     if ((shared_used += bytes) > options().max_shared || end > arena_bytes)
@@ -541,7 +534,7 @@ struct Block {
     return data;
   }
 
-  // -- barriers: id 0 without a count is __syncthreads
+  // Barriers: id 0 without a count is __syncthreads
   int barrier(const char* name, unsigned id, unsigned count, bool waits, bool vote, Site site) {
     TsanIgnore ignore;
     Fiber& me = *self;
@@ -564,7 +557,7 @@ struct Block {
     b.lanes[me.warp] |= 1u << me.lane;
     me.waits_for = name, me.site = site;
     if (b.arrived == (count ? count : live)) release(b);
-    wait();  // a completed barrier has made everyone ready, this thread too
+    wait();  // a completed barrier has made all threads ready, this one too
     tsan_acquire(arena + 8 * id);
     return me.result;
   }
@@ -583,7 +576,7 @@ struct Block {
     b.arrived = b.waiting = b.votes = 0;
   }
 
-  // -- warp collectives. Every lane in `mask` brings its operands; the last one calls finish(lanes,
+  // Warp collectives. Every lane in `mask` stores its operands; the last one calls finish(lanes,
   // operands).
   template <class Operands, class Finish>
   void collective(const char* name, uint32_t mask, Operands& mine, Site site, bool aligned,
@@ -668,6 +661,15 @@ inline void check_shared(const void* p, size_t bytes, const char* what) {
 inline void check_aligned(const void* p, size_t align, const char* what) {
   if (reinterpret_cast<uintptr_t>(p) % align) fail(std::string(what) + ": address not aligned");
 }
+template <unsigned bytes>
+void start_copy(const char* name, void* to, const void* from, bool valid) {  // cp.async
+  check_aligned(to, bytes, name);
+  check_aligned(from, bytes, name);
+  check_shared(to, bytes, name);
+  std::memset(to, 0xFF, bytes);  // undefined until the wait
+  TsanIgnore ignore;
+  self->copies.push_back({to, from, bytes, valid ? bytes : 0u, self->groups});
+}
 [[noreturn]] inline void assert_failed(const char* text, const char* file, int line) {
   std::string message =
       std::string("assertion failed: ") + text + " at " + file + ":" + std::to_string(line);
@@ -676,11 +678,11 @@ inline void check_aligned(const void* p, size_t align, const char* what) {
   std::abort();
 }
 
-// ---- Watch: who writes which output element ----------------------------------------------------
-// While a Watch lives, launches run their blocks one after the other, and each of them sees the
-// buffer filled with 0xFF bytes. Every element it changes is recorded; an element changed by two
-// blocks is an Error. For buffers that a kernel only writes. (A write of the very value 0xFF.. goes
-// unnoticed.)
+// Watch: which block writes which element of an output.
+// While a Watch exists, launches run their blocks one after another, and every block sees the
+// buffer filled with 0xFF bytes. The elements that it changes are recorded; an element changed by
+// two blocks is an Error. For buffers that a kernel only writes. (Writing the value 0xFF.. itself
+// is not seen.)
 class Watch {
  public:
   Watch(void* data, size_t bytes, size_t element, const char* name)
@@ -741,7 +743,6 @@ class Watch {
   std::vector<bool> written_;
 };
 
-// ---- Launching ---------------------------------------------------------------------------------
 inline std::unique_ptr<Block> take_block(std::unique_ptr<Block> put_back = nullptr) {
   static std::mutex mutex;
   static std::vector<std::unique_ptr<Block>> idle;
@@ -763,7 +764,7 @@ inline void run_grid(Launch launch) {
   const Options o = options();
   auto& watches = Watch::all();
 #if defined(__SANITIZE_THREAD__)
-  size_t workers = 1;  // one worker is enough: its fibers count as threads
+  size_t workers = 1;  // one worker is enough: TSan sees its fibers as threads
 #else
   size_t workers = o.workers ? o.workers : std::thread::hardware_concurrency();
   workers = watches.empty() ? std::clamp<size_t>(workers, 1, blocks) : 1;

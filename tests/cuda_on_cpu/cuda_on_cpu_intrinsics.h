@@ -4,7 +4,6 @@
 
 #define CUDA_ON_CPU_SITE cuda_on_cpu::Site site = cuda_on_cpu::Site::current()
 
-// ---- Barriers and fences -----------------------------------------------------------------------
 inline void __syncthreads(CUDA_ON_CPU_SITE) {
   cuda_on_cpu::block->barrier("__syncthreads", 0, 0, true, false, site);
 }
@@ -14,7 +13,7 @@ inline int __syncthreads_count(int p, CUDA_ON_CPU_SITE) {
 inline int __syncthreads_or(int p, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::block->barrier("__syncthreads_or", 0, 0, true, p != 0, site) != 0;
 }
-inline int __syncthreads_and(int p, CUDA_ON_CPU_SITE) {  // nobody voted against
+inline int __syncthreads_and(int p, CUDA_ON_CPU_SITE) {  // no thread voted against
   return cuda_on_cpu::block->barrier("__syncthreads_and", 0, 0, true, p == 0, site) == 0;
 }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
@@ -34,10 +33,9 @@ inline long long clock64() {
 #undef assert
 #define assert(c) ((c) ? void(0) : ::cuda_on_cpu::assert_failed(#c, __FILE__, __LINE__))
 
-// ---- Warp functions ----------------------------------------------------------------------------
 namespace cuda_on_cpu {
 
-// Every lane gives a value and receives one: f(lanes, values by lane, receiving lane).
+// Every lane passes a value and receives f(lanes, values by lane, receiving lane).
 template <class T, class F>
 T exchange(const char* name, uint32_t mask, T value, Site site, F f) {
   struct Operands {
@@ -46,7 +44,7 @@ T exchange(const char* name, uint32_t mask, T value, Site site, F f) {
   block->collective(name, mask, mine, site, false, [&](uint32_t lanes, Operands** all) {
     T in[32];
     std::memset(static_cast<void*>(in), 0xFF,
-                sizeof in);  // what a lane outside the mask would give: poison
+                sizeof in);  // the value of a lane outside the mask: poison
     for (uint32_t m = lanes; m; m &= m - 1) in[std::countr_zero(m)] = all[std::countr_zero(m)]->in;
     for (uint32_t m = lanes; m; m &= m - 1)
       all[std::countr_zero(m)]->out = f(lanes, in, std::countr_zero(m));
@@ -54,7 +52,7 @@ T exchange(const char* name, uint32_t mask, T value, Site site, F f) {
   return mine.out;
 }
 // A shuffle: from(lane) is the source lane, counted within the lane's segment of `width` lanes. The
-// source may differ from lane to lane, so each lane brings its own.
+// source may differ from lane to lane, so every lane passes its own.
 template <class T>
 T shuffle(const char* name, uint32_t mask, T value, int source, Site site) {
   struct Pair {
@@ -75,7 +73,7 @@ inline uint32_t ballot(const char* name, uint32_t mask, bool p, Site site) {
 }  // namespace cuda_on_cpu
 
 inline void __syncwarp(unsigned mask = ~0u, CUDA_ON_CPU_SITE) {
-  // Only __syncwarp orders memory, shuffles do not. The address is new for every block.
+  // Only __syncwarp orders memory; shuffles do not. The address is new for every block.
   void* order = cuda_on_cpu::block->arena + cuda_on_cpu::Block::arena_bytes -
                 8 * (cuda_on_cpu::self->warp + 1);
   cuda_on_cpu::tsan_release(order);
@@ -135,7 +133,7 @@ inline unsigned __activemask() {
   cuda_on_cpu::fail("__activemask has no meaning here: pass the mask you mean");
 }
 
-// ---- Atomics (relaxed, like CUDA's) ------------------------------------------------------------
+// Atomics are relaxed, as in CUDA.
 namespace cuda_on_cpu {
 template <class T, class F>
 T atomic_update(T* p, F f) {
@@ -171,7 +169,6 @@ T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> v) {
   return cuda_on_cpu::atomic_update(p, [=](T o) { return o == expected ? v : o; });
 }
 
-// ---- Integers and bits -------------------------------------------------------------------------
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(unsigned(x)); }
@@ -194,7 +191,6 @@ inline long long max(long long a, long long b) { return a < b ? b : a; }
 inline float min(float a, float b) { return std::fmin(a, b); }
 inline float max(float a, float b) { return std::fmax(a, b); }
 
-// ---- Floats ------------------------------------------------------------------------------------
 // The GPU's approximate functions are computed exactly here: compare results with a tolerance.
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }

@@ -1,5 +1,5 @@
-// Planted bugs: each must be reported, or give a wrong result; the same kernel without the bug must
-// pass. VERBOSE=1 shows the reports.
+// Kernels with planted bugs, which must be reported or give a wrong result; the same kernels
+// without the bug must pass. VERBOSE=1 shows the reports.
 #include "check.h"
 
 __global__ void reverse(const float* in, float* out, bool bug) {
@@ -103,12 +103,12 @@ int main(int argc, char**) {
       if (!(out[i] == in[127 - i])) return false;
     return true;
   };
-  if (argc > 1) {  // for `make test-asan`: must not survive
+  if (argc > 1) {  // under AddressSanitizer: must end the program
     launch(shared_bounds, 1, 32, 128, nullptr, out, 3);
     return 0;
   }
 
-  // A missing barrier: right in no order, or in few.
+  // A missing barrier: wrong in all orders, or in most.
   const int seeds = 50;
   auto hits = [&](auto kernel, bool bug, auto expected) {
     return count_seeds(seeds, [&] {

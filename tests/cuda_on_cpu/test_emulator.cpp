@@ -3,7 +3,6 @@
 
 #include "check.h"
 
-// ---- 16-bit floats -----------------------------------------------------------------------------
 // The nearest of the two neighbours, ties to even, checked with exact arithmetic in double.
 template <class ToFloat>
 bool nearest(float f, uint16_t h, ToFloat to_float) {
@@ -57,7 +56,6 @@ void conversions() {
   CHECK(float(__half(1.0f) + __half(0x1p-12f)) == 1.0f);  // arithmetic rounds to 16 bits
 }
 
-// ---- Warp functions and barriers ---------------------------------------------------------------
 __global__ void warp_functions(int* ok) {
   const int lane = threadIdx.x % 32;
   bool good = true;
@@ -114,7 +112,7 @@ __global__ void count_blocks(int* counter, float* sum, unsigned long long* large
   where[blockIdx.y * 64 + i] = plain[1] * 64 + int(i);
 }
 
-// ---- Fragments, against the index formulas of the PTX manual -----------------------------------
+// Fragments are compared with the index formulas of the PTX manual.
 template <class T>
 __global__ void fragments(const T* a, const T* b, float* d,
                           int* ok) {  // a: 16x16, b: 16x8, row major
@@ -174,7 +172,6 @@ void check_fragments() {
   for (int i = 0; i < 32; i++) CHECK(ok[i]);
 }
 
-// ---- cp.async ----------------------------------------------------------------------------------
 __global__ void pipeline(const float* in, float* out,
                          int stages) {  // double buffer: out = in, through shared memory
   SHARED(float, buffer, [2][128]);

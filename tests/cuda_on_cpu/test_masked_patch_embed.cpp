@@ -15,17 +15,17 @@ struct Case {
   Which which;
   Dtype video, dtype;
   int t, h, w;
-  int64_t D;
+  int64_t C;
 };
 
 void check(const Case& c) {
-  const int kdim = kC * c.t * c.h * c.w;
+  const int numbers = kC * c.t * c.h * c.w;
   const Patches p(c.layout, c.which, c.video, kC, c.t, c.h, c.w);
   const Clip& clip = p.clip;
   const Rows& rows = p.rows;
-  const auto place = [&](const Clip& of, int64_t b, int64_t n, int k) {
-    const int y = k / c.w % c.h, t = k / c.w / c.h % c.t;
-    return p.place(of, b, n, k / c.w / c.h / c.t, t, y, k % c.w);
+  const auto place = [&](const Clip& of, int64_t b, int64_t n, int i) {
+    const int y = i / c.w % c.h, t = i / c.w / c.h % c.t;
+    return p.place(of, b, n, i / c.w / c.h / c.t, t, y, i % c.w);
   };
 
   Affine affine{};
@@ -34,7 +34,7 @@ void check(const Case& c) {
     affine.centre[i] = c.video == Dtype::kUInt8 ? static_cast<float>(100 + i) : 0.0f;
     affine.shift[i] = static_cast<float>(i) * affine.scale[i];
   }
-  Tensor bias(Dtype::kFloat32, c.D), space(c.dtype, kN / 2 * c.D), time(Dtype::kFloat32, 2 * c.D);
+  Tensor bias(Dtype::kFloat32, c.C), space(c.dtype, kN / 2 * c.C), time(Dtype::kFloat32, 2 * c.C);
   bias.fill(11), space.fill(13), time.fill(7);
   const Position position{static_cast<const float*>(bias.data()),
                           space.data(),
@@ -42,41 +42,41 @@ void check(const Case& c) {
                           space.dtype,
                           time.dtype,
                           kN / 2,
-                          c.D};
-  Tensor patches(c.dtype, rows.M * kdim), out(c.dtype, rows.M * c.D);
+                          c.C};
+  Tensor patches(c.dtype, rows.total * numbers), out(c.dtype, rows.total * c.C);
   {
     cuda_on_cpu::Watch watch(out.data(), out.bytes(), size_of(c.dtype), "out");
     watched(patches, "patches", [&] {
-      return vidl_pack_patches_cuda(&clip, &rows, &affine, &position, patches.data(), out.data(),
-                                    c.dtype, nullptr);
+      return vidl_masked_patch_embed_pack_cuda(&clip, &rows, &affine, &position, patches.data(),
+                                               out.data(), c.dtype, nullptr);
     });
     watch.expect_all_written();
   }
-  for (int64_t m = 0; m < rows.M; m++) {
-    for (int k = 0; k < kdim; k++) {
-      const int channel = k / (kdim / kC);
-      const float pixel = p.video[place(clip, p.sample(m), p.patch(m), k)];
+  for (int64_t m = 0; m < rows.total; m++) {
+    for (int i = 0; i < numbers; i++) {
+      const int channel = i / (numbers / kC);
+      const float pixel = p.video[place(clip, p.sample(m), p.patch(m), i)];
       const float scaled = (pixel - affine.centre[channel]) * affine.scale[channel];
-      CHECK(patches[m * kdim + k] == scaled + affine.shift[channel]);
+      CHECK(patches[m * numbers + i] == scaled + affine.shift[channel]);
     }
-    for (int64_t d = 0; d < c.D; d++) {
+    for (int64_t d = 0; d < c.C; d++) {
       const float sum =
-          bias[d] + space[p.patch(m) % (kN / 2) * c.D + d] + time[p.patch(m) / (kN / 2) * c.D + d];
-      CHECK(out[m * c.D + d] == sum);
+          bias[d] + space[p.patch(m) % (kN / 2) * c.C + d] + time[p.patch(m) / (kN / 2) * c.C + d];
+      CHECK(out[m * c.C + d] == sum);
     }
   }
 
-  Tensor grad_out(c.dtype, rows.M * c.D), grad_position(Dtype::kFloat32, kN * c.D);
+  Tensor grad_out(c.dtype, rows.total * c.C), grad_position(Dtype::kFloat32, kN * c.C);
   grad_out.fill(17);
   watched(grad_position, "grad_position", [&] {
-    return vidl_position_grad_cuda(grad_out.data(), c.dtype, &rows,
-                                   static_cast<float*>(grad_position.data()), c.D, nullptr);
+    return vidl_masked_patch_embed_position_grad_cuda(
+        grad_out.data(), c.dtype, &rows, static_cast<float*>(grad_position.data()), c.C, nullptr);
   });
   for (int64_t n = 0; n < kN; n++) {
-    for (int64_t d = 0; d < c.D; d++) {
+    for (int64_t d = 0; d < c.C; d++) {
       float sum = 0;
-      for (int64_t m = 0; m < rows.M; m++) sum += p.patch(m) == n ? grad_out[m * c.D + d] : 0;
-      CHECK(grad_position[n * c.D + d] == sum);
+      for (int64_t m = 0; m < rows.total; m++) sum += p.patch(m) == n ? grad_out[m * c.C + d] : 0;
+      CHECK(grad_position[n * c.C + d] == sum);
     }
   }
 
@@ -88,17 +88,17 @@ void check(const Case& c) {
   Tensor grad_video(c.video, kB * dense.stride_b);
   patches.fill(19);
   watched(grad_video, "grad_video", [&] {
-    return vidl_unpack_patches_cuda(patches.data(), c.dtype, &dense, &rows, grad_video.data(),
-                                    nullptr);
+    return vidl_masked_patch_embed_unpack_cuda(patches.data(), c.dtype, &dense, &rows,
+                                               grad_video.data(), nullptr);
   });
   for (int64_t b = 0; b < kB; b++) {
     for (int64_t n = 0; n < kN; n++) {
-      for (int k = 0; k < kdim; k++) {
+      for (int i = 0; i < numbers; i++) {
         float sum = 0;
-        for (int64_t m = 0; m < rows.M; m++) {
-          if (p.sample(m) == b && p.patch(m) == n) sum += patches[m * kdim + k];
+        for (int64_t m = 0; m < rows.total; m++) {
+          if (p.sample(m) == b && p.patch(m) == n) sum += patches[m * numbers + i];
         }
-        CHECK(grad_video[place(dense, b, n, k)] == sum);
+        CHECK(grad_video[place(dense, b, n, i)] == sum);
       }
     }
   }
@@ -113,8 +113,9 @@ void check_many_rows() {
   Tensor grad_out(Dtype::kFloat32, kM * kD), grad_position(Dtype::kFloat32, kN * kD);
   grad_out.fill(17);
   watched(grad_position, "grad_position", [&] {
-    return vidl_position_grad_cuda(grad_out.data(), Dtype::kFloat32, &rows,
-                                   static_cast<float*>(grad_position.data()), kD, nullptr);
+    return vidl_masked_patch_embed_position_grad_cuda(grad_out.data(), Dtype::kFloat32, &rows,
+                                                      static_cast<float*>(grad_position.data()), kD,
+                                                      nullptr);
   });
   std::vector<float> sums(kN * kD);
   for (int64_t i = 0; i < kM * kD; i++) sums[ids[i / kD] * kD + i % kD] += grad_out[i];
@@ -131,10 +132,10 @@ void check_fold(Dtype dtype) {
   for (const bool has_bias : {true, false}) {
     cuda_on_cpu::Watch watch(folded.data(), folded.bytes(), size_of(dtype), "weight");
     watched(folded_bias, "bias", [&] {
-      return vidl_fold_cuda(weight.data(), dtype,
-                            has_bias ? static_cast<const float*>(bias.data()) : nullptr,
-                            folded.data(), static_cast<float*>(folded_bias.data()), kRows, kColumns,
-                            kC, &affine, nullptr);
+      return vidl_masked_patch_embed_fold_cuda(
+          weight.data(), dtype, has_bias ? static_cast<const float*>(bias.data()) : nullptr,
+          folded.data(), static_cast<float*>(folded_bias.data()), kRows, kColumns, kC, &affine,
+          nullptr);
     });
     watch.expect_all_written();
     for (int d = 0; d < kRows; d++) {
@@ -155,8 +156,8 @@ void check_fold(Dtype dtype) {
   const Position none{};
   const auto pack = [&](std::vector<int64_t> ids, std::vector<int32_t> offsets) {
     const Rows rows{ids.data(), offsets.empty() ? nullptr : offsets.data(), kB, 2, 2, kN};
-    vidl_pack_patches_cuda(&clip, &rows, &affine, &none, patches.data(), nullptr, Dtype::kFloat32,
-                           nullptr);
+    vidl_masked_patch_embed_pack_cuda(&clip, &rows, &affine, &none, patches.data(), nullptr,
+                                      Dtype::kFloat32, nullptr);
   };
   CHECK(raises("assertion failed", [&] { pack({0, kN}, {}); }));
   CHECK(raises("assertion failed", [&] { pack({-1, 0}, {}); }));
@@ -185,7 +186,7 @@ int main() {
     for (const Dtype dtype : {kFloat32, kFloat16, kBFloat16}) check_fold(dtype);
     return true;
   });
-#ifndef __SANITIZE_THREAD__  // to which the threads of an abandoned launch never end
+#ifndef __SANITIZE_THREAD__  // TSan believes that the threads of a failed launch never end
   check_bad_indices();
 #endif
   return report("masked_patch_embed");

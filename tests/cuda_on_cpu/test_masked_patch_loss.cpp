@@ -26,7 +26,7 @@ bool near(double x, double y) { return std::abs(x - y) <= 1e-4 * (1 + std::abs(y
 Channels channels_of(const Case& c) {
   Channels channels{};
   for (int i = 0; i < c.C; i++) {
-    const bool own = c.statistics == Statistics::kChannel;  // then they count relative to nothing
+    const bool own = c.statistics == Statistics::kChannel;  // then both cancel
     channels.scale[i] = own || i == 0 ? 1.0f : 0.5f + 0.25f * static_cast<float>(i);
     channels.shift[i] = own ? 0.0f : static_cast<float>(i) - 0.5f;
     channels.eps[i] = 1e-6f * static_cast<float>(i + 1);
@@ -39,21 +39,21 @@ Channels channels_of(const Case& c) {
 std::vector<double> target_of(const Case& c, const Patches& p, const Channels& channels,
                               int64_t m) {
   std::vector<double> target(p.numbers);
-  for (int k = 0; k < p.numbers; k++) {
-    const int channel = k % c.C, x = k / c.C % c.w, y = k / c.C / c.w % c.h,
-              t = k / c.C / c.w / c.h;
+  for (int i = 0; i < p.numbers; i++) {
+    const int channel = i % c.C, x = i / c.C % c.w, y = i / c.C / c.w % c.h,
+              t = i / c.C / c.w / c.h;
     const double pixel = p.video[p.place(p.clip, p.sample(m), p.patch(m), channel, t, y, x)];
-    target[k] = pixel * channels.scale[channel] + channels.shift[channel];
+    target[i] = pixel * channels.scale[channel] + channels.shift[channel];
   }
   const int parts = c.statistics == Statistics::kChannel ? c.C : 1, n = p.numbers / parts;
   for (int part = 0; part < parts && c.statistics != Statistics::kNone; part++) {
     double mean = 0, squares = 0;
-    for (int k = part; k < p.numbers; k += parts) mean += target[k] / n;
-    for (int k = part; k < p.numbers; k += parts)
-      squares += (target[k] - mean) * (target[k] - mean);
+    for (int i = part; i < p.numbers; i += parts) mean += target[i] / n;
+    for (int i = part; i < p.numbers; i += parts)
+      squares += (target[i] - mean) * (target[i] - mean);
     const double var = squares / (n - 1), eps = channels.eps[part];
     const double deviation = parts == 1 ? std::sqrt(var + eps) : std::sqrt(var) + eps;
-    for (int k = part; k < p.numbers; k += parts) target[k] = (target[k] - mean) / deviation;
+    for (int i = part; i < p.numbers; i += parts) target[i] = (target[i] - mean) / deviation;
   }
   return target;
 }
@@ -61,18 +61,18 @@ std::vector<double> target_of(const Case& c, const Patches& p, const Channels& c
 void check(const Case& c) {
   const Patches p(c.layout, c.which, c.video, c.C, c.t, c.h, c.w);
   const Channels channels = channels_of(c);
-  const int64_t M = p.rows.M, K = p.rows.K, wide = p.numbers + c.margin;
+  const int64_t total = p.rows.total, K = p.rows.K, wide = p.numbers + c.margin;
   const int parts = c.statistics == Statistics::kNone    ? 0
                     : c.statistics == Statistics::kPatch ? 1
                                                          : c.C;
-  // Between two samples lie more rows than one has.
+  // Samples are further apart than their rows need.
   const int64_t between = (K + 1) * wide;
   const auto start = [&](int64_t m) { return K ? m / K * between + m % K * wide : m * wide; };
-  Tensor prediction(c.dtype, start(M - 1) + p.numbers), out(c.dtype, M * p.numbers);
+  Tensor prediction(c.dtype, start(total - 1) + p.numbers), out(c.dtype, total * p.numbers);
   prediction.fill(5);
   const Predictions predictions{prediction.data(), c.dtype, K ? between : 0, wide};
 
-  Tensor losses(Dtype::kFloat32, M), moments(Dtype::kFloat32, M * parts * 2);
+  Tensor losses(Dtype::kFloat32, total), moments(Dtype::kFloat32, total * parts * 2);
   auto* const moment = static_cast<float*>(moments.data());
   watched(losses, "losses", [&] {
     std::optional<cuda_on_cpu::Watch> watch;
@@ -83,7 +83,7 @@ void check(const Case& c) {
     if (watch) watch->expect_all_written();
     return error;
   });
-  Tensor grad(Dtype::kFloat32, M);
+  Tensor grad(Dtype::kFloat32, total);
   grad.fill(3);
   watched(out, "out", [&] {
     return vidl_masked_patch_loss_bwd_cuda(static_cast<const float*>(grad.data()), moment, &p.clip,
@@ -94,14 +94,14 @@ void check(const Case& c) {
   const double rounding = c.dtype == Dtype::kFloat32   ? 1e-4
                           : c.dtype == Dtype::kFloat16 ? 2e-3
                                                        : 1e-2;
-  for (int64_t m = 0; m < M; m++) {
+  for (int64_t m = 0; m < total; m++) {
     const std::vector<double> target = target_of(c, p, channels, m);
     double loss = 0;
-    for (int k = 0; k < p.numbers; k++) {
-      const double error = prediction[start(m) + k] - target[k];
+    for (int i = 0; i < p.numbers; i++) {
+      const double error = prediction[start(m) + i] - target[i];
       loss += error * error / p.numbers;
       const double wanted = 2 * error * grad[m] / p.numbers;
-      CHECK(std::abs(out[m * p.numbers + k] - wanted) <=
+      CHECK(std::abs(out[m * p.numbers + i] - wanted) <=
             rounding * (1.0 / p.numbers + std::abs(wanted)));
     }
     CHECK(near(losses[m], loss));
@@ -115,8 +115,8 @@ void check(const Case& c) {
   Tensor prediction(c.dtype, 2 * p.numbers), losses(Dtype::kFloat32, 2);
   const Predictions predictions{prediction.data(), c.dtype, 0, p.numbers};
   const auto loss = [&](std::vector<int64_t> ids, std::vector<int32_t> offsets) {
-    const int64_t M = static_cast<int64_t>(ids.size());
-    const Rows rows{ids.data(), offsets.empty() ? nullptr : offsets.data(), kB, M, M, kN};
+    const int64_t total = static_cast<int64_t>(ids.size());
+    const Rows rows{ids.data(), offsets.empty() ? nullptr : offsets.data(), kB, total, total, kN};
     vidl_masked_patch_loss_cuda(&p.clip, &rows, &predictions, c.statistics, &channels,
                                 static_cast<float*>(losses.data()), nullptr, nullptr);
   };
@@ -136,7 +136,8 @@ int main() {
       {kPlanar, kUniform, kUInt8, kBFloat16, 3, 1, 16, 16, kPatch, 0},  // 16 bytes at a time
       {kPlanar, kRagged, kUInt8, kFloat16, 3, 2, 2, 16, kChannel, 0},
       {kChannelsLast, kUniform, kUInt8, kFloat32, 3, 2, 3, 16, kChannel, 4},
-      {kPadded, kDense, kUInt8, kBFloat16, 3, 1, 14, 14, kPatch, 0},  // every other row 4 at a time
+      {kPadded, kDense, kUInt8, kBFloat16, 3, 1, 14, 14, kPatch,
+       0},  // every other row 4 bytes at a time
       {kChannelsLast, kRagged, kUInt8, kFloat16, 3, 1, 5, 7, kNone, 1},
       {kPlanar, kUniform, kFloat32, kFloat32, 3, 2, 4, 4, kPatch, 3},
       {kPlanar, kRagged, kBFloat16, kBFloat16, 3, 1, 8, 8, kChannel, 0},
@@ -145,13 +146,13 @@ int main() {
       {kPadded, kUniform, kFloat32, kBFloat16, 3, 1, 3, 7, kChannel, 0},
       {kPlanar, kUniform, kUInt8, kFloat32, 5, 1, 4, 4, kPatch, 0},
       {kChannelsLast, kUniform, kFloat16, kFloat32, 4, 2, 2, 3, kChannel, 1},
-      {kPlanar, kUniform, kFloat32, kFloat32, 3, 1, 64, 32, kPatch, 0},  // one warp a block
+      {kPlanar, kUniform, kFloat32, kFloat32, 3, 1, 64, 32, kPatch, 0},  // one warp per block
   };
   count_seeds(2, [&] {
     for (const Case& c : cases) check(c);
     return true;
   });
-#ifndef __SANITIZE_THREAD__  // to which the threads of an abandoned launch never end
+#ifndef __SANITIZE_THREAD__  // TSan believes that the threads of a failed launch never end
   check_bad_indices();
 #endif
   return report("masked_patch_loss");

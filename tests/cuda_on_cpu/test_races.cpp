@@ -1,6 +1,6 @@
 // Built with -fsanitize=thread. `test_races NAME` runs one kernel; TSan ends the process with
-// status 66 if it saw a race. These races need no unlucky order to be found: the results of most of
-// them are right on the CPU.
+// status 66 if it detects a race. It does so in any order of threads, and although most of the
+// results are right on the CPU.
 #include "check.h"
 
 __global__ void kernel(float* out, int bug) {

@@ -47,17 +47,17 @@ float rounded(Dtype dtype, float x) {
 enum Fuse { kNone, kSum, kMean };
 
 struct Case {
-  std::vector<int> lengths, kept;  // of each sample, without the prefix
+  std::vector<int> lengths, kept;  // of every sample, without the prefix
   int prefix, C;
   Dtype dtype;
   bool by_score;
   Fuse fuse;
   bool packed;
   int pad = 0;        // elements between rows of x
-  bool ties = false;  // equal scores where it counts
+  bool ties = false;  // equal scores around the K-th
 };
 
-// The inputs of a case, and what forward and backward should give.
+// The inputs of a case, and the kept tokens of every sample.
 struct Problem {
   explicit Problem(const Case& c)
       : c(c), B(int(c.lengths.size())), extra(c.prefix + (c.fuse != kNone)) {
@@ -161,7 +161,7 @@ struct Results {
   const bool divides;
 };
 
-// Runs `kernel`, which must write every element of these buffers, and once.
+// Runs `kernel`, which must write every element of these buffers exactly once.
 template <class F>
 void watched(const std::vector<std::pair<const Buffer*, size_t>>& buffers, F kernel) {
   std::vector<std::unique_ptr<cuda_on_cpu::Watch>> watches;
@@ -174,7 +174,7 @@ void watched(const std::vector<std::pair<const Buffer*, size_t>>& buffers, F ker
   for (const auto& watch : watches) watch->expect_all_written();
 }
 
-// The shares of the fused token's gradient that a dropped token gets; 0 where it is not fused.
+// The weight of a dropped token in the fused token: 0 if it is not finite.
 float usable(float weight) { return std::isfinite(weight) ? weight : 0.0f; }
 
 void check_backward(const Problem& p, const Results& r) {
@@ -216,9 +216,9 @@ void check_backward(const Problem& p, const Results& r) {
         CHECK(grad_x[in * c.C + i] == expected);
       }
       if (fuses && (n >= 0 || c.packed)) {
-        const float found = grad_weights[c.packed ? in : p.first(b) + n];
-        CHECK(found == product * share || (c.fuse == kMean && std::abs(found - product * share) <
-                                                                  1e-3f * (1 + std::abs(found))));
+        const float result = grad_weights[c.packed ? in : p.first(b) + n];
+        const float error = std::abs(result - product * share);
+        CHECK(error == 0 || (c.fuse == kMean && error < 1e-3f * (1 + std::abs(result))));
       }
     }
   }
@@ -260,14 +260,14 @@ void check(const Case& c) {
     }
     for (int i = 0; c.packed && i < c.prefix; i++) CHECK(r.place(p.begin(b) + i) == -1);
     for (int i = 0; i < c.C; i++) {
-      const auto found = [&](int row) { return r.tokens[(p.first_out(b) + row) * c.C + i]; };
-      for (int row = 0; row < c.prefix; row++) CHECK(found(row) == element(row, i));
+      const auto token = [&](int row) { return r.tokens[(p.first_out(b) + row) * c.C + i]; };
+      for (int row = 0; row < c.prefix; row++) CHECK(token(row) == element(row, i));
       for (int k = 0; k < c.kept[b]; k++) {
-        CHECK(found(c.prefix + k) == element(c.prefix + chosen[k], i));
+        CHECK(token(c.prefix + k) == element(c.prefix + chosen[k], i));
       }
       if (c.fuse == kNone) continue;
       const float fused = c.fuse == kSum ? sums[i] : mass == 0 ? 0 : sums[i] / mass;
-      CHECK(found(c.prefix + c.kept[b]) == rounded(c.dtype, fused));
+      CHECK(token(c.prefix + c.kept[b]) == rounded(c.dtype, fused));
       if (c.fuse == kMean) CHECK(r.mean[b * c.C + i] == fused);
     }
     if (c.fuse == kMean) CHECK(r.mass[b] == mass);
@@ -307,7 +307,7 @@ int main() {
       {{70, 70, 70}, {40, 40, 40}, 2, 24, kBFloat16, true, kMean, false, 8},
       {{37}, {20}, 0, 9, kFloat16, true, kSum, false, 3},  // an element at a time
       {{300}, {150}, 1, 8, kFloat32, false, kNone, false, 0, true},
-      {{1100}, {500}, 1, 4, kFloat32, true, kNone, false},  // those that stay are compared
+      {{1100}, {500}, 1, 4, kFloat32, true, kNone, false},  // only the kept tokens are compared
 #ifndef __SANITIZE_THREAD__
       {{1030}, {700}, 0, 8, kBFloat16, true, kNone, false, 0, true},
       {{300}, {150}, 1, 8, kFloat16, true, kMean, false, 0, true},
@@ -327,7 +327,7 @@ int main() {
     for (const Case& c : cases) check(c);
     return true;
   });
-#ifndef __SANITIZE_THREAD__  // to which the threads of an abandoned launch never end
+#ifndef __SANITIZE_THREAD__  // TSan believes that the threads of a failed launch never end
   // More tokens than are cached.
   check({{4100}, {1500}, 0, 1, kBFloat16, false, kSum, true, 0, true});
   check_bad_offsets();

@@ -6,15 +6,15 @@
 
 namespace {
 
-using vidl::Attention;
 using vidl::Backward;
 using vidl::Dtype;
 using vidl::Forward;
 using vidl::Scores;
 using vidl::Size;
+using vidl::SpaceTimeAttention;
 using Numbers = std::vector<double>;
 
-// [rows, H, D] of a dtype, in rows that have some more numbers: NaN.
+// [rows, H, D] of a dtype. Rows are padded with NaN.
 class Tensor : public Buffer {
  public:
   Tensor(Dtype dtype, size_t n) : Buffer(n * (dtype == Dtype::kFloat32 ? 4 : 2)), dtype(dtype) {
@@ -37,7 +37,7 @@ class Tensor : public Buffer {
 enum Rows { kInOrder, kGathered, kShared };
 
 struct Case {
-  std::vector<int> queries, keys;  // of each group
+  std::vector<int> queries, keys;  // of every group
   int64_t H, D;
   Dtype dtype;
   Scores scores;
@@ -55,24 +55,25 @@ int64_t longest(const std::vector<int>& sizes) {
   return *std::max_element(sizes.begin(), sizes.end());
 }
 
-// The inputs of a case, and the kernels' results.
+// The inputs of a case, and the results of the kernels.
 struct Problem {
   explicit Problem(const Case& c)
       : c(c),
         query_offsets(offsets_of(c.queries)),
         key_offsets(offsets_of(c.keys)),
-        Q(query_offsets.back()),
+        num_queries(query_offsets.back()),
         E(key_offsets.back()),
-        K(c.rows == kShared ? (E + 1) / 2 : E),
+        num_keys(c.rows == kShared ? (E + 1) / 2 : E),
         line(c.H * c.D + 8) {
-    for (int i = 0; i < Q; i++) query_rows.push_back(Q - 1 - i);
-    for (int e = 0; e < E; e++) key_rows.push_back(c.rows == kShared ? e * 5 % K : E - 1 - e);
+    for (int i = 0; i < num_queries; i++) query_rows.push_back(num_queries - 1 - i);
+    for (int e = 0; e < E; e++)
+      key_rows.push_back(c.rows == kShared ? e * 5 % num_keys : E - 1 - e);
     if (c.rows == kInOrder) {
-      for (int i = 0; i < Q; i++) query_rows[i] = i;
+      for (int i = 0; i < num_queries; i++) query_rows[i] = i;
       for (int e = 0; e < E; e++) key_rows[e] = e;
     }
     entry_offsets = {0};
-    for (int row = 0; row < K; row++) {
+    for (int row = 0; row < num_keys; row++) {
       for (int e = 0; e < E; e++) {
         if (key_rows[e] == row) entries.push_back(e);
       }
@@ -80,7 +81,7 @@ struct Problem {
     }
     for (auto* list : {&query_rows, &key_rows, &entry_offsets, &entries}) list->shrink_to_fit();
     fill(q, 1), fill(k, 2), fill(v, 3);
-    for (size_t i = 0; i < size_t(Q * c.H * c.D); i++) grad_out.set(i, number(i, 4));
+    for (size_t i = 0; i < size_t(num_queries * c.H * c.D); i++) grad_out.set(i, number(i, 4));
     for (int e = 0; e < E; e++) grad_scores.set(e, number(e, 5));
     if (c.poisoned < 0) return;
     const float bad[] = {NAN, INFINITY};
@@ -102,30 +103,25 @@ struct Problem {
     }
   }
 
-  Attention attention() const {
+  SpaceTimeAttention attention() const {
     const auto strided = [&](const Tensor& x) { return vidl::Strided{x.data(), line, c.D}; };
     const bool gathered = c.rows != kInOrder;
-    return {strided(q),
+    const bool shared = c.rows == kShared;
+    return {{query_offsets.data(), key_offsets.data(), gathered ? query_rows.data() : nullptr,
+             gathered ? key_rows.data() : nullptr, shared ? entry_offsets.data() : nullptr,
+             shared ? entries.data() : nullptr, int64_t(c.queries.size()), E, num_queries, num_keys,
+             longest(c.queries), longest(c.keys)},
+            strided(q),
             strided(k),
             strided(v),
-            query_offsets.data(),
-            key_offsets.data(),
-            gathered ? query_rows.data() : nullptr,
-            gathered ? key_rows.data() : nullptr,
-            int64_t(c.queries.size()),
             c.H,
             c.D,
-            Q,
-            K,
-            E,
-            longest(c.queries),
-            longest(c.keys),
             c.scale,
             c.scores,
             c.dtype};
   }
 
-  // Runs `kernel`, which must write every element of the outputs, and once.
+  // Runs `kernel`, which must write every element of the outputs exactly once.
   template <class F>
   static void watched(std::vector<Tensor*> outputs, F kernel) {
     std::vector<std::unique_ptr<cuda_on_cpu::Watch>> watches;
@@ -139,16 +135,17 @@ struct Problem {
   }
 
   void run() {
-    const Attention a = attention();
+    const SpaceTimeAttention a = attention();
     const bool scored = c.scores != Scores::kNone;
-    const bool blocked = vidl::forward_size(a.max_queries, a.max_keys) == Size::kBlocked;
+    const bool blocked =
+        vidl::forward_size(a.groups.max_queries, a.groups.max_keys) == Size::kBlocked;
     const Forward f = {out.data(), lse.floats(), scored ? scores.floats() : nullptr,
                        scored ? mean_scores.floats() : nullptr};
     std::vector<Tensor*> outputs = {&out};
     if (scored) outputs.push_back(&mean_scores);
     if (!(blocked && scored)) outputs.push_back(&lse);  // which another kernel reads then
-    if (c.poisoned >= 0) outputs.clear();               // NaN is what a watch takes for not written
-    watched(outputs, [&] { return vidl_attention_cuda(&a, &f, nullptr); });
+    if (c.poisoned >= 0) outputs.clear();               // a watch takes NaN for not written
+    watched(outputs, [&] { return vidl_space_time_attention_cuda(&a, &f, nullptr); });
 
     const bool shared = c.rows == kShared;
     const Backward b = {grad_out.data(),
@@ -160,37 +157,40 @@ struct Problem {
                         grad_v.data(),
                         shared ? entry_grad_k.floats() : nullptr,
                         shared ? entry_grad_v.floats() : nullptr,
-                        shared ? entry_offsets.data() : nullptr,
-                        shared ? entries.data() : nullptr,
                         delta.floats()};
     outputs = {&grad_q, &grad_k, &grad_v};
     if (c.poisoned >= 0) outputs.clear();
-    watched(outputs, [&] { return vidl_attention_bwd_cuda(&a, &b, nullptr); });
+    watched(outputs, [&] { return vidl_space_time_attention_bwd_cuda(&a, &b, nullptr); });
   }
 
   const Case c;
   std::vector<int32_t> query_offsets, key_offsets, query_rows, key_rows, entry_offsets, entries;
-  const int Q, E, K;
+  const int num_queries, E, num_keys;
   const int64_t line;
-  Tensor q{c.dtype, size_t(Q * line)}, k{c.dtype, size_t(K * line)}, v{c.dtype, size_t(K * line)};
-  Tensor out{c.dtype, size_t(Q * c.H * c.D)}, lse{Dtype::kFloat32, size_t(c.H * Q)};
+  Tensor q{c.dtype, size_t(num_queries * line)}, k{c.dtype, size_t(num_keys * line)},
+      v{c.dtype, size_t(num_keys * line)};
+  Tensor out{c.dtype, size_t(num_queries * c.H * c.D)},
+      lse{Dtype::kFloat32, size_t(c.H * num_queries)};
   Tensor scores{Dtype::kFloat32, size_t(c.H * E)}, mean_scores{Dtype::kFloat32, size_t(E)};
-  Tensor grad_out{c.dtype, size_t(Q * c.H * c.D)}, grad_scores{Dtype::kFloat32, size_t(E)};
-  Tensor grad_q{c.dtype, size_t(Q * c.H * c.D)}, delta{Dtype::kFloat32, size_t(c.H * Q)};
-  Tensor grad_k{c.dtype, size_t(K * c.H * c.D)}, grad_v{c.dtype, size_t(K * c.H * c.D)};
+  Tensor grad_out{c.dtype, size_t(num_queries * c.H * c.D)},
+      grad_scores{Dtype::kFloat32, size_t(E)};
+  Tensor grad_q{c.dtype, size_t(num_queries * c.H * c.D)},
+      delta{Dtype::kFloat32, size_t(c.H * num_queries)};
+  Tensor grad_k{c.dtype, size_t(num_keys * c.H * c.D)},
+      grad_v{c.dtype, size_t(num_keys * c.H * c.D)};
   Tensor entry_grad_k{Dtype::kFloat32, size_t(E * c.H * c.D)};
   Tensor entry_grad_v{Dtype::kFloat32, size_t(E * c.H * c.D)};
 };
 
-// What the results should be, group by group.
+// The expected results, group by group.
 struct Truth {
   explicit Truth(const Problem& p)
-      : out(p.Q * p.c.H * p.c.D),
-        lse(p.c.H * p.Q),
+      : out(p.num_queries * p.c.H * p.c.D),
+        lse(p.c.H * p.num_queries),
         scores(p.E),
-        grad_q(p.Q * p.c.H * p.c.D),
-        grad_k(p.K * p.c.H * p.c.D),
-        grad_v(p.K * p.c.H * p.c.D) {
+        grad_q(p.num_queries * p.c.H * p.c.D),
+        grad_k(p.num_keys * p.c.H * p.c.D),
+        grad_v(p.num_keys * p.c.H * p.c.D) {
     for (size_t g = 0; g < p.c.queries.size(); g++) {
       for (int64_t h = 0; h < p.c.H; h++) group(p, int(g), h);
     }
@@ -215,7 +215,7 @@ struct Truth {
         sum += weight[j] = std::exp(product * p.c.scale);
         grad[j] += p.grad_scores[entry] * share / H;
       }
-      lse[h * p.Q + row] = std::log(sum);
+      lse[h * p.num_queries + row] = std::log(sum);
       for (int j = 0; j < keys; j++) total += (weight[j] /= sum) * grad[j];
       for (int j = 0; j < keys; j++) {
         const int entry = p.key_offsets[g] + j;
@@ -267,7 +267,7 @@ void check(const Case& c) {
   std::printf(", D = %d, scores %d\n", int(c.D), int(c.scores));
 }
 
-// What is not a number in one group leaves the others as they are, to the bit.
+// NaN in one group leaves the others unchanged, bit for bit.
 void check_poison(Case c) {
   Problem clean(c);
   clean.run();
@@ -297,9 +297,9 @@ void check_poison(Case c) {
     const Case c = {{4, 3}, {4, 3}, 1, 32, Dtype::kBFloat16, Scores::kNone, kGathered, 1.0f};
     Problem p(c);
     change(p);
-    const Attention a = p.attention();
+    const SpaceTimeAttention a = p.attention();
     const Forward f = {p.out.data(), p.lse.floats(), nullptr, nullptr};
-    vidl_attention_cuda(&a, &f, nullptr);
+    vidl_space_time_attention_cuda(&a, &f, nullptr);
   };
   CHECK(raises("assertion failed", [&] { run([](Problem& p) { p.query_rows[2] = 7; }); }));
   CHECK(raises("assertion failed", [&] { run([](Problem& p) { p.key_rows[6] = -1; }); }));
@@ -343,7 +343,7 @@ int main() {
     check_poison({{5, 7, 8}, {2, 7, 8}, 1, 32, kFloat16, kMean, kInOrder, 0.3f});
     return true;
   });
-#ifndef __SANITIZE_THREAD__  // to which the threads of an abandoned launch never end
+#ifndef __SANITIZE_THREAD__  // TSan believes that the threads of a failed launch never end
   check_bad_groups();
 #endif
   return report("space_time_attention");

@@ -1,0 +1,80 @@
+// Rows and softmax of one group on the CPU. A VIDL_SOURCE includes this file first, once for each
+// instruction set (cpu/levels.h).
+
+constexpr int64_t kKeyStep = kWidth < 8 ? 8 : kWidth;  // rows of keys are padded to this number
+constexpr int64_t kMostQueries = 60;                   // that meet the keys at once
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// How many queries meet `columns` keys at once: their products stay in the second-level cache.
+VIDL_VECTOR_INLINE int64_t queries_at_once(int64_t columns) {
+  const int64_t rows = 32768 / columns / kTileRows * kTileRows;
+  return rows < 2 * kTileRows ? 2 * kTileRows : rows > kMostQueries ? kMostQueries : rows;
+}
+
+// One group: where its queries and keys begin in their lists, and how many there are.
+struct Group {
+  int64_t first_query, queries, first_key, keys;
+};
+
+VIDL_VECTOR_INLINE Group group_of(const Groups& groups, int64_t g) {
+  const int64_t first_query = groups.query_offsets[g], first_key = groups.key_offsets[g];
+  return {first_query, groups.query_offsets[g + 1] - first_query, first_key,
+          groups.key_offsets[g + 1] - first_key};
+}
+
+VIDL_VECTOR_INLINE int64_t row_of(const int32_t* rows, int64_t place) {
+  return rows == nullptr ? place : rows[place];
+}
+
+template <class T>
+VIDL_VECTOR_INLINE void read_row(const T* from, int64_t D, float scale, float* to) {
+  for (int64_t d = 0; d < D; d++) to[d] = static_cast<float>(from[d]) * scale;
+}
+
+template <class T>
+VIDL_VECTOR_INLINE void write_row(const float* from, int64_t D, float scale, T* to) {
+  for (int64_t d = 0; d < D; d++) to[d] = static_cast<T>(from[d] * scale);
+}
+
+// Rows [count, D] of one head times `scale`, in float32 [padded, width] with zeros beyond them. The
+// next task is the next head: its part of a row is on the same page now, and fetched ahead.
+template <class T>
+VIDL_VECTOR_INLINE void read_rows(const Strided& x, const int32_t* rows, int64_t first,
+                                  int64_t count, int64_t padded, int64_t h, int64_t D,
+                                  int64_t width, float scale, float* to) {
+  const T* const from = static_cast<const T*>(x.data) + h * x.head;
+  for (int64_t j = 0; j < count; j++) {
+    const T* const row = from + row_of(rows, first + j) * x.row;
+    read_row(row, D, scale, to + j * width);
+    for (int64_t d = D; d < width; d++) to[j * width + d] = 0.0f;
+    prefetch(row + x.head, D);
+  }
+  memset(to + count * width, 0, (padded - count) * width * sizeof(float));
+}
+
+struct RowOfWeights {
+  float inverse, lse;  // 1 / the sum of the weights; the log-sum-exp of the scaled products
+};
+
+// Turns the products of a query into weights before they are divided by their sum: exponentials
+// relative to the greatest product, zeros from `keys` on. `columns` is a multiple of kWidth,
+// `scale` is not negative.
+VIDL_VECTOR_INLINE RowOfWeights exponentiate(float* line, int64_t keys, int64_t columns,
+                                             float scale) {
+  for (int64_t j = keys; j < columns; j++) line[j] = -INFINITY;
+  Vector most = load(line);
+  for (int64_t j = kWidth; j < columns; j += kWidth) {
+    const Vector next = load(line + j);
+    most = next > most ? next : most;
+  }
+  const float top = max_of(most), factor = of_two(scale);
+  Vector total = {};
+  for (int64_t j = 0; j < columns; j += kWidth) {
+    const Vector weight = power_of_two(load(line + j) - top, factor);
+    store(line + j, weight);
+    total += weight;
+  }
+  const float sum = sum_of(total);
+  return {1.0f / sum, top * scale + std::log(sum)};
+}
