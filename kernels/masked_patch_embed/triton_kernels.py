@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels.patches.triton_ids import check_in_interpreter, check_offsets, pick, visible
+from vidl.kernels.patches.triton_ids import DTYPES, check_in_interpreter, pick, visible
 from vidl.kernels.triton_launch import OPTIONS, block_size, on_device
+from vidl.kernels.triton_offsets import check_offsets
 
 # Pixels or features a program holds at a time; at 128 threads that is two 16-byte loads of uint8.
 TILE = 4096
@@ -200,7 +201,7 @@ def pack_kernel(
     program = tl.program_id(0).to(tl.int64)
     if cu_seqlens_ptr is not None:
         if program == 0:
-            check_offsets(cu_seqlens_ptr, B, total, BLOCK=128)
+            check_offsets(cu_seqlens_ptr, B, total, None)
     pack_programs = tl.cdiv(M.to(tl.int64) * (C * PATCH_T * PATCH_H), BLOCK_LINES)
     if program < pack_programs:
         _pack(

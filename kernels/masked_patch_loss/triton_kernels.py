@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels.patches.triton_ids import check_in_interpreter, check_offsets, pick, visible
+from vidl.kernels.patches.triton_ids import DTYPES, check_in_interpreter, pick, visible
 from vidl.kernels.triton_launch import OPTIONS, on_device
+from vidl.kernels.triton_offsets import check_offsets
 
 # Numbers that a program holds at a time, unless one patch has more.
 TILE = 2048
@@ -159,7 +160,7 @@ def forward_kernel(
     program = tl.program_id(0).to(tl.int64)
     if cu_seqlens_ptr is not None:
         if program == 0:
-            check_offsets(cu_seqlens_ptr, B, M, BLOCK=128)
+            check_offsets(cu_seqlens_ptr, B, M, None)
     m = program * BLOCK_M + tl.arange(0, BLOCK_M)
     real = m < M
     sample, patch, inside = visible(m, ids_ptr, cu_seqlens_ptr, B, K, N, real)
