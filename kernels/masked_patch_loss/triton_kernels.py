@@ -1,8 +1,8 @@
 """masked_patch_loss in Triton: a program reads a few patches in the order of the prediction.
 
-A row of a tile is a patch, as differences from its first pixel: those of uint8 are small integers,
-whose sums are exact, and those of a patch of one colour are zero. The backward reads the pixels
-again, and takes the mean and deviation that the forward left.
+A row of a tile is a patch, as differences from its first pixel. Differences of uint8 are small
+integers, so their sums are exact, and those of a patch of a single color are 0. The backward pass
+reads the pixels again and reuses the mean and the standard deviation of the forward pass.
 """
 
 import itertools
@@ -14,18 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels.patches.triton_ids import check_in_interpreter, check_offsets, pick, visible
+from vidl.kernels.patches.triton_ids import DTYPES, check_in_interpreter, pick, visible
 from vidl.kernels.triton_launch import OPTIONS, on_device
+from vidl.kernels.triton_offsets import check_offsets
 
-# Numbers that a program holds at a time, unless one patch has more.
+# Pixels that a program holds at a time, unless one patch has more.
 TILE = 2048
 # Offsets within a patch that are smaller than this are computed in 32 bits.
 NARROW = 2**31
 
 
 @triton.jit
-def _offsets(
-    number,
+def _pixel_offsets(
+    pixel,
     stride_c,
     stride_t,
     stride_h,
@@ -35,113 +36,113 @@ def _offsets(
     PATCH_W: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Where the numbers of a patch, in the order (t, h, w, C), are from its first pixel on."""
-    pixel = number // C
-    channel, x = number % C, pixel % PATCH_W
-    y, frame = pixel // PATCH_W % PATCH_H, pixel // (PATCH_W * PATCH_H)
-    if WIDE:  # strides of 32 bits are widened by the multiplication
+    """Offsets of pixels, numbered in (t, h, w, C) order, from the first pixel of their patch."""
+    place = pixel // C
+    channel, x = pixel % C, place % PATCH_W
+    y, frame = place // PATCH_W % PATCH_H, place // (PATCH_W * PATCH_H)
+    if WIDE:  # the multiplication widens strides of 32 bits
         channel, x = channel.to(tl.int64), x.to(tl.int64)
         y, frame = y.to(tl.int64), frame.to(tl.int64)
     return channel * stride_c + frame * stride_t + y * stride_h + x * stride_w
 
 
 @triton.jit
-def _corner(
-    sample,
-    patch,
-    rows,
-    columns,
-    stride_b,
-    stride_t,
-    stride_h,
-    stride_w,
-    PATCH_T: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    PATCH_W: tl.constexpr,
-):
-    """Where each patch begins in the video."""
-    frame = (patch // (rows * columns) * PATCH_T).to(tl.int64)
-    y = (patch // columns % rows * PATCH_H).to(tl.int64)
-    x = (patch % columns * PATCH_W).to(tl.int64)
-    return sample * stride_b + frame * stride_t + y * stride_h + x * stride_w
-
-
-@triton.jit
-def _differences(
+def _load_patches(
+    row,
+    real,
+    pixel,
     video_ptr,
-    start,  # [BLOCK_M]
-    number,  # [BLOCK_K]
-    mask,  # [BLOCK_M, BLOCK_K]
-    scale,
-    shift,
+    stride_b,
     stride_c,
     stride_t,
     stride_h,
     stride_w,
+    ids_ptr,
+    cu_seqlens_ptr,
+    scale,
+    shift,
+    B,
+    per_sample,
+    N,
+    grid_h,
+    grid_w,
     C: tl.constexpr,
+    PATCH_T: tl.constexpr,
     PATCH_H: tl.constexpr,
     PATCH_W: tl.constexpr,
     STATISTICS: tl.constexpr,
     AFFINE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The pixels of each patch, less its first where it is normalised; 0 outside the mask."""
-    within = _offsets(number, stride_c, stride_t, stride_h, stride_w, C, PATCH_H, PATCH_W, WIDE)
-    x = tl.load(video_ptr + start[:, None] + within[None, :], mask=mask, other=0).to(tl.float32)
+    """The pixels of the patch of each row of ids, and which of them exist; 0 where they do not.
+
+    A patch that will be normalized is given as differences from its first pixel.
+    """
+    sample, patch, inside = visible(row, ids_ptr, cu_seqlens_ptr, B, per_sample, N, real)
+    frame = (patch // (grid_h * grid_w) * PATCH_T).to(tl.int64)
+    y = (patch // grid_w % grid_h * PATCH_H).to(tl.int64)
+    x = (patch % grid_w * PATCH_W).to(tl.int64)
+    start = sample * stride_b + frame * stride_t + y * stride_h + x * stride_w
+    mask = inside[:, None] & (pixel < C * PATCH_T * PATCH_H * PATCH_W)[None, :]
+    patch_ptr = video_ptr + start[:, None]
+    strides = (stride_c, stride_t, stride_h, stride_w)
+    offsets = _pixel_offsets(pixel, *strides, C, PATCH_H, PATCH_W, WIDE)
+    value = tl.load(patch_ptr + offsets[None, :], mask=mask, other=0).to(tl.float32)
     if AFFINE:
-        x = x * pick(scale, number % C, C)[None, :] + pick(shift, number % C, C)[None, :]
+        value = value * pick(scale, pixel % C, C)[None, :] + pick(shift, pixel % C, C)[None, :]
     if STATISTICS == "patch":
-        first = tl.load(video_ptr + start[:, None] + tl.zeros_like(number)[None, :], mask=mask)
-        x -= first.to(tl.float32)
+        first = tl.load(patch_ptr + tl.zeros_like(pixel)[None, :], mask=mask)
+        value -= first.to(tl.float32)
     if STATISTICS == "channel":
-        channel = number % C
+        channel = pixel % C
         if WIDE:
             channel = channel.to(tl.int64)
-        first = tl.load(video_ptr + start[:, None] + (channel * stride_c)[None, :], mask=mask)
-        x -= first.to(tl.float32)
-    return tl.where(mask, x, 0.0)
+        first = tl.load(patch_ptr + (channel * stride_c)[None, :], mask=mask)
+        value -= first.to(tl.float32)
+    return tl.where(mask, value, 0.0), mask
 
 
 @triton.jit
-def _prediction(m, rows, stride_b, stride_m):
-    """Where each row of a prediction begins; `rows` of them every stride_b."""
-    return m // rows * stride_b + m % rows * stride_m
+def _load_prediction(row, pixel, mask, prediction_ptr, stride_b, stride_row, per_sample):
+    """The prediction of each row; a sample, every stride_b, has `per_sample` rows."""
+    start = row // per_sample * stride_b + row % per_sample * stride_row
+    return tl.load(prediction_ptr + start[:, None] + pixel[None, :], mask=mask, other=0)
 
 
 @triton.jit
-def _normalise(x, channel, part, mean, factor, STATISTICS: tl.constexpr):
-    """(x - mean) * factor, in channel `part` alone if each has its own."""
+def _normalize(x, channel, part, mean, factor, STATISTICS: tl.constexpr):
+    """(x - mean) * factor; if every channel has its own statistics, in channel `part` only."""
     normal = (x - mean[:, None]) * factor[:, None]
     if STATISTICS == "channel":
         normal = tl.where((channel == part)[None, :], normal, x)
     return normal
 
 
-@triton.jit(do_not_specialize=["B", "K", "N", "M", "per_sample", "rows", "columns"])
+@triton.jit(do_not_specialize=["B", "masked", "N", "total", "prediction_rows", "grid_h", "grid_w"])
 def forward_kernel(
-    prediction_ptr,  # [B, K, numbers] or [M, numbers]
-    between,  # samples of a prediction, and its rows
-    prediction_stride,
-    per_sample,
+    prediction_ptr,  # [B, masked, pixels] or [total, pixels]
+    prediction_b,
+    prediction_row,
+    prediction_rows,
     video_ptr,  # [B, C, T, H, W]
     stride_b,
     stride_c,
     stride_t,
     stride_h,
     stride_w,
-    ids_ptr,  # [M]
-    cu_seqlens_ptr,  # [B + 1] or None: K rows a sample
-    losses_ptr,  # [M], float32
-    moments_ptr,  # [M, PARTS, 2], float32
+    ids_ptr,  # [total]
+    cu_seqlens_ptr,  # [B + 1] or None: `masked` rows a sample
+    losses_ptr,  # [total], float32
+    moments_ptr,  # [total, PARTS, 2], float32
     scale,
     shift,
     eps,
     B,
-    K,
+    masked,
     N,
-    M,
-    rows,
-    columns,
+    total,
+    grid_h,
+    grid_w,
     C: tl.constexpr,
     PATCH_T: tl.constexpr,
     PATCH_H: tl.constexpr,
@@ -149,76 +150,71 @@ def forward_kernel(
     STATISTICS: tl.constexpr,
     AFFINE: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_PATCHES: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
 ):
-    """losses[m] = mean of (prediction[m] - target)^2; moments[m] = mean and 1 / deviation."""
-    NUMBERS: tl.constexpr = C * PATCH_T * PATCH_H * PATCH_W
+    """losses = mean of (prediction - target)^2; moments = mean and 1 / standard deviation."""
+    PIXELS: tl.constexpr = C * PATCH_T * PATCH_H * PATCH_W
     PARTS: tl.constexpr = C if STATISTICS == "channel" else 1
-    COUNT: tl.constexpr = NUMBERS // PARTS
+    COUNT: tl.constexpr = PIXELS // PARTS
     program = tl.program_id(0).to(tl.int64)
     if cu_seqlens_ptr is not None:
         if program == 0:
-            check_offsets(cu_seqlens_ptr, B, M, BLOCK=128)
-    m = program * BLOCK_M + tl.arange(0, BLOCK_M)
-    real = m < M
-    sample, patch, inside = visible(m, ids_ptr, cu_seqlens_ptr, B, K, N, real)
-    start = _corner(
-        *(sample, patch, rows, columns, stride_b, stride_t, stride_h, stride_w),
-        *(PATCH_T, PATCH_H, PATCH_W),
-    )
-    number = tl.arange(0, BLOCK_K)
-    mask = inside[:, None] & (number < NUMBERS)[None, :]
-    x = _differences(
-        *(video_ptr, start, number, mask, scale, shift),
-        *(stride_c, stride_t, stride_h, stride_w),
-        *(C, PATCH_H, PATCH_W, STATISTICS, AFFINE, WIDE),
+            check_offsets(cu_seqlens_ptr, B, total, None)
+    row = program * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
+    real = row < total
+    pixel = tl.arange(0, BLOCK_PIXELS)
+    x, mask = _load_patches(
+        *(row, real, pixel, video_ptr, stride_b, stride_c, stride_t, stride_h, stride_w),
+        *(ids_ptr, cu_seqlens_ptr, scale, shift, B, masked, N, grid_h, grid_w),
+        *(C, PATCH_T, PATCH_H, PATCH_W, STATISTICS, AFFINE, WIDE),
     )
     if STATISTICS != "none":
         for part in tl.static_range(PARTS):
-            mine = mask & ((number % PARTS) == part)[None, :]
-            mean = tl.sum(tl.where(mine, x, 0.0), 1) / COUNT
-            away = tl.where(mine, x - mean[:, None], 0.0)
-            var = tl.sum(away * away, 1) / (COUNT - 1)
+            of_part = mask & ((pixel % PARTS) == part)[None, :]
+            mean = tl.sum(tl.where(of_part, x, 0.0), 1) / COUNT
+            deviation = tl.where(of_part, x - mean[:, None], 0.0)
+            var = tl.sum(deviation * deviation, 1) / (COUNT - 1)
             if STATISTICS == "patch":
                 factor = 1.0 / tl.sqrt_rn(var + eps[part])
             else:
                 factor = 1.0 / (tl.sqrt_rn(var) + eps[part])
-            x = _normalise(x, number % PARTS, part, mean, factor, STATISTICS)
-            place = moments_ptr + (m * PARTS + part) * 2
+            x = _normalize(x, pixel % PARTS, part, mean, factor, STATISTICS)
+            place = moments_ptr + (row * PARTS + part) * 2
             tl.store(place, mean, mask=real)
             tl.store(place + 1, factor, mask=real)
-    line = _prediction(m, per_sample, between, prediction_stride)
-    given = tl.load(prediction_ptr + line[:, None] + number[None, :], mask=mask, other=0)
-    error = tl.where(mask, given.to(tl.float32) - x, 0.0)
-    tl.store(losses_ptr + m, tl.sum(error * error, 1) / NUMBERS, mask=real)
+    prediction = _load_prediction(
+        *(row, pixel, mask, prediction_ptr, prediction_b, prediction_row, prediction_rows)
+    )
+    error = tl.where(mask, prediction.to(tl.float32) - x, 0.0)
+    tl.store(losses_ptr + row, tl.sum(error * error, 1) / PIXELS, mask=real)
 
 
-@triton.jit(do_not_specialize=["B", "K", "N", "M", "per_sample", "rows", "columns"])
+@triton.jit(do_not_specialize=["B", "masked", "N", "total", "prediction_rows", "grid_h", "grid_w"])
 def backward_kernel(
-    grad_ptr,  # [M], float32
-    moments_ptr,  # [M, PARTS, 2], float32
-    prediction_ptr,  # [B, K, numbers] or [M, numbers]
-    between,  # samples of a prediction, and its rows
-    prediction_stride,
-    per_sample,
+    grad_ptr,  # [total], float32
+    moments_ptr,  # [total, PARTS, 2], float32
+    prediction_ptr,  # [B, masked, pixels] or [total, pixels]
+    prediction_b,
+    prediction_row,
+    prediction_rows,
     video_ptr,  # [B, C, T, H, W]
     stride_b,
     stride_c,
     stride_t,
     stride_h,
     stride_w,
-    ids_ptr,  # [M]
+    ids_ptr,  # [total]
     cu_seqlens_ptr,  # [B + 1] or None
-    out_ptr,  # [M, numbers]
+    out_ptr,  # [total, pixels]
     scale,
     shift,
     B,
-    K,
+    masked,
     N,
-    M,
-    rows,
-    columns,
+    total,
+    grid_h,
+    grid_w,
     C: tl.constexpr,
     PATCH_T: tl.constexpr,
     PATCH_H: tl.constexpr,
@@ -226,49 +222,43 @@ def backward_kernel(
     STATISTICS: tl.constexpr,
     AFFINE: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_PATCHES: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
 ):
-    """out[m] = 2 (prediction[m] - target) * grad[m] / numbers."""
-    NUMBERS: tl.constexpr = C * PATCH_T * PATCH_H * PATCH_W
+    """out = 2 (prediction - target) * grad / pixels."""
+    PIXELS: tl.constexpr = C * PATCH_T * PATCH_H * PATCH_W
     PARTS: tl.constexpr = C if STATISTICS == "channel" else 1
     program = tl.program_id(0).to(tl.int64)
-    m = program * BLOCK_M + tl.arange(0, BLOCK_M)
-    real = m < M
-    sample, patch, inside = visible(m, ids_ptr, cu_seqlens_ptr, B, K, N, real)
-    start = _corner(
-        *(sample, patch, rows, columns, stride_b, stride_t, stride_h, stride_w),
-        *(PATCH_T, PATCH_H, PATCH_W),
-    )
-    number = tl.arange(0, BLOCK_K)
-    mask = inside[:, None] & (number < NUMBERS)[None, :]
-    x = _differences(
-        *(video_ptr, start, number, mask, scale, shift),
-        *(stride_c, stride_t, stride_h, stride_w),
-        *(C, PATCH_H, PATCH_W, STATISTICS, AFFINE, WIDE),
+    row = program * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
+    real = row < total
+    pixel = tl.arange(0, BLOCK_PIXELS)
+    x, mask = _load_patches(
+        *(row, real, pixel, video_ptr, stride_b, stride_c, stride_t, stride_h, stride_w),
+        *(ids_ptr, cu_seqlens_ptr, scale, shift, B, masked, N, grid_h, grid_w),
+        *(C, PATCH_T, PATCH_H, PATCH_W, STATISTICS, AFFINE, WIDE),
     )
     if STATISTICS != "none":
         for part in tl.static_range(PARTS):
-            place = moments_ptr + (m * PARTS + part) * 2
+            place = moments_ptr + (row * PARTS + part) * 2
             mean = tl.load(place, mask=real, other=0)
             factor = tl.load(place + 1, mask=real, other=0)
-            x = _normalise(x, number % PARTS, part, mean, factor, STATISTICS)
-    line = _prediction(m, per_sample, between, prediction_stride)
-    given = tl.load(prediction_ptr + line[:, None] + number[None, :], mask=mask, other=0)
-    factor = tl.load(grad_ptr + m, mask=real, other=0) * (2.0 / NUMBERS)
-    grad = (given.to(tl.float32) - x) * factor[:, None]
-    writable = real[:, None] & (number < NUMBERS)[None, :]
+            x = _normalize(x, pixel % PARTS, part, mean, factor, STATISTICS)
+    prediction = _load_prediction(
+        *(row, pixel, mask, prediction_ptr, prediction_b, prediction_row, prediction_rows)
+    )
+    factor = tl.load(grad_ptr + row, mask=real, other=0) * (2.0 / PIXELS)
+    grad = (prediction.to(tl.float32) - x) * factor[:, None]
     tl.store(
-        out_ptr + (m * NUMBERS)[:, None] + number[None, :],
+        out_ptr + (row * PIXELS)[:, None] + pixel[None, :],
         grad.to(out_ptr.dtype.element_ty),
-        mask=writable,
+        mask=real[:, None] & (pixel < PIXELS)[None, :],
     )
 
 
 def masked_patch_loss(
-    prediction: Tensor,  # [B, K, numbers] or [M, numbers]
+    prediction: Tensor,  # [B, masked, pixels] or [total, pixels]
     video: Tensor,  # [B, C, T, H, W]
-    ids_masked: Tensor,  # [B, K] or [M]
+    ids_masked: Tensor,  # [B, masked] or [total]
     cu_seqlens: Tensor | None,  # [B + 1]
     patch: Sequence[int],  # t, h, w
     statistics: str,
@@ -276,14 +266,14 @@ def masked_patch_loss(
     shift: Sequence[float],
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The mean squared error of each patch, and what the backward needs of it."""
+    """The mean squared error of each patch, and the moments that the backward pass needs."""
     launch = _Launch(prediction, video, ids_masked, cu_seqlens, patch, statistics)
     rows = prediction.shape[:-1]
     parts = {"none": 0, "patch": 1, "channel": video.shape[1]}[statistics]
     losses = prediction.new_empty(rows, dtype=torch.float32)
     moments = prediction.new_empty((*rows, parts, 2), dtype=torch.float32)
     scale, shift, epsilons = _relative(statistics, scale, shift, eps)
-    # Even where there are no rows, a program checks the offsets.
+    # Even without rows, a program checks the offsets.
     programs = max(launch.programs, 0 if cu_seqlens is None else 1)
     with on_device(video):
         forward_kernel[(programs,)](
@@ -301,7 +291,7 @@ def masked_patch_loss(
 
 
 def masked_patch_loss_bwd(
-    grad: Tensor,  # [B, K] or [M], float32
+    grad: Tensor,  # [B, masked] or [total], float32
     moments: Tensor,
     prediction: Tensor,
     video: Tensor,
@@ -333,7 +323,7 @@ def masked_patch_loss_bwd(
 
 
 class _Launch:
-    """What both kernels take, and how many programs there are."""
+    """The arguments that both kernels share, and the number of their programs."""
 
     def __init__(
         self,
@@ -345,34 +335,32 @@ class _Launch:
         statistics: str,
     ) -> None:
         B, C = video.shape[:2]
-        T, rows, columns = (n // p for n, p in zip(video.shape[2:], patch, strict=True))
-        N, M, numbers = T * rows * columns, ids_masked.numel(), C * prod(patch)
+        grid = [n // p for n, p in zip(video.shape[2:], patch, strict=True)]
+        N, total = prod(grid), ids_masked.numel()
         ids = ids_masked.contiguous()
         offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
         check_in_interpreter("masked_patch_loss: ids_masked", ids, offsets, N)
         if prediction.stride(-1) != 1:
             prediction = prediction.contiguous()
-        per_sample = max(prediction.shape[-2], 1)
-        between = prediction.stride(0) if prediction.ndim == 3 else 0
-        # The stride of a dimension of size 1 means nothing; as 0 it leaves the others aligned.
+        # The stride of a dimension of size 1 is arbitrary; 0 keeps addresses aligned.
         sizes = zip(video.shape, video.stride(), strict=True)
         stride_b, *strides = (stride if n > 1 else 0 for n, stride in sizes)
         reach = sum((n - 1) * s for n, s in zip((C, *patch), strides, strict=True))
-        block_k = triton.next_power_of_2(numbers)
-        block_m = max(TILE // block_k, 1)
-        self.programs = triton.cdiv(M, block_m)
+        block_pixels = triton.next_power_of_2(C * prod(patch))
+        block_patches = max(TILE // block_pixels, 1)
+        self.programs = triton.cdiv(total, block_patches)
         self.inputs = (
             prediction,
-            between,
+            prediction.stride(0) if prediction.ndim == 3 else 0,
             prediction.stride(-2),
-            per_sample,
+            max(prediction.shape[-2], 1),
             video,
             stride_b,
             *strides,
             ids,
             offsets,
         )
-        self.sizes = (B, max(ids_masked.shape[-1], 1), N, M, rows, columns)
+        self.sizes = (B, max(ids_masked.shape[-1], 1), N, total, *grid[1:])
         self.constants = {
             "C": C,
             "PATCH_T": patch[0],
@@ -380,9 +368,9 @@ class _Launch:
             "PATCH_W": patch[2],
             "STATISTICS": statistics,
             "WIDE": reach >= NARROW,
-            "BLOCK_M": block_m,
-            "BLOCK_K": block_k,
-            "num_warps": min(max(block_m * block_k // 256, 4), 16),
+            "BLOCK_PATCHES": block_patches,
+            "BLOCK_PIXELS": block_pixels,
+            "num_warps": min(max(block_patches * block_pixels // 256, 4), 16),
             **OPTIONS,
         }
 
@@ -390,7 +378,11 @@ class _Launch:
 def _relative(
     statistics: str, scale: Sequence[float], shift: Sequence[float], eps: float
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
-    """Scale and shift relative to the first channel, or none: what all share cancels but in eps."""
+    """Scale, shift and eps that give the same target with less to compute.
+
+    Normalization cancels the scale and shift of the first channel if all channels of a patch share
+    its statistics, those of every channel if each has its own, but eps must be rescaled.
+    """
     if statistics == "none":
         return tuple(scale), tuple(shift), (eps,) * len(scale)
     if statistics == "channel":
@@ -406,19 +398,11 @@ def _is_affine(scale: Sequence[float], shift: Sequence[float]) -> bool:
 
 def ahead_of_time() -> None:
     """Launch every variant of every kernel once (tests/test_triton_aot.py compiles them)."""
-    dtypes = [
-        (torch.uint8, torch.float32),
-        (torch.uint8, torch.bfloat16),
-        (torch.uint8, torch.float16),
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-    ]
     targets = (("patch", 0.5), ("channel", 1.0), ("none", 0.5))
     ids, offsets = torch.zeros(8, dtype=torch.int64), torch.tensor([0, 3, 8], dtype=torch.int32)
     cases = itertools.chain(
-        itertools.product([(2, 16, False)], dtypes, targets),
-        itertools.product([(1, 16, True), (1, 14, False), (2, 32, True)], dtypes[:1], targets[:2]),
+        itertools.product([(2, 16, False)], DTYPES, targets),
+        itertools.product([(1, 16, True), (1, 14, False), (2, 32, True)], DTYPES[2:3], targets[:2]),
     )
     for (t, p, last), (video_dtype, dtype), (statistics, scale) in cases:
         video = torch.zeros(2, 3, 2 * t, 2 * p, 2 * p).to(video_dtype)

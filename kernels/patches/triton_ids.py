@@ -1,15 +1,27 @@
-"""What Triton kernels share that read patches: which patch a row is."""
+"""Which patch of which clip a row of ids is, for the Triton kernels that read patches."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels import library
+from vidl.kernels import library, triton_offsets
+
+# Clips and computations that kernels are compiled for ahead of time.
+DTYPES = (
+    (torch.uint8, torch.bfloat16),
+    (torch.uint8, torch.float16),
+    (torch.uint8, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+)
 
 
 @triton.jit
 def pick(values, index, C: tl.constexpr):
-    """values[index]: scalars that came as arguments have no address."""
+    """values[index]: a tuple of scalar arguments cannot be indexed at run time."""
     result = tl.zeros(index.shape, tl.float32) + values[0]
     for c in tl.static_range(1, C):
         result = tl.where(index == c, values[c], result)
@@ -35,26 +47,18 @@ def sample_of(row, cu_seqlens_ptr, B, mask):
 
 
 @triton.jit
-def check_offsets(cu_seqlens_ptr, B, M, BLOCK: tl.constexpr):
-    for start in range(0, B + 1, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        this = tl.load(cu_seqlens_ptr + i, mask=i <= B, other=0)
-        after = tl.load(cu_seqlens_ptr + i + 1, mask=i < B, other=0)
-        tl.device_assert(this <= after, "cu_seqlens must ascend", mask=i < B)
-        tl.device_assert(this == 0, "cu_seqlens must begin with 0", mask=i == 0)
-        tl.device_assert(this == M, "cu_seqlens must end with the rows of ids", mask=i == B)
+def visible(row, ids_ptr, cu_seqlens_ptr, B, per_sample, N, mask):
+    """The sample and the patch of each row of ids, and whether there is such a patch.
 
-
-@triton.jit
-def visible(row, ids_ptr, cu_seqlens_ptr, B, K, N, mask):
-    """The sample and the patch of each row, and whether there is such a patch."""
+    A sample has `per_sample` rows, unless there are offsets. Without ids it has all N patches.
+    """
     if ids_ptr is None:
         sample = row // N
         patch = (row % N).to(tl.int32)
         inside = mask
     else:
         if cu_seqlens_ptr is None:
-            sample = row // K
+            sample = row // per_sample
         else:
             sample = sample_of(row, cu_seqlens_ptr, B, mask).to(tl.int64)
         number = tl.load(ids_ptr + row, mask=mask, other=0)
@@ -65,13 +69,11 @@ def visible(row, ids_ptr, cu_seqlens_ptr, B, K, N, mask):
 
 
 def check_in_interpreter(name: str, ids: Tensor | None, cu_seqlens: Tensor | None, N: int) -> None:
-    """What the kernels assert on CUDA: Triton's interpreter leaves assertions out."""
+    """Raise what the kernels assert: Triton's interpreter ignores device assertions."""
     if not library.interpreting() or ids is None:
         return
     if not ((ids >= 0) & (ids < N)).all():
         raise RuntimeError(f"{name} must lie in [0, {N})")
-    if cu_seqlens is None:
-        return
-    offsets, total = cu_seqlens.tolist(), ids.numel()
-    if offsets[0] != 0 or offsets[-1] != total or offsets != sorted(offsets):
-        raise RuntimeError(f"{name.split(':')[0]}: cu_seqlens must ascend from 0 to {total}")
+    if cu_seqlens is not None:
+        op = name.split(":")[0]
+        triton_offsets.check_in_interpreter(op, "cu_seqlens", cu_seqlens, ids.numel())

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vidl.kernels import library
 from vidl.kernels.triton_launch import OPTIONS, block_size, on_device
+from vidl.kernels.triton_offsets import check_offsets, find_block
 
 # Keys that a program compares at a time, at most; and those it compares with each of a block.
 KEYS_PER_STEP = 1024
@@ -95,39 +96,6 @@ def _place_by_score(
         better += (rival[None, :] > key[:, None]).to(tl.int32)
     place = tl.sum(better, 1)
     return real & (place < K), place
-
-
-@triton.jit
-def _check_offsets(offsets_ptr, B, last, BLOCK: tl.constexpr):
-    for start in range(0, B + 1, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        this = tl.load(offsets_ptr + i, mask=i <= B, other=0)
-        after = tl.load(offsets_ptr + i + 1, mask=i < B, other=0)
-        tl.device_assert(this <= after, "offsets of samples must ascend", mask=i < B)
-        tl.device_assert(this == 0, "offsets of samples must begin with 0", mask=i == 0)
-        tl.device_assert(this == last, "offsets of samples must end with their rows", mask=i == B)
-
-
-@triton.jit
-def _work(item, cu_seqlens_ptr, B, blocks, BLOCK: tl.constexpr):
-    """The sample, and the first of its rows, that an item of work is about.
-
-    Every sample has `blocks` blocks; or sample b has those from cu_seqlens[b] // BLOCK + b on, of
-    which there is at least one.
-    """
-    if cu_seqlens_ptr is None:
-        sample = item // blocks
-        start = item % blocks * BLOCK
-    else:
-        sample = item * 0
-        high = sample + B
-        while high - sample > 1:
-            middle = (sample + high) // 2
-            below = tl.load(cu_seqlens_ptr + middle) // BLOCK + middle <= item
-            sample = tl.where(below, middle, sample)
-            high = tl.where(below, high, middle)
-        start = (item - tl.load(cu_seqlens_ptr + sample) // BLOCK - sample) * BLOCK
-    return sample, start.to(tl.int32)
 
 
 @triton.jit
@@ -253,22 +221,24 @@ def select_kernel(
     FUSED_COLUMNS: tl.constexpr,
 ):
     """Programs of fused tokens come first, B x slices; then those that copy, blocks x chunks."""
+    PACKED: tl.constexpr = cu_seqlens_ptr is not None
     program = tl.program_id(0).to(tl.int64)
     fused = B.to(tl.int64) * slices
-    if cu_seqlens_ptr is not None:
+    if PACKED:
         if program == 0:
-            _check_offsets(cu_seqlens_ptr, B, total, 256)
-            _check_offsets(cu_kept_ptr, B, num_kept, 256)
+            check_offsets(cu_seqlens_ptr, B, total, None)
+            check_offsets(cu_kept_ptr, B, num_kept, None)
     if program < fused:
         sample = program // slices
         start = tl.zeros([], tl.int32)
     else:
-        sample, start = _work((program - fused) // chunks, cu_seqlens_ptr, B, blocks, BLOCK_N)
+        item = (program - fused) // chunks
+        sample, start = find_block(item, cu_seqlens_ptr, B, blocks, BLOCK_N, PACKED)
     begin, tokens = _rows_of(sample, cu_seqlens_ptr, N, total, prefix)
     first, kept = _kept_of(sample, cu_kept_ptr, K, num_kept, tokens)
     out = first + sample * (prefix + FUSE)  # the sample's first row among the tokens
     x_ptr += sample * stride_b + begin * stride_r
-    if cu_seqlens_ptr is None:
+    if not PACKED:
         ranks_ptr += sample * stride_ranks_b
         inverse_ptr += sample * N
         if FUSE:
@@ -304,7 +274,7 @@ def select_kernel(
         chunk = ((program - fused) % chunks).to(tl.int32)
         if chunk == 0:
             real = (n >= 0) & (n < tokens)
-            if cu_seqlens_ptr is not None:
+            if PACKED:
                 real |= (n < 0) & (r < prefix + tokens)
             tl.store(inverse_ptr + n, tl.where(stays, place, -1).to(tl.int64), mask=real)
             tl.store(ids_ptr + first + place, n.to(tl.int64), mask=stays)
@@ -357,15 +327,16 @@ def backward_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Each row of x gets its token's gradient, or its share of the fused token's, or zeros."""
+    PACKED: tl.constexpr = cu_seqlens_ptr is not None
     program = tl.program_id(0).to(tl.int64)
-    sample, start = _work(program // chunks, cu_seqlens_ptr, B, blocks, BLOCK_N)
+    sample, start = find_block(program // chunks, cu_seqlens_ptr, B, blocks, BLOCK_N, PACKED)
     begin, tokens = _rows_of(sample, cu_seqlens_ptr, N, total, prefix)
     out = tl.load(offsets_ptr + sample).to(tl.int64)
     last = tl.load(offsets_ptr + sample + 1).to(tl.int64) - 1
     r = start + tl.arange(0, BLOCK_N)
     n = r - prefix
     scored = (n >= 0) & (n < tokens)
-    if cu_seqlens_ptr is None:
+    if not PACKED:
         number = sample * N + n
         row = sample * (prefix + N) + r
     else:
@@ -377,7 +348,7 @@ def backward_kernel(
     scale = tl.full([BLOCK_N], 1, tl.float32)
     passes = stays
     if FUSE:
-        if cu_seqlens_ptr is None:
+        if not PACKED:
             at = sample * stride_weights_b + n * stride_weights
         else:
             at = number * stride_weights
@@ -411,7 +382,7 @@ def backward_kernel(
             product += tl.where(mask, grad * x, 0.0)
     if grad_weights_ptr is not None:
         real = scored
-        if cu_seqlens_ptr is not None:
+        if PACKED:
             real |= (n < 0) & (r < prefix + tokens)
         grad_weight = tl.where(used, tl.sum(product, 1) * share, 0.0)
         tl.store(grad_weights_ptr + number, grad_weight, mask=real)

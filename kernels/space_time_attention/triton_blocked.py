@@ -1,10 +1,10 @@
-"""Blocked groups, of any length: blocks of queries meet blocks of keys, one after another.
+"""Blocked groups, of any length: programs loop over blocks of queries and blocks of keys.
 
-Forward an online softmax. Backward one kernel for queries, which also leaves the sum of every
-query's weights times their gradients behind, then one for keys and values. The limit is the tensor
-cores (in float32 the ordinary ones): 4 queries * keys * D FLOPs forward, 14 backward, where the
-weights and their gradients are computed twice; 18 in float32 or with scores, where the first pass
-computes them once more. A program reads (2 keys + 2 BLOCK_M) * D numbers, mostly from the cache.
+Forward: online softmax. Backward: one kernel for queries, which also stores delta, the sum of the
+weights times their gradients; then one for keys and values. The limit is the tensor cores (the
+ordinary ones in float32): 4 queries * keys * D FLOPs forward; 14 backward, where both kernels
+compute the weights and their gradients; 18 in float32 or with scores, where a first pass computes
+them once more. A program reads 2 (keys + BLOCK_QUERIES) * D numbers, mostly from the cache.
 """
 
 import torch
@@ -13,28 +13,33 @@ import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels.groups.triton_rows import (
-    check_offsets,
-    check_rows,
-    find_work,
+    check_groups,
+    find_group,
+    load_block,
     load_rows,
     rows_at,
-    span,
     store_rows,
 )
-
-from .triton_call import Call, Tile
-from .triton_softmax import (
+from vidl.kernels.groups.triton_softmax import (
     LN_2,
     LOG2_E,
+    logit_slope,
     multiply,
-    one_over,
-    slope,
+    normalizer,
+    online_softmax,
     transpose,
     weights_back,
 )
 
+from .triton_call import AttentionCall, Tile
 
-@triton.jit(do_not_specialize=["G", "H", "Q", "E", "K", "blocks", "max_queries", "max_keys"])
+
+@triton.jit(
+    do_not_specialize=[
+        *("G", "H", "num_queries", "E", "num_keys"),
+        *("max_queries", "max_keys", "blocks"),
+    ]
+)
 def blocked_forward_kernel(
     q_ptr,
     k_ptr,
@@ -53,62 +58,52 @@ def blocked_forward_kernel(
     v_head,
     G,
     H,
-    Q,
+    num_queries,
     E,
-    K,
+    num_keys,
     max_queries,
     max_keys,
     blocks,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
     """A block of queries of a group and a head meets block after block of keys; bound by FLOPs."""
     program = tl.program_id(0).to(tl.int64)
-    if program == 0:
-        check_offsets(query_offsets_ptr, G, Q, max_queries, BLOCK=128)
-        check_offsets(key_offsets_ptr, G, E, max_keys, BLOCK=128)
-    g, start, h = find_work(program, query_offsets_ptr, G, H, blocks, BLOCK_M, SEARCH)
-    first_query, queries = span(query_offsets_ptr, g, True)
-    first_key, keys = span(key_offsets_ptr, g, True)
-    if (start == 0) & (h == 0):
-        check_rows(query_rows_ptr, first_query, queries, Q, BLOCK=128)
-        check_rows(key_rows_ptr, first_key, keys, K, BLOCK=128)
+    index = (query_offsets_ptr, key_offsets_ptr, query_rows_ptr, key_rows_ptr)
+    group = find_group(program, index[0], index[0], index[1], G, H, blocks, BLOCK_QUERIES, SEARCH)
+    check_groups(program, *group, *index, G, num_queries, E, num_keys, max_queries, max_keys)
+    h, start, first_query, queries, first_key, keys = group
     if start >= queries:
         return
-    i = start + tl.arange(0, BLOCK_M)
-    real_query = i < queries
-    query = rows_at(query_rows_ptr, first_query + i, real_query)
-    q = load_rows(q_ptr + h * q_head, query * q_row, real_query, D, BLOCK_D)
+    i = start + tl.arange(0, BLOCK_QUERIES)
+    q_ptr += h * q_head
+    real_query, query, q = load_block(
+        q_ptr, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+    )
     k_ptr += h * k_head
     v_ptr += h * v_head
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for at in range(0, keys, BLOCK_N):
-        j = at + tl.arange(0, BLOCK_N)
-        real_key = j < keys
-        key = rows_at(key_rows_ptr, first_key + j, real_key)
-        k = load_rows(k_ptr, key * k_row, real_key, D, BLOCK_D)
+    highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_QUERIES], tl.float32)
+    out = tl.zeros([BLOCK_QUERIES, BLOCK_D], tl.float32)
+    for at in range(0, keys, BLOCK_KEYS):
+        j = at + tl.arange(0, BLOCK_KEYS)
+        real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
         v = load_rows(v_ptr, key * v_row, real_key, D, BLOCK_D)
         logits = multiply(q, transpose(k)) * (scale * LOG2_E)
         logits = tl.where(real_key[None, :], logits, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        weights = tl.exp2(logits - higher[:, None])
-        shrink = tl.exp2(highest - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        out = out * shrink[:, None] + multiply(weights.to(v.dtype), v)
-        highest = higher
+        weights, rescale, highest, total = online_softmax(logits, highest, total, BASE_2=True)
+        out = out * rescale[:, None] + multiply(weights.to(v.dtype), v)
     total = tl.where(keys > 0, total, 1.0)
     lse = (highest + tl.log2(total)) * LN_2  # -inf without keys
     store_rows(out_ptr, (query * H + h) * D, out / total[:, None], real_query, D, BLOCK_D)
-    tl.store(lse_ptr + h * Q + query, lse, mask=real_query)
+    tl.store(lse_ptr + h * num_queries + query, lse, mask=real_query)
 
 
-@triton.jit(do_not_specialize=["G", "H", "Q", "E", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "blocks"])
 def blocked_scores_kernel(
     q_ptr,
     k_ptr,
@@ -124,31 +119,31 @@ def blocked_scores_kernel(
     k_head,
     G,
     H,
-    Q,
+    num_queries,
     E,
     blocks,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
     SCORES: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
     """Once the log-sum-exp is known: the scores of a block of keys of a group and a head."""
     program = tl.program_id(0).to(tl.int64)
-    g, start, h = find_work(program, key_offsets_ptr, G, H, blocks, BLOCK_N, SEARCH)
-    first_key, keys = span(key_offsets_ptr, g, True)
+    h, start, first_query, queries, first_key, keys = find_group(
+        *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
+        *(G, H, blocks, BLOCK_KEYS, SEARCH),
+    )
     if start >= keys:
         return
-    first_query, queries = span(query_offsets_ptr, g, True)
-    j = start + tl.arange(0, BLOCK_N)
-    real_key = j < keys
-    key = rows_at(key_rows_ptr, first_key + j, real_key)
-    k = load_rows(k_ptr + h * k_head, key * k_row, real_key, D, BLOCK_D)
+    j = start + tl.arange(0, BLOCK_KEYS)
+    k_ptr += h * k_head
+    real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
     q_ptr += h * q_head
-    lse_ptr += h * Q
-    scores = tl.zeros([BLOCK_N], tl.float32)
+    lse_ptr += h * num_queries
+    scores = tl.zeros([BLOCK_KEYS], tl.float32)
     if SCORES == "cls":
         if queries > 0:
             query = tl.zeros([1], tl.int32) + first_query
@@ -157,11 +152,11 @@ def blocked_scores_kernel(
             logits = tl.sum(k.to(tl.float32) * q, 1) * scale
             scores = tl.exp2((logits - tl.load(lse_ptr + query)) * LOG2_E)
     else:
-        for at in range(0, queries, BLOCK_M):
-            i = at + tl.arange(0, BLOCK_M)
-            real_query = i < queries
-            query = rows_at(query_rows_ptr, first_query + i, real_query)
-            q = load_rows(q_ptr, query * q_row, real_query, D, BLOCK_D)
+        for at in range(0, queries, BLOCK_QUERIES):
+            i = at + tl.arange(0, BLOCK_QUERIES)
+            real_query, query, q = load_block(
+                q_ptr, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+            )
             lse = tl.load(lse_ptr + query, mask=real_query, other=0.0)
             logits = multiply(k, transpose(q)) * (scale * LOG2_E)
             weights = tl.exp2(logits - (lse * LOG2_E)[None, :])
@@ -189,16 +184,14 @@ def block_back(
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """The keys from `at` on; the queries' weights of them, and the gradient that reaches these."""
-    j = at + tl.arange(0, BLOCK_N)
-    real_key = j < keys
-    key = rows_at(key_rows_ptr, first_key + j, real_key)
-    k = load_rows(k_ptr, key * k_row, real_key, D, BLOCK_D)
+    """A block of keys from number `at` on: k, the weights of the queries, and their gradients."""
+    j = at + tl.arange(0, BLOCK_KEYS)
+    real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
     v = load_rows(v_ptr, key * v_row, real_key, D, BLOCK_D)
-    grad_score = tl.zeros([BLOCK_N], tl.float32)
+    grad_score = tl.zeros([BLOCK_KEYS], tl.float32)
     if grad_scores_ptr is not None:
         grad_score = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0) * share
     weights, grads = weights_back(  # [queries, keys]
@@ -217,22 +210,22 @@ def block_back(
     return k, weights, grads
 
 
-@triton.jit(do_not_specialize=["G", "H", "Q", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "blocks"])
 def query_backward_kernel(
-    grad_out_ptr,  # [Q, H, D]
+    grad_out_ptr,  # [num_queries, H, D]
     grad_scores_ptr,  # [E] or None
     q_ptr,
     k_ptr,
     v_ptr,
-    out_ptr,  # [Q, H, D]
-    lse_ptr,  # [H, Q]
+    out_ptr,  # [num_queries, H, D]
+    lse_ptr,  # [H, num_queries]
     query_offsets_ptr,
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
-    delta_ptr,  # [H, Q]
-    inverse_ptr,  # [H, Q] or None
-    grad_q_ptr,  # [Q, H, D]
+    delta_ptr,  # [H, num_queries]
+    inverse_ptr,  # [H, num_queries] or None
+    grad_q_ptr,  # [num_queries, H, D]
     q_row,
     q_head,
     k_row,
@@ -241,13 +234,13 @@ def query_backward_kernel(
     v_head,
     G,
     H,
-    Q,
+    num_queries,
     blocks,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
     SCORES: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
@@ -258,104 +251,72 @@ def query_backward_kernel(
     and the weights, for whose sum see one_over().
     """
     program = tl.program_id(0).to(tl.int64)
-    g, start, h = find_work(program, query_offsets_ptr, G, H, blocks, BLOCK_M, SEARCH)
-    first_query, queries = span(query_offsets_ptr, g, True)
+    h, start, first_query, queries, first_key, keys = find_group(
+        *(program, query_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
+        *(G, H, blocks, BLOCK_QUERIES, SEARCH),
+    )
     if start >= queries:
         return
-    first_key, keys = span(key_offsets_ptr, g, True)
-    i = start + tl.arange(0, BLOCK_M)
-    real_query = i < queries
-    query = rows_at(query_rows_ptr, first_query + i, real_query)
+    i = start + tl.arange(0, BLOCK_QUERIES)
+    q_ptr += h * q_head
+    real_query, query, q = load_block(
+        q_ptr, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+    )
     here = (query * H + h) * D
-    q = load_rows(q_ptr + h * q_head, query * q_row, real_query, D, BLOCK_D)
     grad_out = load_rows(grad_out_ptr, here, real_query, D, BLOCK_D)
-    lse = tl.load(lse_ptr + h * Q + query, mask=real_query, other=0.0)
+    lse = tl.load(lse_ptr + h * num_queries + query, mask=real_query, other=0.0)
     k_ptr += h * k_head
     v_ptr += h * v_head
     share = 1.0 / H
     if SCORES == "mean":
         share = share / queries
+    query_side = (q, grad_out, lse, i)
+    key_side = (grad_scores_ptr, k_ptr, v_ptr, key_rows_ptr, k_row, v_row, first_key, keys, share)
     out = load_rows(out_ptr, here, real_query, D, BLOCK_D)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
-    inverse = tl.full([BLOCK_M], 1.0, tl.float32)
+    inverse = tl.full([BLOCK_QUERIES], 1.0, tl.float32)
     if inverse_ptr is not None or SCORES != "":
         first_pass = keys
         if inverse_ptr is None and SCORES == "cls":  # only the first query has scores
             first_pass = tl.where(start == 0, keys, 0)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        products = tl.zeros([BLOCK_M], tl.float32)
-        for at in range(0, first_pass, BLOCK_N):
+        total = tl.zeros([BLOCK_QUERIES], tl.float32)
+        products = tl.zeros([BLOCK_QUERIES], tl.float32)
+        for at in range(0, first_pass, BLOCK_KEYS):
             _, weights, grads = block_back(
-                at,
-                q,
-                grad_out,
-                lse,
-                i,
-                grad_scores_ptr,
-                k_ptr,
-                v_ptr,
-                key_rows_ptr,
-                k_row,
-                v_row,
-                first_key,
-                keys,
-                share,
-                scale,
-                D,
-                BLOCK_D,
-                BLOCK_N,
-                SCORES,
+                at, *query_side, *key_side, scale, D, BLOCK_D, BLOCK_KEYS, SCORES
             )
             total += tl.sum(weights, 1)
             products += tl.sum(weights * grads, 1)
-        inverse = one_over(total)
+        inverse = normalizer(total)
         delta = tl.where(total == 0.0, delta, products * inverse)
-    tl.store(delta_ptr + h * Q + query, delta, mask=real_query)
+    tl.store(delta_ptr + h * num_queries + query, delta, mask=real_query)
     if inverse_ptr is not None:
-        tl.store(inverse_ptr + h * Q + query, inverse, mask=real_query)
-    grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for at in range(0, keys, BLOCK_N):
+        tl.store(inverse_ptr + h * num_queries + query, inverse, mask=real_query)
+    grad_q = tl.zeros([BLOCK_QUERIES, BLOCK_D], tl.float32)
+    for at in range(0, keys, BLOCK_KEYS):
         k, weights, grads = block_back(
-            at,
-            q,
-            grad_out,
-            lse,
-            i,
-            grad_scores_ptr,
-            k_ptr,
-            v_ptr,
-            key_rows_ptr,
-            k_row,
-            v_row,
-            first_key,
-            keys,
-            share,
-            scale,
-            D,
-            BLOCK_D,
-            BLOCK_N,
-            SCORES,
+            at, *query_side, *key_side, scale, D, BLOCK_D, BLOCK_KEYS, SCORES
         )
         grad_logits = weights * inverse[:, None] * (grads - delta[:, None])
         grad_q += multiply(grad_logits.to(k.dtype), k)
-    store_rows(grad_q_ptr, here, grad_q * slope(keys, scale), real_query, D, BLOCK_D)
+    store_rows(grad_q_ptr, here, grad_q * logit_slope(keys, scale), real_query, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["G", "H", "Q", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "blocks"])
 def key_backward_kernel(
-    grad_out_ptr,  # [Q, H, D]
+    grad_out_ptr,  # [num_queries, H, D]
     grad_scores_ptr,  # [E] or None
     q_ptr,
     k_ptr,
     v_ptr,
-    lse_ptr,  # [H, Q]
-    delta_ptr,  # [H, Q]
-    inverse_ptr,  # [H, Q] or None
+    lse_ptr,  # [H, num_queries]
+    delta_ptr,  # [H, num_queries]
+    inverse_ptr,  # [H, num_queries] or None
     query_offsets_ptr,
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
-    grad_k_ptr,  # [K, H, D], or [E, H, D]
+    grad_k_ptr,  # [num_keys, H, D], or [E, H, D]
     grad_v_ptr,
     q_row,
     q_head,
@@ -365,44 +326,44 @@ def key_backward_kernel(
     v_head,
     G,
     H,
-    Q,
+    num_queries,
     blocks,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
     SCORES: tl.constexpr,
     SHARED: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
     """The gradients of a block of keys and values, of a group and a head."""
     program = tl.program_id(0).to(tl.int64)
-    g, start, h = find_work(program, key_offsets_ptr, G, H, blocks, BLOCK_N, SEARCH)
-    first_key, keys = span(key_offsets_ptr, g, True)
+    h, start, first_query, queries, first_key, keys = find_group(
+        *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
+        *(G, H, blocks, BLOCK_KEYS, SEARCH),
+    )
     if start >= keys:
         return
-    first_query, queries = span(query_offsets_ptr, g, True)
-    j = start + tl.arange(0, BLOCK_N)
-    real_key = j < keys
-    key = rows_at(key_rows_ptr, first_key + j, real_key)
-    k = load_rows(k_ptr + h * k_head, key * k_row, real_key, D, BLOCK_D)
+    j = start + tl.arange(0, BLOCK_KEYS)
+    k_ptr += h * k_head
+    real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
     v = load_rows(v_ptr + h * v_head, key * v_row, real_key, D, BLOCK_D)
-    grad_score = tl.zeros([BLOCK_N], tl.float32)
+    grad_score = tl.zeros([BLOCK_KEYS], tl.float32)
     if grad_scores_ptr is not None:
         grad_score = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0) / H
         if SCORES == "mean":
             grad_score = grad_score / tl.maximum(queries, 1)
     q_ptr += h * q_head
-    lse_ptr += h * Q
-    delta_ptr += h * Q
-    grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for at in range(0, queries, BLOCK_M):
-        i = at + tl.arange(0, BLOCK_M)
-        real_query = i < queries
-        query = rows_at(query_rows_ptr, first_query + i, real_query)
-        q = load_rows(q_ptr, query * q_row, real_query, D, BLOCK_D)
+    lse_ptr += h * num_queries
+    delta_ptr += h * num_queries
+    grad_k = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
+    for at in range(0, queries, BLOCK_QUERIES):
+        i = at + tl.arange(0, BLOCK_QUERIES)
+        real_query, query, q = load_block(
+            q_ptr, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+        )
         grad_out = load_rows(grad_out_ptr, (query * H + h) * D, real_query, D, BLOCK_D)
         lse = tl.load(lse_ptr + query, mask=real_query, other=0.0)
         delta = tl.load(delta_ptr + query, mask=real_query, other=0.0)
@@ -421,7 +382,7 @@ def key_backward_kernel(
             SAME_BITS=inverse_ptr is not None,  # as delta and the inverse were added up
         )
         if inverse_ptr is not None:
-            inverse = tl.load(inverse_ptr + h * Q + query, mask=real_query, other=0.0)
+            inverse = tl.load(inverse_ptr + h * num_queries + query, mask=real_query, other=0.0)
             weights *= inverse[None, :]
         grad_v += multiply(weights.to(v.dtype), grad_out)
         grad_logits = weights * (grads - delta[None, :])
@@ -429,50 +390,52 @@ def key_backward_kernel(
     entry = key
     if SHARED:
         entry = (first_key + j).to(tl.int64)
-    grad_k *= slope(keys, scale)
+    grad_k *= logit_slope(keys, scale)
     store_rows(grad_k_ptr, (entry * H + h) * D, grad_k, real_key, D, BLOCK_D)
     store_rows(grad_v_ptr, (entry * H + h) * D, grad_v, real_key, D, BLOCK_D)
 
 
-def forward(c: Call, tile: Tile, out: Tensor, lse: Tensor, scores: Tensor | None) -> None:
-    programs, blocks, search = c.blocks(0, tile.M)
+def forward(
+    call: AttentionCall, tile: Tile, out: Tensor, lse: Tensor, scores: Tensor | None
+) -> None:
+    programs, blocks, search = call.blocks(0, tile.queries, call.H)
     blocked_forward_kernel[(programs,)](
-        *c.inputs,
-        *c.index,
+        *call.inputs,
+        *call.index,
         out,
         lse,
-        *c.strides,
-        *c.sizes,
-        *c.most,
+        *call.strides,
+        *call.sizes,
+        *call.longest,
         blocks,
-        c.scale,
-        **c.channels,
+        call.scale,
+        **call.head,
         **tile.blocks,
         SEARCH=search,
         **tile.options,
     )
     if scores is None:
         return
-    programs, blocks, search = c.blocks(1, tile.N)
+    programs, blocks, search = call.blocks(1, tile.keys, call.H)
     blocked_scores_kernel[(programs,)](
-        *c.inputs[:2],
-        *c.index,
+        *call.inputs[:2],
+        *call.index,
         lse,
         scores,
-        *c.strides[:4],
-        *c.sizes[:4],
+        *call.strides[:4],
+        *call.sizes[:4],
         blocks,
-        c.scale,
-        **c.channels,
+        call.scale,
+        **call.head,
         **tile.blocks,
-        SCORES=c.scores,
+        SCORES=call.scores,
         SEARCH=search,
         **tile.options,
     )
 
 
 def backward(
-    c: Call,
+    call: AttentionCall,
     query_tile: Tile,
     key_tile: Tile,
     grad_out: Tensor,
@@ -485,46 +448,46 @@ def backward(
 ) -> None:
     delta = torch.empty_like(lse)
     inverse = torch.empty_like(lse) if out.dtype == torch.float32 else None
-    programs, blocks, search = c.blocks(0, query_tile.M)
+    programs, blocks, search = call.blocks(0, query_tile.queries, call.H)
     query_backward_kernel[(programs,)](
         grad_out,
         grad_scores,
-        *c.inputs,
+        *call.inputs,
         out,
         lse,
-        *c.index,
+        *call.index,
         delta,
         inverse,
         grad_q,
-        *c.strides,
-        *c.sizes[:3],
+        *call.strides,
+        *call.sizes[:3],
         blocks,
-        c.scale,
-        **c.channels,
+        call.scale,
+        **call.head,
         **query_tile.blocks,
-        SCORES=c.scores,
+        SCORES=call.scores,
         SEARCH=search,
         **query_tile.options,
     )
-    programs, blocks, search = c.blocks(1, key_tile.N)
+    programs, blocks, search = call.blocks(1, key_tile.keys, call.H)
     key_backward_kernel[(programs,)](
         grad_out,
         grad_scores,
-        *c.inputs,
+        *call.inputs,
         lse,
         delta,
         inverse,
-        *c.index,
+        *call.index,
         grad_k,
         grad_v,
-        *c.strides,
-        *c.sizes[:3],
+        *call.strides,
+        *call.sizes[:3],
         blocks,
-        c.scale,
-        **c.channels,
+        call.scale,
+        **call.head,
         **key_tile.blocks,
-        SCORES=c.scores,
-        SHARED=c.entries is not None,
+        SCORES=call.scores,
+        SHARED=call.shared,
         SEARCH=search,
         **key_tile.options,
     )

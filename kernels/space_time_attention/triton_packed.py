@@ -9,10 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels.groups.triton_rows import check_offsets, load_rows, rows_at, span, store_rows
-
-from .triton_call import Call, Tile
-from .triton_softmax import (
+from vidl.kernels.groups.triton_rows import load_rows, rows_at, span, store_rows
+from vidl.kernels.groups.triton_softmax import (
     LOG2_E,
     key_scores,
     multiply,
@@ -20,6 +18,9 @@ from .triton_softmax import (
     transpose,
     weights_back,
 )
+from vidl.kernels.triton_offsets import check_offsets
+
+from .triton_call import AttentionCall, Tile
 
 # The smallest side of a matrix that a tensor core multiplies, and so the most rows of a group.
 SLOT = 16
@@ -37,17 +38,17 @@ def packed_work(query_offsets_ptr, key_offsets_ptr, G, H, PACK: tl.constexpr):
     return item % H, first_query, queries, first_key, keys
 
 
-@triton.jit(do_not_specialize=["G", "H", "Q", "E", "K", "max_queries", "max_keys"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "max_queries", "max_keys"])
 def packed_forward_kernel(
-    q_ptr,  # [Q, H, D]
-    k_ptr,  # [K, H, D]
-    v_ptr,  # [K, H, D]
+    q_ptr,  # [num_queries, H, D]
+    k_ptr,  # [num_keys, H, D]
+    v_ptr,  # [num_keys, H, D]
     query_offsets_ptr,  # [G + 1]
     key_offsets_ptr,  # [G + 1]
-    query_rows_ptr,  # [Q] or None
+    query_rows_ptr,  # [num_queries] or None
     key_rows_ptr,  # [E] or None
-    out_ptr,  # [Q, H, D]
-    lse_ptr,  # [H, Q]
+    out_ptr,  # [num_queries, H, D]
+    lse_ptr,  # [H, num_queries]
     scores_ptr,  # [H, E] or None
     q_row,
     q_head,
@@ -57,9 +58,9 @@ def packed_forward_kernel(
     v_head,
     G,
     H,
-    Q,
+    num_queries,
     E,
-    K,
+    num_keys,
     max_queries,
     max_keys,
     scale,
@@ -71,8 +72,8 @@ def packed_forward_kernel(
 ):
     """PACK pairs of a group and a head, all their queries and keys; bound by memory."""
     if tl.program_id(0) == 0:
-        check_offsets(query_offsets_ptr, G, Q, max_queries, BLOCK=128)
-        check_offsets(key_offsets_ptr, G, E, max_keys, BLOCK=128)
+        check_offsets(query_offsets_ptr, G, num_queries, max_queries)
+        check_offsets(key_offsets_ptr, G, E, max_keys)
     h, first_query, queries, first_key, keys = packed_work(
         query_offsets_ptr, key_offsets_ptr, G, H, PACK
     )
@@ -80,8 +81,10 @@ def packed_forward_kernel(
     real_query, real_key = i < queries, i < keys  # [PACK, SLOT]
     query = rows_at(query_rows_ptr, first_query + i, real_query)
     key = rows_at(key_rows_ptr, first_key + i, real_key)
-    tl.device_assert((query >= 0) & (query < Q), "query_rows are out of range", mask=real_query)
-    tl.device_assert((key >= 0) & (key < K), "key_rows are out of range", mask=real_key)
+    tl.device_assert(
+        (query >= 0) & (query < num_queries), "query_rows are out of range", mask=real_query
+    )
+    tl.device_assert((key >= 0) & (key < num_keys), "key_rows are out of range", mask=real_key)
     q = load_rows(q_ptr, query * q_row + h * q_head, real_query, D, BLOCK_D)
     k = load_rows(k_ptr, key * k_row + h * k_head, real_key, D, BLOCK_D)
     v = load_rows(v_ptr, key * v_row + h * v_head, real_key, D, BLOCK_D)
@@ -90,26 +93,26 @@ def packed_forward_kernel(
     weights, total, lse = softmax(logits, keys > 0)
     out = multiply(weights.to(v.dtype), v) / total[:, :, None]
     store_rows(out_ptr, (query * H + h) * D, out, real_query, D, BLOCK_D)
-    tl.store(lse_ptr + h * Q + query, lse, mask=real_query)
+    tl.store(lse_ptr + h * num_queries + query, lse, mask=real_query)
     if scores_ptr is not None:
         scores = key_scores(weights, total, i, real_query, queries, SCORES)
         tl.store(scores_ptr + h * E + first_key + i, scores, mask=real_key)
 
 
-@triton.jit(do_not_specialize=["G", "H", "Q"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries"])
 def packed_backward_kernel(
-    grad_out_ptr,  # [Q, H, D]
+    grad_out_ptr,  # [num_queries, H, D]
     grad_scores_ptr,  # [E] or None
     q_ptr,
     k_ptr,
     v_ptr,
-    lse_ptr,  # [H, Q]
+    lse_ptr,  # [H, num_queries]
     query_offsets_ptr,
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
-    grad_q_ptr,  # [Q, H, D]
-    grad_k_ptr,  # [K, H, D], or [E, H, D]
+    grad_q_ptr,  # [num_queries, H, D]
+    grad_k_ptr,  # [num_keys, H, D], or [E, H, D]
     grad_v_ptr,
     q_row,
     q_head,
@@ -119,7 +122,7 @@ def packed_backward_kernel(
     v_head,
     G,
     H,
-    Q,
+    num_queries,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -140,7 +143,7 @@ def packed_backward_kernel(
     grad_out = load_rows(grad_out_ptr, (query * H + h) * D, real_query, D, BLOCK_D)
     k = load_rows(k_ptr, key * k_row + h * k_head, real_key, D, BLOCK_D)
     v = load_rows(v_ptr, key * v_row + h * v_head, real_key, D, BLOCK_D)
-    lse = tl.load(lse_ptr + h * Q + query, mask=real_query, other=0.0)
+    lse = tl.load(lse_ptr + h * num_queries + query, mask=real_query, other=0.0)
     grad_score = tl.zeros([PACK, SLOT], tl.float32)
     if grad_scores_ptr is not None:
         grad_score = tl.load(grad_scores_ptr + first_key + i, mask=real_key, other=0.0) / H
@@ -172,27 +175,29 @@ def packed_backward_kernel(
     store_rows(grad_q_ptr, (query * H + h) * D, grad_q, real_query, D, BLOCK_D)
 
 
-def forward(c: Call, tile: Tile, out: Tensor, lse: Tensor, scores: Tensor | None) -> None:
-    packed_forward_kernel[(triton.cdiv(c.G * c.H, PACK),)](
-        *c.inputs,
-        *c.index,
+def forward(
+    call: AttentionCall, tile: Tile, out: Tensor, lse: Tensor, scores: Tensor | None
+) -> None:
+    packed_forward_kernel[(triton.cdiv(call.G * call.H, PACK),)](
+        *call.inputs,
+        *call.index,
         out,
         lse,
         scores,
-        *c.strides,
-        *c.sizes,
-        *c.most,
-        c.scale,
-        **c.channels,
+        *call.strides,
+        *call.sizes,
+        *call.longest,
+        call.scale,
+        **call.head,
         PACK=PACK,
         SLOT=SLOT,
-        SCORES=c.scores,
+        SCORES=call.scores,
         **tile.options,
     )
 
 
 def backward(
-    c: Call,
+    call: AttentionCall,
     tile: Tile,
     grad_out: Tensor,
     grad_scores: Tensor | None,
@@ -201,22 +206,22 @@ def backward(
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> None:
-    packed_backward_kernel[(triton.cdiv(c.G * c.H, PACK),)](
+    packed_backward_kernel[(triton.cdiv(call.G * call.H, PACK),)](
         grad_out,
         grad_scores,
-        *c.inputs,
+        *call.inputs,
         lse,
-        *c.index,
+        *call.index,
         grad_q,
         grad_k,
         grad_v,
-        *c.strides,
-        *c.sizes[:3],
-        c.scale,
-        **c.channels,
+        *call.strides,
+        *call.sizes[:3],
+        call.scale,
+        **call.head,
         PACK=PACK,
         SLOT=SLOT,
-        SCORES=c.scores,
-        SHARED=c.entries is not None,
+        SCORES=call.scores,
+        SHARED=call.shared,
         **tile.options,
     )

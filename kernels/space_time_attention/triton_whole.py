@@ -12,38 +12,48 @@ import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels.groups.triton_rows import (
-    check_offsets,
-    check_rows,
+    check_groups,
+    find_group,
+    load_block,
     load_rows,
-    rows_at,
-    span,
     store_rows,
 )
-
-from .triton_call import Call, Tile
-from .triton_softmax import (
+from vidl.kernels.groups.triton_softmax import (
     LOG2_E,
     key_scores,
+    logit_slope,
     multiply,
-    one_over,
-    slope,
+    normalizer,
     softmax,
     transpose,
     weights_back,
 )
 
+from .triton_call import AttentionCall, Tile
 
-@triton.jit(do_not_specialize=["G", "H", "Q", "E", "K", "blocks", "max_queries", "max_keys"])
+
+@triton.jit(
+    do_not_specialize=[
+        "G",
+        "H",
+        "num_queries",
+        "E",
+        "num_keys",
+        "blocks",
+        "max_queries",
+        "max_keys",
+    ]
+)
 def whole_forward_kernel(
-    q_ptr,  # [Q, H, D]
-    k_ptr,  # [K, H, D]
-    v_ptr,  # [K, H, D]
+    q_ptr,  # [num_queries, H, D]
+    k_ptr,  # [num_keys, H, D]
+    v_ptr,  # [num_keys, H, D]
     query_offsets_ptr,  # [G + 1]
     key_offsets_ptr,  # [G + 1]
-    query_rows_ptr,  # [Q] or None
+    query_rows_ptr,  # [num_queries] or None
     key_rows_ptr,  # [E] or None
-    out_ptr,  # [Q, H, D]
-    lse_ptr,  # [H, Q]
+    out_ptr,  # [num_queries, H, D]
+    lse_ptr,  # [H, num_queries]
     scores_ptr,  # [H, E] or None
     q_row,
     q_head,
@@ -53,53 +63,47 @@ def whole_forward_kernel(
     v_head,
     G,
     H,
-    Q,
+    num_queries,
     E,
-    K,
+    num_keys,
     max_queries,
     max_keys,
     blocks,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
     SCORES: tl.constexpr,
 ):
     """A block of queries, or for mean scores all, of a group and a head; bound by memory."""
     program = tl.program_id(0).to(tl.int64)
-    if program == 0:
-        check_offsets(query_offsets_ptr, G, Q, max_queries, BLOCK=128)
-        check_offsets(key_offsets_ptr, G, E, max_keys, BLOCK=128)
-    h = program % H
-    g = program // H // blocks
-    start = (program // H % blocks * BLOCK_M).to(tl.int32)
-    first_query, queries = span(query_offsets_ptr, g, True)
-    first_key, keys = span(key_offsets_ptr, g, True)
-    if (start == 0) & (h == 0):
-        check_rows(query_rows_ptr, first_query, queries, Q, BLOCK=128)
-        check_rows(key_rows_ptr, first_key, keys, K, BLOCK=128)
+    index = (query_offsets_ptr, key_offsets_ptr, query_rows_ptr, key_rows_ptr)
+    group = find_group(
+        program, index[0], index[0], index[1], G, H, blocks, BLOCK_QUERIES, SEARCH=False
+    )
+    check_groups(program, *group, *index, G, num_queries, E, num_keys, max_queries, max_keys)
+    h, start, first_query, queries, first_key, keys = group
     if start >= tl.maximum(queries, 1):  # a group without queries has scores to write
         return
-    j = tl.arange(0, BLOCK_N)
-    real_key = j < keys
-    key = rows_at(key_rows_ptr, first_key + j, real_key)
-    k = load_rows(k_ptr + h * k_head, key * k_row, real_key, D, BLOCK_D)
+    j = tl.arange(0, BLOCK_KEYS)
+    k_ptr += h * k_head
+    real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
     v = load_rows(v_ptr + h * v_head, key * v_row, real_key, D, BLOCK_D)
     q_ptr += h * q_head
-    stop = queries if SCORES == "mean" else tl.minimum(queries, start + BLOCK_M)
-    scores = tl.zeros([BLOCK_N], tl.float32)
-    for at in range(start, stop, BLOCK_M):
-        i = at + tl.arange(0, BLOCK_M)
-        real_query = i < queries
-        query = rows_at(query_rows_ptr, first_query + i, real_query)
-        q = load_rows(q_ptr, query * q_row, real_query, D, BLOCK_D)
+    stop = queries if SCORES == "mean" else tl.minimum(queries, start + BLOCK_QUERIES)
+    scores = tl.zeros([BLOCK_KEYS], tl.float32)
+    for at in range(start, stop, BLOCK_QUERIES):
+        i = at + tl.arange(0, BLOCK_QUERIES)
+        real_query, query, q = load_block(
+            q_ptr, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+        )
         logits = multiply(q, transpose(k)) * (scale * LOG2_E)
         logits = tl.where(real_key[None, :], logits, float("-inf"))
         weights, total, lse = softmax(logits, keys > 0)
         out = multiply(weights.to(v.dtype), v) / total[:, None]
         store_rows(out_ptr, (query * H + h) * D, out, real_query, D, BLOCK_D)
-        tl.store(lse_ptr + h * Q + query, lse, mask=real_query)
+        tl.store(lse_ptr + h * num_queries + query, lse, mask=real_query)
         if SCORES != "":
             scores += key_scores(weights, total, i, real_query, queries, SCORES)
     if scores_ptr is not None:
@@ -107,20 +111,20 @@ def whole_forward_kernel(
             tl.store(scores_ptr + h * E + first_key + j, scores, mask=real_key)
 
 
-@triton.jit(do_not_specialize=["G", "H", "Q"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries"])
 def whole_backward_kernel(
-    grad_out_ptr,  # [Q, H, D]
+    grad_out_ptr,  # [num_queries, H, D]
     grad_scores_ptr,  # [E] or None
     q_ptr,
     k_ptr,
     v_ptr,
-    lse_ptr,  # [H, Q]
+    lse_ptr,  # [H, num_queries]
     query_offsets_ptr,
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
-    grad_q_ptr,  # [Q, H, D]
-    grad_k_ptr,  # [K, H, D], or [E, H, D]
+    grad_q_ptr,  # [num_queries, H, D]
+    grad_k_ptr,  # [num_keys, H, D], or [E, H, D]
     grad_v_ptr,
     q_row,
     q_head,
@@ -130,41 +134,48 @@ def whole_backward_kernel(
     v_head,
     G,
     H,
-    Q,
+    num_queries,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
     SCORES: tl.constexpr,
     SHARED: tl.constexpr,
 ):
     """All gradients of a group and a head; bound by memory, 3 rows a query and 4 a key pass."""
     program = tl.program_id(0).to(tl.int64)
-    h, g = program % H, program // H
-    first_query, queries = span(query_offsets_ptr, g, True)
-    first_key, keys = span(key_offsets_ptr, g, True)
-    j = tl.arange(0, BLOCK_N)
-    real_key = j < keys
-    key = rows_at(key_rows_ptr, first_key + j, real_key)
-    k = load_rows(k_ptr + h * k_head, key * k_row, real_key, D, BLOCK_D)
+    h, _, first_query, queries, first_key, keys = find_group(
+        program,
+        query_offsets_ptr,
+        query_offsets_ptr,
+        key_offsets_ptr,
+        G,
+        H,
+        1,
+        BLOCK_QUERIES,
+        False,
+    )
+    j = tl.arange(0, BLOCK_KEYS)
+    k_ptr += h * k_head
+    real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
     v = load_rows(v_ptr + h * v_head, key * v_row, real_key, D, BLOCK_D)
-    grad_score = tl.zeros([BLOCK_N], tl.float32)
+    grad_score = tl.zeros([BLOCK_KEYS], tl.float32)
     if grad_scores_ptr is not None:
         grad_score = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0) / H
         if SCORES == "mean":
             grad_score = grad_score / tl.maximum(queries, 1)
     q_ptr += h * q_head
-    lse_ptr += h * Q
-    factor = slope(keys, scale)
-    grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for at in range(0, queries, BLOCK_M):
-        i = at + tl.arange(0, BLOCK_M)
-        real_query = i < queries
-        query = rows_at(query_rows_ptr, first_query + i, real_query)
+    lse_ptr += h * num_queries
+    factor = logit_slope(keys, scale)
+    grad_k = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
+    for at in range(0, queries, BLOCK_QUERIES):
+        i = at + tl.arange(0, BLOCK_QUERIES)
+        real_query, query, q = load_block(
+            q_ptr, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+        )
         here = (query * H + h) * D
-        q = load_rows(q_ptr, query * q_row, real_query, D, BLOCK_D)
         grad_out = load_rows(grad_out_ptr, here, real_query, D, BLOCK_D)
         lse = tl.load(lse_ptr + query, mask=real_query, other=0.0)
         weights, grads = weights_back(  # [keys, queries]
@@ -181,7 +192,7 @@ def whole_backward_kernel(
             KEYS_FIRST=True,
         )
         if q.dtype == tl.float32:
-            weights *= one_over(tl.sum(weights, 0))[None, :]
+            weights *= normalizer(tl.sum(weights, 0))[None, :]
         grad_v += multiply(weights.to(v.dtype), grad_out)
         delta = tl.sum(weights * grads, 0)
         grad_logits = (weights * (grads - delta[None, :])).to(q.dtype)
@@ -195,28 +206,30 @@ def whole_backward_kernel(
     store_rows(grad_v_ptr, (entry * H + h) * D, grad_v, real_key, D, BLOCK_D)
 
 
-def forward(c: Call, tile: Tile, out: Tensor, lse: Tensor, scores: Tensor | None) -> None:
-    blocks = 1 if c.scores == "mean" else max(1, triton.cdiv(c.most[0], tile.M))
-    whole_forward_kernel[(c.G * blocks * c.H,)](
-        *c.inputs,
-        *c.index,
+def forward(
+    call: AttentionCall, tile: Tile, out: Tensor, lse: Tensor, scores: Tensor | None
+) -> None:
+    blocks = 1 if call.scores == "mean" else max(1, triton.cdiv(call.longest[0], tile.queries))
+    whole_forward_kernel[(call.G * blocks * call.H,)](
+        *call.inputs,
+        *call.index,
         out,
         lse,
         scores,
-        *c.strides,
-        *c.sizes,
-        *c.most,
+        *call.strides,
+        *call.sizes,
+        *call.longest,
         blocks,
-        c.scale,
-        **c.channels,
+        call.scale,
+        **call.head,
         **tile.blocks,
-        SCORES=c.scores,
+        SCORES=call.scores,
         **tile.options,
     )
 
 
 def backward(
-    c: Call,
+    call: AttentionCall,
     tile: Tile,
     grad_out: Tensor,
     grad_scores: Tensor | None,
@@ -225,21 +238,21 @@ def backward(
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> None:
-    whole_backward_kernel[(c.G * c.H,)](
+    whole_backward_kernel[(call.G * call.H,)](
         grad_out,
         grad_scores,
-        *c.inputs,
+        *call.inputs,
         lse,
-        *c.index,
+        *call.index,
         grad_q,
         grad_k,
         grad_v,
-        *c.strides,
-        *c.sizes[:3],
-        c.scale,
-        **c.channels,
+        *call.strides,
+        *call.sizes[:3],
+        call.scale,
+        **call.head,
         **tile.blocks,
-        SCORES=c.scores,
-        SHARED=c.entries is not None,
+        SCORES=call.scores,
+        SHARED=call.shared,
         **tile.options,
     )

@@ -1,8 +1,8 @@
-"""token_scores of one query of each group, in Triton: "cls", and "value" on top of it.
+"""token_scores of the first query of each group, in Triton: "cls", and "value" on top of it.
 
-A program takes a group and a head; it writes the products of its keys, reads them back once their
-greatest and their sum are known, and leaves the weights for the backward pass. Bound by memory: the
-keys are read once, forward and backward, and their gradients are written once.
+A program handles a group and a head. It stores the logits of its keys, reads them back once their
+maximum and the sum of their exponentials are known, and keeps the weights for the backward pass.
+Bound by memory: forward and backward read the keys once, and their gradients are written once.
 """
 
 import torch
@@ -11,19 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels.groups import group_of
+from vidl.kernels.groups.triton_call import strides_of
+from vidl.kernels.groups.triton_entries import sum_entries
 from vidl.kernels.groups.triton_rows import (
-    check_offsets,
-    check_rows,
+    check_groups,
+    find_group,
+    load_block,
     load_rows,
     rows_at,
     span,
     store_rows,
-    strides_of,
 )
 from vidl.kernels.triton_launch import OPTIONS
 
-from .triton_call import Call
-from .triton_entries import sum_entries
+from .triton_call import ScoresCall
 
 
 @triton.jit
@@ -34,13 +35,13 @@ def _first_query(q_ptr, query_rows_ptr, first_query, q_row, D: tl.constexpr, BLO
     return tl.sum(q.to(tl.float32), 0), tl.sum(row)
 
 
-@triton.jit(do_not_specialize=["G", "H", "Q", "K", "E", "max_queries", "max_keys"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "max_queries", "max_keys"])
 def cls_forward_kernel(
-    q_ptr,  # [Q, H, D]
-    k_ptr,  # [K, H, D]
+    q_ptr,  # [num_queries, H, D]
+    k_ptr,  # [num_keys, H, D]
     query_offsets_ptr,  # [G + 1]
     key_offsets_ptr,  # [G + 1]
-    query_rows_ptr,  # [Q] or None
+    query_rows_ptr,  # [num_queries] or None
     key_rows_ptr,  # [E] or None
     weights_ptr,  # [H, E]
     q_row,
@@ -49,42 +50,35 @@ def cls_forward_kernel(
     k_head,
     G,
     H,
-    Q,
-    K,
+    num_queries,
     E,
+    num_keys,
     max_queries,
     max_keys,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
 ):
     """The attention of the first query of a group, of one head."""
     program = tl.program_id(0).to(tl.int64)
-    if program == 0:
-        check_offsets(query_offsets_ptr, G, Q, max_queries, BLOCK=128)
-        check_offsets(key_offsets_ptr, G, E, max_keys, BLOCK=128)
-    g = program // H
-    h = program % H
-    first_query, queries = span(query_offsets_ptr, g, True)
-    first_key, keys = span(key_offsets_ptr, g, True)
-    if h == 0:
-        check_rows(query_rows_ptr, first_query, queries, Q, BLOCK=128)
-        check_rows(key_rows_ptr, first_key, keys, K, BLOCK=128)
+    index = (query_offsets_ptr, key_offsets_ptr, query_rows_ptr, key_rows_ptr)
+    group = find_group(program, index[1], index[0], index[1], G, H, 1, BLOCK_KEYS, SEARCH=False)
+    check_groups(program, *group, *index, G, num_queries, E, num_keys, max_queries, max_keys)
+    h, _, first_query, queries, first_key, keys = group
     weights_ptr += h * E + first_key
-    j = tl.arange(0, BLOCK_N)
+    j = tl.arange(0, BLOCK_KEYS)
     if queries == 0:
-        for at in range(0, keys, BLOCK_N):
-            tl.store(weights_ptr + at + j, tl.zeros([BLOCK_N], tl.float32), mask=at + j < keys)
+        for at in range(0, keys, BLOCK_KEYS):
+            tl.store(weights_ptr + at + j, tl.zeros([BLOCK_KEYS], tl.float32), mask=at + j < keys)
         return
     k_ptr += h * k_head
     q, _ = _first_query(q_ptr + h * q_head, query_rows_ptr, first_query, q_row, D, BLOCK_D)
-    highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    for at in range(0, keys, BLOCK_N):
-        real = at + j < keys
-        key = rows_at(key_rows_ptr, first_key + at + j, real)
-        k = load_rows(k_ptr, key * k_row, real, D, BLOCK_D).to(tl.float32)
+    highest = tl.full([BLOCK_KEYS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_KEYS], tl.float32)
+    for at in range(0, keys, BLOCK_KEYS):
+        real, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, at + j, k_row, D, BLOCK_D)
+        k = k.to(tl.float32)
         logits = tl.sum(k * q[None, :], 1) * scale
         tl.store(weights_ptr + at + j, logits, mask=real)
         # Every lane has a softmax of its own; where it has no key yet, nothing is taken from it.
@@ -95,7 +89,7 @@ def cls_forward_kernel(
     top = tl.max(highest, 0)
     total = tl.sum(tl.where(total == 0, 0.0, total * tl.exp(highest - top)), 0)
     tl.debug_barrier()  # other threads' products
-    for at in range(0, keys, BLOCK_N):
+    for at in range(0, keys, BLOCK_KEYS):
         real = at + j < keys
         logits = tl.load(weights_ptr + at + j, mask=real, other=0.0)
         tl.store(weights_ptr + at + j, tl.exp(logits - top) / total, mask=real)
@@ -111,8 +105,8 @@ def cls_backward_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
-    grad_q_ptr,  # [Q, H, D], zeros
-    grad_k_ptr,  # [K, H, D], or None where rows are shared
+    grad_q_ptr,  # [num_queries, H, D], zeros
+    grad_k_ptr,  # [num_keys, H, D], or None where rows are shared
     grad_logits_ptr,  # [H, E], or None where they are not
     q_row,
     q_head,
@@ -123,18 +117,18 @@ def cls_backward_kernel(
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
 ):
     """The gradients of the first query of a group and of its keys, of one head."""
     program = tl.program_id(0).to(tl.int64)
-    g = program // H
-    h = program % H
-    first_query, queries = span(query_offsets_ptr, g, True)
-    first_key, keys = span(key_offsets_ptr, g, True)
+    h, _, first_query, queries, first_key, keys = find_group(
+        *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
+        *(0, H, 1, BLOCK_KEYS, False),
+    )
     weights_ptr += h * E + first_key
-    j = tl.arange(0, BLOCK_N)
-    reached = tl.zeros([BLOCK_N], tl.float32)
-    for at in range(0, keys, BLOCK_N):
+    j = tl.arange(0, BLOCK_KEYS)
+    reached = tl.zeros([BLOCK_KEYS], tl.float32)
+    for at in range(0, keys, BLOCK_KEYS):
         real = at + j < keys
         weights = tl.load(weights_ptr + at + j, mask=real, other=0.0)
         grad = tl.load(grad_scores_ptr + first_key + at + j, mask=real, other=0.0)
@@ -147,10 +141,11 @@ def cls_backward_kernel(
         q, one = _first_query(q_ptr + h * q_head, query_rows_ptr, first_query, q_row, D, BLOCK_D)
         row += one
     grad_q = tl.zeros([BLOCK_D], tl.float32)
-    for at in range(0, keys, BLOCK_N):
-        real = at + j < keys
-        key = rows_at(key_rows_ptr, first_key + at + j, real)
-        k = load_rows(k_ptr + h * k_head, key * k_row, real, D, BLOCK_D).to(tl.float32)
+    for at in range(0, keys, BLOCK_KEYS):
+        real, key, k = load_block(
+            k_ptr + h * k_head, key_rows_ptr, first_key, keys, at + j, k_row, D, BLOCK_D
+        )
+        k = k.to(tl.float32)
         weights = tl.load(weights_ptr + at + j, mask=real, other=0.0)
         grad = tl.load(grad_scores_ptr + first_key + at + j, mask=real, other=0.0)
         grad = weights * (grad - delta) * (scale / H)
@@ -170,9 +165,9 @@ def cls_rows_kernel(
     q_ptr,
     query_offsets_ptr,
     query_rows_ptr,
-    entry_offsets_ptr,  # [K + 1]
+    entry_offsets_ptr,  # [num_keys + 1]
     entries_ptr,  # [E]
-    grad_k_ptr,  # [K, H, D]
+    grad_k_ptr,  # [num_keys, H, D]
     q_row,
     q_head,
     H,
@@ -203,24 +198,24 @@ def cls_rows_kernel(
 @triton.jit
 def value_forward_kernel(
     attention_ptr,  # [E]
-    norms_ptr,  # [K]
+    norms_ptr,  # [num_keys]
     key_offsets_ptr,
     key_rows_ptr,
     scores_ptr,  # [E]
-    BLOCK_N: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
 ):
     """Attention times the length of the value, and then divided by its sum over a group."""
     first_key, keys = span(key_offsets_ptr, tl.program_id(0).to(tl.int64), True)
-    j = tl.arange(0, BLOCK_N)
-    sums = tl.zeros([BLOCK_N], tl.float32)
-    for at in range(0, keys, BLOCK_N):
+    j = tl.arange(0, BLOCK_KEYS)
+    sums = tl.zeros([BLOCK_KEYS], tl.float32)
+    for at in range(0, keys, BLOCK_KEYS):
         real = at + j < keys
         key = rows_at(key_rows_ptr, first_key + at + j, real)
         attention = tl.load(attention_ptr + first_key + at + j, mask=real, other=0.0)
         sums += attention * tl.load(norms_ptr + key, mask=real, other=0.0)
     total = tl.sum(sums, 0)
     total = tl.where(total == 0, 1.0, total)
-    for at in range(0, keys, BLOCK_N):
+    for at in range(0, keys, BLOCK_KEYS):
         real = at + j < keys
         key = rows_at(key_rows_ptr, first_key + at + j, real)
         attention = tl.load(attention_ptr + first_key + at + j, mask=real, other=0.0)
@@ -232,20 +227,20 @@ def value_forward_kernel(
 def value_backward_kernel(
     grad_scores_ptr,  # [E]
     attention_ptr,  # [E]
-    norms_ptr,  # [K]
+    norms_ptr,  # [num_keys]
     key_offsets_ptr,
     key_rows_ptr,
     grad_attention_ptr,  # [E]
-    grad_norms_ptr,  # [K], or [E] where rows are shared
+    grad_norms_ptr,  # [num_keys], or [E] where rows are shared
     SHARED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
 ):
     """With w = attention x length and a gradient g, both get (g - sum(g w) / sum(w)) / sum(w)."""
     first_key, keys = span(key_offsets_ptr, tl.program_id(0).to(tl.int64), True)
-    j = tl.arange(0, BLOCK_N)
-    sums = tl.zeros([BLOCK_N], tl.float32)
-    reached = tl.zeros([BLOCK_N], tl.float32)
-    for at in range(0, keys, BLOCK_N):
+    j = tl.arange(0, BLOCK_KEYS)
+    sums = tl.zeros([BLOCK_KEYS], tl.float32)
+    reached = tl.zeros([BLOCK_KEYS], tl.float32)
+    for at in range(0, keys, BLOCK_KEYS):
         real = at + j < keys
         key = rows_at(key_rows_ptr, first_key + at + j, real)
         attention = tl.load(attention_ptr + first_key + at + j, mask=real, other=0.0)
@@ -257,7 +252,7 @@ def value_backward_kernel(
     some = total != 0
     total = tl.where(some, total, 1.0)
     delta = tl.sum(reached, 0) / total
-    for at in range(0, keys, BLOCK_N):
+    for at in range(0, keys, BLOCK_KEYS):
         real = at + j < keys
         entry = first_key + at + j
         key = rows_at(key_rows_ptr, entry, real)
@@ -270,99 +265,102 @@ def value_backward_kernel(
         tl.store(grad_norms_ptr + place, grad * attention, mask=real)
 
 
-def cls_weights(c: Call, scale: float) -> Tensor:
+def cls_weights(call: ScoresCall, scale: float) -> Tensor:
     """The attention of the first query of every group, [H, E]."""
-    weights = c.empty(c.H, c.E)
-    if c.G * c.H:
-        cls_forward_kernel[(c.G * c.H,)](
-            c.q,
-            c.k,
-            *c.index,
+    weights = call.empty(call.H, call.E)
+    if call.G * call.H:
+        cls_forward_kernel[(call.G * call.H,)](
+            call.q,
+            call.k,
+            *call.index,
             weights,
-            *strides_of(c.q, c.k),
-            *c.sizes,
-            *c.most,
+            *call.strides,
+            *call.sizes,
+            *call.longest,
             scale,
-            **c.head,
-            **c.keys,
-            **c.options,
+            **call.head,
+            **call.keys,
+            **call.options,
         )
     return weights
 
 
-def cls_back(c: Call, grad_scores: Tensor, weights: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    grad_q = torch.zeros_like(c.q, memory_format=torch.contiguous_format)
-    grad_k = torch.empty_like(c.k, memory_format=torch.contiguous_format)
-    grad_logits = c.empty(c.H, c.E) if c.shared else None
-    if c.G * c.H:
-        cls_backward_kernel[(c.G * c.H,)](
+def cls_back(
+    call: ScoresCall, grad_scores: Tensor, weights: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    grad_q = torch.zeros_like(call.q, memory_format=torch.contiguous_format)
+    grad_k = torch.empty_like(call.k, memory_format=torch.contiguous_format)
+    grad_logits = call.empty(call.H, call.E) if call.shared else None
+    if call.G * call.H:
+        cls_backward_kernel[(call.G * call.H,)](
             grad_scores,
             weights,
-            c.q,
-            c.k,
-            *c.index,
+            call.q,
+            call.k,
+            *call.index,
             grad_q,
-            None if c.shared else grad_k,
+            None if call.shared else grad_k,
             grad_logits,
-            *strides_of(c.q, c.k),
-            c.H,
-            c.E,
+            *call.strides,
+            call.H,
+            call.E,
             scale,
-            **c.head,
-            **c.keys,
-            **c.options,
+            **call.head,
+            **call.keys,
+            **call.options,
         )
-    if c.shared and c.K * c.H:
-        query_offsets, key_offsets, query_rows, _ = c.index
-        heads = min(triton.next_power_of_2(c.H), 16)
-        cls_rows_kernel[(c.K * triton.cdiv(c.H, heads),)](
+    if call.shared and call.num_keys * call.H:
+        query_offsets, key_offsets, query_rows, _ = call.index
+        heads = min(triton.next_power_of_2(call.H), 16)
+        cls_rows_kernel[(call.num_keys * triton.cdiv(call.H, heads),)](
             grad_logits,
-            group_of(key_offsets, c.E),
-            c.q,
+            group_of(key_offsets, call.E),
+            call.q,
             query_offsets,
             query_rows,
-            *c.entries,
+            *call.entries,
             grad_k,
-            *strides_of(c.q),
-            c.H,
-            c.E,
-            **c.head,
+            *strides_of(call.q),
+            call.H,
+            call.E,
+            **call.head,
             BLOCK_H=heads,
-            **c.options,
+            **call.options,
         )
     return grad_q, grad_k
 
 
-def value_scores(c: Call, weights: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The scores [E] from the attention [H, E], and the lengths of the values [K]."""
+def value_scores(call: ScoresCall, weights: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores [E] from the attention [H, E], and the lengths of the values [num_keys]."""
     norms = torch.linalg.vector_norm(v, dim=(1, 2), dtype=torch.float32)
-    scores = c.empty(c.E)
-    if c.G:
-        value_forward_kernel[(c.G,)](
-            weights.mean(0), norms, *c.key_index, scores, BLOCK_N=1024, **OPTIONS
+    scores = call.empty(call.E)
+    if call.G:
+        value_forward_kernel[(call.G,)](
+            weights.mean(0), norms, *call.key_index, scores, BLOCK_KEYS=1024, **OPTIONS
         )
     return scores, norms
 
 
 def value_back(
-    c: Call, grad_scores: Tensor, weights: Tensor, norms: Tensor, v: Tensor
+    call: ScoresCall, grad_scores: Tensor, weights: Tensor, norms: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the attention, and of v."""
-    grad_attention = c.empty(c.E)
-    grad_norms = c.empty(c.E if c.shared else c.K)
-    if c.G:
-        value_backward_kernel[(c.G,)](
+    grad_attention = call.empty(call.E)
+    grad_norms = call.empty(call.E if call.shared else call.num_keys)
+    if call.G:
+        value_backward_kernel[(call.G,)](
             grad_scores,
             weights.mean(0),
             norms,
-            *c.key_index,
+            *call.key_index,
             grad_attention,
             grad_norms,
-            SHARED=c.shared,
-            BLOCK_N=1024,
+            SHARED=call.shared,
+            BLOCK_KEYS=1024,
             **OPTIONS,
         )
-    if c.shared:
-        grad_norms = sum_entries(c, grad_norms[:, None], c.empty(c.K, 1))[:, 0]
+    if call.shared:
+        entry_norms, grad_norms = grad_norms, call.empty(call.num_keys)
+        sum_entries(call, [entry_norms[:, None]], [grad_norms[:, None]])
     factor = torch.where(norms == 0, 0, grad_norms / norms)
     return grad_attention, (v * factor[:, None, None]).to(v.dtype).contiguous()

@@ -1,11 +1,11 @@
 """token_scores in Triton, forward and backward, without atomics.
 
-triton_cls.py: one query against all keys ("cls", "value").
+triton_cls.py: the first query of a group against all keys ("cls", "value").
 triton_mean.py: all queries ("mean").
 triton_similarity.py: keys against keys ("similarity").
 
-PyTorch takes the mean over heads, in fixed order. What they share is in kernels/triton_groups.py
-and, on the host, in triton_call.py.
+PyTorch takes the mean over heads, in a fixed order. kernels/groups/ has what this op shares with
+space_time_attention.
 """
 
 from typing import Any
@@ -15,74 +15,56 @@ from torch import Tensor
 
 from vidl.kernels.triton_launch import on_device
 
-from .triton_call import Call
+from .triton_call import ScoresCall
 from .triton_cls import cls_back, cls_weights, value_back, value_scores
 from .triton_mean import mean_back, mean_scores
 from .triton_similarity import similarity
 
 
 def token_scores(
-    q: Tensor | None,  # [Q, H, D]
-    k: Tensor,  # [K, H, D]
-    v: Tensor | None,  # [K, H, D]
-    lse: Tensor | None,  # [H, Q]
-    query_offsets: Tensor,  # [G + 1]
-    key_offsets: Tensor,  # [G + 1]
-    query_rows: Tensor | None,  # [Q]
-    key_rows: Tensor | None,  # [E]
-    entry_offsets: Tensor | None,  # [K + 1]
-    entries: Tensor | None,  # [E]
-    max_queries: int,
-    max_keys: int,
-    scale: float,
-    kind: str,
+    q: Tensor | None,  # [num_queries, H, D]
+    k: Tensor,  # [num_keys, H, D]
+    v: Tensor | None,  # [num_keys, H, D]
+    lse: Tensor | None,  # [H, num_queries]
+    *rest: Any,  # the groups as in groups/triton_call.py, scale, kind
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scores [E]; the weights [H, E], or the log-sum-exp [H, Q]; the lengths of values [K]."""
-    index = (query_offsets, key_offsets, query_rows, key_rows, entry_offsets, entries)
-    c = Call(q, k, *index, max_queries, max_keys)
+    """The scores [E]; weights [H, E] or log-sum-exp [H, num_queries]; norms of v [num_keys]."""
+    *groups, scale, kind = rest
+    call = ScoresCall(q, k, groups)
     with on_device(k):
         if kind == "similarity":
-            return similarity(c), c.empty(0), c.empty(0)
+            return similarity(call), call.empty(0), call.empty(0)
         if kind == "mean":
-            return *mean_scores(c, lse, scale), c.empty(0)
-        weights = cls_weights(c, scale)
+            return *mean_scores(call, lse, scale), call.empty(0)
+        weights = cls_weights(call, scale)
         if kind == "cls":
-            return weights.mean(0), weights, c.empty(0)
+            return weights.mean(0), weights, call.empty(0)
         assert v is not None
-        scores, norms = value_scores(c, weights, v)
+        scores, norms = value_scores(call, weights, v)
         return scores, weights, norms
 
 
 def token_scores_bwd(
     grad_scores: Tensor,  # [E]
-    weights: Tensor,  # [H, E], or for "mean" the log-sum-exp [H, Q]
-    norms: Tensor,  # [K]
+    weights: Tensor,  # [H, E], or for "mean" the log-sum-exp [H, num_queries]
+    norms: Tensor,  # [num_keys]
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    query_rows: Tensor | None,
-    key_rows: Tensor | None,
-    entry_offsets: Tensor | None,
-    entries: Tensor | None,
-    max_queries: int,
-    max_keys: int,
-    scale: float,
-    kind: str,
+    *rest: Any,  # as forward
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
-    index = (query_offsets, key_offsets, query_rows, key_rows, entry_offsets, entries)
-    c = Call(q, k, *index, max_queries, max_keys)
+    *groups, scale, kind = rest
+    call = ScoresCall(q, k, groups)
     grad_scores, weights = grad_scores.contiguous(), weights.contiguous()
     grad_v = k.new_empty(0)
     with on_device(k):
         if kind == "mean":
-            return *mean_back(c, grad_scores, weights, scale), grad_v
+            return *mean_back(call, grad_scores, weights, scale), grad_v
         if kind == "value":
             assert v is not None
-            grad_scores, grad_v = value_back(c, grad_scores, weights, norms, v)
-        return *cls_back(c, grad_scores, weights, scale), grad_v
+            grad_scores, grad_v = value_back(call, grad_scores, weights, norms, v)
+        return *cls_back(call, grad_scores, weights, scale), grad_v
 
 
 def ahead_of_time() -> None:

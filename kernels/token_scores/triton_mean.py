@@ -1,8 +1,8 @@
 """token_scores of all queries of each group, in Triton: "mean".
 
 First the log-sum-exp of every query, unless it is given; then a program for a block of keys of a
-group and a head adds up their weights over blocks of queries. Backward one kernel for queries,
-which leaves every query's `delta` and the sum of its weights behind, then one for keys.
+group and a head adds up their weights over blocks of queries. Backward: one kernel for queries,
+which also stores `delta` and the sum of the weights of every query, then one for keys.
 """
 
 import torch
@@ -10,27 +10,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels.groups.triton_rows import (
-    check_offsets,
-    check_rows,
-    find_work,
-    load_rows,
-    rows_at,
-    span,
-    store_rows,
-    strides_of,
-)
+from vidl.kernels.groups.triton_entries import sum_entries
+from vidl.kernels.groups.triton_rows import check_groups, find_group, load_block, store_rows
+from vidl.kernels.groups.triton_softmax import logit_slope, multiply, online_softmax
 
-from .triton_call import Call
-from .triton_entries import sum_entries
+from .triton_call import ScoresCall
 
 
 @triton.jit
-def multiply(a, b):
-    return tl.dot(a, b, input_precision="ieee")
+def _key_block(
+    at,
+    q,
+    lse,
+    grad_scores_ptr,
+    k_ptr,  # of this head
+    key_rows_ptr,
+    k_row,
+    first_key,
+    keys,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """A block of keys from number `at` on: k, the weights of the queries, and their gradients."""
+    j = at + tl.arange(0, BLOCK_KEYS)
+    real_key, _, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
+    grad = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0)
+    logits = multiply(q, tl.trans(k)) * scale
+    return k, tl.where(real_key[None, :], tl.exp(logits - lse[:, None]), 0.0), grad
 
 
-@triton.jit(do_not_specialize=["G", "H", "Q", "K", "E", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "blocks"])
 def lse_kernel(
     q_ptr,
     k_ptr,
@@ -38,53 +49,62 @@ def lse_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
-    lse_ptr,  # [H, Q]
+    lse_ptr,  # [H, num_queries]
     q_row,
     q_head,
     k_row,
     k_head,
     G,
     H,
-    Q,
-    K,
+    num_queries,
     E,
+    num_keys,
     blocks,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
     """The log-sum-exp of a block of queries of a group and a head."""
     program = tl.program_id(0).to(tl.int64)
-    g, start, h = find_work(program, query_offsets_ptr, G, H, blocks, BLOCK_M, SEARCH)
-    first_query, queries = span(query_offsets_ptr, g, True)
-    first_key, keys = span(key_offsets_ptr, g, True)
+    h, start, first_query, queries, first_key, keys = find_group(
+        *(program, query_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
+        *(G, H, blocks, BLOCK_QUERIES, SEARCH),
+    )
     if start >= queries:
         return
-    i = start + tl.arange(0, BLOCK_M)
-    real_query = i < queries
-    query = rows_at(query_rows_ptr, first_query + i, real_query)
-    q = load_rows(q_ptr + h * q_head, query * q_row, real_query, D, BLOCK_D)
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for at in range(0, keys, BLOCK_N):
-        j = at + tl.arange(0, BLOCK_N)
-        real_key = j < keys
-        key = rows_at(key_rows_ptr, first_key + j, real_key)
-        k = load_rows(k_ptr + h * k_head, key * k_row, real_key, D, BLOCK_D)
+    i = start + tl.arange(0, BLOCK_QUERIES)
+    real_query, query, q = load_block(
+        q_ptr + h * q_head, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+    )
+    highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_QUERIES], tl.float32)
+    for at in range(0, keys, BLOCK_KEYS):
+        j = at + tl.arange(0, BLOCK_KEYS)
+        real_key, _, k = load_block(
+            k_ptr + h * k_head, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D
+        )
         logits = multiply(q, tl.trans(k)) * scale
         logits = tl.where(real_key[None, :], logits, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        weights = tl.exp(logits - higher[:, None])
-        total = total * tl.exp(highest - higher) + tl.sum(weights, 1)
-        highest = higher
+        _, _, highest, total = online_softmax(logits, highest, total, BASE_2=False)
     lse = highest + tl.log(tl.where(keys > 0, total, 1.0))  # -inf without keys
-    tl.store(lse_ptr + h * Q + query, lse, mask=real_query)
+    tl.store(lse_ptr + h * num_queries + query, lse, mask=real_query)
 
 
-@triton.jit(do_not_specialize=["G", "H", "Q", "K", "E", "max_queries", "max_keys", "blocks"])
+@triton.jit(
+    do_not_specialize=[
+        "G",
+        "H",
+        "num_queries",
+        "E",
+        "num_keys",
+        "max_queries",
+        "max_keys",
+        "blocks",
+    ]
+)
 def mean_forward_kernel(
     q_ptr,
     k_ptr,
@@ -92,7 +112,7 @@ def mean_forward_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
-    lse_ptr,  # [H, Q]
+    lse_ptr,  # [H, num_queries]
     weights_ptr,  # [H, E]
     q_row,
     q_head,
@@ -100,177 +120,161 @@ def mean_forward_kernel(
     k_head,
     G,
     H,
-    Q,
-    K,
+    num_queries,
     E,
+    num_keys,
     max_queries,
     max_keys,
     blocks,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
     """The mean attention to a block of keys of a group and a head."""
     program = tl.program_id(0).to(tl.int64)
-    if program == 0:
-        check_offsets(query_offsets_ptr, G, Q, max_queries, BLOCK=128)
-        check_offsets(key_offsets_ptr, G, E, max_keys, BLOCK=128)
-    g, start, h = find_work(program, key_offsets_ptr, G, H, blocks, BLOCK_N, SEARCH)
-    first_query, queries = span(query_offsets_ptr, g, True)
-    first_key, keys = span(key_offsets_ptr, g, True)
-    if (start == 0) & (h == 0):
-        check_rows(query_rows_ptr, first_query, queries, Q, BLOCK=128)
-        check_rows(key_rows_ptr, first_key, keys, K, BLOCK=128)
+    index = (query_offsets_ptr, key_offsets_ptr, query_rows_ptr, key_rows_ptr)
+    group = find_group(program, index[1], index[0], index[1], G, H, blocks, BLOCK_KEYS, SEARCH)
+    check_groups(program, *group, *index, G, num_queries, E, num_keys, max_queries, max_keys)
+    h, start, first_query, queries, first_key, keys = group
     if start >= keys:
         return
-    j = start + tl.arange(0, BLOCK_N)
-    real_key = j < keys
-    key = rows_at(key_rows_ptr, first_key + j, real_key)
-    k = load_rows(k_ptr + h * k_head, key * k_row, real_key, D, BLOCK_D)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    for at in range(0, queries, BLOCK_M):
-        i = at + tl.arange(0, BLOCK_M)
-        real_query = i < queries
-        query = rows_at(query_rows_ptr, first_query + i, real_query)
-        q = load_rows(q_ptr + h * q_head, query * q_row, real_query, D, BLOCK_D)
-        lse = tl.load(lse_ptr + h * Q + query, mask=real_query, other=0.0)
+    j = start + tl.arange(0, BLOCK_KEYS)
+    k_ptr += h * k_head
+    real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
+    total = tl.zeros([BLOCK_KEYS], tl.float32)
+    for at in range(0, queries, BLOCK_QUERIES):
+        i = at + tl.arange(0, BLOCK_QUERIES)
+        real_query, query, q = load_block(
+            q_ptr + h * q_head, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+        )
+        lse = tl.load(lse_ptr + h * num_queries + query, mask=real_query, other=0.0)
         logits = multiply(k, tl.trans(q)) * scale
         weights = tl.exp(logits - lse[None, :])
         total += tl.sum(tl.where(real_query[None, :], weights, 0.0), 1)
     tl.store(weights_ptr + h * E + first_key + j, total / tl.maximum(queries, 1), mask=real_key)
 
 
-@triton.jit(do_not_specialize=["G", "H", "Q", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "blocks"])
 def mean_queries_kernel(
     grad_scores_ptr,  # [E]
-    lse_ptr,  # [H, Q]
+    lse_ptr,  # [H, num_queries]
     q_ptr,
     k_ptr,
     query_offsets_ptr,
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
-    total_ptr,  # [H, Q]
-    delta_ptr,  # [H, Q]
-    grad_q_ptr,  # [Q, H, D]
+    total_ptr,  # [H, num_queries]
+    delta_ptr,  # [H, num_queries]
+    grad_q_ptr,  # [num_queries, H, D]
     q_row,
     q_head,
     k_row,
     k_head,
     G,
     H,
-    Q,
+    num_queries,
     blocks,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """The gradient of a block of queries, the sums of their weights, and delta.
+    """The gradient of a block of queries, and of each query the sum of the weights, and delta.
 
-    Divided by their sum, the weights add up to one, as far as rounding in the log-sum-exp let them
-    stray: their gradient is a difference that would show it. delta is the sum of the weights times
-    their gradients.
+    The log-sum-exp is rounded, so the weights are divided by their sum: the gradient, a difference,
+    would show the error. delta is the sum of the weights times their gradients.
     """
     program = tl.program_id(0).to(tl.int64)
-    g, start, h = find_work(program, query_offsets_ptr, G, H, blocks, BLOCK_M, SEARCH)
-    first_query, queries = span(query_offsets_ptr, g, True)
-    first_key, keys = span(key_offsets_ptr, g, True)
+    h, start, first_query, queries, first_key, keys = find_group(
+        *(program, query_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
+        *(G, H, blocks, BLOCK_QUERIES, SEARCH),
+    )
     if start >= queries:
         return
-    i = start + tl.arange(0, BLOCK_M)
-    real_query = i < queries
-    query = rows_at(query_rows_ptr, first_query + i, real_query)
-    q = load_rows(q_ptr + h * q_head, query * q_row, real_query, D, BLOCK_D)
-    lse = tl.load(lse_ptr + h * Q + query, mask=real_query, other=0.0)
+    i = start + tl.arange(0, BLOCK_QUERIES)
+    real_query, query, q = load_block(
+        q_ptr + h * q_head, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+    )
+    lse = tl.load(lse_ptr + h * num_queries + query, mask=real_query, other=0.0)
     k_ptr += h * k_head
-    total = tl.zeros([BLOCK_M], tl.float32)
-    delta = tl.zeros([BLOCK_M], tl.float32)
-    for at in range(0, keys, BLOCK_N):
-        j = at + tl.arange(0, BLOCK_N)
-        real_key = j < keys
-        key = rows_at(key_rows_ptr, first_key + j, real_key)
-        k = load_rows(k_ptr, key * k_row, real_key, D, BLOCK_D)
-        grad = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0)
-        logits = multiply(q, tl.trans(k)) * scale
-        weights = tl.where(real_key[None, :], tl.exp(logits - lse[:, None]), 0.0)
+    operands = (q, lse, grad_scores_ptr, k_ptr, key_rows_ptr, k_row, first_key, keys)
+    total = tl.zeros([BLOCK_QUERIES], tl.float32)
+    delta = tl.zeros([BLOCK_QUERIES], tl.float32)
+    for at in range(0, keys, BLOCK_KEYS):
+        _, weights, grad = _key_block(at, *operands, scale, D, BLOCK_D, BLOCK_KEYS)
         total += tl.sum(weights, 1)
         delta += tl.sum(weights * grad[None, :], 1)
     total = tl.where(total == 0, 1.0, total)  # no keys
     delta = delta / total
-    tl.store(total_ptr + h * Q + query, total, mask=real_query)
-    tl.store(delta_ptr + h * Q + query, delta, mask=real_query)
-    grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for at in range(0, keys, BLOCK_N):
-        j = at + tl.arange(0, BLOCK_N)
-        real_key = j < keys
-        key = rows_at(key_rows_ptr, first_key + j, real_key)
-        k = load_rows(k_ptr, key * k_row, real_key, D, BLOCK_D)
-        grad = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0)
-        logits = multiply(q, tl.trans(k)) * scale
-        weights = tl.where(real_key[None, :], tl.exp(logits - lse[:, None]), 0.0)
+    tl.store(total_ptr + h * num_queries + query, total, mask=real_query)
+    tl.store(delta_ptr + h * num_queries + query, delta, mask=real_query)
+    grad_q = tl.zeros([BLOCK_QUERIES, BLOCK_D], tl.float32)
+    for at in range(0, keys, BLOCK_KEYS):
+        k, weights, grad = _key_block(at, *operands, scale, D, BLOCK_D, BLOCK_KEYS)
         grad_logits = weights / total[:, None] * (grad[None, :] - delta[:, None])
         grad_q += multiply(grad_logits.to(k.dtype), k)
     share = scale / (H * queries.to(tl.float32))
-    share = tl.where(keys == 1, 0.0, share)  # one key always has all the weight
-    store_rows(grad_q_ptr, (query * H + h) * D, grad_q * share, real_query, D, BLOCK_D)
+    store_rows(
+        grad_q_ptr, (query * H + h) * D, grad_q * logit_slope(keys, share), real_query, D, BLOCK_D
+    )
 
 
-@triton.jit(do_not_specialize=["G", "H", "Q", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "blocks"])
 def mean_keys_kernel(
     grad_scores_ptr,  # [E]
-    lse_ptr,  # [H, Q]
+    lse_ptr,  # [H, num_queries]
     q_ptr,
     k_ptr,
     query_offsets_ptr,
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
-    total_ptr,  # [H, Q]
-    delta_ptr,  # [H, Q]
-    grad_k_ptr,  # [K, H, D], or [E, H, D] where rows are shared
+    total_ptr,  # [H, num_queries]
+    delta_ptr,  # [H, num_queries]
+    grad_k_ptr,  # [num_keys, H, D], or [E, H, D] where rows are shared
     q_row,
     q_head,
     k_row,
     k_head,
     G,
     H,
-    Q,
+    num_queries,
     blocks,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
     SHARED: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
     """The gradient of a block of keys."""
     program = tl.program_id(0).to(tl.int64)
-    g, start, h = find_work(program, key_offsets_ptr, G, H, blocks, BLOCK_N, SEARCH)
-    first_query, queries = span(query_offsets_ptr, g, True)
-    first_key, keys = span(key_offsets_ptr, g, True)
+    h, start, first_query, queries, first_key, keys = find_group(
+        *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
+        *(G, H, blocks, BLOCK_KEYS, SEARCH),
+    )
     if start >= keys:
         return
-    j = start + tl.arange(0, BLOCK_N)
-    real_key = j < keys
-    key = rows_at(key_rows_ptr, first_key + j, real_key)
-    k = load_rows(k_ptr + h * k_head, key * k_row, real_key, D, BLOCK_D)
+    j = start + tl.arange(0, BLOCK_KEYS)
+    k_ptr += h * k_head
+    real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
     grad = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0)
-    grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for at in range(0, queries, BLOCK_M):
-        i = at + tl.arange(0, BLOCK_M)
-        real_query = i < queries
-        query = rows_at(query_rows_ptr, first_query + i, real_query)
-        q = load_rows(q_ptr + h * q_head, query * q_row, real_query, D, BLOCK_D)
-        lse = tl.load(lse_ptr + h * Q + query, mask=real_query, other=0.0)
-        total = tl.load(total_ptr + h * Q + query, mask=real_query, other=1.0)
-        delta = tl.load(delta_ptr + h * Q + query, mask=real_query, other=0.0)
+    grad_k = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
+    for at in range(0, queries, BLOCK_QUERIES):
+        i = at + tl.arange(0, BLOCK_QUERIES)
+        real_query, query, q = load_block(
+            q_ptr + h * q_head, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+        )
+        lse = tl.load(lse_ptr + h * num_queries + query, mask=real_query, other=0.0)
+        total = tl.load(total_ptr + h * num_queries + query, mask=real_query, other=1.0)
+        delta = tl.load(delta_ptr + h * num_queries + query, mask=real_query, other=0.0)
         logits = multiply(k, tl.trans(q)) * scale
         weights = tl.exp(logits - lse[None, :]) / total[None, :]
         weights = tl.where(real_key[:, None] & real_query[None, :], weights, 0.0)
@@ -279,100 +283,102 @@ def mean_keys_kernel(
     if SHARED:
         key = (first_key + j).to(tl.int64)
     share = scale / (H * tl.maximum(queries, 1).to(tl.float32))
-    share = tl.where(keys == 1, 0.0, share)
-    store_rows(grad_k_ptr, (key * H + h) * D, grad_k * share, real_key, D, BLOCK_D)
+    store_rows(
+        grad_k_ptr, (key * H + h) * D, grad_k * logit_slope(keys, share), real_key, D, BLOCK_D
+    )
 
 
-def mean_scores(c: Call, lse: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The scores, and the log-sum-exp unless it was given."""
-    weights, found = c.empty(c.H, c.E), c.empty(0)
+def mean_scores(call: ScoresCall, lse: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The scores [E], and the log-sum-exp unless it is given."""
+    weights, new_lse = call.empty(call.H, call.E), call.empty(0)
     if lse is None:
-        lse = found = c.empty(c.H, c.Q)
-        programs, blocks, search = c.blocks(0, c.side, c.H)
+        lse = new_lse = call.empty(call.H, call.num_queries)
+        programs, blocks, search = call.blocks(0, call.side, call.H)
         if programs:
             lse_kernel[(programs,)](
-                c.q,
-                c.k,
-                *c.index,
+                call.q,
+                call.k,
+                *call.index,
                 lse,
-                *strides_of(c.q, c.k),
-                *c.sizes,
+                *call.strides,
+                *call.sizes,
                 blocks,
                 scale,
-                **c.head,
-                **c.tile,
+                **call.head,
+                **call.tile,
                 SEARCH=search,
-                **c.options,
+                **call.options,
             )
-    programs, blocks, search = c.blocks(1, c.side, c.H)
+    programs, blocks, search = call.blocks(1, call.side, call.H)
     if programs:
         mean_forward_kernel[(programs,)](
-            c.q,
-            c.k,
-            *c.index,
+            call.q,
+            call.k,
+            *call.index,
             lse,
             weights,
-            *strides_of(c.q, c.k),
-            *c.sizes,
-            *c.most,
+            *call.strides,
+            *call.sizes,
+            *call.longest,
             blocks,
             scale,
-            **c.head,
-            **c.tile,
+            **call.head,
+            **call.tile,
             SEARCH=search,
-            **c.options,
+            **call.options,
         )
-    return weights.mean(0), found
+    return weights.mean(0), new_lse
 
 
-def mean_back(c: Call, grad_scores: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def mean_back(
+    call: ScoresCall, grad_scores: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     grad_q, grad_k = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (c.q, c.k)
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.q, call.k)
     )
-    entry_k = c.empty(c.E, c.H, c.D) if c.shared else grad_k
+    entry_k = call.empty(call.E, call.H, call.D) if call.shared else grad_k
     total, delta = torch.empty_like(lse), torch.empty_like(lse)
-    strides, sizes = strides_of(c.q, c.k), (c.G, c.H, c.Q)
-    programs, blocks, search = c.blocks(0, c.side, c.H)
+    programs, blocks, search = call.blocks(0, call.side, call.H)
     if programs:
         mean_queries_kernel[(programs,)](
             grad_scores,
             lse,
-            c.q,
-            c.k,
-            *c.index,
+            call.q,
+            call.k,
+            *call.index,
             total,
             delta,
             grad_q,
-            *strides,
-            *sizes,
+            *call.strides,
+            *call.sizes[:3],
             blocks,
             scale,
-            **c.head,
-            **c.tile,
+            **call.head,
+            **call.tile,
             SEARCH=search,
-            **c.options,
+            **call.options,
         )
-    programs, blocks, search = c.blocks(1, c.side, c.H)
+    programs, blocks, search = call.blocks(1, call.side, call.H)
     if programs:
         mean_keys_kernel[(programs,)](
             grad_scores,
             lse,
-            c.q,
-            c.k,
-            *c.index,
+            call.q,
+            call.k,
+            *call.index,
             total,
             delta,
             entry_k,
-            *strides,
-            *sizes,
+            *call.strides,
+            *call.sizes[:3],
             blocks,
             scale,
-            **c.head,
-            **c.tile,
-            SHARED=c.shared,
+            **call.head,
+            **call.tile,
+            SHARED=call.shared,
             SEARCH=search,
-            **c.options,
+            **call.options,
         )
-    if c.shared:
-        sum_entries(c, entry_k.flatten(1), grad_k)
+    if call.shared:
+        sum_entries(call, [entry_k], [grad_k])
     return grad_q, grad_k

@@ -1,0 +1,85 @@
+"""What all launches of Triton kernels on groups share, on the host."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from vidl.kernels import library
+from vidl.kernels.triton_offsets import check_in_interpreter
+
+
+class Call:
+    """One call of an op on groups: the arguments that its kernels share.
+
+    Args:
+        op: its name, for errors.
+        q: [num_queries, H, D], or None if the op reads no queries.
+        k: [num_keys, H, D].
+        groups: query_offsets [G + 1], key_offsets [G + 1], query_rows [num_queries] or None,
+            key_rows [E] or None, entry_offsets [num_keys + 1] or None, entries [E] or None,
+            max_queries, max_keys: the order of the schemas.
+    """
+
+    def __init__(self, op: str, q: Tensor | None, k: Tensor, groups: Sequence[Any]) -> None:
+        self.k = readable(k)
+        self.q = self.k if q is None else readable(q)
+        self.index, self.entries, self.longest = groups[:4], groups[4:6], (groups[6], groups[7])
+        query_offsets, key_offsets, query_rows, key_rows = self.index
+        self.shared = self.entries[1] is not None
+        self.G = key_offsets.shape[0] - 1
+        self.num_queries = 0 if q is None else q.shape[0]
+        self.num_keys, self.H, self.D = k.shape
+        self.E = self.num_keys if key_rows is None else key_rows.shape[0]
+        self.sizes = (self.G, self.H, self.num_queries, self.E, self.num_keys)
+        if library.interpreting():
+            lists = [(key_offsets, key_rows, self.E, self.num_keys, self.longest[1])]
+            if q is not None:
+                counts = (self.num_queries, self.num_queries, self.longest[0])
+                lists.append((query_offsets, query_rows, *counts))
+            if self.shared:
+                lists.append((*self.entries, self.E, self.E, self.E))
+            for members in lists:
+                check_members(op, *members)
+
+    def blocks(self, of: int, size: int, heads: int) -> tuple[int, int, bool]:
+        """How many programs to launch, the blocks of a group, and whether programs must search.
+
+        Args:
+            of: 0 for blocks of queries, 1 for blocks of keys.
+            size: members of a block.
+            heads: programs of a block.
+        """
+        blocks = max(1, triton.cdiv(self.longest[of], size))
+        total = (self.num_queries, self.E)[of] // size + self.G  # of find_block(), with SEARCH
+        search = self.G * blocks > 2 * total
+        return heads * (total if search else self.G * blocks), blocks, search
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x`, or a copy whose channels are contiguous."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def strides_of(*tensors: Tensor) -> list[int]:
+    """The strides of rows and heads; 0 for a dimension of size 1, to keep addresses aligned."""
+    return [x.stride(d) if x.shape[d] > 1 else 0 for x in tensors for d in (0, 1)]
+
+
+def check_members(
+    op: str, offsets: Tensor, rows: Tensor | None, members: int, count: int, longest: int
+) -> None:
+    """Raise what the kernels assert: Triton's interpreter ignores device assertions.
+
+    Args:
+        offsets, rows: of one of the three lists of the groups.
+        members: the length that the list must have.
+        count: the bound of its rows.
+        longest: the bound of a group's length.
+    """
+    check_in_interpreter(op, "offsets", offsets, members)
+    if (sizes := offsets.diff()).numel() and sizes.max() > longest:
+        raise RuntimeError(f"{op}: need groups of at most {longest} rows, got {sizes.max()}")
+    if rows is not None and not ((rows >= 0) & (rows < count)).all():
+        raise RuntimeError(f"{op}: rows must lie in [0, {count})")

@@ -1,0 +1,79 @@
+"""Rows of keys that several groups share: their gradient is the sum over their entries."""
+
+from collections.abc import Sequence
+from math import prod
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vidl.kernels.triton_launch import OPTIONS
+
+from .triton_call import Call
+
+# Channels of a program.
+CHANNELS = 256
+
+
+@triton.jit(do_not_specialize=["C", "E"])
+def sum_entries_kernel(
+    entry_offsets_ptr,  # [num_keys + 1]
+    entries_ptr,  # [E]
+    first_entry_ptr,  # [E, C]
+    first_row_ptr,  # [num_keys, C]
+    second_entry_ptr,  # [E, C] or None
+    second_row_ptr,
+    C,
+    E,
+    D: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """row = sum of the row's entries, in order; bound by memory, every entry is read once."""
+    program = tl.program_id(0).to(tl.int64)
+    C = C // D * D  # tells the compiler that D divides C
+    blocks = tl.cdiv(C, BLOCK_C)
+    row = program // blocks
+    c = (program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int32)[None, :]
+    begin = tl.load(entry_offsets_ptr + row)
+    end = tl.load(entry_offsets_ptr + row + 1)
+    first = tl.zeros([BLOCK_C], tl.float32)
+    second = tl.zeros([BLOCK_C], tl.float32)
+    for at in range(begin, end, STEP):
+        i = at + tl.arange(0, STEP)
+        entry = tl.load(entries_ptr + i, mask=i < end, other=0)
+        tl.device_assert((entry >= 0) & (entry < E), "entries are out of range", mask=i < end)
+        place = entry.to(tl.int64)[:, None] * C + c
+        mask = (i < end)[:, None] & (c < C)
+        first += tl.sum(tl.load(first_entry_ptr + place, mask=mask, other=0.0), 0)
+        if second_entry_ptr is not None:
+            second += tl.sum(tl.load(second_entry_ptr + place, mask=mask, other=0.0), 0)
+    place = row * C + c
+    mask = c < C
+    tl.store(first_row_ptr + place, first[None, :].to(first_row_ptr.dtype.element_ty), mask=mask)
+    if second_row_ptr is not None:
+        second = second[None, :].to(second_row_ptr.dtype.element_ty)
+        tl.store(second_row_ptr + place, second, mask=mask)
+
+
+def sum_entries(
+    call: Call,
+    entries: Sequence[Tensor],  # one or two tensors [E, ..., D], float32
+    rows: Sequence[Tensor],  # as many [num_keys, ..., D], to be filled
+    step: int = 1,
+) -> None:
+    """Add up the entries of every row, `step` at a time."""
+    channels = prod(entries[0].shape[1:])
+    programs = call.num_keys * triton.cdiv(channels, CHANNELS)
+    if programs:
+        sum_entries_kernel[(programs,)](
+            *call.entries,
+            *(x for pair in zip(entries, rows, strict=True) for x in pair),
+            *(None,) * (4 - 2 * len(rows)),
+            channels,
+            call.E,
+            entries[0].shape[-1],
+            step,
+            CHANNELS,
+            **OPTIONS,
+        )
