@@ -15,16 +15,8 @@ from typing import Any
 from vidl.bench import commands as bench_commands
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command `vidl`.
-
-    Args:
-        argv: the arguments after the command's name; default: those of this process.
-
-    Returns:
-        The exit status: 0, or 1 if the command ran and found something wrong. Arguments that make
-        no sense end in `SystemExit` with status 2, as is argparse's way.
-    """
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command `vidl`; the manual lists its commands and options."""
     parser = argparse.ArgumentParser(
         prog="vidl", description="Masked and token-pruned video-language training, made fast."
     )
@@ -38,6 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_finetune(commands)
     _add_eval(commands)
     _add_export(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command `vidl`.
+
+    Args:
+        argv: the arguments after the command's name; default: those of this process.
+
+    Returns:
+        The exit status: 0, or 1 if the command ran and found something wrong. Arguments that make
+        no sense end in `SystemExit` with status 2, as is argparse's way.
+    """
+    parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["bench"] and words[1:2] and words[1] in bench_commands.READERS:
         words[:2] = [" ".join(words[:2])]

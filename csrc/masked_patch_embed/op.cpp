@@ -97,7 +97,7 @@ struct Cpu {
   static constexpr bool kUnpackWritesAll = false;
 
   // 16-bit products are fast only where the CPU has instructions for them; elsewhere torch's are
-  // several times slower than its float32 ones (docs/measured.md).
+  // several times slower than its float32 ones (docs/contributors/measured.md).
   static ScalarType product_dtype(ScalarType dtype) {
     return dtype == ScalarType::BFloat16 && cpu_multiplies_bf16() ? dtype : ScalarType::Float;
   }
