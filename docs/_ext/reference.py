@@ -1,4 +1,4 @@
-"""Directives that write the reference of the command line and of the configuration."""
+"""Sphinx directives for the reference of the command line and of the configuration."""
 
 import argparse
 import dataclasses
@@ -41,9 +41,8 @@ def _leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 
 def _command(parser: argparse.ArgumentParser) -> str:
-    usage = textwrap.indent(parser.format_usage().removeprefix("usage: "), "")
     lines = [f"## `{parser.prog}`", "", _escaped(parser.description or ""), ""]
-    lines += ["```text", usage.rstrip(), "```", ""]
+    lines += ["```text", parser.format_usage().removeprefix("usage: ").rstrip(), "```", ""]
     formatter = parser._get_formatter()
     for action in parser._actions:
         if not isinstance(action, argparse._HelpAction) and action.dest != argparse.SUPPRESS:
@@ -111,7 +110,13 @@ def _escaped(text: str) -> str:
     )
 
 
+def _skip(app: Sphinx, what: str, name: str, value: Any, skip: bool, options: Any) -> bool:
+    """Skip the fields of a NamedTuple, which the docstring of the class describes."""
+    return skip or type(value).__name__ == "_tuplegetter"
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("autodoc-skip-member", _skip)
     app.add_directive("vidl-commands", Commands)
     app.add_directive("vidl-config", ConfigFields)
     return {"parallel_read_safe": True}
