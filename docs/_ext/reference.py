@@ -75,7 +75,7 @@ def _recipes() -> Iterator[str]:
             for field in dataclasses.fields(recipe)
             if field.name not in config.GIVEN
         }
-        yield from _table(f"### Recipe of {name}", f"Defaults of `model.name={name}`, base.", rows)
+        yield from _table(f"### Recipe of {name}", "Defaults of the preset base.", rows)
 
 
 def _attributes(recipe: type) -> dict[str, str]:
