@@ -1,4 +1,4 @@
-# Everything a newcomer types. Each target sets up what it needs in .venv; a second call is instant.
+# The commands of a contributor. Each target installs what it needs into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-torch lint format bench gpu docs clean
@@ -9,25 +9,25 @@ TORCH ?= 2.11.0
 ARGS ?=
 RESULTS ?= bench/results
 
-# Said by name, not "auto", so that kernels which do not compile are an error here. CUDA takes minutes
-# to compile, so without a GPU it is left out; CI asks for it.
+# Not "auto", so that kernels that do not compile are an error here. CUDA takes minutes to compile, so
+# a machine without a GPU skips it; CI requests it.
 VIDL_BUILD ?= $(if $(shell command -v $(firstword $(CXX)) c++ g++ clang++),$(if $(and $(NVCC),$(GPU)),cuda,cpu),none)
 NVCC := $(shell command -v "$${CUDACXX:-nvcc}" "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")
 GPU := $(wildcard /dev/nvidia[0-9]*)
 
-# uv reads neither pip's variable nor a value that is empty.
+# uv does not read pip's variable, and rejects an empty value.
 UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 ifneq ($(UV_FIND_LINKS),)
 export UV_FIND_LINKS
 endif
-# Without bytecode every process compiles torch, timm and transformers anew: seconds each.
+# Without bytecode, every process compiles torch, timm and transformers again, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
 DEPS := $(VENV)/installed
 READY := $(VENV)/ready-$(VIDL_BUILD)
 TORCH_VENV := .venv-torch-$(TORCH)
 SOURCES := CMakeLists.txt setup.py vidl/__init__.py $(wildcard csrc/*.h csrc/*/*)
-# install packages, or vidl itself, into the environment $(1)
+# Install packages, or vidl itself, into the environment $(1).
 packages = $(1)/bin/uv pip install --quiet --python $(1)/bin/python -r pyproject.toml --all-extras
 vidl = VIDL_BUILD=$(VIDL_BUILD) $(1)/bin/uv pip install --quiet --python $(1)/bin/python \
   --no-build-isolation --no-deps --reinstall-package vidl-kernels --editable .
@@ -35,41 +35,41 @@ vidl = VIDL_BUILD=$(VIDL_BUILD) $(1)/bin/uv pip install --quiet --python $(1)/bi
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(READY) ## train SMAUG on real clips; see what it learns and what sparsity saves
+demo: $(READY) ## train SMAUG on real clips; show what it learns and what sparsity saves
 	$(VENV)/bin/python examples/demo.py $(ARGS)
 
-test: $(READY) ## the tests, without the long sweeps; ARGS="-k name" for a part
+test: $(READY) ## run the tests without the long sweeps; ARGS="-k name" selects some
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
 
-test-slow: ## the long sweeps
+test-slow: ## run the long sweeps
 	$(MAKE) test ARGS="-m slow"
 
-test-torch: $(TORCH_VENV)/bin/uv ## the same with another torch: make test-torch TORCH=2.11.0
-	# Triton 3.6, which torch 2.11 brings, fails in its interpreter under numpy 2.4 and later.
+test-torch: $(TORCH_VENV)/bin/uv ## run the tests with another torch: make test-torch TORCH=2.11.0
+	# torch 2.11 installs Triton 3.6, whose interpreter fails with numpy 2.4 and newer.
 	$(call packages,$(TORCH_VENV)) torch==$(TORCH) 'numpy<2.4'
-	@rm -f $(VENV)/ready-* # the library in vidl/ becomes one built against this torch
+	@rm -f $(VENV)/ready-* # the library in vidl/ will be built against this torch
 	$(call vidl,$(TORCH_VENV))
 	$(TORCH_VENV)/bin/python -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
 
-lint: $(DEPS) ## ruff, mypy and clang-format, as CI runs them
+lint: $(DEPS) ## run ruff, mypy and clang-format, as CI does
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*.h)
 
-format: $(DEPS) ## let ruff and clang-format rewrite the sources
+format: $(DEPS) ## format the sources with ruff and clang-format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*.h)
 
-bench: $(READY) ## time every op against its peers; ARGS="--write" keeps the results
+bench: $(READY) ## time every op against its baselines; ARGS="--write" keeps the results
 	$(VENV)/bin/vidl bench $(ARGS)
 
-docs: $(READY) ## the manual, in docs/_build/html
+docs: $(READY) ## build the manual in docs/_build/html
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
-	@echo "see docs/_build/html/index.html"
+	@echo "wrote docs/_build/html/index.html"
 
-clean: ## remove what was built, but not the environments
+clean: ## remove build outputs, but not the environments
 	rm -rf build dist demo *.egg-info docs/_build vidl/_C.so vidl/_build.json .venv*/ready-*
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .benchmarks
 
@@ -84,7 +84,7 @@ $(READY): $(DEPS) $(SOURCES)
 	@$(call vidl,$(VENV))
 	@touch $@
 
-# Debian and Ubuntu keep what `python3 -m venv` needs in a package of its own.
+# On Debian and Ubuntu, `python3 -m venv` needs a separate package.
 $(VENV)/bin/uv $(TORCH_VENV)/bin/uv:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit( \
 	  f"vidl: need Python 3.10 or newer, got {v[0]}.{v[1]}; try: make PYTHON=python3.12 ...")'
@@ -97,7 +97,7 @@ $(VENV)/bin/uv $(TORCH_VENV)/bin/uv:
 	@$(PYTHON) -m venv $(@:/bin/uv=)
 	@$(@D)/python -m pip install --quiet --disable-pip-version-check uv
 
-# On a machine with a GPU; needs no network if $(PYTHON) has torch, pytest, cmake, ninja and nvcc.
+# For a machine with a GPU. Needs no network if torch, pytest, cmake, ninja and nvcc are installed.
 gpu: ## build with CUDA, test, benchmark and report; RESULTS=folder
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then python=$(PYTHON); \
 	elif ! compgen -G '/dev/nvidia[0-9]*' >/dev/null && ! nvidia-smi -L >/dev/null 2>&1; then \
@@ -110,7 +110,7 @@ gpu-run: export PATH := $(PATH):$(CURDIR)/$(VENV)/bin
 gpu-run:
 	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
 	  f"vidl: make gpu needs an NVIDIA GPU, and torch {torch.__version__} sees none")'
-	@# CMake refuses a build folder that was made for another copy of the sources.
+	@# CMake rejects a build folder of another copy of the sources.
 	@grep -qs 'CMAKE_HOME_DIRECTORY:INTERNAL=$(CURDIR)$$' build/cmake-gpu/CMakeCache.txt \
 	  || rm -rf build/cmake-gpu
 	cmake -S . -B build/cmake-gpu $(if $(shell command -v ninja),-G Ninja) -DVIDL_CUDA=ON \
@@ -120,13 +120,13 @@ gpu-run:
 	cmake --install build/cmake-gpu --prefix vidl
 	@$(MAKE) --no-print-directory gpu-steps GPU_PYTHON="$(GPU_PYTHON)" GPU_BEGAN=$(GPU_BEGAN)
 
-# What remains of GPU_SECONDS is shared out: at most 150 s for tests, 2 x 60 s for savings, and the
-# rest for the ops. Results are written as they are measured, so that those survive if it is cut off.
-# A later step runs even if one before it fails.
+# GPU_SECONDS is divided among the steps: at most 150 s for tests, 2 x 60 s for savings, and the rest
+# for the ops. Results are written as they are measured, so an interrupted run keeps them. Later steps
+# run even if an earlier one fails.
 .PHONY: gpu-steps
 GPU_SECONDS ?= 480
 GPU_BEGAN := $(or $(GPU_BEGAN),$(shell date +%s))
-# Until a result of a card is committed "auto" is plain PyTorch there, which is not what is asked.
+# "auto" is plain PyTorch on a GPU until a result of that GPU is committed.
 GPU_BACKEND ?= native
 SAVINGS := backend=$(GPU_BACKEND) --device cuda --preset base --steps 20 --budget 30 --write $(RESULTS)
 gpu-steps:

@@ -1,8 +1,8 @@
 """Registers, shared memory and occupancy of every CUDA kernel: `python tests/occupancy.py`.
 
-Prints docs/occupancy.md. Registers and static shared memory are ptxas's; the size of a block and
-its dynamic shared memory are those of the launches that the emulator notes as the ops run on
-examples; occupancy follows from the limits of a multiprocessor. Needs nvcc and g++, and no GPU.
+Prints docs/contributors/occupancy.md. ptxas reports registers and static shared memory. The
+emulator records the block size and dynamic shared memory of each launch while the ops run on
+examples. Occupancy follows from the limits of a multiprocessor. Needs nvcc and g++, but no GPU.
 """
 
 import os
@@ -166,7 +166,7 @@ As compiled, not as measured: what ptxas says, what a launch asks for, and how m
 multiprocessor then has at once; occupancy is their warps out of 64. No kernel spills. Attention has
 heads of 64 in bfloat16, with scores; of kernels in several dtypes one is shown.
 
-`python tests/occupancy.py > docs/occupancy.md` writes this page ({compiler}).
+`python tests/occupancy.py > docs/contributors/occupancy.md` writes this page ({compiler}).
 """
 
 

@@ -99,6 +99,6 @@ def test_kernels_compile_and_do_not_spill(macros, source, architecture):
 def test_every_kernel_is_in_the_table():
     sources = [*SOURCES, *ROOT.glob("csrc/**/*.h")]
     kernels = {name for file in sources for name in re.findall(r"(\w+_kernel)\(", file.read_text())}
-    table = (ROOT / "docs/occupancy.md").read_text()
+    table = (ROOT / "docs/contributors/occupancy.md").read_text()
     missing = {name for name in kernels if f"`{name}" not in table}
-    assert not missing, "run: python tests/occupancy.py > docs/occupancy.md"
+    assert not missing, "run: python tests/occupancy.py > docs/contributors/occupancy.md"

@@ -29,16 +29,8 @@ EXTRAS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command `vidl`.
-
-    Args:
-        argv: the arguments after the command's name; default: those of this process.
-
-    Returns:
-        The exit status: 0 if all is well; 1 if the command reports a problem or needs a package
-        that is not installed. Invalid arguments raise `SystemExit` with status 2, as argparse does.
-    """
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command `vidl`; the manual lists its commands and options."""
     parser = argparse.ArgumentParser(
         prog="vidl", description="Fast training of masked and token-pruned video models."
     )
@@ -53,6 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_finetune(commands)
     _add_eval(commands)
     _add_export(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command `vidl`.
+
+    Args:
+        argv: the arguments after the command's name; default: those of this process.
+
+    Returns:
+        The exit status: 0 if all is well; 1 if the command reports a problem or needs a package
+        that is not installed. Invalid arguments raise `SystemExit` with status 2, as argparse does.
+    """
+    parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["bench"] and words[1:2] and words[1] in bench_commands.READERS:
         words[:2] = [" ".join(words[:2])]

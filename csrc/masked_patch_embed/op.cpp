@@ -96,7 +96,7 @@ struct Cpu {
   static constexpr bool kUnpackWritesAll = false;
 
   // 16-bit matmuls are fast only on CPUs with instructions for them; elsewhere those of torch are
-  // several times slower than in float32 (docs/measured.md).
+  // several times slower than in float32 (docs/contributors/measured.md).
   static ScalarType matmul_dtype(ScalarType dtype) {
     return dtype == ScalarType::BFloat16 && cpu_multiplies_bf16() ? dtype : ScalarType::Float;
   }

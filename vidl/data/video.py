@@ -19,8 +19,8 @@ from torch import Tensor
 
 Source = str | PathLike[str] | bytes
 
-# What "auto" tries, in this order. docs/measured.md, 2026-11-22: PyAV is the faster one with the
-# packets that it need not decode left out, and it says so when a frame is damaged.
+# "auto" tries them in this order: PyAV is faster when it skips packets that it need not decode, and
+# it reports damaged frames (docs/contributors/measured.md, 2026-11-22).
 DECODERS = ("pyav", "torchcodec")
 
 # Their decoders leave out, one packet at a time, frames that no other frame refers to.
