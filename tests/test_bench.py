@@ -47,7 +47,7 @@ def off_by(amount):
 
 @pytest.mark.parametrize("shape", TINY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=cases.short)
-def test_peers_are_right(shape, dtype):
+def test_baselines_are_right(shape, dtype):
     trials = check(case(shape, dtype))
     assert not [
         f"{t.candidate.name}: {t.reason}" for t in trials if t.status in ("wrong", "failed")
@@ -56,7 +56,7 @@ def test_peers_are_right(shape, dtype):
     assert all(trial.reason for trial in trials if trial.status == "cannot run")
 
 
-@pytest.mark.parametrize("kind", ["ours", "peer", "given"])
+@pytest.mark.parametrize("kind", ["ours", "baseline", "given"])
 @pytest.mark.parametrize(
     "run, reason",
     [
@@ -71,14 +71,14 @@ def test_a_wrong_candidate_is_refused(run, reason, kind):
     assert trial.status == "wrong" and reason in trial.reason
 
 
-def test_peers_may_have_gradients_of_scores_in_the_dtype_of_the_case():
+def test_baselines_may_have_gradients_of_scores_in_the_dtype_of_the_case():
     sizes = dict(B=2, N=40, rate=0.5, C=64, fuse=True)
     found = cases.Case("select_tokens", "small", sizes, torch.bfloat16, "cpu")
     trials = check(found)
-    peers = [t for t in trials if t.candidate.kind == "peer" and t.status != "cannot run"]
-    assert len(peers) == 9 and all(t.status == "ok" for t in peers)
-    assert max(t.errors["scores"] for t in peers) > 1e-3  # which ours must not have
-    ours = dataclasses.replace(peers[0].candidate, kind="ours")
+    baselines = [t for t in trials if t.candidate.kind == "baseline" and t.status != "cannot run"]
+    assert len(baselines) == 9 and all(t.status == "ok" for t in baselines)
+    assert max(t.errors["scores"] for t in baselines) > 1e-3  # which ours must not have
+    ours = dataclasses.replace(baselines[0].candidate, kind="ours")
     assert check(found, [ours])[0].status == "wrong"
 
 
@@ -103,7 +103,7 @@ def test_what_raises_is_reported():
     def run(inputs):
         raise RuntimeError("out of memory\nand more")
 
-    (trial,) = check(case(), [Candidate("planted", "peer", run)])
+    (trial,) = check(case(), [Candidate("planted", "baseline", run)])
     assert (trial.status, trial.reason) == ("failed", "RuntimeError: out of memory")
 
 
@@ -116,7 +116,7 @@ def test_ours_failing_is_an_error(monkeypatch, capsys):
     def run(inputs):
         raise RuntimeError("no")
 
-    for kind, status in (("ours", 1), ("peer", 0)):
+    for kind, status in (("ours", 1), ("baseline", 0)):
         planted = [Candidate("planted", kind, run)]
         monkeypatch.setattr(description, "candidates", lambda *args, planted=planted: planted)
         assert main(["bench", "--shapes", "dense", "--modes", "forward", "--quick"]) == status
@@ -124,7 +124,7 @@ def test_ours_failing_is_an_error(monkeypatch, capsys):
 
 
 def test_a_wrong_candidate_gets_no_time(monkeypatch, capsys):
-    planted = Candidate("planted", "peer", off_by(1e-2))
+    planted = Candidate("planted", "baseline", off_by(1e-2))
     monkeypatch.setattr(description, "candidates", lambda *args: [planted])
     assert main(["bench", "--shapes", "dense", "--modes", "forward", "--quick", "--json"]) == 1
     record = json.loads(capsys.readouterr().out)
@@ -179,9 +179,9 @@ def test_records_say_what_was_measured(capsys):
             )
         else:
             assert r["reason"] and "median_ms" not in r
-    strongest = {r["strongest_peer"] for r in records}
-    peers = {r["candidate"] for r in records if r["kind"] == "peer" and r["status"] == "ok"}
-    assert strongest <= peers and len(peers) >= 3
+    strongest = {r["strongest_baseline"] for r in records}
+    baselines = {r["candidate"] for r in records if r["kind"] == "baseline" and r["status"] == "ok"}
+    assert strongest <= baselines and len(baselines) >= 3
 
 
 @pytest.mark.parametrize("op", cases.operations())
@@ -189,7 +189,7 @@ def test_every_op_is_timed_in_the_modes_that_it_has(op, monkeypatch, capsys):
     shapes = importlib.import_module(f"vidl.bench.ops.{op}").SHAPES
     first = next(iter(shapes))
     monkeypatch.setattr(f"vidl.bench.ops.{op}.SHAPES", {first: shapes[first]})
-    assert main(["bench", op, "--quick", "--json", "--peers", "none of them"]) == 0
+    assert main(["bench", op, "--quick", "--json", "--baselines", "none of them"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     modes = {r["mode"] for r in records if r["candidate"] == "vidl native" and "median_ms" in r}
     assert modes == ({"forward"} if op == "frame_difference" else {"forward", "full"})
@@ -217,7 +217,7 @@ def test_threads_are_put_back():
 
 def test_write_appends(tmp_path, capsys):
     command = ["bench", "--shapes", "dense", "--modes", "forward", "--quick"]
-    command += ["--peers", "unfold*", "--write", str(tmp_path)]
+    command += ["--baselines", "unfold*", "--write", str(tmp_path)]
     for _ in range(2):
         assert main(command) == 0
     (file,) = tmp_path.rglob("*.jsonl")
@@ -240,7 +240,7 @@ def test_dry_run_lists_candidates_with_reasons(capsys):
     for row in rows:
         if row["candidate"] == "vidl triton":
             assert "TRITON_INTERPRET" in row["reason"]  # set by conftest.py, or needed for a CPU
-    assert {row["kind"] for row in rows} == {"ours", "peer", "given", "floor"}
+    assert {row["kind"] for row in rows} == {"ours", "baseline", "given", "floor"}
     assert main(["bench", "masked_patch_embed", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "would be timed" in text and "timed on CUDA only" in text
@@ -271,10 +271,10 @@ def test_quantiles():
     assert hardware.quantiles([float(n) for n in range(11)]) == (5.0, 2.0, 8.0)
 
 
-def test_candidates_take_turns():
+def test_candidates_interleave():
     order = []
     calls = {name: [lambda name=name: order.append(name)] for name in ("a", "b")}
-    times = timing.take_turns(calls, "cpu", quick=True)
+    times = timing.interleave(calls, "cpu", quick=True)
     turns = [sorted(order[i : i + 2]) for i in range(0, len(order), 2)]
     assert turns == [["a", "b"]] * (len(order) // 2)
     assert len(times["a"].cold) == len(times["b"].cold) == len(order) // 2 - 1  # the warm-up
@@ -338,7 +338,7 @@ class FakeCuda:
 def timed_on(fake, monkeypatch):
     monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=fake))
     calls = {"a": [lambda number=number: fake.call(number) for number in range(4)]}
-    return timing.take_turns(calls, "cuda", quick=True)["a"]
+    return timing.interleave(calls, "cuda", quick=True)["a"]
 
 
 def test_cuda_times_graphs_cold_and_warm_and_eager_calls(monkeypatch):

@@ -1,7 +1,7 @@
 """Do differences between frames cost what reading the frames costs?
 
 Every candidate gets the uint8 clip as a loader gives it, and answers with the float32 score of
-every tubelet after the first slice. The peers are the authors' way, pooled differences in float,
+every tubelet after the first slice. The baselines are the authors' way, pooled differences in float,
 and what a careful user writes: patches cut out in integers, or without leaving uint8.
 """
 
@@ -113,20 +113,20 @@ def cut_bytes(inputs: Inputs) -> Tensor:
 
 
 def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
-    """Ours, and the peers, on CUDA also compiled."""
+    """Ours, and the baselines, on CUDA also compiled."""
     found = ours(OP, score, device, torch.float32)
-    peers: list[tuple[str, Callable[[Inputs], Tensor]]] = [
+    baselines: list[tuple[str, Callable[[Inputs], Tensor]]] = [
         ("float, avg_pool3d (RLT)", pooled_floats),
         ("float, cut and mean", cut_floats),
         ("int16, cut and mean", cut_integers),
         ("uint8, cut and mean", cut_bytes),
     ]
-    for name, run in peers:
-        found.append(Candidate(name, "peer", run))
+    for name, run in baselines:
+        found.append(Candidate(name, "baseline", run))
         found.append(
             Candidate(
                 f"{name}, torch.compile",
-                "peer",
+                "baseline",
                 torch.compile(run) if device == "cuda" else run,
                 reason="timed on CUDA only" if device == "cpu" else None,
             )

@@ -1,6 +1,6 @@
-"""Where the members of each group of attention are among a model's rows, as peers need to know.
+"""Where the members of each group of attention are among a model's rows, as baselines need to know.
 
-Peers want groups of one size side by side in a batch, or all groups one after another; these
+Baselines want groups of one size side by side in a batch, or all groups one after another; these
 layouts cut the rows so and put the results back, with no more copies than that takes.
 """
 
@@ -20,7 +20,7 @@ Part = tuple[Tensor, Tensor, Tensor, Tensor | None]  # q, k, v [G, H, N, D], mas
 
 
 class Layout:
-    """Where the members of each group are among the rows, for ours and for the peers."""
+    """Where the members of each group are among the rows, for ours and for the baselines."""
 
     batch: str  # what `split` makes of the groups
     groups: Groups

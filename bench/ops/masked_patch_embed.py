@@ -1,7 +1,7 @@
 """Do visible patches become tokens as fast as the multiplication alone allows?
 
 Every candidate gets the uint8 clip as a loader gives it, and answers with the embedded visible
-tokens. The peers are what a careful user writes today; `gather + linear` is the one to beat, since
+tokens. The baselines are what a careful user writes today; `gather + linear` is the one to beat, since
 it skips the masked patches too.
 """
 
@@ -40,7 +40,9 @@ PARAMETERS = ("weight", "bias", "position")
 class Inputs:
     """A batch and the parameters; the harness casts and differentiates what it finds here."""
 
-    video: Tensor  # [B, C, T, H, W] uint8; conv and unfold peers read it in the layout they like
+    video: (
+        Tensor  # [B, C, T, H, W] uint8; conv and unfold baselines read it in the layout they like
+    )
     weight: Tensor  # [D, C, t, p, p]
     bias: Tensor  # [D]
     position: Tensor  # [N, D]
@@ -213,18 +215,18 @@ def multiply(inputs: Inputs) -> Tensor:
 
 
 def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
-    """Ours, the peers, and the multiplication alone."""
+    """Ours, the baselines, and the multiplication alone."""
     dense = "every patch is visible: this is unfold + linear" if sizes["K"] is None else None
     conv = "conv2d + gather" if sizes["t"] == 1 else "conv3d + gather"
     found = ours(OP, embed, device, dtype)
     found += [
-        Candidate(conv, "peer", conv_gather),
+        Candidate(conv, "baseline", conv_gather),
         Candidate(f"{conv}, float clip", "given", conv_gather, prepare=clip_given),
-        Candidate("unfold + linear + gather", "peer", unfold_linear_gather),
-        Candidate("gather + linear", "peer", gather_linear, reason=dense),
+        Candidate("unfold + linear + gather", "baseline", unfold_linear_gather),
+        Candidate("gather + linear", "baseline", gather_linear, reason=dense),
         Candidate(
             "gather + linear, torch.compile",
-            "peer",
+            "baseline",
             torch.compile(gather_linear) if device == "cuda" else gather_linear,
             reason="timed on CUDA only" if device == "cpu" else dense,
         ),
@@ -234,7 +236,7 @@ def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
         multiplications.append(torch.float32)
         run = unfold_linear_gather if dense else gather_linear
         name = "unfold + linear + gather" if dense else "gather + linear"
-        found.append(Candidate(f"{name}, in float32", "peer", in_float32(run)))
+        found.append(Candidate(f"{name}, in float32", "baseline", in_float32(run)))
     for each in multiplications:
         found.append(
             Candidate(

@@ -174,14 +174,14 @@ def compare_alone(inputs: Inputs) -> Tensor:
 
 
 def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
-    """Ours, the peers, and the comparison alone."""
+    """Ours, the baselines, and the comparison alone."""
     found = ours(OP, loss, device, dtype)
     found += [
-        Candidate("whole clip, then mask", "peer", whole_clip),
-        Candidate("gather, then normalise", "peer", gather_first),
+        Candidate("whole clip, then mask", "baseline", whole_clip),
+        Candidate("gather, then normalise", "baseline", gather_first),
         Candidate(
             "gather, then normalise, torch.compile",
-            "peer",
+            "baseline",
             torch.compile(gather_first),
             reason="timed on CUDA only" if device == "cpu" else None,
         ),

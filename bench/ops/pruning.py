@@ -3,7 +3,7 @@
 Every candidate gets a layer's fused [B * N, 3, H, D] projection, CLS in front of every sample, and
 the tokens [B, N, C] that its attention is added to. It answers with CLS, the kept tokens in their
 order and, where the shape says so, the weighted sum of the others. The projections and the MLP
-around it are the same for all, and left out. The peers are EViT's and SViTT's way, through the
+around it are the same for all, and left out. The baselines are EViT's and SViTT's way, through the
 attention matrix, and what a careful user writes: SDPA, and the product of the first query alone.
 """
 
@@ -53,7 +53,7 @@ class Inputs:
     fuse: bool
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v as the peers want them, [B, H, N, D]; views."""
+        """q, k and v as the baselines want them, [B, H, N, D]; views."""
         q, k, v = self.qkv.unflatten(0, self.x.shape[:2]).permute(2, 0, 3, 1, 4)
         return q, k, v
 
@@ -122,7 +122,7 @@ def sdpa_and_product(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return F.scaled_dot_product_attention(q, k, v), weights[:, :, 0, 1:].mean(1)
 
 
-def stock(inputs: Inputs, attention: Attention, pick: Gather) -> Tensor:
+def layer_in_pytorch(inputs: Inputs, attention: Attention, pick: Gather) -> Tensor:
     """topk and one gather; where asked for, the weighted sum of the others as one product."""
     out, scores = attention(*inputs.batch())
     x = inputs.x + out.transpose(1, 2).flatten(2)
@@ -140,7 +140,7 @@ def in_float32(run: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
 
 
 def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
-    """Ours, and the peers: two ways to attend, three ways to pick rows."""
+    """Ours, and the baselines: two ways to attend, three ways to pick rows."""
     found = ours(OPS, layer, device, dtype)
     ways: list[tuple[str, Attention]] = [
         ("attention matrix", matrix), ("SDPA + CLS product", sdpa_and_product)
@@ -148,17 +148,17 @@ def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
     picks: list[Gather] = [gather, advanced_index, index_select]
     for name, attention in ways:
         for pick in picks:
-            run = functools.partial(stock, attention=attention, pick=pick)
+            run = functools.partial(layer_in_pytorch, attention=attention, pick=pick)
             full = f"{name}, {pick.__name__}"
-            found.append(Candidate(full, "peer", run))
+            found.append(Candidate(full, "baseline", run))
             if device == "cpu" and dtype != torch.float32:
                 detour = functools.partial(in_float32, run)
-                found.append(Candidate(f"{full}, in float32", "peer", detour))
-        run = functools.partial(stock, attention=attention, pick=gather)
+                found.append(Candidate(f"{full}, in float32", "baseline", detour))
+        run = functools.partial(layer_in_pytorch, attention=attention, pick=gather)
         found.append(
             Candidate(
                 f"{name}, torch.compile",
-                "peer",
+                "baseline",
                 torch.compile(run) if device == "cuda" else run,
                 reason="timed on CUDA only" if device == "cpu" else None,
             )

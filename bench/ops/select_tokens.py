@@ -2,7 +2,7 @@
 
 Every candidate gets the tokens, CLS in front, and the scores of the others; it answers
 with CLS, the kept tokens with the best first, and, where the shape says so, the fused one.
-The peers are what EViT writes and what a careful user would write.
+The baselines are what EViT writes and what a careful user would write.
 """
 
 import functools
@@ -151,7 +151,7 @@ def argsort(inputs: Inputs, pick: Gather) -> Tensor:
 
 
 def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
-    """Ours, and each peer with three ways to pick rows."""
+    """Ours, and each baseline with three ways to pick rows."""
     grads = None if sizes["fuse"] else ("x",)  # without fusion the scores have none
     found = [
         Candidate(c.name, c.kind, c.run, gradients=grads, reason=c.reason)
@@ -164,10 +164,10 @@ def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
     for name, run in ways:
         for pick in picks:
             call = functools.partial(run, pick=pick)
-            found.append(Candidate(f"{name}, {pick.__name__}", "peer", call, gradients=grads))
+            found.append(Candidate(f"{name}, {pick.__name__}", "baseline", call, gradients=grads))
     compiled = torch.compile(functools.partial(one_gather, pick=gather))
     cuda = "timed on CUDA only" if device == "cpu" else None
     found.append(
-        Candidate("one gather, torch.compile", "peer", compiled, gradients=grads, reason=cuda)
+        Candidate("one gather, torch.compile", "baseline", compiled, gradients=grads, reason=cuda)
     )
     return found

@@ -1,8 +1,8 @@
 """Is attention in groups faster than what PyTorch has, and near what the memory allows?
 
 Every candidate gets the fused [rows, 3, H, D] projection as a model has it, rows in the order of
-time, row and column, and answers in that order: a peer that wants its groups side by side pays for
-the copies there and back. What depends on the mask alone (our groups; a peer's offsets, padding or
+time, row and column, and answers in that order: a baseline that wants its groups side by side pays for
+the copies there and back. What depends on the mask alone (our groups; a baseline's offsets, padding or
 block mask) is made once for all layers of a model, and is not timed.
 """
 
@@ -206,13 +206,13 @@ def in_float32(run: Run, inputs: Inputs) -> Tensor:
 
 
 def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
-    """Ours without and with scores; the peers: in batches, loops, nested, compiled, packed."""
+    """Ours without and with scores; the baselines: in batches, loops, nested, compiled, packed."""
     layout = layout_of(device=device, **{n: x for n, x in sizes.items() if n not in ("H", "D")})
     found = ours(OP, attend, device, dtype)
     scored = ours(OP, functools.partial(attend, scores="cls"), device, dtype)
     found += [replace(each, name=f"{each.name}, cls scores") for each in scored]
 
-    peers: list[tuple[str, Run]] = [
+    baselines: list[tuple[str, Run]] = [
         (f"SDPA, {layout.batch}", batches),
         ("SDPA, loop over groups", loop_over_groups),
         ("matmul-softmax-matmul", functools.partial(batches, attention=unfused)),
@@ -220,27 +220,27 @@ def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
     ]
     if isinstance(layout, Windows):
         scoring = functools.partial(batches, attention=sdpa_and_scores)
-        peers.append((f"SDPA + scores, {layout.batch}", scoring))
+        baselines.append((f"SDPA + scores, {layout.batch}", scoring))
         if layout.window == (layout.grid[0], 1, 1):
-            peers.append(("SDPA, loop over clips", loop_over_clips))
+            baselines.append(("SDPA, loop over clips", loop_over_clips))
     emulated = device == "cpu" and dtype != torch.float32  # at least on many CPUs
-    for name, run in peers:
+    for name, run in baselines:
         slow = reason = None
         if name == "nested tensors" and device == "cpu":
             slow = "several ms for each group" if len(layout.queries) > 64 else None
             reason = slow or ("seconds on many CPUs: only in float32" if emulated else None)
-        found.append(Candidate(name, "peer", run, reason=reason))
+        found.append(Candidate(name, "baseline", run, reason=reason))
         if emulated:
             detour = functools.partial(in_float32, run)
-            found.append(Candidate(f"{name}, in float32", "peer", detour, reason=slow))
+            found.append(Candidate(f"{name}, in float32", "baseline", detour, reason=slow))
 
     only = "FlexAttention has no backward on CPUs" if device == "cpu" else None
     name = f"FlexAttention, {layout.batch if layout.labels is None else 'block mask'}"
-    found.append(Candidate(name, "peer", flex, forward_only=only))
+    found.append(Candidate(name, "baseline", flex, forward_only=only))
     cuda = "needs CUDA" if device == "cpu" else None
     for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
         name = f"SDPA, {layout.batch}, {backend.split('_')[0]}"
-        found.append(Candidate(name, "peer", functools.partial(by, backend), reason=cuda))
+        found.append(Candidate(name, "baseline", functools.partial(by, backend), reason=cuda))
     for module, function in (
         ("torch.nn.attention.varlen", "varlen_attn"),
         ("flash_attn", "flash_attn_varlen_func"),
@@ -251,5 +251,5 @@ def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
         if module != "xformers" and dtype == torch.float32:
             reason = reason or "needs float16 or bfloat16"
         run = xformers if module == "xformers" else run
-        found.append(Candidate(function, "peer", run, reason=cuda or reason))
+        found.append(Candidate(function, "baseline", run, reason=cuda or reason))
     return found

@@ -1,7 +1,7 @@
 """Do scores cost what reading the keys costs, where attention keeps its weights to itself?
 
 Every candidate gets the fused [rows, 3, H, D] projection of a model, and answers with the float32
-score of every token. The peers for "cls" and "value" are EViT's and ATS's own way, through the
+score of every token. The baselines for "cls" and "value" are EViT's and ATS's own way, through the
 whole attention matrix, and the honest bar: the product of the first query alone. For "mean" there
 is only the matrix. "similarity" has no gradient, so it is not timed here.
 """
@@ -46,7 +46,7 @@ class Inputs:
     kind: Kind
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v as the peers want them, [B, H, N, D]; views."""
+        """q, k and v as the baselines want them, [B, H, N, D]; views."""
         q, k, v = self.qkv.unflatten(0, (self.groups.num_groups, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
@@ -136,28 +136,28 @@ def in_float32(run: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
 
 
 def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
-    """Ours, for "mean" with and without the log-sum-exp, and the peers."""
+    """Ours, for "mean" with and without the log-sum-exp, and the baselines."""
     mean = sizes["kind"] == "mean"
     found = ours(OP, score, device, dtype)
     if mean:
         given = ours(OP, functools.partial(score, given=True), device, dtype)
         found += [replace(each, name=f"{each.name}, lse given") for each in given]
-    peers = [("attention matrix", matrix)]
+    baselines = [("attention matrix", matrix)]
     if not mean:
-        peers += [
+        baselines += [
             ("one query, matmul", one_query),
             ("one query, einsum", one_query_einsum),
             ("one query, product and sum", one_query_sum),
         ]
-    for name, run in peers:
-        found.append(Candidate(name, "peer", run))
+    for name, run in baselines:
+        found.append(Candidate(name, "baseline", run))
         if device == "cpu" and dtype != torch.float32:
             detour = functools.partial(in_float32, run)
-            found.append(Candidate(f"{name}, in float32", "peer", detour))
+            found.append(Candidate(f"{name}, in float32", "baseline", detour))
         found.append(
             Candidate(
                 f"{name}, torch.compile",
-                "peer",
+                "baseline",
                 torch.compile(run) if device == "cuda" else run,
                 reason="timed on CUDA only" if device == "cpu" else None,
             )
