@@ -139,9 +139,9 @@ def test_nothing_in_common_is_an_error(tmp_path, capsys):
 
 
 def test_a_planted_slowdown_is_reported_end_to_end(tmp_path, monkeypatch, capsys):
-    shape = dict(B={"cpu": 1}, T=1, SIDE=16, t=1, p=8, M=1, target="mae")
+    shape = dict(B={"cpu": 1}, T=1, image_size=16, tubelet_size=1, patch_size=8, masked=1)
     limits = hardware.Limits(copy=1e9, matmul=1e9, matmul_dtype=torch.float32)
-    monkeypatch.setattr(description, "SHAPES", {"tiny": shape})
+    monkeypatch.setattr(description, "SHAPES", {"tiny": shape | {"target": "mae"}})
     monkeypatch.setattr(hardware, "limits", lambda *args: limits)
     clock = SimpleNamespace(now=0.0)  # the test advances the clock itself, without waiting
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))

@@ -279,7 +279,7 @@ def test_parts_add_up_and_hooks_are_gone(monkeypatch):
 
 
 class FakeCuda:
-    """As much of torch.cuda as steps need; a call takes 10 ms of its device."""
+    """The part of torch.cuda that steps use; a step takes 10 ms."""
 
     def __init__(self):
         self.now, self.log, self.peak = 0.0, [], 0

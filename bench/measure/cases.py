@@ -70,6 +70,15 @@ def ours(
     return candidates
 
 
+def compiled(name: str, run: Callable[[Inputs], Tensor], device: str, **options: Any) -> Candidate:
+    """A baseline under `torch.compile`, timed on CUDA only."""
+    if device == "cpu":
+        options["reason"] = "timed on CUDA only"
+    else:
+        run = torch.compile(run)
+    return Candidate(f"{name}, torch.compile", "baseline", run, **options)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """An op at one shape, in one dtype, on one device."""
