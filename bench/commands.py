@@ -1,6 +1,7 @@
-"""The commands that measure steps and read results; `vidl bench` itself is in vidl/cli.py.
+"""The commands `vidl savings` and `vidl bench compare|report|summary`.
 
-Imports are inside the functions, so that `vidl --help` stays quick.
+`vidl bench` itself is in vidl/cli.py. Imports are inside the functions, so that `vidl --help`
+stays fast.
 """
 
 import argparse
@@ -9,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# The second word of `vidl bench ...` that makes it a command of its own.
+# `vidl bench WORD` with one of these words is a command of its own.
 READERS = ("compare", "report", "summary")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    """Declare the commands."""
+    """Add the parsers of the commands."""
     _add_compare(commands)
     _add_report(commands)
     _add_summary(commands)
@@ -22,17 +23,17 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
-    about = "what became faster or slower from one set of results to another, beyond noise"
+    about = "compare two sets of results: what became faster or slower beyond noise"
     command = commands.add_parser(
         "bench compare",
         help=about,
-        description=about.capitalize() + ". Exit status 1 if anything of vidl became slower, that "
-        "is if the 20 to 80 % quantiles of its times do not overlap, or wrong.",
+        description="Compare two sets of results. A change counts if the ranges from the 20 to the "
+        "80 % quantile do not overlap. Exit status 1 if a result of vidl became slower or wrong.",
     )
     add = command.add_argument
-    add("old", help="JSON lines, a folder of them, or a commit, of which bench/results is read")
-    add("new", help="as old")
-    add("--json", action="store_true", help="print JSON lines, of what is the same too")
+    add("old", help="a file of JSON lines, a folder of them, or a commit (its bench/results)")
+    add("new", help="the same, of the newer results")
+    add("--json", action="store_true", help="print JSON lines, also for what is unchanged")
     command.set_defaults(run=_compare)
 
 
@@ -54,17 +55,22 @@ def _compare(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
-    about = "make a page, plots and README's table of the committed results"
+    about = "write the page, the plots and the README table from the committed results"
     command = commands.add_parser(
         "bench report",
         help=about,
-        description="Make one HTML page with plots (PNG, SVG), README.md beside the results, and "
-        "the section of a clone's README.md between <!-- results --> and <!-- /results -->.",
+        description="Write an HTML page with plots (PNG, SVG), a README.md next to the results, "
+        "and the section of the clone's README.md between <!-- results --> and <!-- /results -->.",
     )
     add = command.add_argument
     add("results", nargs="?", help="JSON lines or a folder of them (default bench/results)")
-    add("--out", type=Path, metavar="DIR", help="of the page (default: report in the results)")
-    add("--readme", type=Path, help="whose section is rewritten (default: that of the clone)")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the page (default: report in the results folder)",
+    )
+    add("--readme", type=Path, help="README to update (default: that of the clone)")
     command.set_defaults(run=_report)
 
 
@@ -78,7 +84,7 @@ def _report(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     try:
         devices = digest.devices(records.load(results))
         if not devices:
-            raise ValueError(f"{results} has no results but quick looks")
+            raise ValueError(f"{results} has no results except those of --quick")
         if readme is not None:
             markdown.rewrite(readme, devices)
     except (ValueError, OSError) as error:
@@ -87,29 +93,31 @@ def _report(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         from vidl.bench.report import plots
     except ModuleNotFoundError as error:
         pictures = []
-        install = "pip install 'vidl-kernels[bench]'"
-        print(f"vidl bench report: no plots without {error.name}; try: {install}")
+        print(f"no plots without {error.name}; try: pip install 'vidl-kernels[bench]'")
     else:
         pictures = plots.draw(devices, out)
     (folder / "README.md").write_text(markdown.details(devices))
-    made = [page.write(devices, out, pictures), folder / "README.md", *([readme] if readme else [])]
-    print("\n".join(f"wrote {file}" for file in made))
+    files = [page.write(devices, out, pictures), folder / "README.md"] + [readme] * bool(readme)
+    print("\n".join(f"wrote {file}" for file in files))
     return 0
 
 
 def _add_summary(commands: argparse._SubParsersAction) -> None:
-    about = "what of some results is wrong, slower than a peer or far from its limit"
+    about = "list results that are wrong, slower than a baseline or far from the hardware limit"
     command = commands.add_parser(
         "bench summary",
         help=about,
         description=about.capitalize()
-        + ". Exit status 1 if anything of vidl is wrong or failed, or nothing was measured.",
+        + ". Exit status 1 if a result of vidl is wrong or failed, or there are no results.",
     )
     add = command.add_argument
     add("results", nargs="?", help="JSON lines or a folder of them (default bench/results)")
-    add("--device", choices=("cpu", "cuda"), help="only results of such")
+    add("--device", choices=("cpu", "cuda"), help="only results of CPUs or of GPUs")
     add(
-        "--since", default="", metavar="TIME", help="only those measured since, as 2026-11-23T10:00"
+        "--since",
+        default="",
+        metavar="TIME",
+        help="only results since this time, as in 2026-11-23T10:00",
     )
     command.set_defaults(run=_summary)
 
@@ -136,30 +144,43 @@ def _summary(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 def _add_savings(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "savings",
-        help="what sparsity and vidl save of whole training steps: {dense, sparse} x {stock, vidl}",
-        description="Time whole steps of pre-training, dense and sparse, with and without vidl, "
-        "after comparing losses and gradients. Stock is what a careful user writes without vidl.",
+        help="time whole training steps: {dense, sparse} x {eager PyTorch, torch.compile, vidl}",
+        description="Time whole pre-training steps, dense and sparse, in PyTorch and in vidl, "
+        "after comparing losses and gradients. The baseline is the same model in plain PyTorch.",
     )
     add = command.add_argument
     add("model", help="smaug or mac")
-    add("overrides", nargs="*", metavar="FIELD=VALUE", help="of its recipe, as in mask_ratio=0.5")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="FIELD=VALUE",
+        help="fields of its recipe, as in mask_ratio=0.5",
+    )
     add("--preset", help="tiny, small or base (default base; --quality: the configuration's)")
-    add("--batch", type=int, help="clips of a step (default 4 on a CPU, 64 on a GPU)")
-    add("--steps", type=int, default=20, help="of each cell (default 20)")
+    add("--batch", type=int, help="clips per step (default 4 on a CPU, 64 on a GPU)")
+    add("--steps", type=int, default=20, help="steps of each cell (default 20)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--compile", action="store_true", help="also stock under torch.compile; takes minutes")
-    add("--epochs", type=float, default=10, help="of the projected schedule (default 10)")
-    add("--clips", type=int, default=5_440_000, help="of an epoch (default 5,440,000)")
-    add("--budget", type=float, metavar="SECONDS", help="begin no further turn after so long")
-    add("--scaling", action="store_true", help="the vision encoder alone: time and memory against "
-        "visible tokens, frames, resolution and batch")  # fmt: skip
-    add("--quality", type=float, metavar="SECONDS", help="train dense and sparse for so long each, "
-        "on moving shapes: what is learned in the same time. Overrides may be section.field=value "
-        "of `vidl pretrain`")  # fmt: skip
-    add("--seeds", type=int, default=3, help="of --quality (default 3)")
-    add("--config", type=Path, help="of --quality (default examples/moving_shapes_RECIPE.yaml)")
-    add("--dry-run", action="store_true", help="list what would be measured")
-    add("--json", action="store_true", help="print JSON lines in place of tables")
+    add(
+        "--compile",
+        action="store_true",
+        help="also time the baseline under torch.compile (minutes)",
+    )
+    add("--epochs", type=float, default=10, help="epochs of the projected schedule (default 10)")
+    add("--clips", type=int, default=5_440_000, help="clips per epoch (default 5,440,000)")
+    add("--budget", type=float, metavar="SECONDS", help="start no further round after this time")
+    add("--scaling", action="store_true", help="time and memory of the vision encoder against "
+        "mask ratio, frames, resolution and batch size")  # fmt: skip
+    add("--quality", type=float, metavar="SECONDS", help="accuracy at equal training time: train "
+        "dense and sparse for so long each on moving shapes; fields may be section.field=value "
+        "as in `vidl pretrain`")  # fmt: skip
+    add("--seeds", type=int, default=3, help="seeds of --quality (default 3)")
+    add(
+        "--config",
+        type=Path,
+        help="configuration of --quality (default examples/moving_shapes_MODEL.yaml)",
+    )
+    add("--dry-run", action="store_true", help="list the measurements without running them")
+    add("--json", action="store_true", help="print JSON lines instead of tables")
     about = "append JSON lines to DIR/<device>/<op>.jsonl; default DIR: bench/results"
     add("--write", nargs="?", const="", metavar="DIR", help=about)
     command.set_defaults(run=_savings)
@@ -223,6 +244,6 @@ def _print(
     records: list[dict[str, Any]],
     table: Callable[[list[dict[str, Any]]], str],
 ) -> int:
-    """Show records; the exit status is 1 if one of them is wrong or failed."""
+    """Print records; the exit status is 1 if one of them is wrong or failed."""
     print("\n".join(map(json.dumps, records)) if args.json else table(records))
     return 0 if all(record["status"] == "ok" for record in records) else 1

@@ -1,6 +1,6 @@
-"""The benchmark harness: wrong answers get no time, limits add up, records say what was measured.
+"""The benchmark harness: wrong candidates get no time, limits add up, records are complete.
 
-No test here looks at how long anything took.
+No test depends on a measured time.
 """
 
 import contextlib
@@ -19,10 +19,16 @@ from vidl.bench.ops import masked_patch_embed as description
 from vidl.cli import main
 from vidl.kernels import library
 
+
+def clip(B, T, image_size, tubelet_size):
+    sizes = dict(T=T, image_size=image_size, tubelet_size=tubelet_size, patch_size=8)
+    return sizes | dict(B={"cpu": B, "cuda": B})
+
+
 TINY = {
-    "one frame": dict(B={"cpu": 3, "cuda": 3}, T=2, SIDE=32, t=1, p=8, D=24, K=5),
-    "tubelets": dict(B={"cpu": 2, "cuda": 2}, T=4, SIDE=16, t=2, p=8, D=8, K=1),
-    "dense": dict(B={"cpu": 2, "cuda": 2}, T=2, SIDE=16, t=1, p=8, D=8, K=None),
+    "one frame": clip(3, 2, 32, 1) | dict(C=24, kept=5),
+    "tubelets": clip(2, 4, 16, 2) | dict(C=8, kept=1),
+    "dense": clip(2, 2, 16, 1) | dict(C=8, kept=None),
 }
 
 
@@ -37,8 +43,8 @@ def _small_and_quick(monkeypatch):
 
 
 def case(shape="one frame", dtype=torch.float32):
-    (found,) = harness.plan(shapes=shape, dtypes=[cases.short(dtype)], device="cpu").cases
-    return found
+    (planned,) = harness.plan(shapes=shape, dtypes=[cases.short(dtype)], device="cpu").cases
+    return planned
 
 
 def off_by(amount):
@@ -47,7 +53,7 @@ def off_by(amount):
 
 @pytest.mark.parametrize("shape", TINY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=cases.short)
-def test_peers_are_right(shape, dtype):
+def test_baselines_are_right(shape, dtype):
     trials = check(case(shape, dtype))
     assert not [
         f"{t.candidate.name}: {t.reason}" for t in trials if t.status in ("wrong", "failed")
@@ -56,7 +62,7 @@ def test_peers_are_right(shape, dtype):
     assert all(trial.reason for trial in trials if trial.status == "cannot run")
 
 
-@pytest.mark.parametrize("kind", ["ours", "peer", "given"])
+@pytest.mark.parametrize("kind", ["ours", "baseline", "given"])
 @pytest.mark.parametrize(
     "run, reason",
     [
@@ -71,15 +77,15 @@ def test_a_wrong_candidate_is_refused(run, reason, kind):
     assert trial.status == "wrong" and reason in trial.reason
 
 
-def test_peers_may_have_gradients_of_scores_in_the_dtype_of_the_case():
+def test_baselines_may_have_gradients_of_scores_in_the_dtype_of_the_case():
     sizes = dict(B=2, N=40, rate=0.5, C=64, fuse=True)
-    found = cases.Case("select_tokens", "small", sizes, torch.bfloat16, "cpu")
-    trials = check(found)
-    peers = [t for t in trials if t.candidate.kind == "peer" and t.status != "cannot run"]
-    assert len(peers) == 9 and all(t.status == "ok" for t in peers)
-    assert max(t.errors["scores"] for t in peers) > 1e-3  # which ours must not have
-    ours = dataclasses.replace(peers[0].candidate, kind="ours")
-    assert check(found, [ours])[0].status == "wrong"
+    small = cases.Case("select_tokens", "small", sizes, torch.bfloat16, "cpu")
+    trials = check(small)
+    baselines = [t for t in trials if t.candidate.kind == "baseline" and t.status != "cannot run"]
+    assert len(baselines) == 9 and all(t.status == "ok" for t in baselines)
+    assert max(t.errors["scores"] for t in baselines) > 1e-3  # which ours must not have
+    ours = dataclasses.replace(baselines[0].candidate, kind="ours")
+    assert check(small, [ours])[0].status == "wrong"
 
 
 class WrongGradient(torch.autograd.Function):
@@ -99,11 +105,11 @@ def test_a_wrong_gradient_is_refused():
     assert trial.reason.startswith("weight is off by") and "position is off by" in trial.reason
 
 
-def test_what_raises_is_reported():
+def test_an_exception_is_reported():
     def run(inputs):
         raise RuntimeError("out of memory\nand more")
 
-    (trial,) = check(case(), [Candidate("planted", "peer", run)])
+    (trial,) = check(case(), [Candidate("planted", "baseline", run)])
     assert (trial.status, trial.reason) == ("failed", "RuntimeError: out of memory")
 
 
@@ -112,11 +118,11 @@ def test_a_result_of_another_shape_is_refused():
     assert trial.status == "failed" and "shape" in trial.reason
 
 
-def test_ours_failing_is_an_error(monkeypatch, capsys):
+def test_a_failing_backend_of_vidl_is_an_error(monkeypatch, capsys):
     def run(inputs):
         raise RuntimeError("no")
 
-    for kind, status in (("ours", 1), ("peer", 0)):
+    for kind, status in (("ours", 1), ("baseline", 0)):
         planted = [Candidate("planted", kind, run)]
         monkeypatch.setattr(description, "candidates", lambda *args, planted=planted: planted)
         assert main(["bench", "--shapes", "dense", "--modes", "forward", "--quick"]) == status
@@ -124,7 +130,7 @@ def test_ours_failing_is_an_error(monkeypatch, capsys):
 
 
 def test_a_wrong_candidate_gets_no_time(monkeypatch, capsys):
-    planted = Candidate("planted", "peer", off_by(1e-2))
+    planted = Candidate("planted", "baseline", off_by(1e-2))
     monkeypatch.setattr(description, "candidates", lambda *args: [planted])
     assert main(["bench", "--shapes", "dense", "--modes", "forward", "--quick", "--json"]) == 1
     record = json.loads(capsys.readouterr().out)
@@ -142,12 +148,14 @@ def test_limits_add_up():
 
 
 def test_work_counts_visible_patches_only():
-    masked, dense = case("one frame").sizes, case("one frame").sizes | {"K": None}
-    M, row, D, N = 3 * 2 * 5, 3 * 8 * 8, 24, 2 * 16
-    found = description.work(**masked, dtype=torch.bfloat16)["forward"]
-    assert found.flops == 2 * M * row * D
-    assert found.size == M * row + 8 * M + 2 * (D * row + D + N * D + M * D)
-    assert description.work(**dense, dtype=torch.bfloat16)["forward"].flops == 2 * 3 * N * row * D
+    masked, dense = case("one frame").sizes, case("one frame").sizes | {"kept": None}
+    rows, pixels, C, N = 3 * 2 * 5, 3 * 8 * 8, 24, 2 * 16
+    work = description.work(**masked, dtype=torch.bfloat16)["forward"]
+    assert work.flops == 2 * rows * pixels * C
+    assert work.size == rows * pixels + 8 * rows + 2 * (C * pixels + C + N * C + rows * C)
+    assert (
+        description.work(**dense, dtype=torch.bfloat16)["forward"].flops == 2 * 3 * N * pixels * C
+    )
 
 
 def test_inputs_are_the_same_in_every_run():
@@ -179,9 +187,9 @@ def test_records_say_what_was_measured(capsys):
             )
         else:
             assert r["reason"] and "median_ms" not in r
-    strongest = {r["strongest_peer"] for r in records}
-    peers = {r["candidate"] for r in records if r["kind"] == "peer" and r["status"] == "ok"}
-    assert strongest <= peers and len(peers) >= 3
+    strongest = {r["strongest_baseline"] for r in records}
+    baselines = {r["candidate"] for r in records if r["kind"] == "baseline" and r["status"] == "ok"}
+    assert strongest <= baselines and len(baselines) >= 3
 
 
 @pytest.mark.parametrize("op", cases.operations())
@@ -189,7 +197,7 @@ def test_every_op_is_timed_in_the_modes_that_it_has(op, monkeypatch, capsys):
     shapes = importlib.import_module(f"vidl.bench.ops.{op}").SHAPES
     first = next(iter(shapes))
     monkeypatch.setattr(f"vidl.bench.ops.{op}.SHAPES", {first: shapes[first]})
-    assert main(["bench", op, "--quick", "--json", "--peers", "none of them"]) == 0
+    assert main(["bench", op, "--quick", "--json", "--baselines", "none of them"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     modes = {r["mode"] for r in records if r["candidate"] == "vidl native" and "median_ms" in r}
     assert modes == ({"forward"} if op == "frame_difference" else {"forward", "full"})
@@ -209,7 +217,7 @@ def test_the_table_shows_the_share_of_the_limit(capsys):
     assert "cannot run: every patch is visible" in text
 
 
-def test_threads_are_put_back():
+def test_the_number_of_threads_is_restored():
     before = torch.get_num_threads()
     main(["bench", "--shapes", "dense", "--modes", "forward", "--quick", "--threads", "1"])
     assert torch.get_num_threads() == before
@@ -217,7 +225,7 @@ def test_threads_are_put_back():
 
 def test_write_appends(tmp_path, capsys):
     command = ["bench", "--shapes", "dense", "--modes", "forward", "--quick"]
-    command += ["--peers", "unfold*", "--write", str(tmp_path)]
+    command += ["--baselines", "unfold*", "--write", str(tmp_path)]
     for _ in range(2):
         assert main(command) == 0
     (file,) = tmp_path.rglob("*.jsonl")
@@ -240,7 +248,7 @@ def test_dry_run_lists_candidates_with_reasons(capsys):
     for row in rows:
         if row["candidate"] == "vidl triton":
             assert "TRITON_INTERPRET" in row["reason"]  # set by conftest.py, or needed for a CPU
-    assert {row["kind"] for row in rows} == {"ours", "peer", "given", "floor"}
+    assert {row["kind"] for row in rows} == {"ours", "baseline", "given", "floor"}
     assert main(["bench", "masked_patch_embed", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "would be timed" in text and "timed on CUDA only" in text
@@ -248,10 +256,10 @@ def test_dry_run_lists_candidates_with_reasons(capsys):
 
 def test_the_interpreter_is_never_timed(monkeypatch):
     monkeypatch.setattr(library, "interpreting", lambda: True)
-    found = {
+    reasons = {
         c.name: c.reason for c in cases.ours("masked_patch_embed", print, "cpu", torch.float32)
     }
-    assert "interpreter" in found["vidl triton"]
+    assert "interpreter" in reasons["vidl triton"]
 
 
 @pytest.mark.parametrize(
@@ -271,17 +279,17 @@ def test_quantiles():
     assert hardware.quantiles([float(n) for n in range(11)]) == (5.0, 2.0, 8.0)
 
 
-def test_candidates_take_turns():
+def test_candidates_interleave():
     order = []
     calls = {name: [lambda name=name: order.append(name)] for name in ("a", "b")}
-    times = timing.take_turns(calls, "cpu", quick=True)
-    turns = [sorted(order[i : i + 2]) for i in range(0, len(order), 2)]
-    assert turns == [["a", "b"]] * (len(order) // 2)
+    times = timing.interleave(calls, "cpu", quick=True)
+    rounds = [sorted(order[i : i + 2]) for i in range(0, len(order), 2)]
+    assert rounds == [["a", "b"]] * (len(order) // 2)
     assert len(times["a"].cold) == len(times["b"].cold) == len(order) // 2 - 1  # the warm-up
 
 
 class FakeCuda:
-    """As much of torch.cuda as timing needs; a call takes a millisecond, and it keeps a log."""
+    """The part of torch.cuda that timing uses; a call takes a millisecond and is logged."""
 
     def __init__(self, captures=True):
         self.log, self.captures, self.now = [], captures, 0.0
@@ -338,19 +346,19 @@ class FakeCuda:
 def timed_on(fake, monkeypatch):
     monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=fake))
     calls = {"a": [lambda number=number: fake.call(number) for number in range(4)]}
-    return timing.take_turns(calls, "cuda", quick=True)["a"]
+    return timing.interleave(calls, "cuda", quick=True)["a"]
 
 
 def test_cuda_times_graphs_cold_and_warm_and_eager_calls(monkeypatch):
     fake = FakeCuda()
     times = timed_on(fake, monkeypatch)
     for kind in (times.cold, times.warm, times.eager):
-        assert kind and all(each == pytest.approx(1e-3) for each in kind)
+        assert kind and all(t == pytest.approx(1e-3) for t in kind)
     assert times.memory == 500 and times.note is None
     records = [at for at, what in enumerate(fake.log) if what == "record"]
     between = [fake.log[a + 1 : b] for a, b in zip(records[::2], records[1::2], strict=True)]
     assert all("synchronize" not in part for part in between)
-    assert between[1] == [0, 1, 2, 3] * 3  # cold: no set of inputs twice in a row
+    assert between[1] == [0, 1, 2, 3] * 3  # cold: never the same inputs twice in a row
     assert between[2] == [0] * 10  # warm
 
 

@@ -1,4 +1,4 @@
-"""The report: README's table is the one that the committed results give, CPU is called CPU."""
+"""The report: README and the page agree with the committed results, and CPU is called CPU."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vidl.bench.report import digest, markdown, page, records
+from vidl.bench.report.verdict import in_words
 from vidl.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -14,16 +15,16 @@ OP, SHAPE, OTHER = "masked_patch_loss", "MAE, mask 0.75", "VideoMAE-B, mask 0.9"
 
 
 def record(median=2.0, ratio=1.5, **other):
-    found = {
+    values = {
         "op": OP, "shape": SHAPE, "sizes": {}, "dtype": "float32", "mode": "full", "threads": 2,
         "device": "Some CPU, 2 cores", "device_type": "cpu", "candidate": "vidl native",
         "kind": "ours", "quick": False, "status": "ok", "reason": None, "commit": "abc",
         "timestamp": "2026-11-22T10:00:00+00:00", "versions": {"torch": "2.15.0"},
         "median_ms": median, "p20_ms": median, "p80_ms": median, "limit_ms": 1.0,
-        "share_of_limit": 1.0 / median, "ratio_to_strongest": ratio, "strongest_peer": "gather",
+        "share_of_limit": 1.0 / median, "ratio_to_strongest": ratio, "strongest_baseline": "gather",
         "tflop_per_s": 0.1, "gb_per_s": 10.0, "copy_gb_per_s": 30.0, "matmul_tflop_per_s": 0.2,
     }  # fmt: skip
-    return found | other
+    return values | other
 
 
 def savings(candidate, median, **other):
@@ -31,15 +32,17 @@ def savings(candidate, median, **other):
     return record(median, op="savings", shape="mac tiny, 4 clips", mode="step") | {
         "candidate": candidate, "row": row, "column": column, "peak_bytes": 1, "flops": 10,
         "useful_flops": 10 if row == "dense" else 4, "speed_up": 20.0 / median, "loss": 1.0,
-        "kind": "ours" if column == "vidl" else "peer", "clips_per_s": 1.0, "tokens_per_s": 2.0,
+        "kind": "ours" if column == "vidl" else "baseline", "clips_per_s": 1.0, "tokens_per_s": 2.0,
         "joules_per_step": None, "breakdown_ms": {}, "breakdown_by": "hooks",
         "realised_saving": 20.0 / median / (1 if row == "dense" else 2.5), "hours": 3.0,
+        "ratio_to": dict.fromkeys((f"{row}, pytorch", f"{row}, torch.compile"), 1.0),
         "hours_formula": "formula",
     } | other  # fmt: skip
 
 
+COMPILED = savings("sparse, torch.compile", 9.0)
 STEPS = [
-    savings("dense, stock", 20.0), savings("dense, vidl", 16.0), savings("sparse, stock", 12.5),
+    savings("dense, pytorch", 20.0), savings("dense, vidl", 16.0), savings("sparse, pytorch", 12.5),
     savings("sparse, vidl", 8.0),
 ]  # fmt: skip
 QUALITY = [
@@ -55,7 +58,7 @@ SCALING = [
         "candidate": column, "recipe": "mac", "preset": "tiny", "axis": "mask", "value": tokens,
         "tokens": tokens, "peak_bytes": None,
     }
-    for tokens in (1, 2, 4) for column in ("stock", "vidl")
+    for tokens in (1, 2, 4) for column in ("pytorch", "vidl")
 ]  # fmt: skip
 
 
@@ -69,7 +72,7 @@ def test_readme_has_what_the_committed_results_say():
 
 def test_a_cpu_is_called_one_and_no_gpu_is_claimed():
     text = markdown.summary(digest.devices([record()]))
-    assert "### CPU: Some CPU, 2 cores" in text and "nothing follows for a GPU" in text
+    assert "### CPU: Some CPU, 2 cores" in text and "they do not predict GPU performance" in text
     assert "### GPU\n\nNot measured yet" in text
 
 
@@ -81,34 +84,68 @@ def test_a_gpu_has_a_heading_of_its_own():
     assert "float32" not in text[text.index("### GPU") :]
 
 
-def test_what_is_slower_is_shown_too():
+def test_slower_results_are_shown_too():
     rows = [record(ratio=0.62), record(ratio=1.5, shape=OTHER)]
     text = markdown.summary(digest.devices(rows))
-    assert f"| `{OP}` | 2 | 1.06 × (0.62 to 1.50) |" in text
+    assert f"| `{OP}`, 2 shapes | not measured | not measured |" in text
+    assert "| 1.06 × (0.62 to 1.50) |" in text and "slower at 1" in text
+    assert f"the lowest is 0.62 × (`{OP}`, {SHAPE})" in text
 
 
 def test_steps_quality_and_scaling_are_shown():
-    text = markdown.summary(digest.devices([*STEPS, *QUALITY, *SCALING]))
-    assert "| mac tiny, 4 clips | 20 ms | 1.25 × | 1.60 × | 2.50 × | 100% of 2.50 × |" in text
+    devices = digest.devices([*STEPS, *QUALITY, *SCALING])
+    row = "| sparse step, mac tiny, 4 clips | 12.5 ms (12.5 to 12.5) | not measured "
+    row += "| 8 ms (8 to 8) | 1.56 × |"
+    assert row in markdown.summary(devices)
+    text = markdown.details(devices)
+    assert f"{row} 2.50 × | 100% of 2.50 × |" in text
     dense, sparse = "4.0 % (3.0 to 6.0), 7 steps", "6.0 % (5.0 to 8.0), 7 steps"
     assert f"| mac tiny, 9 s | {dense} | {sparse} | 1.0 % |" in text
-    assert "mac tiny: R² 1.000, 43% of the unmasked time fixed" in text
+    assert "| mac tiny | 1.000 | 43% |" in text
 
 
-def test_quick_looks_old_shapes_and_old_records_do_not_count():
+def test_torch_compile_is_a_baseline_of_steps_and_ops():
+    text = markdown.summary(digest.devices([*STEPS, COMPILED]))
+    assert "| 9 ms (9 to 9) | 8 ms (8 to 8) | 1.12 × |" in text
+    names = {"eager": 3.0, "eager, torch.compile": 2.0, "GEMM alone": 0.5}
+    kinds = dict(zip(names, ("baseline", "baseline", "floor"), strict=True))
+    others = [record(candidate=name, kind=kind) for name, kind in kinds.items()]
+    (device,) = digest.devices([record(2.0, ratio_to=names), *others])
+    (c,) = digest.comparisons(device)
+    assert (c.eager_ms, c.compiled_ms) == (6.0, 4.0)
+
+
+def test_words_of_old_records_are_translated():
+    old = {"op": "masked_patch_embed", "kind": "peer", "candidate": "sparse, stock, compiled"}
+    old |= {"column": "stock, compiled", "strongest_peer": None, "ratio_to": {"vidl compiled": 2.0}}
+    old |= {"sizes": {"B": 2, "K": 3, "D": 8, "p": 16}}
+    assert records.translate(old) == {
+        "op": "masked_patch_embed", "kind": "baseline", "candidate": "sparse, torch.compile",
+        "column": "torch.compile", "strongest_baseline": None, "ratio_to": {"vidl native": 2.0},
+        "sizes": {"B": 2, "kept": 3, "C": 8, "patch_size": 16},
+    }  # fmt: skip
+
+
+def test_models_that_learn_differently_are_said_to():
+    assert "learn alike" in " ".join(in_words(*digest.devices(QUALITY)))
+    better = QUALITY[1] | {"r1": {"t2v R@1": {"mean": 60.0, "lowest": 50.0, "highest": 70.0}}}
+    assert "models differ" in " ".join(in_words(*digest.devices([QUALITY[0], better])))
+
+
+def test_quick_runs_old_shapes_and_old_records_do_not_count():
     newer = record(ratio=2.0, timestamp="2026-11-23T10:00:00+00:00")
     gone = record(shape="of another day", ratio=9.0)
     quick = record(quick=True, ratio=8.0, timestamp="2026-11-24T10:00:00+00:00")
     (device,) = digest.devices([newer, record(), gone, quick])
-    assert [a.ratio for a in digest.against(device)] == [2.0]
+    assert [c.speedup for c in digest.comparisons(device)] == [2.0]
 
 
-def test_the_fastest_of_ours_with_most_threads_counts():
+def test_the_fastest_backend_with_most_threads_counts():
     rows = [record(2.0, 1.5), record(1.0, 3.0, candidate="vidl triton"),
             record(4.0, 9.0, threads=1)]  # fmt: skip
     (device,) = digest.devices(rows)
-    assert [a.ratio for a in digest.against(device)] == [3.0]
-    assert {a.threads for a in digest.against(device, most_threads=False)} == {1, 2}
+    assert [c.speedup for c in digest.comparisons(device)] == [3.0]
+    assert {c.threads for c in digest.comparisons(device, most_threads=False)} == {1, 2}
 
 
 @pytest.mark.parametrize(
@@ -136,8 +173,8 @@ def test_command(tmp_path, capsys):
     (results / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert main(["bench", "report", str(results), "--readme", str(readme)]) == 0
     text = (results / "report" / "index.html").read_text()
-    assert "<b>No GPU was measured.</b>" in text and "CPU: Some CPU, 2 cores" in text
-    assert "class='slower'" in text and "not measured (no GPU here)" in text
+    assert "<b>GPU:</b> Not measured yet." in text and "CPU: Some CPU, 2 cores" in text
+    assert "class='slower'" in text and "GPU-hours of a full schedule: not measured" in text
     pictures = re.findall(r"img src='(.*?)'", text)
     assert len(pictures) == 5
     for name in pictures:
@@ -159,4 +196,4 @@ def test_nothing_to_report_is_an_error(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text(json.dumps(record(quick=True)) + "\n")
     with pytest.raises(SystemExit):
         main(["bench", "report", str(tmp_path)])
-    assert "no results but quick looks" in capsys.readouterr().err
+    assert "no results except those of --quick" in capsys.readouterr().err

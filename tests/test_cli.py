@@ -92,7 +92,7 @@ def test_a_decoder_that_is_half_there_gives_a_reason(monkeypatch, error, reason)
         (["data", "convert", "--help"], ["webvid", "msrvtt", "--media", "share its pages"]),
         (["data", "check", "--help"], ["Decode every frame", "Exit status 1"]),
         (["data", "preview", "--help"], ["--mask-ratio", "random mask"]),
-        (["bench", "--help"], ["--shapes", "--peers", "--dry-run", "--write", "--threads"]),
+        (["bench", "--help"], ["--shapes", "--baselines", "--dry-run", "--write", "--threads"]),
     ],
 )
 def test_help(argv, words, capsys):

@@ -130,14 +130,14 @@ def _info(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 def _add_bench(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "bench",
-        help="time the ops against their peers, after checking the answers of both",
+        help="time the ops against PyTorch baselines, after checking the results of both",
         description="Time the ops of vidl against what one would write without it. Every answer "
         "and gradient is compared with a more precise one first; a wrong one gets no time.",
     )
     add = command.add_argument
     add("ops", nargs="*", metavar="OP", help="which ops; default: all")
     add("--shapes", metavar="PATTERN", help="only shapes whose name matches, as in 'G1*' or 0.9")
-    add("--peers", metavar="PATTERN", help="only peers whose name matches; ours always run")
+    add("--baselines", metavar="PATTERN", help="only baselines whose name matches")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--dtype", metavar="LIST", help="float32, bfloat16, float16; default depends on the device")
     add("--threads", metavar="LIST", help="CPU threads, as in 1,2; default: PyTorch's choice")
@@ -168,7 +168,7 @@ def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         plan = harness.plan(
             args.ops,
             shapes=args.shapes,
-            peers=args.peers,
+            baselines=args.baselines,
             device=args.device,
             dtypes=_list(args.dtype),
             threads=_list(args.threads),

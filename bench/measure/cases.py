@@ -1,4 +1,4 @@
-"""What there is to time: the ops at their shapes, and the ways to compute each."""
+"""The benchmark cases: ops at their shapes, and the candidates that compute each."""
 
 import dataclasses
 import fnmatch
@@ -18,85 +18,95 @@ from vidl.kernels import library
 MODES = {"forward": ("forward",), "full": ("forward", "backward")}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in library.DTYPES}
 BENCH = Path(__file__).resolve().parents[1]
-SEVERAL = ("pruning", "swapped")  # descriptions of several ops at work together
-Inputs = Any  # a description's own dataclass of tensors, with the result's gradient as `grad`
+COMBINED = ("pruning", "swapped")  # descriptions that use several ops
+Inputs = Any  # a dataclass of tensors, defined by the description; `grad` is that of the result
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one phase of an op cannot do without."""
+    """The minimal work of a forward or a backward."""
 
-    size: int  # bytes: each needed input read once, each result written once
-    flops: int  # useful floating-point operations, nothing padded or masked
+    size: int  # bytes: every needed input read once, every result written once
+    flops: int  # useful floating-point operations, without padded or masked ones
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way to compute the op.
+    """An implementation of the op.
 
-    `kind` is "ours"; "peer", which does all the work; "given", a peer spared a part of it; or
-    "floor", a part of the work alone, which nothing can beat. Only a "peer" can be the strongest.
+    `kind` is "ours"; "baseline", an implementation in PyTorch; "given", a baseline that receives a
+    part of the work for free; or "floor", a part of the work alone, as a lower bound. Only a
+    "baseline" can be the strongest baseline.
     """
 
     name: str
     kind: str
     run: Callable[[Inputs], Tensor]
     prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs  # not timed
-    gradients: Sequence[str] | None = None  # what it differentiates; None: the op's PARAMETERS
+    gradients: Sequence[str] | None = None  # inputs with gradients; None: the op's PARAMETERS
     reason: str | None = None  # why it cannot run here
-    forward_only: str | None = None  # why it has no gradients here
+    forward_only: str | None = None  # why it has no backward here
 
 
 def ours(
     op: str | Sequence[str], call: Callable[..., Tensor], device: str, dtype: torch.dtype
 ) -> list[Candidate]:
-    """A candidate for each backend but the reference: `call(inputs, backend=...)`.
+    """A candidate for every backend except the reference: `call(inputs, backend=...)`.
 
     Args:
-        op: what `call` needs: an op, or several.
+        op: the op or ops that `call` uses.
     """
     ops = [op] if isinstance(op, str) else op
-    found = []
+    candidates = []
     for backend in library.BACKENDS:
         if backend == "reference":
             continue
         reasons = (library.why_not(backend, name, device, dtype) for name in ops)
         reason = next((reason for reason in reasons if reason is not None), None)
         if backend == "triton" and library.interpreting():
-            reason = "TRITON_INTERPRET=1 is set: the time of an interpreter says nothing"
+            reason = "TRITON_INTERPRET=1 is set: the interpreter is not timed"
         run = functools.partial(call, backend=backend)
-        found.append(Candidate(f"vidl {backend}", "ours", run, reason=reason))
-    return found
+        candidates.append(Candidate(f"vidl {backend}", "ours", run, reason=reason))
+    return candidates
+
+
+def compiled(name: str, run: Callable[[Inputs], Tensor], device: str, **options: Any) -> Candidate:
+    """A baseline under `torch.compile`, timed on CUDA only."""
+    if device == "cpu":
+        options["reason"] = "timed on CUDA only"
+    else:
+        run = torch.compile(run)
+    return Candidate(f"{name}, torch.compile", "baseline", run, **options)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One op at one shape in one dtype on one device."""
+    """An op at one shape, in one dtype, on one device."""
 
     op: str
     shape: str
-    sizes: dict[str, Any]  # what make() and work() take
+    sizes: dict[str, Any]  # arguments of make() and work()
     dtype: torch.dtype
     device: str
-    peers: str | None = None  # a pattern
+    baselines: str | None = None  # a pattern of names; None: all
 
     @property
     def description(self) -> ModuleType:
         return importlib.import_module(f"vidl.bench.ops.{self.op}")
 
     def candidates(self) -> list[Candidate]:
-        """Ours, and those of the others that the pattern asks for."""
-        every = self.description.candidates(self.sizes, self.device, self.dtype)
-        return [c for c in every if c.kind == "ours" or _matches(c.name, self.peers)]
+        """Those of vidl, and the others whose names match the pattern."""
+        candidates = self.description.candidates(self.sizes, self.device, self.dtype)
+        return [c for c in candidates if c.kind == "ours" or _matches(c.name, self.baselines)]
 
     def make(self) -> Inputs:
-        """The inputs, the same in every run."""
+        """The inputs; the same in every run."""
         generator = torch.Generator().manual_seed(0)
         options = {"dtype": self.dtype, "device": self.device, "generator": generator}
         return self.description.make(**self.sizes, **options)
 
     def gradients(self, candidate: Candidate) -> Sequence[str]:
-        """The inputs by which `candidate` differentiates."""
+        """The names of the inputs for which `candidate` computes gradients."""
         if candidate.forward_only is not None:
             return ()
         if candidate.gradients is not None:
@@ -104,18 +114,18 @@ class Case:
         return self.description.PARAMETERS
 
     def modes(self, wanted: Sequence[str]) -> list[str]:
-        """Those that there are: an op without parameters has no backward."""
+        """The wanted modes without the backward of an op that has no gradients."""
         return [mode for mode in wanted if mode == "forward" or self.description.PARAMETERS]
 
     def work(self, mode: str) -> list[Work]:
-        """What each phase of `mode` needs, in order."""
+        """The work of forward, and in mode "full" also of backward."""
         phases = self.description.work(**self.sizes, dtype=self.dtype)
         return [phases[phase] for phase in MODES[mode]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run of the suite does."""
+    """The cases, modes and thread counts of a run."""
 
     cases: list[Case]
     modes: list[str]
@@ -124,38 +134,41 @@ class Plan:
 
 
 def operations() -> list[str]:
-    """What has a description: ops, and several of them together."""
+    """The names of all descriptions: ops, and combinations of ops."""
     ops = [name for name in info.op_names() if (BENCH / "ops" / f"{name}.py").is_file()]
-    return [*ops, *SEVERAL]
+    return [*ops, *COMBINED]
 
 
 def plan(
     ops: Sequence[str] = (),
     *,
     shapes: str | None = None,
-    peers: str | None = None,
+    baselines: str | None = None,
     device: str | None = None,
     dtypes: Sequence[str] | None = None,
     threads: Sequence[str] | None = None,
     modes: Sequence[str] | None = None,
     quick: bool = False,
 ) -> Plan:
-    """Choose what to run; every default is what this machine would train with.
+    """Plan a run; the defaults are what training on this machine would use.
 
     Args:
-        shapes, peers: patterns with `*`, or a part of a name.
+        ops: names of descriptions; default: all.
+        shapes, baselines: patterns with `*`, or parts of names.
+        device: "cpu" or "cuda"; default: CUDA if there is a GPU.
         dtypes: default bfloat16 on CUDA, float32 on the CPU.
-        threads: of the CPU; ignored on CUDA.
-        quick: one sample a batch and few repetitions.
+        threads: numbers of CPU threads; ignored on CUDA.
+        modes: "forward", "full"; default: both.
+        quick: one sample per batch and few repetitions.
 
     Raises:
-        ValueError: an argument names nothing that exists here.
+        ValueError: an argument names something that does not exist here.
     """
     _known("ops", ops, operations())
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("need a CUDA device for device 'cuda', found none")
+        raise ValueError("need a CUDA device for device 'cuda', but torch sees none")
     dtypes = dtypes or (["bfloat16"] if device == "cuda" else ["float32"])
     _known("dtype", dtypes, list(DTYPES))
     modes = list(modes or MODES)
@@ -163,7 +176,7 @@ def plan(
     counts = [torch.get_num_threads()]
     if threads is not None and device == "cpu":
         if not all(text.isdecimal() and int(text) > 0 for text in threads) or not threads:
-            raise ValueError(f"need positive numbers of threads, got {','.join(threads)!r}")
+            raise ValueError(f"need positive thread counts, got {','.join(threads)!r}")
         counts = [int(text) for text in threads]
 
     cases = []
@@ -171,7 +184,7 @@ def plan(
         for name, shape in importlib.import_module(f"vidl.bench.ops.{op}").SHAPES.items():
             if _matches(name, shapes):
                 sizes = shape | {"B": 1 if quick else shape["B"][device]}
-                cases += [Case(op, name, sizes, DTYPES[d], device, peers) for d in dtypes]
+                cases += [Case(op, name, sizes, DTYPES[d], device, baselines) for d in dtypes]
     if not cases:
         raise ValueError(f"no shape matches {shapes!r}; `vidl bench --dry-run` lists them")
     cases = [case for case in cases if case.modes(modes)]
@@ -199,13 +212,13 @@ def short(dtype: torch.dtype) -> str:
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
-    """The inputs with every tensor changed."""
+    """The inputs with `change` applied to every tensor."""
     fields = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
     tensors = {name: change(x) for name, x in fields.items() if isinstance(x, Tensor)}
     return dataclasses.replace(inputs, **tensors)
 
 
 def leaves(inputs: Inputs, names: Sequence[str]) -> Inputs:
-    """The inputs with the named ones ready to be differentiated by."""
-    found = {name: getattr(inputs, name).detach().requires_grad_() for name in names}
-    return dataclasses.replace(inputs, **found)
+    """The inputs with the named tensors as leaves that require gradients."""
+    named = {name: getattr(inputs, name).detach().requires_grad_() for name in names}
+    return dataclasses.replace(inputs, **named)

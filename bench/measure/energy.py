@@ -1,4 +1,4 @@
-"""Energy of a GPU by NVML, where that is there."""
+"""Energy per call of a GPU, read from NVML where it is available."""
 
 import importlib
 import time
@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-LEAST = 2.0  # seconds: the counter moves every 20 to 100 ms
+LEAST = 2.0  # seconds; the counter is updated every 20 to 100 ms
 
 
 def joules(call: Callable[[], object], device: str) -> float | None:
-    """The energy of the card in a call, of many in a row; None where it cannot be known."""
+    """Joules per call, averaged over repeated calls; None without NVML or a GPU."""
     counter = _counter() if device == "cuda" else None
     if counter is None:
         return None
@@ -25,7 +25,7 @@ def joules(call: Callable[[], object], device: str) -> float | None:
 
 
 def _counter() -> Callable[[], int] | None:
-    """A call that tells the millijoules the current card has used, or None."""
+    """A function that returns the millijoules used by the current GPU so far, or None."""
     try:
         nvml: Any = importlib.import_module("cuda.bindings.nvml")
         nvml.init_v2()
@@ -33,6 +33,6 @@ def _counter() -> Callable[[], int] | None:
         place = f"{bus.pci_domain_id:08x}:{bus.pci_bus_id:02x}:{bus.pci_device_id:02x}.0"
         handle = nvml.device_get_handle_by_pci_bus_id_v2(place)
         nvml.device_get_total_energy_consumption(handle)
-    except Exception:  # NVML raises its own classes: not installed, not permitted, not supported
+    except Exception:  # not installed, not permitted or not supported; NVML has its own classes
         return None
     return lambda: int(nvml.device_get_total_energy_consumption(handle))

@@ -1,4 +1,4 @@
-"""What the device itself can do: the copy and matmul rates that every result is held against."""
+"""Copy and matmul rates of the device, the limits against which results are compared."""
 
 import functools
 import re
@@ -18,32 +18,32 @@ class Limits:
     """Measured rates of a device."""
 
     copy: float  # bytes per second of a large copy, bytes read plus bytes written
-    matmul: float  # floating-point operations per second, in the fastest dtype tried
+    matmul: float  # floating-point operations per second, in the faster of two dtypes
     matmul_dtype: torch.dtype
 
     def seconds(self, size: float, flops: float) -> float:
-        """The time below which nothing that moves `size` bytes and computes `flops` can go."""
+        """The lower limit of the time to move `size` bytes and compute `flops`."""
         return max(size / self.copy, flops / self.matmul)
 
 
 @functools.cache
 def limits(device: str, threads: int, dtype: torch.dtype) -> Limits:
-    """Measure the device, once a process, device, number of threads and dtype.
+    """Measure the device, once per process, device, number of threads and dtype.
 
-    The matmul rate is the better of `dtype` and float32: a CPU without bfloat16 units multiplies
-    faster in float32, and what a detour through float32 can reach is part of what can be reached.
+    The matmul rate is the better of `dtype` and float32, because a CPU without bfloat16 units
+    multiplies faster in float32, and an implementation may convert.
 
     Args:
-        threads: PyTorch's number of CPU threads; it must be set to that already.
+        threads: the number of CPU threads that PyTorch is set to.
     """
-    rates = {each: matmul_rate(device, threads, each) for each in {dtype, torch.float32}}
-    fastest = max(rates, key=lambda each: rates[each])
+    rates = {x: matmul_rate(device, threads, x) for x in {dtype, torch.float32}}
+    fastest = max(rates, key=lambda x: rates[x])
     return Limits(copy_rate(device, threads), rates[fastest], fastest)
 
 
 @functools.cache
 def copy_rate(device: str, threads: int) -> float:
-    """Bytes per second of `copy_` on buffers that no cache holds, read plus written."""
+    """Bytes per second, read plus written, of `copy_` on buffers larger than the cache."""
     size = 2**30 if device == "cuda" else max(2**27, 2 * last_level_cache(device))
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
@@ -52,7 +52,7 @@ def copy_rate(device: str, threads: int) -> float:
 
 @functools.cache
 def matmul_rate(device: str, threads: int, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a square matmul, the best of a few sizes."""
+    """Floating-point operations per second of a square matmul, the best of several sizes."""
     best = 0.0
     for n in (4096, 8192) if device == "cuda" else (512, 1024, 2048):
         a = torch.randn(n, n, device=device).to(dtype)
@@ -61,13 +61,13 @@ def matmul_rate(device: str, threads: int, dtype: torch.dtype) -> float:
         call = functools.partial(torch.mm, a, b, out=out)
         seconds = best_time(call, device)
         best = max(best, 2 * n**3 / seconds)
-        if seconds > 0.2:  # a dtype without units of its own: larger sizes would take minutes
+        if seconds > 0.2:  # a dtype without hardware support: larger sizes would take minutes
             break
     return best
 
 
 def best_time(call: Callable[[], object], device: str, repetitions: int = 10) -> float:
-    """Seconds of the fastest of several calls, after a first one that does not count."""
+    """Seconds of the fastest of several calls, after a warm-up call."""
     times: list[float] = []
     for _ in range(repetitions + 1):
         if device == "cuda":
@@ -93,14 +93,13 @@ def last_level_cache(device: str) -> int:
         return int(torch.cuda.get_device_properties(0).L2_cache_size)
     sizes = [0]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        found = re.fullmatch(r"(\d+)([KMG])", file.read_text().strip())
-        if found:
-            sizes.append(int(found[1]) << {"K": 10, "M": 20, "G": 30}[found[2]])
+        if match := re.fullmatch(r"(\d+)([KMG])", file.read_text().strip()):
+            sizes.append(int(match[1]) << {"K": 10, "M": 20, "G": 30}[match[2]])
     return max(sizes) or 32 << 20
 
 
 def device_name(device: str) -> str:
-    """The name under which results are kept: the card's, or the CPU's with its cores."""
+    """The device name of results: that of the GPU, or of the CPU with its number of cores."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpu = info.cpu()
@@ -108,7 +107,7 @@ def device_name(device: str) -> str:
 
 
 def slug(name: str) -> str:
-    """A name as a folder: "AMD EPYC, 2 cores" is amd-epyc-2-cores."""
+    """The folder of a device: "AMD EPYC, 2 cores" becomes amd-epyc-2-cores."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
 
 

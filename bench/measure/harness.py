@@ -1,13 +1,13 @@
-"""One way to time every op: check the answers, let the candidates take turns, report the limit.
+"""The benchmark of ops: checks every candidate, times them interleaved, and records the limit.
 
-A description (`bench/<op>.py`) says what: `SHAPES`, `PARAMETERS`, `make`, `work`, `truth` and
-`candidates`. The rest is alike for all:
+A description (`bench/ops/<op>.py`) defines `SHAPES`, `PARAMETERS`, `make`, `work`, `truth` and
+`candidates`. All ops then run through the same steps:
 
-1. `check`: result and gradients of every candidate are compared with those of the reference in
-   float64. One that is wrong gets no time.
-2. `hardware`: the device's copy and matmul rates, for the time below which nothing can go.
-3. `timing`: the candidates take turns over input sets that exceed the last-level cache.
-4. `report`: median and quantiles, TFLOP/s, GB/s, share of the limit, ratio to every peer.
+1. `check`: the result and gradients of every candidate are compared with the float64 reference.
+   A wrong candidate gets no time.
+2. `hardware`: the copy and matmul rates of the device give a lower limit of the time.
+3. `timing`: the candidates are timed in random order, on sets of inputs larger than the cache.
+4. `record`: median and quantiles, TFLOP/s, GB/s, share of the limit, ratio to every baseline.
 """
 
 import itertools
@@ -27,7 +27,7 @@ __all__ = ["dry_run", "plan", "progress", "run", "table", "write"]
 
 
 def dry_run(plan: Plan, as_json: bool = False) -> Iterator[str]:
-    """One line for each candidate of each case: whether it would be timed, or why not."""
+    """One line per case and candidate: whether it would be timed, or why it cannot run."""
     for case in plan.cases:
         if not as_json:
             yield f"{case.op} · {case.shape} · {short(case.dtype)} · {case.device}"
@@ -41,30 +41,30 @@ def dry_run(plan: Plan, as_json: bool = False) -> Iterator[str]:
 
 
 def run(plan: Plan, budget: float | None = None) -> Iterator[list[Record]]:
-    """Time everything planned; yields the records of one case, mode and number of threads.
+    """Run a plan; yields the records of one case, mode and number of threads at a time.
 
     Args:
-        budget: seconds after which no further case begins. The ops then take turns, shape by
-            shape, so that each has the first of its shapes however little time there is.
+        budget: seconds after which no further case starts. With a budget the cases are interleaved:
+            the first shape of every op, then the second of every op, and so on.
     """
     started, before = time.monotonic(), torch.get_num_threads()
-    cases = plan.cases if budget is None else in_turns(plan.cases)
+    cases = plan.cases if budget is None else interleaved(plan.cases)
     total, done = len(plan.threads) * sum(len(case.modes(plan.modes)) for case in cases), 0
     try:
-        # Of the two settings the first is fair to convolutions, the second keeps float32 float32.
+        # Convolutions choose their fastest algorithm, and do not round float32 to TF32.
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
         for number, case in enumerate(cases):
             if budget is not None and time.monotonic() - started > budget:
                 left = ", ".join(f"{c.op} · {c.shape} · {short(c.dtype)}" for c in cases[number:])
-                progress(f"[{done}/{total}] {budget:g} s are over; left out: {left}")
+                progress(f"[{done}/{total}] {budget:g} s are over; not measured: {left}")
                 break
-            progress(f"[{done + 1}/{total}] {case.op} · {case.shape}: comparing the answers")
-            if case.device == "cuda":  # or the limit of recompilations makes later shapes eager
+            progress(f"[{done + 1}/{total}] {case.op} · {case.shape}: comparing the results")
+            if case.device == "cuda":  # otherwise later shapes hit the recompilation limit
                 torch.compiler.reset()
             checked = check(case)
             for threads in plan.threads:
                 torch.set_num_threads(threads)
-                progress("measuring what the device can do")
+                progress("measuring the copy and matmul rates")
                 limits = hardware.limits(case.device, threads, case.dtype)
                 for mode in case.modes(plan.modes):
                     done += 1
@@ -81,17 +81,17 @@ def run(plan: Plan, budget: float | None = None) -> Iterator[list[Record]]:
         progress("")
 
 
-def in_turns(cases: Sequence[Case]) -> list[Case]:
-    """The first case of each op, then the second of each, and so on."""
+def interleaved(cases: Sequence[Case]) -> list[Case]:
+    """The first case of every op, then the second of every op, and so on."""
     by_op: dict[str, list[Case]] = {}
     for case in cases:
         by_op.setdefault(case.op, []).append(case)
     rounds = itertools.zip_longest(*by_op.values())
-    return [case for each in rounds for case in each if case is not None]
+    return [case for cases in rounds for case in cases if case is not None]
 
 
 def progress(text: str) -> None:
-    """A line on stderr that changes; where that is no terminal, the numbered ones stay."""
+    """Show progress on stderr: one changing line on a terminal, else the numbered lines."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
     elif text.startswith("["):

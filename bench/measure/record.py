@@ -1,4 +1,4 @@
-"""Then report: one record for each candidate, as a row of a table and as a JSON line."""
+"""Records of measurements: one per candidate, printed as a table and written as JSON lines."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ Record = dict[str, Any]
 
 
 def limit_seconds(limits: hardware.Limits, work: Sequence[Work]) -> float:
-    """The least time for the phases one after another."""
+    """The lower limit of the time of the phases, one after the other."""
     return sum(limits.seconds(phase.size, phase.flops) for phase in work)
 
 
@@ -34,12 +34,12 @@ def records(
     times: dict[str, Times],
     quick: bool,
 ) -> list[Record]:
-    """One record for each candidate: what was measured, where and with what, or why not."""
+    """One record per candidate: its times, device and versions, or why it was not timed."""
     work = case.work(mode)
     least = limit_seconds(limits, work)
-    medians = {name: hardware.quantiles(each.cold)[0] for name, each in times.items()}
-    peers = {t.candidate.name for t in trials if t.candidate.kind == "peer"} & set(medians)
-    strongest = min(peers, key=lambda name: medians[name], default=None)
+    medians = {name: hardware.quantiles(t.cold)[0] for name, t in times.items()}
+    baselines = {t.candidate.name for t in trials if t.candidate.kind == "baseline"} & set(medians)
+    strongest = min(baselines, key=lambda name: medians[name], default=None)
     common: Record = {
         "op": case.op,
         "shape": case.shape,
@@ -52,9 +52,9 @@ def records(
         "matmul_tflop_per_s": limits.matmul / 1e12,
         "matmul_dtype": short(limits.matmul_dtype),
         "limit_ms": least * 1e3,
-        "strongest_peer": strongest,
+        "strongest_baseline": strongest,
     }
-    found = []
+    rows = []
     for trial in trials:
         name = trial.candidate.name
         record = common | {"candidate": name, "kind": trial.candidate.kind}
@@ -79,12 +79,12 @@ def records(
             for kind in ("warm", "eager"):
                 if getattr(times[name], kind):
                     record[f"{kind}_ms"] = hardware.quantiles(getattr(times[name], kind))[0] * 1e3
-        found.append(record)
-    return found
+        rows.append(record)
+    return rows
 
 
 def circumstances(device: str, threads: int) -> Record:
-    """Where and with what something was measured: part of every record."""
+    """Device, versions, commit and time of a measurement: part of every record."""
     return {
         "threads": threads if device == "cpu" else None,
         "device": hardware.device_name(device),
@@ -104,24 +104,23 @@ def table(records: Sequence[Record]) -> str:
     if first["threads"]:
         place += f", {first['threads']} thread" + "s" * (first["threads"] > 1)
     timed = [r for r in records if "median_ms" in r]
-    best = min((r["median_ms"] for r in timed if r["kind"] == "ours"), default=None)
+    fastest = min((r["median_ms"] for r in timed if r["kind"] == "ours"), default=None)
     lines = [
         f"\n{first['op']} · {first['shape']} · {first['dtype']} · {first['mode']}",
         f"{sizes} · {place}",
         f"limit {first['limit_ms']:.3g} ms: copy {first['copy_gb_per_s']:.1f} GB/s, matmul "
         f"{first['matmul_tflop_per_s']:.3g} TFLOP/s ({first['matmul_dtype']})",
         f"{'candidate':40}{'ms':>9}{'20-80 %':>18}{'TFLOP/s':>10}{'GB/s':>8}{'of limit':>10}"
-        f"{'best peer / it':>16}{'it / vidl':>11}",
+        f"{'speedup':>10}{'/ vidl':>9}",
     ]
     for r in sorted(timed, key=lambda r: r["median_ms"]):
         spread = f"{r['p20_ms']:.4g} - {r['p80_ms']:.4g}"
-        against = r["ratio_to_strongest"]
-        speed = "-" if against is None else f"{against:.2f} x"
-        faster = "-" if best is None else f"{r['median_ms'] / best:.2f} x"
-        label = r["candidate"] + ("" if r["kind"] in ("ours", "peer") else f" ({r['kind']})")
+        speedup = "-" if (x := r["ratio_to_strongest"]) is None else f"{x:.2f} x"
+        relative = "-" if fastest is None else f"{r['median_ms'] / fastest:.2f} x"
+        label = r["candidate"] + ("" if r["kind"] in ("ours", "baseline") else f" ({r['kind']})")
         lines.append(
             f"{label:40}{r['median_ms']:9.3f}{spread:>18}{r['tflop_per_s']:10.3g}"
-            f"{r['gb_per_s']:8.3g}{r['share_of_limit']:10.0%}{speed:>16}{faster:>11}"
+            f"{r['gb_per_s']:8.3g}{r['share_of_limit']:10.0%}{speedup:>10}{relative:>9}"
         )
         details = [
             f"{kind} {r[f'{kind}_ms']:.3f} ms" for kind in ("warm", "eager") if f"{kind}_ms" in r
@@ -130,6 +129,7 @@ def table(records: Sequence[Record]) -> str:
             details.append(f"peak {r['peak_bytes'] / 2**20:.0f} MiB above the inputs")
         details += [r["note"]] if r["note"] else []
         lines += [f"    {', '.join(details)}"] if details else []
+    lines.append("speedup: over the fastest baseline; / vidl: time relative to vidl")
     for r in records:
         if "median_ms" not in r:
             lines.append(f"{r['candidate']:40} {r['status']}: {r['reason']}")
@@ -139,7 +139,7 @@ def table(records: Sequence[Record]) -> str:
 def write(records: Sequence[Record], directory: str | Path | None = None) -> Path:
     """Append records of one op as JSON lines to `<directory>/<device>/<op>.jsonl`.
 
-    Without those of candidates that cannot run there, which say nothing about this device.
+    Candidates that cannot run on the device are not written.
     """
     folder = Path(directory or BENCH / "results") / hardware.slug(records[0]["device"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def write(records: Sequence[Record], directory: str | Path | None = None) -> Pat
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of the source tree, with "-dirty" if anything but the results differs from it."""
+    """The commit of the source tree, with "-dirty" if a file other than the results differs."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(BENCH.parent), *args]

@@ -1,4 +1,4 @@
-"""Then time: the candidates take turns, over sets of inputs that no cache holds all at once."""
+"""Times candidates in random order, on sets of inputs that together exceed the cache."""
 
 import ctypes
 import dataclasses
@@ -23,58 +23,60 @@ Sampler = Callable[[], float]
 
 @dataclasses.dataclass
 class Times:
-    """Seconds a call, over and over, with inputs that were not used just before."""
+    """Seconds per call; `cold` calls use other inputs than the call before."""
 
     cold: list[float] = dataclasses.field(default_factory=list)
-    warm: list[float] = dataclasses.field(default_factory=list)  # CUDA: the same inputs each time
+    warm: list[float] = dataclasses.field(
+        default_factory=list
+    )  # CUDA: the same inputs in every call
     eager: list[float] = dataclasses.field(default_factory=list)  # CUDA: without a graph
-    memory: int | None = None  # bytes at the peak, above the inputs; CPU: of the whole process
+    memory: int | None = None  # peak bytes above the inputs; on a CPU, of the process
     note: str | None = None
 
 
 def measure(
     candidates: Sequence[Candidate], case: Case, mode: str, quick: bool = False
 ) -> dict[str, Times]:
-    """Time the candidates: each for about a second, a third of one on CUDA; a tenth if `quick`."""
+    """Time each candidate for about a second (CUDA: a third), or a tenth of that if `quick`."""
     inputs = [case.make()]
     inputs += [map_tensors(Tensor.clone, inputs[0]) for _ in range(_rotation(case) - 1)]
-    calls = {c.name: [caller(c, case, each, mode) for each in inputs] for c in candidates}
-    times = take_turns(calls, case.device, quick)
+    calls = {c.name: [caller(c, case, x, mode) for x in inputs] for c in candidates}
+    times = interleave(calls, case.device, quick)
     if case.device == "cpu":
-        for name, each in times.items():
-            each.memory = peak_of_process(calls[name][0])
+        for name in times:
+            times[name].memory = peak_of_process(calls[name][0])
     return times
 
 
-def take_turns(calls: dict[str, list[Call]], device: str, quick: bool = False) -> dict[str, Times]:
-    """Time each of the named calls; a slow drift of the machine hits all of them alike.
+def interleave(calls: dict[str, list[Call]], device: str, quick: bool = False) -> dict[str, Times]:
+    """Time the named calls interleaved, so that drift of the machine affects all alike.
 
     Args:
-        calls: the same work on several sets of inputs, for each name.
+        calls: by name, calls of the same work on several sets of inputs.
         device: "cpu" or "cuda".
     """
     prepare = _prepare_cuda if device == "cuda" else _prepare_cpu
     budget, fewest, most = (0.1, 2, 10) if quick else (1.0, 5, 100)
-    if device == "cuda":  # each sample is many calls already
+    if device == "cuda":  # a sample is many calls
         budget /= 3
     times = {name: Times() for name in calls}
     samplers = {name: prepare(calls[name], times[name]) for name in calls}
     rounds = {}
     for name, kinds in samplers.items():
-        first = sum(sample() for sample in kinds.values())  # this one also warms up
+        first = sum(sample() for sample in kinds.values())  # also the warm-up
         rounds[name] = max(fewest, min(most, int(budget / max(first, 1e-9))))
     total = max(rounds.values(), default=0)
-    for turn in range(total):
-        # In another order each turn: what follows a slow one finds the caches as that left them.
-        for name, count in random.Random(turn).sample(sorted(rounds.items()), len(rounds)):
-            if (turn + 1) * count // total > turn * count // total:  # spread over the whole run
+    for index in range(total):
+        # In random order, because a candidate finds the caches as the one before left them.
+        for name, count in random.Random(index).sample(sorted(rounds.items()), len(rounds)):
+            if (index + 1) * count // total > index * count // total:  # spread over the run
                 for kind, sample in samplers[name].items():
                     getattr(times[name], kind).append(sample())
     return times
 
 
 def caller(candidate: Candidate, case: Case, inputs: Inputs, mode: str) -> Call:
-    """What is timed: the candidate on these inputs, forward or with its gradients."""
+    """The timed call: the candidate on these inputs, forward or forward and backward."""
     inputs = candidate.prepare(inputs)
     if mode == "forward":
         return functools.partial(torch.no_grad()(candidate.run), inputs)
@@ -85,17 +87,17 @@ def caller(candidate: Candidate, case: Case, inputs: Inputs, mode: str) -> Call:
 
 
 def _rotation(case: Case) -> int:
-    """How many sets of inputs exceed the last-level cache twice over; 16 at most."""
+    """The number of input sets that exceed twice the last-level cache, at most 16."""
     one = case.work("forward")[0].size
     return min(16, math.ceil(2 * hardware.last_level_cache(case.device) / one))
 
 
 def _prepare_cpu(calls: list[Call], times: Times) -> dict[str, Sampler]:
     _keep_freed_memory()
-    turns = itertools.cycle(calls)
+    repeated = itertools.cycle(calls)
 
     def sample() -> float:
-        call = next(turns)
+        call = next(repeated)
         begin = time.perf_counter()
         call()
         return time.perf_counter() - begin
@@ -105,12 +107,12 @@ def _prepare_cpu(calls: list[Call], times: Times) -> dict[str, Sampler]:
 
 @functools.cache
 def _keep_freed_memory() -> None:
-    """Let glibc hand out again what was freed, as in the steady state of a training run.
+    """Make glibc reuse freed memory, as in the steady state of a training run.
 
-    Else a freed tensor goes back to the system at some sizes and not at others, as the calls before
-    happen to have left the heap; the page faults of the next one then cost several times the copy.
+    Otherwise glibc returns some freed tensors to the system, depending on their size and on earlier
+    calls; the page faults of the next allocation then cost several times as much as a copy.
     """
-    trim_threshold, mmap_max = -1, -4  # names of malloc.h
+    trim_threshold, mmap_max = -1, -4  # constants of malloc.h
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (AttributeError, OSError):
@@ -120,15 +122,15 @@ def _keep_freed_memory() -> None:
 
 
 def peak_of_process(call: Call) -> int | None:
-    """How far the resident memory rises during a call; Linux with glibc, else None.
+    """The rise of resident memory during a call, in bytes; None except on Linux with glibc.
 
-    What a kernel keeps from earlier calls, such as scratch of its threads, is not seen.
+    Memory that a kernel keeps from earlier calls, such as scratch of its threads, is not counted.
     """
     status, watermark = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what was freed before would be used again
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise memory freed before is reused
         before = int(status.read_text().split("VmRSS:")[1].split()[0])
-        watermark.write_text("5")  # the highest value seen starts again from here
+        watermark.write_text("5")  # resets the peak
         call()
         return (int(status.read_text().split("VmHWM:")[1].split()[0]) - before) * 1024
     except (AttributeError, IndexError, OSError):
@@ -136,8 +138,8 @@ def peak_of_process(call: Call) -> int | None:
 
 
 def _prepare_cuda(calls: list[Call], times: Times) -> dict[str, Sampler]:
-    """Graph replay, cold and warm, and eager calls; nothing synchronises between two events."""
-    calls[0]()  # whatever it allocates once and keeps
+    """Samplers of graph replay, cold and warm, and of eager calls; none synchronises inside."""
+    calls[0]()  # allocates what it keeps between calls
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -145,7 +147,7 @@ def _prepare_cuda(calls: list[Call], times: Times) -> dict[str, Sampler]:
     times.memory = torch.cuda.max_memory_allocated() - before
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # a capture must find everything compiled and tuned
+    with torch.cuda.stream(stream):  # compiles and tunes before the capture
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(stream)
@@ -156,7 +158,7 @@ def _prepare_cuda(calls: list[Call], times: Times) -> dict[str, Sampler]:
     try:
         samplers["cold"] = _between_events(_capture(many).replay, len(many))
         samplers["warm"] = _between_events(_capture(calls[:1] * 10).replay, 10)
-    except RuntimeError as error:  # a candidate that synchronises or allocates on the host
+    except RuntimeError as error:  # a candidate that synchronises with the host
         times.note = f"eager: no CUDA graph ({str(error).splitlines()[0]})"
         torch.cuda.synchronize()
         samplers = {"cold": samplers["eager"]}
@@ -175,7 +177,7 @@ def _between_events(replay: Call, count: int) -> Sampler:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample() -> float:
-        replay()  # keeps the device busy while the host queues what is timed
+        replay()  # keeps the device busy while the host queues the timed replay
         start.record()
         replay()
         end.record()

@@ -1,8 +1,8 @@
-"""Do differences between frames cost what reading the frames costs?
+"""Does `frame_difference` cost no more than reading the compared frames?
 
-Every candidate gets the uint8 clip as a loader gives it, and answers with the float32 score of
-every tubelet after the first slice. The peers are the authors' way, pooled differences in float,
-and what a careful user writes: patches cut out in integers, or without leaving uint8.
+Every candidate receives the uint8 clip as a loader returns it, and computes the float32 score of
+every tubelet after the first slice. The baselines are the implementation of RLT, which pools the
+differences of float frames, and variants that cut patches in float, int16 or uint8.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidl.bench.measure.cases import Candidate, Work, ours
+from vidl.bench.measure.cases import Candidate, Work, compiled, ours
+from vidl.bench.ops.clips import clips
 from vidl.kernels.frame_difference.op import frame_difference
 
 OP = "frame_difference"
 
-# B clips of T frames, of SIDE x SIDE pixels and 3 channels; tubelets of t frames and p x p pixels.
-_CLIPS = dict(SIDE=224, p=16, stored="BCTHW")
+_CLIPS = dict(stored="BCTHW")
 SHAPES: dict[str, dict[str, Any]] = {
-    "VideoMAE, 16 frames": _CLIPS | dict(B={"cuda": 64, "cpu": 4}, T=16, t=2),
-    "RLT, 64 frames": _CLIPS | dict(B={"cuda": 16, "cpu": 1}, T=64, t=2),
-    "8 frames, one a token": _CLIPS | dict(B={"cuda": 64, "cpu": 4}, T=8, t=1),
-    "16 frames, channels last": _CLIPS | dict(B={"cuda": 64, "cpu": 4}, T=16, t=2, stored="BTHWC"),
+    "VideoMAE, 16 frames": clips(64, 4, T=16, tubelet_size=2) | _CLIPS,
+    "RLT, 64 frames": clips(16, 1, T=64, tubelet_size=2) | _CLIPS,
+    "8 frames, one a token": clips(64, 4, T=8) | _CLIPS,
+    "16 frames, channels last": clips(64, 4, T=16, tubelet_size=2) | dict(stored="BTHWC"),
 }
 PARAMETERS = ()
 
@@ -34,38 +34,47 @@ class Inputs:
     """A batch of clips."""
 
     video: Tensor  # [B, C, T, H, W] uint8
-    t: int
-    p: int
-    grad: Tensor  # unused: nothing is differentiated
+    tubelet_size: int
+    patch_size: int
+    grad: Tensor  # unused: the op has no gradients
 
 
 def make(
     B: int,
     T: int,
-    SIDE: int,
-    t: int,
-    p: int,
+    image_size: int,
+    tubelet_size: int,
+    patch_size: int,
     stored: str,
     *,
     dtype: torch.dtype,
     device: str,
     generator: Any,
 ) -> Inputs:
-    """Draw a batch, stored [B, C, T, H, W] or [B, T, H, W, C]."""
-    sizes = (B, 3, T, SIDE, SIDE) if stored == "BCTHW" else (B, T, SIDE, SIDE, 3)
+    """Draw a batch, in memory [B, C, T, H, W] or [B, T, H, W, C]."""
+    clip = (T, image_size, image_size)
+    sizes = (B, 3, *clip) if stored == "BCTHW" else (B, *clip, 3)
     video = torch.randint(0, 256, sizes, dtype=torch.uint8, generator=generator).to(device)
     video = video if stored == "BCTHW" else video.permute(0, 4, 1, 2, 3)
-    return Inputs(video, t, p, torch.zeros((), device=device, dtype=dtype))
+    return Inputs(video, tubelet_size, patch_size, torch.zeros((), device=device, dtype=dtype))
 
 
 def work(
-    B: int, T: int, SIDE: int, t: int, p: int, stored: str, *, dtype: torch.dtype
+    B: int,
+    T: int,
+    image_size: int,
+    tubelet_size: int,
+    patch_size: int,
+    stored: str,
+    *,
+    dtype: torch.dtype,
 ) -> dict[str, Work]:
-    """Read each frame that is compared once, write the scores once."""
-    compared = 2 * (T // t - 1) if t > 1 else T
-    pixels = B * 3 * SIDE * SIDE
-    tokens = B * T // t * (SIDE // p) ** 2
-    forward = Work(compared * pixels + 4 * tokens, 2 * (T // t - 1) * pixels)
+    """Reads each compared frame once, writes the scores once."""
+    slices = T // tubelet_size
+    compared = 2 * (slices - 1) if tubelet_size > 1 else T
+    pixels = B * 3 * image_size**2
+    tokens = B * slices * (image_size // patch_size) ** 2
+    forward = Work(compared * pixels + 4 * tokens, 2 * (slices - 1) * pixels)
     return {"forward": forward, "backward": Work(0, 0)}
 
 
@@ -74,61 +83,56 @@ def truth(inputs: Inputs) -> Tensor:
 
 
 def score(inputs: Inputs, backend: str) -> Tensor:
-    scores = frame_difference(inputs.video, (inputs.t, inputs.p, inputs.p), backend=backend)
-    return scores[:, (inputs.video.shape[3] // inputs.p) * (inputs.video.shape[4] // inputs.p) :]
+    p, (H, W) = inputs.patch_size, inputs.video.shape[3:]
+    scores = frame_difference(inputs.video, (inputs.tubelet_size, p, p), backend=backend)
+    return scores[:, (H // p) * (W // p) :]
 
 
 def pairs(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The frames that are compared, [B, C, T' - 1, H, W] each: last ones, and first ones."""
-    t = inputs.t
+    """The compared frames, [B, C, T' - 1, H, W] each: last of a slice, first of the one before."""
+    t = inputs.tubelet_size
     return inputs.video[:, :, 2 * t - 1 :: t], inputs.video[:, :, : -t or None : t]
 
 
 def pooled_floats(inputs: Inputs) -> Tensor:
-    """As the authors of RLT do it: the whole clip in float, then pooling, then channels."""
-    video = inputs.video.float()
-    t = inputs.t
+    """The implementation of RLT: converts the whole clip to float, then pools."""
+    video, t, p = inputs.video.float(), inputs.tubelet_size, inputs.patch_size
     pixels = (video[:, :, 2 * t - 1 :: t] - video[:, :, :-t:t]).abs()
-    return F.avg_pool3d(pixels, (1, inputs.p, inputs.p)).mean(1).flatten(1) / 255
+    return F.avg_pool3d(pixels, (1, p, p)).mean(1).flatten(1) / 255
 
 
-def patch_means(pixels: Tensor, p: int) -> Tensor:
-    return pixels.unflatten(3, (-1, p)).unflatten(5, (-1, p)).float().mean((1, 4, 6)).flatten(1)
+def patch_means(pixels: Tensor, size: int) -> Tensor:
+    return (
+        pixels.unflatten(3, (-1, size)).unflatten(5, (-1, size)).float().mean((1, 4, 6)).flatten(1)
+    )
 
 
 def cut_floats(inputs: Inputs) -> Tensor:
     last, first = (x.float() for x in pairs(inputs))
-    return patch_means((last - first).abs(), inputs.p) / 255
+    return patch_means((last - first).abs(), inputs.patch_size) / 255
 
 
 def cut_integers(inputs: Inputs) -> Tensor:
     last, first = (x.short() for x in pairs(inputs))
-    return patch_means((last - first).abs(), inputs.p) / 255
+    return patch_means((last - first).abs(), inputs.patch_size) / 255
 
 
 def cut_bytes(inputs: Inputs) -> Tensor:
-    """Differences that never leave uint8: the greater less the smaller."""
+    """Differences in uint8: the larger minus the smaller."""
     last, first = pairs(inputs)
-    return patch_means(torch.maximum(last, first) - torch.minimum(last, first), inputs.p) / 255
+    pixels = torch.maximum(last, first) - torch.minimum(last, first)
+    return patch_means(pixels, inputs.patch_size) / 255
 
 
 def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
-    """Ours, and the peers, on CUDA also compiled."""
-    found = ours(OP, score, device, torch.float32)
-    peers: list[tuple[str, Callable[[Inputs], Tensor]]] = [
+    """vidl and the baselines, which on CUDA are also compiled."""
+    baselines: list[tuple[str, Callable[[Inputs], Tensor]]] = [
         ("float, avg_pool3d (RLT)", pooled_floats),
         ("float, cut and mean", cut_floats),
         ("int16, cut and mean", cut_integers),
         ("uint8, cut and mean", cut_bytes),
     ]
-    for name, run in peers:
-        found.append(Candidate(name, "peer", run))
-        found.append(
-            Candidate(
-                f"{name}, torch.compile",
-                "peer",
-                torch.compile(run) if device == "cuda" else run,
-                reason="timed on CUDA only" if device == "cpu" else None,
-            )
-        )
-    return found
+    result = ours(OP, score, device, torch.float32)
+    for name, run in baselines:
+        result += [Candidate(name, "baseline", run), compiled(name, run, device)]
+    return result

@@ -1,46 +1,41 @@
-"""Does the loss of masked patches cost as much as reading them, and nothing for the others?
+"""Does `masked_patch_loss` read the masked patches once, and skip the visible ones?
 
-Every candidate gets the uint8 clip as a loader gives it and the prediction of the masked patches,
-and answers with the loss. `whole clip` is how MAE and VideoMAE make their targets; `gather, then
-normalise` is the one to beat, since it skips the visible patches too.
+Every candidate receives the uint8 clip as a loader returns it and the prediction of the masked
+patches, and computes the loss. `whole clip, then mask` is how MAE and VideoMAE make their targets;
+the strongest baseline is `gather, then normalise`, which skips the visible patches as well.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidl.bench.measure.cases import Candidate, Work, ours
+from vidl.bench.measure.cases import Candidate, Work, compiled, ours
+from vidl.bench.ops.clips import MEAN, STD, clips, draw_video
 from vidl.kernels.masked_patch_loss.op import Target, masked_patch_loss
 
 OP = "masked_patch_loss"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# B clips of T frames, of SIDE x SIDE pixels and 3 channels; tubelets of t frames and p x p pixels;
-# M of the (SIDE / p)^2 patches of each tubelet slice are masked.
+# Of the P patches of each tubelet slice `masked` are masked.
 SHAPES = {
-    "VideoMAE-B, mask 0.9": dict(
-        B={"cuda": 64, "cpu": 2}, T=16, SIDE=224, t=2, p=16, M=176, target="videomae"
-    ),
-    "SMAUG, 4 frames, mask 0.65": dict(
-        B={"cuda": 64, "cpu": 8}, T=4, SIDE=224, t=1, p=16, M=128, target="mae"
-    ),
-    "MAE, mask 0.75": dict(
-        B={"cuda": 256, "cpu": 16}, T=1, SIDE=224, t=1, p=16, M=147, target="mae"
-    ),
+    "VideoMAE-B, mask 0.9": clips(64, 2, T=16, tubelet_size=2)
+    | dict(masked=176, target="videomae"),
+    "SMAUG, 4 frames, mask 0.65": clips(64, 8, T=4) | dict(masked=128, target="mae"),
+    "MAE, mask 0.75": clips(256, 16, T=1) | dict(masked=147, target="mae"),
 }
 PARAMETERS = ("prediction",)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch; the harness casts and differentiates what it finds here."""
+    """A batch of clips and the prediction of their masked patches."""
 
-    prediction: Tensor  # [B, M, t * p * p * C]
+    prediction: Tensor  # [B, masked, t * h * w * C]
     video: Tensor  # [B, C, T, H, W] uint8
-    ids_masked: Tensor  # [B, M]
-    mask: Tensor  # [B, N], what `ids_masked` names
+    ids_masked: Tensor  # [B, masked]
+    mask: Tensor  # [B, N], True at `ids_masked`
     patch: tuple[int, int, int]
     target: Target
     grad: Tensor  # of the loss
@@ -49,46 +44,54 @@ class Inputs:
 def make(
     B: int,
     T: int,
-    SIDE: int,
-    t: int,
-    p: int,
-    M: int,
+    image_size: int,
+    tubelet_size: int,
+    patch_size: int,
+    masked: int,
     target: Target,
     *,
     dtype: torch.dtype,
     device: str,
     generator: torch.Generator,
 ) -> Inputs:
-    """Draw a batch. Frames are stored [B, T, C, H, W], tubelet models' clips [B, C, T, H, W]."""
-    S, C, slices = (SIDE // p) ** 2, 3, T // t
-    stored = (B, T, C, SIDE, SIDE) if t == 1 else (B, C, T, SIDE, SIDE)
-    video = torch.randint(0, 256, stored, dtype=torch.uint8, generator=generator).to(device)
-    order = torch.rand(B, slices, S, generator=generator).argsort(-1)[..., :M].sort().values
-    ids = (order + S * torch.arange(slices)[:, None]).flatten(1).to(device)
-    mask = torch.zeros(B, slices * S, dtype=torch.bool, device=device).scatter_(1, ids, True)
-    prediction = torch.randn(B, slices * M, t * p * p * C, generator=generator)
+    """Draw a batch; see `draw_video` for the memory format."""
+    P, slices = (image_size // patch_size) ** 2, T // tubelet_size
+    video = draw_video(B, T, image_size, tubelet_size == 1, generator).to(device)
+    order = torch.rand(B, slices, P, generator=generator).argsort(-1)[..., :masked].sort().values
+    ids = (order + P * torch.arange(slices)[:, None]).flatten(1).to(device)
+    mask = torch.zeros(B, slices * P, dtype=torch.bool, device=device).scatter_(1, ids, True)
+    patch = (tubelet_size, patch_size, patch_size)
+    prediction = torch.randn(B, slices * masked, 3 * math.prod(patch), generator=generator)
     return Inputs(
         prediction=prediction.to(device, dtype),
-        video=video.transpose(1, 2) if t == 1 else video,
+        video=video,
         ids_masked=ids,
         mask=mask,
-        patch=(t, p, p),
+        patch=patch,
         target=target,
         grad=torch.ones((), dtype=dtype, device=device),
     )
 
 
 def work(
-    B: int, T: int, SIDE: int, t: int, p: int, M: int, target: str, *, dtype: torch.dtype
+    B: int,
+    T: int,
+    image_size: int,
+    tubelet_size: int,
+    patch_size: int,
+    masked: int,
+    target: str,
+    *,
+    dtype: torch.dtype,
 ) -> dict[str, Work]:
-    """Read the masked bytes, the prediction and the ids once; write the gradient once."""
-    rows = B * T // t * M
-    numbers = rows * 3 * t * p * p
-    read = numbers * (1 + dtype.itemsize) + 8 * rows
-    # mean, variance, normalisation and square: 8 operations a number; without the statistics 4
+    """Reads the masked bytes, the prediction and the ids once; writes the gradient once."""
+    rows = B * T // tubelet_size * masked
+    pixels = rows * 3 * tubelet_size * patch_size**2
+    read = pixels * (1 + dtype.itemsize) + 8 * rows
+    # Mean, variance, normalisation and square: 8 operations per pixel; 4 without the statistics.
     return {
-        "forward": Work(read, 8 * numbers),
-        "backward": Work(read + numbers * dtype.itemsize, 4 * numbers),
+        "forward": Work(read, 8 * pixels),
+        "backward": Work(read + pixels * dtype.itemsize, 4 * pixels),
     }
 
 
@@ -97,13 +100,13 @@ def truth(inputs: Inputs) -> Tensor:
 
 
 def loss(inputs: Inputs, backend: str) -> Tensor:
-    t, *sides = inputs.patch
+    tubelet_size, *patch_size = inputs.patch
     return masked_patch_loss(
         inputs.prediction,
         inputs.video,
         inputs.ids_masked,
-        patch_size=sides,
-        tubelet_size=t,
+        patch_size=patch_size,
+        tubelet_size=tubelet_size,
         target=inputs.target,
         mean=MEAN if inputs.target == "mae" else None,
         std=STD if inputs.target == "mae" else None,
@@ -112,15 +115,15 @@ def loss(inputs: Inputs, backend: str) -> Tensor:
 
 
 def pixels(x: Tensor, target: str) -> Tensor:
-    """uint8 [..., C] to the pixels that a target is made of, in float32."""
+    """Scale uint8 pixels [..., C] to float32 as a target requires."""
     if target == "videomae":
         return x / 255
-    mean, std = (torch.tensor(each, device=x.device) for each in (MEAN, STD))
+    mean, std = (torch.tensor(y, device=x.device) for y in (MEAN, STD))
     return (x / 255 - mean) / std
 
 
 def normalise(x: Tensor, target: str) -> Tensor:
-    """[..., pixels, C] to targets [..., pixels * C], as MAE and VideoMAE write it."""
+    """Normalise the pixels [..., pixels, C] of each patch: targets [..., pixels * C]."""
     if target == "mae":
         x = x.flatten(-2)
         mean, var = x.mean(dim=-1, keepdim=True), x.var(dim=-1, keepdim=True)
@@ -130,31 +133,31 @@ def normalise(x: Tensor, target: str) -> Tensor:
 
 
 def compare(prediction: Tensor, labels: Tensor) -> Tensor:
-    """The loss, in the dtype of the prediction as the harness expects every result."""
+    """The loss in the dtype of the prediction, which the harness expects."""
     return F.mse_loss(prediction.float(), labels).to(prediction.dtype)
 
 
 def cut(inputs: Inputs) -> Tensor:
-    """The clip as [B, T', H', W', t, p, p, C], without a copy."""
+    """The clip cut into patches [B, T', H', W', t, h, w, C]; a view."""
     t, h, w = inputs.patch
-    every = inputs.video.unflatten(2, (-1, t)).unflatten(4, (-1, h)).unflatten(6, (-1, w))
-    return every.permute(0, 2, 4, 6, 3, 5, 7, 1)
+    patches = inputs.video.unflatten(2, (-1, t)).unflatten(4, (-1, h)).unflatten(6, (-1, w))
+    return patches.permute(0, 2, 4, 6, 3, 5, 7, 1)
 
 
 def whole_clip(inputs: Inputs) -> Tensor:
-    """Every patch becomes a target; a mask then picks."""
+    """Makes targets of all patches, then selects the masked ones."""
     with torch.no_grad():
-        every = pixels(cut(inputs), inputs.target).flatten(4, 6).flatten(1, 3)
-        labels = normalise(every, inputs.target)[inputs.mask]
+        scaled = pixels(cut(inputs), inputs.target).flatten(4, 6).flatten(1, 3)
+        labels = normalise(scaled, inputs.target)[inputs.mask]
     return compare(inputs.prediction, labels.view(inputs.prediction.shape))
 
 
 def labels_of_masked(inputs: Inputs) -> Tensor:
-    """The targets of the masked patches; only those are copied, as bytes."""
-    every, ids = cut(inputs), inputs.ids_masked
-    H, W = every.shape[2:4]
+    """The targets of the masked patches, which are gathered as bytes."""
+    patches, ids = cut(inputs), inputs.ids_masked
+    H, W = patches.shape[2:4]
     sample = torch.arange(ids.shape[0], device=ids.device)[:, None]
-    masked = every[sample, ids // (H * W), ids // W % H, ids % W].flatten(2, 4)
+    masked = patches[sample, ids // (H * W), ids // W % H, ids % W].flatten(2, 4)
     return normalise(pixels(masked, inputs.target), inputs.target)
 
 
@@ -165,7 +168,7 @@ def gather_first(inputs: Inputs) -> Tensor:
 
 
 def labels_given(inputs: Inputs) -> Inputs:
-    """The targets already made, in place of the clip."""
+    """Inputs with the targets instead of the clip."""
     return replace(inputs, video=labels_of_masked(inputs))
 
 
@@ -174,17 +177,11 @@ def compare_alone(inputs: Inputs) -> Tensor:
 
 
 def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
-    """Ours, the peers, and the comparison alone."""
-    found = ours(OP, loss, device, dtype)
-    found += [
-        Candidate("whole clip, then mask", "peer", whole_clip),
-        Candidate("gather, then normalise", "peer", gather_first),
-        Candidate(
-            "gather, then normalise, torch.compile",
-            "peer",
-            torch.compile(gather_first),
-            reason="timed on CUDA only" if device == "cpu" else None,
-        ),
+    """vidl, the baselines, and `mse_loss` alone."""
+    return [
+        *ours(OP, loss, device, dtype),
+        Candidate("whole clip, then mask", "baseline", whole_clip),
+        Candidate("gather, then normalise", "baseline", gather_first),
+        compiled("gather, then normalise", gather_first, device),
         Candidate("mse_loss alone", "given", compare_alone, prepare=labels_given),
     ]
-    return found

@@ -1,45 +1,51 @@
-"""Are tokens chosen, packed and fused as fast as the memory allows?
+"""Does `select_tokens` choose, gather and fuse tokens at the speed of the memory?
 
-Every candidate gets the tokens, CLS in front, and the scores of the others; it answers
-with CLS, the kept tokens with the best first, and, where the shape says so, the fused one.
-The peers are what EViT writes and what a careful user would write.
+Every candidate receives the tokens, CLS first, and the scores of the others. It computes CLS, the
+kept tokens in the order of their scores and, if the shape says so, the fused token. The baselines
+are the implementation of EViT, and variants of it with another gather or without a copy by `cat`.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vidl.bench.measure.cases import Candidate, Work, ours
+from vidl.bench.measure.cases import Candidate, Work, compiled, ours
 from vidl.kernels.select_tokens.op import kept_count, select_tokens
 
 OP = "select_tokens"
 
 
-def _shape(cuda: int, cpu: int, N: int, rate: float) -> dict[str, dict[str, Any]]:
-    """B samples of N tokens of C channels, without and with the fused token."""
-    sizes = dict(B=dict(cuda=cuda, cpu=cpu), N=N, rate=rate, C=768)
-    return {"": sizes | dict(fuse=False), ", fused": sizes | dict(fuse=True)}
-
-
-_FAMILIES = {
-    "P1 SMAUG joint, mask 0.65, keep 0.7": _shape(64, 16, 273, 0.7),
-    "P1f SMAUG joint, keep 0.5": _shape(64, 8, 785, 0.5),
-    "P2 frames of 197, keep 0.7": _shape(256, 32, 197, 0.7),
-    "P3 VideoMAE clip, keep 0.5": _shape(64, 4, 1568, 0.5),
+# B on CUDA, N and the keep rate of layers that prune.
+_LAYERS = {
+    "P1 SMAUG joint, mask 0.65, keep 0.7": (64, 273, 0.7),
+    "P1f SMAUG joint, keep 0.5": (64, 785, 0.5),
+    "P2 frames of 197, keep 0.7": (256, 197, 0.7),
+    "P3 VideoMAE clip, keep 0.5": (64, 1568, 0.5),
 }
-SHAPES = {f"{name}{end}": s for name, both in _FAMILIES.items() for end, s in both.items()}
+
+
+def layer_shapes(cpu: Sequence[int], **sizes: int) -> dict[str, dict[str, Any]]:
+    """Sizes of the layers without and with the fused token; `cpu` has B of each on a CPU."""
+    return {
+        name + ", fused" * fuse: dict(B=dict(cuda=cuda, cpu=B), N=N, rate=rate, fuse=fuse) | sizes
+        for (name, (cuda, N, rate)), B in zip(_LAYERS.items(), cpu, strict=True)
+        for fuse in (False, True)
+    }
+
+
+SHAPES = layer_shapes((16, 8, 32, 4), C=768)
 PARAMETERS = ("x", "scores")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a layer's attention leaves; the harness casts and differentiates what it finds here."""
+    """The tokens and scores after the attention of a layer."""
 
-    x: Tensor  # [B, N, C], the first token of a sample is CLS
+    x: Tensor  # [B, N, C], CLS first
     scores: Tensor  # [B, N - 1]
     grad: Tensor  # of the result, [B, 1 + K (+ 1), C]
     K: int
@@ -50,7 +56,7 @@ def make(
     B: int, N: int, rate: float, C: int, fuse: bool, *, dtype: torch.dtype, device: str,
     generator: torch.Generator,
 ) -> Inputs:  # fmt: skip
-    """Draw a batch; the scores are those of a softmax, all different."""
+    """Draw a batch; the scores are a softmax without ties."""
     K = kept_count(N - 1, rate)
     x = torch.randn(B, N, C, generator=generator)
     order = torch.rand(B, N - 1, generator=generator).argsort(-1)
@@ -60,12 +66,13 @@ def make(
 
 
 def work(B: int, N: int, rate: float, C: int, fuse: bool, *, dtype: torch.dtype) -> dict[str, Work]:
-    """Rows that are needed and scores read once, the result and its ids written once."""
+    """Reads the needed rows and the scores once; writes the result and its ids once."""
     K, row = kept_count(N - 1, rate), C * dtype.itemsize
     dropped = N - 1 - K
     read = (N if fuse else 1 + K) * row + 4 * (N - 1)
     forward = read + (1 + K + fuse) * row + 8 * (K + N - 1)
-    # backward: the tokens' gradients and, for the scores', the dropped rows; all of x's gradient
+    # Backward reads the gradient of the result and, for that of the scores, the dropped rows; it
+    # writes the whole gradient of x.
     backward = (1 + K + fuse) * row + N * row + 8 * (N - 1) + fuse * (dropped * row + 8 * (N - 1))
     return {
         "forward": Work(B * forward, 2 * B * dropped * C * fuse),
@@ -75,7 +82,7 @@ def work(B: int, N: int, rate: float, C: int, fuse: bool, *, dtype: torch.dtype)
 
 def truth(inputs: Inputs) -> Tensor:
     tokens = select(inputs, backend="reference")
-    # Without fusion the scores have no gradient; the harness wants one, and gets zeros.
+    # Without fusion the scores have no gradient; the harness expects one and gets zeros.
     return tokens if inputs.fuse else tokens + 0 * inputs.scores.sum().to(tokens.dtype)
 
 
@@ -95,7 +102,7 @@ Gather = Callable[[Tensor, Tensor], Tensor]
 
 
 def gather(x: Tensor, ids: Tensor) -> Tensor:
-    """x[b, ids[b, k]], as EViT and MAE write it."""
+    """x[b, ids[b, k]] by torch.gather, like EViT and MAE."""
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
@@ -110,14 +117,14 @@ def index_select(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def complement(ids: Tensor, N: int) -> Tensor:
-    """The ids that are not among those given, by a sort, as EViT finds them."""
-    every = torch.arange(N, device=ids.device)
-    rest = every.expand(ids.shape[0], N).scatter(1, ids, 0)
+    """The ids from 0 to N - 1 that are not in `ids`, by a sort, like EViT."""
+    positions = torch.arange(N, device=ids.device)
+    rest = positions.expand(ids.shape[0], N).scatter(1, ids, 0)
     return rest.sort(1).values[:, ids.shape[1] :]
 
 
 def evit(inputs: Inputs, pick: Gather) -> Tensor:
-    """topk, gather, and where asked for the others by their complement, weighed and added."""
+    """EViT: topk and gather; fuses the complement as a weighted sum."""
     x, scores = inputs.x, inputs.scores
     ids = scores.topk(inputs.K, sorted=True).indices
     others = x[:, 1:]
@@ -130,7 +137,7 @@ def evit(inputs: Inputs, pick: Gather) -> Tensor:
 
 
 def one_gather(inputs: Inputs, pick: Gather) -> Tensor:
-    """The CLS token picked together with the others: no copy by `cat`."""
+    """Gathers CLS together with the kept tokens, without a copy by `cat`."""
     ids = inputs.scores.topk(inputs.K, sorted=True).indices
     if not inputs.fuse:
         return pick(inputs.x, torch.cat([torch.zeros_like(ids[:, :1]), ids + 1], 1))
@@ -140,7 +147,7 @@ def one_gather(inputs: Inputs, pick: Gather) -> Tensor:
 
 
 def argsort(inputs: Inputs, pick: Gather) -> Tensor:
-    """All tokens sorted: the kept ones and the others are two slices."""
+    """Sorts all tokens by score, and slices the kept and the other ones."""
     ids = inputs.scores.argsort(1, descending=True)
     tokens = pick(inputs.x[:, 1:], ids)
     parts = [inputs.x[:, :1], tokens[:, : inputs.K]]
@@ -151,23 +158,16 @@ def argsort(inputs: Inputs, pick: Gather) -> Tensor:
 
 
 def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
-    """Ours, and each peer with three ways to pick rows."""
-    grads = None if sizes["fuse"] else ("x",)  # without fusion the scores have none
-    found = [
-        Candidate(c.name, c.kind, c.run, gradients=grads, reason=c.reason)
-        for c in ours(OP, select, device, dtype)
-    ]
-    ways: list[tuple[str, Callable[..., Tensor]]] = [
+    """vidl, and each baseline with three kinds of gather."""
+    gradients = None if sizes["fuse"] else ("x",)  # without fusion the scores have none
+    result = [replace(c, gradients=gradients) for c in ours(OP, select, device, dtype)]
+    variants: list[tuple[str, Callable[..., Tensor]]] = [
         ("EViT", evit), ("one gather", one_gather), ("argsort", argsort),
     ]  # fmt: skip
-    picks: list[Gather] = [gather, advanced_index, index_select]
-    for name, run in ways:
-        for pick in picks:
+    for name, run in variants:
+        for pick in (gather, advanced_index, index_select):
             call = functools.partial(run, pick=pick)
-            found.append(Candidate(f"{name}, {pick.__name__}", "peer", call, gradients=grads))
-    compiled = torch.compile(functools.partial(one_gather, pick=gather))
-    cuda = "timed on CUDA only" if device == "cpu" else None
-    found.append(
-        Candidate("one gather, torch.compile", "peer", compiled, gradients=grads, reason=cuda)
-    )
-    return found
+            full = f"{name}, {pick.__name__}"
+            result.append(Candidate(full, "baseline", call, gradients=gradients))
+    run = functools.partial(one_gather, pick=gather)
+    return [*result, compiled("one gather", run, device, gradients=gradients)]

@@ -1,9 +1,9 @@
-"""Is attention in groups faster than what PyTorch has, and near what the memory allows?
+"""Is attention in groups faster than in PyTorch, and close to the hardware limit?
 
-Every candidate gets the fused [rows, 3, H, D] projection as a model has it, rows in the order of
-time, row and column, and answers in that order: a peer that wants its groups side by side pays for
-the copies there and back. What depends on the mask alone (our groups; a peer's offsets, padding or
-block mask) is made once for all layers of a model, and is not timed.
+Every candidate receives the fused projection [rows, 3, H, D] of a model, with rows in the order of
+time, row and column, and returns its result in that order; a baseline that needs contiguous groups
+pays for the copies. Everything that depends on the mask alone (vidl's groups, and a baseline's
+offsets, padding or block mask) is computed once per mask for all layers, and not timed.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ OP = "space_time_attention"
 
 
 def _shape(cuda: int, cpu: int, form: str = "windows", H: int = 12, **sizes: Any) -> dict[str, Any]:
-    """B clips whose rows `layouts` puts into groups."""
+    """Sizes of B clips; `layouts` arranges their rows in groups."""
     return dict(form=form, B=dict(cuda=cuda, cpu=cpu), **sizes, H=H, D=64)
 
 
 def _windows(cuda: int, cpu: int, grid: Grid, window: Grid, H: int = 12) -> dict[str, Any]:
-    """Tokens of a clip in (time, row, column) order; those of one window see one another."""
+    """Clips in (time, row, column) order; the tokens of a window attend to each other."""
     return _shape(cuda, cpu, H=H, grid=grid, window=window)
 
 
@@ -59,7 +59,7 @@ PARAMETERS = ("qkv",)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model's projection gives; the harness casts and differentiates what it finds here."""
+    """The projection of a layer, and its groups."""
 
     qkv: Tensor  # [rows, 3, H, D]
     grad: Tensor  # of the result, [rows, H, D]
@@ -73,19 +73,19 @@ def make(
     B: int, H: int, D: int, *, dtype: torch.dtype, device: str, generator: Any, **layout: Any
 ) -> Inputs:
     """Draw a batch."""
-    found = layout_of(B=B, device=device, **layout)
-    qkv = torch.randn(found.rows, 3, H, D, generator=generator).to(device, dtype)
-    grad = torch.randn(found.rows, H, D, generator=generator).to(device, dtype)
-    return Inputs(qkv, grad, found)
+    groups = layout_of(B=B, device=device, **layout)
+    qkv = torch.randn(groups.rows, 3, H, D, generator=generator).to(device, dtype)
+    grad = torch.randn(groups.rows, H, D, generator=generator).to(device, dtype)
+    return Inputs(qkv, grad, groups)
 
 
 def work(B: int, H: int, D: int, *, dtype: torch.dtype, **layout: Any) -> dict[str, Work]:
-    """q, k, v and the result once; backward reads q, k, v and a gradient, and writes three."""
-    found = layout_of(B=B, device="cpu", **layout)
-    one, lse = found.rows * H * D * dtype.itemsize, found.rows * H * 4
-    product = 2 * found.pairs * H * D  # QK' and PV; backward: QK' again, dO V', dV, dQ and dK
-    forward = Work(4 * one + lse, 2 * product)
-    return {"forward": forward, "backward": Work(7 * one + lse, 5 * product)}
+    """Reads q, k and v and writes the result; backward also reads a gradient and writes three."""
+    groups = layout_of(B=B, device="cpu", **layout)
+    tensor, lse = groups.rows * H * D * dtype.itemsize, groups.rows * H * 4
+    matmul = 2 * groups.pairs * H * D  # forward: 2; backward: the weights again, and 4 gradients
+    forward = Work(4 * tensor + lse, 2 * matmul)
+    return {"forward": forward, "backward": Work(7 * tensor + lse, 5 * matmul)}
 
 
 def truth(inputs: Inputs) -> Tensor:
@@ -95,8 +95,8 @@ def truth(inputs: Inputs) -> Tensor:
 def attend(inputs: Inputs, backend: str, scores: Scores | None = None) -> Tensor:
     q, k, v = inputs.qkv.unbind(1)
     groups = inputs.layout.groups
-    found = space_time_attention(q, k, v, groups, return_scores=scores, backend=backend)
-    return found[0] if isinstance(found, tuple) else found
+    result = space_time_attention(q, k, v, groups, return_scores=scores, backend=backend)
+    return result[0] if isinstance(result, tuple) else result
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -111,7 +111,7 @@ def unfused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tens
 
 
 def sdpa_and_scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    ((q[:, :, :1] * q.shape[-1] ** -0.5) @ k.mT).softmax(-1).mean(1)  # "cls", as EViT needs it
+    ((q[:, :, :1] * q.shape[-1] ** -0.5) @ k.mT).softmax(-1).mean(1)  # CLS scores as in EViT
     return sdpa(q, k, v, mask)
 
 
@@ -128,10 +128,10 @@ def loop_over_groups(inputs: Inputs) -> Tensor:
 
 
 def loop_over_clips(inputs: Inputs) -> Tensor:
-    """Attention through time without a copy: the places of one clip are a batch of strided rows."""
+    """Temporal attention without a copy: the positions of a clip are a batch of strided rows."""
     layout = inputs.layout
     assert isinstance(layout, Windows)
-    clips = inputs.qkv.unflatten(0, (layout.B, layout.N, -1))  # [B, T, S, 3, H, D]
+    clips = inputs.qkv.unflatten(0, (layout.B, layout.N, -1))  # [B, T, P, 3, H, D]
     outs = [sdpa(*clip.permute(2, 1, 3, 0, 4)) for clip in clips.unbind(0)]
     return torch.stack(outs).permute(0, 3, 1, 2, 4).flatten(0, 2)
 
@@ -140,7 +140,7 @@ def nested(inputs: Inputs) -> Tensor:
     layout, cpu = inputs.layout, inputs.qkv.device.type == "cpu"
 
     def jagged(x: Tensor, offsets: Tensor, sizes: list[int]) -> Tensor:
-        x = x.contiguous() if cpu else x  # all that a CPU has, the math, takes nothing else
+        x = x.contiguous() if cpu else x  # the math backend, the only one on CPUs, requires it
         make = torch.nested.nested_tensor_from_jagged
         return make(x, offsets, min_seqlen=min(sizes), max_seqlen=max(sizes)).transpose(1, 2)
 
@@ -153,7 +153,7 @@ def nested(inputs: Inputs) -> Tensor:
 
 def flex(inputs: Inputs) -> Tensor:
     layout, attention = inputs.layout, flex_for(inputs.layout)
-    if layout.labels is None:  # a batch needs no mask
+    if layout.labels is None:  # equal groups need no mask
         return batches(inputs, lambda q, k, v, mask: attention(q, k, v))
     q, k, v = inputs.qkv.unflatten(0, (layout.sequences, -1)).transpose(1, 3).unbind(2)
     return attention(q, k, v).transpose(1, 2).flatten(0, 1)
@@ -161,10 +161,10 @@ def flex(inputs: Inputs) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def flex_for(layout: Layout) -> Callable[..., Tensor]:
-    """FlexAttention with its block mask; the first call compiles it, which is that of the check."""
+    """FlexAttention with its block mask; the call of the check compiles it."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch.compiler.reset()  # or the limit of recompilations makes later layouts eager
+    torch.compiler.reset()  # otherwise later layouts hit the recompilation limit
     compiled = torch.compile(flex_attention, dynamic=False)
     if (labels := layout.labels) is None:
         return compiled
@@ -172,8 +172,8 @@ def flex_for(layout: Layout) -> Callable[..., Tensor]:
     def together(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (labels[q] == labels[k]) | (labels[q] < 0) | (labels[k] < 0)
 
-    L = labels.shape[0]
-    mask = create_block_mask(together, None, None, L, L, device=labels.device)
+    rows = labels.shape[0]
+    mask = create_block_mask(together, None, None, rows, rows, device=labels.device)
     return functools.partial(compiled, block_mask=mask)
 
 
@@ -195,24 +195,24 @@ def blocks(layout: Layout) -> Any:
     return bias.from_seqlens(layout.queries, layout.keys, device=layout.offsets[0].device)
 
 
-def by(backend: str, inputs: Inputs) -> Tensor:
+def sdpa_by(backend: str, inputs: Inputs) -> Tensor:
     with sdpa_kernel(getattr(SDPBackend, backend)):
         return batches(inputs)
 
 
 def in_float32(run: Run, inputs: Inputs) -> Tensor:
-    """The same, computed in float32: the way round for a CPU without units for the dtype."""
+    """`run` in float32: faster on CPUs without units for the dtype."""
     return run(replace(inputs, qkv=inputs.qkv.float())).to(inputs.qkv.dtype)
 
 
 def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
-    """Ours without and with scores; the peers: in batches, loops, nested, compiled, packed."""
+    """vidl without and with scores; baselines in batches, loops, nested tensors and packed."""
     layout = layout_of(device=device, **{n: x for n, x in sizes.items() if n not in ("H", "D")})
-    found = ours(OP, attend, device, dtype)
+    result = ours(OP, attend, device, dtype)
     scored = ours(OP, functools.partial(attend, scores="cls"), device, dtype)
-    found += [replace(each, name=f"{each.name}, cls scores") for each in scored]
+    result += [replace(c, name=f"{c.name}, cls scores") for c in scored]
 
-    peers: list[tuple[str, Run]] = [
+    baselines: list[tuple[str, Run]] = [
         (f"SDPA, {layout.batch}", batches),
         ("SDPA, loop over groups", loop_over_groups),
         ("matmul-softmax-matmul", functools.partial(batches, attention=unfused)),
@@ -220,27 +220,29 @@ def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
     ]
     if isinstance(layout, Windows):
         scoring = functools.partial(batches, attention=sdpa_and_scores)
-        peers.append((f"SDPA + scores, {layout.batch}", scoring))
+        baselines.append((f"SDPA + scores, {layout.batch}", scoring))
         if layout.window == (layout.grid[0], 1, 1):
-            peers.append(("SDPA, loop over clips", loop_over_clips))
-    emulated = device == "cpu" and dtype != torch.float32  # at least on many CPUs
-    for name, run in peers:
+            baselines.append(("SDPA, loop over clips", loop_over_clips))
+    emulated = device == "cpu" and dtype != torch.float32  # on many CPUs
+    for name, run in baselines:
         slow = reason = None
         if name == "nested tensors" and device == "cpu":
-            slow = "several ms for each group" if len(layout.queries) > 64 else None
-            reason = slow or ("seconds on many CPUs: only in float32" if emulated else None)
-        found.append(Candidate(name, "peer", run, reason=reason))
+            slow = "takes several ms per group" if len(layout.queries) > 64 else None
+            reason = slow or (
+                "takes seconds on many CPUs: timed in float32 only" if emulated else None
+            )
+        result.append(Candidate(name, "baseline", run, reason=reason))
         if emulated:
-            detour = functools.partial(in_float32, run)
-            found.append(Candidate(f"{name}, in float32", "peer", detour, reason=slow))
+            upcast = functools.partial(in_float32, run)
+            result.append(Candidate(f"{name}, in float32", "baseline", upcast, reason=slow))
 
     only = "FlexAttention has no backward on CPUs" if device == "cpu" else None
     name = f"FlexAttention, {layout.batch if layout.labels is None else 'block mask'}"
-    found.append(Candidate(name, "peer", flex, forward_only=only))
+    result.append(Candidate(name, "baseline", flex, forward_only=only))
     cuda = "needs CUDA" if device == "cpu" else None
     for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
         name = f"SDPA, {layout.batch}, {backend.split('_')[0]}"
-        found.append(Candidate(name, "peer", functools.partial(by, backend), reason=cuda))
+        result.append(Candidate(name, "baseline", functools.partial(sdpa_by, backend), reason=cuda))
     for module, function in (
         ("torch.nn.attention.varlen", "varlen_attn"),
         ("flash_attn", "flash_attn_varlen_func"),
@@ -251,5 +253,5 @@ def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
         if module != "xformers" and dtype == torch.float32:
             reason = reason or "needs float16 or bfloat16"
         run = xformers if module == "xformers" else run
-        found.append(Candidate(function, "peer", run, reason=cuda or reason))
-    return found
+        result.append(Candidate(function, "baseline", run, reason=cuda or reason))
+    return result

@@ -1,9 +1,9 @@
-"""How long is a training step of an existing model, with our kernels swapped in and without?
+"""Does `vidl.swap` speed up a training step of a model of timm or transformers?
 
-Forward, and backward by all weights, of a model of timm or transformers with random weights; the
-optimizer is the same for all, and left out. A workload says which model, which batch, and what its
-users would write without us. All candidates compute the same, which is compared first: the output,
-and the gradient of the first weights, to which everything behind them contributes.
+Forward and backward through all weights of a model with random weights; the optimizer step is the
+same for all candidates and left out. A workload names the model, the batch and the baselines. The
+output of every candidate is compared first, and the gradient of the first weights, to which all
+later layers contribute.
 """
 
 import functools
@@ -24,32 +24,32 @@ from vidl.ops import kept_count
 OPS = ("masked_patch_embed", "space_time_attention", "select_tokens")
 PARAMETERS = ("first",)
 Sizes = dict[str, Any]
-Change = Callable[[nn.Module, Sizes], None]  # of a model, before its first step
+Change = Callable[[nn.Module, Sizes], None]  # changes a model in place before its first step
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch; the workload knows what x and mask are. `first` only stands for weights."""
+    """A batch; the workload defines x and mask."""
 
     x: Tensor
     mask: Tensor | None
-    first: Tensor  # in the shape of the model's first weights; gets their gradient
+    first: Tensor  # a placeholder for the model's first weights; receives their gradient
     grad: Tensor  # of the output
     sizes: Sizes
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model in training; all attributes are functions, most of the sizes.
+    """A model in training, described by functions.
 
     Attributes:
-        model: as its library makes it, in the mode in which it is timed.
-        first: its first weights.
-        batch: x, mask and the shape of the output, drawn with a generator.
-        forward: the output, from a model, x and mask.
-        swap: puts our kernels into a model, from the sizes and a backend.
-        stock: what the same takes without us, by name: changes of a model.
-        multiplications: of a forward.
+        model: builds the model with its library.
+        first: returns the first weights of a model.
+        batch: draws x and the mask; also returns the shape of the output.
+        forward: computes the output from a model, x and the mask.
+        swap: swaps vidl's kernels into a model.
+        baselines: returns the changes that make a model a baseline, by name.
+        multiplications: counts the multiply-adds of a forward.
     """
 
     model: Callable[[Sizes], nn.Module]
@@ -57,7 +57,7 @@ class Workload:
     batch: Callable[[Sizes, torch.Generator], tuple[Tensor, Tensor | None, tuple[int, ...]]]
     forward: Callable[[Any, Tensor, Tensor | None], Tensor]
     swap: Callable[[nn.Module, Sizes, str], None]
-    stock: Callable[[Sizes], dict[str, Change]]
+    baselines: Callable[[Sizes], dict[str, Change]]
     multiplications: Callable[[Sizes], int]
 
 
@@ -71,20 +71,20 @@ def make(*, dtype: torch.dtype, device: str, generator: torch.Generator, **sizes
 
 
 def work(*, dtype: torch.dtype, **sizes: Any) -> dict[str, Work]:
-    """The weights read in each pass, their gradients written; twice the forward's products."""
+    """Weights are read in each pass, their gradients written; backward has twice the FLOPs."""
     weights = sum(p.numel() for p in outline(frozen(sizes)).parameters()) * dtype.itemsize
     flops = 2 * WORKLOADS[sizes["model"]].multiplications(sizes)
     return {"forward": Work(weights, flops), "backward": Work(2 * weights, 2 * flops)}
 
 
 def truth(inputs: Inputs) -> Tensor:
-    changes = WORKLOADS[inputs.sizes["model"]].stock(inputs.sizes)
+    changes = WORKLOADS[inputs.sizes["model"]].baselines(inputs.sizes)
     return step(inputs, next(iter(changes)))
 
 
-def step(inputs: Inputs, way: str) -> Tensor:
-    """The output of a model that was changed in one of the ways; backward goes by all weights."""
-    model = changed(frozen(inputs.sizes), way, inputs.grad.device, inputs.grad.dtype)
+def step(inputs: Inputs, variant: str) -> Tensor:
+    """The output of a variant of the model; its backward goes through all weights."""
+    model = changed(frozen(inputs.sizes), variant, inputs.grad.device, inputs.grad.dtype)
     workload = WORKLOADS[inputs.sizes["model"]]
     out = workload.forward(model, inputs.x, inputs.mask)
     if not torch.is_grad_enabled():
@@ -93,7 +93,7 @@ def step(inputs: Inputs, way: str) -> Tensor:
 
 
 class AllWeights(torch.autograd.Function):
-    """The harness asks for one gradient; it gets it, after those of all weights were computed."""
+    """Returns the one gradient that the harness asks for, after computing those of all weights."""
 
     @staticmethod
     def forward(ctx, first, out, model, weights):
@@ -113,18 +113,19 @@ def frozen(sizes: Sizes) -> tuple[tuple[str, Any], ...]:
 
 @functools.lru_cache(maxsize=8)
 def outline(sizes: tuple[tuple[str, Any], ...]) -> nn.Module:
-    """The model without its weights."""
+    """The model on the meta device, without memory for its weights."""
     with torch.device("meta"):
         return WORKLOADS[dict(sizes)["model"]].model(dict(sizes))
 
 
 @functools.lru_cache(maxsize=8)
 def changed(
-    sizes: tuple[tuple[str, Any], ...], way: str, device: torch.device, dtype: torch.dtype
+    sizes: tuple[tuple[str, Any], ...], variant: str, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """The model after a change, with the same weights whatever the change; kept for the next call.
+    """A variant of the model; all variants have the same weights.
 
-    `way` is "vidl <backend>", or one of the workload's own.
+    Args:
+        variant: "vidl <backend>", or the name of a baseline of the workload.
     """
     named = dict(sizes)
     workload = WORKLOADS[named["model"]]
@@ -132,27 +133,25 @@ def changed(
         torch.manual_seed(0)
         model = workload.model(named)
     model = model.to(device, dtype)
-    if way.startswith("vidl "):
-        workload.swap(model, named, way.removeprefix("vidl "))
+    if variant.startswith("vidl "):
+        workload.swap(model, named, variant.removeprefix("vidl "))
     else:
-        workload.stock(named)[way](model, named)
+        workload.baselines(named)[variant](model, named)
     return model
 
 
 def candidates(sizes: Sizes, device: str, dtype: torch.dtype) -> list[Candidate]:
-    """Ours by each backend, and what one writes without us."""
+    """vidl with each backend, and the baselines of the workload."""
 
     def swapped(inputs: Inputs, backend: str) -> Tensor:
         return step(inputs, f"vidl {backend}")
 
-    ways = WORKLOADS[sizes["model"]].stock(sizes)
-    stock = [Candidate(way, "peer", functools.partial(step, way=way)) for way in ways]
-    return [*ours(OPS, swapped, device, dtype), *stock]
+    names = WORKLOADS[sizes["model"]].baselines(sizes)
+    others = [Candidate(n, "baseline", functools.partial(step, variant=n)) for n in names]
+    return [*ours(OPS, swapped, device, dtype), *others]
 
 
-# ---- timm's ViT, whole and pruned as EViT -------------------------------------------------------
-
-LAYERS = (3, 6, 9)
+LAYERS = (3, 6, 9)  # of timm's ViT that prune
 
 
 def vit(sizes: Sizes) -> nn.Module:
@@ -177,7 +176,7 @@ def swap_vit(model: nn.Module, sizes: Sizes, backend: str) -> None:
 
 
 class EvitBlock(nn.Module):
-    """timm's block with what EViT adds, in plain PyTorch."""
+    """A timm block that prunes like EViT, in plain PyTorch."""
 
     def __init__(self, block: Any, rate: float, attention: Attention) -> None:
         super().__init__()
@@ -200,7 +199,7 @@ def evit(model: Any, sizes: Sizes, *, attention: Attention) -> None:
         model.blocks[layer] = EvitBlock(model.blocks[layer], sizes["rate"], attention)
 
 
-def stock_vit(sizes: Sizes) -> dict[str, Change]:
+def vit_baselines(sizes: Sizes) -> dict[str, Change]:
     if sizes["rate"] == 1:
         return {"timm": lambda model, sizes: None}
     return {
@@ -223,9 +222,6 @@ def vit_multiplications(sizes: Sizes) -> int:
     return sizes["B"] * (weights + model.head.weight.numel())
 
 
-# ---- transformers' VideoMAE, with nine tenths of a clip masked -----------------------------------
-
-
 def video_mae(sizes: Sizes) -> nn.Module:
     import transformers
 
@@ -235,12 +231,12 @@ def video_mae(sizes: Sizes) -> nn.Module:
 
 
 def tubes(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Clips, and in all their frames the same places masked."""
+    """Clips with tube masks: the same patches are masked in all frames."""
     config: Any = outline(frozen(sizes)).config
     pixels, slices = config.image_size, config.num_frames // config.tubelet_size
     clip = torch.randn(sizes["B"], config.num_frames, 3, pixels, pixels, generator=generator)
-    places = (pixels // config.patch_size) ** 2
-    ranks = torch.rand(sizes["B"], places, generator=generator).argsort(1).argsort(1)
+    P = (pixels // config.patch_size) ** 2
+    ranks = torch.rand(sizes["B"], P, generator=generator).argsort(1).argsort(1)
     return clip, (ranks >= sizes["visible"]).repeat(1, slices), (1,)
 
 
@@ -260,12 +256,9 @@ def video_mae_multiplications(sizes: Sizes) -> int:
 
 
 def layer_multiplications(layer: nn.Module, rows: int) -> int:
-    """Of a layer of transformers for one sample."""
+    """Multiply-adds of a transformers layer for one sample of `rows` tokens."""
     matrices = [p for p in layer.parameters() if p.ndim == 2]
     return rows * sum(p.numel() for p in matrices) + 2 * rows * rows * matrices[0].shape[1]
-
-
-# ---- transformers' BERT, with captions of 8 to 20 words ------------------------------------------
 
 
 def bert(sizes: Sizes) -> nn.Module:
@@ -278,7 +271,7 @@ def bert(sizes: Sizes) -> nn.Module:
 
 
 def words(sizes: Sizes) -> Tensor:
-    """How many each caption has."""
+    """The number of words of each caption, 8 to 20."""
     return 8 + 5 * torch.arange(sizes["B"]) % 13
 
 
@@ -290,7 +283,7 @@ def padded(sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor, tu
 
 
 def of_words(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """The hidden states of words; what is at padding has no meaning."""
+    """The hidden states of words; those at padding are undefined, and set to zero."""
     assert mask is not None
     hidden = model(ids, mask).last_hidden_state
     return hidden.masked_fill(mask[..., None] == 0, 0)
@@ -317,7 +310,7 @@ WORKLOADS = {
         vit_batch,
         lambda model, x, mask: model(x),
         swap_vit,
-        stock_vit,
+        vit_baselines,
         vit_multiplications,
     ),
     "videomae": Workload(

@@ -1,7 +1,7 @@
-"""`pytest bench --benchmark-only`: the op benchmarks of the CPU through pytest-benchmark.
+"""`pytest bench --benchmark-only`: the op benchmarks on the CPU with pytest-benchmark.
 
-The same cases, checks and limits as in `vidl bench`, which also measures GPUs. After the tables of
-pytest-benchmark comes one with the share of the limit, which is in `extra_info` as well.
+The cases, checks and limits are those of `vidl bench`, which also measures GPUs. A table after
+those of pytest-benchmark shows the share of the limit, which is also in `extra_info`.
 """
 
 import functools
@@ -25,7 +25,7 @@ BENCHMARKS = [
 
 
 class Summary:
-    """A plugin of this run: what to print at its end."""
+    """A pytest plugin that prints the share of the limit at the end of the run."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -44,7 +44,7 @@ def summary(request) -> Summary:
     return plugin
 
 
-@functools.lru_cache(maxsize=1)  # the tests of a case follow one another
+@functools.lru_cache(maxsize=1)  # the tests of a case are adjacent
 def checked(case_index: int) -> dict:
     return {trial.candidate.name: trial for trial in check(PLAN.cases[case_index])}
 

@@ -1,9 +1,9 @@
-"""Do scores cost what reading the keys costs, where attention keeps its weights to itself?
+"""Do token scores cost no more than reading the keys, without the attention matrix?
 
-Every candidate gets the fused [rows, 3, H, D] projection of a model, and answers with the float32
-score of every token. The peers for "cls" and "value" are EViT's and ATS's own way, through the
-whole attention matrix, and the honest bar: the product of the first query alone. For "mean" there
-is only the matrix. "similarity" has no gradient, so it is not timed here.
+Every candidate receives the fused projection [rows, 3, H, D] of a model, and computes the float32
+score of every token. The baselines for "cls" and "value" are the attention matrix, as in EViT and
+ATS, and the attention of the first query alone, which is the stronger one. For "mean" there is only
+the matrix. "similarity" has no gradient and is not timed here.
 """
 
 import functools
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidl.bench.measure.cases import Candidate, Work, ours
+from vidl.bench.measure.cases import Candidate, Work, compiled, ours
 from vidl.kernels.groups import Groups
 from vidl.kernels.token_scores.op import Kind, token_scores
 
 OP = "token_scores"
 
-# B samples of N tokens, the first of which is the class token.
+# B samples of N tokens, the class token first.
 _SAMPLES = {
     "P1 SMAUG joint, mask 0.65": dict(B={"cuda": 64, "cpu": 8}, N=273),
     "P1f SMAUG joint": dict(B={"cuda": 64, "cpu": 4}, N=785),
@@ -37,16 +37,16 @@ PARAMETERS = ("qkv",)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model's projection gives; the harness casts and differentiates what it finds here."""
+    """The projection of a layer."""
 
     qkv: Tensor  # [B * N, 3, H, D]
-    lse: Tensor  # of "mean", as the attention may have returned it: [H, B * N]
+    lse: Tensor  # for "mean": the log-sum-exp of the attention, [H, B * N]
     grad: Tensor  # of the scores, [B * N] float32
     groups: Groups
     kind: Kind
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v as the peers want them, [B, H, N, D]; views."""
+        """q, k and v as batches [B, H, N, D]; views."""
         q, k, v = self.qkv.unflatten(0, (self.groups.num_groups, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
@@ -66,13 +66,13 @@ def make(
 
 
 def work(B: int, N: int, H: int, D: int, kind: Kind, *, dtype: torch.dtype) -> dict[str, Work]:
-    """Read k once, for "mean" q and for "value" v too; backward also writes all three gradients."""
-    one, scores = B * N * H * D * dtype.itemsize, B * N * 4
-    read = one if kind == "cls" else 2 * one
-    products = 2 * B * N * H * D * (N if kind == "mean" else 1)
+    """Reads k once, for "mean" also q, for "value" also v; backward writes three gradients."""
+    tensor, scores = B * N * H * D * dtype.itemsize, B * N * 4
+    read = tensor if kind == "cls" else 2 * tensor
+    flops = 2 * B * N * H * D * (N if kind == "mean" else 1)
     return {
-        "forward": Work(read + scores, products),
-        "backward": Work(read + 3 * one + scores, (3 if kind == "mean" else 2) * products),
+        "forward": Work(read + scores, flops),
+        "backward": Work(read + 3 * tensor + scores, (3 if kind == "mean" else 2) * flops),
     }
 
 
@@ -98,7 +98,7 @@ def logits(q: Tensor, k: Tensor) -> Tensor:
 
 
 def finish(attention: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
-    """From the attention [B, H, queries, N] of the queries that count to the scores."""
+    """The scores from the attention [B, H, num_queries, N] of the queries that count."""
     scores = attention.mean((1, 2), dtype=torch.float32)
     if inputs.kind == "value":
         scores = scores * v.float().square().sum((1, 3)).sqrt()
@@ -124,42 +124,35 @@ def one_query_einsum(inputs: Inputs) -> Tensor:
 
 
 def one_query_sum(inputs: Inputs) -> Tensor:
-    """Multiplied and summed where the keys lie: no copy of a strided k."""
+    """Multiplies and sums without a copy of the strided keys."""
     q, k, v = inputs.batch()
     products = (q[:, :, :1] * q.shape[-1] ** -0.5 * k).sum(-1)
     return finish(products.softmax(-1)[:, :, None], v, inputs)
 
 
 def in_float32(run: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
-    """The same, computed in float32: the way round for a CPU without units for the dtype."""
+    """`run` in float32: faster on CPUs without units for the dtype."""
     return run(replace(inputs, qkv=inputs.qkv.float()))
 
 
 def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
-    """Ours, for "mean" with and without the log-sum-exp, and the peers."""
+    """vidl, for "mean" with and without the log-sum-exp, and the baselines."""
     mean = sizes["kind"] == "mean"
-    found = ours(OP, score, device, dtype)
+    result = ours(OP, score, device, dtype)
     if mean:
         given = ours(OP, functools.partial(score, given=True), device, dtype)
-        found += [replace(each, name=f"{each.name}, lse given") for each in given]
-    peers = [("attention matrix", matrix)]
+        result += [replace(c, name=f"{c.name}, lse given") for c in given]
+    baselines = [("attention matrix", matrix)]
     if not mean:
-        peers += [
+        baselines += [
             ("one query, matmul", one_query),
             ("one query, einsum", one_query_einsum),
             ("one query, product and sum", one_query_sum),
         ]
-    for name, run in peers:
-        found.append(Candidate(name, "peer", run))
+    for name, run in baselines:
+        result.append(Candidate(name, "baseline", run))
         if device == "cpu" and dtype != torch.float32:
-            detour = functools.partial(in_float32, run)
-            found.append(Candidate(f"{name}, in float32", "peer", detour))
-        found.append(
-            Candidate(
-                f"{name}, torch.compile",
-                "peer",
-                torch.compile(run) if device == "cuda" else run,
-                reason="timed on CUDA only" if device == "cpu" else None,
-            )
-        )
-    return found
+            upcast = functools.partial(in_float32, run)
+            result.append(Candidate(f"{name}, in float32", "baseline", upcast))
+        result.append(compiled(name, run, device))
+    return result

@@ -1,4 +1,4 @@
-"""What became faster or slower from one set of results to another, beyond their noise."""
+"""Compares two sets of results: what became faster or slower beyond noise."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -6,18 +6,21 @@ from typing import Any
 
 from vidl.bench.report.records import Key, Record, newest
 
-# What must be alike, or two times say nothing about the code.
-ALIKE = ("sizes", "quick")
+# Fields that must be equal for two times to be comparable.
+EQUAL = ("sizes", "quick")
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One measurement in both sets, or why it cannot be compared.
+    """A measurement that both sets have.
 
     Attributes:
-        ratio: the old median over the new one; above 1 it is faster now. None: see `reason`.
-        verdict: "faster", "slower", "same" (the 20 to 80 % quantiles overlap), "wrong" (it was
-            timed before, and now its answer is wrong or it fails) or "other" (not comparable).
+        key: identifies the measurement.
+        old, new: its records.
+        ratio: the old median divided by the new one; above 1 the new one is faster. None if they
+            are not comparable; `reason` says why.
+        verdict: "faster", "slower", "same" (the ranges from the 20 to the 80 % quantile overlap),
+            "wrong" (timed before, now wrong or failed) or "other" (not comparable).
     """
 
     key: Key
@@ -29,7 +32,7 @@ class Change:
 
 
 def compare(old: Iterable[Record], new: Iterable[Record]) -> list[Change]:
-    """Every measurement that both sets have; the slowest in comparison first."""
+    """The measurements that both sets have, the largest slowdown first."""
     before, after = newest(old), newest(new)
     changes = [_change(key, before[key], after[key]) for key in before if key in after]
     return sorted(changes, key=lambda change: change.ratio or 0.0)
@@ -37,15 +40,15 @@ def compare(old: Iterable[Record], new: Iterable[Record]) -> list[Change]:
 
 def _change(key: Key, old: Record, new: Record) -> Change:
     if "median_ms" not in old:
-        return Change(key, old, new, None, "other", "was not timed before")
+        return Change(key, old, new, None, "other", "not timed in the old results")
     if "median_ms" not in new:
         reason = f"{new.get('status')}: {new.get('reason')}"
         verdict = "wrong" if new.get("status") in ("wrong", "failed") else "other"
         return Change(key, old, new, None, verdict, reason)
-    differs = [name for name in ALIKE if old.get(name) != new.get(name)]
+    differs = [name for name in EQUAL if old.get(name) != new.get(name)]
     if differs:
-        values: Any = [f"{name} {old.get(name)} and {new.get(name)}" for name in differs]
-        return Change(key, old, new, None, "other", "; ".join(values))
+        differences: Any = [f"{name} {old.get(name)} and {new.get(name)}" for name in differs]
+        return Change(key, old, new, None, "other", "; ".join(differences))
     ratio = old["median_ms"] / new["median_ms"]
     if new["p20_ms"] > old["p80_ms"]:
         verdict = "slower"
@@ -57,12 +60,12 @@ def _change(key: Key, old: Record, new: Record) -> Change:
 
 
 def bad(changes: Iterable[Change]) -> list[Change]:
-    """Those of ours that became slower or wrong; peers are not ours to answer for."""
+    """The changes of vidl that are slower or wrong; changes of baselines do not count."""
     return [c for c in changes if c.verdict in ("slower", "wrong") and c.new["kind"] == "ours"]
 
 
 def table(changes: list[Change]) -> str:
-    """A line for each measurement that is not the same, and how many there are of each kind."""
+    """A line for every measurement that changed, and the number of each verdict."""
     lines = []
     for c in changes:
         if c.verdict == "same":
@@ -81,16 +84,18 @@ def table(changes: list[Change]) -> str:
     counts = {v: sum(c.verdict == v for c in changes) for v in
               ("slower", "wrong", "faster", "same", "other")}  # fmt: skip
     lines.append(", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
-    lines.append("slower, faster: the 20 to 80 % quantiles do not overlap; peers are shown too")
+    lines.append("slower, faster: the ranges from the 20 to the 80 % quantile do not overlap")
     return "\n".join(lines)
 
 
 def as_json(change: Change) -> dict[str, Any]:
-    """A change as plain values."""
+    """A change as a JSON object."""
     names = ("device", "op", "shape", "dtype", "mode", "threads", "candidate")
-    found: dict[str, Any] = dict(zip(names, change.key, strict=True))
-    found |= {"kind": change.new["kind"], "verdict": change.verdict, "ratio": change.ratio}
-    found |= {"reason": change.reason}
+    values: dict[str, Any] = dict(zip(names, change.key, strict=True))
+    values |= {"kind": change.new["kind"], "verdict": change.verdict, "ratio": change.ratio}
+    values |= {"reason": change.reason}
     for when, record in (("old", change.old), ("new", change.new)):
-        found |= {f"{when}_{n}": record.get(n) for n in ("median_ms", "p20_ms", "p80_ms", "commit")}
-    return found
+        values |= {
+            f"{when}_{n}": record.get(n) for n in ("median_ms", "p20_ms", "p80_ms", "commit")
+        }
+    return values

@@ -1,32 +1,46 @@
-"""Results as Markdown: a summary for README, every shape for bench/results/README.md."""
+"""Results as Markdown: the section of README, and all tables for bench/results/README.md."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vidl.bench.measure.cases import operations
-from vidl.bench.report.digest import MODES, Device, against, spread, times
+from vidl.bench.report.digest import (
+    COLUMNS,
+    MODES,
+    Device,
+    Spread,
+    Step,
+    comparisons,
+    main_comparisons,
+    spread,
+    steps,
+    times,
+)
 from vidl.bench.report.records import Record
+from vidl.bench.report.verdict import in_words, recall
 from vidl.bench.training.scaling import fit
 from vidl.bench.training.summary import flop_ratio
 
 MARKERS = "<!-- results -->", "<!-- /results -->"
+SPEEDUP = "Speedup over the fastest PyTorch baseline"
 WHAT = (
-    "How long the best of PyTorch's ways takes in place of vidl: above 1 × vidl is faster, below "
-    "slower."
+    f"{SPEEDUP}: the time of the fastest implementation in eager PyTorch or with `torch.compile`, "
+    "divided by that of vidl in the same run. Above 1 × vidl is faster."
 )
-
 NO_GPU = (
-    'Not measured yet: `backend="auto"` stays with plain PyTorch there, and hands attention in '
-    "equal groups to PyTorch's own."
+    'Not measured yet. Until then `backend="auto"` runs plain PyTorch on a GPU, with '
+    "`scaled_dot_product_attention` for attention in equal groups; "
+    '`backend="native"` (CUDA) and `backend="triton"` select the kernels.'
 )
+LABELS = {"pruning": "a layer that prunes", "swapped": "timm and transformers models, swapped"}
 
 
 def replace_section(text: str, section: str) -> str:
-    """A text with another section between its markers.
+    """Replace the section between the markers of a text.
 
     Raises:
-        ValueError: it does not have both markers once.
+        ValueError: the text does not have both markers exactly once.
     """
     begin, end = MARKERS
     if text.count(begin) != 1 or text.count(end) != 1:
@@ -36,152 +50,185 @@ def replace_section(text: str, section: str) -> str:
 
 
 def section_of(text: str) -> str:
-    """What stands between the markers."""
-    found = re.search(f"{MARKERS[0]}\n(.*)\n{MARKERS[1]}", text, re.DOTALL)
-    return found[1] if found else ""
+    """The section between the markers of a text, or an empty string."""
+    match = re.search(f"{MARKERS[0]}\n(.*)\n{MARKERS[1]}", text, re.DOTALL)
+    return match[1] if match else ""
 
 
 def summary(devices: Sequence[Device]) -> str:
-    """The section of README: a line for each operation and each whole step, by device."""
-    lines = [f"{WHAT} Median of all shapes, then the lowest and the highest; every shape is in "
-             "[`bench/results/`](bench/results/README.md)."]  # fmt: skip
+    """The section of README: one table per device, and the verdict in words."""
+    lines = []
     for device in devices:
-        lines += ["", f"### {device.title}", "", _circumstances(device), ""]
-        lines += _operations(device) + _steps(device) + _learned(device) + _growth(device)
+        lines += [f"### {device.title}", "", *(f"- {text}" for text in in_words(device)),
+                  "", f"{_circumstances(device)} Baselines: the same "
+                  "computation in eager PyTorch and, where measured, with `torch.compile`. A step "
+                  "is forward, backward and AdamW: median (20 to 80 % quantiles). An operation is "
+                  "forward/backward: median of its shapes (lowest to highest)."]  # fmt: skip
+        rows = [_step_cells(step) for step in steps(device)] + _op_cells(device)
+        lines += ["", *_table(("", *_column_names(), SPEEDUP), rows), ""]
     if not any(device.kind == "cuda" for device in devices):
-        lines += ["", "### GPU", "", NO_GPU]
-    return "\n".join(lines)
+        lines += ["### GPU", "", NO_GPU, ""]
+    return "\n".join([*lines, "All shapes, dtypes and details: [`bench/results/`]"
+                      "(bench/results/README.md)."])  # fmt: skip
+
+
+def _column_names() -> list[str]:
+    return [f"`{name}`" if "." in name else name for name in COLUMNS.values()]
+
+
+def _table(names: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    head = f"| {' | '.join(names)} |"
+    rule = "|" + "---|" * (head.count("|") - 1)
+    return [head, rule, *(f"| {' | '.join(map(str, row))} |" for row in rows)]
 
 
 def _circumstances(device: Device) -> str:
-    threads = sorted({r["threads"] for r in device.every if r["threads"]})
-    text = f"torch {device.versions('torch')}"
+    threads = sorted({r["threads"] for r in device.records if r["threads"]})
+    text = f"torch {device.versions('torch')}, {device.dtype}"
     text += f", {' or '.join(map(str, threads))} threads" if threads else ""
-    if device.kind == "cpu":
-        text += "; a CPU, of which nothing follows for a GPU. In bfloat16 peers may also go by way "
-        text += "of float32"
-    return text + "."
+    return text + (
+        ". CPU results; they do not predict GPU performance." if device.kind == "cpu" else "."
+    )
+
+
+def _step_cells(step: Step) -> list[str]:
+    cells = [_time(step.cells.get(column)) for column in COLUMNS]
+    return [f"{step.row} step, {step.shape}", *cells, _ratio(step.speedup)]
+
+
+def _time(record: Record | None) -> str:
+    if record is None:
+        return "not measured"
+    low, high = record["p20_ms"], record["p80_ms"]
+    return f"{_ms(record['median_ms'])} ms ({_ms(low)} to {_ms(high)})"
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "" if ratio is None else times(ratio)
+
+
+def _op_cells(device: Device) -> list[list[str]]:
+    rows = main_comparisons(device)
+    table = []
+    for op in operations():
+        if own := [c for c in rows if c.op == op]:
+            mode = "" if own[0].mode == "full" else ", forward only"
+            name = f"{LABELS.get(op, f'`{op}`')}{mode}, {len(own)} shapes"
+            columns: list[list[float | None]]
+            columns = [[c.eager_ms for c in own], [c.compiled_ms for c in own],
+                       [c.best["median_ms"] for c in own]]  # fmt: skip
+            texts = [_times(spread(values)) for values in columns]
+            table += [[name, *texts, str(spread(c.speedup for c in own) or "")]]
+    return table
+
+
+def _times(ms: Spread | None) -> str:
+    if ms is None:
+        return "not measured"
+    return f"{_ms(ms.median)} ms ({_ms(ms.lowest)} to {_ms(ms.highest)})"
 
 
 def _operations(device: Device) -> list[str]:
-    rows = against(device)
-    if not rows:
-        return []
+    rows = comparisons(device)
     columns = [(d, m) for d in ("float32", "bfloat16", "float16") for m in MODES
-               if any((a.dtype, a.mode) == (d, m) for a in rows)]  # fmt: skip
-    lines = ["| operation | shapes | " + " | ".join(f"{d}, {MODES[m]}" for d, m in columns) + " |"]
-    lines += ["|---|---|" + "---|" * len(columns)]
+               if any((c.dtype, c.mode) == (d, m) for c in rows)]  # fmt: skip
+    table = []
     for op in operations():
-        own = [a for a in rows if a.op == op]
-        if own:
-            cells = [spread([a for a in own if (a.dtype, a.mode) == c]) for c in columns]
-            texts = ["" if cell is None else str(cell) for cell in cells]
-            count = len({a.shape for a in own})
-            lines += [f"| `{op}` | {count} | {' | '.join(texts)} |"]
-    return lines
+        if own := [c for c in rows if c.op == op]:
+            cells = [spread(c.speedup for c in own if (c.dtype, c.mode) == column)
+                     for column in columns]  # fmt: skip
+            table += [[f"`{op}`", len({c.shape for c in own}), *(cell or "" for cell in cells)]]
+    if not table:
+        return []
+    note = "In bfloat16 a baseline on a CPU may also compute in float32." * (device.kind == "cpu")
+    names = ("operation", "shapes", *(f"{d}, {MODES[m]}" for d, m in columns))
+    return ["", "### Operations", "", f"{SPEEDUP}: median of the shapes (lowest to highest). {note}"
+            .strip(), "", *_table(names, table)]  # fmt: skip
 
 
 def _steps(device: Device) -> list[str]:
-    """Whole steps: the time of dense stock, and how many times as fast the other cells are."""
-    shapes = list(dict.fromkeys(r["shape"] for r in device.savings if "median_ms" in r))
-    if not shapes:
-        return []
-    columns = ("model", "dense, stock", "dense, vidl", "sparse, stock", "sparse, vidl",
-               "saving realised")  # fmt: skip
-    lines = ["", "A whole step of pre-training: forward, backward, AdamW; *stock* is the same "
-             "model in PyTorch as a careful user writes it.", ""]  # fmt: skip
-    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for shape in shapes:
-        cells = {r["candidate"]: r for r in device.savings
-                 if r["shape"] == shape and "median_ms" in r}  # fmt: skip
-        texts = [
-            _speed(cells.get(name)) for name in ("dense, vidl", "sparse, stock", "sparse, vidl")
-        ]
-        base = cells.get("dense, stock")
-        first = "" if base is None else f"{base['median_ms']:,.0f} ms"
-        ratio = flop_ratio(cells.values())
-        realised = cells.get("sparse, vidl", {}).get("realised_saving")
+    table = []
+    for step in steps(device):
+        ours = step.cells["vidl"]
+        ratio = flop_ratio(r for r in device.savings if r["shape"] == step.shape)
+        realised = ours.get("realised_saving") if step.row == "sparse" else None
         share = "" if realised is None or ratio is None else f"{realised:.0%} of {times(ratio)}"
-        lines += [f"| {shape} | {first} | {' | '.join(texts)} | {share} |"]
-    return lines
-
-
-def _speed(record: Record | None) -> str:
-    speed = None if record is None else record.get("speed_up")
-    return "" if speed is None else times(speed)
+        table += [[*_step_cells(step), _ratio(ours.get("speed_up")), share]]
+    if not table:
+        return []
+    names = ("training step", *_column_names(), SPEEDUP, "Speedup over dense eager PyTorch",
+             "Saving realised")  # fmt: skip
+    return ["", "### Training steps", "", "Forward, backward and AdamW: median (20 to 80 % "
+            "quantiles). *Saving realised* is the speedup over dense eager PyTorch, relative to "
+            "how many times fewer FLOPs the sparse step needs; above 100 % the kernels also "
+            "process the remaining tokens faster.", "", *_table(names, table)]  # fmt: skip
 
 
 def _learned(device: Device) -> list[str]:
-    shapes = list(dict.fromkeys(r["shape"] for r in device.quality))
-    if not shapes:
-        return []
-    lines = ["", "What is learned in the same time, with vidl: R@1 of captions that look for their "
-             "clip, mean and range of the seeds.", "",
-             "| model, time | dense | sparse | chance |", "|---|---|---|---|"]  # fmt: skip
-    for shape in shapes:
+    table = []
+    for shape in dict.fromkeys(r["shape"] for r in device.quality):
         rows = {r["row"]: r for r in device.quality if r["shape"] == shape}
-        texts = [_recall(rows.get(row)) for row in ("dense", "sparse")]
         chance = 100 / next(iter(rows.values()))["pairs"]
-        lines += [f"| {shape} | {' | '.join(texts)} | {chance:.1f} % |"]
-    return lines
+        table += [[shape, *(_recall(rows.get(row)) for row in ("dense", "sparse")),
+                   f"{chance:.1f} %"]]  # fmt: skip
+    if not table:
+        return []
+    return ["", "### Accuracy at equal training time", "", "Text-to-video R@1 with vidl: mean of "
+            "the seeds (lowest to highest).", "",
+            *_table(("model, training time", "dense", "sparse", "chance"), table)]  # fmt: skip
 
 
 def _recall(record: Record | None) -> str:
     if record is None:
         return ""
-    name = next((n for n in ("t2v re-ranked R@1", "t2v R@1") if n in record["r1"]), None)
-    if name is None:
-        return ""
-    found = record["r1"][name]
-    steps = record["runs"][0]["steps"]
-    return f"{found['mean']:.1f} % ({found['lowest']:.1f} to {found['highest']:.1f}), {steps} steps"
+    r, steps = recall(record), record["runs"][0]["steps"]
+    return f"{r['mean']:.1f} % ({r['lowest']:.1f} to {r['highest']:.1f}), {steps} steps"
 
 
 def _growth(device: Device) -> list[str]:
-    chosen = [r for r in device.scaling if r["axis"] == "mask"]
-    found = []
+    chosen = [r for r in device.scaling if r["axis"] == "mask" and r["candidate"] == "vidl"]
+    table = []
     for name in dict.fromkeys((r["recipe"], r["preset"]) for r in chosen):
-        own = [r for r in chosen if (r["recipe"], r["preset"]) == name and r["candidate"] == "vidl"]
-        line = fit(own)
-        if line is not None:
+        own = [r for r in chosen if (r["recipe"], r["preset"]) == name]
+        if line := fit(own):
             whole = max(r["tokens"] for r in own)
             fixed = max(line.fixed, 0.0) / (line.fixed + line.slope * whole)
-            found += [f"{' '.join(name)}: R² {line.r2:.3f}, {fixed:.0%} of the unmasked time fixed"]
-    if not found:
+            table += [[" ".join(name), f"{line.r2:.3f}", f"{fixed:.0%}"]]
+    if not table:
         return []
-    return ["", "A line through the encoder's time against visible tokens, masks from 0 to 0.95: "
-            + "; ".join(found) + "."]  # fmt: skip
+    return ["", "### Encoder time against visible tokens", "", "A line fitted to the forward and "
+            "backward time of the encoder at mask ratios from 0 to 0.95.", "",
+            *_table(("encoder", "R²", "fixed share of the unmasked time"), table)]  # fmt: skip
 
 
 def details(devices: Sequence[Device]) -> str:
-    """Every shape, for bench/results/README.md."""
+    """All tables, for bench/results/README.md."""
     lines = [
         "# Results",
         "",
-        "Made by `vidl bench report` from the JSON lines in this folder.",
-        WHAT,
+        "Generated by `vidl bench report` from the JSON lines of this folder.",
     ]
+    lines += [WHAT]
     for device in devices:
         lines += ["", f"## {device.title}", "", _circumstances(device)]
-        rows = against(device, most_threads=False)
-        for op in dict.fromkeys(a.op for a in rows):
-            columns = ("shape", "dtype", "mode", "threads", "vidl, ms", "best peer takes",
-                       "best peer", "share of the limit")  # fmt: skip
-            lines += ["", f"### {op}", "", f"| {' | '.join(columns)} |"]
-            lines += ["|---" * len(columns) + "|"]
-            for a in rows:
-                if a.op == op:
-                    ratio = "" if a.ratio is None else times(a.ratio)
-                    best, peer = a.best, a.best.get("strongest_peer") or ""
-                    lines += [f"| {a.shape} | {a.dtype} | {MODES[a.mode]} | {a.threads or ''} | "
-                              f"{best['median_ms']:.3f} | {ratio} | {peer} | "
-                              f"{best['share_of_limit']:.0%} |"]  # fmt: skip
+        lines += _operations(device) + _steps(device) + _learned(device) + _growth(device)
+        rows = comparisons(device, most_threads=False)
+        names = ("shape", "dtype", "mode", "threads", "vidl, ms", "speedup", "fastest baseline",
+                 "share of the limit")  # fmt: skip
+        for op in dict.fromkeys(c.op for c in rows):
+            table = [
+                [c.shape, c.dtype, MODES[c.mode], c.threads or "", f"{c.best['median_ms']:.3f}",
+                 _ratio(c.speedup), c.best.get("strongest_baseline") or "",
+                 f"{c.best['share_of_limit']:.0%}"] for c in rows if c.op == op
+            ]  # fmt: skip
+            lines += ["", f"### {op}", "", *_table(names, table)]
     return "\n".join(lines) + "\n"
 
 
-def rewrite(readme: Path, devices: Sequence[Device]) -> bool:
-    """Put the summary into README; whether that changed it."""
-    before = readme.read_text()
-    after = replace_section(before, summary(devices))
-    readme.write_text(after)
-    return after != before
+def rewrite(readme: Path, devices: Sequence[Device]) -> None:
+    """Replace the section of a README."""
+    readme.write_text(replace_section(readme.read_text(), summary(devices)))

@@ -1,4 +1,4 @@
-"""What was measured before: records from a file, a folder or a commit, the newest of each key."""
+"""Committed measurements: records from a file, a folder or a commit; the newest of each key."""
 
 import json
 import subprocess
@@ -13,22 +13,36 @@ Key = tuple[Any, ...]
 ROOT = BENCH.parent
 RESULTS = "bench/results"
 
+# Records are never edited: words that were used until November 2026, and those of today.
+KINDS = {"peer": "baseline"}
+NAMES = {"vidl compiled": "vidl native", "stock, compiled": "torch.compile", "stock": "pytorch"}
+FIELDS = {"strongest_peer": "strongest_baseline"}
+SIZES = {
+    "frame_difference": {"SIDE": "image_size", "t": "tubelet_size", "p": "patch_size"},
+    "masked_patch_embed": {
+        "SIDE": "image_size", "t": "tubelet_size", "p": "patch_size", "D": "C", "K": "kept",
+    },
+    "masked_patch_loss": {
+        "SIDE": "image_size", "t": "tubelet_size", "p": "patch_size", "M": "masked",
+    },
+}  # fmt: skip
+
 
 def key(record: Record) -> Key:
-    """What tells measurements of one op apart; two of the same key are the same measurement."""
+    """What identifies a measurement: two records with the same key measured the same thing."""
     names = ("device", "op", "shape", "dtype", "mode", "threads", "candidate")
     return tuple(record.get(name) for name in names)
 
 
 def load(source: str | Path) -> list[Record]:
-    """The records of JSON lines, in their order.
+    """Read records from JSON lines, in file order.
 
     Args:
-        source: a file, a folder (all `*.jsonl` in it), or a commit, of which `bench/results` is
+        source: a file, a folder (all `*.jsonl` in it), or a commit, from which `bench/results` is
             read.
 
     Raises:
-        ValueError: there is no such file, folder or commit, or a line of it is no record.
+        ValueError: there is no such file, folder or commit, or a line is not a record.
     """
     path = Path(source)
     if path.is_file():
@@ -41,13 +55,35 @@ def load(source: str | Path) -> list[Record]:
 
 
 def newest(records: Iterable[Record]) -> dict[Key, Record]:
-    """The newest record of each key; of equally old ones the last."""
-    found: dict[Key, Record] = {}
+    """The newest record of each key; the last one if several have the same time."""
+    latest: dict[Key, Record] = {}
     for record in records:
-        before = found.get(key(record))
+        before = latest.get(key(record))
         if before is None or record.get("timestamp", "") >= before.get("timestamp", ""):
-            found[key(record)] = record
-    return found
+            latest[key(record)] = record
+    return latest
+
+
+def translate(record: Record) -> Record:
+    """A record with the words of today."""
+    record = {FIELDS.get(field, field): value for field, value in record.items()}
+    sizes = SIZES.get(record["op"], {})
+    for field, value in record.items():
+        if field in ("candidate", "column", "strongest_baseline") and value is not None:
+            record[field] = _name(value)
+        elif field == "kind":
+            record[field] = KINDS.get(value, value)
+        elif field == "ratio_to":
+            record[field] = {_name(other): ratio for other, ratio in value.items()}
+        elif field == "sizes":
+            record[field] = {sizes.get(name, name): size for name, size in value.items()}
+    return record
+
+
+def _name(text: str) -> str:
+    for old, new in NAMES.items():
+        text = text.replace(old, new)
+    return text
 
 
 def _parse(name: str, text: str) -> Iterator[Record]:
@@ -58,9 +94,7 @@ def _parse(name: str, text: str) -> Iterator[Record]:
             raise ValueError(f"{name}, line {number}: need JSON, got {line[:40]!r}") from error
         if not isinstance(record, dict) or "op" not in record:
             raise ValueError(f"{name}, line {number}: need a record of `vidl bench`, with its op")
-        if record.get("candidate") == "vidl compiled":  # the name until November 2026
-            record["candidate"] = "vidl native"
-        yield record
+        yield translate(record)
 
 
 def _committed(commit: str) -> Iterator[tuple[str, str]]:

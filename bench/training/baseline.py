@@ -1,11 +1,11 @@
-"""The models of `vidl.models` as a careful user writes them without vidl: the peer of whole steps.
+"""The baseline of whole training steps: the models of `vidl.models` in plain PyTorch.
 
-Same modules, same parameters, same results; no op of vidl. Patches are embedded, then gathered;
-attention is `scaled_dot_product_attention`, in a batch of frames or positions where these are equal
-and with a boolean mask where they are not; pruning takes the product of CLS's query with the keys
-beside it, `topk`, a gather and a weighted sum; captions are padded, under a boolean mask; targets
-of masked pixels are cut out as bytes, then normalised. Of several ways to write a part it is the
-one that was the fastest in `bench/results/` on the CPU, and runs without a host synchronisation.
+Same modules, parameters and results as in vidl, but none of its ops. All patches are embedded, then
+the visible ones are gathered. Attention is `scaled_dot_product_attention`: a batch of frames or
+positions where these have equal sizes, a boolean mask where they do not. Pruning multiplies the
+query of CLS with the keys, then uses `topk`, a gather and a weighted sum. Captions are padded and
+masked. Targets of masked patches are gathered as bytes, then normalised. Each part is written in
+the variant that was fastest in `bench/results/` on the CPU, and none synchronises with the host.
 """
 
 import copy
@@ -24,52 +24,51 @@ from vidl.nn.vit import frames_of
 from vidl.objectives import MaskedPatchLoss
 
 
-def stock(model: nn.Module) -> nn.Module:
-    """The same model without vidl's ops; it shares the parameters and buffers of the given one.
+def baseline_of(model: nn.Module) -> nn.Module:
+    """A copy of a model without vidl's ops, which shares its parameters and buffers.
 
-    Raises:
-        ValueError: a module of it has options that are not written here.
+    The copy raises ValueError in its forward where a module has options that are not written here.
     """
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
     shared |= {id(b): b for b in model.buffers()}
-    made = copy.deepcopy(model, shared)
-    for module in made.modules():
-        swapped = SWAPS.get(type(module))
-        if swapped is not None:
-            module.__class__ = swapped
-    return made
+    baseline = copy.deepcopy(model, shared)
+    for module in baseline.modules():
+        module.__class__ = SWAPS.get(type(module), type(module))
+    return baseline
 
 
 def heads(x: Tensor, count: int) -> Tensor:
-    """[..., N, C] to [..., H, N, D]; a view."""
+    """Split [..., N, C] into heads, [..., H, N, D]; a view."""
     return x.unflatten(-1, (count, -1)).transpose(-3, -2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[..., H, N, D] to [..., N, C]."""
+    """Attention of q, k and v [..., H, N, D], with the heads merged: [..., N, C]."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(-3, -2).flatten(-2)
 
 
 def patches(video: Tensor, size: tuple[int, ...], channels: int) -> Tensor:
-    """A clip [B, C, T t, H h, W w] as [B, T, H, W, t, h, w], and C as dimension `channels`."""
+    """Cut a clip [B, C, T t, H h, W w] into [B, T, H, W, t, h, w], with C at `channels`; a view."""
     t, h, w = size
     cut = video.unflatten(2, (-1, t)).unflatten(4, (-1, h)).unflatten(6, (-1, w))
     return cut.permute(0, 2, 4, 6, 3, 5, 7, 1).movedim(7, channels)
 
 
 def constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    if torch.compiler.is_compiling():  # they become a part of the program
+    if torch.compiler.is_compiling():  # constants of the graph
         return torch.tensor(values, device=device, dtype=dtype)
-    return _kept_constants(values, device, dtype)
+    return _cached_constants(values, device, dtype)
 
 
-@functools.cache  # a copy from the host is a synchronisation
-def _kept_constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+@functools.cache  # a copy from the host synchronises
+def _cached_constants(
+    values: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
     return torch.tensor(values, device=device, dtype=dtype)
 
 
-class StockEmbed(MaskedPatchEmbed):
-    """Every patch is embedded, then the visible ones are gathered."""
+class BaselineEmbed(MaskedPatchEmbed):
+    """Embeds every patch, then gathers the visible ones."""
 
     def forward(
         self,
@@ -79,14 +78,14 @@ class StockEmbed(MaskedPatchEmbed):
         position: Any = None,
     ) -> Tensor:
         if cu_seqlens is not None:
-            raise ValueError("need as many visible patches in every clip")
+            raise ValueError("need equally many visible patches in every clip, got cu_seqlens")
         weight = self.proj.weight
         rows = patches(video, (1, *weight.shape[2:])[-3:], channels=4).contiguous()
-        # [B, T, H, W, C, t, h, w]: bytes are moved, not floats
+        # [B, T, H, W, C, t, h, w]; the copy is one of bytes, not of floats
         if video.dtype == torch.uint8:
             rows = self._normalised(rows, torch.promote_types(weight.dtype, torch.float32))
         x = F.linear(rows.to(weight.dtype).flatten(4), weight.flatten(1), self.proj.bias)
-        x = x.flatten(2, 3)  # [B, T, P, D]
+        x = x.flatten(2, 3)  # [B, T, P, C]
         if isinstance(position, tuple):
             time, space = position
             x = x + space.to(x.dtype) + time[:, None].to(x.dtype)
@@ -104,13 +103,13 @@ class StockEmbed(MaskedPatchEmbed):
         return (rows * scale.view(-1, 1, 1, 1)).sub_(shift.view(-1, 1, 1, 1))
 
 
-class StockBlock(Block):
-    """A ViT's block; where it prunes, as EViT does but with the weights of CLS alone."""
+class BaselineBlock(Block):
+    """A ViT block; prunes like EViT, but computes only the attention weights of CLS."""
 
     def forward(self, x: Tensor, *args: Any, return_ids: bool = False, **options: Any) -> Any:
         pruning = self.pruning
         if args or options or (pruning is not None and pruning.when != "before_mlp"):
-            raise ValueError("need equal samples, pruned before the MLP")
+            raise ValueError("need equally long samples, pruned before the MLP")
         attn: Any = self.attn
         q, k, v = heads(attn.qkv(self.norm1(x)), 3 * attn.num_heads).chunk(3, 1)
         n = x.shape[1] - 1
@@ -127,7 +126,7 @@ class StockBlock(Block):
     def _pick(
         self, x: Tensor, scores: Tensor, keep: int, pruning: Pruning
     ) -> tuple[Tensor, Tensor]:
-        """CLS, the best, and if wanted the sum or mean of the others."""
+        """Keep CLS and the tokens with the highest scores; append the fused others if asked for."""
         ids = scores.topk(keep, sorted=pruning.order != "index").indices
         if pruning.order == "index":
             ids = ids.sort(1).values
@@ -141,17 +140,17 @@ class StockBlock(Block):
 
 
 def _cls_weights(q: Tensor, k: Tensor) -> Tensor:
-    """The attention of the first query to the others, averaged over heads: [B, N - 1]."""
+    """The attention of CLS to the other tokens, averaged over heads: [B, N - 1]."""
     products = (q[:, :, :1] * q.shape[-1] ** -0.5) @ k.mT
     high = torch.promote_types(products.dtype, torch.float32)
     return products.softmax(-1, dtype=high)[:, :, 0, 1:].mean(1)
 
 
-class StockDividedBlock(DividedBlock):
-    """Divided attention by reshaping; CLS attends apart."""
+class BaselineDividedBlock(DividedBlock):
+    """Divided attention by reshaping; CLS attends in a call of its own."""
 
     def forward(self, x: Tensor, space: Any, time: Any) -> Tensor:
-        """x [B, 1 + K, C]; space and time: what `_Frames` or `_Masked` is."""
+        """x: [B, 1 + K, C]; space, time: `_Groups` of the tokens."""
         through_time = self._attend(self.timeattn, self.norm3(x), time)
         x = x + self._attend(self.attn, self.norm1(x + through_time), space)
         return x + self.mlp(self.norm2(x))
@@ -163,29 +162,29 @@ class StockDividedBlock(DividedBlock):
 
 
 class _Groups:
-    """All tokens of a clip attend to one another."""
+    """All tokens of a clip attend to each other."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, H, 1 + K, D] to [B, 1 + K, C]."""
+        """Attention of q, k and v [B, H, 1 + K, D]: [B, 1 + K, C]."""
         return attention(q, k, v)
 
 
 class _Equal(_Groups):
-    """Equal groups beside CLS: T of n neighbours (frames), or n of the T with as many between."""
+    """Groups of equal size, and CLS: the tokens of each frame, or of each position through time."""
 
     def __init__(self, T: int, through_time: bool) -> None:
         self.T, self.through_time = T, through_time
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         B, first = q.shape[0], attention(q[:, :, :1], k, v)
-        # In a batch of four dimensions: of five none of the fused kernels takes.
+        # Four dimensions: the fused kernels of SDPA do not take five.
         cut = (self._cut(q, False), self._cut(k, True), self._cut(v, True))
         out = attention(*(x.flatten(0, 1) for x in cut)).unflatten(0, (B, -1))  # [B, G, N, C]
         out = out.transpose(1, 2) if self.through_time else out
         return torch.cat([first, out.flatten(1, 2)], 1)
 
     def _cut(self, x: Tensor, with_cls: bool) -> Tensor:
-        """[B, H, 1 + K, D] to [B, G, H, N, D], with CLS in front of each group if wanted."""
+        """[B, H, 1 + K, D] to [B, G, H, N, D], with CLS in front of each group if `with_cls`."""
         groups = x[:, :, 1:].unflatten(2, (self.T, -1)).transpose(1, 2)
         groups = groups.permute(0, 3, 2, 1, 4) if self.through_time else groups
         if not with_cls:
@@ -195,7 +194,7 @@ class _Equal(_Groups):
 
 
 class _Masked(_Groups):
-    """Groups of any size, by a boolean mask.
+    """Groups of any size, as a boolean mask.
 
     Args:
         labels: the group of each token after CLS, [B, K].
@@ -210,8 +209,8 @@ class _Masked(_Groups):
         return attention(q, k, v, self.mask)
 
 
-class StockSpaceTime(SpaceTimeTransformer):
-    """The encoder of Frozen in Time, on batches in place of packed rows."""
+class BaselineSpaceTime(SpaceTimeTransformer):
+    """The encoder of Frozen in Time, on batches instead of packed rows."""
 
     def forward(self, video: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         video = video.unsqueeze(2) if video.ndim == 4 else video
@@ -240,8 +239,8 @@ class StockSpaceTime(SpaceTimeTransformer):
         return space, _Masked(ids_keep % patches)
 
 
-class StockAttention(BertAttention):
-    """Padded rows; `groups` is the boolean mask of keys that are words, or None."""
+class BaselineAttention(BertAttention):
+    """Attention over padded captions; `groups` is a boolean mask, True for words, or None."""
 
     def forward(self, x: Tensor, context: Tensor, groups: Any, backend: str) -> Tensor:
         project: Any = self.self
@@ -252,8 +251,8 @@ class StockAttention(BertAttention):
         return self.output(attention(q, k, v, groups), x)
 
 
-class StockBert(Bert):
-    """Captions padded to the longest."""
+class BaselineBert(Bert):
+    """Encodes captions that are padded to the longest."""
 
     def encode(
         self, ids: Tensor, attention_mask: Tensor | None = None, *, words: int | None = None
@@ -270,7 +269,7 @@ class StockBert(Bert):
         max_visual: int | None = None, words: int | None = None,
     ) -> Tensor:  # fmt: skip
         if cu_visual is not None:
-            raise ValueError("need clips with as many tokens each")
+            raise ValueError("need equally many tokens in every clip, got cu_visual")
         visual = visual if partner is None else visual[partner]
         x, mask = text, _keys(attention_mask)
         for layer in self._layers()[self.text_layers :]:
@@ -282,8 +281,8 @@ def _keys(attention_mask: Tensor | None) -> Tensor | None:
     return None if attention_mask is None else (attention_mask != 0)[:, None, None]
 
 
-class StockSelector(FrameSelector):
-    """topk, and a gather of whole frames."""
+class BaselineSelector(FrameSelector):
+    """Selects frames with topk and gathers them."""
 
     def forward(self, frames: Tensor, text: Tensor, tokens: Tensor) -> SelectedFrames:
         both = torch.cat([frames, text[:, None].expand(-1, frames.shape[1], -1)], -1)
@@ -291,17 +290,17 @@ class StockSelector(FrameSelector):
         probabilities = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
         ids = probabilities.topk(self.keep).indices.sort(1).values
         kept = index_select(tokens.flatten(2), ids).unflatten(2, tokens.shape[2:])
-        chosen = probabilities.gather(1, ids)
-        factor = 1 + (chosen - chosen.detach())
+        selected = probabilities.gather(1, ids)
+        factor = 1 + (selected - selected.detach())
         return SelectedFrames(kept * factor[..., None, None].to(tokens.dtype), ids, probabilities)
 
 
-class StockPixels(MaskedPatchLoss):
-    """The masked patches are gathered as bytes, then normalised; MAE's targets."""
+class BaselinePixels(MaskedPatchLoss):
+    """MAE's loss: gathers the masked patches as bytes, then normalises them."""
 
     def forward(self, prediction: Tensor, video: Tensor, ids_mask: Tensor) -> Tensor:
         if self.options["target"] != "mae":
-            raise ValueError("need MAE's targets")
+            raise ValueError(f"need target 'mae', got {self.options['target']!r}")
         size = self.options["patch_size"]
         h, w = (size, size) if isinstance(size, int) else size
         cut = patches(video, (self.options["tubelet_size"], h, w), channels=7)
@@ -312,7 +311,7 @@ class StockPixels(MaskedPatchLoss):
         if video.dtype == torch.uint8:
             assert self.mean is not None and self.std is not None
             mean, std = (
-                constants(tuple(each), video.device, high) for each in (self.mean, self.std)
+                constants(tuple(values), video.device, high) for values in (self.mean, self.std)
             )
             target = (target / 255 - mean) / std
         target = target.flatten(2)
@@ -323,12 +322,12 @@ class StockPixels(MaskedPatchLoss):
 
 
 SWAPS: dict[type, type] = {
-    MaskedPatchEmbed: StockEmbed,
-    Block: StockBlock,
-    DividedBlock: StockDividedBlock,
-    SpaceTimeTransformer: StockSpaceTime,
-    BertAttention: StockAttention,
-    Bert: StockBert,
-    FrameSelector: StockSelector,
-    MaskedPatchLoss: StockPixels,
+    MaskedPatchEmbed: BaselineEmbed,
+    Block: BaselineBlock,
+    DividedBlock: BaselineDividedBlock,
+    SpaceTimeTransformer: BaselineSpaceTime,
+    BertAttention: BaselineAttention,
+    Bert: BaselineBert,
+    FrameSelector: BaselineSelector,
+    MaskedPatchLoss: BaselinePixels,
 }

@@ -1,9 +1,9 @@
-"""Where the time of a step goes: forward and backward of each part, told apart by marks.
+"""Time of a step by part: attention, MLP, text and so on, forward and backward together.
 
-A mark is an identity that autograd knows. Passing it forward begins a part; passing it backward
-goes back to the part before it, since autograd computes what was recorded last first. Modules
-have the same names in ours and in stock, so hooks on them put the marks of both in the same places.
-On CUDA a mark is an event in the stream, and nothing waits.
+Hooks on modules insert marks. A mark is an identity in the autograd graph: its forward starts a
+part, and its backward returns to the previous part, because autograd runs in reverse order. The
+baseline has the same module names as vidl, so both are marked in the same places. On CUDA a mark
+records an event in the stream, without a synchronisation.
 """
 
 import contextlib
@@ -24,27 +24,27 @@ PARTS = (
 
 
 class Clock:
-    """When which part began: times of the host, or events of CUDA."""
+    """Records when each part starts: host times, or CUDA events."""
 
     def __init__(self, device: str) -> None:
         self.device, self.part = device, "other"
         self.marks: list[tuple[str, Any]] = []
 
     def enter(self, part: str) -> str:
-        """From now on it is `part`; returns what it was."""
+        """Start `part`; returns the part before it."""
         before, self.part = self.part, part
         self.marks.append((part, self._now()))
         return before
 
     def seconds(self) -> dict[str, float]:
-        """The time of each part, to the last mark."""
+        """The total time of each part, up to the last mark."""
         if self.device == "cuda":
             torch.cuda.synchronize()
-        found = dict.fromkeys(PARTS, 0.0)
+        totals = dict.fromkeys(PARTS, 0.0)
         for (part, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):
             elapsed = begin.elapsed_time(end) / 1e3 if self.device == "cuda" else end - begin
-            found[part] += elapsed
-        return found
+            totals[part] += elapsed
+        return totals
 
     def _now(self) -> Any:
         if self.device != "cuda":
@@ -67,8 +67,8 @@ class _Mark(torch.autograd.Function):
 
 
 def breakdown(cell: Cell, steps: int = 3) -> dict[str, float]:
-    """Seconds of a step by part, each the median of some steps; not to be added to real steps."""
-    found = []
+    """Seconds of a step by part, medians over `steps` steps; the marks make steps slower."""
+    measured = []
     for _ in range(steps):
         clock = Clock(cell.device)
         with _marked(cell.model, clock):
@@ -79,24 +79,24 @@ def breakdown(cell: Cell, steps: int = 3) -> dict[str, float]:
             clock.enter("optimizer")
             cell.update()
             clock.enter("other")
-        found.append(clock.seconds())
-    return {part: statistics.median(each[part] for each in found) for part in PARTS}
+        measured.append(clock.seconds())
+    return {part: statistics.median(parts[part] for parts in measured) for part in PARTS}
 
 
 @contextlib.contextmanager
 def _marked(model: Any, clock: Clock) -> Iterator[None]:
-    """Hooks on the modules at which a part begins or ends."""
+    """Within this context, modules at which a part starts or ends have hooks."""
     hooks = []
 
     def mark(part: str, value: Any) -> Any:
         before = clock.enter(part)
         tensors = isinstance(value, tuple)
         values = value if tensors else (value,)
-        made = tuple(
+        marked = tuple(
             _Mark.apply(x, clock, before) if isinstance(x, Tensor) and x.requires_grad else x
             for x in values
         )
-        return made if tensors else made[0]
+        return marked if tensors else marked[0]
 
     def begins(module: nn.Module, part: str) -> None:
         hooks.append(module.register_forward_pre_hook(lambda m, args: mark(part, args)))
@@ -122,7 +122,7 @@ Place = Callable[[nn.Module, str], None]
 
 
 def _place(model: Any, begins: Place, ends: Place) -> None:
-    """Say where each part of a model begins and ends."""
+    """Call `begins` and `ends` with the modules at which each part starts and ends."""
     begins(model.vision.patch_embed, "embed")
     ends(model.vision.patch_embed, "other")
     for block in model.vision.blocks:

@@ -1,7 +1,7 @@
-"""What a model learns in the same time: dense and sparse, trained to one budget of seconds.
+"""Accuracy at equal training time: dense and sparse models, trained for the same seconds.
 
-A run is one of `vidl.training` on moving shapes, whose captions tell motions apart. How many steps
-fit into the budget is measured first, since the learning rate falls to the end of its schedule.
+A run is `vidl.training.pretrain` on moving shapes, whose captions describe motions. The number of
+steps that fit into the budget is measured first, because the learning-rate schedule needs it.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ from vidl.bench.report.records import Record
 from vidl.training import Config, pretrain
 
 EXAMPLES = BENCH.parent / "examples"
-# Steps whose later half tells the speed; more are made where few take no tenth of the time. In so
-# many turns of all rows, of which the fastest counts: a machine may be busy during one.
-TRIED = (4, 20)
-TURNS = 3
+# The speed is that of the later half of so many steps; the second number applies if the first takes
+# less than a tenth of the budget. The fastest of several rounds counts: the machine may be busy.
+TRIAL_STEPS = (4, 20)
+TRIAL_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is trained, by how many seeds, and for how long each."""
+    """The configuration, the seconds of each run and the number of seeds."""
 
     config: Config
     seconds: float
@@ -51,12 +51,15 @@ def plan(
     preset: str | None = None,
     file: Path | None = None,
 ) -> Plan:
-    """Choose what is trained.
+    """Plan the runs.
 
     Args:
-        name: of the model.
-        seconds: of training, by the clock, without evaluation.
-        overrides: of the configuration, as section.field=value; a field alone is one of the model.
+        name: the model.
+        seconds: wall-clock time of training, without evaluation.
+        overrides: changes of the configuration, section.field=value; without a section, of the
+            model.
+        seeds: the number of seeds.
+        preset: the preset of the model; default: that of the configuration.
         file: the configuration; default: examples/moving_shapes_NAME.yaml.
 
     Raises:
@@ -68,43 +71,41 @@ def plan(
     given += [f"model.name={name}"] + ([f"model.preset={preset}"] if preset else [])
     config = Config.read(file or EXAMPLES / f"moving_shapes_{name}.yaml", given)
     if config.data.source != "moving_shapes" and not config.evaluation.files:
-        raise ValueError(
-            "need evaluation.files, or data.source=moving_shapes, to know what is learned"
-        )
+        raise ValueError("need evaluation.files or data.source=moving_shapes to evaluate")
     return Plan(config, seconds, seeds)
 
 
 def rows(config: Config) -> dict[str, dict[str, Any]]:
-    """The fields of the recipe that make it dense, and none for what it is: sparse."""
+    """The changed fields of the recipe by row: those that make it dense, none for sparse."""
     recipe: Any = config.recipe()
     dense = recipe.variants()["dense"]
     names = [field.name for field in dataclasses.fields(recipe)]
     changed = {n: getattr(dense, n) for n in names if getattr(dense, n) != getattr(recipe, n)}
     if not changed:
-        raise ValueError("need a configuration that masks or prunes: nothing is saved without")
+        raise ValueError("need a configuration that masks or prunes tokens")
     return {"dense": changed, "sparse": {}}
 
 
 def run(plan: Plan, write: Callable[[list[Record]], object] = lambda records: None) -> list[Record]:
-    """Train all; the rows take turns, seed by seed.
+    """Train dense and sparse models alternately, seed by seed.
 
     Args:
-        write: gets the records after each seed; the newest counts.
+        write: called with the records after each seed; the newest record of a key counts.
     """
-    made = {row: _with(plan.config, fields) for row, fields in rows(plan.config).items()}
-    speeds = dict.fromkeys(made, math.inf)
-    for turn in range(TURNS):
-        for row, config in made.items():
-            progress(f"[0/{plan.seeds}] {plan.shape}: how fast is {row}? {turn + 1} of {TURNS}")
-            speeds[row] = min(speeds[row], _seconds_per_step(config, plan.seconds))
-    steps = {row: max(1, round(plan.seconds / speed)) for row, speed in speeds.items()}
-    found: dict[str, list[Record]] = {row: [] for row in made}
+    configs = {row: _with(plan.config, fields) for row, fields in rows(plan.config).items()}
+    fastest = dict.fromkeys(configs, math.inf)
+    for number in range(1, TRIAL_ROUNDS + 1):
+        for row, config in configs.items():
+            progress(f"[0/{plan.seeds}] {plan.shape}: {row}, trial {number} of {TRIAL_ROUNDS}")
+            fastest[row] = min(fastest[row], _seconds_per_step(config, plan.seconds))
+    steps = {row: max(1, round(plan.seconds / least)) for row, least in fastest.items()}
+    runs: dict[str, list[Record]] = {row: [] for row in configs}
     records: list[Record] = []
     for seed in range(plan.seeds):
-        for row, config in made.items():
+        for row, config in configs.items():
             progress(f"[{seed + 1}/{plan.seeds}] {plan.shape}: {row}, {steps[row]} steps")
-            found[row].append(_train(config, steps[row], seed))
-        records = list(_records(plan, made, found))
+            runs[row].append(_train(config, steps[row], seed))
+        records = list(_records(plan, configs, runs))
         write(records)
     progress("")
     return records
@@ -116,16 +117,16 @@ def _with(config: Config, fields: dict[str, Any]) -> Config:
 
 
 def _seconds_per_step(config: Config, budget: float) -> float:
-    found = 0.0
-    for steps in TRIED:
-        if found * steps < budget / 10:
+    seconds = 0.0
+    for steps in TRIAL_STEPS:
+        if seconds * steps < budget / 10:
             log = _run(config, steps, 0, log_every=steps // 2, evaluate=lambda training: {})[1]
-            found = float(log[-1]["seconds_per_step"])
-    return found
+            seconds = float(log[-1]["seconds_per_step"])
+    return seconds
 
 
 def _train(config: Config, steps: int, seed: int) -> Record:
-    """What a run found, and how long it took."""
+    """Train once: seed, steps, seconds, final loss and R@1."""
     result, log = _run(config, steps, seed, log_every=min(config.run.log_every, steps))
     spent, last = 0.0, 0
     for record in log:
@@ -156,17 +157,19 @@ def _run(
 
 
 def _records(
-    plan: Plan, made: dict[str, Config], found: dict[str, list[Record]]
+    plan: Plan, configs: dict[str, Config], runs_of: dict[str, list[Record]]
 ) -> Iterator[Record]:
     device = plan.config.run.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    for row, runs in found.items():
-        values = {name: [each["r1"][name] for each in runs] for name in runs[0]["r1"]}
+    for row, runs in runs_of.items():
+        values = {name: [run["r1"][name] for run in runs] for name in runs[0]["r1"]}
         yield {
             "op": "quality",
             "shape": plan.shape,
-            "sizes": {n: str(v) for n, v in made[row].values().items() if not n.startswith("run.")},
+            "sizes": {
+                n: str(v) for n, v in configs[row].values().items() if not n.startswith("run.")
+            },
             "dtype": short(torch.bfloat16 if device == "cuda" else torch.float32),
             "mode": "train",
             **circumstances(device, torch.get_num_threads()),
@@ -187,13 +190,13 @@ def _records(
 
 
 def table(records: Sequence[Record]) -> str:
-    """Recalls of each row, for a terminal."""
+    """R@1 of dense and sparse, for a terminal."""
     first = records[0]
     names = list(first["r1"])
     lines = [f"\n{first['shape']} · {first['device_type'].upper()}: {first['device']}"]
     lines += [f"{'row':16}{'steps':>8}{'seconds':>14}" + "".join(f"{n:>26}" for n in names)]
     for r in records:
-        spent = [each["seconds"] for each in r["runs"]]
+        spent = [run["seconds"] for run in r["runs"]]
         cells = (r["r1"][n] for n in names)
         texts = (f"{c['mean']:.1f} ({c['lowest']:.1f}-{c['highest']:.1f}) %" for c in cells)
         seconds = f"{min(spent):.0f}-{max(spent):.0f}"
@@ -201,4 +204,4 @@ def table(records: Sequence[Record]) -> str:
                   + "".join(f"{text:>26}" for text in texts)]  # fmt: skip
     chance = 100 / first["pairs"]
     seeds = len(first["runs"])
-    return "\n".join([*lines, f"mean and range of {seeds} seed(s); chance: {chance:.1f} %"])
+    return "\n".join([*lines, f"mean (lowest-highest) of {seeds} seed(s); chance: {chance:.1f} %"])

@@ -1,10 +1,9 @@
-"""What sparsity and our kernels save of whole pre-training steps: {dense, sparse} x {stock, vidl}.
+"""Whole training steps: {dense, sparse} x {eager PyTorch, torch.compile, vidl}.
 
-*Dense* sees all patches and keeps all tokens; *sparse* is the recipe. *Stock* is
-`bench/training/baseline.py`.
-So what fewer tokens save (the algorithm) and what our kernels save (the same tokens, faster) are
-told apart. Before anything is timed, losses and gradients of both are compared; cells of a row
-that do not agree get no time.
+*Dense* processes all patches and tokens; *sparse* is the recipe with its masks and pruning. Eager
+PyTorch is `bench/training/baseline.py`. The table separates token-reduction gains (dense to sparse)
+from kernel gains (PyTorch to vidl). Losses and gradients are compared before anything is timed;
+a cell that disagrees with the baseline of its row gets no time.
 """
 
 import dataclasses
@@ -27,8 +26,8 @@ from vidl.bench.training import loading
 from vidl.bench.training.breakdown import breakdown
 from vidl.bench.training.steps import Agreement, Cell, agreement_of, cells, flops, loss_of
 
-# The schedule for which GPU-hours are projected: that of Singularity, on which SMAUG builds; those
-# of SMAUG and MAC were not found. CC3M and WebVid-2M have 5.4 million samples.
+# GPU-hours are projected for the schedule of Singularity, on which SMAUG builds; the SMAUG and MAC
+# papers do not report theirs. CC3M and WebVid-2M have 5.4 million samples.
 EPOCHS, CLIPS = 10, 5_440_000
 BATCH = {"cuda": 64, "cpu": 4}
 MODE = "step"
@@ -36,7 +35,7 @@ MODE = "step"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `vidl savings` measures."""
+    """The measurement that `vidl savings` runs."""
 
     name: str
     preset: str
@@ -48,7 +47,7 @@ class Plan:
     compiled: bool
     epochs: float
     clips: int
-    budget: float | None  # seconds after which no further turn begins
+    budget: float | None  # seconds; no further round starts after them
 
     @property
     def shape(self) -> str:
@@ -69,15 +68,15 @@ def plan(
     clips: int = CLIPS,
     budget: float | None = None,
 ) -> Plan:
-    """Choose what to measure.
+    """Plan a measurement.
 
     Raises:
-        ValueError: there is no such model, preset, field or device, or a number is out of range.
+        ValueError: the model, preset, field or device does not exist, or a number is out of range.
     """
     recipe: Any = models.recipe(name, preset, **(overrides or {}))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("need a CUDA device for device 'cuda', found none")
+        raise ValueError("need a CUDA device for device 'cuda', but torch sees none")
     batch = BATCH[device] if batch is None else batch
     if batch < 2 or steps < 1 or epochs <= 0 or clips < 1:
         raise ValueError(
@@ -85,26 +84,26 @@ def plan(
             f"{epochs} and {clips}"
         )
     if recipe.variants()["dense"] == list(recipe.variants().values())[-1]:
-        raise ValueError(f"{name} with these fields masks and prunes nothing: nothing is saved")
+        raise ValueError(f"{name} with these fields neither masks nor prunes: nothing to save")
     return Plan(
         name, preset, overrides or {}, recipe, batch, steps, device, compiled, epochs, clips, budget
     )
 
 
 def dry_run(plan: Plan) -> Iterator[str]:
-    """What would be measured."""
-    columns = ["stock", *(["stock, compiled"] if plan.compiled else []), "vidl"]
-    yield f"{plan.shape} · {plan.device} · {plan.steps} steps of each, in turns"
-    ways = list(plan.recipe.variants().values())
-    for row, way in (("dense", ways[0]), ("sparse", ways[-1])):
-        tokens = ", ".join(f"{name} {n}" for name, n in way.tokens().items())
-        yield from (f"  {row}, {column}: tokens of a clip: {tokens}" for column in columns)
-    yield "  first: losses and gradients of each against float64, FLOPs, memory; then times, parts"
+    """The lines that `--dry-run` prints."""
+    columns = ["pytorch", *(["torch.compile"] if plan.compiled else []), "vidl"]
+    yield f"{plan.shape} · {plan.device} · {plan.steps} steps of each, interleaved"
+    variants = list(plan.recipe.variants().values())
+    for row, variant in (("dense", variants[0]), ("sparse", variants[-1])):
+        tokens = ", ".join(f"{name} {n}" for name, n in variant.tokens().items())
+        yield from (f"  {row}, {column}: tokens per clip: {tokens}" for column in columns)
+    yield "  order: losses and gradients against float64, FLOPs, memory, then times and parts"
 
 
 @dataclasses.dataclass
 class Measured:
-    """A cell and what was found about it, so far."""
+    """A cell and its measurements so far."""
 
     cell: Cell
     status: str = "ok"
@@ -122,93 +121,92 @@ def run(plan: Plan, write: Callable[[list[Record]], object] = lambda records: No
     """Measure all cells.
 
     Args:
-        write: gets the records as soon as every cell has a first time, and again at the end (they
-            have the same keys, and the newest counts): what breaks off later loses no more.
+        write: called with the records once every cell has a first time, and again at the end, so
+            that a run that is interrupted leaves results; the newest record of a key counts.
 
     Returns:
-        One record for each cell.
+        One record per cell.
     """
     started = time.monotonic()
     progress(f"[1/4] {plan.shape}: building the models")
-    found = [Measured(c) for c in cells(plan.recipe, plan.batch, plan.device, plan.compiled)]
+    measured = [Measured(c) for c in cells(plan.recipe, plan.batch, plan.device, plan.compiled)]
     progress(f"[2/4] {plan.shape}: comparing losses and gradients")
-    _compare(found)
+    _compare(measured)
     progress(f"[3/4] {plan.shape}: warming up, measuring memory")
-    for each in _fit(found):
-        _attempt(each, _weigh)
-    # What is shared by all, and takes a while.
-    rate = hardware.matmul_rate(plan.device, torch.get_num_threads(), _dtype(found[0].cell))
-    for turn in range(plan.steps):
+    for m in _fit(measured):
+        _attempt(m, _weigh)
+    rate = hardware.matmul_rate(plan.device, torch.get_num_threads(), _dtype(measured[0].cell))
+    for step in range(plan.steps):
         spent = time.monotonic() - started
-        if plan.budget is not None and turn >= 3 and spent > plan.budget:
+        if plan.budget is not None and step >= 3 and spent > plan.budget:
             break
-        progress(f"[4/4] {plan.shape}: timing, turn {turn + 1} of {plan.steps}")
-        _turn(found, turn)
-        if turn == 0:
-            write(records(plan, found, rate))
-    for each in _fit(found):
-        _attempt(each, _look_inside)
+        progress(f"[4/4] {plan.shape}: timing, step {step + 1} of {plan.steps}")
+        _time_step(measured, step)
+        if step == 0:
+            write(records(plan, measured, rate))
+    for m in _fit(measured):
+        _attempt(m, _look_inside)
     progress(f"[4/4] {plan.shape}: reading clips")
     speed = loading.clips_per_second(plan.recipe, plan.name, plan.preset, plan.batch)
     progress("")
-    done = [record | {"loading": speed} for record in records(plan, found, rate)]
+    done = [record | {"loading": speed} for record in records(plan, measured, rate)]
     write(done)
     return done
 
 
-def _fit(found: Sequence[Measured]) -> list[Measured]:
-    return [each for each in found if each.status == "ok"]
+def _fit(measured: Sequence[Measured]) -> list[Measured]:
+    return [m for m in measured if m.status == "ok"]
 
 
-def _attempt(each: Measured, act: Callable[[Measured], None]) -> None:
-    """Do something with a cell; if it fails, it is that cell's failure alone."""
+def _attempt(m: Measured, act: Callable[[Measured], None]) -> None:
+    """Call `act` with a cell; an error marks that cell as failed and leaves the others."""
     try:
-        act(each)
+        act(m)
     except RuntimeError as error:  # out of memory, a compiler
-        each.status, each.reason = "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        each.cell.optimizer.zero_grad()
+        m.status, m.reason = "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        m.cell.optimizer.zero_grad()
 
 
-def _compare(found: list[Measured]) -> None:
+def _compare(measured: list[Measured]) -> None:
     for row in ("dense", "sparse"):
-        members = [each for each in found if each.cell.row == row]
-        known = agreement_of(members[0].cell)
+        members = [m for m in measured if m.cell.row == row]
+        agreement = agreement_of(members[0].cell)
 
-        def compare(each: Measured, known: Any = known) -> None:
-            each.agreement = known(each.cell)
-            if not each.agreement.ok:
-                each.status, each.reason = "wrong", f"errors of {each.agreement}"
-            each.loss = loss_of(each.cell)
+        def compare(m: Measured, agreement: Any = agreement) -> None:
+            m.agreement = agreement(m.cell)
+            if not m.agreement.ok:
+                m.status, m.reason = "wrong", f"errors of {m.agreement}"
+            m.loss = loss_of(m.cell)
 
-        for each in members:
-            _attempt(each, compare)
-            if each.cell.column != "stock, compiled":  # what is compiled is not counted
-                _attempt(each, _count)
-        check_counts({each.cell.column: each.flops for each in members if each.flops})
+        for m in members:
+            _attempt(m, compare)
+            if m.cell.column != "torch.compile":  # compiled code is not counted
+                _attempt(m, _count)
+        check_counts({m.cell.column: m.flops for m in members if m.flops})
 
 
 def check_counts(flops: dict[str, int]) -> None:
-    """Stock computes all that ours does; a lower count would mean that some of it is not counted.
+    """Check that PyTorch counted the baseline completely: it computes at least what vidl does.
 
     Raises:
-        RuntimeError: it is lower.
+        RuntimeError: the baseline has fewer FLOPs than vidl.
     """
-    if flops.get("stock", math.inf) < 0.99 * flops.get("vidl", 0):
-        raise RuntimeError(f"need FLOPs in stock as in vidl or more, counted {flops}")
+    if flops.get("pytorch", math.inf) < 0.99 * flops.get("vidl", 0):
+        raise RuntimeError(f"need at least as many FLOPs in pytorch as in vidl, got {flops}")
 
 
-def _count(each: Measured) -> None:
-    each.flops = flops(each.cell)
+def _count(m: Measured) -> None:
+    m.flops = flops(m.cell)
 
 
-def _weigh(each: Measured) -> None:
-    each.cell.step()
-    each.cell.step()
-    each.memory = peak(each.cell.step, each.cell.device)
+def _weigh(m: Measured) -> None:
+    m.cell.step()
+    m.cell.step()
+    m.memory = peak(m.cell.step, m.cell.device)
 
 
 def peak(call: Callable[[], object], device: str) -> int | None:
-    """The memory of a step above that of weights and optimizer; on a CPU of the process."""
+    """Peak memory of a step above weights and optimizer, in bytes; on a CPU, of the process."""
     if device == "cpu":
         return timing.peak_of_process(call)
     torch.cuda.synchronize()
@@ -219,15 +217,15 @@ def peak(call: Callable[[], object], device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _turn(found: list[Measured], turn: int) -> None:
-    """A step of each cell, in another order each time: a drift of the machine hits all alike."""
-    members = _fit(found)
-    for each in random.Random(turn).sample(members, len(members)):
-        _attempt(each, lambda each: each.times.append(seconds(each.cell.step, each.cell.device)))
+def _time_step(measured: list[Measured], step: int) -> None:
+    """Time a step of each cell, in random order, so that drift of the machine affects all alike."""
+    members = _fit(measured)
+    for m in random.Random(step).sample(members, len(members)):
+        _attempt(m, lambda m: m.times.append(seconds(m.cell.step, m.cell.device)))
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
-    """How long a call takes, until the device is done with it."""
+    """Seconds of a call, until the device has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -237,28 +235,28 @@ def seconds(call: Callable[[], object], device: str) -> float:
     return time.perf_counter() - begin
 
 
-def _look_inside(each: Measured) -> None:
-    if each.cell.column != "stock, compiled":  # a compiled model has no modules to mark
-        each.parts = breakdown(each.cell)
-    each.joules = energy.joules(each.cell.step, each.cell.device)
+def _look_inside(m: Measured) -> None:
+    if m.cell.column != "torch.compile":  # a compiled model has no modules to mark
+        m.parts = breakdown(m.cell)
+    m.joules = energy.joules(m.cell.step, m.cell.device)
 
 
 def _dtype(cell: Cell) -> torch.dtype:
     return cell.dtype or torch.float32
 
 
-def records(plan: Plan, found: Sequence[Measured], rate: float) -> list[Record]:
-    """One for each cell, with its place in the table.
+def records(plan: Plan, measured: Sequence[Measured], rate: float) -> list[Record]:
+    """One record per cell.
 
     Args:
-        rate: of the device's matrix products, FLOP/s.
+        rate: the matmul rate of the device, FLOP/s.
     """
     medians = {
-        m.cell.name: statistics.median(m.times) for m in found if m.times and m.status == "ok"
+        m.cell.name: statistics.median(m.times) for m in measured if m.times and m.status == "ok"
     }
-    useful = {m.cell.row: m.flops for m in found if m.cell.column == "vidl" and m.flops}
-    made = []
-    for m in found:
+    useful = {m.cell.row: m.flops for m in measured if m.cell.column == "vidl" and m.flops}
+    rows = []
+    for m in measured:
         record: Record = {
             "op": "savings",
             "shape": plan.shape,
@@ -286,12 +284,12 @@ def records(plan: Plan, found: Sequence[Measured], rate: float) -> list[Record]:
         }
         if m.agreement is not None:
             record["errors"] = m.agreement.ours
-            record["torch_errors"] = m.agreement.stock
+            record["torch_errors"] = m.agreement.baseline
             record["allowed_error"] = m.agreement.allowed
         if m.cell.name in medians:
             record |= _speed(plan, m, medians, useful, rate)
-        made.append(record)
-    return made
+        rows.append(record)
+    return rows
 
 
 def _speed(
@@ -315,7 +313,7 @@ def _speed(
     }
     if m.cell.row in useful:
         record["mfu"] = useful[m.cell.row] / median / rate
-    dense = medians.get("dense, stock")
+    dense = medians.get("dense, pytorch")
     if dense and {"dense", "sparse"} <= set(useful):
         expected = useful["dense"] / useful["sparse"] if m.cell.row == "sparse" else 1.0
         record["speed_up"] = dense / median

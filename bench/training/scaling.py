@@ -1,8 +1,8 @@
-"""How time and memory of the vision encoder grow with what it sees: is half as much half the time?
+"""Time and memory of the vision encoder against visible tokens: do half the tokens halve the time?
 
-Forward and backward of the encoder of a recipe, in stock and in vidl, along four axes: what the
-mask leaves, frames, resolution and clips of a batch. A line is fitted to the time against the
-number of visible tokens; its R^2 tells how much of the truth a line is.
+Measures forward and backward of a recipe's encoder, in eager PyTorch and in vidl, along four axes:
+mask ratio, frames, resolution and batch size. A line is fitted to the time against the number of
+visible tokens; its R^2 says how linear the growth is.
 """
 
 import dataclasses
@@ -19,20 +19,20 @@ from vidl.bench.measure.cases import short
 from vidl.bench.measure.harness import progress
 from vidl.bench.measure.record import circumstances
 from vidl.bench.report.records import Record
-from vidl.bench.training.baseline import stock
+from vidl.bench.training.baseline import baseline_of
 from vidl.bench.training.savings import Plan, peak, seconds
 from vidl.bench.training.steps import Cell, agreement_of, batch_of, name_of
 from vidl.models import MODELS
 
 MASKS = (0.0, 0.25, 0.5, 0.65, 0.75, 0.9, 0.95)
 FRAMES = (1, 2, 4, 8, 16, 32)
-RESOLUTIONS = (0.5, 0.75, 1.0, 1.5, 2.0)  # sides, of the recipe's
-BATCHES = (0.5, 1.0, 2.0, 4.0)  # of the plan's
+RESOLUTIONS = (0.5, 0.75, 1.0, 1.5, 2.0)  # relative to the image size of the recipe
+BATCHES = (0.5, 1.0, 2.0, 4.0)  # relative to the batch of the plan
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One place on an axis."""
+    """A value on one of the four axes."""
 
     axis: str
     value: float
@@ -45,45 +45,47 @@ class Point:
 
 
 def points(plan: Plan) -> Iterator[Point]:
-    """All places on all axes."""
+    """All points of all axes."""
     recipe, batch = plan.recipe, plan.batch
 
-    def other(**fields: Any) -> Any:
+    def changed(**fields: Any) -> Any:
         if "frames" in fields and hasattr(recipe, "frames_kept"):
             slices = fields["frames"] // recipe.tubelet_size
             fields["frames_kept"] = min(recipe.frames_kept, slices)
         return dataclasses.replace(recipe, **fields)
 
     for mask in MASKS:
-        yield Point("mask", mask, other(mask_ratio=mask), batch)
+        yield Point("mask", mask, changed(mask_ratio=mask), batch)
     for frames in (n for n in FRAMES if n % recipe.tubelet_size == 0):
-        yield Point("frames", frames, other(frames=frames), batch)
+        yield Point("frames", frames, changed(frames=frames), batch)
     side = recipe.grid[1]
     for size in dict.fromkeys(
         max(1, round(side * share)) * recipe.patch_size for share in RESOLUTIONS
     ):
-        yield Point("resolution", size, other(image_size=size), batch)
+        yield Point("resolution", size, changed(image_size=size), batch)
     for share in BATCHES:
         yield Point("batch", max(1, round(batch * share)), recipe, max(1, round(batch * share)))
 
 
 def run(plan: Plan, write: Callable[[list[Record]], object] = lambda records: None) -> list[Record]:
-    """Measure every point; `write` gets the records of each as soon as it is measured."""
-    found: list[Record] = []
-    every = list(points(plan))
-    for number, point in enumerate(every, 1):
-        progress(f"[{number}/{len(every)}] {plan.name} {plan.preset}: {point.axis} {point.value:g}")
+    """Measure every point; `write` is called with the records of each one once it is measured."""
+    measured: list[Record] = []
+    planned = list(points(plan))
+    for number, point in enumerate(planned, 1):
+        progress(
+            f"[{number}/{len(planned)}] {plan.name} {plan.preset}: {point.axis} {point.value:g}"
+        )
         records = _measure(plan, point)
         write(records)
-        found += records
+        measured += records
     progress("")
-    return found
+    return measured
 
 
 class Encoder(nn.Module):
-    """A vision encoder; the loss is the mean square of its tokens' projection to one number.
+    """A vision encoder with a loss: the mean square of a random projection of its tokens.
 
-    Of the tokens themselves it would be a constant: they come from a LayerNorm.
+    The mean square of the tokens themselves would be constant, because of the last LayerNorm.
     """
 
     direction: Tensor
@@ -101,19 +103,19 @@ class Encoder(nn.Module):
 
 
 def encoders(point: Point, device: str) -> list[Cell]:
-    """The encoder in stock and in vidl, as cells of a table."""
+    """The encoder in eager PyTorch and in vidl."""
     torch.manual_seed(0)
     recipe = point.recipe
     ours = Encoder(MODELS[name_of(recipe)][0](recipe).vision).to(device).train()
     inputs = batch_of(recipe, point.batch, device)
     mask = recipe.visual_mask(inputs["samples"], 0)
-    seen = {"video": inputs["video"], "ids_keep": None if mask is None else mask.ids_keep}
+    visible = {"video": inputs["video"], "ids_keep": None if mask is None else mask.ids_keep}
     dtype = torch.bfloat16 if device == "cuda" else None
-    none = torch.optim.SGD(ours.parameters())  # no step is made of it
-    peer = stock(ours)
+    unused = torch.optim.SGD(ours.parameters())  # a Cell needs one; no step is taken
+    baseline = baseline_of(ours)
     return [
-        Cell(point.axis, "stock", peer, peer, none, seen, dtype, "peer"),
-        Cell(point.axis, "vidl", ours, ours, none, seen, dtype, "ours"),
+        Cell(point.axis, "pytorch", baseline, baseline, unused, visible, dtype, "baseline"),
+        Cell(point.axis, "vidl", ours, ours, unused, visible, dtype, "ours"),
     ]
 
 
@@ -123,17 +125,17 @@ def _measure(plan: Plan, point: Point) -> list[Record]:
     memory: dict[str, int | None] = {}
     status, reason = "ok", None
     try:
-        same = agreement_of(cells[0])(cells[1])
-        if same.ok:
+        agreement = agreement_of(cells[0])(cells[1])
+        if agreement.ok:
             for cell in cells:
                 _step(cell)
                 memory[cell.column] = peak(functools.partial(_step, cell), plan.device)
-            for turn in range(plan.steps):
-                for cell in cells if turn % 2 else cells[::-1]:
+            for step in range(plan.steps):
+                for cell in cells if step % 2 else cells[::-1]:
                     call = functools.partial(_step, cell)
                     times[cell.column] += [seconds(call, plan.device)]
         else:
-            status, reason = "wrong", f"errors of {same}"
+            status, reason = "wrong", f"errors of {agreement}"
     except RuntimeError as error:  # out of memory
         status, reason = "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}"
         times = {cell.column: [] for cell in cells}
@@ -179,7 +181,7 @@ def _record(
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """Milliseconds as `fixed + slope * tokens`, and how well that fits."""
+    """A least-squares line: milliseconds = `fixed + slope * tokens`."""
 
     fixed: float
     slope: float
@@ -187,7 +189,7 @@ class Line:
 
 
 def fit(records: Sequence[Record]) -> Line | None:
-    """The line of least squares through what was timed; None of fewer than three points."""
+    """Fit a line to the timed records; None if they have fewer than three numbers of tokens."""
     timed = [(r["tokens"], r["median_ms"]) for r in records if "median_ms" in r]
     if len({tokens for tokens, _ in timed}) < 3:
         return None
@@ -199,18 +201,18 @@ def fit(records: Sequence[Record]) -> Line | None:
 
 
 def table(records: Sequence[Record]) -> str:
-    """The points of each axis and the fitted lines, for a terminal."""
+    """The points and the fitted line of each axis, for a terminal."""
     first = records[0]
     lines = [f"\n{first['recipe']} {first['preset']}: forward and backward of the vision encoder · "
              f"{first['device_type'].upper()}: {first['device']}, {first['dtype']}"]  # fmt: skip
     for axis in dict.fromkeys(r["axis"] for r in records):
         chosen = [r for r in records if r["axis"] == axis]
-        lines += ["", f"{axis:12}{'tokens':>9}{'stock ms':>11}{'vidl ms':>11}{'vidl is':>10}"
-                  f"{'stock MiB':>11}{'vidl MiB':>11}"]  # fmt: skip
+        lines += ["", f"{axis:12}{'tokens':>9}{'pytorch ms':>12}{'vidl ms':>10}{'speedup':>10}"
+                  f"{'pytorch MiB':>13}{'vidl MiB':>10}"]  # fmt: skip
         for value in dict.fromkeys(r["value"] for r in chosen):
             pair = {r["candidate"]: r for r in chosen if r["value"] == value}
             lines += [_row(value, pair)]
-        for column in ("stock", "vidl"):
+        for column in ("pytorch", "vidl"):
             line = fit([r for r in chosen if r["candidate"] == column])
             if line is not None:
                 lines += [f"  {column}: {line.fixed:.3g} ms + {1e3 * line.slope:.3g} ms per 1000 "
@@ -219,12 +221,12 @@ def table(records: Sequence[Record]) -> str:
 
 
 def _row(value: float, pair: dict[str, Record]) -> str:
-    peer, ours = pair["stock"], pair["vidl"]
-    if "median_ms" not in peer or "median_ms" not in ours:
+    baseline, ours = pair["pytorch"], pair["vidl"]
+    if "median_ms" not in baseline or "median_ms" not in ours:
         return f"{value:<12g}{ours['tokens']:9}  {ours['status']}: {ours['reason']}"
-    text = f"{value:<12g}{ours['tokens']:9}{peer['median_ms']:11.1f}{ours['median_ms']:11.1f}"
-    text += f"{peer['median_ms'] / ours['median_ms']:8.2f} x"
-    for each in (peer, ours):
-        known = each["peak_bytes"] is not None
-        text += f"{each['peak_bytes'] / 2**20:11.1f}" if known else f"{'':11}"
+    text = f"{value:<12g}{ours['tokens']:9}{baseline['median_ms']:12.1f}{ours['median_ms']:10.1f}"
+    text += f"{baseline['median_ms'] / ours['median_ms']:8.2f} x"
+    for record, width in ((baseline, 13), (ours, 10)):
+        size = record["peak_bytes"]
+        text += " " * width if size is None else f"{size / 2**20:{width}.1f}"
     return text

@@ -12,28 +12,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vidl import models
 from vidl.bench.measure.check import SLACK
-from vidl.bench.training.baseline import stock
+from vidl.bench.training.baseline import baseline_of
 from vidl.models.summary import example
 from vidl.nn.captions import rounded_words
 
-# Words of captions, [CLS] and [SEP] among them, as those of WebVid and CC3M mostly have them.
+# Words of a caption, with [CLS] and [SEP]; typical of WebVid and CC3M.
 SHORTEST, LONGEST = 8, 24
-CHECKED = 3  # clips of the batch on which losses and gradients are compared, in float64 too
-PARTS = ("vision", "text")  # whose gradients are compared by themselves; the others are one part
+CHECKED = 3  # clips of the batch on which losses and gradients are compared with float64
+PARTS = ("vision", "text")  # parts with their own comparison of gradients; the rest is "others"
 
 
 @dataclasses.dataclass
 class Cell:
-    """One of {dense, sparse} x {stock, vidl}: a model and what makes a step of it.
+    """A model and its optimizer: one of {dense, sparse} x {pytorch, torch.compile, vidl}.
 
     Attributes:
-        row, column: its place in the table.
-        model: those of a row share their parameters.
-        run: what is called for a forward: the model, perhaps compiled.
-        optimizer: that of the row.
+        row, column: its place in the table, "dense" or "sparse", and "pytorch" or so.
+        model: the module; the models of a row share their parameters.
+        run: the forward: the module, or its compiled version.
+        optimizer: AdamW over the parameters of the row.
         inputs: a batch on the model's device.
-        dtype: of autocast; None: there is none.
-        kind: "ours" or "peer".
+        dtype: the dtype of autocast, or None without autocast.
+        kind: "ours" or "baseline".
     """
 
     row: str
@@ -54,7 +54,7 @@ class Cell:
         return self.inputs["video"].device.type
 
     def forward(self, inputs: dict[str, Any] | None = None) -> dict[str, Tensor]:
-        """The losses, in the cell's precision."""
+        """The losses, computed in the cell's precision."""
         with self.autocast():
             return self.run(**(self.inputs if inputs is None else inputs))
 
@@ -64,55 +64,55 @@ class Cell:
         return torch.autocast(self.device, self.dtype)
 
     def update(self) -> None:
-        """Clip the gradients, and make a step of the optimizer."""
+        """Clip the gradients and update the parameters."""
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def step(self) -> None:
-        """All of it."""
+        """One training step: forward, backward and update."""
         self.forward()["loss"].backward()
         self.update()
 
 
 def cells(recipe: Any, batch: int, device: str, compiled: bool = False) -> Iterator[Cell]:
-    """The table's cells, row after row.
+    """The cells of the table, row after row.
 
     Args:
-        recipe: of `vidl.models`.
-        batch: clips of a step.
-        device: "cpu", in float32, or "cuda", with bfloat16 by autocast.
-        compiled: also the stock model under `torch.compile`.
+        recipe: a recipe of `vidl.models`.
+        batch: clips per step.
+        device: "cpu" (float32) or "cuda" (bfloat16 autocast).
+        compiled: also yield the baseline under `torch.compile`.
     """
-    ways = list(recipe.variants().values())
+    variants = list(recipe.variants().values())
     dtype = torch.bfloat16 if device == "cuda" else None
-    for row, way in (("dense", ways[0]), ("sparse", ways[-1])):
+    for row, variant in (("dense", variants[0]), ("sparse", variants[-1])):
         torch.manual_seed(0)
-        model = models.MODELS[name_of(recipe)][0](way).to(device).train()
-        peer = stock(model)
+        model = models.MODELS[name_of(recipe)][0](variant).to(device).train()
+        baseline = baseline_of(model)
         adam = fused_adamw(model)
-        inputs = batch_of(way, batch, device)
+        inputs = batch_of(variant, batch, device)
         words = {"words": rounded_words(int(inputs["attention_mask"].sum()), inputs["ids"].numel())}
         ours = inputs | (words if device == "cuda" else {})
-        yield Cell(row, "stock", peer, peer, adam, inputs, dtype, "peer")
+        yield Cell(row, "pytorch", baseline, baseline, adam, inputs, dtype, "baseline")
         if compiled:
-            # As a tensor the number of the step does not compile anew when it changes.
+            # As a tensor, so that another step number does not recompile.
             step = {"step": torch.zeros((), dtype=torch.int64, device=device)}
-            # Shapes as they are: after the check on fewer clips the timed ones would be dynamic.
-            run: Any = torch.compile(peer, dynamic=False)
-            yield Cell(row, "stock, compiled", peer, run, adam, inputs | step, dtype, "peer")
+            # Static shapes: the check uses fewer clips, which would make the timed ones dynamic.
+            run: Any = torch.compile(baseline, dynamic=False)
+            yield Cell(row, "torch.compile", baseline, run, adam, inputs | step, dtype, "baseline")
         yield Cell(row, "vidl", model, model, adam, ours, dtype, "ours")
 
 
 def name_of(recipe: Any) -> str:
-    """The name of the model that a recipe is of."""
+    """The name of the model to which a recipe belongs."""
     return next(
         n for n, (_, presets) in models.MODELS.items() if type(recipe) is type(presets["base"])
     )
 
 
 def batch_of(recipe: Any, batch: int, device: str) -> dict[str, Any]:
-    """A batch of noise; captions have 8 to 24 words and are padded to the longest."""
+    """A random batch; captions have 8 to 24 words and are padded to the longest."""
     lengths = [SHORTEST + 5 * i % (LONGEST - SHORTEST + 1) for i in range(batch)]
     torch.manual_seed(1)
     inputs = example(recipe, batch, max(lengths), device)
@@ -122,7 +122,7 @@ def batch_of(recipe: Any, batch: int, device: str) -> dict[str, Any]:
 
 
 def fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW in one kernel, in the usual two groups, with a rate that moves no weight far."""
+    """Fused AdamW with weight decay for matrices only; the learning rate hardly moves a weight."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
@@ -133,94 +133,96 @@ def fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How far losses and gradients are from those computed in float64, relative to their norm.
+    """Relative errors of losses and gradients against float64.
 
     Attributes:
-        stock, ours: the errors of each part, in float32; see `agreement_of`.
-        allowed: what ours may have: `SLACK` times the largest of stock, plus one rounding.
+        baseline, ours: the float32 errors of each part; see `agreement_of`.
+        allowed: the bound for `ours`: `SLACK` times the largest error of `baseline`, plus one
+            rounding.
     """
 
-    stock: dict[str, float]
+    baseline: dict[str, float]
     ours: dict[str, float]
     allowed: float
 
     @property
     def ok(self) -> bool:
-        return all(error <= self.allowed for error in self.ours.values())  # NaN is wrong too
+        return all(error <= self.allowed for error in self.ours.values())  # False for NaN
 
     def __str__(self) -> str:
-        parts = [f"{p} {self.ours[p]:.1e} (stock {self.stock[p]:.1e})" for p in self.ours]
+        parts = [f"{p} {self.ours[p]:.1e} (baseline {self.baseline[p]:.1e})" for p in self.ours]
         return f"{', '.join(parts)}; allowed {self.allowed:.1e}"
 
 
-def agreement_of(peer: Cell) -> Callable[[Cell], Agreement]:
-    """What compares losses and gradients of cells with those of the stock one of their row.
+def agreement_of(baseline: Cell) -> Callable[[Cell], Agreement]:
+    """A function that compares the losses and gradients of a cell with those of the baseline.
 
-    In float32, on the first clips of the batch, and without dropout, which each draws in its own
-    order. Which tokens are kept is a matter of rounding where scores are close, so that low
-    precision says little here; the truth is the stock model in float64. How sensitive an answer is
-    to rounding, one error alone tells badly: it may be small by chance. So the error of stock is
-    the larger of two, its own and that with weights of which each was rounded the other way.
+    The comparison runs in float32 on the first clips of the batch, without dropout, because every
+    cell draws its dropout in another order. In lower precision, rounding decides which tokens are
+    kept where scores are close, so the comparison would say little. The reference is the baseline
+    in float64. A single error measurement is a poor estimate of sensitivity, since it may be small
+    by chance; the error of the baseline is therefore the larger of two: its own, and that of a copy
+    whose weights are moved by one rounding each.
     """
-    truth, inputs = true_answers(peer), first(peer.inputs)
-    plain = _errors(answers(peer.run, peer.model, inputs), truth)
-    moved = rounded_otherwise(peer.model)
+    truth, inputs = true_answers(baseline), first(baseline.inputs)
+    own = _errors(answers(baseline.run, baseline.model, inputs), truth)
+    moved = rounded_otherwise(baseline.model)
     for part, error in _errors(answers(moved, moved, inputs), truth).items():
-        plain[part] = max(plain[part], error)
-    largest, eps = max(plain.values()), torch.finfo(torch.float32).eps
+        own[part] = max(own[part], error)
+    largest, eps = max(own.values()), torch.finfo(torch.float32).eps
 
     def compare(cell: Cell) -> Agreement:
-        found = _errors(answers(cell.run, cell.model, first(cell.inputs)), truth)
-        return Agreement(plain, found, SLACK[cell.kind] * largest + eps)
+        errors = _errors(answers(cell.run, cell.model, first(cell.inputs)), truth)
+        return Agreement(own, errors, SLACK[cell.kind] * largest + eps)
 
     return compare
 
 
 def rounded_otherwise(model: Any) -> Any:
     """A copy in which each weight is one rounding larger or smaller."""
-    made = copy.deepcopy(model)
+    moved = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in made.parameters():
+        for p in moved.parameters():
             signs = torch.randint(2, p.shape, generator=generator) * 2 - 1
             p.mul_(1 + torch.finfo(p.dtype).eps * signs.to(p))
-    return made
+    return moved
 
 
-def true_answers(peer: Cell) -> dict[str, Tensor]:
-    """The answers of the stock model in float64."""
-    model = copy.deepcopy(peer.model).double()
-    return answers(model, model, first(peer.inputs))
+def true_answers(baseline: Cell) -> dict[str, Tensor]:
+    """Losses and gradients of the baseline in float64."""
+    model = copy.deepcopy(baseline.model).double()
+    return answers(model, model, first(baseline.inputs))
 
 
 def first(inputs: dict[str, Any]) -> dict[str, Any]:
     """The first clips of a batch."""
-    found = {n: x[:CHECKED] if isinstance(x, Tensor) and x.ndim else x for n, x in inputs.items()}
-    if "words" in found:
-        found["words"] = min(found["words"], found["ids"].numel())
-    return found
+    part = {n: x[:CHECKED] if isinstance(x, Tensor) and x.ndim else x for n, x in inputs.items()}
+    if "words" in part:
+        part["words"] = min(part["words"], part["ids"].numel())
+    return part
 
 
 def answers(
     run: Callable[..., dict[str, Tensor]], model: Any, inputs: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """Losses, and gradients by part, each as one vector; without dropout."""
+    """Losses, and the gradients of each part as one vector; without dropout."""
     with without_dropout(model):
         losses = run(**inputs)
         losses["loss"].backward()
-    found = {"losses": torch.stack([x.detach() for x in losses.values()])}
+    results = {"losses": torch.stack([x.detach() for x in losses.values()])}
     for part in (*PARTS, "others"):
         grads = [p.grad.flatten() for name, p in model.named_parameters()
                  if p.grad is not None and _part(name) == part]  # fmt: skip
         if grads:
-            found[f"gradients of {part}"] = torch.cat(grads)
+            results[f"gradients of {part}"] = torch.cat(grads)
     model.zero_grad()
-    return found
+    return results
 
 
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Within this nothing is dropped out; the model stays in training otherwise."""
+    """Within this context the dropout rates are 0; the model stays in training mode."""
     rates = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}
     try:
         for module in rates:
@@ -235,21 +237,21 @@ def _part(name: str) -> str:
     return name.split(".")[0] if name.split(".")[0] in PARTS else "others"
 
 
-def _errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+def _errors(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
     return {
         name: float((x.to(truth[name].dtype) - truth[name]).norm() / truth[name].norm())
-        for name, x in found.items()
+        for name, x in results.items()
     }
 
 
 def loss_of(cell: Cell) -> float:
-    """The loss of the batch in the cell's own precision, without dropout."""
+    """The loss of the batch in the cell's precision, without dropout."""
     with torch.no_grad(), without_dropout(cell.model):
         return float(cell.forward()["loss"])
 
 
 def flops(cell: Cell) -> int:
-    """Floating-point operations of forward and backward that PyTorch and our ops count."""
+    """FLOPs of forward and backward, as PyTorch counts them; vidl's ops register their formulas."""
     with FlopCounterMode(display=False) as counter:
         cell.forward()["loss"].backward()
     cell.optimizer.zero_grad()

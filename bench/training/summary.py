@@ -1,4 +1,4 @@
-"""The savings of a recipe as text: the table, the parts, the projection, and what does not pay."""
+"""The results of `vidl savings` as text: times, speedups, parts, GPU-hours, and regressions."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,12 +9,12 @@ Lines = list[str]
 
 
 def table(records: Sequence[Record]) -> str:
-    """Everything about the cells of one recipe, for a terminal."""
+    """All results of one recipe, for a terminal."""
     first = records[0]
     threads = f", {first['threads']} threads" if first["threads"] else ""
     place = f"{first['device_type'].upper()}: {first['device']}{threads}, {first['dtype']}"
     timed = [r for r in records if "median_ms" in r]
-    lines = [f"\n{first['shape']} · a step of pre-training · {place}"]
+    lines = [f"\n{first['shape']} · a pre-training step · {place}"]
     lines += [f"{r['candidate']:24} {r['status']}: {r['reason']}" for r in records
               if r["status"] != "ok"]  # fmt: skip
     lines += _agreement(records)
@@ -25,7 +25,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def _agreement(records: Sequence[Record]) -> Lines:
-    lines = ["", "agreement with float64, losses and gradients (relative; compared before timing)"]
+    lines = ["", "relative errors of losses and gradients against float64, compared before timing"]
     for r in records:
         if "errors" in r:
             worst = max(r["errors"].values())
@@ -48,20 +48,20 @@ def _times(timed: Sequence[Record]) -> Lines:
         lines += [f"{r['candidate']:24}{r['median_ms']:10.1f}{spread:>22}"
                   f"{r['clips_per_s']:10.4g}{r['tokens_per_s']:11.4g}{flops:>10}{mfu:>7}"
                   f"{memory:>8}{joules:>8}".rstrip()]  # fmt: skip
-    lines += ["tokens: visible patches; MFU: FLOPs that vidl needs, over the measured "
-              f"{timed[0]['matmul_tflop_per_s']:.3g} TFLOP/s of products;",
-              "MiB: peak above weights and optimizer; J: energy of the card in a step"]  # fmt: skip
+    lines += ["tokens: visible patches; MFU: FLOPs that vidl needs, relative to the matmul rate, "
+              f"{timed[0]['matmul_tflop_per_s']:.3g} TFLOP/s;",
+              "MiB: peak memory above weights and optimizer; J: GPU energy per step"]  # fmt: skip
     return lines
 
 
 def _squares(timed: Sequence[Record]) -> Lines:
-    """Speed-up over dense stock, and which share of the saving of FLOPs it is."""
+    """Speedup over dense eager PyTorch, and its share of the saving of FLOPs."""
     cells = {(r["row"], r["column"]): r for r in timed}
     columns = list(dict.fromkeys(column for _, column in cells))
-    lines = ["", f"{'speed-up over dense, stock':30}" + "".join(f"{c:>18}" for c in columns)]
+    lines = ["", f"{'speedup over dense, pytorch':30}" + "".join(f"{c:>18}" for c in columns)]
     for row in ("dense", "sparse"):
-        found = [cells.get((row, column), {}).get("speed_up") for column in columns]
-        lines += [f"  {row:28}" + "".join(f"{_times_of(x):>18}" for x in found)]
+        speedups = [cells.get((row, column), {}).get("speed_up") for column in columns]
+        lines += [f"  {row:28}" + "".join(f"{_ratio(x):>18}" for x in speedups)]
     saved = [cells.get(("sparse", column), {}).get("realised_saving") for column in columns]
     ratio = flop_ratio(timed)
     if ratio is not None:
@@ -71,12 +71,12 @@ def _squares(timed: Sequence[Record]) -> Lines:
 
 
 def flop_ratio(timed: Iterable[Record]) -> float | None:
-    """The FLOPs of dense over those of sparse."""
+    """FLOPs of the dense step divided by those of the sparse one."""
     useful = {r["row"]: r["useful_flops"] for r in timed if r["useful_flops"]}
     return useful["dense"] / useful["sparse"] if {"dense", "sparse"} <= set(useful) else None
 
 
-def _times_of(x: Any) -> str:
+def _ratio(x: Any) -> str:
     return "" if x is None else f"{x:.2f} x"
 
 
@@ -89,13 +89,16 @@ def _parts(timed: Sequence[Record]) -> Lines:
         values = [r["breakdown_ms"][part] for r in known]
         if any(values):
             lines += [f"  {part:12}" + "".join(f"{x:18.1f}" for x in values)]
-    return lines + [f"forward and backward by {known[0]['breakdown_by']}"]
+    return lines + [f"forward and backward, measured by {known[0]['breakdown_by']}"]
 
 
 def _hours(timed: Sequence[Record]) -> Lines:
     if timed[0]["device_type"] != "cuda":
-        return ["", "GPU-hours of a full schedule: not measured (no GPU here)"]
-    lines = ["", "GPU-hours of a full schedule, projected from these steps without data waits:"]
+        return ["", "GPU-hours of a full schedule: not measured (CPU results do not predict them)"]
+    lines = [
+        "",
+        "GPU-hours of a full schedule, projected from these steps, without waiting for data:",
+    ]
     return lines + [f"  {r['candidate']:24}{r['hours']:8.1f} = {r['hours_formula']}" for r in timed]
 
 
@@ -106,37 +109,42 @@ def _loading(timed: Sequence[Record]) -> Lines:
     if loading["clips_per_s"] is None:
         return ["", f"waiting for data: not measured: {loading['reason']}"]
     speed, workers = loading["clips_per_s"], loading["workers"]
-    lines = ["", "data: batches were in memory. Alone on this machine the loader reads "
+    lines = ["", "data: the batches were in memory. On the idle machine the loader reads "
              f"{speed:.4g} clips/s of examples/ with {workers} workers;"]  # fmt: skip
     waits = (f"{max(0.0, 1 - speed / r['clips_per_s']):.0%} ({r['candidate']})" for r in timed)
     return lines + [
-        f"  a run would wait {', '.join(waits)} of its time, if nothing else used the cores"
+        f"  a run would wait {', '.join(waits)} of its time if nothing else used the cores"
     ]
 
 
 def does_not_pay(timed: Sequence[Record]) -> Lines:
-    """Where ours is not faster, or needs more memory, than stock; and parts that are slower."""
+    """Where vidl is not faster than a baseline, needs more memory, or has a slower part."""
     cells = {(r["row"], r["column"]): r for r in timed}
-    found: Lines = []
-    for (row, column), peer in cells.items():
+    regressions: Lines = []
+    for (row, column), baseline in cells.items():
         ours = cells.get((row, "vidl"))
         if column != "vidl" and ours is not None:
-            found += [f"{row}: {text}" for text in _not_better(ours, peer)]
-    return ["", "does not pay: " + ("; ".join(found) if found else "nothing found here")]
+            regressions += [f"{row}: {text}" for text in _not_better(ours, baseline)]
+    return ["", "does not pay: " + ("; ".join(regressions) or "nothing found")]
 
 
-def _not_better(ours: Record, peer: Record) -> Lines:
-    column, found = peer["column"], []
-    ratio = peer["median_ms"] / ours["median_ms"]
-    if ours["p20_ms"] > peer["p80_ms"]:
-        found += [f"a step has {ratio:.2f} x the speed of {column}"]
-    elif ours["p80_ms"] >= peer["p20_ms"]:
-        found += [f"a step is no faster than in {column} beyond noise ({ratio:.2f} x)"]
-    if ours["peak_bytes"] and peer["peak_bytes"] and ours["peak_bytes"] > peer["peak_bytes"]:
-        found += [f"{ours['peak_bytes'] / peer['peak_bytes']:.2f} x the memory of {column}"]
+def _not_better(ours: Record, baseline: Record) -> Lines:
+    column, regressions = baseline["column"], []
+    ratio = baseline["median_ms"] / ours["median_ms"]
+    if ours["p20_ms"] > baseline["p80_ms"]:
+        regressions += [f"a step has {ratio:.2f} x the speed of {column}"]
+    elif ours["p80_ms"] >= baseline["p20_ms"]:
+        regressions += [f"a step is no faster than in {column} beyond noise ({ratio:.2f} x)"]
+    if (
+        ours["peak_bytes"]
+        and baseline["peak_bytes"]
+        and ours["peak_bytes"] > baseline["peak_bytes"]
+    ):
+        more = ours["peak_bytes"] / baseline["peak_bytes"]
+        regressions += [f"{more:.2f} x the memory of {column}"]
     for part, ms in ours["breakdown_ms"].items():
-        stock = peer["breakdown_ms"].get(part)
-        # A twentieth of the part and a hundredth of the step: less is noise.
-        if stock is not None and ms > 1.05 * stock and ms - stock > 0.01 * ours["median_ms"]:
-            found += [f"{part} takes {ms:.1f} ms, {stock:.1f} in {column}"]
-    return found
+        other = baseline["breakdown_ms"].get(part)
+        # Less than 5 % of the part or 1 % of the step is noise.
+        if other is not None and ms > 1.05 * other and ms - other > 0.01 * ours["median_ms"]:
+            regressions += [f"{part} takes {ms:.1f} ms, {other:.1f} in {column}"]
+    return regressions
