@@ -111,7 +111,7 @@ def test_help(argv, words, capsys):
         (["bench", "fly"], "need ops among frame_difference, masked_patch_embed"),
         (["bench", "--shapes", "nothing of the kind"], "no shape matches 'nothing of the kind'"),
         (["bench", "--dtype", "int8"], "need dtype among float32, float16, bfloat16; got int8"),
-        (["bench", "--device", "cpu", "--threads", "0"], "need positive numbers of threads"),
+        (["bench", "--device", "cpu", "--threads", "0"], "need positive thread counts"),
         (["bench", "--device", "cpu", "--threads", "two"], "got 'two'"),
         (["bench", "--modes", "backward"], "need modes among forward, full; got backward"),
         (["data", "convert", "a.csv", "--format", "webvid", "--split", "test"], "not webvid"),
