@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels.groups import group_of
-from vidl.kernels.groups.triton_call import strides_of
 from vidl.kernels.groups.triton_entries import sum_entries
 from vidl.kernels.groups.triton_rows import (
     check_groups,
@@ -320,7 +319,7 @@ def cls_back(
             query_rows,
             *call.entries,
             grad_k,
-            *strides_of(call.q),
+            *call.strides[:2],
             call.H,
             call.E,
             **call.head,

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels.groups.triton_call import strides_of
 from vidl.kernels.groups.triton_rows import check_rows, load_block, load_rows, span, store_rows
 from vidl.kernels.triton_offsets import check_offsets, find_block
 
@@ -86,7 +85,7 @@ def similarity(call: ScoresCall) -> Tensor:
         directions_kernel[(triton.cdiv(call.num_keys, 32),)](
             call.k,
             directions,
-            *strides_of(call.k),
+            *call.strides[-2:],
             call.H,
             call.num_keys,
             **call.head,
