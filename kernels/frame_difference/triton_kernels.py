@@ -38,7 +38,7 @@ def frame_difference_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Mean of |last frame of the slice - first frame of the slice before|; inf in the first."""
+    """The mean of |last frame of the slice - first frame of the slice before|; inf in the first."""
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(columns, BLOCK_COLUMNS)
     column = (program % blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int32)

@@ -79,7 +79,7 @@ def cls_forward_kernel(
     highest = tl.full([BLOCK_KEYS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_KEYS], tl.float32)
     for at in range(0, keys, BLOCK_KEYS):
-        real, _, k = load_block(k_ptr, key_rows_ptr, first_key, keys, at + j, k_row, D, BLOCK_D)
+        real, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, at + j, k_row, D, BLOCK_D)
         k = k.to(tl.float32)
         logits = tl.sum(k * q[None, :], 1) * scale
         tl.store(weights_ptr + at + j, logits, mask=real)
