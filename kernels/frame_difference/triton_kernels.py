@@ -1,4 +1,4 @@
-"""frame_difference in Triton: a program takes some patches of one row of one slice."""
+"""frame_difference in Triton: a program scores a block of patches of one row of a slice."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vidl.kernels.triton_launch import OPTIONS, on_device
 
-# Pixels of each frame that a program holds at a time.
+# Pixels that a program holds at a time of each of the two frames.
 TILE = 4096
 
 
@@ -38,10 +38,11 @@ def frame_difference_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
+    """The mean of |last frame of the slice - first frame of the slice before|; inf in the first."""
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(columns, BLOCK_COLUMNS)
     column = (program % blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int32)
-    line = program // blocks  # of patches: (b, slice, row)
+    line = program // blocks  # a row of patches: (b, slice, row)
     row = line % rows
     step = line // rows % slices
     out_ptr += line * columns
@@ -60,10 +61,10 @@ def frame_difference_kernel(
     for c in tl.static_range(0, C):
         pixels = tl.zeros([BLOCK_H, BLOCK_COLUMNS, BLOCK_W], tl.int32 if INTEGERS else tl.float32)
         for at in range(0, PATCH_H, BLOCK_H):
-            place = (at + y).to(tl.int64) * stride_h + across + tl.full([], c, tl.int64) * stride_c
+            offset = (at + y).to(tl.int64) * stride_h + across + tl.full([], c, tl.int64) * stride_c
             mask = inside & (at + y < PATCH_H)
-            last = tl.load(last_ptr + place, mask=mask, other=0)
-            first = tl.load(first_ptr + place, mask=mask, other=0)
+            last = tl.load(last_ptr + offset, mask=mask, other=0)
+            first = tl.load(first_ptr + offset, mask=mask, other=0)
             pixels += tl.abs(last.to(pixels.dtype) - first.to(pixels.dtype))
         sums = tl.sum(tl.sum(pixels, 2), 0)
         if STD:

@@ -62,11 +62,6 @@ def readable(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def strides_of(*tensors: Tensor) -> list[int]:
-    """The strides of rows and heads; 0 for a dimension of size 1, to keep addresses aligned."""
-    return [x.stride(d) if x.shape[d] > 1 else 0 for x in tensors for d in (0, 1)]
-
-
 def check_members(
     op: str, offsets: Tensor, rows: Tensor | None, members: int, count: int, longest: int
 ) -> None:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels.patches.triton_ids import DTYPES, check_in_interpreter, pick, visible
-from vidl.kernels.triton_launch import OPTIONS, block_size, on_device
+from vidl.kernels.triton_launch import OPTIONS, block_size, on_device, strides_of
 from vidl.kernels.triton_offsets import check_offsets
 
 # Pixels or channels a program holds at a time; at 128 threads that is two 16-byte loads of uint8.
@@ -407,9 +407,7 @@ class _Clip:
     ) -> None:
         """Write the rows from `first` on as a matrix, and bias + position of each into `out`."""
         num_rows = packed.shape[0]
-        # The stride of a dimension of size 1 is arbitrary; 0 keeps addresses aligned.
-        sizes = zip(self.video.shape, self.video.stride(), strict=True)
-        strides = [stride if n > 1 else 0 for n, stride in sizes]
+        strides = strides_of(self.video)
         width = triton.next_power_of_2(self.patch[-1])
         lines = max(TILE // width, 1)
         if width != self.patch[-1] or strides[-1] != 1 or any(s % 16 for s in strides[:-1]):

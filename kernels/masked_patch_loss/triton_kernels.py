@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels.patches.triton_ids import DTYPES, check_in_interpreter, pick, visible
-from vidl.kernels.triton_launch import OPTIONS, on_device
+from vidl.kernels.triton_launch import OPTIONS, on_device, strides_of
 from vidl.kernels.triton_offsets import check_offsets
 
 # Pixels that a program holds at a time, unless one patch has more.
@@ -342,10 +342,8 @@ class _Launch:
         check_in_interpreter("masked_patch_loss: ids_masked", ids, offsets, N)
         if prediction.stride(-1) != 1:
             prediction = prediction.contiguous()
-        # The stride of a dimension of size 1 is arbitrary; 0 keeps addresses aligned.
-        sizes = zip(video.shape, video.stride(), strict=True)
-        stride_b, *strides = (stride if n > 1 else 0 for n, stride in sizes)
-        reach = sum((n - 1) * s for n, s in zip((C, *patch), strides, strict=True))
+        strides = strides_of(video)
+        reach = sum((n - 1) * s for n, s in zip((C, *patch), strides[1:], strict=True))
         block_pixels = triton.next_power_of_2(C * prod(patch))
         block_patches = max(TILE // block_pixels, 1)
         self.programs = triton.cdiv(total, block_patches)
@@ -355,7 +353,6 @@ class _Launch:
             prediction.stride(-2),
             max(prediction.shape[-2], 1),
             video,
-            stride_b,
             *strides,
             ids,
             offsets,

@@ -1,12 +1,9 @@
 """select_tokens in Triton: one launch forward, one backward.
 
-Forward every program finds out by itself which tokens of its sample stay, from scores that fit
-into the cache, so that nothing is handed from one launch to another. Some programs copy a block of
-rows, the kept ones, and never read the others; some add up the dropped rows in a slice of columns.
-
-A token's key is one integer whose order is the total order of the contract. In the order of scores
-its place is the number of larger keys; in the order of indices a search for the K-th largest key,
-two bits at a time, tells which tokens stay, and the place is the number of those before it.
+Forward, every program computes by itself which tokens of its sample are kept, from scores that fit
+into the cache, so nothing passes from one launch to another. Some programs copy blocks of rows, and
+read the kept rows only. Others sum the dropped rows in a slice of columns. triton_places.py
+computes the place of a token among the kept ones.
 """
 
 import itertools
@@ -20,113 +17,47 @@ from vidl.kernels import library
 from vidl.kernels.triton_launch import OPTIONS, block_size, on_device
 from vidl.kernels.triton_offsets import check_offsets, find_block
 
-# Keys that a program compares at a time, at most; and those it compares with each of a block.
+from .triton_places import place_by_index, place_by_score, score_keys, threshold_of
+
+# Keys that a program compares at a time, at most; and those that it compares with each of a block.
 KEYS_PER_STEP = 1024
 RIVALS_PER_STEP = 64
-# Elements of a tile of rows, and columns that a program which copies takes, at most.
+# Elements of a tile of rows, and the columns of a copying program, at most.
 TILE = 8192
 COLUMNS = 8192
-# Elements of a tile of rows that are added up, and its rows, at most.
+# Elements and rows of a tile of rows that are summed, at most.
 FUSED_TILE, FUSED_ROWS = 2048, 32
 
 
 @triton.jit
-def _keys(ranks_ptr, stride, n, N, index_bits):
-    """A key for each token n: larger for a higher score, then for a lower index; -1 beyond N."""
-    score = tl.load(ranks_ptr + n.to(tl.int64) * stride, mask=n < N, other=0)
-    score = tl.where(score == 0, 0.0, score)  # not -0.0
-    bits = score.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    bits = tl.where(score == score, bits, -0x80000000)
-    one = tl.full([1], 1, tl.int64)
-    key = ((bits.to(tl.int64) + 0x80000000) << index_bits) + ((one << index_bits) - 1 - n)
-    return tl.where(n < N, key, -1)
-
-
-@triton.jit
-def _threshold(ranks_ptr, stride, N, K, index_bits, BLOCK: tl.constexpr):
-    """The K-th largest key: the largest number that K keys reach. Two bits at a time."""
-    threshold = tl.zeros([1], tl.int64)
-    bit = (32 + index_bits + 1) // 2 * 2 - 2
-    while bit >= 0:
-        step = tl.full([1], 1, tl.int64) << bit
-        counts = tl.zeros([BLOCK], tl.int64)  # three counts, of 21 bits each
-        for start in range(0, N, BLOCK):
-            key = _keys(ranks_ptr, stride, start + tl.arange(0, BLOCK), N, index_bits)
-            counts += (key >= threshold + step).to(tl.int64)
-            counts += (key >= threshold + 2 * step).to(tl.int64) << 21
-            counts += (key >= threshold + 3 * step).to(tl.int64) << 42
-        count = tl.sum(counts, 0)
-        reached = (count & 0x1FFFFF) >= K
-        more = ((count >> 21) & 0x1FFFFF) >= K
-        most = (count >> 42) >= K
-        threshold += step * (reached.to(tl.int64) + more.to(tl.int64) + most.to(tl.int64))
-        bit -= 2
-    return threshold
-
-
-@triton.jit
-def _place_by_index(
-    ranks_ptr, stride, n, N, K, index_bits, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Whether each token stays, and how many do before it."""
-    threshold = _threshold(ranks_ptr, stride, N, K, index_bits, BLOCK)
-    first = tl.maximum(tl.min(n, 0), 0)
-    counts = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, first, BLOCK):
-        other = start + tl.arange(0, BLOCK)
-        key = _keys(ranks_ptr, stride, other, N, index_bits)
-        counts += ((key >= threshold) & (other < first)).to(tl.int32)
-    real = (n >= 0) & (n < N)
-    key = _keys(ranks_ptr, stride, tl.where(real, n, N), N, index_bits)
-    stays = real & (key >= threshold)
-    return stays, tl.sum(counts, 0) + tl.cumsum(stays.to(tl.int32), 0) - 1
-
-
-@triton.jit
-def _place_by_score(
-    ranks_ptr, stride, n, N, K, index_bits, RIVALS: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Whether each token stays, and how many are better."""
-    real = (n >= 0) & (n < N)
-    key = _keys(ranks_ptr, stride, tl.where(real, n, N), N, index_bits)
-    better = tl.zeros([BLOCK_N, RIVALS], tl.int32)
-    for start in range(0, N, RIVALS):
-        rival = _keys(ranks_ptr, stride, start + tl.arange(0, RIVALS), N, index_bits)
-        better += (rival[None, :] > key[:, None]).to(tl.int32)
-    place = tl.sum(better, 1)
-    return real & (place < K), place
-
-
-@triton.jit
 def _rows_of(sample, cu_seqlens_ptr, N, total, prefix):
-    """The first row of a sample in packed x (else 0), and its tokens without the prefix."""
+    """The first row of a sample in packed x (else 0), and its number of tokens after the prefix."""
     if cu_seqlens_ptr is None:
         begin = sample * 0
         tokens = N
     else:
         begin = tl.load(cu_seqlens_ptr + sample).to(tl.int64)
         end = tl.load(cu_seqlens_ptr + sample + 1).to(tl.int64)
-        right = (begin >= 0) & (end <= total) & (begin + prefix <= end)
-        tl.device_assert(right, "cu_seqlens must ascend to the rows of x, by prefix rows at least")
-        begin = tl.where(right, begin, 0)
-        tokens = tl.where(right, end - begin - prefix, 0).to(tl.int32)
+        valid = (begin >= 0) & (end <= total) & (begin + prefix <= end)
+        tl.device_assert(valid, "cu_seqlens must ascend to the rows of x, by at least prefix rows")
+        begin = tl.where(valid, begin, 0)
+        tokens = tl.where(valid, end - begin - prefix, 0).to(tl.int32)
     return begin, tokens
 
 
 @triton.jit
 def _kept_of(sample, cu_kept_ptr, K, num_kept, tokens):
-    """Where the kept tokens of a sample begin, and how many there are."""
+    """The first place and the number of the kept tokens of a sample."""
     if cu_kept_ptr is None:
         begin = sample * K
         count = K
     else:
         begin = tl.load(cu_kept_ptr + sample).to(tl.int64)
         end = tl.load(cu_kept_ptr + sample + 1).to(tl.int64)
-        right = (begin >= 0) & (begin <= end) & (end <= num_kept) & (end - begin <= tokens)
-        tl.device_assert(right, "a sample cannot keep more tokens than it has, or than num_kept")
-        begin = tl.where(right, begin, 0)
-        count = tl.where(right, end - begin, 0).to(tl.int32)
+        valid = (begin >= 0) & (begin <= end) & (end <= num_kept) & (end - begin <= tokens)
+        tl.device_assert(valid, "a sample cannot keep more tokens than it has, or than num_kept")
+        begin = tl.where(valid, begin, 0)
+        count = tl.where(valid, end - begin, 0).to(tl.int32)
     return begin, count
 
 
@@ -136,14 +67,14 @@ def _fuse(
     stride_weights, N, K, C, part, index_bits,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write a slice of columns of the fused token: weight x token, summed over the dropped ones."""
-    threshold = _threshold(ranks_ptr, stride_ranks, N, K, index_bits, BLOCK)
+    """Write a slice of the fused token: the sum of weight * token over the dropped tokens."""
+    threshold = threshold_of(ranks_ptr, stride_ranks, N, K, index_bits, BLOCK)
     c = part * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([ROWS, BLOCK_C], tl.float32)
     masses = tl.zeros([ROWS], tl.float32)
     for start in range(0, N, ROWS):
         n = start + tl.arange(0, ROWS)
-        key = _keys(ranks_ptr, stride_ranks, n, N, index_bits)
+        key = score_keys(ranks_ptr, stride_ranks, n, N, index_bits)
         at = weights_ptr + n.to(tl.int64) * stride_weights
         weight = tl.load(at, mask=n < N, other=0)
         used = (n < N) & (key < threshold) & (tl.abs(weight) < float("inf"))
@@ -167,7 +98,7 @@ def _copy(
     x_ptr, tokens_ptr, r, to, copied, stride_r, C, first,
     BLOCK_C: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Copy the rows r of a sample to the rows `to` of all tokens, where `copied` says so."""
+    """Copy the rows r of a sample to the rows `to` of all tokens, where `copied` is set."""
     row = r.to(tl.int64) * stride_r
     for step in range(first, tl.minimum(C, first + COLUMNS), BLOCK_C):
         c = step + tl.arange(0, BLOCK_C)
@@ -220,7 +151,7 @@ def select_kernel(
     FUSED_ROWS: tl.constexpr,
     FUSED_COLUMNS: tl.constexpr,
 ):
-    """Programs of fused tokens come first, B x slices; then those that copy, blocks x chunks."""
+    """B x slices programs write fused tokens; blocks x chunks programs after them copy rows."""
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
     program = tl.program_id(0).to(tl.int64)
     fused = B.to(tl.int64) * slices
@@ -236,7 +167,7 @@ def select_kernel(
         sample, start = find_block(item, cu_seqlens_ptr, B, blocks, BLOCK_N, PACKED)
     begin, tokens = _rows_of(sample, cu_seqlens_ptr, N, total, prefix)
     first, kept = _kept_of(sample, cu_kept_ptr, K, num_kept, tokens)
-    out = first + sample * (prefix + FUSE)  # the sample's first row among the tokens
+    out = first + sample * (prefix + FUSE)  # the first row of the sample in tokens
     x_ptr += sample * stride_b + begin * stride_r
     if not PACKED:
         ranks_ptr += sample * stride_ranks_b
@@ -264,20 +195,20 @@ def select_kernel(
         r = start + tl.arange(0, BLOCK_N)
         n = r - prefix
         if BY_SCORE:
-            stays, place = _place_by_score(
+            is_kept, place = place_by_score(
                 ranks_ptr, stride_ranks, n, tokens, kept, index_bits, RIVALS, BLOCK_N
             )
         else:
-            stays, place = _place_by_index(
-                ranks_ptr, stride_ranks, n, tokens, kept, index_bits, BLOCK, BLOCK_N
+            is_kept, place = place_by_index(
+                ranks_ptr, stride_ranks, n, tokens, kept, index_bits, BLOCK
             )
         chunk = ((program - fused) % chunks).to(tl.int32)
         if chunk == 0:
             real = (n >= 0) & (n < tokens)
             if PACKED:
                 real |= (n < 0) & (r < prefix + tokens)
-            tl.store(inverse_ptr + n, tl.where(stays, place, -1).to(tl.int64), mask=real)
-            tl.store(ids_ptr + first + place, n.to(tl.int64), mask=stays)
+            tl.store(inverse_ptr + n, tl.where(is_kept, place, -1).to(tl.int64), mask=real)
+            tl.store(ids_ptr + first + place, n.to(tl.int64), mask=is_kept)
             if start == 0:
                 end = out + prefix + kept + FUSE
                 tl.store(offsets_ptr + sample + 1, end.to(tl.int32))
@@ -289,7 +220,7 @@ def select_kernel(
             tokens_ptr,
             r,
             to,
-            stays | (n < 0),
+            is_kept | (n < 0),
             stride_r,
             C,
             chunk * COLUMNS,
@@ -326,7 +257,7 @@ def backward_kernel(
     BLOCK_C: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Each row of x gets its token's gradient, or its share of the fused token's, or zeros."""
+    """Each row of x gets the gradient of its token, or its share of the fused token's, or zeros."""
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
     program = tl.program_id(0).to(tl.int64)
     sample, start = find_block(program // chunks, cu_seqlens_ptr, B, blocks, BLOCK_N, PACKED)
@@ -343,24 +274,24 @@ def backward_kernel(
         number = begin + prefix + n
         row = begin + r
     place = tl.load(inverse_ptr + number, mask=scored, other=-1)
-    stays = (n < 0) | (place >= 0)
+    is_kept = (n < 0) | (place >= 0)
     source = out + tl.where(n < 0, r, prefix + place)
     scale = tl.full([BLOCK_N], 1, tl.float32)
-    passes = stays
+    has_grad = is_kept
     if FUSE:
         if not PACKED:
             at = sample * stride_weights_b + n * stride_weights
         else:
             at = number * stride_weights
-        weight = tl.load(weights_ptr + at, mask=scored & ~stays, other=float("inf"))
-        used = scored & ~stays & (tl.abs(weight) < float("inf"))
+        weight = tl.load(weights_ptr + at, mask=scored & ~is_kept, other=float("inf"))
+        used = scored & ~is_kept & (tl.abs(weight) < float("inf"))
         share = tl.full([], 1, tl.float32)
         if mass_ptr is not None:
             mass = tl.load(mass_ptr + sample)
             share = tl.where(mass == 0, 0.0, 1 / tl.where(mass == 0, 1.0, mass))
         source = tl.where(used, last, source)
         scale = tl.where(used, weight * share, scale)
-        passes = stays | used
+        has_grad = is_kept | used
 
     x_row = sample * stride_b + (begin + r) * stride_r
     product = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
@@ -369,7 +300,9 @@ def backward_kernel(
         c = step + tl.arange(0, BLOCK_C)
         inside = (c < C)[None, :]
         from_row = grad_ptr + source[:, None] * C
-        grad = tl.load(from_row + c[None, :], mask=passes[:, None] & inside, other=0).to(tl.float32)
+        grad = tl.load(from_row + c[None, :], mask=has_grad[:, None] & inside, other=0).to(
+            tl.float32
+        )
         if grad_x_ptr is not None:
             value = (grad * scale[:, None]).to(grad_x_ptr.dtype.element_ty)
             real = (r < prefix + tokens)[:, None] & inside
@@ -399,18 +332,18 @@ def select_tokens(
     order: str,
     fuse: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Tokens, ids_keep, inverse, offsets; and the mean and the mass it was divided by, or empty."""
+    """Tokens, ids_keep, inverse, offsets; the mean and its total weight, empty unless needed."""
     samples = _Samples(x, cu_seqlens, prefix)
     B, C, extra = samples.B, samples.C, prefix + bool(fuse)
     if cu_seqlens is None:
-        tokens, ids = x.new_empty(B, keep + extra, C), [B, keep]
+        tokens, ids_shape = x.new_empty(B, keep + extra, C), [B, keep]
     else:
-        tokens, ids = x.new_empty(keep + B * extra, C), [keep]
+        tokens, ids_shape = x.new_empty(keep + B * extra, C), [keep]
     if cu_kept is not None:
         cu_kept = cu_kept.contiguous()
         if library.interpreting():
             samples.check(cu_kept, keep)
-    found = ranks.new_empty(ids, dtype=torch.int64)
+    ids_keep = ranks.new_empty(ids_shape, dtype=torch.int64)
     inverse = ranks.new_empty(ranks.shape, dtype=torch.int64)
     offsets = (ranks.new_zeros if B == 0 else ranks.new_empty)(B + 1, dtype=torch.int32)
     mean_shape = (B, C) if fuse == "mean" else (0,)
@@ -424,7 +357,8 @@ def select_tokens(
     with on_device(x):
         select_kernel[(programs,)](
             samples.x, ranks, weights, samples.cu_seqlens, cu_kept,
-            tokens, found, inverse, offsets, mean if divides else None, mass if divides else None,
+            tokens, ids_keep, inverse, offsets,
+            mean if divides else None, mass if divides else None,
             *samples.strides, *_strides(ranks), *((0, 0) if weights is None else _strides(weights)),
             B, samples.N, keep, C, samples.total, keep, prefix,
             samples.blocks(block_n), chunks, slices,
@@ -440,7 +374,7 @@ def select_tokens(
             FUSED_COLUMNS=fused_columns,
             **OPTIONS,
         )  # fmt: skip
-    return tokens, found, inverse, offsets, mean, mass
+    return tokens, ids_keep, inverse, offsets, mean, mass
 
 
 def select_tokens_bwd(
@@ -463,12 +397,14 @@ def select_tokens_bwd(
     rows = (inverse.shape[0], C) if cu_seqlens is not None else (B, prefix + inverse.shape[1], C)
     grad_x = grad_tokens.new_empty(rows if need_x else (0,))
     grad_weights = mean.new_empty(inverse.shape if need_weights else (0,))
-    # What is not needed of x, its numbers, does not exist: only its shape counts.
+    # Without gradients of the weights x is not saved, and only its shape matters.
     samples = _Samples(
         grad_tokens.new_empty(()).expand(rows) if x is None else x, cu_seqlens, prefix
     )
-    block_n, block_c = samples.tile(TILE // 2 if need_weights else TILE)  # which holds products too
-    # A sum over all columns belongs to one program.
+    block_n, block_c = samples.tile(
+        TILE // 2 if need_weights else TILE
+    )  # products need registers too
+    # One program sums over all columns.
     columns = triton.cdiv(C, block_c) * block_c if need_weights else COLUMNS
     chunks = samples.chunks(columns)
     divides = fuse == "mean"
@@ -489,7 +425,7 @@ def select_tokens_bwd(
 
 
 class _Samples:
-    """B samples of rows, and how they are cut into blocks: one for each program."""
+    """B samples of rows, and the blocks they are divided into."""
 
     def __init__(self, x: Tensor, cu_seqlens: Tensor | None, prefix: int) -> None:
         self.x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -504,13 +440,13 @@ class _Samples:
         self.strides = (0, *self.x.stride()[:-1])[-2:]
 
     def tile(self, most: int = TILE) -> tuple[int, int]:
-        """Rows and columns that a program holds at a time, at most so many elements."""
+        """The rows and columns that a program holds at a time: at most `most` elements."""
         columns = block_size(self.C, 256 if self.C <= 4096 else 1024)
         longest = self.prefix + self.N if self.cu_seqlens is None else self.total
         return block_size(longest, min(32, most // columns)), columns
 
     def blocks(self, rows: int) -> int:
-        """Of a sample of x; packed ones have different numbers."""
+        """Blocks of a sample; not meant for packed samples, which differ in length."""
         return max(triton.cdiv(self.prefix + self.N, rows), 1)
 
     def programs(self, rows: int) -> int:
@@ -520,11 +456,11 @@ class _Samples:
         return self.total // rows + self.B if self.B else 0
 
     def chunks(self, columns: int) -> int:
-        """Of the columns; one even without columns, for ids and offsets."""
+        """Parts of the columns; at least one, which writes ids and offsets."""
         return max(triton.cdiv(self.C, columns), 1)
 
     def check(self, cu_kept: Tensor, num_kept: int) -> None:
-        """What the kernel asserts on CUDA: Triton's interpreter leaves assertions out."""
+        """Raise what the kernel asserts: Triton's interpreter ignores device assertions."""
         assert self.cu_seqlens is not None
         offsets, kept = self.cu_seqlens.tolist(), cu_kept.tolist()
         lengths = [b - a - self.prefix for a, b in itertools.pairwise(offsets)]

@@ -71,10 +71,13 @@ def blocked_forward_kernel(
     BLOCK_KEYS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """A block of queries of a group and a head meets block after block of keys; bound by FLOPs."""
+    """Attention of a block of queries of one group and head to all its keys; bound by FLOPs."""
     program = tl.program_id(0).to(tl.int64)
     index = (query_offsets_ptr, key_offsets_ptr, query_rows_ptr, key_rows_ptr)
-    group = find_group(program, index[0], index[0], index[1], G, H, blocks, BLOCK_QUERIES, SEARCH)
+    group = find_group(
+        *(program, query_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
+        *(G, H, blocks, BLOCK_QUERIES, SEARCH),
+    )
     check_groups(program, *group, *index, G, num_queries, E, num_keys, max_queries, max_keys)
     h, start, first_query, queries, first_key, keys = group
     if start >= queries:
@@ -130,7 +133,7 @@ def blocked_scores_kernel(
     SCORES: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """Once the log-sum-exp is known: the scores of a block of keys of a group and a head."""
+    """The scores of a block of keys of one group and head, from the log-sum-exp."""
     program = tl.program_id(0).to(tl.int64)
     h, start, first_query, queries, first_key, keys = find_group(
         *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
@@ -246,9 +249,9 @@ def query_backward_kernel(
 ):
     """The gradient of a block of queries, and delta = sum of the weights times their gradients.
 
-    delta is also the sum of the output times its gradient, without a pass over the keys, for
-    queries that have no scores. In float32 that is not exact enough: a first pass adds up delta,
-    and the weights, for whose sum see one_over().
+    For queries without scores delta is also the sum of the output times its gradient, which takes
+    no pass over the keys. In float32 that is too inexact: a first pass sums the products for delta,
+    and the weights for normalizer().
     """
     program = tl.program_id(0).to(tl.int64)
     h, start, first_query, queries, first_key, keys = find_group(
@@ -337,7 +340,7 @@ def key_backward_kernel(
     SHARED: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """The gradients of a block of keys and values, of a group and a head."""
+    """The gradients of a block of keys and values of one group and head."""
     program = tl.program_id(0).to(tl.int64)
     h, start, first_query, queries, first_key, keys = find_group(
         *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
@@ -379,7 +382,7 @@ def key_backward_kernel(
             scale,
             SCORES,
             KEYS_FIRST=True,
-            SAME_BITS=inverse_ptr is not None,  # as delta and the inverse were added up
+            SAME_BITS=inverse_ptr is not None,  # as in the sums of query_backward_kernel
         )
         if inverse_ptr is not None:
             inverse = tl.load(inverse_ptr + h * num_queries + query, mask=real_query, other=0.0)

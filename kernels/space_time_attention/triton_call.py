@@ -7,8 +7,8 @@ from typing import Any
 import triton
 from torch import Tensor
 
-from vidl.kernels.groups.triton_call import Call, readable, strides_of
-from vidl.kernels.triton_launch import OPTIONS
+from vidl.kernels.groups.triton_call import Call, readable
+from vidl.kernels.triton_launch import OPTIONS, strides_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,6 @@ class AttentionCall(Call):
     ) -> None:
         super().__init__("space_time_attention", q, k, groups)
         self.inputs = (self.q, self.k, readable(v))
-        self.strides = strides_of(*self.inputs)
+        self.strides = [stride for x in self.inputs for stride in strides_of(x)[:2]]
         self.scale, self.scores = scale, scores
         self.head = {"D": self.D, "BLOCK_D": triton.next_power_of_2(self.D)}

@@ -1,8 +1,8 @@
 """Packed groups: at most 16 queries and keys, several pairs of a group and a head in a program.
 
-Each pair is a matrix of its own of a batched product, so none ever meets another's numbers. The
-limit is the memory: forward q, k, v and out pass once, 8 queries * D bytes a pair in half floats
-when there are as many keys, for 4 * queries * keys * D FLOPs, of which 16 * 16 are computed.
+Each pair is a matrix of its own in a batched matmul, so pairs cannot affect one another. The limit
+is the memory: forward, q, k, v and out pass once, 8 queries * D bytes a pair in 16 bits with as
+many keys, for 4 * queries * keys * D useful FLOPs; 16 queries and keys are always computed.
 """
 
 import triton
@@ -22,7 +22,7 @@ from vidl.kernels.triton_offsets import check_offsets
 
 from .triton_call import AttentionCall, Tile
 
-# The smallest side of a matrix that a tensor core multiplies, and so the most rows of a group.
+# The queries and the keys of a packed group, at most: the smallest matrix of a tensor core.
 SLOT = 16
 # Pairs of a group and a head in a program.
 PACK = 4
@@ -30,7 +30,7 @@ PACK = 4
 
 @triton.jit
 def packed_work(query_offsets_ptr, key_offsets_ptr, G, H, PACK: tl.constexpr):
-    """Of each pair, [PACK, 1]: its head, its first query and key, and how many there are."""
+    """For each pair, [PACK, 1]: its head, first query, queries, first key and keys."""
     item = tl.program_id(0).to(tl.int64) * PACK + tl.arange(0, PACK)[:, None]
     mask = item < G.to(tl.int64) * H
     first_query, queries = span(query_offsets_ptr, item // H, mask)
@@ -70,7 +70,7 @@ def packed_forward_kernel(
     SLOT: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """PACK pairs of a group and a head, all their queries and keys; bound by memory."""
+    """Attention of all queries of PACK pairs of a group and a head; bound by memory."""
     if tl.program_id(0) == 0:
         check_offsets(query_offsets_ptr, G, num_queries, max_queries)
         check_offsets(key_offsets_ptr, G, E, max_keys)
@@ -131,7 +131,7 @@ def packed_backward_kernel(
     SCORES: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """All gradients of PACK pairs of a group and a head; bound by memory, 7 rows of D pass."""
+    """All gradients of PACK pairs; bound by memory, 7 rows of D numbers a token."""
     h, first_query, queries, first_key, keys = packed_work(
         query_offsets_ptr, key_offsets_ptr, G, H, PACK
     )

@@ -1,10 +1,11 @@
-"""Whole groups: at most 128 keys, all of them in one block, so that a row has a plain softmax.
+"""Whole groups: at most 128 keys, all of them in one block, so a plain softmax suffices.
 
-Forward a program has a block of queries. Backward it has them all, block after block, and keeps
-the sums of the keys' and the values' gradients in registers. The limit is the memory: forward
+Forward, a program handles a block of queries. Backward, it loops over all blocks of queries and
+keeps the sums for the gradients of keys and values in registers. The limit is the memory: forward
 4 queries * keys * D FLOPs for 2 (queries + keys) * D numbers, backward 10 for (3 queries + 4 keys)
-* D. In half floats, with as many queries as keys, that is 1/2 and 5/7 of the keys a byte; tensor
-cores become the limit at 150 to 300. float32 has none: FLOPs are its limit from about 40 keys on.
+* D. In 16 bits, with as many queries as keys, that is 1/2 and 5/7 of `keys` FLOPs a byte; tensor
+cores are the limit from 150 to 300 on. float32 has no tensor cores: FLOPs are its limit from about
+40 keys on.
 """
 
 import triton
@@ -76,15 +77,16 @@ def whole_forward_kernel(
     BLOCK_KEYS: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """A block of queries, or for mean scores all, of a group and a head; bound by memory."""
+    """Attention of a block of queries, all for mean scores, of one group and head."""
     program = tl.program_id(0).to(tl.int64)
     index = (query_offsets_ptr, key_offsets_ptr, query_rows_ptr, key_rows_ptr)
     group = find_group(
-        program, index[0], index[0], index[1], G, H, blocks, BLOCK_QUERIES, SEARCH=False
+        *(program, query_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
+        *(G, H, blocks, BLOCK_QUERIES, False),
     )
     check_groups(program, *group, *index, G, num_queries, E, num_keys, max_queries, max_keys)
     h, start, first_query, queries, first_key, keys = group
-    if start >= tl.maximum(queries, 1):  # a group without queries has scores to write
+    if start >= tl.maximum(queries, 1):  # a group without queries still has scores to write
         return
     j = tl.arange(0, BLOCK_KEYS)
     k_ptr += h * k_head
@@ -143,7 +145,7 @@ def whole_backward_kernel(
     SCORES: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """All gradients of a group and a head; bound by memory, 3 rows a query and 4 a key pass."""
+    """All gradients of one group and head; bound by memory, 3 rows a query and 4 a key."""
     program = tl.program_id(0).to(tl.int64)
     h, _, first_query, queries, first_key, keys = find_group(
         program,

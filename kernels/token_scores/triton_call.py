@@ -7,8 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
-from vidl.kernels.groups.triton_call import Call, strides_of
-from vidl.kernels.triton_launch import OPTIONS
+from vidl.kernels.groups.triton_call import Call
+from vidl.kernels.triton_launch import OPTIONS, strides_of
 
 # Numbers of k that a program of "cls" holds at a time.
 TILE = 8192
@@ -20,7 +20,7 @@ class ScoresCall(Call):
     def __init__(self, q: Tensor | None, k: Tensor, groups: Sequence[Any]) -> None:
         super().__init__("token_scores", q, k, groups)
         self.key_index = self.index[1::2]
-        self.strides = strides_of(self.q, self.k)
+        self.strides = [stride for x in (self.q, self.k) for stride in strides_of(x)[:2]]
         self.head = {"D": self.D, "BLOCK_D": max(16, triton.next_power_of_2(self.D))}
         # The keys of a program of "cls"; the side of the blocks of "mean", limited by registers.
         self.keys = {"BLOCK_KEYS": max(16, TILE // self.head["BLOCK_D"])}

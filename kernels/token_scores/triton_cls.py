@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels.groups import group_of
-from vidl.kernels.groups.triton_call import strides_of
 from vidl.kernels.groups.triton_entries import sum_entries
 from vidl.kernels.groups.triton_rows import (
     check_groups,
@@ -60,10 +59,13 @@ def cls_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """The attention of the first query of a group, of one head."""
+    """The attention weights of the first query of one group and head."""
     program = tl.program_id(0).to(tl.int64)
     index = (query_offsets_ptr, key_offsets_ptr, query_rows_ptr, key_rows_ptr)
-    group = find_group(program, index[1], index[0], index[1], G, H, 1, BLOCK_KEYS, SEARCH=False)
+    group = find_group(
+        *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
+        *(G, H, 1, BLOCK_KEYS, False),
+    )
     check_groups(program, *group, *index, G, num_queries, E, num_keys, max_queries, max_keys)
     h, _, first_query, queries, first_key, keys = group
     weights_ptr += h * E + first_key
@@ -81,14 +83,14 @@ def cls_forward_kernel(
         k = k.to(tl.float32)
         logits = tl.sum(k * q[None, :], 1) * scale
         tl.store(weights_ptr + at + j, logits, mask=real)
-        # Every lane has a softmax of its own; where it has no key yet, nothing is taken from it.
+        # An online softmax in every lane; a lane that has no key yet contributes nothing.
         higher = tl.where(real, tl.where(logits > highest, logits, highest), highest)
-        shrink = tl.where(higher == highest, 1.0, tl.exp(highest - higher))
-        total = total * shrink + tl.where(real, tl.exp(logits - higher), 0.0)
+        rescale = tl.where(higher == highest, 1.0, tl.exp(highest - higher))
+        total = total * rescale + tl.where(real, tl.exp(logits - higher), 0.0)
         highest = higher
     top = tl.max(highest, 0)
     total = tl.sum(tl.where(total == 0, 0.0, total * tl.exp(highest - top)), 0)
-    tl.debug_barrier()  # other threads' products
+    tl.debug_barrier()  # makes the logits of other threads visible
     for at in range(0, keys, BLOCK_KEYS):
         real = at + j < keys
         logits = tl.load(weights_ptr + at + j, mask=real, other=0.0)
@@ -119,7 +121,7 @@ def cls_backward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """The gradients of the first query of a group and of its keys, of one head."""
+    """The gradients of the first query and of the keys of one group and head."""
     program = tl.program_id(0).to(tl.int64)
     h, _, first_query, queries, first_key, keys = find_group(
         *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
@@ -127,14 +129,14 @@ def cls_backward_kernel(
     )
     weights_ptr += h * E + first_key
     j = tl.arange(0, BLOCK_KEYS)
-    reached = tl.zeros([BLOCK_KEYS], tl.float32)
+    products = tl.zeros([BLOCK_KEYS], tl.float32)
     for at in range(0, keys, BLOCK_KEYS):
         real = at + j < keys
         weights = tl.load(weights_ptr + at + j, mask=real, other=0.0)
         grad = tl.load(grad_scores_ptr + first_key + at + j, mask=real, other=0.0)
-        reached += weights * grad
-    delta = tl.sum(reached, 0)
-    # A group without queries has zero weights, and its keys zero gradients.
+        products += weights * grad
+    delta = tl.sum(products, 0)
+    # A group without queries has weights and gradients of 0.
     q = tl.zeros([BLOCK_D], tl.float32)
     row = tl.zeros([1], tl.int64)
     if queries > 0:
@@ -176,7 +178,7 @@ def cls_rows_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """The gradient of a row that several groups share, of some heads: its entries in order."""
+    """The gradient of a shared row of keys, for a block of heads: its entries, in order."""
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(H, BLOCK_H)
     row = program // blocks
@@ -204,7 +206,7 @@ def value_forward_kernel(
     scores_ptr,  # [E]
     BLOCK_KEYS: tl.constexpr,
 ):
-    """Attention times the length of the value, and then divided by its sum over a group."""
+    """scores = attention * norm of the value, divided by the sum over the group."""
     first_key, keys = span(key_offsets_ptr, tl.program_id(0).to(tl.int64), True)
     j = tl.arange(0, BLOCK_KEYS)
     sums = tl.zeros([BLOCK_KEYS], tl.float32)
@@ -235,11 +237,11 @@ def value_backward_kernel(
     SHARED: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """With w = attention x length and a gradient g, both get (g - sum(g w) / sum(w)) / sum(w)."""
+    """With w = attention * norm and gradients g: d w = (g - sum(g w) / sum(w)) / sum(w)."""
     first_key, keys = span(key_offsets_ptr, tl.program_id(0).to(tl.int64), True)
     j = tl.arange(0, BLOCK_KEYS)
     sums = tl.zeros([BLOCK_KEYS], tl.float32)
-    reached = tl.zeros([BLOCK_KEYS], tl.float32)
+    products = tl.zeros([BLOCK_KEYS], tl.float32)
     for at in range(0, keys, BLOCK_KEYS):
         real = at + j < keys
         key = rows_at(key_rows_ptr, first_key + at + j, real)
@@ -247,11 +249,11 @@ def value_backward_kernel(
         grad = tl.load(grad_scores_ptr + first_key + at + j, mask=real, other=0.0)
         weighted = attention * tl.load(norms_ptr + key, mask=real, other=0.0)
         sums += weighted
-        reached += grad * weighted
+        products += grad * weighted
     total = tl.sum(sums, 0)
-    some = total != 0
-    total = tl.where(some, total, 1.0)
-    delta = tl.sum(reached, 0) / total
+    valid = total != 0
+    total = tl.where(valid, total, 1.0)
+    delta = tl.sum(products, 0) / total
     for at in range(0, keys, BLOCK_KEYS):
         real = at + j < keys
         entry = first_key + at + j
@@ -259,14 +261,14 @@ def value_backward_kernel(
         attention = tl.load(attention_ptr + entry, mask=real, other=0.0)
         grad = tl.load(grad_scores_ptr + entry, mask=real, other=0.0)
         norm = tl.load(norms_ptr + key, mask=real, other=0.0)
-        grad = tl.where(some, (grad - delta) / total, 0.0)
+        grad = tl.where(valid, (grad - delta) / total, 0.0)
         tl.store(grad_attention_ptr + entry, grad * norm, mask=real)
         place = entry if SHARED else key
         tl.store(grad_norms_ptr + place, grad * attention, mask=real)
 
 
 def cls_weights(call: ScoresCall, scale: float) -> Tensor:
-    """The attention of the first query of every group, [H, E]."""
+    """The attention weights of the first query of every group, [H, E]."""
     weights = call.empty(call.H, call.E)
     if call.G * call.H:
         cls_forward_kernel[(call.G * call.H,)](
@@ -320,7 +322,7 @@ def cls_back(
             query_rows,
             *call.entries,
             grad_k,
-            *strides_of(call.q),
+            *call.strides[:2],
             call.H,
             call.E,
             **call.head,
@@ -331,7 +333,7 @@ def cls_back(
 
 
 def value_scores(call: ScoresCall, weights: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The scores [E] from the attention [H, E], and the lengths of the values [num_keys]."""
+    """The scores [E], from the weights [H, E], and the norms of the values [num_keys]."""
     norms = torch.linalg.vector_norm(v, dim=(1, 2), dtype=torch.float32)
     scores = call.empty(call.E)
     if call.G:
@@ -344,7 +346,7 @@ def value_scores(call: ScoresCall, weights: Tensor, v: Tensor) -> tuple[Tensor, 
 def value_back(
     call: ScoresCall, grad_scores: Tensor, weights: Tensor, norms: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the attention, and of v."""
+    """The gradients of the attention [E] and of v."""
     grad_attention = call.empty(call.E)
     grad_norms = call.empty(call.E if call.shared else call.num_keys)
     if call.G:

@@ -67,7 +67,7 @@ def lse_kernel(
     BLOCK_KEYS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """The log-sum-exp of a block of queries of a group and a head."""
+    """The log-sum-exp of a block of queries of one group and head."""
     program = tl.program_id(0).to(tl.int64)
     h, start, first_query, queries, first_key, keys = find_group(
         *(program, query_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
@@ -133,10 +133,13 @@ def mean_forward_kernel(
     BLOCK_KEYS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """The mean attention to a block of keys of a group and a head."""
+    """The mean attention to a block of keys of one group and head."""
     program = tl.program_id(0).to(tl.int64)
     index = (query_offsets_ptr, key_offsets_ptr, query_rows_ptr, key_rows_ptr)
-    group = find_group(program, index[1], index[0], index[1], G, H, blocks, BLOCK_KEYS, SEARCH)
+    group = find_group(
+        *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
+        *(G, H, blocks, BLOCK_KEYS, SEARCH),
+    )
     check_groups(program, *group, *index, G, num_queries, E, num_keys, max_queries, max_keys)
     h, start, first_query, queries, first_key, keys = group
     if start >= keys:
@@ -185,7 +188,7 @@ def mean_queries_kernel(
     BLOCK_KEYS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """The gradient of a block of queries, and of each query the sum of the weights, and delta.
+    """The gradient of a block of queries, and for each query the sum of its weights, and delta.
 
     The log-sum-exp is rounded, so the weights are divided by their sum: the gradient, a difference,
     would show the error. delta is the sum of the weights times their gradients.

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels.groups.triton_call import strides_of
 from vidl.kernels.groups.triton_rows import check_rows, load_block, load_rows, span, store_rows
 from vidl.kernels.triton_offsets import check_offsets, find_block
 
@@ -23,7 +22,7 @@ def directions_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """The mean over heads of a block of keys, divided by their lengths."""
+    """The mean over heads of a block of keys, divided by its norm."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     real = row < num_keys
     mean = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
@@ -52,7 +51,7 @@ def similarity_kernel(
     BLOCK_KEYS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """The scores of a block of keys: the even ones meet blocks of odd ones."""
+    """-max cosine similarity to the odd keys for a block of even keys; inf for odd keys."""
     program = tl.program_id(0).to(tl.int64)
     if program == 0:
         check_offsets(key_offsets_ptr, G, E, max_keys)
@@ -63,21 +62,23 @@ def similarity_kernel(
     if start >= keys:
         return
     even = start + 2 * tl.arange(0, BLOCK_KEYS)
-    real, _, ours = load_block(directions_ptr, key_rows_ptr, first_key, keys, even, D, D, BLOCK_D)
-    most = tl.full([BLOCK_KEYS], float("-inf"), tl.float32)
-    wrong = tl.zeros([BLOCK_KEYS], tl.float32)
+    real, _, even_keys = load_block(
+        directions_ptr, key_rows_ptr, first_key, keys, even, D, D, BLOCK_D
+    )
+    highest = tl.full([BLOCK_KEYS], float("-inf"), tl.float32)
+    nan = tl.zeros([BLOCK_KEYS], tl.float32)
     for at in range(1, keys, 2 * BLOCK_KEYS):
         odd = at + 2 * tl.arange(0, BLOCK_KEYS)
-        real_odd, _, theirs = load_block(
+        real_odd, _, odd_keys = load_block(
             directions_ptr, key_rows_ptr, first_key, keys, odd, D, D, BLOCK_D
         )
-        cosines = tl.dot(ours, tl.trans(theirs), input_precision="tf32x3")
-        wrong += tl.sum(cosines - cosines, 1)  # NaN, if a cosine is
+        cosines = tl.dot(even_keys, tl.trans(odd_keys), input_precision="tf32x3")
+        nan += tl.sum(cosines - cosines, 1)  # NaN if a cosine is NaN or infinite
         cosines = tl.where(real_odd[None, :], cosines, float("-inf"))
-        most = tl.maximum(most, tl.max(cosines, 1))
-    tl.store(scores_ptr + first_key + even, -(most + wrong), mask=real)
-    never = tl.full([BLOCK_KEYS], float("inf"), tl.float32)
-    tl.store(scores_ptr + first_key + even + 1, never, mask=even + 1 < keys)
+        highest = tl.maximum(highest, tl.max(cosines, 1))
+    tl.store(scores_ptr + first_key + even, -(highest + nan), mask=real)
+    infinity = tl.full([BLOCK_KEYS], float("inf"), tl.float32)
+    tl.store(scores_ptr + first_key + even + 1, infinity, mask=even + 1 < keys)
 
 
 def similarity(call: ScoresCall) -> Tensor:
@@ -86,14 +87,14 @@ def similarity(call: ScoresCall) -> Tensor:
         directions_kernel[(triton.cdiv(call.num_keys, 32),)](
             call.k,
             directions,
-            *strides_of(call.k),
+            *call.strides[-2:],
             call.H,
             call.num_keys,
             **call.head,
             BLOCK_KEYS=32,
             **call.options,
         )
-    side = 32 if call.D <= 64 else 16  # larger ones spill registers
+    side = 32 if call.D <= 64 else 16  # a larger block spills registers
     programs, blocks, search = call.blocks(1, 2 * side, 1)
     if programs:
         similarity_kernel[(programs,)](
