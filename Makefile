@@ -30,7 +30,7 @@ SOURCES := CMakeLists.txt setup.py vidl/__init__.py $(wildcard csrc/*.h csrc/*/*
 # Install packages, or vidl itself, into the environment $(1).
 packages = $(1)/bin/uv pip install --quiet --python $(1)/bin/python -r pyproject.toml --all-extras
 vidl = VIDL_BUILD=$(VIDL_BUILD) $(1)/bin/uv pip install --quiet --python $(1)/bin/python \
-  --no-build-isolation --no-deps --reinstall-package vidl --editable .
+  --no-build-isolation --no-deps --reinstall-package vidl-kernels --editable .
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
