@@ -41,8 +41,9 @@ def _leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 
 def _command(parser: argparse.ArgumentParser) -> str:
+    usage = parser.format_usage().rstrip().replace("usage: ", "").replace("\n       ", "\n")
     lines = [f"## `{parser.prog}`", "", _escaped(parser.description or ""), ""]
-    lines += ["```text", parser.format_usage().removeprefix("usage: ").rstrip(), "```", ""]
+    lines += ["```text", usage, "```", ""]
     formatter = parser._get_formatter()
     for action in parser._actions:
         if not isinstance(action, argparse._HelpAction) and action.dest != argparse.SUPPRESS:
