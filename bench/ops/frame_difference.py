@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidl.bench.measure.cases import Candidate, Work, compiled, ours
-from vidl.bench.ops.clips import clips
+from vidl.bench.ops.clips import Clips, sizes
 from vidl.kernels.frame_difference.op import frame_difference
 
 OP = "frame_difference"
 
 _CLIPS = dict(stored="BCTHW")
 SHAPES: dict[str, dict[str, Any]] = {
-    "VideoMAE, 16 frames": clips(64, 4, T=16, tubelet_size=2) | _CLIPS,
-    "RLT, 64 frames": clips(16, 1, T=64, tubelet_size=2) | _CLIPS,
-    "8 frames, one a token": clips(64, 4, T=8) | _CLIPS,
-    "16 frames, channels last": clips(64, 4, T=16, tubelet_size=2) | dict(stored="BTHWC"),
+    "VideoMAE, 16 frames": sizes(64, 4, T=16, tubelet_size=2) | _CLIPS,
+    "RLT, 64 frames": sizes(16, 1, T=64, tubelet_size=2) | _CLIPS,
+    "8 frames, one a token": sizes(64, 4, T=8) | _CLIPS,
+    "16 frames, channels last": sizes(64, 4, T=16, tubelet_size=2) | dict(stored="BTHWC"),
 }
 PARAMETERS = ()
 
@@ -39,42 +39,21 @@ class Inputs:
     grad: Tensor  # unused: the op has no gradients
 
 
-def make(
-    B: int,
-    T: int,
-    image_size: int,
-    tubelet_size: int,
-    patch_size: int,
-    stored: str,
-    *,
-    dtype: torch.dtype,
-    device: str,
-    generator: Any,
-) -> Inputs:
-    """Draw a batch, in memory [B, C, T, H, W] or [B, T, H, W, C]."""
-    clip = (T, image_size, image_size)
-    sizes = (B, 3, *clip) if stored == "BCTHW" else (B, *clip, 3)
-    video = torch.randint(0, 256, sizes, dtype=torch.uint8, generator=generator).to(device)
-    video = video if stored == "BCTHW" else video.permute(0, 4, 1, 2, 3)
-    return Inputs(video, tubelet_size, patch_size, torch.zeros((), device=device, dtype=dtype))
+def make(stored: str, *, dtype: torch.dtype, device: str, generator: Any, **sizes: int) -> Inputs:
+    """Draw a batch whose dimensions are in memory in the order `stored`."""
+    clips = Clips(**sizes)
+    grad = torch.zeros((), device=device, dtype=dtype)
+    video = clips.draw(generator, stored).to(device)
+    return Inputs(video, clips.tubelet_size, clips.patch_size, grad)
 
 
-def work(
-    B: int,
-    T: int,
-    image_size: int,
-    tubelet_size: int,
-    patch_size: int,
-    stored: str,
-    *,
-    dtype: torch.dtype,
-) -> dict[str, Work]:
+def work(stored: str, *, dtype: torch.dtype, **sizes: int) -> dict[str, Work]:
     """Reads each compared frame once, writes the scores once."""
-    slices = T // tubelet_size
-    compared = 2 * (slices - 1) if tubelet_size > 1 else T
-    pixels = B * 3 * image_size**2
-    tokens = B * slices * (image_size // patch_size) ** 2
-    forward = Work(compared * pixels + 4 * tokens, 2 * (slices - 1) * pixels)
+    clips = Clips(**sizes)
+    compared = 2 * (clips.slices - 1) if clips.tubelet_size > 1 else clips.T
+    pixels = clips.B * 3 * clips.image_size**2
+    tokens = clips.B * clips.slices * clips.P
+    forward = Work(compared * pixels + 4 * tokens, 2 * (clips.slices - 1) * pixels)
     return {"forward": forward, "backward": Work(0, 0)}
 
 

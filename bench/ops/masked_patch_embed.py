@@ -5,24 +5,24 @@ tokens. The strongest baseline is usually `gather + linear`, which skips the mas
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vidl.bench.measure.cases import Candidate, Work, compiled, ours, short
-from vidl.bench.ops.clips import MEAN, STD, clips, draw_video
+from vidl.bench.ops.clips import MEAN, STD, Clips, sizes
 from vidl.kernels.masked_patch_embed.op import masked_patch_embed
 
 OP = "masked_patch_embed"
 
 # Of the P patches of each tubelet slice `kept` stay visible; all of them if it is None.
-_SMAUG = clips(64, 8, T=4) | dict(C=768)
-_VIDEOMAE = clips(64, 2, T=16, tubelet_size=2) | dict(C=768)
-_FLIP = clips(256, 8, T=1, patch_size=14) | dict(C=1024)
+_SMAUG = sizes(64, 8, T=4) | dict(C=768)
+_VIDEOMAE = sizes(64, 2, T=16, tubelet_size=2) | dict(C=768)
+_FLIP = sizes(256, 8, T=1, patch_size=14) | dict(C=1024)
 SHAPES = {
     "G1 SMAUG ViT-B/16, mask 0.65": _SMAUG | dict(kept=68),
     "G1 SMAUG ViT-B/16, mask 0.9": _SMAUG | dict(kept=20),
@@ -50,60 +50,37 @@ class Inputs:
 
 
 def make(
-    B: int,
-    T: int,
-    image_size: int,
-    tubelet_size: int,
-    patch_size: int,
-    C: int,
-    kept: int | None,
-    *,
-    dtype: torch.dtype,
-    device: str,
-    generator: torch.Generator,
+    C: int, kept: int | None, *, dtype: torch.dtype, device: str, generator: Any, **sizes: int
 ) -> Inputs:
-    """Draw a batch; see `draw_video` for the memory format."""
+    """Draw a batch. Frames are stored [B, T, C_in, H, W], clips of tubelets [B, C_in, T, H, W]."""
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
 
-    P, slices = (image_size // patch_size) ** 2, T // tubelet_size
-    video = draw_video(B, T, image_size, tubelet_size == 1, generator).to(device)
+    clips = Clips(**sizes)
+    video = clips.draw(generator, "BTCHW" if clips.tubelet_size == 1 else "BCTHW").to(device)
     ids = None
-    if kept is not None:  # a random subset of every slice
-        order = torch.rand(B, slices, P, generator=generator).argsort(-1)[..., :kept]
-        ids = (order + P * torch.arange(slices)[:, None]).flatten(1).to(device)
+    if kept is not None:
+        ids = clips.flat(clips.draw_ids(generator, kept)).to(device)
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1, 1) for x in (MEAN, STD))
-    kernel = (3, tubelet_size, patch_size, patch_size)
     return Inputs(
         video=video,
-        weight=normal(C, *kernel, scale=math.prod(kernel) ** -0.5),
+        weight=normal(C, 3, *clips.patch, scale=clips.pixels**-0.5),
         bias=normal(C, scale=0.02),
-        position=normal(slices * P, C, scale=0.02),
+        position=normal(clips.slices * clips.P, C, scale=0.02),
         ids_keep=ids,
         scale=1 / (255 * std),
         shift=-mean / std,
-        grad=normal(B, slices * (kept or P), C),
+        grad=normal(clips.B, clips.slices * (kept or clips.P), C),
     )
 
 
-def work(
-    B: int,
-    T: int,
-    image_size: int,
-    tubelet_size: int,
-    patch_size: int,
-    C: int,
-    kept: int | None,
-    *,
-    dtype: torch.dtype,
-) -> dict[str, Work]:
+def work(C: int, kept: int | None, *, dtype: torch.dtype, **sizes: int) -> dict[str, Work]:
     """Reads the visible bytes, the parameters and the ids once; writes the tokens once."""
-    slices, P = T // tubelet_size, (image_size // patch_size) ** 2
-    pixels = 3 * tubelet_size * patch_size**2
-    rows = B * slices * (P if kept is None else kept)
+    clips = Clips(**sizes)
+    rows, pixels = clips.B * clips.slices * (clips.P if kept is None else kept), clips.pixels
     ids = 0 if kept is None else 8 * rows
-    parameters = (C * pixels + C + slices * P * C) * dtype.itemsize
+    parameters = (C * pixels + C + clips.slices * clips.P * C) * dtype.itemsize
     size = rows * pixels + ids + parameters + rows * C * dtype.itemsize
     # Backward reads the pixels and the gradient of the tokens, and writes those of the parameters.
     phase = Work(size, 2 * rows * pixels * C)

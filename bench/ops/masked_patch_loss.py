@@ -5,25 +5,25 @@ patches, and computes the loss. `whole clip, then mask` is how MAE and VideoMAE 
 the strongest baseline is `gather, then normalise`, which skips the visible patches as well.
 """
 
-import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vidl.bench.measure.cases import Candidate, Work, compiled, ours
-from vidl.bench.ops.clips import MEAN, STD, clips, draw_video
+from vidl.bench.ops.clips import MEAN, STD, Clips, sizes
 from vidl.kernels.masked_patch_loss.op import Target, masked_patch_loss
 
 OP = "masked_patch_loss"
 
 # Of the P patches of each tubelet slice `masked` are masked.
 SHAPES = {
-    "VideoMAE-B, mask 0.9": clips(64, 2, T=16, tubelet_size=2)
+    "VideoMAE-B, mask 0.9": sizes(64, 2, T=16, tubelet_size=2)
     | dict(masked=176, target="videomae"),
-    "SMAUG, 4 frames, mask 0.65": clips(64, 8, T=4) | dict(masked=128, target="mae"),
-    "MAE, mask 0.75": clips(256, 16, T=1) | dict(masked=147, target="mae"),
+    "SMAUG, 4 frames, mask 0.65": sizes(64, 8, T=4) | dict(masked=128, target="mae"),
+    "MAE, mask 0.75": sizes(256, 16, T=1) | dict(masked=147, target="mae"),
 }
 PARAMETERS = ("prediction",)
 
@@ -42,51 +42,30 @@ class Inputs:
 
 
 def make(
-    B: int,
-    T: int,
-    image_size: int,
-    tubelet_size: int,
-    patch_size: int,
-    masked: int,
-    target: Target,
-    *,
-    dtype: torch.dtype,
-    device: str,
-    generator: torch.Generator,
+    masked: int, target: Target, *, dtype: torch.dtype, device: str, generator: Any, **sizes: int
 ) -> Inputs:
-    """Draw a batch; see `draw_video` for the memory format."""
-    P, slices = (image_size // patch_size) ** 2, T // tubelet_size
-    video = draw_video(B, T, image_size, tubelet_size == 1, generator).to(device)
-    order = torch.rand(B, slices, P, generator=generator).argsort(-1)[..., :masked].sort().values
-    ids = (order + P * torch.arange(slices)[:, None]).flatten(1).to(device)
-    mask = torch.zeros(B, slices * P, dtype=torch.bool, device=device).scatter_(1, ids, True)
-    patch = (tubelet_size, patch_size, patch_size)
-    prediction = torch.randn(B, slices * masked, 3 * math.prod(patch), generator=generator)
+    """Draw a batch. Frames are stored [B, T, C, H, W], clips of tubelets [B, C, T, H, W]."""
+    clips = Clips(**sizes)
+    video = clips.draw(generator, "BTCHW" if clips.tubelet_size == 1 else "BCTHW").to(device)
+    ids = clips.flat(clips.draw_ids(generator, masked).sort().values).to(device)
+    mask = torch.zeros(clips.B, clips.slices * clips.P, dtype=torch.bool, device=device)
+    prediction = torch.randn(*ids.shape, clips.pixels, generator=generator)
     return Inputs(
         prediction=prediction.to(device, dtype),
         video=video,
         ids_masked=ids,
-        mask=mask,
-        patch=patch,
+        mask=mask.scatter_(1, ids, True),
+        patch=clips.patch,
         target=target,
         grad=torch.ones((), dtype=dtype, device=device),
     )
 
 
-def work(
-    B: int,
-    T: int,
-    image_size: int,
-    tubelet_size: int,
-    patch_size: int,
-    masked: int,
-    target: str,
-    *,
-    dtype: torch.dtype,
-) -> dict[str, Work]:
+def work(masked: int, target: str, *, dtype: torch.dtype, **sizes: int) -> dict[str, Work]:
     """Reads the masked bytes, the prediction and the ids once; writes the gradient once."""
-    rows = B * T // tubelet_size * masked
-    pixels = rows * 3 * tubelet_size * patch_size**2
+    clips = Clips(**sizes)
+    rows = clips.B * clips.slices * masked
+    pixels = rows * clips.pixels
     read = pixels * (1 + dtype.itemsize) + 8 * rows
     # Mean, variance, normalisation and square: 8 operations per pixel; 4 without the statistics.
     return {
