@@ -306,7 +306,7 @@ def test_misuse_is_explained():
     loss = ContrastiveLoss().double()
     with pytest.raises(ValueError, match="video"):
         loss(video[..., :2], text)
-    with pytest.raises(ValueError, match="as many clips"):
+    with pytest.raises(ValueError, match="same number of clips"):
         loss(video[:2], text)
     with pytest.raises(ValueError, match="clip_ids"):
         loss(video, text, CLIPS[:2])

@@ -251,7 +251,7 @@ def test_a_lost_link_is_explained(tmp_path):
 def test_a_build_that_was_asked_for_fails_loudly(kind, tree, tmp_path):
     done = hook("build_wheel", tree, tmp_path, VIDL_BUILD=kind, **NO_COMPILER)
     assert done.returncode != 0
-    assert f"VIDL_BUILD={kind} was asked for, but" in done.stderr
+    assert f"VIDL_BUILD={kind} failed:" in done.stderr
     assert "no C++ compiler" in done.stderr or "cmake" in done.stderr
 
 
@@ -268,7 +268,7 @@ def test_a_compiler_that_fails(tmp_path):
     tree = copy_tree(tmp_path / "vidl")
     done = hook("build_wheel", tree, tmp_path / "out", VIDL_BUILD="cpu", CXX=shutil.which("false"))
     assert done.returncode != 0
-    assert "VIDL_BUILD=cpu was asked for, but CMake Error" in done.stderr
+    assert "VIDL_BUILD=cpu failed: CMake Error" in done.stderr
 
 
 @needs_compiler
