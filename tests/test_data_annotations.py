@@ -146,8 +146,13 @@ def test_questions(tmp_path):
             '[\n{"video": "1", "caption": "a"},\n{"video": "2"}\n]',
             "a.json:3: it",
         ),
-        ("common", "a.json", '[\n{"caption": "a"}\n]', "a.json:2: it has no 'video'"),
-        ("common", "a.json", '[\n{"video": "1", "caption": " "}\n]', "a.json:2: need texts that"),
+        ("common", "a.json", '[\n{"caption": "a"}\n]', "a.json:2: missing key 'video'"),
+        (
+            "common",
+            "a.json",
+            '[\n{"video": "1", "caption": " "}\n]',
+            "a.json:2: need non-empty texts",
+        ),
         ("common", "a.json", '[\n{"video": "1", "caption": "a"}\n{}]', "a.json:3: need , or ]"),
         ("common", "a.json", '[\n{"video": "1", "caption": "a"},', "a.json:2: Expecting value"),
         ("common", "a.json", '[\n"1"]', "a.json:2: need an object, got '1'"),
@@ -157,7 +162,7 @@ def test_questions(tmp_path):
             "common",
             "a.json",
             '[{"video": "1", "caption": ["a", "b"], "answer": 2}]',
-            "a.json:1: need as answer an index into 2 options, got 2",
+            "a.json:1: need answer to be an index into 2 options, got 2",
         ),
         (
             "common",
@@ -208,18 +213,18 @@ def test_answers_must_be_there(tmp_path):
 
 def test_rows_survive_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr(annotations, "ROWS_AT_A_TIME", 3)  # several batches in one file
-    said = [Row(f"{n}.mp4", captions=[f"clip {n}", "ü"], start=n / 3) for n in range(7)]
+    captioned = [Row(f"{n}.mp4", captions=[f"clip {n}", "ü"], start=n / 3) for n in range(7)]
     asked = [
         Row("q.jpg", kind="image", id="q", question="how?", options=["a", "b"], correct=1),
         Row("r.mp4", question="who?", answer="me"),
     ]
-    assert annotations.write(said, tmp_path / "said.arrow") == 7
+    assert annotations.write(captioned, tmp_path / "captioned.arrow") == 7
     assert annotations.write(asked, tmp_path / "asked.arrow") == 2
     table = annotations.Annotations(
-        [(tmp_path / "said.arrow", "x"), (tmp_path / "asked.arrow", "y")]
+        [(tmp_path / "captioned.arrow", "x"), (tmp_path / "asked.arrow", "y")]
     )
     assert len(table) == 9
-    for index, row in enumerate([*said, *asked]):
+    for index, row in enumerate([*captioned, *asked]):
         media = f"{'x' if index < 7 else 'y'}/{row.media}"
         assert table[index] == replace(row, media=media)
     assert table.kinds().tolist() == [False] * 7 + [True, False]
@@ -236,10 +241,10 @@ def test_a_table_is_made_on_first_use(tmp_path, monkeypatch):
     file = put(tmp_path, "clips.json", [{"video": "1.mp4", "caption": "a"}])
     table = annotations.load(file)
     assert table[0] == Row(str(tmp_path / "1.mp4"), captions=["a"])
-    (made,) = (tmp_path / "cache").iterdir()
-    before = made.stat().st_mtime_ns
+    (table,) = (tmp_path / "cache").iterdir()
+    before = table.stat().st_mtime_ns
     assert annotations.load((file, "other"))[0].media == "other/1.mp4"
-    assert made.stat().st_mtime_ns == before
+    assert table.stat().st_mtime_ns == before
     put(tmp_path, "clips.json", [{"video": "1.mp4", "caption": "b"}])
     (tmp_path / "clips").mkdir()
     row = annotations.load(file)[0]

@@ -42,8 +42,8 @@ def folder(tmp_path_factory):
         (folder / "good" / file.name).write_bytes(file.read_bytes())
         if n % 3 == 2:
             data = file.read_bytes()
-            ways = [lambda d: b"", lambda d: b"junk" * 50, lambda d: d[: len(d) // 2]]
-            file.write_bytes(ways[n // 3 % 3](data)) if n != 5 else file.unlink()
+            damages = [lambda d: b"", lambda d: b"junk" * 50, lambda d: d[: len(d) // 2]]
+            file.write_bytes(damages[n // 3 % 3](data)) if n != 5 else file.unlink()
     return folder
 
 
@@ -94,7 +94,9 @@ def test_kinds_are_mixed_and_in_step():
     images = [n % 3 == 0 for n in range(60)]  # 20 images, 40 videos
     ranks = [EpochSampler(images, 4, rank=rank, world_size=2) for rank in (0, 1)]
     assert ranks[0].steps_per_epoch == 2 + 5
-    kinds = [[{images[row] for _, row in batch} for batch in keys(each, 14)] for each in ranks]
+    kinds = [
+        [{images[row] for _, row in batch} for batch in keys(sampler, 14)] for sampler in ranks
+    ]
     assert kinds[0] == kinds[1] and all(len(kind) == 1 for kind in kinds[0])
     assert kinds[0][:7].count({True}) == kinds[0][7:].count({True}) == 2
     assert kinds[0][:7] != kinds[0][7:]  # other steps in another epoch
@@ -149,8 +151,8 @@ def test_training_differs_by_epoch_and_evaluation_does_not():
     train = Clips(rows, frames=2, size=32, train=True)
     told_by_epoch = [told(train[Key(epoch, 0)]) for epoch in range(6)]
     assert told_by_epoch == [told(train[Key(epoch, 0)]) for epoch in range(6)]
-    assert len({str(each) for each in told_by_epoch}) == 6
-    assert len({each[1][0] for each in told_by_epoch}) > 1  # captions too
+    assert len({str(told) for told in told_by_epoch}) == 6
+    assert len({told[1][0] for told in told_by_epoch}) > 1  # captions too
     test = Clips(rows, frames=2, size=32, train=False)
     assert told(test[Key(0, 0)]) == told(test[Key(5, 0)]) and test[Key(5, 0)].text == ["a"]
 
@@ -219,10 +221,10 @@ def test_broken_clips_go_with_their_captions(folder):
     batches, seen = iter(loader), collections.Counter()
     for _ in range(9):
         batch = next(batches)
-        said = [int(text.split()[1]) for text in batch.text]
-        assert said == numbers(batch.video[:, :, 0].movedim(1, -1)) == batch.index.tolist()
-        assert len(set(said)) == 6  # no clip twice in a batch
-        seen.update(said)
+        indices = [int(text.split()[1]) for text in batch.text]
+        assert indices == numbers(batch.video[:, :, 0].movedim(1, -1)) == batch.index.tolist()
+        assert len(set(indices)) == 6  # no clip twice in a batch
+        seen.update(indices)
     broken = {n for n in range(FILES) if n % 3 == 2}
     assert set(seen) == set(range(FILES)) - broken
     assert set(loader.broken) <= {str(folder / f"{n}.mp4") for n in broken}
@@ -290,13 +292,13 @@ def test_real_clips_in_workers(tmp_path, monkeypatch):
     annotations = pytest.importorskip("vidl.data.annotations")
     monkeypatch.setenv("VIDL_CACHE", str(tmp_path))
     rows = annotations.load(EXAMPLES.parent / "clips.json")
-    said = {caption for row in rows for caption in row.captions}
+    captions = {caption for row in rows for caption in row.captions}
     clips = Clips(rows, frames=2, size=32, train=True)
     batches = [
         told(next(iter(Loader(clips, EpochSampler(clips.images(), 6), workers=workers))))
         for workers in (0, 2)
     ]
-    assert batches[0] == batches[1] and set(batches[0][1]) <= said
+    assert batches[0] == batches[1] and set(batches[0][1]) <= captions
 
 
 def test_what_fits_together(folder):
@@ -326,13 +328,13 @@ def test_tokens(tmp_path):
     assert tokenizer.unk_id in tokenizer(["zebra"], 9)[0]
     again = train_tokenizer(captions * 3, size=200)
     assert again.tokens() == tokenizer.tokens()
-    with pytest.raises(ValueError, match="need room for .* got size=10"):
+    with pytest.raises(ValueError, match="need size >= .* got 10"):
         train_tokenizer(captions, size=10)
     tokenizer.save(tmp_path / "tokenizer.json")
     assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         assert torch.equal(load_tokenizer(path)(["A red square"], 7)[0], ids[:1])
-    with pytest.raises(ValueError, match="need room for .*, got words=2"):
+    with pytest.raises(ValueError, match="need words >= 3 .*, got 2"):
         tokenizer(["a"], 2)
 
 
@@ -376,9 +378,9 @@ def shards(folder):
         with tarfile.open(files[-1], "w") as tar:
             for n in range(4 * number, 4 * number + 4):
                 data = (folder / "good" / f"{n}.mp4").read_bytes()
-                said = json.dumps({"caption": f"clip {n}"}) if n % 2 else f"clip {n}"
+                caption = json.dumps({"caption": f"clip {n}"}) if n % 2 else f"clip {n}"
                 parts = {"mp4": data if n not in (5, 14) else b"junk"}
-                parts["json" if n % 2 else "txt"] = said.encode()
+                parts["json" if n % 2 else "txt"] = caption.encode()
                 for suffix, content in parts.items():
                     entry = tarfile.TarInfo(f"{n:04}.{suffix}")
                     entry.size = len(content)
@@ -397,9 +399,9 @@ def test_shards(shards, workers):
     batches, seen = iter(loader), collections.Counter()
     for _ in range(12):
         batch = next(batches)
-        said = [int(text.split()[1]) for text in batch.text]
-        assert said == numbers(batch.video[:, :, 0].movedim(1, -1)) and len(said) == 3
-        seen.update(said)
+        indices = [int(text.split()[1]) for text in batch.text]
+        assert indices == numbers(batch.video[:, :, 0].movedim(1, -1)) and len(indices) == 3
+        seen.update(indices)
     assert set(seen) == set(range(FILES)) - {5, 14}
     assert {name[-4:] for name in loader.broken} == {"0005", "0014"}
 
@@ -432,7 +434,7 @@ def test_shards_that_do_not_fit(shards, tmp_path):
     take(loader, 1)
     other = Loader(stream_of(shards), workers=2, limit=1)
     other.load_state_dict(loader.state_dict())
-    with pytest.raises(ValueError, match="need 1 workers, as before, got 2"):
+    with pytest.raises(ValueError, match="need 1 workers, as in the resumed run, got 2"):
         next(iter(other))
     with pytest.raises(TooManyBroken, match="need one of jpg"):
         take(Loader(stream_of(shards, kind="image"), limit=1), 1)

@@ -127,9 +127,9 @@ def test_a_batch_has_few_looks(difficulty, looks):
     batches, seen = iter(EpochSampler(shapes.kinds(), 8)), set()
     for _ in range(40):
         actors = [actor for key in next(batches) for actor in shapes.actors(key.index)]
-        found = {(actor.colour, actor.shape) for actor in actors}
-        assert len(found) <= looks
-        seen |= found
+        shown = {(actor.colour, actor.shape) for actor in actors}
+        assert len(shown) <= looks
+        seen |= shown
     assert seen == set(coloured_shapes("train"))
 
 

@@ -16,13 +16,13 @@ NAMES = sorted(models.MODELS)
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     pytest.importorskip("safetensors")
-    found = {}
+    exported = {}
     for name in NAMES:
         folder = tmp_path_factory.mktemp(name)
         model = randomise(models.create(name, "tiny", **SMALL)).eval()
         export(model, folder)
-        found[name] = model, folder
-    return found
+        exported[name] = model, folder
+    return exported
 
 
 def example(model):

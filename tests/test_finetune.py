@@ -26,12 +26,12 @@ SMAUG += ["model.prune_layers=[1]"]
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    found = {}
+    folders = {}
     for name, more in (("smaug", SMAUG), ("mac", [])):
         folder = tmp_path_factory.mktemp(name) / "run"
         pretrain(Config.read(None, [*TINY, *more, f"model.name={name}", f"run.folder={folder}"]))
-        found[name] = folder
-    return found
+        folders[name] = folder
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def clips(tmp_path_factory):
         "captions": [dict(caption=f"a {answers[x]} circle") for x in answers],
         "choices": [dict(caption=["red", "a blue", "green"], answer=1) for x in answers],
     }
-    for kind, each in rows.items():
-        entries = [row | {"video": f"{x}.mp4"} for x, row in zip(answers, each, strict=True)]
+    for kind, annotations in rows.items():
+        entries = [row | {"video": f"{x}.mp4"} for x, row in zip(answers, annotations, strict=True)]
         (folder / f"{kind}.json").write_text(json.dumps(entries))
     return folder
 
@@ -95,10 +95,10 @@ def test_questions_are_learned_and_asked(pretrained, clips, tmp_path, capsys):
     capsys.readouterr()
     assert main(["eval", "qa", *arguments, "--data", f"{clips}/questions.json"]) == 0
     # It says "red" to all; that is right of two, wrong of one, and one cannot be read.
-    found = json.loads(result.read_text())
-    assert (found["questions"], found["right"], found["answerable"]) == (4, 2, 3)
-    assert "4 questions, 2 correct: 50.0 %" in (said := capsys.readouterr().out)
-    assert "1 clip could not be read" in said and "d.mp4" in said
+    accuracy = json.loads(result.read_text())
+    assert (accuracy["questions"], accuracy["right"], accuracy["answerable"]) == (4, 2, 3)
+    assert "4 questions, 2 correct: 50.0 %" in (shown := capsys.readouterr().out)
+    assert "1 clip could not be read" in shown and "d.mp4" in shown
     assert main(["eval", "retrieval", *arguments]) == 1
     assert "need a run for retrieval, got Answering" in capsys.readouterr().err
     other = [*command[4:], f"run.folder={tmp_path}/mac"]
@@ -113,8 +113,8 @@ def test_evaluation_on_the_command_line(pretrained, clips, tmp_path, capsys):
         main(["eval", "retrieval", *weights, *captions, "--rerank", "2", "--json", str(result)])
         == 0
     )
-    said = capsys.readouterr().out
-    assert "4 clips, 4 captions" in said and "top 2 re-ranked" in said and "d.mp4" in said
+    shown = capsys.readouterr().out
+    assert "4 clips, 4 captions" in shown and "top 2 re-ranked" in shown and "d.mp4" in shown
     assert json.loads(result.read_text())["rerank"] == 2
     assert (
         main(["eval", "retrieval", *weights, "--masked", "--unpruned", "--dtype", "bfloat16"]) == 0
@@ -137,8 +137,8 @@ def test_evaluation_from_python(pretrained, clips):
     with runs.parallel.ranks("cpu") as ranks:
         options = runs.Options(quiet=True)
         files = (clips / "captions.json", None)
-        found = runs.evaluate(pretrained["mac"], "retrieval", files, ranks, options)
-        assert isinstance(found, Retrieval) and len(found.broken) == 1
+        result = runs.evaluate(pretrained["mac"], "retrieval", files, ranks, options)
+        assert isinstance(result, Retrieval) and len(result.broken) == 1
         files = (clips / "choices.json", None)
         assert isinstance(runs.evaluate(pretrained["mac"], "mc", files, ranks, options), Accuracy)
 

@@ -10,9 +10,6 @@ from vidl.nn import MaskedPatchEmbed
 SAMPLES = torch.arange(1000)
 
 
-# ---- Draws -----------------------------------------------------------------------------------
-
-
 def by_hand(seed, step, sample, i, stream):
     """The definition in plain integers."""
 
@@ -242,9 +239,9 @@ def test_the_embedding_drops_masked_patches():
 @pytest.mark.parametrize("kind", ["frame", "tube"])
 def test_masks_of_frames(kind):
     mask = draw(kind)
-    each = mask.per_frame()
-    assert each.grid == (1, 6, 5) and each.ids_keep.shape == (160, 12)
-    assert torch.equal(each.masked().view(40, N), mask.masked())
+    frames = mask.per_frame()
+    assert frames.grid == (1, 6, 5) and frames.ids_keep.shape == (160, 12)
+    assert torch.equal(frames.masked().view(40, N), mask.masked())
 
 
 def test_masks_compile():

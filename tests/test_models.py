@@ -22,9 +22,9 @@ def tiny(name, **overrides):
 
 def batch(model, B=4, words=9):
     torch.manual_seed(1)
-    found = example(model.recipe, B, words)
-    found["attention_mask"][1, 5:] = 0  # captions differ in length
-    return found
+    inputs = example(model.recipe, B, words)
+    inputs["attention_mask"][1, 5:] = 0  # captions differ in length
+    return inputs
 
 
 @pytest.mark.parametrize("tubelet_size", [1, 2])

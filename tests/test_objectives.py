@@ -46,9 +46,6 @@ def plain_contrast(video, text, temperature, clip_ids=None, form="mean"):
     return total / len(text) / (2 if form == "mean" else 1)
 
 
-# ---- Contrast --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("frames", [True, False])
 @pytest.mark.parametrize("clip_ids", [None, CLIPS], ids=["distinct", "shared"])
 def test_contrast_as_a_plain_loop(frames, clip_ids):
@@ -161,9 +158,9 @@ def test_two_ranks_are_one_with_the_double_batch(tmp_path):
             towers = Towers(form, False)
             loss = towers(video, text, clip_ids)
             loss.backward()
-            found = [rank[form, clip_ids is None] for rank in ranks]
-            torch.testing.assert_close((found[0][0] + found[1][0]) / 2, loss.detach())
-            for grads in (grads[1:] for grads in found):
+            own = [rank[form, clip_ids is None] for rank in ranks]
+            torch.testing.assert_close((own[0][0] + own[1][0]) / 2, loss.detach())
+            for grads in (grads[1:] for grads in own):
                 for our, parameter in zip(grads, towers.parameters(), strict=True):
                     torch.testing.assert_close(our, parameter.grad)
     for rank in range(2):
@@ -180,9 +177,6 @@ def test_without_ranks_nothing_is_gathered():
     assert torch.equal(loss(video, text, CLIPS), alone(video, text, CLIPS))
 
 
-# ---- Matching --------------------------------------------------------------------------------
-
-
 def draw(similarity, clip_ids=None, step=0):
     samples = torch.arange(len(similarity)) + 100
     return hard_negatives(5, step, samples, similarity, clip_ids)
@@ -191,9 +185,9 @@ def draw(similarity, clip_ids=None, step=0):
 def test_negatives_as_a_plain_loop():
     similarity = 3 * torch.randn(B, B)
     numbers = [uniform(5, 0, torch.arange(B) + 100, B, stream=s) for s in (4 << 58, 5 << 58)]
-    found = draw(similarity, CLIPS)
+    negatives = draw(similarity, CLIPS)
     for drawn, rows, number in zip(
-        (found.captions, found.clips), (similarity, similarity.T), numbers, strict=True
+        (negatives.captions, negatives.clips), (similarity, similarity.T), numbers, strict=True
     ):
         for i in range(B):
             # Whoever waits least, if the softmax is the rate, is a draw of the softmax.
@@ -202,7 +196,7 @@ def test_negatives_as_a_plain_loop():
                 if CLIPS[i] != CLIPS[j]:
                     waits[j] = -math.log(number[i, j].item() + 2.0**-25) / weight
             assert drawn[i] == min(waits, key=waits.get)
-    assert found.exist.all()
+    assert negatives.exist.all()
 
 
 def test_negatives_are_drawn_in_proportion():
@@ -211,7 +205,7 @@ def test_negatives_are_drawn_in_proportion():
     drawn = [draw(similarity, step=step) for step in range(draws)]
     for name, rows in (("captions", similarity), ("clips", similarity.T)):
         share = rows.masked_fill(torch.eye(4, dtype=torch.bool), -math.inf).softmax(1)
-        picks = torch.stack([getattr(found, name) for found in drawn])
+        picks = torch.stack([getattr(negatives, name) for negatives in drawn])
         for i in range(4):
             counts = torch.bincount(picks[:, i], minlength=4)
             assert counts[i] == 0
@@ -221,37 +215,34 @@ def test_negatives_are_drawn_in_proportion():
 
 def test_negatives_do_not_match_even_if_they_are_far():
     similarity = torch.full((B, B), -200.0).fill_diagonal_(200.0)  # softmax is 0 elsewhere
-    found = draw(similarity, CLIPS)
-    assert (CLIPS[found.captions] != CLIPS).all() and (CLIPS[found.clips] != CLIPS).all()
+    negatives = draw(similarity, CLIPS)
+    assert (CLIPS[negatives.captions] != CLIPS).all() and (CLIPS[negatives.clips] != CLIPS).all()
 
 
 def test_a_batch_of_one_clip_has_no_negatives():
     ids = torch.tensor([3, 3, 3])
-    found = draw(torch.randn(3, 3), ids)
-    assert not found.exist.any()
-    assert found.captions.min() >= 0 and found.captions.max() < 3
+    negatives = draw(torch.randn(3, 3), ids)
+    assert not negatives.exist.any()
+    assert negatives.captions.min() >= 0 and negatives.captions.max() < 3
     logits = torch.randn(9, 2, requires_grad=True)
-    loss = matching_loss(logits, found)
+    loss = matching_loss(logits, negatives)
     loss.backward()
     torch.testing.assert_close(loss, -logits[:3].log_softmax(1)[:, 1].mean())
     assert (logits.grad[3:] == 0).all()
 
 
 def test_matching_as_a_plain_loop():
-    found = Negatives(
+    negatives = Negatives(
         torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0]), torch.tensor([True, False, True])
     )
-    captions, clips = found.pairs()
+    captions, clips = negatives.pairs()
     expected = [(0, 0), (1, 1), (2, 2), (0, 1), (1, 2), (2, 0), (2, 0), (0, 1), (1, 2)]
     assert list(zip(captions.tolist(), clips.tolist(), strict=True)) == expected
     logits = torch.randn(9, 2, dtype=torch.float64, requires_grad=True)
     total = [-logits[row].log_softmax(0)[int(row < 3)] for row in range(9) if row not in (4, 7)]
-    torch.testing.assert_close(matching_loss(logits, found), sum(total) / 7)
-    assert torch.autograd.gradcheck(lambda logits: matching_loss(logits, found), logits)
-    assert matching_loss(logits.bfloat16(), found).dtype == torch.float32
-
-
-# ---- Hidden words and pixels ------------------------------------------------------------------
+    torch.testing.assert_close(matching_loss(logits, negatives), sum(total) / 7)
+    assert torch.autograd.gradcheck(lambda logits: matching_loss(logits, negatives), logits)
+    assert matching_loss(logits.bfloat16(), negatives).dtype == torch.float32
 
 
 def test_masked_words_as_a_plain_loop():
@@ -290,9 +281,6 @@ def test_masked_patches_as_a_plain_loop(backend):
     torch.testing.assert_close(*grads)
     # A floating-point clip is as the model sees it.
     torch.testing.assert_close(loss(prediction, pixels, ids_mask), ours)
-
-
-# ---- Misuse -----------------------------------------------------------------------------------
 
 
 def test_misuse_is_explained():

@@ -35,27 +35,27 @@ def assert_share(part, whole, expected):
 def test_bert_hides_as_often_as_it_says(ratio):
     ids, mask = captions()
     words = ids >= 1000
-    found = masked(ids, mask, ratio)
-    assert not (found.hidden & ~words).any()
-    assert torch.equal(found.ids[~found.hidden], ids[~found.hidden])
-    assert_share(found.hidden, words, ratio)
+    result = masked(ids, mask, ratio)
+    assert not (result.hidden & ~words).any()
+    assert torch.equal(result.ids[~result.hidden], ids[~result.hidden])
+    assert_share(result.hidden, words, ratio)
     for column in range(1, L - 1):
-        assert_share(found.hidden[:, column], words[:, column], ratio)
+        assert_share(result.hidden[:, column], words[:, column], ratio)
 
-    is_mask, same = found.ids == MASK, found.ids == ids
-    assert_share(is_mask & found.hidden, found.hidden, 0.8)
-    assert_share(same & found.hidden, found.hidden, 0.1)
-    other = found.ids[found.hidden & ~is_mask & ~same]
+    is_mask, same = result.ids == MASK, result.ids == ids
+    assert_share(is_mask & result.hidden, result.hidden, 0.8)
+    assert_share(same & result.hidden, result.hidden, 0.1)
+    other = result.ids[result.hidden & ~is_mask & ~same]
     assert other.min() >= 0 and other.max() < 30522
     assert abs(other.double().mean() / 30521 - 0.5) < 4 / (12 * len(other)) ** 0.5
 
 
 def test_all_masks_is_macs_rule():
     ids, mask = captions()
-    found, bert = (masked(ids, mask, 0.4, replace=rule) for rule in ("mask", "bert"))
-    assert (found.ids[found.hidden] == MASK).all()
-    assert torch.equal(found.ids[~found.hidden], ids[~found.hidden])
-    assert torch.equal(found.hidden, bert.hidden)
+    result, bert = (masked(ids, mask, 0.4, replace=rule) for rule in ("mask", "bert"))
+    assert (result.ids[result.hidden] == MASK).all()
+    assert torch.equal(result.ids[~result.hidden], ids[~result.hidden])
+    assert torch.equal(result.hidden, bert.hidden)
     nothing, everything = (masked(ids, mask, ratio, replace="mask") for ratio in (0.0, 1.0))
     assert torch.equal(nothing.ids, ids) and nothing.positions.shape == (0,)
     assert torch.equal(everything.hidden, ids >= 1000)
@@ -63,16 +63,16 @@ def test_all_masks_is_macs_rule():
 
 def test_labels_are_those_of_a_plain_loop():
     ids, mask = captions()
-    found = masked(ids, mask)
-    assert found.positions.shape == found.labels.shape == (most_hidden(B * L, 0.15),)
-    expected = [(b * L + n, int(ids[b, n])) for b, n in found.hidden.nonzero().tolist()]
-    real = found.labels != -100
-    pairs = zip(found.positions[real].tolist(), found.labels[real].tolist(), strict=True)
+    result = masked(ids, mask)
+    assert result.positions.shape == result.labels.shape == (most_hidden(B * L, 0.15),)
+    expected = [(b * L + n, int(ids[b, n])) for b, n in result.hidden.nonzero().tolist()]
+    real = result.labels != -100
+    pairs = zip(result.positions[real].tolist(), result.labels[real].tolist(), strict=True)
     assert list(pairs) == expected
-    assert len(set(found.positions.tolist())) == len(found.positions)
+    assert len(set(result.positions.tolist())) == len(result.positions)
     few = masked(ids, mask, most=7)
-    assert torch.equal(few.positions, found.positions[:7])
-    assert torch.equal(few.ids, found.ids)
+    assert torch.equal(few.positions, result.positions[:7])
+    assert torch.equal(few.ids, result.ids)
 
 
 def test_whole_words_are_hidden_together():
@@ -81,7 +81,7 @@ def test_whole_words_are_hidden_together():
     table = continuations(words)
     assert table.sum() == len([word for word in words if word.startswith("##")])
     starts = ~table[ids] | (ids < 1000)
-    found = masked(ids, mask, 0.3, word_starts=starts)
+    result = masked(ids, mask, 0.3, word_starts=starts)
     drawn = uniform(1, 2, torch.arange(B), L, stream=1 << 58)
     for b in range(B):
         for n in range(L):
@@ -89,8 +89,8 @@ def test_whole_words_are_hidden_together():
             while not starts[b, first]:
                 first -= 1
             special = ids[b, n] < 1000 or not mask[b, n]
-            assert found.hidden[b, n] == (not special and bool(drawn[b, first] < 0.3))
-    assert_share(found.hidden & starts, (ids >= 1000) & starts, 0.3)
+            assert result.hidden[b, n] == (not special and bool(drawn[b, first] < 0.3))
+    assert_share(result.hidden & starts, (ids >= 1000) & starts, 0.3)
 
 
 def test_a_mask_is_the_samples_own():
@@ -111,9 +111,9 @@ def test_a_mask_is_the_samples_own():
 def test_another_vocabulary():
     ids = torch.randint(0, 10, (B, L))
     vocabulary = Vocabulary(size=10, mask=4, special=(0, 4))
-    found = masked(ids, torch.ones(B, L, dtype=torch.bool), 1.0, vocabulary=vocabulary)
-    assert torch.equal(found.hidden, (ids != 0) & (ids != 4))
-    assert found.ids.max() == 9
+    result = masked(ids, torch.ones(B, L, dtype=torch.bool), 1.0, vocabulary=vocabulary)
+    assert torch.equal(result.hidden, (ids != 0) & (ids != 4))
+    assert result.ids.max() == 9
 
 
 def test_compiles():
@@ -126,9 +126,9 @@ def test_compiles():
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for step in range(2):
-        found, expected = compiled(torch.tensor(step)), run(step)
-        assert torch.equal(found.ids, expected.ids)
-        assert torch.equal(found.labels, expected.labels)
+        result, expected = compiled(torch.tensor(step)), run(step)
+        assert torch.equal(result.ids, expected.ids)
+        assert torch.equal(result.labels, expected.labels)
 
 
 @pytest.mark.gpu

@@ -64,9 +64,6 @@ def same_weights(a, b):
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-# Configuration
-
-
 def test_config_reads_files_and_overrides(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model: {name: mac, mask_ratio: 0.5}\ndata: {files: a.json}\n")
@@ -118,9 +115,6 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
     assert str(missing) in capsys.readouterr().err
 
 
-# Optimizer and schedule
-
-
 def test_what_decays():
     for name in models.MODELS:
         model = models.create(name, "tiny")
@@ -137,14 +131,16 @@ def test_what_decays():
 def test_what_muon_takes():
     for name in models.MODELS:
         model = models.create(name, "tiny")
-        made = optimizer.make(model, Config.read(None, [*MAC, "optimizer.name=muon"]).optimizer)
-        words, others, matrices = made.param_groups
+        optimized = optimizer.make(
+            model, Config.read(None, [*MAC, "optimizer.name=muon"]).optimizer
+        )
+        words, others, matrices = optimized.param_groups
         assert words["params"] == [model.text.embeddings.word_embeddings.weight]
-        assert [group["orthogonal"] for group in made.param_groups] == [False, False, True]
+        assert [group["orthogonal"] for group in optimized.param_groups] == [False, False, True]
         assert others["weight_decay"] == 0 < matrices["weight_decay"]
         assert all(p.ndim >= 2 for p in matrices["params"])
-        found = sum(len(group["params"]) for group in made.param_groups)
-        assert found == sum(p.requires_grad for p in model.parameters())
+        count = sum(len(group["params"]) for group in optimized.param_groups)
+        assert count == sum(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="need run.parallel=ddp with optimizer.name=muon"):
         Config.read(None, [*MAC, "optimizer.name=muon", "run.parallel=fsdp"])
     with pytest.raises(ValueError, match="got a vector"):
@@ -155,12 +151,12 @@ def test_what_muon_takes():
 def test_orthogonal_updates(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     matrices[0, :4] *= 100  # the sizes of its rows do not matter
-    found = orthogonalise(matrices)
+    orthogonal = orthogonalise(matrices)
     u, values, v = torch.linalg.svd(matrices, full_matrices=False)
-    kept = torch.linalg.svdvals(found)[values > 0.02 * values.amax(-1, keepdim=True)]
+    kept = torch.linalg.svdvals(orthogonal)[values > 0.02 * values.amax(-1, keepdim=True)]
     assert kept.min() > 0.6 and kept.max() < 1.25
     # the singular vectors are those of the matrix
-    inside = u.mT @ found @ v.mT
+    inside = u.mT @ orthogonal @ v.mT
     torch.testing.assert_close(
         inside - inside * torch.eye(len(inside[0])), 0 * inside, atol=1e-3, rtol=0
     )
@@ -172,14 +168,14 @@ def test_a_step_of_muon():
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(*size, generator=generator) for size in ((6, 10), (6, 2, 5), (7,))]
     parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
-    made = Muon(
+    muon = Muon(
         [{"params": parameters[:2], "orthogonal": True}, {"params": parameters[2:]}],
         lr=0.1, weight_decay=0.5,
     )  # fmt: skip
     gradients = [torch.randn(p.shape, generator=generator) for p in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
-    made.step()
+    muon.step()
     for weight, parameter, gradient in zip(weights[:2], parameters, gradients, strict=False):
         update = orthogonalise(gradient.flatten(1)[None])[0].view_as(weight)
         wanted = weight * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 10**0.5 * update
@@ -192,7 +188,7 @@ def test_a_step_of_muon():
     # the second step looks ahead along the momentum of both gradients
     before, second = parameters[0].detach().clone(), torch.randn(6, 10, generator=generator)
     parameters[0].grad = second
-    made.step()
+    muon.step()
     mean = 0.95 * 0.05 * gradients[0] + 0.05 * second
     update = orthogonalise((0.05 * second + 0.95 * mean)[None])[0]
     wanted = before * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 10**0.5 * update
@@ -206,9 +202,6 @@ def test_schedules():
     assert rates[60] == pytest.approx(1.1) and rates[110] == pytest.approx(0.2)
     kept = [optimizer.keep_rate(step, 0.5, schedule) for step in (0, 25, 50, 99)]
     assert kept == pytest.approx([1, 0.75, 0.5, 0.5])
-
-
-# Runs
 
 
 @pytest.mark.parametrize(
@@ -280,9 +273,6 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         train(tmp_path, MAC, "optimizer.lr=1e30", "optimizer.clip=0", "schedule.warmup=0")
 
 
-# Runs that are killed
-
-
 def start(folder, options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
     command = [sys.executable, "-m", "vidl", "pretrain", *options, f"run.folder={folder}"]
@@ -327,9 +317,6 @@ def test_killed_and_terminated(tmp_path):
         assert not train(tmp_path / folder, options, *more, evaluate=stop)["finished"]
     assert records(tmp_path / "killed") == records(tmp_path / "whole")
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
-
-
-# Two ranks
 
 
 def _rank(rank, runs):
@@ -388,9 +375,6 @@ def test_two_ranks_equal_one_with_the_double_batch(tmp_path):
             torch.testing.assert_close(two[key], one[key], rtol=0, atol=4e-3)
 
 
-# Broken clips
-
-
 def test_broken_clips_are_left_out_with_their_captions(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
     rows = json.loads((EXAMPLES / "clips.json").read_text())[:10]
@@ -422,9 +406,6 @@ def test_broken_clips_are_left_out_with_their_captions(tmp_path, capsys, monkeyp
     assert len(list((tmp_path / "cache" / "clips").glob("*.npy"))) == 7  # each decoded once
 
 
-# Other data
-
-
 def test_images_and_videos_in_one_run(tmp_path, monkeypatch):
     from PIL import Image
 
@@ -439,11 +420,11 @@ def test_images_and_videos_in_one_run(tmp_path, monkeypatch):
     shown = []
 
     def arguments(batch, *args, **kwargs):
-        found = inputs.arguments(batch, *args, **kwargs)
+        arguments = inputs.arguments(batch, *args, **kwargs)
         kinds = {text.startswith("colour") for text in batch.text}
-        assert len(kinds) == 1 and found["video"].shape[2] == MODEL["frames"]
+        assert len(kinds) == 1 and arguments["video"].shape[2] == MODEL["frames"]
         shown.append(kinds.pop())
-        return found
+        return arguments
 
     monkeypatch.setattr(loop, "arguments", arguments)
     options = [*SMAUG, "data.source=clips", f"data.files={tmp_path / 'clips.json'}"]

@@ -60,8 +60,8 @@ class Retrieval:
         lines = [f"{title:<32}" + "".join(f"{name:>9}" for name in names)]
         groups = {"": self.rankings, f", top {self.rerank} re-ranked": self.reranked}
         for suffix, rankings in groups.items():
-            for key, ranking in rankings.items():
-                values = [*ranking.recall.values(), ranking.median, ranking.mean]
+            for key, ranked in rankings.items():
+                values = [*ranked.recall.values(), ranked.median, ranked.mean]
                 cells = "".join(f"{value:>9.1f}" for value in values)
                 lines.append(f"{DIRECTIONS[key] + suffix:<32}{cells}")
         return "\n".join(lines + broken_lines(self.broken))
