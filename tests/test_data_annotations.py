@@ -1,4 +1,4 @@
-"""Annotation formats from small files as they are published, and the table that rows live in."""
+"""Annotation formats on small files in their published form, and the Arrow table."""
 
 import json
 import pickle
@@ -201,7 +201,7 @@ def test_errors_name_file_and_line(tmp_path, format, name, content, message):
     assert message in str(caught.value)
 
 
-def test_answers_must_be_there(tmp_path):
+def test_missing_answers_are_an_error(tmp_path):
     question = {"video_name": "x", "question": "where", "question_id": "x_0"}
     asked = put(tmp_path, "val_q.json", [question])
     put(tmp_path, "val_a.json", [])
@@ -232,11 +232,11 @@ def test_rows_survive_the_table(tmp_path, monkeypatch):
         table[9]
     assert list(table) == [table[n] for n in range(9)]
 
-    copy = pickle.loads(pickle.dumps(table))  # for a worker: files, not rows
+    copy = pickle.loads(pickle.dumps(table))  # as for a worker: file names, not rows
     assert copy[8] == table[8] and len(pickle.dumps(table)) < 1000
 
 
-def test_a_table_is_made_on_first_use(tmp_path, monkeypatch):
+def test_json_is_converted_on_first_use(tmp_path, monkeypatch):
     monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
     file = put(tmp_path, "clips.json", [{"video": "1.mp4", "caption": "a"}])
     table = annotations.load(file)
@@ -251,7 +251,7 @@ def test_a_table_is_made_on_first_use(tmp_path, monkeypatch):
     assert row.captions == ("b",) and row.media == str(tmp_path / "clips" / "1.mp4")
 
 
-def test_a_table_appears_whole_or_not_at_all(tmp_path):
+def test_tables_are_written_atomically(tmp_path):
     file = put(tmp_path, "a.json", '[{"video": "1", "caption": "a"}, {"video": "2"}]')
     with pytest.raises(BadAnnotation):
         annotations.convert(file, tmp_path / "a.arrow")
@@ -262,7 +262,7 @@ def test_a_table_appears_whole_or_not_at_all(tmp_path):
         annotations.convert(file, tmp_path / "a.arrow", format="coco")
 
 
-def test_wrong_tables(tmp_path):
+def test_invalid_tables_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="b.arrow: need an Arrow file as vidl writes it"):
         annotations.load(put(tmp_path, "b.arrow", "no table"))
     with pytest.raises(ValueError, match=r"c.csv: need .arrow, .json or .jsonl; else `vidl data"):
@@ -270,7 +270,7 @@ def test_wrong_tables(tmp_path):
 
 
 def test_workers_do_not_hold_the_rows(tmp_path):
-    """A million rows cost what is looked at."""
+    """Memory for a million rows grows only by the rows that are read."""
     count = 200_000
     file = tmp_path / "many.arrow"
     annotations.write((Row(f"{n}.mp4", captions=[f"caption {n} " * 5]) for n in range(count)), file)

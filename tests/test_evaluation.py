@@ -35,7 +35,7 @@ QUIET = Options(batch_size=3, text_batch=5, quiet=True)
 
 
 class Stored(ClipSet):
-    """Clips of noise, which is always the same, with the rows that a test wants."""
+    """Fixed noise clips with given rows."""
 
     def __init__(self, rows, broken=(), train=False):
         texts = (t for row in rows for t in (*row.captions, *row.options, row.question or ""))
@@ -83,14 +83,14 @@ def tiny(name, **overrides):
     model = models.create(name, "tiny", **(options | overrides))
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "embedding" not in name:
-            torch.nn.init.normal_(parameter, std=0.2)  # features that differ
+            torch.nn.init.normal_(parameter, std=0.2)  # distinct features
     return model
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_ranks_are_those_of_a_plain_loop(seed):
+def test_ranks_equal_a_plain_loop(seed):
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randint(4, (7, 9), generator=generator).float()  # ties are the rule
+    scores = torch.randint(4, (7, 9), generator=generator).float()  # with many ties
     scores[torch.rand(7, 9, generator=generator) < 0.1] = math.nan
     correct = torch.rand(7, 9, generator=generator) < 0.25
     result = ranks(scores, correct).tolist()
@@ -102,7 +102,7 @@ def test_ranks_are_those_of_a_plain_loop(seed):
         assert result[query] == 1 + sum(not value < best for value in others)
 
 
-def test_constant_scores_find_nothing():
+def test_constant_scores_give_the_worst_rank():
     correct = torch.eye(5, dtype=torch.bool)
     assert ranks(torch.zeros(5, 5), correct).tolist() == [5] * 5
     assert ranks(torch.full((5, 5), math.nan), correct).tolist() == [5] * 5
@@ -113,18 +113,18 @@ def test_constant_scores_find_nothing():
         ranks(torch.zeros(2, 3), correct)
 
 
-def test_what_is_told_of_ranks():
+def test_statistics_of_ranks():
     summary = ranking(torch.tensor([1, 2, 6, 11]))
     assert summary.recall == {1: 25.0, 5: 50.0, 10: 75.0}
     assert (summary.queries, summary.median, summary.mean) == (4, 4.0, 5.0)
-    # With a single candidate a miss has rank 1 too, and is still a miss.
+    # With a single candidate a miss also has rank 1, but is still a miss.
     assert ranking(torch.tensor([1]), torch.tensor([False])).recall[1] == 0
     with pytest.raises(ValueError, match="need at least one query"):
         ranking(torch.tensor([], dtype=torch.int64))
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_reranking_puts_judged_candidates_first(seed):
+def test_reranked_candidates_come_first(seed):
     generator = torch.Generator().manual_seed(seed)
     similarity = torch.randint(6, (5, 8), generator=generator).float()
     judged = torch.zeros(5, 8, dtype=torch.bool)
@@ -147,7 +147,7 @@ def test_reranking_puts_judged_candidates_first(seed):
 
 @pytest.mark.parametrize("name", models.MODELS)
 @pytest.mark.parametrize("captions", [1, 3])
-def test_retrieval_is_that_of_a_plain_loop(name, captions):
+def test_retrieval_equals_a_plain_loop(name, captions):
     model, data = tiny(name), Stored(captioned(7, captions))
     result = retrieval(model, data, QUIET)
     assert (result.clips, result.captions, result.broken) == (7, 7 * captions, {})
@@ -178,7 +178,7 @@ def test_retrieval_is_that_of_a_plain_loop(name, captions):
 def test_equal_captions_are_ties():
     rows = [Row(f"{clip}.mp4", captions=["a red dog"]) for clip in range(4)]
     result = retrieval(tiny("smaug"), Stored(rows), QUIET, rerank=4)
-    assert result.rankings["v2t"].mean == result.reranked["v2t"].mean == 4  # all four look the same
+    assert result.rankings["v2t"].mean == result.reranked["v2t"].mean == 4  # four equal captions
     assert sorted([result.rankings["t2v"].recall[1], result.rankings["t2v"].mean]) == [2.5, 25]
 
 
@@ -189,13 +189,13 @@ def test_rows_of_the_same_clip_are_one_clip_read_once():
     result = retrieval(tiny("mac"), data, QUIET)
     assert (result.clips, result.captions) == (6, 8)
     assert sorted(data.reads) == [row.media for row in rows]
-    # Another part of the same file is another clip.
+    # Another part of the same file is a different clip.
     other = dataclasses.replace(rows[0], start=1.0)
     assert retrieval(tiny("mac"), Stored([*rows, other]), QUIET).clips == 7
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_a_broken_clip_is_a_miss_and_is_named(name):
+def test_a_broken_clip_is_a_miss_and_is_listed(name):
     rows = captioned(6, 2)
     data, without = Stored(rows, broken=["1.mp4"]), Stored(rows[:1] + rows[2:])
     without.tokenizer = data.tokenizer
@@ -204,19 +204,19 @@ def test_a_broken_clip_is_a_miss_and_is_named(name):
     result = retrieval(tiny(name), data, QUIET, rerank=rerank)
     assert result.broken == {"1.mp4": "no frames"}
     assert (result.clips, result.captions) == (6, 12)
-    assert sorted(data.reads) == [row.media for row in rows]  # nothing took its place
+    assert sorted(data.reads) == [row.media for row in rows]  # nothing replaced it
     assert "1 clip could not be read" in str(result) and "1.mp4: no frames" in str(result)
-    # Two of twelve captions look for it in vain, among six clips with R@10; five clips find one.
+    # Two of twelve captions miss it although R@10 covers all six clips; five clips are hits.
     for rankings in (result.rankings, result.reranked) if rerank else (result.rankings,):
         assert rankings["t2v"].recall[10] == pytest.approx(100 * 10 / 12)
         assert rankings["v2t"].recall[10] <= 100 * 5 / 6 + 1e-9
-    # It is in nobody's way: the sum of the other captions' ranks is as without it.
+    # It does not worsen other ranks: their sum is the same as without the broken clip.
     ours, others = result.rankings["t2v"], whole.rankings["t2v"]
     assert ours.mean * 12 == pytest.approx(others.mean * 10 + 2 * 6)
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_nothing_is_replaced_whatever_the_data_set_does(name):
+def test_broken_clips_are_never_replaced(name):
     data = Stored(captioned(4), broken=[f"{clip}.mp4" for clip in range(4)])
     data.if_broken = "replace"
     result = retrieval(tiny("mac"), data, QUIET)
@@ -224,7 +224,7 @@ def test_nothing_is_replaced_whatever_the_data_set_does(name):
     assert result.rankings["t2v"].recall == result.rankings["v2t"].recall == {1: 0, 5: 0, 10: 0}
 
 
-def test_reranking_is_that_of_a_plain_loop():
+def test_reranking_equals_a_plain_loop():
     model, data = tiny("smaug"), Stored(captioned(7))
     result = retrieval(model, data, QUIET, rerank=3)
     model.eval()
@@ -250,8 +250,8 @@ def test_reranking_is_that_of_a_plain_loop():
     assert result.reranked != result.rankings
 
 
-def test_reranking_finds_what_is_among_the_best(monkeypatch):
-    """A fusion encoder that knows the answers, as far down as it is asked."""
+def test_reranking_with_a_perfect_matcher(monkeypatch):
+    """A fusion encoder that scores all re-ranked candidates correctly."""
     model, data = tiny("smaug").eval(), Stored(captioned(8))
     pictures = torch.stack([data.read(Key(0, i)).pictures for i in range(8)])
     with torch.no_grad():
@@ -273,13 +273,13 @@ def test_reranking_finds_what_is_among_the_best(monkeypatch):
             first = result.rankings[key]
             share = first.recall[1] if k == 1 else result.reranked[key].recall[1]
             assert result.reranked[key].recall[1] == pytest.approx(share)
-            # All that were among the best k are the first now.
+            # All correct candidates among the top k are first now.
             assert result.reranked[key].recall[1] >= first.recall[1]
     assert result.reranked["t2v"].recall[1] == result.reranked["v2t"].recall[1] == 100
     assert result.rankings["t2v"].recall[1] < 100
 
 
-def test_masks_and_pruning_are_as_asked_for():
+def test_masking_and_pruning_options():
     model, data = tiny("smaug", keep_rate=0.5), Stored(captioned(6))
     seen = []
     handle = model.vision.register_forward_hook(
@@ -312,7 +312,7 @@ def choices(count, question=None):
 
 @pytest.mark.parametrize("name, fused", [("smaug", True), ("smaug", False), ("mac", None)])
 @pytest.mark.parametrize("question", [None, "who sings"])
-def test_multiple_choice_is_that_of_a_plain_loop(name, fused, question):
+def test_multiple_choice_equals_a_plain_loop(name, fused, question):
     model, data = tiny(name), Stored(choices(9, question), broken=["2.mp4"])
     result = multiple_choice(model, data, QUIET, fused=fused)
     assert sorted(data.reads) == [f"{clip}.mp4" for clip in range(5)]
@@ -343,7 +343,7 @@ def test_multiple_choice_is_that_of_a_plain_loop(name, fused, question):
     assert str(result).startswith(f"9 questions, {right} correct")
 
 
-def test_equal_options_are_wrong():
+def test_ties_are_wrong():
     rows = [Row("1.mp4", options=["dog", "dog"], correct=0)]
     assert multiple_choice(tiny("smaug"), Stored(rows), QUIET).right == 0
 
@@ -365,7 +365,7 @@ def answering(**overrides):
 
 
 def test_questions_are_learned_and_answered():
-    """It learns the answers to questions about noise by heart; others are counted as such."""
+    """The model memorises answers to questions about noise; unknown answers are counted."""
     data = Stored(questions(9))
     model = answering(mask_ratio=0.0, dropout=0.0)
     torch.nn.init.normal_(model.model.time, std=0.1)
@@ -379,7 +379,7 @@ def test_questions_are_learned_and_answered():
         loss = model(batch.video, ids, mask, batch.index, step, answers=truth)["loss"]
         optimizer.zero_grad()
         loss.backward()
-        assert step or all(p.grad is not None for p in learning)  # DDP would wait for it
+        assert step or all(p.grad is not None for p in learning)  # DDP would wait for its gradient
         optimizer.step()
     assert loss < 0.3
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -407,7 +407,7 @@ def test_answers():
         models.Answering(tiny("mac"), ["yes"])
     with pytest.raises(ValueError, match="need answers that differ"):
         models.Answering(tiny("smaug"), ["yes", "yes"])
-    # A batch of unknown answers teaches nothing, and is no NaN.
+    # A batch of unknown answers has zero loss, not NaN.
     model = answering()
     batch = Stored(questions(3)).__getitems__([Key(0, 0), Key(0, 1)])
     ids = torch.ones(2, 4, dtype=torch.int64)
@@ -420,14 +420,14 @@ def _rank(rank, rendezvous, out):
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     model, data = tiny("smaug"), Stored(captioned(7, 2), broken=["3.mp4"])
     result = retrieval(model, data, QUIET, rerank=4)
-    assert len(data.reads) in (3, 4)  # half of them
+    assert len(data.reads) in (3, 4)  # half of the clips
     chosen = multiple_choice(model, Stored(choices(9), broken=["2.mp4"]), QUIET)
     with open(f"{out}/{rank}.json", "w") as file:
         file.write(f"[{result.to_json()}, {chosen.to_json()}]")
     dist.destroy_process_group()
 
 
-def test_two_ranks_find_what_one_finds(tmp_path):
+def test_two_ranks_equal_one(tmp_path):
     mp.spawn(_rank, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
     data = Stored(captioned(7, 2), broken=["3.mp4"])
     result = retrieval(tiny("smaug"), data, QUIET, rerank=4)
@@ -437,7 +437,7 @@ def test_two_ranks_find_what_one_finds(tmp_path):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
 
 
-def test_moving_shapes_and_their_table():
+def test_table_of_moving_shapes():
     tokenizer = train_tokenizer(MovingShapes("train", 1).caption(0).split(), size=100)
     data = MovingShapes("val", 6, frames=2, size=32, same_looks=True, tokenizer=tokenizer)
     result = retrieval(tiny("smaug"), data, QUIET, rerank=2)
@@ -460,7 +460,7 @@ def test_moving_shapes_and_their_table():
         ("mac", Stored(captioned(2)), -1, "need rerank >= 0"),
     ],
 )
-def test_what_cannot_be_evaluated(name, data, rerank, complaint):
+def test_errors_of_retrieval(name, data, rerank, complaint):
     with pytest.raises(ValueError, match=complaint):
         retrieval(tiny(name), data, QUIET, rerank=rerank)
 

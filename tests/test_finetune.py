@@ -1,4 +1,4 @@
-"""From a run to its fine-tuning, evaluation and export, as the command line does it."""
+"""Fine-tuning, evaluation and export of a run on the command line."""
 
 import json
 
@@ -36,7 +36,7 @@ def pretrained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Four videos, one of them broken, with questions, captions and choices about them."""
+    """Four videos, one of them broken, with questions, captions and options."""
     pytest.importorskip("av")
     folder = tmp_path_factory.mktemp("clips")
     for name in "abc":
@@ -76,12 +76,12 @@ def test_finetuning_for_retrieval(pretrained, name, tmp_path, capsys):
     torch.testing.assert_close(
         before["vision.cls_token"], after["vision.cls_token"], atol=1e-3, rtol=0
     )
-    # It went on with its checkpoint, and has nothing left to do.
+    # It resumes at its last step, and there is nothing left to do.
     capsys.readouterr()
     assert main([*command, "schedule.steps=3"]) == 0
 
 
-def test_questions_are_learned_and_asked(pretrained, clips, tmp_path, capsys):
+def test_finetuning_for_question_answering(pretrained, clips, tmp_path, capsys):
     command = [
         "finetune", "qa", "--weights", str(pretrained["smaug"]), "--answers", "1",
         f"run.folder={tmp_path}/qa", "data.source=clips", f"data.files=[{clips}/questions.json]",
@@ -94,7 +94,7 @@ def test_questions_are_learned_and_asked(pretrained, clips, tmp_path, capsys):
     arguments = ["--weights", f"{tmp_path}/qa", "--json", str(result)]
     capsys.readouterr()
     assert main(["eval", "qa", *arguments, "--data", f"{clips}/questions.json"]) == 0
-    # It says "red" to all; that is right of two, wrong of one, and one cannot be read.
+    # It always answers "red": two correct, one wrong, one clip is broken.
     accuracy = json.loads(result.read_text())
     assert (accuracy["questions"], accuracy["right"], accuracy["answerable"]) == (4, 2, 3)
     assert "4 questions, 2 correct: 50.0 %" in (shown := capsys.readouterr().out)
@@ -150,7 +150,7 @@ def test_export_on_the_command_line(pretrained, tmp_path, capsys):
     assert main(["export", "--weights", str(tmp_path), "--out", str(tmp_path)]) == 1
 
 
-def test_wrong_finetuning(pretrained, tmp_path, capsys):
+def test_finetuning_errors(pretrained, tmp_path, capsys):
     with pytest.raises(ValueError, match="no field 'model.mask_ratios'"):
         configuration(pretrained["mac"], None, ["model.mask_ratios=1"])
     with pytest.raises(SystemExit):

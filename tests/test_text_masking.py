@@ -1,4 +1,4 @@
-"""Masks of captions: what may be hidden, how often, by what, and the same wherever it is drawn."""
+"""Masks of captions: masked words, their frequency and replacement, reproducibility."""
 
 import pytest
 import torch
@@ -26,13 +26,13 @@ def masked(ids, mask, ratio=0.15, seed=1, step=2, samples=None, **options):
 
 
 def assert_share(part, whole, expected):
-    """A count is within 4 standard deviations of that of independent draws."""
+    """The share is within 4 standard deviations of independent draws."""
     part, whole = int(part.sum()), int(whole.sum())
     assert abs(part - whole * expected) <= 4 * (whole * expected * (1 - expected)) ** 0.5
 
 
 @pytest.mark.parametrize("ratio", [0.15, 0.5])
-def test_bert_hides_as_often_as_it_says(ratio):
+def test_shares_of_bert_masking(ratio):
     ids, mask = captions()
     words = ids >= 1000
     result = masked(ids, mask, ratio)
@@ -50,7 +50,7 @@ def test_bert_hides_as_often_as_it_says(ratio):
     assert abs(other.double().mean() / 30521 - 0.5) < 4 / (12 * len(other)) ** 0.5
 
 
-def test_all_masks_is_macs_rule():
+def test_mask_replaces_all_as_in_mac():
     ids, mask = captions()
     result, bert = (masked(ids, mask, 0.4, replace=rule) for rule in ("mask", "bert"))
     assert (result.ids[result.hidden] == MASK).all()
@@ -61,7 +61,7 @@ def test_all_masks_is_macs_rule():
     assert torch.equal(everything.hidden, ids >= 1000)
 
 
-def test_labels_are_those_of_a_plain_loop():
+def test_labels_equal_a_plain_loop():
     ids, mask = captions()
     result = masked(ids, mask)
     assert result.positions.shape == result.labels.shape == (most_hidden(B * L, 0.15),)
@@ -75,7 +75,7 @@ def test_labels_are_those_of_a_plain_loop():
     assert torch.equal(few.ids, result.ids)
 
 
-def test_whole_words_are_hidden_together():
+def test_whole_words_are_masked_together():
     ids, mask = captions()
     words = [f"w{i}" if i % 3 else f"##w{i}" for i in range(30522)]
     table = continuations(words)
@@ -93,13 +93,13 @@ def test_whole_words_are_hidden_together():
     assert_share(result.hidden & starts, (ids >= 1000) & starts, 0.3)
 
 
-def test_a_mask_is_the_samples_own():
+def test_a_mask_depends_on_its_sample_only():
     ids, mask = captions()
     whole = masked(ids, mask, 0.5)
     order = torch.randperm(B)
     shuffled = masked(ids[order], mask[order], 0.5, samples=order)
     assert torch.equal(shuffled.ids, whole.ids[order])
-    # Another batch is padded further: nothing changes.
+    # More padding in another batch changes nothing.
     longer = torch.nn.functional.pad(ids[:5], (0, 9)), torch.nn.functional.pad(mask[:5], (0, 9))
     assert torch.equal(masked(*longer, 0.5).ids[:, :L], whole.ids[:5])
     again = masked(ids, mask, 0.5, step=torch.tensor(2))

@@ -269,10 +269,10 @@ def _members(file: Path, name: str | None = None) -> Iterator[tuple[int, str, An
     text = file.read_text(encoding="utf-8")
     at = 0
     if name is not None:
-        key = re.search(rf'"{name}"\s*:\s*(?=\[)', text)
-        if key is None:
+        match = re.search(rf'"{name}"\s*:\s*(?=\[)', text)
+        if match is None:
             raise BadAnnotation(file, 1, f"need a list named {name!r}")
-        at = key.end()
+        at = match.end()
     decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
 
     def skip(at: int) -> int:
