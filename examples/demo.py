@@ -183,16 +183,11 @@ def page(training, result, shown, preset, times):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("overrides", nargs="*", help="override demo.yaml, e.g. schedule.steps=100")
-    parser.add_argument(
-        "--repetitions", type=int, default=3, help="repetitions of each timing (default: 3)"
-    )
-    parser.add_argument(
-        "--timed", default="small", help="preset of the timed steps (default: small)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo"), help="output folder (default: demo)"
-    )
+    add = parser.add_argument
+    add("overrides", nargs="*", help="override demo.yaml, e.g. schedule.steps=100")
+    add("--repetitions", type=int, default=3, help="repetitions of each timing (default: 3)")
+    add("--timed", default="small", help="preset of the timed steps (default: small)")
+    add("--out", type=Path, default=Path("demo"), help="output folder (default: demo)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     try:

@@ -101,13 +101,12 @@ def compare(video, parameters, ids_keep, repetitions):
         loss = embed(video, *parameters, ids_keep).square().mean()
         return torch.autograd.grad(loss, parameters)
 
-    baseline, ours = forward(conv_and_gather), forward(masked_embed)
-    yield f"largest difference {((ours - baseline).abs().max() / baseline.abs().max()).item():.1e}"
+    base, ours = forward(conv_and_gather), forward(masked_embed)
+    yield f"largest difference {((ours - base).abs().max() / base.abs().max()).item():.1e}"
     for name, work in (("forward", forward), ("forward + backward", step)):
         calls = [functools.partial(work, embed) for embed in (conv_and_gather, masked_embed)]
-        baseline, ours = milliseconds(calls, repetitions)
-        times = f"conv + gather {baseline:7.1f} ms  vidl {ours:7.1f} ms  {baseline / ours:4.1f} x"
-        yield f"{name:18} {times}"
+        base, ours = milliseconds(calls, repetitions)
+        yield f"{name:18} conv + gather {base:7.1f} ms  vidl {ours:7.1f} ms  {base / ours:4.1f} x"
 
 
 def picture(clip, masks, grid=GRID):
@@ -118,33 +117,22 @@ def picture(clip, masks, grid=GRID):
     patch = clip.shape[-1] // grid
     rows = [clip]
     for ids_keep in masks:
-        visible = torch.zeros(clip.shape[1] * grid * grid, dtype=torch.bool)
-        visible[ids_keep] = True
-        visible = visible.view(-1, grid, grid)
-        visible = visible.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-        rows.append(torch.where(visible, clip, torch.tensor(127, dtype=torch.uint8)))
+        seen = torch.zeros(clip.shape[1] * grid * grid, dtype=torch.bool)
+        seen[ids_keep] = True
+        seen = seen.view(-1, grid, grid).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+        rows.append(torch.where(seen, clip, torch.tensor(127, dtype=torch.uint8)))
     rows = [F.pad(row, (2, 2, 2, 2), value=255).permute(2, 1, 3, 0).flatten(1, 2) for row in rows]
     return Image.fromarray(torch.cat(rows).numpy())
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("clips", nargs="*", type=Path, help="default: four of examples/clips")
-    parser.add_argument("--frames", type=int, default=4, help="frames of each clip (default: 4)")
-    parser.add_argument(
-        "--masks",
-        type=float,
-        nargs="+",
-        default=[0.65, 0.9],
-        metavar="RATIO",
-        help="mask ratios (default: 0.65 0.9)",
-    )
-    parser.add_argument(
-        "--repetitions", type=int, default=10, help="repetitions of each timing (default: 10)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo"), help="output folder (default: demo)"
-    )
+    add = parser.add_argument
+    add("clips", nargs="*", type=Path, help="default: four of examples/clips")
+    add("--frames", type=int, default=4, help="frames of each clip (default: 4)")
+    add("--masks", type=float, nargs="+", default=[0.65, 0.9], metavar="RATIO", help="mask ratios")
+    add("--repetitions", type=int, default=10, help="repetitions of each timing (default: 10)")
+    add("--out", type=Path, default=Path("demo"), help="output folder (default: demo)")
     args = parser.parse_args(argv)
 
     here = Path(__file__).parent

@@ -27,16 +27,11 @@ def frames_of(ids):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("clips", nargs="*", type=Path, help="default: four of examples/clips")
-    parser.add_argument(
-        "--frames", type=int, default=16, help="frames of each clip, even (default: 16)"
-    )
-    parser.add_argument(
-        "--threshold", type=float, default=0.1, help="default: 0.1, as in the paper"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo"), help="output folder (default: demo)"
-    )
+    add = parser.add_argument
+    add("clips", nargs="*", type=Path, help="default: four of examples/clips")
+    add("--frames", type=int, default=16, help="frames of each clip, even (default: 16)")
+    add("--threshold", type=float, default=0.1, help="default: 0.1, as in the paper")
+    add("--out", type=Path, default=Path("demo"), help="output folder (default: demo)")
     args = parser.parse_args(argv)
     if args.frames < TUBELET or args.frames % TUBELET:
         parser.error(f"need an even number of frames, got {args.frames}")

@@ -47,15 +47,14 @@ def stages(model, clip, words):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
     default = Path(__file__).parent / "clips" / "car_and_cyclist.mp4"
-    parser.add_argument("clip", nargs="?", type=Path, default=default)
-    parser.add_argument("--preset", default="base", help="preset of SMAUG (default: base)")
-    parser.add_argument("--weights", type=Path, help="file of a state_dict from torch.save")
-    parser.add_argument("--mask-ratio", type=float, default=0.65, help="default: 0.65")
-    parser.add_argument("--keep-rate", type=float, default=0.7, help="default: 0.7")
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo"), help="output folder (default: demo)"
-    )
+    add("clip", nargs="?", type=Path, default=default)
+    add("--preset", default="base", help="preset of SMAUG (default: base)")
+    add("--weights", type=Path, help="file of a state_dict from torch.save")
+    add("--mask-ratio", type=float, default=0.65, help="default: 0.65")
+    add("--keep-rate", type=float, default=0.7, help="default: 0.7")
+    add("--out", type=Path, default=Path("demo"), help="output folder (default: demo)")
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)

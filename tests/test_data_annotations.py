@@ -144,7 +144,7 @@ def test_questions(tmp_path):
             "common",
             "a.json",
             '[\n{"video": "1", "caption": "a"},\n{"video": "2"}\n]',
-            "a.json:3: it",
+            "a.json:3: missing",
         ),
         ("common", "a.json", '[\n{"caption": "a"}\n]', "a.json:2: missing key 'video'"),
         (
@@ -162,7 +162,7 @@ def test_questions(tmp_path):
             "common",
             "a.json",
             '[{"video": "1", "caption": ["a", "b"], "answer": 2}]',
-            "a.json:1: need answer to be an index into 2 options, got 2",
+            "a.json:1: need answer as an index into 2 options, got 2",
         ),
         (
             "common",
@@ -207,7 +207,7 @@ def test_missing_answers_are_an_error(tmp_path):
     put(tmp_path, "val_a.json", [])
     with pytest.raises(BadAnnotation, match="val_q.json:2: .*val_a.json has no answer to x_0"):
         rows("activitynet-qa", asked)
-    with pytest.raises(ValueError, match="need the file of the questions"):
+    with pytest.raises(ValueError, match="need the file with the questions"):
         rows("activitynet-qa", tmp_path / "val_a.json")
 
 
@@ -263,7 +263,7 @@ def test_tables_are_written_atomically(tmp_path):
 
 
 def test_invalid_tables_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match="b.arrow: need an Arrow file as vidl writes it"):
+    with pytest.raises(ValueError, match="b.arrow: need an Arrow file written by vidl"):
         annotations.load(put(tmp_path, "b.arrow", "no table"))
     with pytest.raises(ValueError, match=r"c.csv: need .arrow, .json or .jsonl; else `vidl data"):
         annotations.load(put(tmp_path, "c.csv", "a,b"))

@@ -73,7 +73,7 @@ def test_preview(annotated, tmp_path, capsys, options, strips):
 
 def test_preview_errors(annotated, capsys):
     assert main(["data", "preview", str(annotated), "--size", "60", "--out", "no.png"]) == 1
-    assert "multiple of the patch, got 60 and 16" in capsys.readouterr().err
+    assert "multiple of the patch size, got 60 and 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ratio, hidden", [(0, 0), (0.5, 8), (0.75, 12), (1, 16)])

@@ -342,7 +342,7 @@ def test_a_vocabulary_of_bert(tmp_path):
     assert torch.equal(load_tokenizer(tmp_path / "hf")(texts, 8)[0], ids)
 
     (tmp_path / "vocab.txt").write_text("[UNK]\na\n")
-    with pytest.raises(ValueError, match=r"has no \[PAD\], \[CLS\], \[SEP\], \[MASK\]"):
+    with pytest.raises(ValueError, match=r"without \[PAD\], \[CLS\], \[SEP\], \[MASK\]"):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="need tokenizer.json or vocab.txt, or a folder"):
         load_tokenizer(tmp_path / "nothing")
@@ -416,13 +416,13 @@ def test_ranks_share_the_shards(shards):
 
 
 def test_shard_errors(shards, tmp_path):
-    with pytest.raises(ValueError, match="need at least 6 shards, one a worker of every r"):
+    with pytest.raises(ValueError, match="need at least 6 shards, one per worker and rank"):
         next(iter(Loader(stream_of(shards, world_size=3), workers=2)))
     loader = Loader(stream_of(shards), limit=1)
     take(loader, 1)
     other = Loader(stream_of(shards), workers=2, limit=1)
     other.load_state_dict(loader.state_dict())
-    with pytest.raises(ValueError, match="need 1 workers, as in the resumed run, got 2"):
+    with pytest.raises(ValueError, match="need 1 workers, as before, got 2"):
         next(iter(other))
     with pytest.raises(TooManyBroken, match="need one of jpg"):
         take(Loader(stream_of(shards, kind="image"), limit=1), 1)

@@ -107,9 +107,7 @@ def test_constant_scores_give_the_worst_rank():
     assert ranks(torch.zeros(5, 5), correct).tolist() == [5] * 5
     assert ranks(torch.full((5, 5), math.nan), correct).tolist() == [5] * 5
     assert ranks(torch.eye(5), correct).tolist() == [1] * 5
-    with pytest.raises(
-        ValueError, match=r"need scores and correct \[num_queries, candidates\], got \(2, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"need two \[num_queries, candidates\], got \(2, 3\)"):
         ranks(torch.zeros(2, 3), correct)
 
 
@@ -474,7 +472,7 @@ def test_a_tokenizer_of_another_model():
         retrieval(tiny("mac", vocabulary=words), data, QUIET)
     with pytest.raises(ValueError, match="need batch_size >= 1"):
         Options(batch_size=0)
-    with pytest.raises(ValueError, match="need options and the correct one in each row"):
+    with pytest.raises(ValueError, match="need options and the correct one of each row"):
         multiple_choice(tiny("mac"), Stored(captioned(2)), QUIET)
     with pytest.raises(ValueError, match="need a model trained with vtm for fused=True"):
         multiple_choice(tiny("mac"), Stored(choices(2)), QUIET, fused=True)

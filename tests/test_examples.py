@@ -37,7 +37,7 @@ def test_masked_clip(masked_clip, tmp_path, capsys):
     report = capsys.readouterr().out
     difference = float(report.split("largest difference ")[1].split()[0])
     assert difference < 1e-5
-    assert "forward + backward" in report and "on the CPU" in report
+    assert "forward + backward" in report and "float32, CPU, " in report
 
     (file,) = tmp_path.glob("*.png")
     image = masked_clip.open_image(file)
@@ -127,7 +127,7 @@ def test_demo(monkeypatch, tmp_path, capsys):
     assert "4/4  loss" in shown.err and "33 clips, 66 captions" in shown.out
     page = (tmp_path / "index.html").read_text()
     assert page.count("<polyline") == 4 and page.count("<img") == 4
-    assert "captions by clip, re-ranked" in page and "<th>reference</th>" in page
+    assert "video to text, re-ranked" in page and "<th>reference</th>" in page
     for name in ("worker", "sign_eat"):
         # Four frames; rows: the clip, the mask, two pruning layers, the selected frames.
         assert demo.open_image(tmp_path / f"{name}.png").size == (4 * 228, 5 * 228)

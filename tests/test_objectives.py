@@ -294,7 +294,7 @@ def test_misuse_is_explained():
     loss = ContrastiveLoss().double()
     with pytest.raises(ValueError, match="video"):
         loss(video[..., :2], text)
-    with pytest.raises(ValueError, match="same number of clips"):
+    with pytest.raises(ValueError, match="a caption for each clip"):
         loss(video[:2], text)
     with pytest.raises(ValueError, match="clip_ids"):
         loss(video, text, CLIPS[:2])

@@ -49,9 +49,7 @@ class Batch:
     ids: Tensor | None = None  # tokens of the texts, int64 [B, L]
     attention_mask: Tensor | None = None  # int64 [B, L], 1 at tokens, 0 at padding
     broken: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # name, reason
-    place: tuple[int, int, int] | None = (
-        None  # of a shard stream: worker, epoch, samples read in it
-    )
+    place: tuple[int, int, int] | None = None  # in shards: worker, epoch, samples read in it
 
     def __len__(self) -> int:
         return len(self.text)

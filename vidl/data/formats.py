@@ -70,16 +70,14 @@ def _common_row(entry: dict[str, Any]) -> Row:
     if options:
         correct, answer = answer, None
         if not isinstance(correct, int) or not 0 <= correct < len(options):
-            raise ValueError(
-                f"need answer to be an index into {len(options)} options, got {correct}"
-            )
+            raise ValueError(f"need answer as an index into {len(options)} options, got {correct}")
     if isinstance(answer, list):
         answer = answer[0]
     texts = [media, *captions, *options]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"need non-empty texts, got {texts}")
     if not captions and not options and answer is None:
-        raise KeyError("'caption'")
+        raise KeyError("caption")
     return Row(
         media=media,
         kind=kind,

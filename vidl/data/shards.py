@@ -63,7 +63,7 @@ class ShardStream(IterableDataset[Batch]):
     def begin(self, step: int, workers: int) -> None:
         """Start after `step` batches, which the workers returned in turns."""
         if self._resumed not in (None, workers):
-            raise ValueError(f"need {self._resumed} workers, as in the resumed run, got {workers}")
+            raise ValueError(f"need {self._resumed} workers, as before, got {workers}")
         self._step, self._workers = step, workers
         needed = workers * self.world_size
         if len(self.shards) < needed:
@@ -89,9 +89,7 @@ class ShardStream(IterableDataset[Batch]):
             ValueError: the number of ranks differs.
         """
         if state["ranks"] != self.world_size:
-            raise ValueError(
-                f"need {state['ranks']} ranks, as in the resumed run, got {self.world_size}"
-            )
+            raise ValueError(f"need {state['ranks']} ranks, as before, got {self.world_size}")
         self._places = {worker: (epoch, drawn) for worker, epoch, drawn in state["places"]}
         self._resumed = state["workers"]
 

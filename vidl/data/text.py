@@ -113,9 +113,7 @@ def train_tokenizer(texts: Iterable[str], *, size: int = 8192) -> Tokenizer:
     characters = sorted(set("".join(counts)))
     pieces = [*SPECIAL, *characters, *(f"##{character}" for character in characters)]
     if size < len(pieces):
-        raise ValueError(
-            f"need size >= {len(pieces)} for special tokens and characters, got {size}"
-        )
+        raise ValueError(f"need size >= {len(pieces)}, the number of characters, got {size}")
     ranked = sorted(counts, key=lambda word: (-counts[word], word))
     tokens = list(dict.fromkeys([*pieces, *ranked]))[:size]
     vocabulary = {token: number for number, token in enumerate(tokens)}

@@ -134,9 +134,7 @@ def _captions(gallery: Gallery) -> tuple[list[str], Tensor]:
     for clip, rows in enumerate(gallery.rows):
         own = [text for row in rows for text in gallery.dataset.row(row).captions]
         if not own:
-            raise ValueError(
-                f"need a caption of every clip, got none for {gallery.row(clip).media}"
-            )
+            raise ValueError(f"need a caption of every clip, got none of {gallery.row(clip).media}")
         captions += own
         clip_of += [clip] * len(own)
     return captions, torch.tensor(clip_of)
@@ -205,8 +203,9 @@ def _similarities(
     features, similarities = texts.features.to(device_of(model)), []
     kept: dict[int, Tensor] = {}
     for numbers, tokens in encoded_clips(model, gallery, options, broken):
-        rows = model.similarity(model.clip_features(tokens), features).cpu()
-        similarities.append((numbers, rows))
+        similarities.append(
+            (numbers, model.similarity(model.clip_features(tokens), features).cpu())
+        )
         if keep:
             kept |= zip(numbers, tokens.cpu(), strict=True)
     return similarities, kept
