@@ -1,11 +1,11 @@
-"""Builds `vidl/_C.so` with CMakeLists.txt, which has the flags; metadata is in pyproject.toml.
+"""Build `vidl/_C.so` with CMake; the compiler flags are in CMakeLists.txt.
 
-VIDL_BUILD=auto  the most that this machine can build; never fails (the default)
-           cuda  the CPU and CUDA kernels, or the installation fails
-           cpu   the CPU kernels, or the installation fails
-           none  no kernels: pure Python, with Triton where there is one
+VIDL_BUILD=auto  CUDA and CPU kernels, or CPU kernels, or none, as the machine allows (default)
+           cuda  CPU and CUDA kernels; the installation fails if they cannot be built
+           cpu   CPU kernels; the installation fails if they cannot be built
+           none  no compiled kernels: pure Python, and Triton if it is installed
 
-What was built, or why nothing was, is written to `vidl/_build.json`; `vidl info` shows it.
+`vidl/_build.json` records what was built, or why nothing was; `vidl info` shows it.
 GPU architectures: CMAKE_CUDA_ARCHITECTURES or CUDAARCHS. Compilers: CXX, CUDACXX or CUDA_HOME.
 """
 
@@ -38,34 +38,34 @@ for name in ("kernels", "bench"):
 
 
 def find_torch() -> Path | None:
-    """The installed torch, found by its path: pip's isolated build cannot import it."""
+    """Folder of the installed torch, found by path: pip's isolated build cannot import it."""
     spec = importlib.util.find_spec("torch")
-    found = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    found += [Path(sysconfig.get_path(scheme), "torch") for scheme in ("platlib", "purelib")]
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    folders += [Path(sysconfig.get_path(scheme), "torch") for scheme in ("platlib", "purelib")]
     header = "include/torch/csrc/stable/library.h"
-    return next((place for place in found if (place / header).is_file()), None)
+    return next((folder for folder in folders if (folder / header).is_file()), None)
 
 
 def find_tool(name: str) -> str | None:
-    """A program on PATH, or beside the running Python (a virtual environment not activated)."""
+    """A program on PATH, or beside Python, if the virtual environment is not activated."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def find_compiler() -> str | None:
-    asked = shlex.split(os.environ.get("CXX", ""))
-    return next(filter(None, map(shutil.which, asked[:1] or ["c++", "g++", "clang++"])), None)
+    compiler = shlex.split(os.environ.get("CXX", ""))
+    return next(filter(None, map(shutil.which, compiler[:1] or ["c++", "g++", "clang++"])), None)
 
 
 def find_nvcc() -> str | None:
     if os.environ.get("CUDACXX"):
         return shutil.which(os.environ["CUDACXX"])
     home = os.environ.get("CUDA_HOME")
-    places = [f"{home}/bin"] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
-    return shutil.which("nvcc", path=os.pathsep.join(places))
+    folders = [f"{home}/bin"] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
 def why_not(kind: str) -> str | None:
-    """The reason why this machine cannot build `kind`, as far as can be told without trying."""
+    """The reason why this machine cannot build `kind`; None: a build may succeed."""
     if sys.platform != "linux":
         return f"only Linux is supported, not {sys.platform}"
     if find_torch() is None:
@@ -80,8 +80,8 @@ def why_not(kind: str) -> str | None:
 
 
 def run(*command: object) -> str | None:
-    """Run and show a command; returns the line that says why it failed, or None."""
-    # pip hides site-packages by PYTHONPATH, and with it the cmake that lies there.
+    """Run a command and show its output; returns None, or the line with the error."""
+    # pip sets PYTHONPATH, which hides site-packages and thus a cmake installed by pip.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if nvcc := find_nvcc():
         env["CUDACXX"] = nvcc
@@ -107,7 +107,7 @@ def run(*command: object) -> str | None:
 
 
 def build(kind: str, temporary: Path, target: Path) -> str | None:
-    """Build the library into `target`; returns the reason if that fails."""
+    """Build the library into `target`; returns None, or the reason why it failed."""
     folder = ROOT / "build" / f"cmake-{kind}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def build(kind: str, temporary: Path, target: Path) -> str | None:
     if os.environ.get("CMAKE_CUDA_ARCHITECTURES"):
         options.append(f"-DCMAKE_CUDA_ARCHITECTURES={os.environ['CMAKE_CUDA_ARCHITECTURES']}")
 
-    # CMake cannot change compiler, generator or source folder in place: begin anew if one did.
+    # CMake cannot change compiler, generator or source folder: start over if one differs.
     names = ("CXX", "CXXFLAGS", "CUDAARCHS", "CUDAFLAGS", "LDFLAGS")
     settings = [str(ROOT), find_nvcc(), options, [os.environ.get(name) for name in names]]
     stamp = folder / "settings.json"
@@ -142,7 +142,7 @@ def build(kind: str, temporary: Path, target: Path) -> str | None:
 
 class BuildPython(build_py):
     def run(self):
-        if not self.editable_mode:  # else a wheel keeps modules that were since removed
+        if not self.editable_mode:  # otherwise a wheel contains modules that were removed since
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 
@@ -165,7 +165,7 @@ class BuildLibrary(build_ext):
             reasons.append(f"no {kind} kernels: {reason}")
             print(f"vidl: {reasons[-1]}", file=sys.stderr, flush=True)
         if WANTED in ("cpu", "cuda") and self.kind == "none":
-            raise CompileError(f"vidl: VIDL_BUILD={WANTED} was asked for, but {reason}")
+            raise CompileError(f"vidl: VIDL_BUILD={WANTED} failed: {reason}")
 
         notes = target / "_build.json"
         record = json.loads(notes.read_text()) if notes.is_file() else {"cpu": False, "cuda": False}
@@ -174,7 +174,7 @@ class BuildLibrary(build_ext):
         print(f"vidl: built {self.kind} ({record['reason'] or 'all'})", file=sys.stderr)
 
     def get_outputs(self):
-        return []  # setuptools need not know: the files already lie where they belong
+        return []  # the files are already in place
 
     def get_output_mapping(self):
         return {}
@@ -182,7 +182,7 @@ class BuildLibrary(build_ext):
 
 class Wheel(bdist_wheel):
     def get_tag(self):
-        # The library has no Python ABI in it, so one wheel serves every Python.
+        # The library does not use the Python ABI: one wheel serves all Python versions.
         self.root_is_pure = self.get_finalized_command("build_ext").kind == "none"
         return "py3", "none", "any" if self.root_is_pure else super().get_tag()[2]
 

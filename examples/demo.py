@@ -1,10 +1,10 @@
-"""Pre-train SMAUG on real clips, look at what it learned, and at what its sparsity saves.
+"""Pre-train SMAUG on real clips; show what it learns and what its sparsity saves.
 
     python examples/demo.py
 
-Trains the tiny SMAUG on the 33 clips of this folder (examples/demo.yaml), then searches these clips
-by their captions, draws what is masked, pruned and kept of some of them, and times training steps
-with and without masks, pruning and kernels. Writes demo/index.html. A run that was stopped goes on.
+Trains the tiny SMAUG on the 33 clips of this folder (examples/demo.yaml), evaluates retrieval on
+these clips, draws which patches are masked, pruned and kept, and times training steps with and
+without masks, pruning and kernels. Writes demo/index.html. Run it again to resume a stopped run.
 """
 
 import argparse
@@ -36,24 +36,24 @@ figure { margin: 1em 0 } svg { width: 100% } .note { color: #555 }
 
 
 def train(out, overrides):
-    """Train, and keep what retrieval found in the end."""
+    """Train; returns the run and its last retrieval result, or None if it was stopped."""
     config = Config.read(FILE, [f"run.folder={out / 'run'}", *overrides])
-    found = []
+    evaluations = []
 
     def evaluate(training):
-        found.append((training, measures.search(training)))
-        return measures.numbers(found[-1][1])
+        evaluations.append((training, measures.search(training)))
+        return measures.numbers(evaluations[-1][1])
 
     folder = Path(config.run.folder)
     done = checkpoints.newest(folder)
     if done is not None and done.name == f"step-{config.schedule.steps:08}":
-        shutil.rmtree(folder)  # it was finished: begin anew
+        shutil.rmtree(folder)  # the run is finished: start a new one
     result = pretrain(config, evaluate)
-    return found[-1] if result["finished"] else None
+    return evaluations[-1] if result["finished"] else None
 
 
 def curve(folder):
-    """The losses of a run, by name: pairs of step and value."""
+    """The losses of a run by name: pairs of step and value."""
     curves = {}
     for line in (folder / "log.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -63,7 +63,7 @@ def curve(folder):
 
 
 def plot(curves, width=720, height=260):
-    """Lines of several losses as SVG, each as a share of where it began."""
+    """An SVG line plot of several losses, each relative to its first value."""
     colours = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
     steps = max(step for points in curves.values() for step, _ in points)
     shares = {n: [(s, v / points[0][1]) for s, v in points] for n, points in curves.items()}
@@ -90,20 +90,20 @@ def plot(curves, width=720, height=260):
     return f"<svg viewBox='0 0 {width} {height + 6}' font-size='12'>{''.join(lines)}</svg>"
 
 
-def retrieval_table(found):
-    """What `vidl.evaluation.retrieval` found, as HTML."""
+def retrieval_table(result):
+    """A result of `vidl.evaluation.retrieval` as HTML."""
     rows = ["<tr><th></th><th>R@1</th><th>R@5</th><th>R@10</th><th>median rank</th></tr>"]
-    names = {"t2v": "clips by caption", "v2t": "captions by clip"}
-    for suffix, rankings in (("", found.rankings), (", re-ranked", found.reranked)):
-        for key, each in rankings.items():
-            recalls = "".join(f"<td>{value:.0f} %</td>" for value in each.recall.values())
-            cells = f"<td>{names[key]}{suffix}</td>{recalls}<td>{each.median:g}</td>"
+    names = {"t2v": "text to video", "v2t": "video to text"}
+    for suffix, rankings in (("", result.rankings), (", re-ranked", result.reranked)):
+        for key, ranking in rankings.items():
+            recalls = "".join(f"<td>{value:.0f} %</td>" for value in ranking.recall.values())
+            cells = f"<td>{names[key]}{suffix}</td>{recalls}<td>{ranking.median:g}</td>"
             rows += [f"<tr>{cells}</tr>"]
     return f"<table>{''.join(rows)}</table>"
 
 
 def pictures(training, out):
-    """Draw what is left of some clips; pairs of a file and its caption."""
+    """Draw the tokens that are left of some clips; yields pairs of a file and its caption."""
     model = training.whole_model().eval()
     size, side = model.recipe.image_size, model.recipe.grid[1]
     rows = {Path(row.media).name: row for row in annotations.load(HERE / "clips.json")}
@@ -111,26 +111,25 @@ def pictures(training, out):
         clip = read_clip(rows[name].media, model.recipe.frames)  # [C, T, 224, 224]
         small = crops.resize(clip.permute(1, 2, 3, 0), size, size).permute(3, 0, 1, 2)
         ids, mask = training.tokenizer(rows[name].captions[:1], training.config.data.words)
-        left = stages(model, small, ids[:, : int(mask.sum())])
+        kept = stages(model, small, ids[:, : int(mask.sum())])
         file = out / f"{Path(name).stem}.png"
-        picture(clip, left, side).save(file)
+        picture(clip, kept, side).save(file)
         yield file.name, rows[name].captions[0]
 
 
 def step_times(preset, repetitions):
-    """Milliseconds of a training step for each clip: {dense, sparse} x {reference, kernels}."""
-    made = {}
+    """Milliseconds of a training step per clip: {dense, masked, pruned} x {reference, vidl}."""
+    variants = {}
     for backend in ("reference", "auto"):
         recipe = models.recipe("smaug", preset, backend=backend)
-        ways = recipe.variants()
-        for name in ("dense", "masked", "masked and pruned"):
-            made[name, backend] = models.Smaug(ways[name])
+        for name, variant in recipe.variants().items():
+            variants[name, backend] = models.Smaug(variant)
     batch, calls = 2, []
-    for model in made.values():
+    for model in variants.values():
         inputs = example(model.recipe, batch, 24)
         calls.append(functools.partial(step, model, inputs))
     times = milliseconds(calls, repetitions)
-    return {way: time / batch for way, time in zip(made, times, strict=True)}
+    return {key: time / batch for key, time in zip(variants, times, strict=True)}
 
 
 def step(model, inputs):
@@ -139,9 +138,9 @@ def step(model, inputs):
 
 
 def times_table(times):
-    """The times as HTML, each with the speed-up over the dense reference."""
+    """The times as HTML, with the speedup over the dense reference."""
     base = times["dense", "reference"]
-    rows = ["<tr><th>ms a clip</th><th>reference</th><th>vidl</th></tr>"]
+    rows = ["<tr><th>ms per clip</th><th>reference</th><th>vidl</th></tr>"]
     for name in dict.fromkeys(name for name, _ in times):
         cells = ""
         for backend in ("reference", "auto"):
@@ -151,44 +150,44 @@ def times_table(times):
     return f"<table>{''.join(rows)}</table>"
 
 
-def page(training, found, shown, preset, times):
-    """demo/index.html."""
+def page(training, result, shown, preset, times):
+    """The text of demo/index.html."""
     recipe = training.recipe
     tokens = " &rarr; ".join(f"{name}: {count}" for name, count in recipe.tokens().items())
     parts = ["<!doctype html><meta charset='utf-8'><title>vidl: SMAUG on real clips</title>"]
-    parts += [f"<style>{STYLE}</style><h1>SMAUG, pre-trained on {found.clips} real clips</h1>"]
+    parts += [f"<style>{STYLE}</style><h1>SMAUG, pre-trained on {result.clips} real clips</h1>"]
     record = training.record
     about = f"{training.step} steps of {training.config.data.batch_size} clips, "
-    about += f"{record['seconds_per_step']:.2f} s a step on the CPU, waiting for data "
-    parts += [f"<p>{about}{record['data_wait']:.0%} of the time. Tokens of a clip: {tokens}.</p>"]
-    parts += ["<h2>Losses</h2><p class='note'>As a share of the first; contrast (vtc), matching "]
-    parts += ["(vtm), hidden words (mlm), hidden pixels (mvm), and where each ended.</p>"]
-    parts += [plot(curve(training.folder)), "<h2>Retrieval</h2><p class='note'>Of the clips that "]
-    parts += ["it was trained on: this shows that it learns, not how well it would do on others. "]
-    parts += [f"Chance: R@1 {100 / found.clips:.0f} %.</p>", retrieval_table(found)]
-    parts += ["<h2>What is masked, pruned and kept</h2><p class='note'>From above: the clip; what "]
-    parts += [
-        "the mask leaves; what each pruning layer keeps of that; the frames that the caption "
-    ]
-    parts += ["selects. The model is the one trained here.</p>"]
+    about += f"{record['seconds_per_step']:.2f} s per step on the CPU, of which "
+    parts += [f"<p>{about}{record['data_wait']:.0%} is waiting for data. Tokens of a clip: "]
+    parts += [f"{tokens}.</p>"]
+    parts += ["<h2>Losses</h2><p class='note'>Relative to their first values: contrastive (vtc), "]
+    parts += ["matching (vtm), masked words (mlm), masked pixels (mvm), with the last value.</p>"]
+    parts += [plot(curve(training.folder)), "<h2>Retrieval</h2><p class='note'>On the training "]
+    parts += ["clips: this shows that the model learns, not how well it generalises. "]
+    parts += [f"Chance: R@1 {100 / result.clips:.0f} %.</p>", retrieval_table(result)]
+    parts += ["<h2>Masked, pruned and kept patches</h2><p class='note'>From top to bottom: the "]
+    parts += ["clip; the visible patches; the patches that each pruning layer keeps; the frames "]
+    parts += ["that the caption selects. The model is the trained one.</p>"]
     for name, caption in shown:
         parts += [f"<figure><img src='{name}' width='600'>"]
         parts += [f"<figcaption>{html.escape(caption)}</figcaption></figure>"]
     parts += ["<h2>A training step</h2><p class='note'>Forward and backward of SMAUG, preset "]
     parts += [f"{preset}, float32, {torch.get_num_threads()} threads of this CPU; in "]
-    parts += ["brackets the speed-up over the first. The reference is the definition of each op "]
-    parts += ["in PyTorch, not the fastest way without vidl, with which <code>vidl bench</code> "]
-    parts += ["compares. No GPU was measured.</p>"]
+    parts += ["parentheses the speedup over the dense reference. The reference is the plain "]
+    parts += ["PyTorch definition of each op, not the fastest PyTorch baseline, which "]
+    parts += ["<code>vidl bench</code> compares with. No GPU was measured.</p>"]
     parts += [times_table(times)]
     return "\n".join(parts)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("overrides", nargs="*", help="of demo.yaml, as in schedule.steps=100")
-    parser.add_argument("--repetitions", type=int, default=3, help="of each timing (default 3)")
-    parser.add_argument("--timed", default="small", help="preset of the step that is timed")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default demo)")
+    add = parser.add_argument
+    add("overrides", nargs="*", help="override demo.yaml, e.g. schedule.steps=100")
+    add("--repetitions", type=int, default=3, help="repetitions of each timing (default: 3)")
+    add("--timed", default="small", help="preset of the timed steps (default: small)")
+    add("--out", type=Path, default=Path("demo"), help="output folder (default: demo)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -198,16 +197,16 @@ def main(argv=None):
         return 1
     if trained is None:
         return 1
-    training, found = trained
-    print(found)
+    training, result = trained
+    print(result)
     print("drawing clips", file=sys.stderr)
     shown = list(pictures(training, args.out))
-    print("timing steps, dense and sparse, with and without kernels", file=sys.stderr)
+    print("timing training steps: dense and sparse, reference and vidl", file=sys.stderr)
     times = step_times(args.timed, args.repetitions)
     for (name, backend), time in times.items():
-        print(f"{name:18} {backend:10} {time:8.0f} ms a clip")
-    (args.out / "index.html").write_text(page(training, found, shown, args.timed, times))
-    print(f"see {args.out / 'index.html'}")
+        print(f"{name:18} {backend:10} {time:8.0f} ms per clip")
+    (args.out / "index.html").write_text(page(training, result, shown, args.timed, times))
+    print(f"wrote {args.out / 'index.html'}")
     return 0
 
 

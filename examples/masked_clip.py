@@ -1,11 +1,11 @@
-"""Embed only the visible patches of real clips, and see what that saves.
+"""Embed only the visible patches of real clips, and measure the speedup.
 
     python examples/masked_clip.py [CLIP ...]
 
-Hides 65 % and 90 % of the patches of every frame and embeds the rest in two ways: with
-`vidl.ops.masked_patch_embed`, which never touches a hidden patch, and as most models do, with a
-convolution over every patch and a gather afterwards. Both give the same tokens. Writes
-demo/index.html with a picture of each clip and the times.
+Masks 65 % and 90 % of the patches of every frame and embeds the visible patches twice: with
+`vidl.ops.masked_patch_embed`, which never reads a masked patch, and with the usual baseline, a
+convolution over all patches followed by a gather. Both give the same tokens. Writes demo/index.html
+with a picture of each clip and the times.
 """
 
 import argparse
@@ -28,22 +28,22 @@ from vidl.kernels import library
 SIDE, PATCH, WIDTH = 224, 16, 768  # ViT-B/16
 GRID = SIDE // PATCH
 CLIPS = ("fruit_conveyor.mp4", "sign_eat.mp4", "worker.mp4", "car_and_cyclist.mp4")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as most checkpoints want it
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as most checkpoints expect
 
 
 def read_clip(file, frames):
-    """Pictures spread over a clip, the middle one of each of `frames` parts: uint8 [C, T, H, W]."""
+    """The middle frames of `frames` equal segments of a clip: uint8 [C, T, H, W]."""
 
     def decode():
         with av.open(str(file)) as container:
             yield from container.decode(video=0)
 
-    count = sum(1 for _ in decode())  # what the header says is not always true
+    count = sum(1 for _ in decode())  # the header is not always right
     if count == 0:
-        raise ValueError("it has no frames")
+        raise ValueError("no frames")
     wanted = [int((i + 0.5) * count / frames) for i in range(frames)]
-    seen = {i: to_square(frame.to_image()) for i, frame in enumerate(decode()) if i in wanted}
-    return torch.stack([seen[i] for i in wanted], dim=1)
+    pictures = {i: to_square(frame.to_image()) for i, frame in enumerate(decode()) if i in wanted}
+    return torch.stack([pictures[i] for i in wanted], dim=1)
 
 
 def to_square(picture):
@@ -57,29 +57,29 @@ def to_square(picture):
 
 
 def random_visible(B, frames, mask_ratio):
-    """The patches that stay visible, others in each frame: ids in [0, frames * S), int64 [B, K]."""
-    S = GRID * GRID
-    keep = round(S * (1 - mask_ratio))
-    order = torch.rand(B, frames, S).argsort(dim=-1)[..., :keep]
-    return (order + S * torch.arange(frames)[:, None]).flatten(1)
+    """Random visible patches, drawn per frame: ids in [0, frames * P), int64 [B, K]."""
+    P = GRID * GRID
+    keep = round(P * (1 - mask_ratio))
+    order = torch.rand(B, frames, P).argsort(dim=-1)[..., :keep]
+    return (order + P * torch.arange(frames)[:, None]).flatten(1)
 
 
 def masked_embed(video, weight, bias, position, ids_keep):
-    """The visible patches and no others, straight from uint8."""
+    """Embed the visible patches directly from uint8."""
     return ops.masked_patch_embed(video, weight, bias, position, ids_keep, mean=MEAN, std=STD)
 
 
 def conv_and_gather(video, weight, bias, position, ids_keep):
-    """What most models do: normalise and embed every patch, then throw most of them away."""
+    """The usual baseline: normalise and embed all patches, then select the visible ones."""
     frames = video.transpose(1, 2).flatten(0, 1) / 255  # [B * T, C, H, W]
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     tokens = F.conv2d((frames - mean) / std, weight, bias, stride=PATCH)
     tokens = tokens.flatten(2).transpose(1, 2).reshape(video.shape[0], -1, WIDTH) + position
     return tokens.gather(1, ids_keep[..., None].expand(-1, -1, WIDTH))
 
 
 def milliseconds(calls, repetitions):
-    """The median of each call; they take turns, so that a busy machine slows both alike."""
+    """The median time of each call; calls alternate, so a busy machine slows all alike."""
     times = [[] for _ in calls]
     for turn in range(repetitions + 1):
         for call, row in zip(calls, times, strict=True):
@@ -91,28 +91,28 @@ def milliseconds(calls, repetitions):
 
 
 def compare(video, parameters, ids_keep, repetitions):
-    """How far both ways differ, relative to the largest token, and how long each takes."""
+    """The largest difference of both, relative to the largest token, and their times."""
 
     def forward(embed):
         with torch.no_grad():
             return embed(video, *parameters, ids_keep)
 
-    def step(embed):  # the loss is any number that depends on every token
+    def step(embed):  # any scalar that depends on every token
         loss = embed(video, *parameters, ids_keep).square().mean()
         return torch.autograd.grad(loss, parameters)
 
-    stock, ours = forward(conv_and_gather), forward(masked_embed)
-    yield f"largest difference {((ours - stock).abs().max() / stock.abs().max()).item():.1e}"
+    base, ours = forward(conv_and_gather), forward(masked_embed)
+    yield f"largest difference {((ours - base).abs().max() / base.abs().max()).item():.1e}"
     for name, work in (("forward", forward), ("forward + backward", step)):
         calls = [functools.partial(work, embed) for embed in (conv_and_gather, masked_embed)]
-        stock, ours = milliseconds(calls, repetitions)
-        yield f"{name:18} conv + gather {stock:7.1f} ms  vidl {ours:7.1f} ms  {stock / ours:4.1f} x"
+        base, ours = milliseconds(calls, repetitions)
+        yield f"{name:18} conv + gather {base:7.1f} ms  vidl {ours:7.1f} ms  {base / ours:4.1f} x"
 
 
 def picture(clip, masks, grid=GRID):
-    """Frames on top, and one row below for each mask, the hidden patches in grey.
+    """The frames, and below them one row per mask with masked patches in grey.
 
-    Masks are ids of the patches that are seen, of `grid` rows and columns in each frame.
+    A mask is given by the ids of its visible patches; a frame has `grid` x `grid` patches.
     """
     patch = clip.shape[-1] // grid
     rows = [clip]
@@ -127,11 +127,12 @@ def picture(clip, masks, grid=GRID):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("clips", nargs="*", type=Path, help="default: four of examples/clips")
-    parser.add_argument("--frames", type=int, default=4, help="of each clip (default 4)")
-    parser.add_argument("--masks", type=float, nargs="+", default=[0.65, 0.9], metavar="RATIO")
-    parser.add_argument("--repetitions", type=int, default=10, help="of each timing (default 10)")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default demo)")
+    add = parser.add_argument
+    add("clips", nargs="*", type=Path, help="default: four of examples/clips")
+    add("--frames", type=int, default=4, help="frames of each clip (default: 4)")
+    add("--masks", type=float, nargs="+", default=[0.65, 0.9], metavar="RATIO", help="mask ratios")
+    add("--repetitions", type=int, default=10, help="repetitions of each timing (default: 10)")
+    add("--out", type=Path, default=Path("demo"), help="output folder (default: demo)")
     args = parser.parse_args(argv)
 
     here = Path(__file__).parent
@@ -144,7 +145,7 @@ def main(argv=None):
         print(f"decoding {number}/{len(files)}: {file.name}", file=sys.stderr)
         try:
             clips.append(read_clip(file, args.frames))
-        except (OSError, ValueError, IndexError) as error:  # PyAV's own errors are among these
+        except (OSError, ValueError, IndexError) as error:  # includes PyAV's errors
             print(f"cannot decode {file}: {error}", file=sys.stderr)
             return 1
     video = torch.stack(clips)  # [B, C, T, H, W] uint8
@@ -155,13 +156,13 @@ def main(argv=None):
     masks = [random_visible(len(clips), args.frames, ratio) for ratio in args.masks]
     backend = library.choose("auto", "masked_patch_embed", "cpu", torch.float32)
     report = [
-        f"{len(clips)} clips of {args.frames} frames, ViT-B/16, float32, on the CPU with "
-        f"{torch.get_num_threads()} threads; vidl ran its backend '{backend}'"
+        f"{len(clips)} clips of {args.frames} frames, ViT-B/16, float32, CPU, "
+        f"{torch.get_num_threads()} threads; vidl backend: {backend}"
     ]
     for ratio, ids_keep in zip(args.masks, masks, strict=True):
-        print(f"timing with {ratio:.0%} hidden", file=sys.stderr)
+        print(f"timing with {ratio:.0%} masked", file=sys.stderr)
         report += [
-            f"{ratio:.0%} hidden: {line}"
+            f"{ratio:.0%} masked: {line}"
             for line in compare(video, parameters, ids_keep, args.repetitions)
         ]
     print("\n".join(report))
@@ -169,7 +170,7 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     page = ['<!doctype html><meta charset="utf-8"><title>vidl: masked clips</title>']
     page += ["<style>body { font: 16px sans-serif; max-width: 60em; margin: auto }</style>"]
-    page += ["<h1>Only the visible patches are embedded</h1>"]
+    page += ["<h1>Embedding visible patches only</h1>"]
     page += [f"<pre>{html.escape(chr(10).join(report))}</pre>"]
     for b, (file, clip) in enumerate(zip(files, clips, strict=True)):
         name = f"{b}-{file.stem}.png"
@@ -177,7 +178,7 @@ def main(argv=None):
         caption = html.escape(captions.get(file.name, file.name))
         page += [f"<figure><img src='{name}'><figcaption>{caption}</figcaption></figure>"]
     (args.out / "index.html").write_text("\n".join(page))
-    print(f"see {args.out / 'index.html'}")
+    print(f"wrote {args.out / 'index.html'}")
     return 0
 
 

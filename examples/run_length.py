@@ -1,10 +1,10 @@
-"""Keep the patches of real clips that move, and embed only those.
+"""Run-length tokens: embed only the patches of real clips that change.
 
     python examples/run_length.py [CLIP ...]
 
-Compares every tubelet of a clip with the one before it (Run-Length Tokenization, arXiv 2411.05222),
-keeps those that differ, and embeds only these. Prints how many tokens each clip keeps, and writes
-a picture of each: the clip above, and below it what is new, the rest in grey.
+Compares every tubelet of a clip with the previous one (Run-Length Tokenization, arXiv 2411.05222)
+and embeds only those that differ. Prints how many tokens each clip keeps, and writes a picture of
+each clip with the removed patches in grey below it.
 """
 
 import argparse
@@ -20,17 +20,18 @@ TUBELET = 2
 
 
 def frames_of(ids):
-    """The ids of patches in single frames that tubelets of two frames consist of."""
-    S = GRID * GRID
-    return torch.cat([(ids // S * TUBELET + frame) * S + ids % S for frame in range(TUBELET)])
+    """The ids of the single-frame patches of tubelets."""
+    P = GRID * GRID
+    return torch.cat([(ids // P * TUBELET + frame) * P + ids % P for frame in range(TUBELET)])
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("clips", nargs="*", type=Path, help="default: four of examples/clips")
-    parser.add_argument("--frames", type=int, default=16, help="of each clip, even (default 16)")
-    parser.add_argument("--threshold", type=float, default=0.1, help="default 0.1, as the paper")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default demo)")
+    add = parser.add_argument
+    add("clips", nargs="*", type=Path, help="default: four of examples/clips")
+    add("--frames", type=int, default=16, help="frames of each clip, even (default: 16)")
+    add("--threshold", type=float, default=0.1, help="default: 0.1, as in the paper")
+    add("--out", type=Path, default=Path("demo"), help="output folder (default: demo)")
     args = parser.parse_args(argv)
     if args.frames < TUBELET or args.frames % TUBELET:
         parser.error(f"need an even number of frames, got {args.frames}")
@@ -40,7 +41,7 @@ def main(argv=None):
     for file in files:
         try:
             clips.append(read_clip(file, args.frames))
-        except (OSError, ValueError, IndexError) as error:  # PyAV's own errors are among these
+        except (OSError, ValueError, IndexError) as error:  # includes PyAV's errors
             print(f"cannot decode {file}: {error}", file=sys.stderr)
             return 1
     video = torch.stack(clips)  # [B, C, T, H, W] uint8
@@ -55,12 +56,12 @@ def main(argv=None):
     args.out.mkdir(parents=True, exist_ok=True)
     offsets, N = cu_seqlens.tolist(), slices * GRID * GRID
     for b, file in enumerate(files):
-        mine = slice(offsets[b], offsets[b + 1])
-        kept, longest = offsets[b + 1] - offsets[b], lengths[mine].max().item()
+        own = slice(offsets[b], offsets[b + 1])
+        kept, longest = offsets[b + 1] - offsets[b], lengths[own].max().item()
         name = args.out / f"run-length-{b}-{file.stem}.png"
-        picture(clips[b], [frames_of(ids[mine])]).save(name)
-        print(f"{file.name}: {kept} of {N} tokens ({kept / N:.0%}), the longest run is {longest}")
-        print(f"  see {name}")
+        picture(clips[b], [frames_of(ids[own])]).save(name)
+        print(f"{file.name}: {kept} of {N} tokens ({kept / N:.0%}), longest run {longest}")
+        print(f"  wrote {name}")
     print(f"embedded {list(tokens.shape)} instead of {[len(files) * N, WIDTH]}")
     return 0
 

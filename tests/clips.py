@@ -1,4 +1,4 @@
-"""Videos whose frames say which they are: frame n is grey, 8 n bright."""
+"""Videos whose frames encode their number: frame n is grey with brightness 8 n."""
 
 import itertools
 from fractions import Fraction
@@ -12,7 +12,7 @@ EXAMPLES = HERE.parent / "examples" / "clips"
 
 
 def write_video(file, count, *, ticks=None, rate=10, codec="libx264", size=(32, 16), rotate=0):
-    """Write `count` frames, 10 a second; or at `ticks`, of which there are `rate` in a second."""
+    """Write `count` frames at 10 fps, or at `ticks` with `rate` ticks per second."""
     import av
 
     ticks = list(ticks or range(0, count * rate // 10, rate // 10))
@@ -35,10 +35,10 @@ def write_video(file, count, *, ticks=None, rate=10, codec="libx264", size=(32, 
 
 
 def numbers(pictures):
-    """Which frames of `write_video` these are."""
+    """The numbers of these frames of `write_video`."""
     return [round(value / STEP) for value in pictures.float().mean((1, 2, 3)).tolist()]
 
 
 def shown_at(ticks, instant):
-    """The frame that is seen at an instant, as a plain search finds it."""
+    """The number of the frame that is shown at an instant, by linear search."""
     return max(itertools.takewhile(lambda n: ticks[n] <= instant, range(len(ticks))), default=0)

@@ -1,4 +1,4 @@
-"""The command line: what `vidl info` tells, help, and errors that say what was needed."""
+"""The command line: `vidl info`, help, missing packages and error messages."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_info_as_text(capsys):
     assert "reference " in text and "yes: float32, float16, bfloat16" in text
 
 
-def test_a_decoder_that_is_there_decodes():
+def test_an_installed_decoder_runs():
     pytest.importorskip("av")
     assert info.decoders()["PyAV"] is None
 
@@ -74,12 +74,12 @@ def test_a_decoder_that_is_there_decodes():
         ),
     ],
 )
-def test_a_decoder_that_is_half_there_gives_a_reason(monkeypatch, error, reason):
+def test_a_broken_decoder_gives_a_reason(monkeypatch, error, reason):
     def probe(clip):
         raise error
 
     monkeypatch.setattr(video, "_frames_by_torchcodec", probe)
-    monkeypatch.setattr(video, "why_not", video.why_not.__wrapped__)  # it remembers its answers
+    monkeypatch.setattr(video, "why_not", video.why_not.__wrapped__)  # without its cache
     assert info.decoders()["torchcodec"] == reason
 
 
@@ -133,8 +133,8 @@ def test_cuda_without_a_device(capsys):
     assert "need a CUDA device" in capsys.readouterr().err
 
 
-def test_help_loads_nothing_heavy(tmp_path):
-    """`python -m vidl --help` answers without importing torch."""
+def test_help_does_not_import_torch(tmp_path):
+    """`python -m vidl --help` works without importing torch."""
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     answer = subprocess.run(
@@ -238,13 +238,13 @@ def test_the_extras_are_those_of_pyproject():
 @pytest.mark.parametrize(
     "words", [["mask_ratio=0.9", "--batch", "2"], ["--batch", "2", "mask_ratio=0.9"]]
 )
-def test_fields_may_stand_before_and_after_options(words, capsys):
+def test_fields_before_and_after_options(words, capsys):
     assert main(["savings", "mac", "--preset", "tiny", "--device", "cpu", "--dry-run", *words]) == 0
     assert "mac tiny, 2 clips, mask_ratio 0.9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["info", "more"], ["savings", "mac", "--nothing"]])
-def test_what_is_not_known_is_an_error(words, capsys):
+def test_unknown_arguments_are_an_error(words, capsys):
     with pytest.raises(SystemExit):
         main(words)
     assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Annotation formats from small files as they are published, and the table that rows live in."""
+"""Annotation formats on small files in their published form, and the Arrow table."""
 
 import json
 import pickle
@@ -144,10 +144,15 @@ def test_questions(tmp_path):
             "common",
             "a.json",
             '[\n{"video": "1", "caption": "a"},\n{"video": "2"}\n]',
-            "a.json:3: it",
+            "a.json:3: missing",
         ),
-        ("common", "a.json", '[\n{"caption": "a"}\n]', "a.json:2: it has no 'video'"),
-        ("common", "a.json", '[\n{"video": "1", "caption": " "}\n]', "a.json:2: need texts that"),
+        ("common", "a.json", '[\n{"caption": "a"}\n]', "a.json:2: missing key 'video'"),
+        (
+            "common",
+            "a.json",
+            '[\n{"video": "1", "caption": " "}\n]',
+            "a.json:2: need non-empty texts",
+        ),
         ("common", "a.json", '[\n{"video": "1", "caption": "a"}\n{}]', "a.json:3: need , or ]"),
         ("common", "a.json", '[\n{"video": "1", "caption": "a"},', "a.json:2: Expecting value"),
         ("common", "a.json", '[\n"1"]', "a.json:2: need an object, got '1'"),
@@ -157,7 +162,7 @@ def test_questions(tmp_path):
             "common",
             "a.json",
             '[{"video": "1", "caption": ["a", "b"], "answer": 2}]',
-            "a.json:1: need as answer an index into 2 options, got 2",
+            "a.json:1: need answer as an index into 2 options, got 2",
         ),
         (
             "common",
@@ -196,30 +201,30 @@ def test_errors_name_file_and_line(tmp_path, format, name, content, message):
     assert message in str(caught.value)
 
 
-def test_answers_must_be_there(tmp_path):
+def test_missing_answers_are_an_error(tmp_path):
     question = {"video_name": "x", "question": "where", "question_id": "x_0"}
     asked = put(tmp_path, "val_q.json", [question])
     put(tmp_path, "val_a.json", [])
     with pytest.raises(BadAnnotation, match="val_q.json:2: .*val_a.json has no answer to x_0"):
         rows("activitynet-qa", asked)
-    with pytest.raises(ValueError, match="need the file of the questions"):
+    with pytest.raises(ValueError, match="need the file with the questions"):
         rows("activitynet-qa", tmp_path / "val_a.json")
 
 
 def test_rows_survive_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr(annotations, "ROWS_AT_A_TIME", 3)  # several batches in one file
-    said = [Row(f"{n}.mp4", captions=[f"clip {n}", "ü"], start=n / 3) for n in range(7)]
+    captioned = [Row(f"{n}.mp4", captions=[f"clip {n}", "ü"], start=n / 3) for n in range(7)]
     asked = [
         Row("q.jpg", kind="image", id="q", question="how?", options=["a", "b"], correct=1),
         Row("r.mp4", question="who?", answer="me"),
     ]
-    assert annotations.write(said, tmp_path / "said.arrow") == 7
+    assert annotations.write(captioned, tmp_path / "captioned.arrow") == 7
     assert annotations.write(asked, tmp_path / "asked.arrow") == 2
     table = annotations.Annotations(
-        [(tmp_path / "said.arrow", "x"), (tmp_path / "asked.arrow", "y")]
+        [(tmp_path / "captioned.arrow", "x"), (tmp_path / "asked.arrow", "y")]
     )
     assert len(table) == 9
-    for index, row in enumerate([*said, *asked]):
+    for index, row in enumerate([*captioned, *asked]):
         media = f"{'x' if index < 7 else 'y'}/{row.media}"
         assert table[index] == replace(row, media=media)
     assert table.kinds().tolist() == [False] * 7 + [True, False]
@@ -227,26 +232,26 @@ def test_rows_survive_the_table(tmp_path, monkeypatch):
         table[9]
     assert list(table) == [table[n] for n in range(9)]
 
-    copy = pickle.loads(pickle.dumps(table))  # for a worker: files, not rows
+    copy = pickle.loads(pickle.dumps(table))  # as for a worker: file names, not rows
     assert copy[8] == table[8] and len(pickle.dumps(table)) < 1000
 
 
-def test_a_table_is_made_on_first_use(tmp_path, monkeypatch):
+def test_json_is_converted_on_first_use(tmp_path, monkeypatch):
     monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
     file = put(tmp_path, "clips.json", [{"video": "1.mp4", "caption": "a"}])
     table = annotations.load(file)
     assert table[0] == Row(str(tmp_path / "1.mp4"), captions=["a"])
-    (made,) = (tmp_path / "cache").iterdir()
-    before = made.stat().st_mtime_ns
+    (table,) = (tmp_path / "cache").iterdir()
+    before = table.stat().st_mtime_ns
     assert annotations.load((file, "other"))[0].media == "other/1.mp4"
-    assert made.stat().st_mtime_ns == before
+    assert table.stat().st_mtime_ns == before
     put(tmp_path, "clips.json", [{"video": "1.mp4", "caption": "b"}])
     (tmp_path / "clips").mkdir()
     row = annotations.load(file)[0]
     assert row.captions == ("b",) and row.media == str(tmp_path / "clips" / "1.mp4")
 
 
-def test_a_table_appears_whole_or_not_at_all(tmp_path):
+def test_tables_are_written_atomically(tmp_path):
     file = put(tmp_path, "a.json", '[{"video": "1", "caption": "a"}, {"video": "2"}]')
     with pytest.raises(BadAnnotation):
         annotations.convert(file, tmp_path / "a.arrow")
@@ -257,15 +262,15 @@ def test_a_table_appears_whole_or_not_at_all(tmp_path):
         annotations.convert(file, tmp_path / "a.arrow", format="coco")
 
 
-def test_wrong_tables(tmp_path):
-    with pytest.raises(ValueError, match="b.arrow: need an Arrow file as vidl writes it"):
+def test_invalid_tables_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="b.arrow: need an Arrow file written by vidl"):
         annotations.load(put(tmp_path, "b.arrow", "no table"))
     with pytest.raises(ValueError, match=r"c.csv: need .arrow, .json or .jsonl; else `vidl data"):
         annotations.load(put(tmp_path, "c.csv", "a,b"))
 
 
 def test_workers_do_not_hold_the_rows(tmp_path):
-    """A million rows cost what is looked at."""
+    """Memory for a million rows grows only by the rows that are read."""
     count = 200_000
     file = tmp_path / "many.arrow"
     annotations.write((Row(f"{n}.mp4", captions=[f"caption {n} " * 5]) for n in range(count)), file)

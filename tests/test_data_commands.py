@@ -1,4 +1,4 @@
-"""`vidl data check` and `vidl data preview`, on real clips."""
+"""`vidl data check`, `preview` and `speed` on real clips."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ av.logging.set_level(None)
 
 @pytest.fixture
 def annotated(tmp_path, monkeypatch):
-    """Three clips, of which two can be read."""
+    """Three clips, one of them broken."""
     monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
     (tmp_path / "clips").mkdir()
     for name in ("worker.mp4", "sign_eat.mp4"):
@@ -71,13 +71,13 @@ def test_preview(annotated, tmp_path, capsys, options, strips):
     assert len(picture.getcolors(1 << 20)) > 1000
 
 
-def test_preview_says_what_it_needs(annotated, capsys):
+def test_preview_errors(annotated, capsys):
     assert main(["data", "preview", str(annotated), "--size", "60", "--out", "no.png"]) == 1
-    assert "multiple of the patch, got 60 and 16" in capsys.readouterr().err
+    assert "multiple of the patch size, got 60 and 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ratio, hidden", [(0, 0), (0.5, 8), (0.75, 12), (1, 16)])
-def test_a_mask_hides_so_many_patches_of_each_frame(ratio, hidden):
+def test_number_of_hidden_patches_in_each_frame(ratio, hidden):
     pictures = torch.zeros(5, 32, 32, 3, dtype=torch.uint8)
     out = commands.hide(pictures, ratio, 8, torch.Generator().manual_seed(0))
     grey = (out == 127).view(5, 4, 8, 4, 8, 3).float().mean((2, 4, 5))
@@ -101,7 +101,7 @@ def test_speed(annotated, capsys, monkeypatch, tmp_path):
     assert "none of 8 clips" in capsys.readouterr().err
 
 
-def test_progress_is_for_terminals(capsys, monkeypatch):
+def test_progress_is_shown_on_terminals_only(capsys, monkeypatch):
     assert list(progress([1, 2], "counting")) == [1, 2]
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)

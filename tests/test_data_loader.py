@@ -1,4 +1,4 @@
-"""Batches: the same after a resume, mixed kinds in step, broken clips gone with their captions."""
+"""Batches: exact resumption, kinds of rows in step over ranks, broken clips."""
 
 import collections
 import io
@@ -26,7 +26,7 @@ FILES = 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """20 clips, each of one brightness; every third one broken, in other ways."""
+    """20 clips of constant brightness; every third one is broken in one of several ways."""
     folder = tmp_path_factory.mktemp("clips")
     for n in range(FILES):
         file = folder / f"{n}.mp4"
@@ -42,8 +42,8 @@ def folder(tmp_path_factory):
         (folder / "good" / file.name).write_bytes(file.read_bytes())
         if n % 3 == 2:
             data = file.read_bytes()
-            ways = [lambda d: b"", lambda d: b"junk" * 50, lambda d: d[: len(d) // 2]]
-            file.write_bytes(ways[n // 3 % 3](data)) if n != 5 else file.unlink()
+            damages = [lambda d: b"", lambda d: b"junk" * 50, lambda d: d[: len(d) // 2]]
+            file.write_bytes(damages[n // 3 % 3](data)) if n != 5 else file.unlink()
     return folder
 
 
@@ -56,16 +56,13 @@ def clips_of(folder, train=True, **options):
 
 
 def told(batch):
-    """What a batch shows and says, so that two runs can be compared."""
+    """The content of a batch, to compare two runs."""
     return batch.index.tolist(), batch.text, batch.video.sum().item(), batch.video.shape
 
 
 def take(loader, count):
     batches = iter(loader)
     return [told(next(batches)) for _ in range(count)]
-
-
-# the sampler
 
 
 def keys(sampler, count):
@@ -90,17 +87,19 @@ def test_ranks_share_a_batch():
         assert sorted(both) == sorted(sum(parts, []))
 
 
-def test_kinds_are_mixed_and_in_step():
+def test_all_ranks_have_the_same_kind_at_a_step():
     images = [n % 3 == 0 for n in range(60)]  # 20 images, 40 videos
     ranks = [EpochSampler(images, 4, rank=rank, world_size=2) for rank in (0, 1)]
     assert ranks[0].steps_per_epoch == 2 + 5
-    kinds = [[{images[row] for _, row in batch} for batch in keys(each, 14)] for each in ranks]
+    kinds = [
+        [{images[row] for _, row in batch} for batch in keys(sampler, 14)] for sampler in ranks
+    ]
     assert kinds[0] == kinds[1] and all(len(kind) == 1 for kind in kinds[0])
     assert kinds[0][:7].count({True}) == kinds[0][7:].count({True}) == 2
-    assert kinds[0][:7] != kinds[0][7:]  # other steps in another epoch
+    assert kinds[0][:7] != kinds[0][7:]  # another order in another epoch
 
 
-def test_a_sampler_goes_on_anywhere():
+def test_a_sampler_resumes_at_any_step():
     images = [n % 4 == 0 for n in range(40)]
     whole = keys(EpochSampler(images, 3, seed=5), 30)
     for step in (0, 1, 7, 11, 12, 25):
@@ -124,15 +123,12 @@ def test_too_few_rows():
         EpochSampler([False] * 12, 4, rank=2, world_size=2)
 
 
-def test_evaluation_sees_each_row_once():
+def test_evaluation_has_each_row_once():
     images = [False] * 7 + [True] * 4
     ranks = [InOrder(images, 3, rank=rank, world_size=2) for rank in (0, 1)]
     seen = [key.index for sampler in ranks for batch in sampler for key in batch]
     assert sorted(seen) == list(range(11))
     assert [[key.index for key in batch] for batch in ranks[0]] == [[0, 2, 4], [6], [7, 9]]
-
-
-# data sets and loader
 
 
 def test_a_batch(folder):
@@ -149,13 +145,13 @@ def test_training_differs_by_epoch_and_evaluation_does_not():
     train = Clips(rows, frames=2, size=32, train=True)
     told_by_epoch = [told(train[Key(epoch, 0)]) for epoch in range(6)]
     assert told_by_epoch == [told(train[Key(epoch, 0)]) for epoch in range(6)]
-    assert len({str(each) for each in told_by_epoch}) == 6
-    assert len({each[1][0] for each in told_by_epoch}) > 1  # captions too
+    assert len({str(told) for told in told_by_epoch}) == 6
+    assert len({told[1][0] for told in told_by_epoch}) > 1  # captions too
     test = Clips(rows, frames=2, size=32, train=False)
     assert told(test[Key(0, 0)]) == told(test[Key(5, 0)]) and test[Key(5, 0)].text == ["a"]
 
 
-def test_no_left_becomes_right():
+def test_clips_whose_text_says_left_or_right_are_not_flipped():
     file = EXAMPLES / "worker.mp4"
     for text, flips in [("walks to the left", False), ("left-handed", False), ("walks away", True)]:
         plain = Clips([Row(str(file), captions=[text])], frames=1, size=32, train=True, flip=False)
@@ -165,7 +161,7 @@ def test_no_left_becomes_right():
         assert all(torch.equal(a, b) or torch.equal(a.flip(-1), b) for a, b in pairs)
 
 
-def test_questions_and_pictures(folder, tmp_path):
+def test_questions_and_images(folder, tmp_path):
     still = tmp_path / "still.png"
     av.VideoFrame.from_ndarray(numpy.full((9, 9, 3), 80, numpy.uint8)).save(str(still))
     rows = [
@@ -174,21 +170,21 @@ def test_questions_and_pictures(folder, tmp_path):
         Row(str(folder / "good/4.mp4"), options=["dark", "bright"], correct=0),
     ]
     clips = Clips(rows, frames=2, size=8, train=False)
-    assert clips[Key(0, 0)].video.shape == (1, 3, 1, 8, 8)  # a picture is one frame
+    assert clips[Key(0, 0)].video.shape == (1, 3, 1, 8, 8)  # an image has one frame
     asked = clips.__getitems__([Key(0, 1), Key(0, 2)])
     assert asked.text == ["how bright?", ""]
     assert asked.rows[0].answer == "dark" and asked.rows[1].options == ("dark", "bright")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_resumed_run_equals_the_whole_one(folder, workers):
-    """In the middle of an epoch, with another number of workers, at any step."""
+def test_a_resumed_run_equals_an_uninterrupted_one(folder, workers):
+    """Resumption in the middle of an epoch with another number of workers."""
     whole = take(Loader(loaded(folder), EpochSampler([False] * FILES, 6), limit=1), 8)
     first = Loader(loaded(folder), EpochSampler([False] * FILES, 6), workers=workers, limit=1)
     batches = iter(first)
     begun = [told(next(batches)) for _ in range(4)]
-    state = json.loads(json.dumps(first.state_dict()))  # as a checkpoint has it
-    assert state["step"] == 4  # though workers have read ahead
+    state = json.loads(json.dumps(first.state_dict()))  # as in a checkpoint
+    assert state["step"] == 4  # although workers have prefetched more
     second = Loader(loaded(folder), EpochSampler([False] * FILES, 6), workers=2, limit=1)
     second.load_state_dict(state)
     assert begun + take(second, 4) == whole
@@ -199,7 +195,7 @@ def loaded(folder):
     return clips_of(folder, seed=3)
 
 
-def test_two_ranks_see_what_one_sees(folder):
+def test_two_ranks_have_the_rows_of_one(folder):
     def pairs(batch):
         return sorted(zip(batch.text, batch.video.flatten(1).sum(1).tolist(), strict=True))
 
@@ -213,16 +209,16 @@ def test_two_ranks_see_what_one_sees(folder):
         assert pairs(both) == sorted(pairs(left) + pairs(right))
 
 
-def test_broken_clips_go_with_their_captions(folder):
-    """Six of twenty are broken, in four ways; every caption still tells how bright its clip is."""
+def test_broken_clips_are_dropped_with_their_captions(folder):
+    """Six of twenty are broken in four ways; captions still match the brightness of clips."""
     loader = Loader(clips_of(folder), EpochSampler([False] * FILES, 6), workers=1, limit=0.5)
     batches, seen = iter(loader), collections.Counter()
     for _ in range(9):
         batch = next(batches)
-        said = [int(text.split()[1]) for text in batch.text]
-        assert said == numbers(batch.video[:, :, 0].movedim(1, -1)) == batch.index.tolist()
-        assert len(set(said)) == 6  # no clip twice in a batch
-        seen.update(said)
+        indices = [int(text.split()[1]) for text in batch.text]
+        assert indices == numbers(batch.video[:, :, 0].movedim(1, -1)) == batch.index.tolist()
+        assert len(set(indices)) == 6  # no clip twice in a batch
+        seen.update(indices)
     broken = {n for n in range(FILES) if n % 3 == 2}
     assert set(seen) == set(range(FILES)) - broken
     assert set(loader.broken) <= {str(folder / f"{n}.mp4") for n in broken}
@@ -232,7 +228,7 @@ def test_broken_clips_go_with_their_captions(folder):
     assert f"  {folder / '5.mp4'}: No such file or directory" in lines
 
 
-def test_evaluation_counts_broken_clips_and_replaces_none(folder):
+def test_evaluation_counts_broken_clips_without_replacement(folder):
     clips = clips_of(folder, train=False)
     loader = Loader(clips, InOrder(clips.images(), 4), limit=1)
     for _ in range(2):  # twice over the same loader
@@ -257,7 +253,7 @@ def test_too_many_broken_clips_stop_the_run(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_wrong_folder_is_not_searched_for_ever(tmp_path, workers):
+def test_a_wrong_folder_is_an_error(tmp_path, workers):
     rows = [Row(str(tmp_path / f"{n}.mp4"), captions=["a"]) for n in range(100)]
     clips = Clips(rows, frames=2, size=8, train=True)
     loader = Loader(clips, EpochSampler([False] * 100, 4), workers=workers, limit=1)
@@ -278,7 +274,7 @@ def test_workers_use_one_thread_and_end(folder):
     before = torch.get_rng_state()
     batches = iter(loader)
     assert next(batches).index.tolist() == [1] * 4
-    assert torch.equal(torch.get_rng_state(), before)  # the model's numbers are its own
+    assert torch.equal(torch.get_rng_state(), before)  # the global generator is not used
     processes = loader._loader._iterator._workers
     assert len(processes) == 2 and loader.wait_seconds > 0
     batches.close()
@@ -290,23 +286,20 @@ def test_real_clips_in_workers(tmp_path, monkeypatch):
     annotations = pytest.importorskip("vidl.data.annotations")
     monkeypatch.setenv("VIDL_CACHE", str(tmp_path))
     rows = annotations.load(EXAMPLES.parent / "clips.json")
-    said = {caption for row in rows for caption in row.captions}
+    captions = {caption for row in rows for caption in row.captions}
     clips = Clips(rows, frames=2, size=32, train=True)
     batches = [
         told(next(iter(Loader(clips, EpochSampler(clips.images(), 6), workers=workers))))
         for workers in (0, 2)
     ]
-    assert batches[0] == batches[1] and set(batches[0][1]) <= said
+    assert batches[0] == batches[1] and set(batches[0][1]) <= captions
 
 
-def test_what_fits_together(folder):
+def test_samplers_and_data_sets_that_do_not_fit(folder):
     with pytest.raises(ValueError, match="need a sampler with a ClipSet"):
         Loader(clips_of(folder))
     with pytest.raises(ValueError, match="need if_broken among replace, count, raise, got 'skip'"):
         clips_of(folder, if_broken="skip")
-
-
-# text
 
 
 def test_tokens(tmp_path):
@@ -317,22 +310,22 @@ def test_tokens(tmp_path):
     assert ids[0].tolist()[0] == tokenizer.cls_id and ids[0].tolist()[4] == tokenizer.sep_id
     assert mask.tolist() == [[1, 1, 1, 1, 1, 0, 0], [1] * 7]
     assert ids[0, 5:].tolist() == [tokenizer.pad_id] * 2
-    assert ids[1, -1] == tokenizer.sep_id  # a long one is cut, but ends as all do
+    assert ids[1, -1] == tokenizer.sep_id  # truncated, but with [SEP] at the end
     assert tokenizer.decode(ids[0].tolist()) == "a red square"
     assert tokenizer.tokens()[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert len(tokenizer) == len(tokenizer.tokens())
     assert "moves" in tokenizer.tokens() and "##s" in tokenizer.tokens()
-    assert tokenizer.unk_id not in tokenizer(["scarlet"], 9)[0]  # put together of characters
+    assert tokenizer.unk_id not in tokenizer(["scarlet"], 9)[0]  # composed of characters
     assert tokenizer.unk_id in tokenizer(["zebra"], 9)[0]
     again = train_tokenizer(captions * 3, size=200)
     assert again.tokens() == tokenizer.tokens()
-    with pytest.raises(ValueError, match="need room for .* got size=10"):
+    with pytest.raises(ValueError, match="need size >= .* got 10"):
         train_tokenizer(captions, size=10)
     tokenizer.save(tmp_path / "tokenizer.json")
     assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         assert torch.equal(load_tokenizer(path)(["A red square"], 7)[0], ids[:1])
-    with pytest.raises(ValueError, match="need room for .*, got words=2"):
+    with pytest.raises(ValueError, match="need words >= 3 .*, got 2"):
         tokenizer(["a"], 2)
 
 
@@ -349,7 +342,7 @@ def test_a_vocabulary_of_bert(tmp_path):
     assert torch.equal(load_tokenizer(tmp_path / "hf")(texts, 8)[0], ids)
 
     (tmp_path / "vocab.txt").write_text("[UNK]\na\n")
-    with pytest.raises(ValueError, match=r"has no \[PAD\], \[CLS\], \[SEP\], \[MASK\]"):
+    with pytest.raises(ValueError, match=r"without \[PAD\], \[CLS\], \[SEP\], \[MASK\]"):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="need tokenizer.json or vocab.txt, or a folder"):
         load_tokenizer(tmp_path / "nothing")
@@ -363,9 +356,6 @@ def test_batches_have_tokens(folder):
     assert batch.attention_mask.sum(1).tolist() == [4] * 4
 
 
-# shards
-
-
 @pytest.fixture(scope="module")
 def shards(folder):
     """Five shards of four clips; two clips are broken."""
@@ -376,9 +366,9 @@ def shards(folder):
         with tarfile.open(files[-1], "w") as tar:
             for n in range(4 * number, 4 * number + 4):
                 data = (folder / "good" / f"{n}.mp4").read_bytes()
-                said = json.dumps({"caption": f"clip {n}"}) if n % 2 else f"clip {n}"
+                caption = json.dumps({"caption": f"clip {n}"}) if n % 2 else f"clip {n}"
                 parts = {"mp4": data if n not in (5, 14) else b"junk"}
-                parts["json" if n % 2 else "txt"] = said.encode()
+                parts["json" if n % 2 else "txt"] = caption.encode()
                 for suffix, content in parts.items():
                     entry = tarfile.TarInfo(f"{n:04}.{suffix}")
                     entry.size = len(content)
@@ -397,9 +387,9 @@ def test_shards(shards, workers):
     batches, seen = iter(loader), collections.Counter()
     for _ in range(12):
         batch = next(batches)
-        said = [int(text.split()[1]) for text in batch.text]
-        assert said == numbers(batch.video[:, :, 0].movedim(1, -1)) and len(said) == 3
-        seen.update(said)
+        indices = [int(text.split()[1]) for text in batch.text]
+        assert indices == numbers(batch.video[:, :, 0].movedim(1, -1)) and len(indices) == 3
+        seen.update(indices)
     assert set(seen) == set(range(FILES)) - {5, 14}
     assert {name[-4:] for name in loader.broken} == {"0005", "0014"}
 
@@ -425,8 +415,8 @@ def test_ranks_share_the_shards(shards):
     assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == FILES
 
 
-def test_shards_that_do_not_fit(shards, tmp_path):
-    with pytest.raises(ValueError, match="need at least 6 shards, one a worker of every r"):
+def test_shard_errors(shards, tmp_path):
+    with pytest.raises(ValueError, match="need at least 6 shards, one per worker and rank"):
         next(iter(Loader(stream_of(shards, world_size=3), workers=2)))
     loader = Loader(stream_of(shards), limit=1)
     take(loader, 1)

@@ -1,4 +1,4 @@
-"""Moving shapes: what is in which split, and that captions tell what clips show."""
+"""Moving shapes: the splits, and captions that match the clips."""
 
 import itertools
 import re
@@ -35,7 +35,7 @@ def test_held_out_combinations_are_never_seen(difficulty):
 
 
 @pytest.mark.parametrize("difficulty, motions", [(1, 12), (2, 132), (3, 144)])
-def test_captions_that_differ_in_motion_only(difficulty, motions):
+def test_captions_that_differ_only_in_motion(difficulty, motions):
     count = min(motions, 100)
     shapes = MovingShapes("test", count, difficulty=difficulty, same_looks=True)
     captions = [shapes.caption(index) for index in range(count)]
@@ -64,7 +64,7 @@ def test_captions():
 
 
 def place(pictures, colour):
-    """Centre and area of what has a colour, in each frame."""
+    """Centre and area of the pixels of a colour in each frame."""
     near = abs(pictures.numpy().astype(int) - COLOURS[colour]).sum(-1) < 60  # [T, H, W]
     area = near.sum((1, 2))
     at = numpy.arange(near.shape[1]) + 0.5
@@ -99,7 +99,7 @@ def test_clips_show_what_their_captions_say():
 
 @pytest.mark.parametrize("forth, back", list(zip(MOTIONS[::2], MOTIONS[1::2], strict=True)))
 def test_a_motion_has_its_reverse(forth, back):
-    """A model that ignores the order of frames cannot tell these two apart."""
+    """Both clips have the same frames in reverse order."""
     phase = 0.7
     there = path([forth], 8, (0.5, 0.5), 0.1, phase)
     again = path([back], 8, (0.5, 0.5), 0.1, phase)
@@ -107,7 +107,7 @@ def test_a_motion_has_its_reverse(forth, back):
         assert numpy.allclose(one, other[::-1])
 
 
-def test_clips_come_from_seed_and_index_alone():
+def test_clips_depend_on_seed_and_index_only():
     one, other = (MovingShapes("train", 9, size=32, difficulty=3, seed=s) for s in (0, 1))
     clips = [one.read(Key(epoch, 4)).pictures for epoch in (0, 5)]
     assert torch.equal(*clips)
@@ -122,18 +122,18 @@ def test_clips_come_from_seed_and_index_alone():
 
 
 @pytest.mark.parametrize("difficulty, looks", [(1, 1), (1, 5), (2, 4), (3, 7)])
-def test_a_batch_has_few_looks(difficulty, looks):
+def test_looks_limits_the_coloured_shapes_of_a_batch(difficulty, looks):
     shapes = MovingShapes("train", 400, size=8, frames=1, difficulty=difficulty, looks=looks)
     batches, seen = iter(EpochSampler(shapes.kinds(), 8)), set()
     for _ in range(40):
         actors = [actor for key in next(batches) for actor in shapes.actors(key.index)]
-        found = {(actor.colour, actor.shape) for actor in actors}
-        assert len(found) <= looks
-        seen |= found
+        shown = {(actor.colour, actor.shape) for actor in actors}
+        assert len(shown) <= looks
+        seen |= shown
     assert seen == set(coloured_shapes("train"))
 
 
-def test_wrong_requests():
+def test_invalid_arguments():
     with pytest.raises(ValueError, match="need a split among train, val, test and a difficulty"):
         MovingShapes("dev", 5)
     with pytest.raises(ValueError, match="got 'test' and 4"):

@@ -1,4 +1,4 @@
-"""Which frames are read, from good files and bad ones, and how they are cropped."""
+"""Reading frames from valid and broken files, and crops."""
 
 import os
 import pickle
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def even(folder):
-    return write_video(folder / "even.mp4", 20)  # 10 a second, key frames 0, 6, 12, 18
+    return write_video(folder / "even.mp4", 20)  # 10 fps, key frames 0, 6, 12, 18
 
 
 def test_instants_by_hand():
@@ -67,8 +67,8 @@ def test_the_middle_of_equal_parts(even, decoder, frames, wanted):
     assert as_clip(pictures).data_ptr() == pictures.data_ptr()
 
 
-def test_the_same_frames_as_plain_decoding():
-    """Packets are left out; what is read must not show it."""
+def test_same_frames_as_decoding_everything():
+    """Skipping packets must not change the frames."""
     for file in sorted(EXAMPLES.glob("*.mp4"))[::6] + sorted(HARD.glob("h26*.mp4")):
         with av.open(str(file)) as container:
             decoded = list(container.decode(container.streams.best("video")))
@@ -109,11 +109,11 @@ def test_a_part(even, decoder):
     assert numbers(read_clip(even, 2, start=1.0, end=1.4, decoder=decoder)) == [11, 13]
     assert numbers(read_clip(even, 2, start=1.6, decoder=decoder)) == [17, 19]
     assert numbers(read_clip(even, 2, end=0.4, decoder=decoder)) == [1, 3]
-    with pytest.raises(BrokenClip, match=r"even.mp4: need frames from 3 s to 4 s, it has those fr"):
+    with pytest.raises(BrokenClip, match=r"even.mp4: need frames from 3 s to 4 s, got a video fr"):
         read_clip(even, 2, start=3, end=4, decoder=decoder)
 
 
-def test_a_part_of_a_long_video_is_sought(folder):
+def test_seeking_in_a_long_video(folder):
     ticks = range(0, 1200, 40)
     file = write_video(folder / "long.mp4", 30, ticks=ticks, rate=100)
     assert numbers(read_clip(file, 2, start=8.0, end=8.8)) == [20, 21]
@@ -128,7 +128,7 @@ def test_several_streams(decoder):
         read_clip(file, 1, stream=1, decoder=decoder)  # sound
 
 
-def test_a_stream_that_is_no_video():
+def test_a_stream_without_video():
     with pytest.raises(BrokenClip, match=r"need a video stream among \[0, 3\], got 1"):
         read_clip(HARD / "nasa_13013.mp4", 1, stream=1)
 
@@ -137,12 +137,12 @@ def test_a_stream_that_is_no_video():
 @pytest.mark.parametrize(
     "name, shape", [("av1_video.mkv", (360, 640)), ("h264_10bits.mp4", (200, 200))]
 )
-def test_hard_ones(name, shape, decoder):
+def test_unusual_files(name, shape, decoder):
     pictures = read_clip(HARD / name, 3, decoder=decoder)
     assert pictures.shape == (3, *shape, 3) and pictures.float().std() > 10
 
 
-def test_what_files_hold():
+def test_inspect():
     facts = inspect(HARD / "nasa_13013.mp4")
     assert (facts.frames, facts.width, facts.height) == (390, 480, 270)
     assert facts.seconds == pytest.approx(13.013) and not facts.truncated
@@ -156,12 +156,12 @@ def test_frames_without_times_are_counted(folder, name, codec):
     assert inspect(file).frames == 20
     assert numbers(read_clip(file, 4)) == [2, 7, 12, 17]
     assert numbers(read_clip(file, 20)) == list(range(20))
-    tenth = 0.1 if name.endswith("avi") else 0.04  # a raw stream has no rate: FFmpeg takes 25
+    tenth = 0.1 if name.endswith("avi") else 0.04  # a raw stream has no rate: FFmpeg assumes 25
     assert numbers(read_clip(file, 2, start=14 * tenth, end=18 * tenth)) == [15, 17]
 
 
-def test_packets_that_are_not_shown(even, monkeypatch):
-    """The hidden frames of VP8 have times of their own, at which no frame appears."""
+def test_hidden_frames(even, monkeypatch):
+    """Hidden frames of VP8 have times at which no frame is shown."""
     times = video._times
     monkeypatch.setattr(video, "_times", lambda packets: sorted([*times(packets), 7 * 1024 + 512]))
     assert numbers(read_clip(even, 4)) == [2, 7, 12, 17]
@@ -169,7 +169,7 @@ def test_packets_that_are_not_shown(even, monkeypatch):
 
 @decoders
 @pytest.mark.parametrize("turn", [90, 180, -90])
-def test_upright(folder, decoder, turn):
+def test_rotation_metadata(folder, decoder, turn):
     if not hasattr(av.VideoStream, "set_display_rotation"):
         pytest.skip("this PyAV cannot write such a file")
     file = write_video(folder / f"turned{turn}.mp4", 2, rotate=turn)
@@ -179,7 +179,7 @@ def test_upright(folder, decoder, turn):
     assert torch.equal(picture > 128, white.rot90(turn // 90))
 
 
-def test_pictures(folder):
+def test_images(folder):
     for name in ("still.png", "still.jpg"):
         frame = av.VideoFrame.from_ndarray(torch.full((6, 10, 3), 80, dtype=torch.uint8).numpy())
         frame.save(str(folder / name))
@@ -193,7 +193,7 @@ def test_bytes(even):
         read_clip(b"junk", 3)
 
 
-def test_a_truncated_file_is_read_as_far_as_it_goes(folder):
+def test_a_truncated_file_is_read_up_to_its_end(folder):
     whole = EXAMPLES / "bottles.mp4"
     fast = folder / "fast.mp4"
     with (
@@ -238,7 +238,7 @@ def test_broken_files_are_named(folder, even, name, decoder):
     assert str(again) == str(caught.value) and again.name == str(file)
 
 
-def test_damage_is_found(folder):
+def test_damaged_frames_are_detected(folder):
     data = bytearray((EXAMPLES / "sign_eat.mp4").read_bytes())
     rng = random.Random(0)
     begin = data.index(b"mdat") + 100
@@ -255,7 +255,7 @@ def test_damage_is_found(folder):
 
 
 def test_nothing_leaks(even):
-    """Neither files nor memory: decoders of others are known for it."""
+    """Neither file handles nor memory, as some other decoders do."""
     for _ in range(20):
         read_clip(even, 4)
     before, pages = len(os.listdir("/proc/self/fd")), resident()
@@ -272,7 +272,7 @@ def resident():
         return int(text.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def test_which_decoder(monkeypatch):
+def test_choose_decoder(monkeypatch):
     assert video.choose_decoder("pyav") == "pyav"
     with pytest.raises(ValueError, match="among pyav, torchcodec or auto, got 'decord'"):
         video.choose_decoder("decord")
@@ -283,7 +283,7 @@ def test_which_decoder(monkeypatch):
 
 
 def gradient(T, H, W):
-    """Frames that differ, whose pixels tell where they are."""
+    """Frames whose pixels encode frame and position."""
     y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
     frame = torch.stack([x * 255 // W, y * 255 // H, torch.zeros_like(x)], dim=-1)
     return (frame + torch.tensor([0, 0, 1]) * torch.arange(T).view(T, 1, 1, 1)).to(torch.uint8)
@@ -296,26 +296,26 @@ def test_a_crop_is_the_same_in_every_frame():
         out = crops.random_crop(pictures, 32, random.Random(seed))
         assert out.shape == (5, 32, 32, 3) and out.dtype == torch.uint8
         assert all(torch.equal(frame[..., :2], out[0, ..., :2]) for frame in out)
-        assert out[:, 0, 0, 2].tolist() == [0, 1, 2, 3, 4]  # frames keep their order
+        assert out[:, 0, 0, 2].tolist() == [0, 1, 2, 3, 4]  # the order of frames is kept
         corners.add(tuple(out[0, 0, 0, :2].tolist()))
         same = crops.random_crop(pictures, 32, random.Random(seed))
         assert torch.equal(out, same)
     assert len(corners) > 10
 
 
-def test_crops_cover_what_they_should():
+def test_scale_and_ratio_of_crops():
     for seed in range(200):
         top, left, h, w = crops._window(48, 64, random.Random(seed), (0.5, 1.0), (3 / 4, 4 / 3))
         assert 0 <= top <= 48 - h and 0 <= left <= 64 - w
         assert 0.49 <= h * w / (48 * 64) <= 1.0 and 0.7 < w / h < 1.4
     narrow = crops._window(10, 1000, random.Random(0), (0.9, 1.0), (3 / 4, 4 / 3))
-    assert narrow == (0, 493, 10, 13)  # nothing fits: the widest in the middle
+    assert narrow == (0, 493, 10, 13)  # nothing fits: the largest window in the centre
 
 
-def test_half_of_the_clips_are_mirrored():
+def test_half_of_the_clips_are_flipped():
     pictures = gradient(2, 48, 64)
     out = [crops.random_crop(pictures, 32, random.Random(seed)) for seed in range(200)]
-    mirrored = sum(bool(each[0, 16, 0, 0] > each[0, 16, -1, 0]) for each in out)
+    mirrored = sum(bool(clip[0, 16, 0, 0] > clip[0, 16, -1, 0]) for clip in out)
     assert 70 < mirrored < 130
     for seed in range(20):
         out = crops.random_crop(pictures, 32, random.Random(seed), flip=False)
@@ -332,7 +332,7 @@ def test_centre_crop(height, width):
     assert torch.equal(out, exact)
 
 
-def test_crops_want_pictures():
+def test_invalid_input_of_crops():
     for wrong in (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8, 3)):
         with pytest.raises(ValueError, match=r"need pictures as uint8 \[T, H, W, 3\], got torch"):
             crops.centre_crop(wrong, 4)

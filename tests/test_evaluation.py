@@ -35,7 +35,7 @@ QUIET = Options(batch_size=3, text_batch=5, quiet=True)
 
 
 class Stored(ClipSet):
-    """Clips of noise, which is always the same, with the rows that a test wants."""
+    """Fixed noise clips with given rows."""
 
     def __init__(self, rows, broken=(), train=False):
         texts = (t for row in rows for t in (*row.captions, *row.options, row.question or ""))
@@ -83,48 +83,46 @@ def tiny(name, **overrides):
     model = models.create(name, "tiny", **(options | overrides))
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "embedding" not in name:
-            torch.nn.init.normal_(parameter, std=0.2)  # features that differ
+            torch.nn.init.normal_(parameter, std=0.2)  # distinct features
     return model
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_ranks_are_those_of_a_plain_loop(seed):
+def test_ranks_equal_a_plain_loop(seed):
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randint(4, (7, 9), generator=generator).float()  # ties are the rule
+    scores = torch.randint(4, (7, 9), generator=generator).float()  # with many ties
     scores[torch.rand(7, 9, generator=generator) < 0.1] = math.nan
     correct = torch.rand(7, 9, generator=generator) < 0.25
-    found = ranks(scores, correct).tolist()
+    result = ranks(scores, correct).tolist()
     for query in range(7):
         values, right = scores[query].tolist(), correct[query].tolist()
         own = [value for value, own in zip(values, right, strict=True) if own]
         best = -math.inf if not own else math.nan if any(map(math.isnan, own)) else max(own)
         others = [value for value, own in zip(values, right, strict=True) if not own]
-        assert found[query] == 1 + sum(not value < best for value in others)
+        assert result[query] == 1 + sum(not value < best for value in others)
 
 
-def test_constant_scores_find_nothing():
+def test_constant_scores_give_the_worst_rank():
     correct = torch.eye(5, dtype=torch.bool)
     assert ranks(torch.zeros(5, 5), correct).tolist() == [5] * 5
     assert ranks(torch.full((5, 5), math.nan), correct).tolist() == [5] * 5
     assert ranks(torch.eye(5), correct).tolist() == [1] * 5
-    with pytest.raises(
-        ValueError, match=r"need scores and correct \[num_queries, candidates\], got \(2, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"need two \[num_queries, candidates\], got \(2, 3\)"):
         ranks(torch.zeros(2, 3), correct)
 
 
-def test_what_is_told_of_ranks():
-    found = ranking(torch.tensor([1, 2, 6, 11]))
-    assert found.recall == {1: 25.0, 5: 50.0, 10: 75.0}
-    assert (found.queries, found.median, found.mean) == (4, 4.0, 5.0)
-    # With a single candidate a miss has rank 1 too, and is still a miss.
+def test_statistics_of_ranks():
+    summary = ranking(torch.tensor([1, 2, 6, 11]))
+    assert summary.recall == {1: 25.0, 5: 50.0, 10: 75.0}
+    assert (summary.queries, summary.median, summary.mean) == (4, 4.0, 5.0)
+    # With a single candidate a miss also has rank 1, but is still a miss.
     assert ranking(torch.tensor([1]), torch.tensor([False])).recall[1] == 0
     with pytest.raises(ValueError, match="need at least one query"):
         ranking(torch.tensor([], dtype=torch.int64))
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_reranking_puts_judged_candidates_first(seed):
+def test_reranked_candidates_come_first(seed):
     generator = torch.Generator().manual_seed(seed)
     similarity = torch.randint(6, (5, 8), generator=generator).float()
     judged = torch.zeros(5, 8, dtype=torch.bool)
@@ -133,21 +131,21 @@ def test_reranking_puts_judged_candidates_first(seed):
     matching = torch.randint(3, (5, 8), generator=generator).float().masked_fill(~judged, -math.inf)
     correct = torch.zeros(5, 8, dtype=torch.bool)
     correct[torch.arange(5), torch.randint(8, (5,), generator=generator)] = True
-    found = reranked(similarity, matching, correct)
+    result = reranked(similarity, matching, correct)
     for query in range(5):
         (own,) = correct[query].nonzero().flatten().tolist()
         if judged[query, own]:
             keys = matching[query].tolist()
         else:
             keys = similarity[query].tolist()
-            assert found[query] > 3
+            assert result[query] > 3
         worse = sum(key < keys[own] for key in keys)
-        assert found[query] == 8 - worse
+        assert result[query] == 8 - worse
 
 
 @pytest.mark.parametrize("name", models.MODELS)
 @pytest.mark.parametrize("captions", [1, 3])
-def test_retrieval_is_that_of_a_plain_loop(name, captions):
+def test_retrieval_equals_a_plain_loop(name, captions):
     model, data = tiny(name), Stored(captioned(7, captions))
     result = retrieval(model, data, QUIET)
     assert (result.clips, result.captions, result.broken) == (7, 7 * captions, {})
@@ -166,67 +164,67 @@ def test_retrieval_is_that_of_a_plain_loop(name, captions):
         best = max(scores[i][j] for j in own)
         by_clip.append(1 + sum(x >= best for j, x in enumerate(scores[i]) if j not in own))
     for key, expected in (("t2v", by_caption), ("v2t", by_clip)):
-        found = result.rankings[key]
-        assert found.queries == len(expected)
-        assert found.median == statistics.median(expected)
-        assert found.mean == pytest.approx(statistics.mean(expected))
+        measured = result.rankings[key]
+        assert measured.queries == len(expected)
+        assert measured.median == statistics.median(expected)
+        assert measured.mean == pytest.approx(statistics.mean(expected))
         for k in (1, 5, 10):
             share = 100 * sum(rank <= k for rank in expected) / len(expected)
-            assert found.recall[k] == pytest.approx(share)
+            assert measured.recall[k] == pytest.approx(share)
 
 
 def test_equal_captions_are_ties():
     rows = [Row(f"{clip}.mp4", captions=["a red dog"]) for clip in range(4)]
-    found = retrieval(tiny("smaug"), Stored(rows), QUIET, rerank=4)
-    assert found.rankings["v2t"].mean == found.reranked["v2t"].mean == 4  # all four look the same
-    assert sorted([found.rankings["t2v"].recall[1], found.rankings["t2v"].mean]) == [2.5, 25]
+    result = retrieval(tiny("smaug"), Stored(rows), QUIET, rerank=4)
+    assert result.rankings["v2t"].mean == result.reranked["v2t"].mean == 4  # four equal captions
+    assert sorted([result.rankings["t2v"].recall[1], result.rankings["t2v"].mean]) == [2.5, 25]
 
 
 def test_rows_of_the_same_clip_are_one_clip_read_once():
     rows = captioned(6)
     twice = [*rows, *(dataclasses.replace(row, captions=["old songs"]) for row in rows[:2])]
     data = Stored(twice)
-    found = retrieval(tiny("mac"), data, QUIET)
-    assert (found.clips, found.captions) == (6, 8)
+    result = retrieval(tiny("mac"), data, QUIET)
+    assert (result.clips, result.captions) == (6, 8)
     assert sorted(data.reads) == [row.media for row in rows]
-    # Another part of the same file is another clip.
+    # Another part of the same file is a different clip.
     other = dataclasses.replace(rows[0], start=1.0)
     assert retrieval(tiny("mac"), Stored([*rows, other]), QUIET).clips == 7
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_a_broken_clip_is_a_miss_and_is_named(name):
+def test_a_broken_clip_is_a_miss_and_is_listed(name):
     rows = captioned(6, 2)
     data, without = Stored(rows, broken=["1.mp4"]), Stored(rows[:1] + rows[2:])
     without.tokenizer = data.tokenizer
     whole = retrieval(tiny(name), without, QUIET)
     rerank = 6 if name == "smaug" else 0
-    found = retrieval(tiny(name), data, QUIET, rerank=rerank)
-    assert found.broken == {"1.mp4": "no frames"}
-    assert (found.clips, found.captions) == (6, 12)
-    assert sorted(data.reads) == [row.media for row in rows]  # nothing took its place
-    assert "1 clip could not be read" in str(found) and "1.mp4: no frames" in str(found)
-    # Two of twelve captions look for it in vain, among six clips with R@10; five clips find one.
-    for each in (found.rankings, found.reranked) if rerank else (found.rankings,):
-        assert each["t2v"].recall[10] == pytest.approx(100 * 10 / 12)
-        assert each["v2t"].recall[10] <= 100 * 5 / 6 + 1e-9
-    # It is in nobody's way: the sum of the other captions' ranks is as without it.
-    ours, others = found.rankings["t2v"], whole.rankings["t2v"]
+    result = retrieval(tiny(name), data, QUIET, rerank=rerank)
+    assert result.broken == {"1.mp4": "no frames"}
+    assert (result.clips, result.captions) == (6, 12)
+    assert sorted(data.reads) == [row.media for row in rows]  # nothing replaced it
+    assert "1 clip could not be read" in str(result) and "1.mp4: no frames" in str(result)
+    # Two of twelve captions miss it although R@10 covers all six clips; five clips are hits.
+    for rankings in (result.rankings, result.reranked) if rerank else (result.rankings,):
+        assert rankings["t2v"].recall[10] == pytest.approx(100 * 10 / 12)
+        assert rankings["v2t"].recall[10] <= 100 * 5 / 6 + 1e-9
+    # It does not worsen other ranks: their sum is the same as without the broken clip.
+    ours, others = result.rankings["t2v"], whole.rankings["t2v"]
     assert ours.mean * 12 == pytest.approx(others.mean * 10 + 2 * 6)
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_nothing_is_replaced_whatever_the_data_set_does(name):
+def test_broken_clips_are_never_replaced(name):
     data = Stored(captioned(4), broken=[f"{clip}.mp4" for clip in range(4)])
     data.if_broken = "replace"
-    found = retrieval(tiny("mac"), data, QUIET)
-    assert len(found.broken) == 4
-    assert found.rankings["t2v"].recall == found.rankings["v2t"].recall == {1: 0, 5: 0, 10: 0}
+    result = retrieval(tiny("mac"), data, QUIET)
+    assert len(result.broken) == 4
+    assert result.rankings["t2v"].recall == result.rankings["v2t"].recall == {1: 0, 5: 0, 10: 0}
 
 
-def test_reranking_is_that_of_a_plain_loop():
+def test_reranking_equals_a_plain_loop():
     model, data = tiny("smaug"), Stored(captioned(7))
-    found = retrieval(model, data, QUIET, rerank=3)
+    result = retrieval(model, data, QUIET, rerank=3)
     model.eval()
     clips = [data.read(Key(0, i)).pictures.permute(3, 0, 1, 2)[None] for i in range(7)]
     similarity, matching = torch.empty(7, 7), torch.empty(7, 7)
@@ -245,13 +243,13 @@ def test_reranking_is_that_of_a_plain_loop():
             order = sorted(range(7), key=lambda n: -s[query, n])  # noqa: B023
             order = [*sorted(order[:3], key=lambda n: -m[query, n]), *order[3:]]  # noqa: B023
             expected.append(1 + order.index(query))
-        assert found.reranked[key].mean == pytest.approx(statistics.mean(expected))
-        assert found.reranked[key].recall[1] == pytest.approx(100 * expected.count(1) / 7)
-    assert found.reranked != found.rankings
+        assert result.reranked[key].mean == pytest.approx(statistics.mean(expected))
+        assert result.reranked[key].recall[1] == pytest.approx(100 * expected.count(1) / 7)
+    assert result.reranked != result.rankings
 
 
-def test_reranking_finds_what_is_among_the_best(monkeypatch):
-    """A fusion encoder that knows the answers, as far down as it is asked."""
+def test_reranking_with_a_perfect_matcher(monkeypatch):
+    """A fusion encoder that scores all re-ranked candidates correctly."""
     model, data = tiny("smaug").eval(), Stored(captioned(8))
     pictures = torch.stack([data.read(Key(0, i)).pictures for i in range(8)])
     with torch.no_grad():
@@ -268,18 +266,18 @@ def test_reranking_finds_what_is_among_the_best(monkeypatch):
 
     monkeypatch.setattr(model, "match", match)
     for k in (1, 3, 8):
-        found = retrieval(model, data, QUIET, rerank=k)
+        result = retrieval(model, data, QUIET, rerank=k)
         for key in ("t2v", "v2t"):
-            first = found.rankings[key]
-            share = first.recall[1] if k == 1 else found.reranked[key].recall[1]
-            assert found.reranked[key].recall[1] == pytest.approx(share)
-            # All that were among the best k are the first now.
-            assert found.reranked[key].recall[1] >= first.recall[1]
-    assert found.reranked["t2v"].recall[1] == found.reranked["v2t"].recall[1] == 100
-    assert found.rankings["t2v"].recall[1] < 100
+            first = result.rankings[key]
+            share = first.recall[1] if k == 1 else result.reranked[key].recall[1]
+            assert result.reranked[key].recall[1] == pytest.approx(share)
+            # All correct candidates among the top k are first now.
+            assert result.reranked[key].recall[1] >= first.recall[1]
+    assert result.reranked["t2v"].recall[1] == result.reranked["v2t"].recall[1] == 100
+    assert result.rankings["t2v"].recall[1] < 100
 
 
-def test_masks_and_pruning_are_as_asked_for():
+def test_masking_and_pruning_options():
     model, data = tiny("smaug", keep_rate=0.5), Stored(captioned(6))
     seen = []
     handle = model.vision.register_forward_hook(
@@ -298,8 +296,8 @@ def test_masks_and_pruning_are_as_asked_for():
 def test_images_and_videos_together():
     rows = captioned(6)
     rows[2:4] = [dataclasses.replace(row, kind="image") for row in rows[2:4]]
-    found = retrieval(tiny("smaug"), Stored(rows), QUIET, rerank=6)
-    assert found.clips == 6 and found.reranked["t2v"].queries == 6
+    result = retrieval(tiny("smaug"), Stored(rows), QUIET, rerank=6)
+    assert result.clips == 6 and result.reranked["t2v"].queries == 6
 
 
 def choices(count, question=None):
@@ -312,9 +310,9 @@ def choices(count, question=None):
 
 @pytest.mark.parametrize("name, fused", [("smaug", True), ("smaug", False), ("mac", None)])
 @pytest.mark.parametrize("question", [None, "who sings"])
-def test_multiple_choice_is_that_of_a_plain_loop(name, fused, question):
+def test_multiple_choice_equals_a_plain_loop(name, fused, question):
     model, data = tiny(name), Stored(choices(9, question), broken=["2.mp4"])
-    found = multiple_choice(model, data, QUIET, fused=fused)
+    result = multiple_choice(model, data, QUIET, fused=fused)
     assert sorted(data.reads) == [f"{clip}.mp4" for clip in range(5)]
     model.eval()
     right = 0
@@ -335,15 +333,15 @@ def test_multiple_choice_is_that_of_a_plain_loop(name, fused, question):
                     texts = model.embed_text(ids, mask)
                     scores.append(model.similarity(model.embed_clips(clip), texts).item())
         right += scores.index(max(scores)) == row.correct
-    assert (found.questions, found.right, found.answerable) == (9, right, 9)
-    assert found.accuracy == pytest.approx(100 * right / 9) and found.broken == {
+    assert (result.questions, result.right, result.answerable) == (9, right, 9)
+    assert result.accuracy == pytest.approx(100 * right / 9) and result.broken == {
         "2.mp4": "no frames"
     }
-    assert json.loads(found.to_json())["right"] == right
-    assert str(found).startswith(f"9 questions, {right} correct")
+    assert json.loads(result.to_json())["right"] == right
+    assert str(result).startswith(f"9 questions, {right} correct")
 
 
-def test_equal_options_are_wrong():
+def test_ties_are_wrong():
     rows = [Row("1.mp4", options=["dog", "dog"], correct=0)]
     assert multiple_choice(tiny("smaug"), Stored(rows), QUIET).right == 0
 
@@ -365,7 +363,7 @@ def answering(**overrides):
 
 
 def test_questions_are_learned_and_answered():
-    """It learns the answers to questions about noise by heart; others are counted as such."""
+    """The model memorises answers to questions about noise; unknown answers are counted."""
     data = Stored(questions(9))
     model = answering(mask_ratio=0.0, dropout=0.0)
     torch.nn.init.normal_(model.model.time, std=0.1)
@@ -379,7 +377,7 @@ def test_questions_are_learned_and_answered():
         loss = model(batch.video, ids, mask, batch.index, step, answers=truth)["loss"]
         optimizer.zero_grad()
         loss.backward()
-        assert step or all(p.grad is not None for p in learning)  # DDP would wait for it
+        assert step or all(p.grad is not None for p in learning)  # DDP would wait for its gradient
         optimizer.step()
     assert loss < 0.3
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -391,10 +389,10 @@ def test_questions_are_learned_and_answered():
         "model.decoder",
     )
     assert changed and not [name for name in changed if name.startswith(frozen)]
-    found = question_answering(model, data, QUIET)
+    result = question_answering(model, data, QUIET)
     known = int((truth >= 0).sum())
-    assert (found.questions, found.answerable, found.right) == (9, known, known)
-    assert "have an answer outside the model's answer set" in str(found) or known == 9
+    assert (result.questions, result.answerable, result.right) == (9, known, known)
+    assert "have an answer outside the model's answer set" in str(result) or known == 9
     broken = question_answering(model, Stored(questions(9), broken=["0.mp4"]), QUIET)
     assert broken.right <= known - int((truth[:3] >= 0).sum()) and list(broken.broken) == ["0.mp4"]
 
@@ -407,7 +405,7 @@ def test_answers():
         models.Answering(tiny("mac"), ["yes"])
     with pytest.raises(ValueError, match="need answers that differ"):
         models.Answering(tiny("smaug"), ["yes", "yes"])
-    # A batch of unknown answers teaches nothing, and is no NaN.
+    # A batch of unknown answers has zero loss, not NaN.
     model = answering()
     batch = Stored(questions(3)).__getitems__([Key(0, 0), Key(0, 1)])
     ids = torch.ones(2, 4, dtype=torch.int64)
@@ -419,35 +417,35 @@ def _rank(rank, rendezvous, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     model, data = tiny("smaug"), Stored(captioned(7, 2), broken=["3.mp4"])
-    found = retrieval(model, data, QUIET, rerank=4)
-    assert len(data.reads) in (3, 4)  # half of them
+    result = retrieval(model, data, QUIET, rerank=4)
+    assert len(data.reads) in (3, 4)  # half of the clips
     chosen = multiple_choice(model, Stored(choices(9), broken=["2.mp4"]), QUIET)
     with open(f"{out}/{rank}.json", "w") as file:
-        file.write(f"[{found.to_json()}, {chosen.to_json()}]")
+        file.write(f"[{result.to_json()}, {chosen.to_json()}]")
     dist.destroy_process_group()
 
 
-def test_two_ranks_find_what_one_finds(tmp_path):
+def test_two_ranks_equal_one(tmp_path):
     mp.spawn(_rank, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
     data = Stored(captioned(7, 2), broken=["3.mp4"])
-    found = retrieval(tiny("smaug"), data, QUIET, rerank=4)
+    result = retrieval(tiny("smaug"), data, QUIET, rerank=4)
     chosen = multiple_choice(tiny("smaug"), Stored(choices(9), broken=["2.mp4"]), QUIET)
-    alone = json.loads(f"[{found.to_json()}, {chosen.to_json()}]")
+    alone = json.loads(f"[{result.to_json()}, {chosen.to_json()}]")
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
 
 
-def test_moving_shapes_and_their_table():
+def test_table_of_moving_shapes():
     tokenizer = train_tokenizer(MovingShapes("train", 1).caption(0).split(), size=100)
     data = MovingShapes("val", 6, frames=2, size=32, same_looks=True, tokenizer=tokenizer)
-    found = retrieval(tiny("smaug"), data, QUIET, rerank=2)
-    lines = str(found).splitlines()
+    result = retrieval(tiny("smaug"), data, QUIET, rerank=2)
+    lines = str(result).splitlines()
     assert " ".join(lines[0].split()) == "6 clips, 6 captions R@1 R@5 R@10 median mean"
     assert [line.split("  ")[0] for line in lines[1:]] == [
         "text to video", "video to text", "text to video, top 2 re-ranked",
         "video to text, top 2 re-ranked",
     ]  # fmt: skip
-    assert json.loads(found.to_json())["rankings"]["t2v"]["recall"]["5"] <= 100
+    assert json.loads(result.to_json())["rankings"]["t2v"]["recall"]["5"] <= 100
 
 
 @pytest.mark.parametrize(
@@ -460,7 +458,7 @@ def test_moving_shapes_and_their_table():
         ("mac", Stored(captioned(2)), -1, "need rerank >= 0"),
     ],
 )
-def test_what_cannot_be_evaluated(name, data, rerank, complaint):
+def test_errors_of_retrieval(name, data, rerank, complaint):
     with pytest.raises(ValueError, match=complaint):
         retrieval(tiny(name), data, QUIET, rerank=rerank)
 
@@ -474,7 +472,7 @@ def test_a_tokenizer_of_another_model():
         retrieval(tiny("mac", vocabulary=words), data, QUIET)
     with pytest.raises(ValueError, match="need batch_size >= 1"):
         Options(batch_size=0)
-    with pytest.raises(ValueError, match="need options and the correct one in each row"):
+    with pytest.raises(ValueError, match="need options and the correct one of each row"):
         multiple_choice(tiny("mac"), Stored(captioned(2)), QUIET)
     with pytest.raises(ValueError, match="need a model trained with vtm for fused=True"):
         multiple_choice(tiny("mac"), Stored(choices(2)), QUIET, fused=True)

@@ -1,4 +1,4 @@
-"""The examples that a newcomer runs, on one short clip."""
+"""The examples on one short clip."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def load(name, monkeypatch):
     pytest.importorskip("av")
     Image = pytest.importorskip("PIL.Image")
-    monkeypatch.syspath_prepend(EXAMPLES)  # as Python does for a script: examples share code
+    monkeypatch.syspath_prepend(EXAMPLES)  # as for a script: examples import one another
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -37,11 +37,11 @@ def test_masked_clip(masked_clip, tmp_path, capsys):
     report = capsys.readouterr().out
     difference = float(report.split("largest difference ")[1].split()[0])
     assert difference < 1e-5
-    assert "forward + backward" in report and "on the CPU" in report
+    assert "forward + backward" in report and "float32, CPU, " in report
 
     (file,) = tmp_path.glob("*.png")
     image = masked_clip.open_image(file)
-    assert image.size == (2 * 228, 2 * 228)  # two frames, and below them what is visible
+    assert image.size == (2 * 228, 2 * 228)  # two frames, and below them the visible patches
     bottom = image.crop((0, 228, 2 * 228, 2 * 228)).convert("RGB")
     grey = sum(count for count, colour in bottom.getcolors(1 << 20) if colour == (127,) * 3)
     assert 0.88 < grey / (2 * 224 * 224) < 0.92
@@ -51,7 +51,7 @@ def test_masked_clip(masked_clip, tmp_path, capsys):
     )
 
 
-def test_masked_clip_names_a_clip_that_cannot_be_decoded(masked_clip, tmp_path, capsys):
+def test_masked_clip_names_a_broken_clip(masked_clip, tmp_path, capsys):
     broken = tmp_path / "broken.mp4"
     broken.write_text("no video")
     for file in (broken, tmp_path / "missing.mp4"):
@@ -70,11 +70,11 @@ def test_run_length(run_length, tmp_path, capsys):
         kept.append(int(report.split("fruit_conveyor.mp4: ")[1].split()[0]))
         assert f"of 392 tokens ({kept[-1] / 392:.0%})" in report
         assert f"embedded [{kept[-1]}, 768] instead of [392, 768]" in report
-    assert 392 >= kept[0] >= kept[1] >= kept[2] == 196  # the first slice is always new
+    assert 392 >= kept[0] >= kept[1] >= kept[2] == 196  # the first slice is always kept
 
     (file,) = tmp_path.glob("*.png")
     image = run_length.open_image(file)
-    assert image.size == (4 * 228, 2 * 228)  # four frames, and below them what is new
+    assert image.size == (4 * 228, 2 * 228)  # four frames, and below them the kept patches
     bottom = image.crop((0, 228, 4 * 228, 2 * 228)).convert("RGB")
     grey = sum(count for count, colour in bottom.getcolors(1 << 20) if colour == (127,) * 3)
     assert 0.5 <= grey / (4 * 224 * 224) < 0.51  # the second slice
@@ -87,7 +87,7 @@ def test_run_length_needs_whole_tubelets(frames, run_length, capsys):
     assert f"need an even number of frames, got {frames}" in capsys.readouterr().err
 
 
-def test_run_length_names_a_clip_that_cannot_be_decoded(run_length, tmp_path, capsys):
+def test_run_length_names_a_broken_clip(run_length, tmp_path, capsys):
     assert run_length.main([str(tmp_path / "missing.mp4"), "--out", str(tmp_path / "demo")]) == 1
     assert "cannot decode" in capsys.readouterr().err
 
@@ -108,7 +108,7 @@ def test_sparse_clip(monkeypatch, tmp_path, capsys):
     report = capsys.readouterr().out
     assert "patches:   784 tokens" in report and "fusion:" in report
     (file,) = tmp_path.glob("*.png")
-    # Four frames; on top of each other the clip, the mask, two layers that prune, the selection.
+    # Four frames; rows: the clip, the mask, two pruning layers, the selected frames.
     assert sparse_clip.open_image(file).size == (4 * 228, 5 * 228)
     for wrong in (["--mask-ratio", "2"], ["--preset", "huge"]):
         assert sparse_clip.main([str(clip), *wrong, "--out", str(tmp_path)]) == 1
@@ -117,7 +117,7 @@ def test_sparse_clip(monkeypatch, tmp_path, capsys):
 
 def test_demo(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(EXAMPLES.parent)  # its configuration names files from there
+    monkeypatch.chdir(EXAMPLES.parent)  # its configuration has paths relative to the root
     demo = load("demo", monkeypatch)
     options = ["schedule.steps=4", "run.log_every=1", "data.workers=0", "model.depth=3"]
     options += ["evaluation.rerank=4"]
@@ -127,9 +127,9 @@ def test_demo(monkeypatch, tmp_path, capsys):
     assert "4/4  loss" in shown.err and "33 clips, 66 captions" in shown.out
     page = (tmp_path / "index.html").read_text()
     assert page.count("<polyline") == 4 and page.count("<img") == 4
-    assert "captions by clip, re-ranked" in page and "<th>reference</th>" in page
+    assert "video to text, re-ranked" in page and "<th>reference</th>" in page
     for name in ("worker", "sign_eat"):
-        # Four frames; the clip, the mask, two layers that prune, the selection.
+        # Four frames; rows: the clip, the mask, two pruning layers, the selected frames.
         assert demo.open_image(tmp_path / f"{name}.png").size == (4 * 228, 5 * 228)
     assert demo.main(["schedule.stops=4", "--out", str(tmp_path)]) == 1
     assert "schedule.steps" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Exported encoders: unpatched timm and transformers load them strictly, and compute the same."""
+"""Exported encoders: timm and transformers load them strictly and compute the same."""
 
 import json
 
@@ -16,13 +16,13 @@ NAMES = sorted(models.MODELS)
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     pytest.importorskip("safetensors")
-    found = {}
+    exported = {}
     for name in NAMES:
         folder = tmp_path_factory.mktemp(name)
         model = randomise(models.create(name, "tiny", **SMALL)).eval()
         export(model, folder)
-        found[name] = model, folder
-    return found
+        exported[name] = model, folder
+    return exported
 
 
 def example(model):
@@ -46,7 +46,7 @@ def timm_of(folder):
 
 
 @torch.no_grad()
-def test_timm_sees_in_frames_what_smaug_sees(exported):
+def test_timm_equals_the_frame_encoder_of_smaug(exported):
     model, folder = exported["smaug"]
     vit, mean, std = timm_of(folder)
     video, _, _ = example(model)
@@ -57,8 +57,8 @@ def test_timm_sees_in_frames_what_smaug_sees(exported):
 
 
 @torch.no_grad()
-def test_timm_has_the_part_of_mac_that_is_in_space(exported):
-    """Without attention through time Frozen's block is timm's, and its CLS of one frame too."""
+def test_timm_equals_the_spatial_layers_of_mac(exported):
+    """Without temporal attention, Frozen's block on one frame equals timm's."""
     model, folder = exported["mac"]
     vit, mean, std = timm_of(folder)
     video = example(model)[0][:, :, :1]
@@ -75,7 +75,7 @@ def test_timm_has_the_part_of_mac_that_is_in_space(exported):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name, kind", [("smaug", "BertModel"), ("mac", "DistilBertModel")])
-def test_transformers_reads_as_we_do(exported, name, kind):
+def test_transformers_equals_our_text_encoder(exported, name, kind):
     transformers = pytest.importorskip("transformers")
     from safetensors.torch import load_file
 
@@ -95,13 +95,13 @@ def test_transformers_reads_as_we_do(exported, name, kind):
 
 def test_tubelets_are_not_exported(tmp_path):
     model = models.create("mac", "tiny", tubelet_size=2, **SMALL)
-    with pytest.raises(ValueError, match="need tubelet_size 1 for timm's VisionTransformer"):
+    with pytest.raises(ValueError, match="need tubelet_size 1: patches of timm's"):
         export(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_exported_loads_again(exported, name):
+def test_exported_weights_load_again(exported, name):
     model, _ = exported[name]
     torch.manual_seed(2)
     other = models.create(name, "tiny", **SMALL)

@@ -1,4 +1,4 @@
-"""From a run to its fine-tuning, evaluation and export, as the command line does it."""
+"""Fine-tuning, evaluation and export of a run on the command line."""
 
 import json
 
@@ -26,17 +26,17 @@ SMAUG += ["model.prune_layers=[1]"]
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    found = {}
+    folders = {}
     for name, more in (("smaug", SMAUG), ("mac", [])):
         folder = tmp_path_factory.mktemp(name) / "run"
         pretrain(Config.read(None, [*TINY, *more, f"model.name={name}", f"run.folder={folder}"]))
-        found[name] = folder
-    return found
+        folders[name] = folder
+    return folders
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Four videos, one of them broken, with questions, captions and choices about them."""
+    """Four videos, one of them broken, with questions, captions and options."""
     pytest.importorskip("av")
     folder = tmp_path_factory.mktemp("clips")
     for name in "abc":
@@ -48,8 +48,8 @@ def clips(tmp_path_factory):
         "captions": [dict(caption=f"a {answers[x]} circle") for x in answers],
         "choices": [dict(caption=["red", "a blue", "green"], answer=1) for x in answers],
     }
-    for kind, each in rows.items():
-        entries = [row | {"video": f"{x}.mp4"} for x, row in zip(answers, each, strict=True)]
+    for kind, annotations in rows.items():
+        entries = [row | {"video": f"{x}.mp4"} for x, row in zip(answers, annotations, strict=True)]
         (folder / f"{kind}.json").write_text(json.dumps(entries))
     return folder
 
@@ -76,12 +76,12 @@ def test_finetuning_for_retrieval(pretrained, name, tmp_path, capsys):
     torch.testing.assert_close(
         before["vision.cls_token"], after["vision.cls_token"], atol=1e-3, rtol=0
     )
-    # It went on with its checkpoint, and has nothing left to do.
+    # It resumes at its last step, and there is nothing left to do.
     capsys.readouterr()
     assert main([*command, "schedule.steps=3"]) == 0
 
 
-def test_questions_are_learned_and_asked(pretrained, clips, tmp_path, capsys):
+def test_finetuning_for_question_answering(pretrained, clips, tmp_path, capsys):
     command = [
         "finetune", "qa", "--weights", str(pretrained["smaug"]), "--answers", "1",
         f"run.folder={tmp_path}/qa", "data.source=clips", f"data.files=[{clips}/questions.json]",
@@ -94,11 +94,11 @@ def test_questions_are_learned_and_asked(pretrained, clips, tmp_path, capsys):
     arguments = ["--weights", f"{tmp_path}/qa", "--json", str(result)]
     capsys.readouterr()
     assert main(["eval", "qa", *arguments, "--data", f"{clips}/questions.json"]) == 0
-    # It says "red" to all; that is right of two, wrong of one, and one cannot be read.
-    found = json.loads(result.read_text())
-    assert (found["questions"], found["right"], found["answerable"]) == (4, 2, 3)
-    assert "4 questions, 2 correct: 50.0 %" in (said := capsys.readouterr().out)
-    assert "1 clip could not be read" in said and "d.mp4" in said
+    # It always answers "red": two correct, one wrong, one clip is broken.
+    accuracy = json.loads(result.read_text())
+    assert (accuracy["questions"], accuracy["right"], accuracy["answerable"]) == (4, 2, 3)
+    assert "4 questions, 2 correct: 50.0 %" in (shown := capsys.readouterr().out)
+    assert "1 clip could not be read" in shown and "d.mp4" in shown
     assert main(["eval", "retrieval", *arguments]) == 1
     assert "need a run for retrieval, got Answering" in capsys.readouterr().err
     other = [*command[4:], f"run.folder={tmp_path}/mac"]
@@ -113,8 +113,8 @@ def test_evaluation_on_the_command_line(pretrained, clips, tmp_path, capsys):
         main(["eval", "retrieval", *weights, *captions, "--rerank", "2", "--json", str(result)])
         == 0
     )
-    said = capsys.readouterr().out
-    assert "4 clips, 4 captions" in said and "top 2 re-ranked" in said and "d.mp4" in said
+    shown = capsys.readouterr().out
+    assert "4 clips, 4 captions" in shown and "top 2 re-ranked" in shown and "d.mp4" in shown
     assert json.loads(result.read_text())["rerank"] == 2
     assert (
         main(["eval", "retrieval", *weights, "--masked", "--unpruned", "--dtype", "bfloat16"]) == 0
@@ -137,8 +137,8 @@ def test_evaluation_from_python(pretrained, clips):
     with runs.parallel.ranks("cpu") as ranks:
         options = runs.Options(quiet=True)
         files = (clips / "captions.json", None)
-        found = runs.evaluate(pretrained["mac"], "retrieval", files, ranks, options)
-        assert isinstance(found, Retrieval) and len(found.broken) == 1
+        result = runs.evaluate(pretrained["mac"], "retrieval", files, ranks, options)
+        assert isinstance(result, Retrieval) and len(result.broken) == 1
         files = (clips / "choices.json", None)
         assert isinstance(runs.evaluate(pretrained["mac"], "mc", files, ranks, options), Accuracy)
 
@@ -150,7 +150,7 @@ def test_export_on_the_command_line(pretrained, tmp_path, capsys):
     assert main(["export", "--weights", str(tmp_path), "--out", str(tmp_path)]) == 1
 
 
-def test_wrong_finetuning(pretrained, tmp_path, capsys):
+def test_finetuning_errors(pretrained, tmp_path, capsys):
     with pytest.raises(ValueError, match="no field 'model.mask_ratios'"):
         configuration(pretrained["mac"], None, ["model.mask_ratios=1"])
     with pytest.raises(SystemExit):

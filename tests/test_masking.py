@@ -1,4 +1,4 @@
-"""Draws and visual masks: the same everywhere, well distributed, and of the sources' sizes."""
+"""Random draws and visual masks: reproducible, well distributed, with published counts."""
 
 import pytest
 import torch
@@ -10,11 +10,8 @@ from vidl.nn import MaskedPatchEmbed
 SAMPLES = torch.arange(1000)
 
 
-# ---- Draws -----------------------------------------------------------------------------------
-
-
 def by_hand(seed, step, sample, i, stream):
-    """The definition in plain integers."""
+    """The definition with Python integers."""
 
     def mix(x):
         x ^= x >> 16
@@ -64,7 +61,7 @@ def test_draws_are_the_same_on_cuda():
 
 
 def chi_squares(rows, bins=16):
-    """How far the mean of the rows' Pearson statistics is off, in standard deviations."""
+    """Deviation of the mean Pearson statistic of the rows, in standard deviations."""
     labels = (rows * bins).long() + bins * torch.arange(len(rows))[:, None]
     counts = labels.flatten().bincount(minlength=bins * len(rows)).view(len(rows), bins)
     expected = rows.shape[1] / bins
@@ -75,7 +72,7 @@ def chi_squares(rows, bins=16):
 def test_draws_are_uniform_and_independent():
     drawn = uniform(1, 2, SAMPLES, 500)
     assert drawn.min() >= 0 and drawn.max() < 1
-    # Along each axis: places of a sample, samples at a place, steps, seeds and streams.
+    # Along each axis: positions of a sample, samples at a position, steps, seeds and streams.
     of_one = torch.tensor([5])
     axes = {
         "places": drawn,
@@ -86,7 +83,7 @@ def test_draws_are_uniform_and_independent():
     }
     for name, rows in axes.items():
         assert abs(chi_squares(rows)) < 4, name
-    # No correlation with the neighbours along any of them.
+    # No correlation between neighbours along any axis.
     others = {
         "places": (drawn[:, 1:], drawn[:, :-1]),
         "samples": (drawn[1:], drawn[:-1]),
@@ -139,7 +136,7 @@ def draw(kind="frame", ratio=0.6, samples=SAMPLES[:40], grid=GRID, **options):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("grid", [GRID, (1, 14, 14), (2, 1, 1)])
 @pytest.mark.parametrize("ratio", [0.0, 0.35, 0.9])
-def test_masks_name_every_patch_once(kind, grid, ratio):
+def test_every_patch_is_in_one_list(kind, grid, ratio):
     mask = draw(kind, ratio, grid=grid)
     patches = grid[0] * grid[1] * grid[2]
     assert mask.grid == grid and mask.ids_keep.dtype == mask.ids_mask.dtype == torch.int64
@@ -194,10 +191,10 @@ def test_frames_of_each_kind():
     assert not torch.equal(frame[:, 0], frame[:, 1])
     assert torch.equal(tube, tube[:, :1].expand_as(tube))
     assert (clip.sum((1, 2, 3)) == 72).all() and clip.sum((2, 3)).unique().numel() > 1
-    # Neighbours share their fate in cuboids more often than elsewhere.
+    # Neighbours are masked together more often with cuboids than with other kinds.
     same = [(m[..., 1:] == m[..., :-1]).float().mean() for m in (clip, block)]
     assert same[1] > same[0] + 0.15
-    # Every patch is masked as often as any other, as the binomial distribution lets it.
+    # All patches are masked equally often, within the binomial deviation.
     for kind in ("frame", "tube", "clip"):
         often = draw(kind, samples=SAMPLES).masked().float().mean(0)
         assert (often - 0.6).abs().max() < 4.5 * (0.6 * 0.4 / 1000) ** 0.5
@@ -212,7 +209,7 @@ def test_few_masked_patches_are_one_cuboid():
     assert spread("block") < 0.6 * spread("clip")
 
 
-def test_masks_are_applied():
+def test_replace_and_zero_masked():
     mask = draw()
     tokens = torch.randn(40, N, 8)
     masked = mask.masked()
@@ -242,9 +239,9 @@ def test_the_embedding_drops_masked_patches():
 @pytest.mark.parametrize("kind", ["frame", "tube"])
 def test_masks_of_frames(kind):
     mask = draw(kind)
-    each = mask.per_frame()
-    assert each.grid == (1, 6, 5) and each.ids_keep.shape == (160, 12)
-    assert torch.equal(each.masked().view(40, N), mask.masked())
+    frames = mask.per_frame()
+    assert frames.grid == (1, 6, 5) and frames.ids_keep.shape == (160, 12)
+    assert torch.equal(frames.masked().view(40, N), mask.masked())
 
 
 def test_masks_compile():

@@ -1,4 +1,4 @@
-"""SMAUG and MAC: what they compute, what learns, what they cost; with our kernels and without."""
+"""SMAUG and MAC: outputs, gradients and costs, with the kernels and the reference."""
 
 import dataclasses
 
@@ -22,9 +22,9 @@ def tiny(name, **overrides):
 
 def batch(model, B=4, words=9):
     torch.manual_seed(1)
-    found = example(model.recipe, B, words)
-    found["attention_mask"][1, 5:] = 0  # captions differ in length
-    return found
+    inputs = example(model.recipe, B, words)
+    inputs["attention_mask"][1, 5:] = 0  # captions differ in length
+    return inputs
 
 
 @pytest.mark.parametrize("tubelet_size", [1, 2])
@@ -32,17 +32,19 @@ def batch(model, B=4, words=9):
 def test_every_parameter_learns(name, tubelet_size):
     model = tiny(name, tubelet_size=tubelet_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    # At first the attention through time of `Mac` adds nothing, and nothing reaches its norm.
+    # Temporal attention of `Mac` starts at zero, so its norm has no gradient in the first step.
     for step in range(3):
         optimizer.zero_grad()
         model(**batch(model), step=step)["loss"].backward()
         optimizer.step()
     fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    assert fixed == ["decoder.decoder_pos_embed"] * (name == "smaug")  # MAE's sines
+    assert fixed == ["decoder.decoder_pos_embed"] * (
+        name == "smaug"
+    )  # fixed sine-cosine embedding of MAE
     grads = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
     assert not [key for key, grad in grads.items() if grad is None or not grad.isfinite().all()]
-    still = [key for key, grad in grads.items() if grad.abs().max() < 1e-7]  # or rounding
-    assert all(key.endswith(".key.bias") for key in still), still  # which softmax does not see
+    still = [key for key, grad in grads.items() if grad.abs().max() < 1e-7]  # up to rounding
+    assert all(key.endswith(".key.bias") for key in still), still  # softmax is invariant to it
 
 
 def test_losses_of_smaug():
@@ -51,7 +53,7 @@ def test_losses_of_smaug():
     assert list(losses) == ["loss", "vtc", "vtm", "mlm", "mvm"]
     losses = {key: loss.item() for key, loss in losses.items()}
     assert losses["loss"] == pytest.approx(sum(list(losses.values())[1:]))
-    # Nothing is known yet: as many nats as there are choices.
+    # At initialisation the loss is the log of the number of choices.
     assert losses["mlm"] == pytest.approx(5.3, abs=0.5)  # ln 200
     assert losses["vtm"] == pytest.approx(0.69, abs=0.2)  # ln 2
 
@@ -67,7 +69,7 @@ def test_a_resumed_run_draws_the_same_masks():
     losses = model(**inputs, step=7)
     assert model(**inputs, step=7) == losses
     assert model(**inputs, step=8)["mvm"] != losses["mvm"]
-    # A sample's mask is its own: another order of the batch changes nothing but rounding.
+    # Masks depend on the sample: another order of the batch only changes rounding.
     order = torch.tensor([2, 0, 3, 1])
     other = model(**{key: value[order] for key, value in inputs.items()}, step=7)
     for key in ("vtc", "mvm", "mlm"):
@@ -76,7 +78,7 @@ def test_a_resumed_run_draws_the_same_masks():
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_kernels_and_reference_learn_the_same(name):
-    """Fifty steps on noise with the same weights, masks and optimizer."""
+    """Fifty steps on noise with equal weights, masks and optimizer."""
     curves = []
     for backend in ("reference", "auto"):
         model = tiny(name, backend=backend)
@@ -90,13 +92,13 @@ def test_kernels_and_reference_learn_the_same(name):
             curve.append(loss.item())
         curves.append(torch.tensor(curve))
     reference, ours = curves
-    assert reference[-10:].mean() < 0.8 * reference[:5].mean()  # it learns the noise by heart
+    assert reference[-10:].mean() < 0.8 * reference[:5].mean()  # it memorises the noise
     torch.testing.assert_close(ours[:10], reference[:10], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours, reference, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("tubelet_size", [1, 2])
-def test_tokens_are_those_of_the_recipe(tubelet_size):
+def test_token_counts_of_the_recipe(tubelet_size):
     model = tiny("smaug", prune_layers=(0, 2), tubelet_size=tubelet_size)
     recipe, inputs = model.recipe, batch(model)
     mask = model.recipe.visual_mask(inputs["samples"], 0)
@@ -116,17 +118,17 @@ def test_tokens_are_those_of_the_recipe(tubelet_size):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_time_before_the_encoder_is_bound_to_what_a_frame_shows(when):
+def test_only_time_before_the_encoder_depends_on_frame_order(when):
     model = tiny("smaug", frame_time=when, keep_rate=1.0).eval()
     torch.nn.init.normal_(model.time)
     video = batch(model)["video"]
     forth, back = (model.embed_clips(clip).mean(1) for clip in (video, video.flip(2)))
-    # After it, the same numbers are added to the same frames: their sum has no order.
+    # After the encoder the sum over frames does not depend on their order.
     assert torch.allclose(forth, back, atol=1e-5) == (when == "after")
 
 
 @pytest.mark.parametrize("name, fields", [("smaug", dict(frames_kept=1)), ("mac", {})])
-def test_a_tubelet_shows_the_order_of_its_frames(name, fields):
+def test_a_tubelet_depends_on_the_order_of_its_frames(name, fields):
     model = tiny(name, tubelet_size=4, **fields).eval()
     video = batch(model)["video"]
     forth, back = (model.embed_clips(clip) for clip in (video, video.flip(2)))
@@ -134,8 +136,8 @@ def test_a_tubelet_shows_the_order_of_its_frames(name, fields):
 
 
 @pytest.mark.parametrize("width", [64, 768])
-def test_captions_that_differ_in_a_word_begin_apart(width):
-    """As far at any width: what is almost equal at first, contrast does not tell apart."""
+def test_initial_features_of_similar_captions_differ(width):
+    """At any width: the contrastive loss cannot separate almost equal features."""
     torch.manual_seed(0)
     text = Bert(200, width, 2, 0, width // 32).eval()
     ids = torch.randint(200, (1, 8)).expand(190, 8).clone()
@@ -154,16 +156,16 @@ def test_summary():
 
 
 def test_flops_of_vit_b_as_published():
-    """17.6 GFLOP (multiply-adds) a picture of 224 x 224: DeiT, arXiv 2012.12877, table 5."""
+    """17.6 GFLOP (multiply-adds) an image of 224 x 224: DeiT, arXiv 2012.12877, table 5."""
     model = ViT()
-    assert sum(p.numel() for p in model.parameters()) == 85_798_656  # timm's, without its head
+    assert sum(p.numel() for p in model.parameters()) == 85_798_656  # timm, without head
     with torch.utils.flop_counter.FlopCounterMode(display=False) as flops, torch.no_grad():
         model(torch.zeros(1, 3, 1, 224, 224))
     assert flops.get_total_flops() / 2 == pytest.approx(17.6e9, rel=0.005)
 
 
 def test_parameters_of_bert_base_as_published():
-    """110 M (BERT, arXiv 1810.04805, 3): with the pooler, which we do not have."""
+    """110 M (BERT, arXiv 1810.04805, 3): including the pooler, which we do not have."""
     with torch.device("meta"):
         text = Bert(text_layers=12, fusion_layers=0)
     assert sum(p.numel() for p in text.parameters()) == 109_482_240 - (768 + 1) * 768
@@ -189,7 +191,7 @@ def test_parameters_of_bert_base_as_published():
         ("mac", dict(word_ratio=1.5), "need word_ratio in"),
     ],
 )
-def test_wrong_recipes_fail_at_once(name, overrides, complaint):
+def test_invalid_recipes(name, overrides, complaint):
     with pytest.raises(ValueError, match=complaint):
         models.create(name, **overrides)
 

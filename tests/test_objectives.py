@@ -1,4 +1,4 @@
-"""Objectives against plain loops written here, their gradients, and two ranks against one."""
+"""Losses and gradients against plain loops, and two ranks against one."""
 
 import math
 
@@ -29,7 +29,7 @@ def features(frames=True, dtype=torch.float64):
 
 
 def plain_contrast(video, text, temperature, clip_ids=None, form="mean"):
-    """The formula, number by number."""
+    """The formula, element by element."""
     frames = video[:, None] if video.ndim == 2 else video
     clip_ids = list(range(len(text))) if clip_ids is None else clip_ids.tolist()
     total = 0
@@ -46,12 +46,9 @@ def plain_contrast(video, text, temperature, clip_ids=None, form="mean"):
     return total / len(text) / (2 if form == "mean" else 1)
 
 
-# ---- Contrast --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("frames", [True, False])
 @pytest.mark.parametrize("clip_ids", [None, CLIPS], ids=["distinct", "shared"])
-def test_contrast_as_a_plain_loop(frames, clip_ids):
+def test_contrastive_loss_equals_a_plain_loop(frames, clip_ids):
     video, text = features(frames)
     loss = ContrastiveLoss().double()
     leaves = [video, text, loss.temperature]
@@ -63,14 +60,14 @@ def test_contrast_as_a_plain_loop(frames, clip_ids):
         torch.testing.assert_close(our, expected)
 
 
-def test_the_sum_form_is_frozens():
+def test_the_sum_form_equals_frozen_in_time():
     video, text = features(frames=False)
     loss = ContrastiveLoss(0.05, learned=False, form="sum").double()
     ours = loss(video, text)
     torch.testing.assert_close(
         ours, plain_contrast(video, text, 0.05, form="sum"), rtol=1e-6, atol=0
     )
-    # As NormSoftmax has it: the diagonal of both log-softmaxes.
+    # NormSoftmax: the diagonal of both log-softmaxes.
     logits = nn.functional.normalize(text, dim=1) @ nn.functional.normalize(video, dim=1).T / 0.05
     expected = -logits.log_softmax(1).diag().mean() - logits.T.log_softmax(1).diag().mean()
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
@@ -85,11 +82,11 @@ def test_the_temperature_stays_within_its_bounds():
         loss.temperature.data.fill_(value)
         loss(video, text).backward()
         assert loss.temperature.item() == pytest.approx(expected)
-        assert loss.temperature.grad.abs() > 0  # it can come back
+        assert loss.temperature.grad.abs() > 0  # the gradient does not vanish
     loss.eval()
     loss.temperature.data.fill_(0.9)
     loss(video, text)
-    assert loss.temperature.item() == pytest.approx(0.9)  # only training changes it
+    assert loss.temperature.item() == pytest.approx(0.9)  # clamped in training only
 
 
 def test_contrast_in_float32_under_autocast():
@@ -113,7 +110,7 @@ def test_contrast_compiles():
 
 
 class Towers(nn.Module):
-    """Two linear towers and the loss, to be trained by one rank or by two."""
+    """Two linear towers and the loss."""
 
     def __init__(self, form, gather):
         super().__init__()
@@ -143,7 +140,7 @@ def _rank(rank, rendezvous, folder):
             loss = model(video[own], text[own], None if clip_ids is None else clip_ids[own])
             loss.backward()
             results[form, clip_ids is None] = [loss.detach(), *(p.grad for p in model.parameters())]
-    # Each rank weighs the whole by its own numbers: everyone's gradients meet.
+    # Each rank scales the sum by its own values, so gradients of all ranks are involved.
     x = video[own].clone().requires_grad_()
     whole = gather_with_gradient(x)
     (whole * (rank + 1) * torch.arange(B)[:, None, None]).sum().backward()
@@ -152,7 +149,7 @@ def _rank(rank, rendezvous, folder):
     dist.destroy_process_group()
 
 
-def test_two_ranks_are_one_with_the_double_batch(tmp_path):
+def test_two_ranks_equal_one_with_twice_the_batch(tmp_path):
     mp.spawn(_rank, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     video, text = _batch()
@@ -161,9 +158,9 @@ def test_two_ranks_are_one_with_the_double_batch(tmp_path):
             towers = Towers(form, False)
             loss = towers(video, text, clip_ids)
             loss.backward()
-            found = [rank[form, clip_ids is None] for rank in ranks]
-            torch.testing.assert_close((found[0][0] + found[1][0]) / 2, loss.detach())
-            for grads in (grads[1:] for grads in found):
+            own = [rank[form, clip_ids is None] for rank in ranks]
+            torch.testing.assert_close((own[0][0] + own[1][0]) / 2, loss.detach())
+            for grads in (grads[1:] for grads in own):
                 for our, parameter in zip(grads, towers.parameters(), strict=True):
                     torch.testing.assert_close(our, parameter.grad)
     for rank in range(2):
@@ -180,29 +177,26 @@ def test_without_ranks_nothing_is_gathered():
     assert torch.equal(loss(video, text, CLIPS), alone(video, text, CLIPS))
 
 
-# ---- Matching --------------------------------------------------------------------------------
-
-
 def draw(similarity, clip_ids=None, step=0):
     samples = torch.arange(len(similarity)) + 100
     return hard_negatives(5, step, samples, similarity, clip_ids)
 
 
-def test_negatives_as_a_plain_loop():
+def test_negatives_equal_a_plain_loop():
     similarity = 3 * torch.randn(B, B)
     numbers = [uniform(5, 0, torch.arange(B) + 100, B, stream=s) for s in (4 << 58, 5 << 58)]
-    found = draw(similarity, CLIPS)
+    negatives = draw(similarity, CLIPS)
     for drawn, rows, number in zip(
-        (found.captions, found.clips), (similarity, similarity.T), numbers, strict=True
+        (negatives.captions, negatives.clips), (similarity, similarity.T), numbers, strict=True
     ):
         for i in range(B):
-            # Whoever waits least, if the softmax is the rate, is a draw of the softmax.
+            # The minimum of exponential variables with softmax rates is a draw from the softmax.
             waits = {}
             for j, weight in enumerate(rows[i].double().softmax(0).tolist()):
                 if CLIPS[i] != CLIPS[j]:
                     waits[j] = -math.log(number[i, j].item() + 2.0**-25) / weight
             assert drawn[i] == min(waits, key=waits.get)
-    assert found.exist.all()
+    assert negatives.exist.all()
 
 
 def test_negatives_are_drawn_in_proportion():
@@ -211,7 +205,7 @@ def test_negatives_are_drawn_in_proportion():
     drawn = [draw(similarity, step=step) for step in range(draws)]
     for name, rows in (("captions", similarity), ("clips", similarity.T)):
         share = rows.masked_fill(torch.eye(4, dtype=torch.bool), -math.inf).softmax(1)
-        picks = torch.stack([getattr(found, name) for found in drawn])
+        picks = torch.stack([getattr(negatives, name) for negatives in drawn])
         for i in range(4):
             counts = torch.bincount(picks[:, i], minlength=4)
             assert counts[i] == 0
@@ -219,42 +213,39 @@ def test_negatives_are_drawn_in_proportion():
             assert ((counts - draws * share[i]).abs() <= 4 * spread).all()
 
 
-def test_negatives_do_not_match_even_if_they_are_far():
+def test_negatives_never_match():
     similarity = torch.full((B, B), -200.0).fill_diagonal_(200.0)  # softmax is 0 elsewhere
-    found = draw(similarity, CLIPS)
-    assert (CLIPS[found.captions] != CLIPS).all() and (CLIPS[found.clips] != CLIPS).all()
+    negatives = draw(similarity, CLIPS)
+    assert (CLIPS[negatives.captions] != CLIPS).all() and (CLIPS[negatives.clips] != CLIPS).all()
 
 
 def test_a_batch_of_one_clip_has_no_negatives():
     ids = torch.tensor([3, 3, 3])
-    found = draw(torch.randn(3, 3), ids)
-    assert not found.exist.any()
-    assert found.captions.min() >= 0 and found.captions.max() < 3
+    negatives = draw(torch.randn(3, 3), ids)
+    assert not negatives.exist.any()
+    assert negatives.captions.min() >= 0 and negatives.captions.max() < 3
     logits = torch.randn(9, 2, requires_grad=True)
-    loss = matching_loss(logits, found)
+    loss = matching_loss(logits, negatives)
     loss.backward()
     torch.testing.assert_close(loss, -logits[:3].log_softmax(1)[:, 1].mean())
     assert (logits.grad[3:] == 0).all()
 
 
-def test_matching_as_a_plain_loop():
-    found = Negatives(
+def test_matching_loss_equals_a_plain_loop():
+    negatives = Negatives(
         torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0]), torch.tensor([True, False, True])
     )
-    captions, clips = found.pairs()
+    captions, clips = negatives.pairs()
     expected = [(0, 0), (1, 1), (2, 2), (0, 1), (1, 2), (2, 0), (2, 0), (0, 1), (1, 2)]
     assert list(zip(captions.tolist(), clips.tolist(), strict=True)) == expected
     logits = torch.randn(9, 2, dtype=torch.float64, requires_grad=True)
     total = [-logits[row].log_softmax(0)[int(row < 3)] for row in range(9) if row not in (4, 7)]
-    torch.testing.assert_close(matching_loss(logits, found), sum(total) / 7)
-    assert torch.autograd.gradcheck(lambda logits: matching_loss(logits, found), logits)
-    assert matching_loss(logits.bfloat16(), found).dtype == torch.float32
+    torch.testing.assert_close(matching_loss(logits, negatives), sum(total) / 7)
+    assert torch.autograd.gradcheck(lambda logits: matching_loss(logits, negatives), logits)
+    assert matching_loss(logits.bfloat16(), negatives).dtype == torch.float32
 
 
-# ---- Hidden words and pixels ------------------------------------------------------------------
-
-
-def test_masked_words_as_a_plain_loop():
+def test_masked_word_loss_equals_a_plain_loop():
     logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([3, -100, 6, 0, -100])
     total = [-logits[i].log_softmax(0)[labels[i]] for i in (0, 2, 3)]
@@ -267,7 +258,7 @@ def test_masked_words_as_a_plain_loop():
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_masked_patches_as_a_plain_loop(backend):
+def test_masked_patch_loss_equals_a_plain_loop(backend):
     video = torch.randint(0, 256, (2, 3, 2, 8, 8), dtype=torch.uint8)
     ids_mask = torch.tensor([[0, 5, 7], [1, 2, 6]])  # of 2 frames of 2 x 2 patches
     prediction = torch.randn(2, 3, 48, requires_grad=True)
@@ -288,11 +279,8 @@ def test_masked_patches_as_a_plain_loop(backend):
     torch.testing.assert_close(ours, total / 6)
     grads = (torch.autograd.grad(value, prediction)[0] for value in (ours, total / 6))
     torch.testing.assert_close(*grads)
-    # A floating-point clip is as the model sees it.
+    # A floating-point clip is already normalised.
     torch.testing.assert_close(loss(prediction, pixels, ids_mask), ours)
-
-
-# ---- Misuse -----------------------------------------------------------------------------------
 
 
 def test_misuse_is_explained():
@@ -306,7 +294,7 @@ def test_misuse_is_explained():
     loss = ContrastiveLoss().double()
     with pytest.raises(ValueError, match="video"):
         loss(video[..., :2], text)
-    with pytest.raises(ValueError, match="as many clips"):
+    with pytest.raises(ValueError, match="a caption for each clip"):
         loss(video[:2], text)
     with pytest.raises(ValueError, match="clip_ids"):
         loss(video, text, CLIPS[:2])

@@ -1,4 +1,4 @@
-"""Masks of captions: what may be hidden, how often, by what, and the same wherever it is drawn."""
+"""Masks of captions: masked words, their frequency and replacement, reproducibility."""
 
 import pytest
 import torch
@@ -26,62 +26,62 @@ def masked(ids, mask, ratio=0.15, seed=1, step=2, samples=None, **options):
 
 
 def assert_share(part, whole, expected):
-    """A count is within 4 standard deviations of that of independent draws."""
+    """The share is within 4 standard deviations of independent draws."""
     part, whole = int(part.sum()), int(whole.sum())
     assert abs(part - whole * expected) <= 4 * (whole * expected * (1 - expected)) ** 0.5
 
 
 @pytest.mark.parametrize("ratio", [0.15, 0.5])
-def test_bert_hides_as_often_as_it_says(ratio):
+def test_shares_of_bert_masking(ratio):
     ids, mask = captions()
     words = ids >= 1000
-    found = masked(ids, mask, ratio)
-    assert not (found.hidden & ~words).any()
-    assert torch.equal(found.ids[~found.hidden], ids[~found.hidden])
-    assert_share(found.hidden, words, ratio)
+    result = masked(ids, mask, ratio)
+    assert not (result.hidden & ~words).any()
+    assert torch.equal(result.ids[~result.hidden], ids[~result.hidden])
+    assert_share(result.hidden, words, ratio)
     for column in range(1, L - 1):
-        assert_share(found.hidden[:, column], words[:, column], ratio)
+        assert_share(result.hidden[:, column], words[:, column], ratio)
 
-    is_mask, same = found.ids == MASK, found.ids == ids
-    assert_share(is_mask & found.hidden, found.hidden, 0.8)
-    assert_share(same & found.hidden, found.hidden, 0.1)
-    other = found.ids[found.hidden & ~is_mask & ~same]
+    is_mask, same = result.ids == MASK, result.ids == ids
+    assert_share(is_mask & result.hidden, result.hidden, 0.8)
+    assert_share(same & result.hidden, result.hidden, 0.1)
+    other = result.ids[result.hidden & ~is_mask & ~same]
     assert other.min() >= 0 and other.max() < 30522
     assert abs(other.double().mean() / 30521 - 0.5) < 4 / (12 * len(other)) ** 0.5
 
 
-def test_all_masks_is_macs_rule():
+def test_mask_replaces_all_as_in_mac():
     ids, mask = captions()
-    found, bert = (masked(ids, mask, 0.4, replace=rule) for rule in ("mask", "bert"))
-    assert (found.ids[found.hidden] == MASK).all()
-    assert torch.equal(found.ids[~found.hidden], ids[~found.hidden])
-    assert torch.equal(found.hidden, bert.hidden)
+    result, bert = (masked(ids, mask, 0.4, replace=rule) for rule in ("mask", "bert"))
+    assert (result.ids[result.hidden] == MASK).all()
+    assert torch.equal(result.ids[~result.hidden], ids[~result.hidden])
+    assert torch.equal(result.hidden, bert.hidden)
     nothing, everything = (masked(ids, mask, ratio, replace="mask") for ratio in (0.0, 1.0))
     assert torch.equal(nothing.ids, ids) and nothing.positions.shape == (0,)
     assert torch.equal(everything.hidden, ids >= 1000)
 
 
-def test_labels_are_those_of_a_plain_loop():
+def test_labels_equal_a_plain_loop():
     ids, mask = captions()
-    found = masked(ids, mask)
-    assert found.positions.shape == found.labels.shape == (most_hidden(B * L, 0.15),)
-    expected = [(b * L + n, int(ids[b, n])) for b, n in found.hidden.nonzero().tolist()]
-    real = found.labels != -100
-    pairs = zip(found.positions[real].tolist(), found.labels[real].tolist(), strict=True)
+    result = masked(ids, mask)
+    assert result.positions.shape == result.labels.shape == (most_hidden(B * L, 0.15),)
+    expected = [(b * L + n, int(ids[b, n])) for b, n in result.hidden.nonzero().tolist()]
+    real = result.labels != -100
+    pairs = zip(result.positions[real].tolist(), result.labels[real].tolist(), strict=True)
     assert list(pairs) == expected
-    assert len(set(found.positions.tolist())) == len(found.positions)
+    assert len(set(result.positions.tolist())) == len(result.positions)
     few = masked(ids, mask, most=7)
-    assert torch.equal(few.positions, found.positions[:7])
-    assert torch.equal(few.ids, found.ids)
+    assert torch.equal(few.positions, result.positions[:7])
+    assert torch.equal(few.ids, result.ids)
 
 
-def test_whole_words_are_hidden_together():
+def test_whole_words_are_masked_together():
     ids, mask = captions()
     words = [f"w{i}" if i % 3 else f"##w{i}" for i in range(30522)]
     table = continuations(words)
     assert table.sum() == len([word for word in words if word.startswith("##")])
     starts = ~table[ids] | (ids < 1000)
-    found = masked(ids, mask, 0.3, word_starts=starts)
+    result = masked(ids, mask, 0.3, word_starts=starts)
     drawn = uniform(1, 2, torch.arange(B), L, stream=1 << 58)
     for b in range(B):
         for n in range(L):
@@ -89,17 +89,17 @@ def test_whole_words_are_hidden_together():
             while not starts[b, first]:
                 first -= 1
             special = ids[b, n] < 1000 or not mask[b, n]
-            assert found.hidden[b, n] == (not special and bool(drawn[b, first] < 0.3))
-    assert_share(found.hidden & starts, (ids >= 1000) & starts, 0.3)
+            assert result.hidden[b, n] == (not special and bool(drawn[b, first] < 0.3))
+    assert_share(result.hidden & starts, (ids >= 1000) & starts, 0.3)
 
 
-def test_a_mask_is_the_samples_own():
+def test_a_mask_depends_on_its_sample_only():
     ids, mask = captions()
     whole = masked(ids, mask, 0.5)
     order = torch.randperm(B)
     shuffled = masked(ids[order], mask[order], 0.5, samples=order)
     assert torch.equal(shuffled.ids, whole.ids[order])
-    # Another batch is padded further: nothing changes.
+    # More padding in another batch changes nothing.
     longer = torch.nn.functional.pad(ids[:5], (0, 9)), torch.nn.functional.pad(mask[:5], (0, 9))
     assert torch.equal(masked(*longer, 0.5).ids[:, :L], whole.ids[:5])
     again = masked(ids, mask, 0.5, step=torch.tensor(2))
@@ -111,9 +111,9 @@ def test_a_mask_is_the_samples_own():
 def test_another_vocabulary():
     ids = torch.randint(0, 10, (B, L))
     vocabulary = Vocabulary(size=10, mask=4, special=(0, 4))
-    found = masked(ids, torch.ones(B, L, dtype=torch.bool), 1.0, vocabulary=vocabulary)
-    assert torch.equal(found.hidden, (ids != 0) & (ids != 4))
-    assert found.ids.max() == 9
+    result = masked(ids, torch.ones(B, L, dtype=torch.bool), 1.0, vocabulary=vocabulary)
+    assert torch.equal(result.hidden, (ids != 0) & (ids != 4))
+    assert result.ids.max() == 9
 
 
 def test_compiles():
@@ -126,9 +126,9 @@ def test_compiles():
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for step in range(2):
-        found, expected = compiled(torch.tensor(step)), run(step)
-        assert torch.equal(found.ids, expected.ids)
-        assert torch.equal(found.labels, expected.labels)
+        result, expected = compiled(torch.tensor(step)), run(step)
+        assert torch.equal(result.ids, expected.ids)
+        assert torch.equal(result.labels, expected.labels)
 
 
 @pytest.mark.gpu

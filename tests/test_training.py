@@ -1,4 +1,4 @@
-"""Runs: what they are configured to be, that they resume exactly, on one process or two."""
+"""Runs: configuration and exact resumption, on one and two processes."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def train(folder, options, *more, evaluate=None):
 
 
 def records(folder):
-    """What was logged at each step, without times."""
+    """The log without times."""
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     timed = ("seconds_per_step", "clips_per_second", "tokens_per_second", "data_wait")
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
@@ -62,9 +62,6 @@ def records(folder):
 def same_weights(a, b):
     one, other = (load_file(checkpoints.newest(Path(x)) / "model.safetensors") for x in (a, b))
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-
-
-# Configuration
 
 
 def test_config_reads_files_and_overrides(tmp_path):
@@ -94,7 +91,7 @@ def test_config_reads_files_and_overrides(tmp_path):
         ("run", "need section.field=value, got 'run'"),
     ],
 )
-def test_config_names_what_is_wrong(override, message):
+def test_config_errors(override, message):
     with pytest.raises(ValueError) as error:
         Config.read(None, ["data.source=moving_shapes", override])
     assert message in str(error.value)
@@ -109,7 +106,7 @@ def test_help_explains_every_field(capsys):
     assert status.value.code == 0 and "schedule.warmup: " in capsys.readouterr().out
 
 
-def test_command_says_what_is_wrong(tmp_path, capsys):
+def test_command_errors(tmp_path, capsys):
     with pytest.raises(SystemExit) as status:
         cli.main(["pretrain", "data.fils=x"])
     assert status.value.code == 2 and "'data.files'" in capsys.readouterr().err
@@ -118,10 +115,7 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
     assert str(missing) in capsys.readouterr().err
 
 
-# Optimizer and schedule
-
-
-def test_what_decays():
+def test_parameters_with_weight_decay():
     for name in models.MODELS:
         model = models.create(name, "tiny")
         decayed, others = optimizer.make(model, Config.read(None, MAC).optimizer).param_groups
@@ -134,17 +128,19 @@ def test_what_decays():
         assert "vision.pos_embed" in others and ("time" in others) == (name == "smaug")
 
 
-def test_what_muon_takes():
+def test_parameters_of_muon():
     for name in models.MODELS:
         model = models.create(name, "tiny")
-        made = optimizer.make(model, Config.read(None, [*MAC, "optimizer.name=muon"]).optimizer)
-        words, others, matrices = made.param_groups
+        optimized = optimizer.make(
+            model, Config.read(None, [*MAC, "optimizer.name=muon"]).optimizer
+        )
+        words, others, matrices = optimized.param_groups
         assert words["params"] == [model.text.embeddings.word_embeddings.weight]
-        assert [group["orthogonal"] for group in made.param_groups] == [False, False, True]
+        assert [group["orthogonal"] for group in optimized.param_groups] == [False, False, True]
         assert others["weight_decay"] == 0 < matrices["weight_decay"]
         assert all(p.ndim >= 2 for p in matrices["params"])
-        found = sum(len(group["params"]) for group in made.param_groups)
-        assert found == sum(p.requires_grad for p in model.parameters())
+        count = sum(len(group["params"]) for group in optimized.param_groups)
+        assert count == sum(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="need run.parallel=ddp with optimizer.name=muon"):
         Config.read(None, [*MAC, "optimizer.name=muon", "run.parallel=fsdp"])
     with pytest.raises(ValueError, match="got a vector"):
@@ -154,13 +150,13 @@ def test_what_muon_takes():
 @pytest.mark.parametrize("shape", [(2, 24, 24), (3, 8, 40), (1, 40, 8)])
 def test_orthogonal_updates(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    matrices[0, :4] *= 100  # the sizes of its rows do not matter
-    found = orthogonalise(matrices)
+    matrices[0, :4] *= 100  # the scale of rows does not matter
+    orthogonal = orthogonalise(matrices)
     u, values, v = torch.linalg.svd(matrices, full_matrices=False)
-    kept = torch.linalg.svdvals(found)[values > 0.02 * values.amax(-1, keepdim=True)]
+    kept = torch.linalg.svdvals(orthogonal)[values > 0.02 * values.amax(-1, keepdim=True)]
     assert kept.min() > 0.6 and kept.max() < 1.25
-    # the singular vectors are those of the matrix
-    inside = u.mT @ found @ v.mT
+    # the singular vectors do not change
+    inside = u.mT @ orthogonal @ v.mT
     torch.testing.assert_close(
         inside - inside * torch.eye(len(inside[0])), 0 * inside, atol=1e-3, rtol=0
     )
@@ -168,18 +164,18 @@ def test_orthogonal_updates(shape):
 
 
 def test_a_step_of_muon():
-    """By hand: decay, then the update, of a matrix and a convolution; AdamW for a vector."""
+    """Against a plain computation: weight decay, then the update of a matrix and a convolution."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(*size, generator=generator) for size in ((6, 10), (6, 2, 5), (7,))]
     parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
-    made = Muon(
+    muon = Muon(
         [{"params": parameters[:2], "orthogonal": True}, {"params": parameters[2:]}],
         lr=0.1, weight_decay=0.5,
     )  # fmt: skip
     gradients = [torch.randn(p.shape, generator=generator) for p in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
-    made.step()
+    muon.step()
     for weight, parameter, gradient in zip(weights[:2], parameters, gradients, strict=False):
         update = orthogonalise(gradient.flatten(1)[None])[0].view_as(weight)
         wanted = weight * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 10**0.5 * update
@@ -189,10 +185,10 @@ def test_a_step_of_muon():
     same.grad = gradients[2]
     torch.optim.AdamW([same], lr=0.1, weight_decay=0.5).step()
     torch.testing.assert_close(parameters[2], same)
-    # the second step looks ahead along the momentum of both gradients
+    # Nesterov momentum of both gradients in the second step
     before, second = parameters[0].detach().clone(), torch.randn(6, 10, generator=generator)
     parameters[0].grad = second
-    made.step()
+    muon.step()
     mean = 0.95 * 0.05 * gradients[0] + 0.05 * second
     update = orthogonalise((0.05 * second + 0.95 * mean)[None])[0]
     wanted = before * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 10**0.5 * update
@@ -208,14 +204,11 @@ def test_schedules():
     assert kept == pytest.approx([1, 0.75, 0.5, 0.5])
 
 
-# Runs
-
-
 @pytest.mark.parametrize(
     "options", [MAC, SMAUG, [*MAC, "optimizer.name=muon"]], ids=["mac", "smaug", "muon"]
 )
 def test_a_run_resumes_exactly(options, tmp_path):
-    """Five steps an epoch, two batches a step: it breaks in the middle of the second epoch."""
+    """Five steps per epoch, two batches per step; stopped in the middle of the second epoch."""
     more = ["optimizer.accumulate=2", "run.save_every=3", "evaluation.every=4"]
     whole = train(tmp_path / "whole", options, *more)
     assert whole["finished"] and whole["step"] == 8 and math.isfinite(whole["loss"])
@@ -225,7 +218,7 @@ def test_a_run_resumes_exactly(options, tmp_path):
 
     with pytest.raises(RuntimeError, match="gone"):
         train(tmp_path / "broken", options, *more, evaluate=broken)
-    assert records(tmp_path / "broken")[-1]["step"] == 4  # the checkpoint is of step 3
+    assert records(tmp_path / "broken")[-1]["step"] == 4  # the checkpoint has step 3
     train(tmp_path / "broken", options, *more, "data.workers=1")
     assert records(tmp_path / "broken") == records(tmp_path / "whole")
     assert same_weights(tmp_path / "broken", tmp_path / "whole")
@@ -233,7 +226,7 @@ def test_a_run_resumes_exactly(options, tmp_path):
         train(tmp_path / "broken", options, *more, "optimizer.lr=1")
 
 
-def test_what_a_run_leaves(tmp_path, capsys):
+def test_files_of_a_run(tmp_path, capsys):
     seen = []
 
     def evaluate(training):
@@ -257,13 +250,13 @@ def test_what_a_run_leaves(tmp_path, capsys):
     recipe = config.recipe(vocabulary=sources.vocabulary(tokenizer))
     model = models.Mac(recipe)
     model.load_state_dict(checkpoints.weights_of(tmp_path))
-    # A run may begin with them.
+    # A run can start from these weights.
     more = [f"start.model={tmp_path}", "schedule.steps=1", "optimizer.lr=0"]
     begun = train(tmp_path / "next", MAC, *more)
     assert begun["step"] == 1 and same_weights(tmp_path, tmp_path / "next")
 
 
-def test_activations_are_computed_again_to_the_same_end(tmp_path):
+def test_activation_checkpointing_computes_the_same(tmp_path):
     train(tmp_path / "kept", SMAUG, "schedule.steps=3")
     train(tmp_path / "again", SMAUG, "schedule.steps=3", "run.checkpoint_activations=true")
     assert records(tmp_path / "kept") == records(tmp_path / "again")
@@ -275,12 +268,9 @@ def test_bfloat16_is_close(tmp_path):
     assert half["loss"] == pytest.approx(full["loss"], rel=0.02) and half["loss"] != full["loss"]
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(RuntimeError, match=r"the loss is (nan|inf) at step"):
         train(tmp_path, MAC, "optimizer.lr=1e30", "optimizer.clip=0", "schedule.warmup=0")
-
-
-# Runs that are killed
 
 
 def start(folder, options):
@@ -290,7 +280,7 @@ def start(folder, options):
 
 
 def wait_for(folder, lines, process):
-    """Until the run has logged so many steps."""
+    """Wait until the run has logged this step."""
     log = Path(folder) / "log.jsonl"
     while not log.exists() or len(log.read_text().splitlines()) < lines:
         assert process.poll() is None, process.stderr.read()
@@ -298,7 +288,7 @@ def wait_for(folder, lines, process):
 
 
 def test_killed_and_terminated(tmp_path):
-    """kill -9, go on, SIGTERM, go on: the log is that of the run that nobody stopped."""
+    """After SIGKILL and SIGTERM, resumed twice: the log equals that of an uninterrupted run."""
     options = [*SMAUG, "data.workers=1", "schedule.steps=300", "schedule.prune_over=20"]
     options += ["run.save_every=2"]
     process = start(tmp_path / "killed", options)
@@ -329,9 +319,6 @@ def test_killed_and_terminated(tmp_path):
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
-# Two ranks
-
-
 def _rank(rank, runs):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     for port, options in runs:
@@ -342,7 +329,7 @@ def _rank(rank, runs):
 
 
 def _stop_once(training):
-    """SIGTERM on one of the ranks, as a scheduler sends it."""
+    """SIGTERM on one rank, as sent by a scheduler."""
     if training.step == 2 and training.ranks.first:
         os.kill(os.getpid(), signal.SIGTERM)
     return {}
@@ -356,8 +343,8 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def test_two_ranks_equal_one_with_the_double_batch(tmp_path):
-    """Where a loss is the mean of the ranks': VTC of all, and MVM. One run goes on with FSDP2."""
+def test_two_ranks_equal_one_with_twice_the_batch(tmp_path):
+    """For VTC over all ranks and MVM, whose mean over ranks is exact. Resumes with FSDP2."""
     more = ["model.dropout=0", "schedule.steps=4"]
     runs = {
         "mac": [*MAC, *more, "optimizer.accumulate=2"],
@@ -384,14 +371,11 @@ def test_two_ranks_equal_one_with_the_double_batch(tmp_path):
         )
         assert one.keys() == two.keys()
         for key in one:
-            # Adam divides by the gradient's size: where that is rounding noise, so is the step.
+            # Adam divides by the size of the gradient: rounding noise gives steps of full size.
             torch.testing.assert_close(two[key], one[key], rtol=0, atol=4e-3)
 
 
-# Broken clips
-
-
-def test_broken_clips_are_left_out_with_their_captions(tmp_path, capsys, monkeypatch):
+def test_broken_clips_are_dropped_with_their_captions(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
     rows = json.loads((EXAMPLES / "clips.json").read_text())[:10]
     for number, row in enumerate(rows):
@@ -419,10 +403,7 @@ def test_broken_clips_are_left_out_with_their_captions(tmp_path, capsys, monkeyp
     shown = capsys.readouterr().err
     assert all(f"{tmp_path / f'{n}.mp4'}: " in shown for n in range(3)) and "3.mp4" not in shown
     assert "times a clip could not be read" in shown
-    assert len(list((tmp_path / "cache" / "clips").glob("*.npy"))) == 7  # each decoded once
-
-
-# Other data
+    assert len(list((tmp_path / "cache" / "clips").glob("*.npy"))) == 7  # each clip is decoded once
 
 
 def test_images_and_videos_in_one_run(tmp_path, monkeypatch):
@@ -439,11 +420,11 @@ def test_images_and_videos_in_one_run(tmp_path, monkeypatch):
     shown = []
 
     def arguments(batch, *args, **kwargs):
-        found = inputs.arguments(batch, *args, **kwargs)
+        arguments = inputs.arguments(batch, *args, **kwargs)
         kinds = {text.startswith("colour") for text in batch.text}
-        assert len(kinds) == 1 and found["video"].shape[2] == MODEL["frames"]
+        assert len(kinds) == 1 and arguments["video"].shape[2] == MODEL["frames"]
         shown.append(kinds.pop())
-        return found
+        return arguments
 
     monkeypatch.setattr(loop, "arguments", arguments)
     options = [*SMAUG, "data.source=clips", f"data.files={tmp_path / 'clips.json'}"]
@@ -452,7 +433,7 @@ def test_images_and_videos_in_one_run(tmp_path, monkeypatch):
     assert shown.count(True) == shown.count(False) == 4
 
 
-def test_a_run_goes_on_in_its_shards(tmp_path):
+def test_a_run_resumes_in_its_shards(tmp_path):
     pytest.importorskip("webdataset")
     rows = json.loads((EXAMPLES / "clips.json").read_text())[:8]
     (tmp_path / "clips.json").write_text(json.dumps(rows))

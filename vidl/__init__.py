@@ -1,4 +1,4 @@
-"""Custom-kernel efficiency for video-language pre-training."""
+"""Fused kernels for masked and token-pruned video-language training."""
 
 from typing import TYPE_CHECKING, Any
 

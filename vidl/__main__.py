@@ -1,4 +1,4 @@
-"""`python -m vidl` is the command `vidl`."""
+"""`python -m vidl` runs the command `vidl`."""
 
 import sys
 

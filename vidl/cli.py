@@ -17,16 +17,11 @@ from vidl.bench import commands as bench_commands
 
 # Modules of the extras in pyproject.toml: the package that has the module, and the extra.
 EXTRAS = {
-    "PIL": ("pillow", "data"),
-    "av": ("av", "data"),
-    "matplotlib": ("matplotlib", "bench"),
-    "pyarrow": ("pyarrow", "data"),
-    "safetensors": ("safetensors", "train"),
-    "timm": ("timm", "timm"),
-    "tokenizers": ("tokenizers", "data"),
-    "transformers": ("transformers", "hf"),
-    "webdataset": ("webdataset", "shards"),
-}
+    "PIL": ("pillow", "data"), "av": ("av", "data"), "matplotlib": ("matplotlib", "bench"),
+    "pyarrow": ("pyarrow", "data"), "safetensors": ("safetensors", "train"),
+    "timm": ("timm", "timm"), "tokenizers": ("tokenizers", "data"),
+    "transformers": ("transformers", "hf"), "webdataset": ("webdataset", "shards"),
+}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -110,11 +105,7 @@ def _report_errors(command: Command) -> Command:
 
 def _add_info(commands: argparse._SubParsersAction) -> None:
     about = "show versions, the build, devices, video decoders and the backends of each op"
-    command = commands.add_parser(
-        "info",
-        help=about,
-        description=about.capitalize() + ", with the reason why a backend cannot run here.",
-    )
+    command = commands.add_parser("info", help=about, description=about.capitalize() + ".")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_info)
 
@@ -197,8 +188,8 @@ def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def _add_summary(commands: argparse._SubParsersAction) -> None:
-    about = "count tokens, parameters, FLOPs and memory of a model: dense, masked and pruned"
-    command = commands.add_parser("summary", help=about, description=about.capitalize() + ".")
+    about = "print tokens, parameters, FLOPs and memory of a model: dense, masked and pruned"
+    command = commands.add_parser("summary", help=about, description=f"P{about[1:]}.")
     add = command.add_argument
     add("model", help="smaug or mac")
     add("overrides", nargs="*", metavar="FIELD=VALUE", help="recipe fields, e.g. mask_ratio=0.5")
@@ -244,17 +235,10 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         "default), webvid (CSV), cc3m (TSV), msrvtt (JSON, or the CSV of the 1k-A test), didemo, "
         "activitynet (paragraphs), msrvtt-qa, activitynet-qa (*_q.json)",
     )
-    part.add_argument(
-        "--media",
-        type=Path,
-        help="folder of the clips; the file names in the table get the suffixes of its files",
-    )
+    about = "folder of the clips; file names in the table get the suffixes of its files"
+    part.add_argument("--media", type=Path, help=about)
     part.add_argument("--split", help="msrvtt: keep only train, validate or test")
-    part.add_argument(
-        "--ids",
-        type=Path,
-        help="msrvtt: keep only the videos that this CSV lists, e.g. MSRVTT_train.9k.csv",
-    )
+    part.add_argument("--ids", type=Path, help="msrvtt: keep only videos listed in this CSV")
     part.set_defaults(run=_data_convert)
 
     part = parts.add_parser(
@@ -265,9 +249,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         "damaged.",
     )
     _add_source(part)
-    part.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="threads (default: one a core)"
-    )
+    part.add_argument("--workers", type=int, default=os.cpu_count(), help="default: all cores")
     part.set_defaults(run=_data_check)
 
     part = parts.add_parser(
@@ -304,12 +286,10 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
 
 def _add_source(part: argparse.ArgumentParser) -> None:
     part.add_argument("file", type=Path, help="annotations: common JSON or an Arrow table")
-    part.add_argument(
-        "--media",
-        type=Path,
-        help="folder of the clips; default: "
-        "of clips.json the folder clips beside it if there is one, else the folder of the file",
+    about = (
+        "folder of the clips; default: clips/ beside clips.json if it exists, else the same folder"
     )
+    part.add_argument("--media", type=Path, help=about)
 
 
 @_report_errors
@@ -367,12 +347,7 @@ def _add_configuration(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("-h", "--help", action=_HelpOnFields, help="show this help and every configuration field")
     add("--config", type=Path, metavar="FILE", help="YAML file of sections and their fields")
-    add(
-        "overrides",
-        nargs="*",
-        metavar="SECTION.FIELD=VALUE",
-        help="override the file, e.g. model.mask_ratio=0.5 data.files=[a.json]",
-    )
+    add("overrides", nargs="*", metavar="SECTION.FIELD=VALUE", help="e.g. data.files=[a.json]")
 
 
 class _HelpOnFields(argparse.Action):
@@ -454,28 +429,16 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         "--data",
         type=Path,
         metavar="FILE",
-        help="annotations: common JSON or an Arrow table; default: the section `evaluation` of the "
-        "run's configuration",
+        help="annotations; default: evaluation.files of the run",
     )
     add("--media", type=Path, help="folder of the clips; default: as for `vidl data check`")
-    add(
-        "--rerank",
-        type=int,
-        default=0,
-        metavar="K",
-        help="re-rank the top K with the fusion encoder (default: 0)",
-    )
+    add("--rerank", type=int, default=0, metavar="K", help="re-rank the top K (default: 0)")
     add("--batch", type=int, default=32, help="batch size (default: 32)")
     add("--workers", type=int, default=0, help="processes that read clips (default: 0)")
     add("--masked", action="store_true", help="mask clips as in training (default: no mask)")
     add("--unpruned", action="store_true", help="keep all tokens and frames")
     add("--device", default="auto", help="cpu, cuda or auto: cuda if available (default: auto)")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of matmuls, by autocast (default: float32)",
-    )
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matmuls")
     add("--json", type=Path, metavar="FILE", help="also write the result to this file")
     command.set_defaults(run=_eval)
 

@@ -1,1 +1,1 @@
-"""Clips and captions: annotations, decoding, sampling, batches, and clips made on the fly."""
+"""Clips and captions: annotations, decoding, sampling, batches and synthetic clips."""

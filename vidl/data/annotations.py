@@ -1,7 +1,7 @@
-"""Rows of annotations in a memory-mapped Arrow table, which all workers share.
+"""Rows of annotations in a memory-mapped Arrow table that all workers share.
 
-A Python list of dicts is copied into every worker: VindLU reports 200 GB. A table costs the pages
-that are read, once a machine. It is made once, by `vidl data convert` or on first use.
+A Python list of dicts is copied into every worker: VindLU reports 200 GB. A table only costs the
+pages that are read, once per machine. `vidl data convert` writes it, or vidl does on first use.
 """
 
 import bisect
@@ -38,10 +38,10 @@ ROWS_AT_A_TIME = 100_000
 
 
 class Annotations(Sequence[Row]):
-    """The rows of one or several annotation files, each with the folder of its media.
+    """The rows of one or several annotation files.
 
     Args:
-        parts: pairs of an Arrow file, as `convert` writes it, and the folder of its media.
+        parts: pairs of an Arrow file written by `convert` and the folder of its media.
 
     Raises:
         ValueError: a file is not such a table.
@@ -56,7 +56,7 @@ class Annotations(Sequence[Row]):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: Any) -> Any:
-        """The row at an index; its media with the folder in front."""
+        """The row at an index; its media path includes the folder."""
         if not isinstance(index, int):
             raise TypeError(f"need an int, got {type(index).__name__}")
         if not 0 <= index < len(self):
@@ -67,11 +67,11 @@ class Annotations(Sequence[Row]):
         return Row(**values | {"media": str(self.parts[part][1] / values["media"])})
 
     def kinds(self) -> numpy.ndarray:
-        """Whether each row is an image, not a video: bool [rows]."""
+        """True for images, false for videos: bool [rows]."""
         columns = [pc.equal(table.column("kind"), "image").to_numpy() for table in self._tables]
         return numpy.concatenate([numpy.zeros(0, bool), *columns])
 
-    # Not the tables, but their files go to workers; those map the same pages.
+    # Pickle the paths, not the tables: workers map the same pages.
     def __getstate__(self) -> dict[str, Any]:
         return {"parts": self.parts}
 
@@ -83,7 +83,7 @@ def _open(file: Path) -> pa.Table:
     try:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{file}: need an Arrow file as vidl writes it; {error}") from None
+        raise ValueError(f"{file}: need an Arrow file written by vidl; {error}") from None
     if table.schema != SCHEMA:
         raise ValueError(f"{file}: need the columns {SCHEMA.names}, got {table.schema.names}")
     return table
@@ -97,21 +97,21 @@ def convert(
     media: str | Path | None = None,
     **options: Any,
 ) -> int:
-    """Write the rows of an annotation file as an Arrow table, at once or not at all.
+    """Convert an annotation file to an Arrow table, atomically.
 
     Args:
         file: the annotations.
         to: the Arrow file.
         format: a key of `formats.FORMATS`.
-        media: folder of the media. If it is given, files are named as they are there: those of
-            DiDeMo and ActivityNet have whatever suffix they were downloaded with.
-        options: of the format's reader.
+        media: folder of the media. If given, file names get the suffixes of its files: clips of
+            DiDeMo and ActivityNet have the suffix they were downloaded with.
+        options: options of the format's reader.
 
     Returns:
         The number of rows.
 
     Raises:
-        ValueError: no such format, or the file is not one (`formats.BadAnnotation`, with the line).
+        ValueError: unknown format, or the file is invalid (`formats.BadAnnotation`).
     """
     if format not in FORMATS:
         raise ValueError(f"need a format among {', '.join(FORMATS)}, got {format!r}")
@@ -122,17 +122,17 @@ def convert(
 
 
 def write(rows: Iterable[Row], to: str | Path) -> int:
-    """Write rows as an Arrow table; the file appears when it is whole. Returns their number."""
+    """Write rows as an Arrow table, atomically; returns the number of rows."""
     to, rows, count = Path(to), iter(rows), 0
     to.parent.mkdir(parents=True, exist_ok=True)
     handle, unfinished = tempfile.mkstemp(dir=to.parent, prefix=to.name, suffix=".part")
     os.close(handle)
     try:
         with pa.OSFile(unfinished, "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            while some := list(itertools.islice(rows, ROWS_AT_A_TIME)):
-                columns = {name: [getattr(row, name) for row in some] for name in SCHEMA.names}
+            while batch := list(itertools.islice(rows, ROWS_AT_A_TIME)):
+                columns = {name: [getattr(row, name) for row in batch] for name in SCHEMA.names}
                 writer.write(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
-                count += len(some)
+                count += len(batch)
         if not count:
             raise ValueError(f"{to}: there are no rows to write")
         os.chmod(unfinished, 0o644)
@@ -144,21 +144,21 @@ def write(rows: Iterable[Row], to: str | Path) -> int:
 
 
 def load(*corpora: str | Path | tuple[str | Path, str | Path | None]) -> Annotations:
-    """Open annotation files; one that is not an Arrow table is converted on first use.
+    """Open annotation files; common JSON is converted to an Arrow table on first use.
 
-    The table goes to $VIDL_CACHE (default: ~/.cache/vidl), under a name made of the file's path,
-    size and time, so that an edited file is converted anew.
+    The table is stored in $VIDL_CACHE (default: ~/.cache/vidl). Its name depends on the path, size
+    and time of the file, so an edited file is converted again.
 
     Args:
-        corpora: annotation files, Arrow or the common JSON, or pairs of one and the folder of its
-            media. Default folder: of clips.json the folder `clips` beside it, if there is one, or
-            else the folder that the file is in.
+        corpora: annotation files (Arrow or common JSON), or pairs of a file and the folder of its
+            media. Default folder: for clips.json the folder `clips` beside it if there is one, else
+            the folder of the file.
 
     Returns:
-        All rows, in this order.
+        The rows of all files, in order.
 
     Raises:
-        ValueError: a file is not what its name says.
+        ValueError: a file does not have the format that its suffix says.
     """
     parts = []
     for corpus in corpora:
@@ -187,14 +187,14 @@ def _converted(file: Path) -> Path:
 
 
 def _named_as_in(folder: Path, rows: Iterable[Row]) -> Iterator[Row]:
-    """Rows whose media are not there, but are with another suffix, get that one."""
+    """Correct the suffix of media that the folder has under another suffix."""
     files = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
     by_stem: dict[Path, str] = {}
     for file in files:
         by_stem.setdefault(file.with_suffix(""), str(file))
     for row in rows:
         path = Path(row.media)
-        # one that was converted may have both suffixes
+        # a converted file may have both suffixes: a.avi.mp4
         stem = next((s for s in (path.with_suffix(""), path) if s in by_stem), None)
         if stem is not None and not (folder / path).is_file():
             row = replace(row, media=by_stem[stem])

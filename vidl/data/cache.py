@@ -1,4 +1,4 @@
-"""Clips that are decoded once; for small data, where decoding again would be most of a step."""
+"""Clips that are decoded once; for small data sets, where decoding would dominate a step."""
 
 import hashlib
 import os
@@ -13,24 +13,23 @@ from vidl.data import crops, video
 from vidl.data.dataset import Clips
 from vidl.data.formats import Row
 
-# Pictures that are kept for each one that a sample shows, and their short side as a multiple of the
-# sample's: a random crop of half the area is then still as sharp.
+# Cached frames per frame of a sample, and their short side as a multiple of the sample's size: a
+# random crop of half the area is then still sharp.
 DENSE, LARGER = 4, 1.5
 
 
 class CachedClips(Clips):
-    """Clips of which small pictures stay on disk, from the first time that each is read.
+    """Clips whose downscaled frames are cached on disk when they are first read.
 
-    Every clip gives `DENSE` times as many pictures as a sample shows, spread evenly; random
-    instants are drawn from these. They lie in $VIDL_CACHE (default: ~/.cache/vidl), under a name
-    made of the file's path, size and time, and of what was asked for. Arguments are those of
-    `Clips`.
+    The cache has `DENSE` times as many frames as a sample, evenly spaced; random sampling chooses
+    among them. It is stored in $VIDL_CACHE (default: ~/.cache/vidl) under a name that depends on
+    the path, size and time of the file and on the options. Arguments are those of `Clips`.
     """
 
     def pictures(
         self, row: Row, rng: random.Random | None, source: video.Source | None = None
     ) -> Tensor:
-        """As `Clips.pictures`; bytes are not kept."""
+        """See `Clips.pictures`; bytes are not cached."""
         if source is not None:
             return super().pictures(row, rng, source)
         still = row.kind == "image"

@@ -1,4 +1,4 @@
-"""`vidl data convert | check | preview | speed`: what the command line calls."""
+"""The commands `vidl data convert | check | preview | speed`."""
 
 import statistics
 import time
@@ -23,7 +23,7 @@ from vidl.data.video import BrokenClip
 def convert(
     file: Path, to: Path | None, *, format: str, media: Path | None, **options: Any
 ) -> Path:
-    """Write annotations as an Arrow table; returns its file."""
+    """Convert annotations to an Arrow table; returns its path."""
     to = to or file.with_suffix(".arrow")
     begin = time.perf_counter()
     count = annotations.convert(file, to, format=format, media=media, **options)
@@ -32,23 +32,23 @@ def convert(
 
 
 def check(file: Path, media: Path | None, *, workers: int) -> int:
-    """Decode every clip of an annotation file, list what is broken; returns how many are."""
+    """Decode every clip of an annotation file and list broken clips; returns their number."""
     rows = annotations.load((file, media))
-    # in the order of the rows, each once: questions have a row each
+    # each clip once, in the order of the rows: with questions, a clip has several rows
     names = list(dict.fromkeys(row.media for row in progress(rows, "reading rows")))
     frames, seconds = 0, 0.0
     broken: list[BrokenClip] = []
     truncated: list[str] = []
-    with ThreadPoolExecutor(workers) as pool:  # PyAV decodes without Python's lock
-        for name, found in zip(
+    with ThreadPoolExecutor(workers) as pool:  # PyAV decodes without the GIL
+        for name, facts in zip(
             names, progress(pool.map(_inspect, names), "decoding", len(names)), strict=True
         ):
-            if isinstance(found, BrokenClip):
-                broken.append(found)
+            if isinstance(facts, BrokenClip):
+                broken.append(facts)
                 continue
-            frames, seconds = frames + found.frames, seconds + found.seconds
-            if found.truncated:
-                truncated.append(f"{name}: {found.seconds:.1f} s of {found.declared:.1f} s")
+            frames, seconds = frames + facts.frames, seconds + facts.seconds
+            if facts.truncated:
+                truncated.append(f"{name}: {facts.seconds:.1f} s of {facts.declared:.1f} s")
     for error in broken:
         print(f"broken     {error}")
     for line in truncated:
@@ -77,11 +77,13 @@ def preview(
     patch: int,
     seed: int,
 ) -> int:
-    """Write a picture of some clips, their captions above them; returns how many are broken."""
+    """Write a picture of some clips below their captions; returns the number of broken clips."""
     from PIL import Image
 
     if size % patch:
-        raise ValueError(f"need a size that is a multiple of the patch, got {size} and {patch}")
+        raise ValueError(
+            f"need a size that is a multiple of the patch size, got {size} and {patch}"
+        )
     rows = annotations.load((file, media))
     generator = torch.Generator().manual_seed(seed)
     strips, broken = [], 0
@@ -94,27 +96,27 @@ def preview(
             broken += 1
             continue
         pictures = crops.centre_crop(pictures, size)
-        strips.append(_title(_said(row), frames * (size + 4)))
+        strips.append(_title(_texts(row), frames * (size + 4)))
         strips.append(_strip(pictures))
         if mask_ratio is not None:
             strips.append(_strip(hide(pictures, mask_ratio, patch, generator)))
     if not strips:
         raise ValueError(f"none of {broken} clips of {file} can be read")
     Image.fromarray(torch.cat(strips).numpy()).save(to)
-    print(f"see {to}")
+    print(f"wrote {to}")
     return broken
 
 
 def speed(file: Path, media: Path | None, *, frames: int, size: int, clips: int, seed: int) -> int:
-    """Time each decoder on the same clips, one process and one thread; returns how many broke."""
+    """Time each decoder on the same clips in one thread; returns the number of broken clips."""
     rows = annotations.load((file, media))
     why_not = {decoder: video.why_not(decoder) for decoder in video.DECODERS}
     options: dict[str, Any] = dict(frames=frames, size=size, train=True, seed=seed)
-    ways: dict[str, Clips] = {
+    readers: dict[str, Clips] = {
         name: Clips(rows, decoder=name, **options) for name, reason in why_not.items() if not reason
     }
-    ways["cached"] = CachedClips(rows, **options)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    readers["cached"] = CachedClips(rows, **options)
+    seconds: dict[str, list[float]] = {name: [] for name in readers}
     broken = set()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(clips, generator=generator) % len(rows)
@@ -122,14 +124,14 @@ def speed(file: Path, media: Path | None, *, frames: int, size: int, clips: int,
     torch.set_num_threads(1)  # as in a worker of the loader
     try:
         for number, index in enumerate(progress(order.tolist(), "reading", clips)):
-            # In turns, each time in another order: a slow moment, or a cold file, hits all alike.
-            for turn in torch.randperm(len(ways), generator=generator).tolist():
-                name, way = list(ways.items())[turn]
+            # In turns and in random order, so that a cold file or a busy machine affects all alike.
+            for turn in torch.randperm(len(readers), generator=generator).tolist():
+                name, reader = list(readers.items())[turn]
                 try:
                     if name == "cached":
-                        way.read(Key(0, index))  # decodes it, if this is the first time
+                        reader.read(Key(0, index))  # decodes the clip at the first time
                     begin = time.perf_counter()
-                    way.read(Key(number, index))
+                    reader.read(Key(number, index))
                     seconds[name].append(time.perf_counter() - begin)
                 except BrokenClip as error:
                     broken.add(str(error))
@@ -139,7 +141,7 @@ def speed(file: Path, media: Path | None, *, frames: int, size: int, clips: int,
         print(f"broken     {line}")
     if not all(seconds.values()):
         raise ValueError(f"none of {clips} clips of {file} can be read")
-    print(f"samples of {frames} x {size} x {size}, decoded, cropped and resized by one process:")
+    print(f"one process reads samples of {frames} x {size} x {size} (decode, crop, resize):")
     for name, times in seconds.items():
         median, slow = statistics.median(times), max(times)
         print(
@@ -153,16 +155,16 @@ def speed(file: Path, media: Path | None, *, frames: int, size: int, clips: int,
 
 
 def hide(pictures: Tensor, ratio: float, patch: int, generator: torch.Generator) -> Tensor:
-    """Grey out a random share of the patches of every frame, as a random mask hides them.
+    """Grey out a random share of the patches of every frame.
 
     Args:
         pictures: uint8 [T, H, W, 3], sides that are multiples of the patch.
-        ratio: the share that is hidden.
-        patch: side of a patch.
-        generator: draws which.
+        ratio: share of grey patches.
+        patch: height and width of a patch.
+        generator: random number generator.
 
     Returns:
-        The same with grey patches.
+        The pictures with grey patches, uint8 [T, H, W, 3].
     """
     T, H, W, _ = pictures.shape
     patches = (H // patch) * (W // patch)
@@ -172,7 +174,7 @@ def hide(pictures: Tensor, ratio: float, patch: int, generator: torch.Generator)
     return torch.where(hidden, torch.tensor(127, dtype=torch.uint8), pictures)
 
 
-def _said(row: Row) -> str:
+def _texts(row: Row) -> str:
     text = f"{Path(row.media).name}: {text_of(row)}"
     choices = f" [{' | '.join(row.options)}]" if row.options else ""
     return text + choices + (f" - {row.answer}" if row.answer else "")

@@ -1,4 +1,4 @@
-"""Crops and flips, the same for every frame of a clip; uint8 in, uint8 out."""
+"""Crops and flips, equal for all frames of a clip; uint8 in, uint8 out."""
 
 import math
 import random
@@ -17,23 +17,23 @@ def random_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = True,
 ) -> Tensor:
-    """Cut one random window out of every frame, resize it, and mirror every second clip.
+    """Crop the same random window from every frame, resize it, and flip half of the clips.
 
     Args:
         pictures: frames of a clip, uint8 [T, H, W, 3].
-        size: side of the result.
-        rng: where the random numbers come from.
-        scale: smallest and largest area of the window, as shares of the frame's.
-        ratio: smallest and largest width of the window, as shares of its height.
-        flip: whether to mirror half of the clips, left to right.
+        size: height and width of the result.
+        rng: random number generator.
+        scale: smallest and largest area of the window, relative to the frame.
+        ratio: smallest and largest aspect ratio (width / height) of the window.
+        flip: whether to flip half of the clips horizontally.
 
     Returns:
         uint8 [T, size, size, 3].
 
     Raises:
-        ValueError: they are not pictures of uint8.
+        ValueError: pictures are not uint8 [T, H, W, 3].
 
-    Source: random resized crop as torchvision has it; scale 0.5-1 as in Singularity and VindLU.
+    Source: torchvision's RandomResizedCrop; scale 0.5-1 as in Singularity and VindLU.
     """
     top, left, height, width = _window(*_size(pictures), rng, scale, ratio)
     cut = pictures[:, top : top + height, left : left + width]
@@ -42,17 +42,17 @@ def random_crop(
 
 
 def centre_crop(pictures: Tensor, size: int) -> Tensor:
-    """Resize the short side and cut out the centre, as evaluation does.
+    """Resize the short side and crop the centre, for evaluation.
 
     Args:
         pictures: frames of a clip, uint8 [T, H, W, 3].
-        size: side of the result.
+        size: height and width of the result.
 
     Returns:
         uint8 [T, size, size, 3].
 
     Raises:
-        ValueError: they are not pictures of uint8.
+        ValueError: pictures are not uint8 [T, H, W, 3].
     """
     height, width = _size(pictures)
     short = min(height, width)
@@ -62,7 +62,7 @@ def centre_crop(pictures: Tensor, size: int) -> Tensor:
 
 
 def resize(pictures: Tensor, height: int, width: int) -> Tensor:
-    """Resize frames, bilinear and without aliasing: uint8 [T, H, W, 3] to [T, height, width, 3]."""
+    """Resize frames, bilinear with antialiasing: uint8 [T, H, W, 3] to [T, height, width, 3]."""
     if pictures.shape[1:3] == (height, width):
         return pictures
     channels_first = pictures.permute(0, 3, 1, 2)
@@ -84,7 +84,7 @@ def _window(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random window; the largest one if ten draws do not fit."""
+    """Top, left, height and width of a random window; the largest if ten draws do not fit."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))

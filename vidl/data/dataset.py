@@ -1,4 +1,4 @@
-"""Data sets that are asked for whole batches; a broken clip goes together with its caption."""
+"""Data sets that return whole batches; a broken clip is dropped together with its caption."""
 
 import dataclasses
 import random
@@ -20,67 +20,67 @@ from vidl.data.text import Tokenizer
 from vidl.data.video import BrokenClip
 
 IF_BROKEN = ("replace", "count", "raise")
-# So many broken clips, one after the other, are not bad luck: the folder is wrong.
+# After so many broken clips in a row, reading stops: the folder is probably wrong.
 IN_A_ROW = 20
 
 
 class TooManyBroken(RuntimeError):
-    """So many clips cannot be read that the run must not go on."""
+    """Too many clips cannot be read; the run stops."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip and what belongs to it."""
+    """One clip with its text."""
 
     pictures: Tensor  # uint8 [T, H, W, 3]
     index: int
     row: Row
-    text: str  # the caption that was drawn, or the question
+    text: str  # the chosen caption, or the question
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips and their texts; all of one kind, videos or images."""
+    """Clips and their texts; either all videos or all images."""
 
     video: Tensor  # uint8 [B, 3, T, H, W], a view of [B, T, H, W, 3]
     index: Tensor  # rows of the data set, int64 [B]
     text: list[str]
     rows: list[Row]
-    ids: Tensor | None = None  # the text's tokens, int64 [B, L]
-    attention_mask: Tensor | None = None  # int64 [B, L], 1 where there is a token
+    ids: Tensor | None = None  # tokens of the texts, int64 [B, L]
+    attention_mask: Tensor | None = None  # int64 [B, L], 1 at tokens, 0 at padding
     broken: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # name, reason
-    place: tuple[int, int, int] | None = None  # of a stream: worker, epoch, samples drawn in it
+    place: tuple[int, int, int] | None = None  # in shards: worker, epoch, samples read in it
 
     def __len__(self) -> int:
         return len(self.text)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
-        """The same with its tensors on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The batch with its tensors on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        """The same in pinned memory; the loader calls this."""
-        return self._each(lambda tensor: tensor.pin_memory())
+        """The batch in pinned memory; the loader calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Any) -> "Batch":
+    def _map(self, change: Any) -> "Batch":
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {name: change(it) for name, it in fields.items() if isinstance(it, Tensor)}
         return dataclasses.replace(self, **tensors)
 
 
 class ClipSet(Dataset[Batch], ABC):
-    """What all data sets of clips share: how samples become a batch.
+    """Base class of data sets of clips: reads samples and collates them to batches.
 
     Args:
-        seed: of the run; random numbers depend on it, the epoch and the row alone.
-        if_broken: what becomes of a clip that cannot be read, always with its caption. "replace":
-            another row that is not in the batch takes its place (training); "count": the batch is
-            smaller (evaluation); "raise": the run stops.
-        tokenizer: makes `ids` and `attention_mask` of the text.
-        words: length of these, L.
+        seed: seed of the run; random numbers depend on the seed, the epoch and the row only.
+        if_broken: what happens if a clip cannot be read. "replace": it is replaced, with its
+            caption, by another row that is not in the batch (training); "count": the batch is
+            smaller (evaluation); "raise": the error is raised.
+        tokenizer: tokenizer of the texts.
+        words: tokens of each text, L.
 
     Raises:
-        ValueError: `if_broken` is none of these.
+        ValueError: unknown `if_broken`.
     """
 
     def __init__(
@@ -100,25 +100,25 @@ class ClipSet(Dataset[Batch], ABC):
 
     @abstractmethod
     def row(self, index: int) -> Row:
-        """What is known of a sample before its clip is read."""
+        """The annotations of a sample."""
 
     @abstractmethod
     def read(self, key: Key) -> Sample:
-        """One sample; raises BrokenClip if it cannot be read."""
+        """Read one sample; raises BrokenClip if its clip cannot be read."""
 
     @abstractmethod
     def images(self) -> numpy.ndarray:
-        """Whether each row is an image: bool [rows]."""
+        """True for images, false for videos: bool [rows]."""
 
     def kinds(self) -> numpy.ndarray:
-        """Which rows may share a batch in training, those of one number: integers [rows]."""
+        """Group of each row, integers [rows]; rows of a training batch have the same group."""
         return self.images()
 
     def __getitem__(self, key: Key) -> Batch:
         return self.__getitems__([key])
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        """The batch of these rows; PyTorch's loader calls this."""
+        """The batch of these rows; PyTorch's DataLoader calls this."""
         samples, broken = [], []
         tried = {key.index for key in keys}
         for key in keys:
@@ -140,7 +140,7 @@ class ClipSet(Dataset[Batch], ABC):
         return batch_of(samples, broken, self.tokenizer, self.words)
 
     def _substitute(self, key: Key, tried: set[int], broken: list[tuple[str, str]]) -> Key:
-        """Another row of the same kind that was not tried; remembers it there."""
+        """Another row of the same group that was not tried yet; adds it to `tried`."""
         kinds = self.kinds()
         rng = video.generator(self.seed, key.epoch, key.index, "substitute")
         for _ in range(1000):
@@ -149,23 +149,23 @@ class ClipSet(Dataset[Batch], ABC):
                 tried.add(index)
                 return Key(key.epoch, index)
         name, reason = broken[-1]
-        raise TooManyBroken(f"found no row to take the place of a broken one, {name}: {reason}")
+        raise TooManyBroken(f"no row is left to replace a broken clip, {name}: {reason}")
 
 
 class Clips(ClipSet):
-    """Videos and pictures with captions or questions, as annotation files list them.
+    """Videos and images with captions or questions from annotation files.
 
     Args:
-        rows: the rows, as `annotations.load` opens them; those of images are read as one frame.
-        frames: of each video, T.
-        size: side of a frame.
-        train: random instants, crops, flips and captions; else the middle, the centre, no flip and
-            the first caption.
-        flip: whether to mirror half of the clips, but none whose text says left or right.
+        rows: rows from `annotations.load`; images are read as one frame.
+        frames: frames of each video, T.
+        size: height and width of a frame.
+        train: true: random frames, crops, flips and captions; false: the middle frame of each
+            segment, centre crops, no flip and the first caption.
+        flip: flip half of the clips, except those whose text says left or right.
         scale: smallest and largest area of a random crop.
-        decoder: as `read_clip` has it.
-        if_broken: as `ClipSet` has it; default: "replace" for training, else "count".
-        seed, tokenizer, words: as `ClipSet` has them.
+        decoder: see `read_clip`.
+        if_broken: see `ClipSet`; default: "replace" for training, else "count".
+        seed, tokenizer, words: see `ClipSet`.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class Clips(ClipSet):
         return self.prepare(self.rows[key.index], key)
 
     def prepare(self, row: Row, key: Key, source: video.Source | None = None) -> Sample:
-        """The sample of a row; of these bytes, where its media is no file."""
+        """The sample of a row, read from `source` if given, else from the row's media file."""
         rng = video.generator(self.seed, key.epoch, key.index) if self.train else None
         text = text_of(row, rng)
         pictures = self.pictures(row, rng, source)
@@ -215,7 +215,7 @@ class Clips(ClipSet):
     def pictures(
         self, row: Row, rng: random.Random | None, source: video.Source | None = None
     ) -> Tensor:
-        """The frames that a sample shows, before they are cut: uint8 [T, H, W, 3]."""
+        """The frames of a sample before cropping: uint8 [T, H, W, 3]."""
         return video.read_clip(
             row.media if source is None else source,
             1 if row.kind == "image" else self.frames,
@@ -227,7 +227,7 @@ class Clips(ClipSet):
 
 
 def kinds(rows: Sequence[Row]) -> numpy.ndarray:
-    """Whether each row is an image: bool [rows]."""
+    """True for images, false for videos: bool [rows]."""
     from vidl.data.annotations import Annotations
 
     if isinstance(rows, Annotations):
@@ -236,7 +236,7 @@ def kinds(rows: Sequence[Row]) -> numpy.ndarray:
 
 
 def text_of(row: Row, rng: Any = None) -> str:
-    """The question of a row, or one of its captions: the first, or with `rng` any."""
+    """The question of a row, or its first caption; with `rng` a random caption."""
     if row.question is not None or not row.captions:
         return row.question or ""
     return rng.choice(row.captions) if rng else row.captions[0]
@@ -249,7 +249,7 @@ def batch_of(
     words: int,
     place: tuple[int, int, int] | None = None,
 ) -> Batch:
-    """Stack samples of one kind; where all were broken, the batch is empty."""
+    """Stack samples; the batch is empty if all clips were broken."""
     text = [sample.text for sample in samples]
     pictures = [sample.pictures for sample in samples]
     stacked = torch.stack(pictures) if samples else torch.empty(0, 0, 0, 0, 3, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Annotation files of the field, read row by row: what each looks like is told at its reader."""
+"""Readers of annotation formats; each docstring describes its format."""
 
 import csv
 import json
@@ -12,10 +12,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One row of any data set: a video or picture, and what is said about it.
+    """One annotation of a video or image.
 
-    Retrieval has captions; open questions a question and an answer; multiple choice has options,
-    of which `correct` is the right one, and a question or none.
+    Retrieval: `captions`. Open-ended questions: `question` and `answer`. Multiple choice: `options`
+    with the index `correct`, and optionally a `question`.
     """
 
     media: str  # file, relative to the folder of the media
@@ -26,23 +26,23 @@ class Row:
     answer: str | None = None
     options: Sequence[str] = ()
     correct: int | None = None
-    start: float | None = None  # of the part that is meant, in seconds
+    start: float | None = None  # of the annotated part, in seconds
     end: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("captions", "options"):  # equal rows are equal, and hashable
+        for name in ("captions", "options"):  # tuples are hashable
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 class BadAnnotation(ValueError):
-    """An annotation file that is not what its format wants: file, line, what was needed."""
+    """An invalid annotation: file, line and what is needed."""
 
     def __init__(self, file: str | Path, line: int, problem: str):
         super().__init__(f"{file}:{line}: {problem}")
 
 
 def common(file: Path) -> Iterator[Row]:
-    """The JSON of Singularity, VindLU and UMT, or one such object a line (.jsonl).
+    """The JSON format of Singularity, VindLU and UMT; or one such object per line (.jsonl).
 
     A list of {"video" or "image": file, "caption": text or [text, ...]}; for questions
     {..., "question": text, "answer": text or [text]}; for multiple choice {..., "caption":
@@ -53,14 +53,14 @@ def common(file: Path) -> Iterator[Row]:
         try:
             yield _common_row(entry)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            problem = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            problem = f"missing key {error}" if isinstance(error, KeyError) else str(error)
             raise BadAnnotation(file, line, problem) from None
 
 
 def _common_row(entry: dict[str, Any]) -> Row:
     kind = "image" if "image" in entry else "video"
     media, captions, answer = entry[kind], entry.get("caption", []), entry.get("answer")
-    if isinstance(media, list):  # one of several pictures of the same thing, in COCO's files
+    if isinstance(media, list):  # COCO lists several images of the same caption
         media = media[0]
     captions = [captions] if isinstance(captions, str) else list(captions)
     options: list[str] = list(entry.get("options", []))
@@ -70,14 +70,14 @@ def _common_row(entry: dict[str, Any]) -> Row:
     if options:
         correct, answer = answer, None
         if not isinstance(correct, int) or not 0 <= correct < len(options):
-            raise ValueError(f"need as answer an index into {len(options)} options, got {correct}")
+            raise ValueError(f"need answer as an index into {len(options)} options, got {correct}")
     if isinstance(answer, list):
         answer = answer[0]
     texts = [media, *captions, *options]
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"need texts that are not empty, got {texts}")
+        raise ValueError(f"need non-empty texts, got {texts}")
     if not captions and not options and answer is None:
-        raise KeyError("'caption'")
+        raise KeyError("caption")
     return Row(
         media=media,
         kind=kind,
@@ -93,9 +93,9 @@ def _common_row(entry: dict[str, Any]) -> Row:
 
 
 def webvid(file: Path) -> Iterator[Row]:
-    """WebVid: CSV with `videoid`, `name` (the caption) and `page_dir`; rows without name are left.
+    """WebVid: CSV with `videoid`, `name` (the caption) and `page_dir`.
 
-    The media are those of the folder `videos`: {page_dir}/{videoid}.mp4.
+    Rows without a name are skipped. Media: {page_dir}/{videoid}.mp4 in the folder `videos`.
     """
     for _, row in _table(file, ("videoid", "page_dir", "name")):
         if row["name"].strip():
@@ -106,7 +106,7 @@ def webvid(file: Path) -> Iterator[Row]:
 def cc3m(file: Path) -> Iterator[Row]:
     """Conceptual Captions: TSV of caption and URL, without a header.
 
-    The picture's file is the CRC-32 of its URL, in decimal, as Frozen in Time stores it.
+    Media: the decimal CRC-32 of the URL, as stored by Frozen in Time.
     """
     with open(file, encoding="utf-8", newline="") as text:
         for line, row in enumerate(csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
@@ -116,16 +116,16 @@ def cc3m(file: Path) -> Iterator[Row]:
 
 
 def msrvtt(file: Path, split: str | None = None, ids: Path | None = None) -> Iterator[Row]:
-    """MSR-VTT: the original JSON, Frozen in Time's, or the 1000 pairs of the 1k-A test (CSV).
+    """MSR-VTT: the original JSON, Frozen in Time's JSON, or the 1k-A test set (CSV).
 
     Original: {"videos": [{"video_id", "split"}], "sentences": [{"video_id", "caption"}]}.
     Frozen: {"annotations": [{"image_id", "caption"}]}. 1k-A: `key,vid_key,video_id,sentence`.
-    The media are {video_id}.mp4.
+    Media: {video_id}.mp4.
 
     Args:
         file: the annotations.
-        split: of the original's videos: train, validate or test; default: all of them.
-        ids: CSV with a column `video_id`, as MSRVTT_train.9k.csv: only these videos.
+        split: keep only the videos of this split of the original JSON: train, validate or test.
+        ids: keep only the videos in the column `video_id` of this CSV, e.g. MSRVTT_train.9k.csv.
     """
     if file.suffix == ".csv":
         for _, row in _table(file, ("video_id", "sentence")):
@@ -141,34 +141,34 @@ def msrvtt(file: Path, split: str | None = None, ids: Path | None = None) -> Ite
     if split is not None:
         splits = {video["video_id"]: video.get("split") for _, _, video in _members(file, "videos")}
         if split not in splits.values():
-            found = sorted(set(map(str, splits.values())))
-            raise ValueError(f"{file}: need a split among {', '.join(found)}, got {split!r}")
-        captions = {video: said for video, said in captions.items() if splits.get(video) == split}
+            names = sorted(set(map(str, splits.values())))
+            raise ValueError(f"{file}: need a split among {', '.join(names)}, got {split!r}")
+        captions = {video: texts for video, texts in captions.items() if splits.get(video) == split}
     if ids is not None:
         wanted = [(line, row["video_id"]) for line, row in _table(ids, ("video_id",))]
         for line, video in wanted:
             if video not in captions:
                 raise BadAnnotation(ids, line, f"{file} has no caption of {video}")
         captions = {video: captions[video] for _, video in wanted}
-    for video, said in captions.items():
-        yield Row(f"{video}.mp4", id=video, captions=said)
+    for video, texts in captions.items():
+        yield Row(f"{video}.mp4", id=video, captions=texts)
 
 
 def didemo(file: Path) -> Iterator[Row]:
-    """DiDeMo: list of {"video", "description"}; a video's descriptions become one paragraph."""
-    said: dict[str, list[str]] = {}
+    """DiDeMo: list of {"video", "description"}; descriptions of a video form one paragraph."""
+    paragraphs: dict[str, list[str]] = {}
     for line, _, entry in _members(file):
         if not entry.get("video") or not str(entry.get("description", "")).strip():
             raise BadAnnotation(file, line, f"need video and description, got {entry}")
-        said.setdefault(entry["video"], []).append(entry["description"].strip())
-    for video, descriptions in said.items():
+        paragraphs.setdefault(entry["video"], []).append(entry["description"].strip())
+    for video, descriptions in paragraphs.items():
         yield Row(video, id=video, captions=[" ".join(descriptions)])
 
 
 def activitynet(file: Path) -> Iterator[Row]:
-    """ActivityNet Captions: {"v_ID": {"sentences": [text, ...]}}, as one paragraph.
+    """ActivityNet Captions: {"v_ID": {"sentences": [text, ...]}}, joined to one paragraph.
 
-    The media are v_ID.mp4, or what of that name the folder of the media holds.
+    Media: v_ID.mp4, or another suffix that the folder of the media has.
     """
     for line, video, entry in _members(file):
         sentences = [text.strip() for text in entry.get("sentences", ()) if text.strip()]
@@ -180,7 +180,7 @@ def activitynet(file: Path) -> Iterator[Row]:
 def msrvtt_qa(file: Path) -> Iterator[Row]:
     """MSRVTT-QA and MSVD-QA: list of {"question", "answer", "video_id": number, "id"}.
 
-    The media are video{video_id}.mp4.
+    Media: video{video_id}.mp4.
     """
     for line, _, entry in _members(file):
         missing = {"question", "answer", "video_id"} - entry.keys()
@@ -191,12 +191,13 @@ def msrvtt_qa(file: Path) -> Iterator[Row]:
 
 
 def activitynet_qa(file: Path) -> Iterator[Row]:
-    """ActivityNet-QA: `*_q.json`, [{"video_name", "question", "question_id"}], and its answers.
+    """ActivityNet-QA: `*_q.json`, list of {"video_name", "question", "question_id"}.
 
-    Those are [{"question_id", "answer"}] in `*_a.json` beside it. The media are v_{video_name}.mp4.
+    The answers are in `*_a.json` beside it: list of {"question_id", "answer"}. Media:
+    v_{video_name}.mp4.
     """
     if not file.name.endswith("_q.json"):
-        raise ValueError(f"{file}: need the file of the questions, *_q.json")
+        raise ValueError(f"{file}: need the file with the questions, *_q.json")
     answers_file = file.with_name(file.name.replace("_q.json", "_a.json"))
     answers = {entry["question_id"]: entry["answer"] for _, _, entry in _members(answers_file)}
     for line, _, entry in _members(file):
@@ -223,13 +224,13 @@ FORMATS: dict[str, Callable[..., Iterator[Row]]] = {
 
 
 def _table(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """The lines of a CSV file with a header, and their numbers."""
+    """Line number and values of each row of a CSV file with a header."""
     with open(file, encoding="utf-8", newline="") as text:
         reader = csv.DictReader(text)
         missing = [name for name in columns if name not in (reader.fieldnames or ())]
         if missing:
-            found = ", ".join(reader.fieldnames or ()) or "nothing"
-            raise BadAnnotation(file, 1, f"need columns {', '.join(columns)}, got {found}")
+            given = ", ".join(reader.fieldnames or ()) or "nothing"
+            raise BadAnnotation(file, 1, f"need columns {', '.join(columns)}, got {given}")
         for row in reader:
             if any(row[name] is None for name in columns):
                 raise BadAnnotation(
@@ -239,7 +240,7 @@ def _table(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, 
 
 
 def _entries(file: Path) -> Iterator[tuple[int, Any]]:
-    """The objects of a JSON list, or of a file with one object a line, and their lines."""
+    """Line number and object of each entry of a JSON list, or of a file with one object a line."""
     if file.suffix != ".jsonl":
         yield from ((line, entry) for line, _, entry in _members(file))
         return
@@ -257,19 +258,19 @@ def _has(file: Path, name: str) -> bool:
 
 
 def _members(file: Path, name: str | None = None) -> Iterator[tuple[int, str, Any]]:
-    """Line, key and value of each member of a JSON list or object, without holding all of them.
+    """Line, key and value of each member of a JSON list or object, parsed one by one.
 
     Args:
-        file: its top level is the list or object;
-        name: or else the key of a list below that.
+        file: a JSON file.
+        name: key of the list; None: the top level is the list or object.
     """
     text = file.read_text(encoding="utf-8")
     at = 0
     if name is not None:
-        found = re.search(rf'"{name}"\s*:\s*(?=\[)', text)
-        if found is None:
+        match = re.search(rf'"{name}"\s*:\s*(?=\[)', text)
+        if match is None:
             raise BadAnnotation(file, 1, f"need a list named {name!r}")
-        at = found.end()
+        at = match.end()
     decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
 
     def skip(at: int) -> int:

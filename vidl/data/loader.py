@@ -1,4 +1,4 @@
-"""Batches from workers, the same after a resume; what was broken is counted and named."""
+"""Batches from worker processes, with exact resumption and a report of broken clips."""
 
 import os
 import time
@@ -12,25 +12,24 @@ from vidl.data.dataset import Batch, ClipSet, TooManyBroken
 from vidl.data.sampler import EpochSampler, InOrder
 from vidl.data.shards import ShardStream
 
-# The share of broken clips is taken of at least so many: the first clip may well be broken.
+# The share of broken clips is relative to at least so many: the first clip may be broken.
 GRACE = 100
 
 
 class Loader:
-    """Batches of a data set, read ahead by workers.
+    """Batches of a data set, prefetched by worker processes.
 
-    With an `EpochSampler`, or of a `ShardStream`, batches come without an end. `state_dict` tells
-    where the next one is, and what it says depends on the batches that were handed out, not on
-    those that workers have read ahead.
+    With an `EpochSampler` or a `ShardStream` the loader never ends. `state_dict` is the position
+    after the last batch that was returned, not after the batches that workers have prefetched.
 
     Args:
-        dataset: a `ClipSet`, or a `ShardStream`.
-        sampler: which rows are wanted; a `ShardStream` knows itself.
-        workers: processes that read; 0: this one.
+        dataset: a `ClipSet` or a `ShardStream`.
+        sampler: the rows of each batch; None for a `ShardStream`.
+        workers: worker processes; 0: read in the calling process.
         prefetch: batches that each worker reads ahead.
-        pin: whether batches come in pinned memory; default: if there is a CUDA device.
-        limit: the largest share of the clips seen that may be broken. One beyond it stops the run.
-        context: how workers start: "fork", "spawn" or "forkserver"; default: Python's.
+        pin: whether batches are in pinned memory; default: if CUDA is available.
+        limit: largest share of broken clips; `TooManyBroken` is raised beyond it.
+        context: start method of workers: "fork", "spawn" or "forkserver"; default: Python's.
 
     Raises:
         ValueError: a `ClipSet` without a sampler, or a `ShardStream` with one.
@@ -49,26 +48,26 @@ class Loader:
     ):
         streams = isinstance(dataset, ShardStream)
         if streams == (sampler is not None):
-            raise ValueError("need a sampler with a ClipSet, and none with a ShardStream")
+            raise ValueError("need a sampler with a ClipSet, and no sampler with a ShardStream")
         self.dataset, self.sampler, self.limit = dataset, sampler, limit
-        self.step = 0  # batches handed out
-        self.seen = 0  # clips, broken or not
+        self.step = 0  # batches returned
+        self.seen = 0  # clips, including broken ones
         self.broken: dict[str, str] = {}  # name: reason
         self.broken_count = 0
-        self.wait_seconds = 0.0  # how long the run waited for batches
+        self.wait_seconds = 0.0  # time spent waiting for batches
         self._workers = max(1, workers)
-        how: dict[str, Any] = {"batch_size": None} if streams else {"batch_sampler": sampler}
+        options: dict[str, Any] = {"batch_size": None} if streams else {"batch_sampler": sampler}
         if workers:
-            how |= {"prefetch_factor": prefetch, "persistent_workers": not streams}
+            options |= {"prefetch_factor": prefetch, "persistent_workers": not streams}
         self._loader: DataLoader[Batch] = DataLoader(
             dataset,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             worker_init_fn=_begin_worker,
             pin_memory=torch.cuda.is_available() if pin is None else pin,
-            generator=torch.Generator(),  # else each epoch takes a number of the model's
+            generator=torch.Generator(),  # otherwise each epoch draws from the global generator
             multiprocessing_context=context if workers else None,
-            **how,
+            **options,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -86,7 +85,7 @@ class Loader:
             self._count(batch)
             self.step += 1
             if isinstance(self.dataset, ShardStream):
-                self.dataset.handed_out(batch)
+                self.dataset.returned(batch)
             yield batch
 
     def _count(self, batch: Batch) -> None:
@@ -98,14 +97,14 @@ class Loader:
             raise TooManyBroken(f"{share}, cannot be read\n{self.report()}")
 
     def report(self) -> str:
-        """What was broken, a line each, for the end of a run; empty if nothing was."""
+        """The broken clips, one per line, for the end of a run; empty if there are none."""
         if not self.broken:
             return ""
         times = f"{self.broken_count} of {self.seen} times a clip could not be read:"
         return "\n".join([times, *(f"  {name}: {why}" for name, why in self.broken.items())])
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this is: plain numbers and strings, for a checkpoint."""
+        """The position for a checkpoint: plain numbers and strings."""
         state: dict[str, Any] = {"step": self.step, "seen": self.seen}
         state |= {"broken": dict(self.broken), "broken_count": self.broken_count}
         if isinstance(self.dataset, ShardStream):
@@ -115,10 +114,10 @@ class Loader:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called, at the next `iter`.
+        """Resume where `state_dict` was called, at the next `iter`.
 
         Raises:
-            ValueError: the data, the seed or the batches are not the same.
+            ValueError: the data, the seed or the global batch size differ.
         """
         if isinstance(self.dataset, ShardStream):
             self.dataset.load_state_dict(state["stream"])
@@ -128,12 +127,12 @@ class Loader:
         self.broken, self.broken_count = dict(state["broken"]), state["broken_count"]
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def _begin_worker(worker: int) -> None:
-    """One thread a worker: more of them, in every worker, would wait for one another."""
+    """One thread per worker: several in each worker would compete for the cores."""
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)

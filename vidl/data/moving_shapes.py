@@ -1,8 +1,8 @@
-"""Clips of moving shapes, drawn on the fly, whose captions name colour, shape and motion.
+"""Synthetic clips of moving shapes whose captions name colour, shape and motion.
 
-Clips for training and retrieval without a file. Every motion comes with its reverse, and shapes are
-put anywhere: the frames of a clip without their order do not tell the two apart, nor does one
-frame. A model that ignores time cannot.
+For training and retrieval without files. Every motion has its reverse, and shapes start anywhere:
+neither a single frame nor the unordered frames of a clip distinguish a motion from its reverse. So
+a model that ignores time fails.
 """
 
 import itertools
@@ -31,7 +31,7 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-# In pairs, each the reverse of the other.
+# In pairs: a motion and its reverse.
 MOTIONS = (
     *("moves left", "moves right", "moves up", "moves down"),
     *("moves up and left", "moves down and right", "moves up and right", "moves down and left"),
@@ -40,12 +40,12 @@ MOTIONS = (
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPLITS = ("train", "val", "test")
 DIFFICULTIES = (1, 2, 3)
-REACH = 0.4  # how far a shape moves, of the frame's side
+REACH = 0.4  # how far a shape moves, relative to the size of the frame
 
 
 @dataclass(frozen=True)
 class Actor:
-    """One shape of a clip and what it does."""
+    """One shape of a clip and its motions."""
 
     colour: str
     shape: str
@@ -60,29 +60,29 @@ class Actor:
 class MovingShapes(ClipSet):
     """Moving shapes and captions such as "a red circle moves left".
 
-    difficulty 1: one shape, one motion: 12 motions. 2: one shape, one motion after the other: 132
-    pairs. 3: two shapes, each with a motion of its own: 144 pairs.
+    Difficulty 1: one shape with one of 12 motions. 2: one shape with two motions in a row (132
+    pairs). 3: two shapes with one motion each (144 pairs).
 
-    A coloured shape (of 48) is in one split only: 36 in train, 6 in val, 6 in test. Each colour and
-    each shape is seen in training, but never a red circle if that is held out. Clips depend on
-    (seed, split, index) alone; an epoch is `length` of them.
+    Each of the 48 coloured shapes is in one split only: 36 in train, 6 in val, 6 in test. Each
+    colour and each shape is seen in training, but not the combinations of the other splits. Clips
+    depend on (seed, split, index) only; an epoch has `length` clips.
 
     Args:
         split: "train", "val" or "test".
-        length: how many clips.
+        length: number of clips.
         difficulty: 1, 2 or 3.
-        frames: of a clip, T.
-        size: side of a frame.
-        same_looks: captions differ in motion only: all clips show the same coloured shapes, each
-            motion once; `length` is then at most the number of motions.
-        looks: a batch of training has clips of so many coloured shapes, or of fewer where they do
-            not divide; the fewer, the more its clips differ in motion only. 0: of any.
-        seed, tokenizer, words: as `ClipSet` has them. The captions of the three splits, and which
-            coloured shapes they have, do not depend on the seed.
+        frames: frames of a clip, T.
+        size: height and width of a frame.
+        same_looks: captions differ only in the motion: all clips show the same coloured shapes, and
+            each motion occurs once; `length` is then at most the number of motions.
+        looks: maximal number of different coloured shapes in a training batch; the fewer, the more
+            clips differ only in the motion. 0: no limit.
+        seed, tokenizer, words: see `ClipSet`. The coloured shapes of the splits do not depend on
+            the seed.
 
     Raises:
-        ValueError: no such split or difficulty, `length` is too much for `same_looks`, or `looks`
-            are fewer than a clip shows.
+        ValueError: unknown split or difficulty, `length` is too large for `same_looks`, or `looks`
+            is smaller than the number of shapes in a clip.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class MovingShapes(ClipSet):
         self._shown = 2 if difficulty == 3 else 1
         if looks and looks < self._shown:
             raise ValueError(f"need looks >= {self._shown} at difficulty {difficulty}, got {looks}")
-        # A clip draws its looks from one of so many groups.
+        # number of groups of coloured shapes; a clip draws its shapes from one group
         self._groups = math.ceil(len(self._looks) / looks) if looks else 1
         if not length > 0 or (same_looks and length > len(self._motions)):
             most = f"1 to {len(self._motions)}" if same_looks else "1 or more"
@@ -125,15 +125,15 @@ class MovingShapes(ClipSet):
         return numpy.arange(self.length) % self._groups
 
     def actors(self, index: int) -> list[Actor]:
-        """Who is in a clip, and does what."""
+        """The shapes of a clip and their motions."""
         rng = generator(self.seed, 0, index, f"{self.split} actors")
         motion = rng.choice(self._motions)
         if self.same_looks:
             rng = generator(self.seed, 0, 0, f"{self.split} looks")
             motion = rng.sample(self._motions, self.length)[index]
         looks = rng.sample(self._looks[index % self._groups :: self._groups], self._shown)
-        each = [(one,) for one in motion] if self.difficulty == 3 else [motion]
-        return [Actor(*look, done) for look, done in zip(looks, each, strict=True)]
+        parts = [(part,) for part in motion] if self.difficulty == 3 else [motion]
+        return [Actor(*look, part) for look, part in zip(looks, parts, strict=True)]
 
     def caption(self, index: int) -> str:
         """The caption of a clip."""
@@ -149,14 +149,14 @@ class MovingShapes(ClipSet):
         )
 
     def _draw(self, actors: list[Actor], index: int) -> Tensor:
-        """Clip of the actors in front of a grey that is not quite even: uint8 [T, H, W, 3]."""
+        """Draw the actors on a noisy grey background: uint8 [T, H, W, 3]."""
         rng = generator(self.seed, 0, index, f"{self.split} places")
-        S = self.size
+        size = self.size
         noise = numpy.random.Generator(numpy.random.PCG64(rng.getrandbits(64)))
-        grey = rng.uniform(30, 90) + 12 * noise.standard_normal((S, S), numpy.float32)
-        planes = numpy.empty((3, self.frames, S, S), numpy.float32)
+        grey = rng.uniform(30, 90) + 12 * noise.standard_normal((size, size), numpy.float32)
+        planes = numpy.empty((3, self.frames, size, size), numpy.float32)
         planes[:] = grey
-        # two shapes begin in halves of their own, the first one in any
+        # two shapes start in different halves, in random order
         half = rng.choice((0.0, 0.5))
         for actor in actors:
             place = rng.uniform(0.35, 0.65), rng.uniform(0.35, 0.65)
@@ -164,8 +164,8 @@ class MovingShapes(ClipSet):
                 place = half + rng.uniform(0.2, 0.3), place[1]
                 half = 0.5 - half
             radius, phase = rng.uniform(0.11, 0.15), rng.uniform(0, 2 * math.pi)
-            x, y, r = path(actor.motions, self.frames, place, radius, phase)  # [T] each
-            cover = _cover(actor.shape, x, y, r, S)  # [T, S, S]
+            x, y, r = path(actor.motions, self.frames, place, radius, phase)  # [T], [T], [T]
+            cover = _cover(actor.shape, x, y, r, size)  # [T, size, size]
             for plane, value in zip(planes, COLOURS[actor.colour], strict=True):
                 plane += cover * (value - plane)
         clip = planes.clip(0, 255).astype(numpy.uint8)
@@ -173,7 +173,7 @@ class MovingShapes(ClipSet):
 
 
 def motions(difficulty: int) -> list[tuple[str, ...]]:
-    """All that can be done at a difficulty, by one shape or by two."""
+    """All combinations of motions at a difficulty."""
     if difficulty == 1:
         return [(motion,) for motion in MOTIONS]
     if difficulty == 2:
@@ -182,7 +182,7 @@ def motions(difficulty: int) -> list[tuple[str, ...]]:
 
 
 def coloured_shapes(split: str) -> list[tuple[str, str]]:
-    """The (colour, shape) pairs of a split: each colour and each shape is in training."""
+    """The (colour, shape) pairs of a split; train has every colour and every shape."""
     return [
         (colour, shape)
         for (i, colour), (j, shape) in itertools.product(enumerate(COLOURS), enumerate(SHAPES))
@@ -191,25 +191,25 @@ def coloured_shapes(split: str) -> list[tuple[str, str]]:
 
 
 def path(
-    done: Sequence[str], frames: int, place: tuple[float, float], radius: float, phase: float
+    motions: Sequence[str], frames: int, place: tuple[float, float], radius: float, phase: float
 ) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """Where a shape is in each frame, and how large, of the frame's side: x, y, radius, each [T].
+    """Position and radius of a shape in each frame, relative to the frame size: x, y, r, [T] each.
 
-    Every motion is symmetric in time about the middle of its part of the clip, so that it and its
-    reverse visit the same places.
+    Every motion is symmetric in time about the middle of its part of the clip, so a motion and its
+    reverse visit the same positions.
     """
-    now = (numpy.arange(frames) + 0.5) / frames * len(done)
-    x, y = (numpy.full(frames, at) for at in place)
+    now = (numpy.arange(frames) + 0.5) / frames * len(motions)
+    x, y = (numpy.full(frames, start) for start in place)
     r = numpy.full(frames, radius)
-    for number, motion in enumerate(done):
-        progress = (now - number).clip(0, 1) - 0.5  # -1/2 before it, 1/2 after it
-        verb, *how = motion.replace(" and ", " ").split()
+    for number, motion in enumerate(motions):
+        progress = (now - number).clip(0, 1) - 0.5  # -1/2 before the motion, 1/2 after it
+        verb, *directions = motion.replace(" and ", " ").split()
         if verb == "moves":
-            length = REACH / math.sqrt(len(how))
-            x += sum(STEPS[way][0] for way in how) * length * progress
-            y += sum(STEPS[way][1] for way in how) * length * progress
+            length = REACH / math.sqrt(len(directions))
+            x += sum(STEPS[step][0] for step in directions) * length * progress
+            y += sum(STEPS[step][1] for step in directions) * length * progress
         elif verb == "circles":
-            turn = 2 * math.pi * progress * (1 if how == ["clockwise"] else -1)
+            turn = 2 * math.pi * progress * (1 if directions == ["clockwise"] else -1)
             x += REACH / 2 * numpy.cos(phase + turn)
             y += REACH / 2 * numpy.sin(phase + turn)  # y points down: this is clockwise
         else:
@@ -218,11 +218,11 @@ def path(
 
 
 def _cover(
-    shape: str, x: numpy.ndarray, y: numpy.ndarray, r: numpy.ndarray, S: int
+    shape: str, x: numpy.ndarray, y: numpy.ndarray, r: numpy.ndarray, size: int
 ) -> numpy.ndarray:
-    """How much of each pixel the shape covers: float32 [T, S, S]."""
-    pixels = (numpy.arange(S, dtype=numpy.float32) + 0.5) / S
-    x, y, r = (each.astype(numpy.float32)[:, None, None] for each in (x, y, r))
+    """The share of each pixel that the shape covers: float32 [T, size, size]."""
+    pixels = (numpy.arange(size, dtype=numpy.float32) + 0.5) / size
+    x, y, r = (values.astype(numpy.float32)[:, None, None] for values in (x, y, r))
     dx, dy = (pixels[None, None, :] - x) / r, (pixels[None, :, None] - y) / r
     ax, ay = abs(dx), abs(dy)
     # 1 at the edge, less inside, in units of the radius
@@ -239,4 +239,4 @@ def _cover(
         edge = 1 + numpy.minimum(*bars)
     else:  # ring
         edge = 1 + abs(numpy.hypot(dx, dy) - 0.75) - 0.25
-    return ((1 - edge) * r * S + 0.5).clip(0, 1)
+    return ((1 - edge) * r * size + 0.5).clip(0, 1)

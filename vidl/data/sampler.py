@@ -1,4 +1,4 @@
-"""Which rows are seen at which step: a pure function of a few numbers, so a run can resume."""
+"""The rows of each step: a pure function of a few numbers, so a run can resume."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,29 +11,29 @@ from torch.utils.data import Sampler
 
 @dataclass(frozen=True)
 class Key:
-    """What a sampler asks a data set for: a row, in an epoch."""
+    """A request of a sampler: a row in an epoch."""
 
     epoch: int
     index: int
 
 
 class EpochSampler(Sampler[list[Key]]):
-    """Shuffled batches for one rank, epoch after epoch, without an end.
+    """Endless shuffled batches of one rank.
 
-    A batch has rows of one kind, such as videos or images, and at one step every rank has the same
-    kind: else ranks would wait for one another in different collectives. An epoch is the whole
-    batches of each kind, in random order; the few rows that fill none are left out, others in each
-    epoch.
+    A batch has rows of one kind, such as videos or images, and all ranks have the same kind at the
+    same step: otherwise they would deadlock in different collectives. An epoch has the full batches
+    of each kind in random order; the remaining rows are left out, different ones in each epoch.
 
-    Rows of step s depend on (seed, s) and on the global batch alone, so a run may resume in the
-    middle of an epoch, with other workers, and with other ranks if the global batch is the same.
+    The rows of step s depend on (seed, s) and the global batch size only, so a run can resume in
+    the middle of an epoch, with another number of workers, and with another number of ranks if the
+    global batch size is the same.
 
     Args:
-        kinds: of each row, integers [rows], as `ClipSet.kinds` has them.
+        kinds: kind of each row, integers [rows], see `ClipSet.kinds`.
         batch_size: rows of a batch on one rank.
-        seed: of the run.
-        rank: of this process.
-        world_size: how many ranks there are.
+        seed: seed of the run.
+        rank: rank of this process.
+        world_size: number of ranks.
 
     Raises:
         ValueError: a kind has too few rows for one global batch.
@@ -63,7 +63,7 @@ class EpochSampler(Sampler[list[Key]]):
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self._steps_of_kind = [len(rows) // self._global_batch for rows in self._rows]
         self.steps_per_epoch = sum(self._steps_of_kind)
-        self.step = 0  # the next one that is drawn
+        self.step = 0  # the next step
 
     def __iter__(self) -> Iterator[list[Key]]:
         step = self.step
@@ -74,12 +74,12 @@ class EpochSampler(Sampler[list[Key]]):
             step = (epoch + 1) * self.steps_per_epoch
 
     def _epoch(self, epoch: int, begin: int) -> Iterator[list[int]]:
-        """The rows of this rank at each step of an epoch, from step `begin` of it on."""
+        """The rows of this rank at each step of an epoch, starting at its step `begin`."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         kinds = torch.repeat_interleave(torch.tensor(self._steps_of_kind))
         kinds = kinds[torch.randperm(len(kinds), generator=generator)]
         orders = [torch.randperm(len(rows), generator=generator) for rows in self._rows]
-        nths = torch.empty_like(kinds)  # the how manieth of its kind each step is
+        nths = torch.empty_like(kinds)  # index of each step among the steps of its kind
         for kind, steps in enumerate(self._steps_of_kind):
             nths[kinds == kind] = torch.arange(steps)
         for kind, nth in zip(kinds[begin:].tolist(), nths[begin:].tolist(), strict=True):
@@ -87,15 +87,15 @@ class EpochSampler(Sampler[list[Key]]):
             yield self._rows[kind][block[self.rank :: self.world_size].numpy()].tolist()
 
     def state_dict(self, step: int) -> dict[str, int]:
-        """What is needed to go on after `step` batches were used, not merely drawn ahead."""
+        """The state after `step` batches were used (prefetched batches do not count)."""
         rows = sum(map(len, self._rows))
         return {"step": step, "seed": self.seed, "rows": rows, "global_batch": self._global_batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` left off.
+        """Resume from `state_dict`.
 
         Raises:
-            ValueError: the data, seed or global batch are not the same.
+            ValueError: the data, seed or global batch size differ.
         """
         own = self.state_dict(state["step"])
         if own != state:
@@ -104,13 +104,13 @@ class EpochSampler(Sampler[list[Key]]):
 
 
 class InOrder(Sampler[list[Key]]):
-    """Every row once, in order, for evaluation: rank r has rows r, r + ranks, ...; none twice.
+    """Every row once, in order, for evaluation: rank r has rows r, r + world_size, ...
 
     Args:
-        images: whether each row is an image; a batch has one kind only.
-        batch_size: rows of a batch on one rank; the last one may have fewer.
-        rank: of this process.
-        world_size: how many ranks there are.
+        images: true for images, false for videos, [rows]; a batch has either videos or images.
+        batch_size: rows of a batch on one rank; the last batch may have fewer.
+        rank: rank of this process.
+        world_size: number of ranks.
     """
 
     def __init__(

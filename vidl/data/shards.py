@@ -1,4 +1,4 @@
-"""Clips in webdataset shards: tar files of (clip, caption), read in order, for data at scale."""
+"""Clips in webdataset shards: tar files of (clip, caption), read sequentially, for large data."""
 
 import json
 import random
@@ -19,24 +19,24 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 class ShardStream(IterableDataset[Batch]):
-    """Shuffled batches from tar shards, without an end; needs the package `webdataset`.
+    """Endless shuffled batches from tar shards; needs the package `webdataset`.
 
-    A sample is a clip (mp4, webm, ...) or picture (jpg, ...) and its caption, in `txt` or as
-    "caption" in `json`. Shards are dealt anew in every epoch to the workers of all ranks; every
-    worker goes on to its next epoch by itself. Broken samples are skipped with their caption, and
-    what comes after them moves up.
+    A sample is a clip (mp4, webm, ...) or image (jpg, ...) with its caption in `txt`, or in `json`
+    under "caption". In every epoch the shards are distributed anew over the workers of all ranks;
+    each worker starts its next epoch independently. Broken samples are skipped.
 
-    A resumed run gets the same batches in the same order if it has as many ranks and workers. It
-    reads the shards again from where the epoch began, but decodes nothing of what was used.
+    A resumed run gets the same batches in the same order if the number of ranks and workers is the
+    same. It reads the shards again from the beginning of the epoch, without decoding the samples
+    that were used.
 
     Args:
         shards: files or URLs of the shards.
-        clips: how clips become samples: frames, size, crops, tokens; its rows are not used.
+        clips: the sample options: frames, size, crops, tokens; its rows are not used.
         batch_size: clips of a batch on one rank.
-        kind: what the shards hold: "video" or "image".
-        buffer: samples, still compressed, among which the next one is drawn.
-        rank: of this process.
-        world_size: how many ranks there are.
+        kind: content of the shards: "video" or "image".
+        buffer: size of the shuffle buffer, in compressed samples.
+        rank: rank of this process.
+        world_size: number of ranks.
 
     Raises:
         ValueError: there are fewer shards than workers of all ranks.
@@ -56,37 +56,37 @@ class ShardStream(IterableDataset[Batch]):
         self.shards, self.clips, self.batch_size = sorted(map(str, shards)), clips, batch_size
         self.kind, self.buffer = kind, buffer
         self.rank, self.world_size = rank, world_size
-        self._places: dict[int, tuple[int, int]] = {}  # of each worker: epoch, samples drawn in it
-        self._resumed: int | None = None  # how many workers the run before had
+        self._places: dict[int, tuple[int, int]] = {}  # of each worker: epoch, samples read in it
+        self._resumed: int | None = None  # number of workers of the resumed run
         self.begin(0, 1)
 
     def begin(self, step: int, workers: int) -> None:
-        """Tell where to begin: after `step` batches, of which each worker gave one in turn."""
+        """Start after `step` batches, which the workers returned in turns."""
         if self._resumed not in (None, workers):
             raise ValueError(f"need {self._resumed} workers, as before, got {workers}")
         self._step, self._workers = step, workers
         needed = workers * self.world_size
         if len(self.shards) < needed:
             raise ValueError(
-                f"need at least {needed} shards, one a worker of every rank, got {len(self.shards)}"
+                f"need at least {needed} shards, one per worker and rank, got {len(self.shards)}"
             )
 
-    def handed_out(self, batch: Batch) -> None:
-        """Remember how far the worker of a batch is; the loader calls this."""
+    def returned(self, batch: Batch) -> None:
+        """Record the position of a batch's worker; the loader calls this."""
         if batch.place is not None:
             worker, epoch, drawn = batch.place
             self._places[worker] = (epoch, drawn)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far each worker is: [worker, epoch, samples drawn in it]."""
+        """The position of each worker: [worker, epoch, samples read in it]."""
         places = [[worker, *place] for worker, place in sorted(self._places.items())]
         return {"ranks": self.world_size, "workers": self._workers, "places": places}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` left off.
+        """Resume from `state_dict`.
 
         Raises:
-            ValueError: there are not as many ranks.
+            ValueError: the number of ranks differs.
         """
         if state["ranks"] != self.world_size:
             raise ValueError(f"need {state['ranks']} ranks, as before, got {self.world_size}")
@@ -95,7 +95,7 @@ class ShardStream(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
-        # workers take turns: the one whose turn it is now is the first that the loader asks
+        # workers take turns; the loader asks its first worker for the batch of this step
         worker = ((info.id if info else 0) + self._step) % self._workers
         epoch, drawn = self._places.get(worker, (0, 0))
         samples: list[Sample] = []
@@ -126,7 +126,7 @@ class ShardStream(IterableDataset[Batch]):
     def _epoch(
         self, epoch: int, worker: int, broken: list[tuple[str, str]]
     ) -> Iterator[dict[str, Any]]:
-        """The samples, still compressed, of one worker in one epoch."""
+        """The compressed samples of one worker in one epoch."""
         import webdataset
 
         rng = random.Random(f"{self.clips.seed} {epoch} shards")
@@ -135,7 +135,7 @@ class ShardStream(IterableDataset[Batch]):
 
         def note(error: Exception) -> bool:
             broken.append((str(error.args[-1]), str(error.args[0])))
-            return True  # go on with the next shard
+            return True  # continue with the next shard
 
         return iter(
             webdataset.DataPipeline(
@@ -155,7 +155,7 @@ class ShardStream(IterableDataset[Batch]):
         try:
             caption = json.loads(raw["json"])["caption"] if "json" in raw else raw["txt"].decode()
         except (KeyError, ValueError) as error:
-            raise BrokenClip(name, f"it has no caption in txt or json: {error}") from None
+            raise BrokenClip(name, f"no caption in txt or json: {error}") from None
         captions = [caption] if isinstance(caption, str) else caption
         row = Row(name, kind=self.kind, id=PurePosixPath(raw["__key__"]).name, captions=captions)
         try:

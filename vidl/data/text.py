@@ -1,4 +1,4 @@
-"""Captions to tokens: a vocabulary made of captions, or that of a file, as BERT uses it."""
+"""BERT-style tokenizers: built from captions or loaded from a file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ NAMES = ("tokenizer.json", "vocab.txt")
 
 
 class Tokenizer:
-    """Texts to ids of a fixed length, for the text encoders.
+    """Converts texts to token ids of a fixed length.
 
     Args:
-        tokenizer: of the package `tokenizers`.
+        tokenizer: a `tokenizers.Tokenizer`.
 
     Raises:
-        ValueError: it has none of the tokens [PAD], [CLS], [SEP] and [MASK].
+        ValueError: one of the special tokens [PAD], [UNK], [CLS], [SEP], [MASK] is missing.
     """
 
     def __init__(self, tokenizer: Any):
@@ -30,7 +30,7 @@ class Tokenizer:
         ids = {name: tokenizer.token_to_id(name) for name in SPECIAL}
         missing = [name for name, number in ids.items() if number is None]
         if missing:
-            raise ValueError(f"need a tokenizer as BERT's; this one has no {', '.join(missing)}")
+            raise ValueError(f"need a tokenizer like BERT's, got one without {', '.join(missing)}")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids.values()
 
     def __len__(self) -> int:
@@ -38,21 +38,21 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size()
 
     def __call__(self, texts: Sequence[str], words: int) -> tuple[Tensor, Tensor]:
-        """Tokens of texts, cut or padded to one length.
+        """Tokenize texts, truncated or padded to one length.
 
         Args:
             texts: B texts.
-            words: tokens of each, L, [CLS] and [SEP] among them.
+            words: tokens of each text, L, including [CLS] and [SEP].
 
         Returns:
             ids: int64 [B, L].
-            attention_mask: 1 where there is a token, 0 at padding, int64 [B, L].
+            attention_mask: int64 [B, L], 1 at tokens, 0 at padding.
 
         Raises:
-            ValueError: there is no room for a word.
+            ValueError: words < 3.
         """
         if words < 3:
-            raise ValueError(f"need room for [CLS], a word and [SEP], got words={words}")
+            raise ValueError(f"need words >= 3 for [CLS], a word and [SEP], got {words}")
         ids = torch.full((len(texts), words), self.pad_id)
         mask = torch.zeros(len(texts), words, dtype=torch.int64)
         for row, encoded in enumerate(self._tokenizer.encode_batch(list(texts))):
@@ -64,15 +64,15 @@ class Tokenizer:
         return ids, mask
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, without those that are no words."""
+        """The text of tokens, without special tokens."""
         return self._tokenizer.decode(list(ids))
 
     def tokens(self) -> list[str]:
-        """The vocabulary in the order of its ids; pieces that continue a word begin with ##."""
+        """The vocabulary in the order of ids; pieces that continue a word begin with ##."""
         return [self._tokenizer.id_to_token(number) for number in range(len(self))]
 
     def save(self, file: str | Path) -> None:
-        """Write tokenizer.json; the file appears when it is whole."""
+        """Write tokenizer.json, atomically."""
         file = Path(file)
         unfinished = file.with_name(f".{file.name}.{os.getpid()}")
         unfinished.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -88,20 +88,20 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], *, size: int = 8192) -> Tokenizer:
-    """Make a WordPiece vocabulary of captions, lower case, as BERT's uncased one is.
+    """Build a lower-case WordPiece vocabulary from captions, in the style of bert-base-uncased.
 
-    The most frequent words are tokens, and so are single characters, of which other words are put
-    together. The trainer of the library `tokenizers` finds longer pieces, but others in each run.
+    The tokens are the most frequent words, and all characters, from which other words are composed.
+    The trainer of the library `tokenizers` finds longer pieces, but is not deterministic.
 
     Args:
         texts: the captions of the training set.
-        size: of the vocabulary, at most.
+        size: maximal size of the vocabulary.
 
     Returns:
-        The tokenizer; the same texts give the same one.
+        The tokenizer; a deterministic function of the texts.
 
     Raises:
-        ValueError: the size has no room for the characters.
+        ValueError: `size` is smaller than the number of characters and special tokens.
     """
     from tokenizers import models
 
@@ -113,7 +113,7 @@ def train_tokenizer(texts: Iterable[str], *, size: int = 8192) -> Tokenizer:
     characters = sorted(set("".join(counts)))
     pieces = [*SPECIAL, *characters, *(f"##{character}" for character in characters)]
     if size < len(pieces):
-        raise ValueError(f"need room for {len(pieces)} tokens and characters, got size={size}")
+        raise ValueError(f"need size >= {len(pieces)}, the number of characters, got {size}")
     ranked = sorted(counts, key=lambda word: (-counts[word], word))
     tokens = list(dict.fromkeys([*pieces, *ranked]))[:size]
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -121,7 +121,7 @@ def train_tokenizer(texts: Iterable[str], *, size: int = 8192) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Open a tokenizer.json, BERT's vocab.txt, or a Hugging Face folder that has one of them.
+    """Load a tokenizer.json, a vocab.txt of BERT, or a Hugging Face folder with one of them.
 
     Args:
         path: the file or folder.
@@ -130,7 +130,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         The tokenizer.
 
     Raises:
-        ValueError: there is none, or it is not like BERT's.
+        ValueError: no such file, or the tokenizer is not like BERT's.
     """
     from tokenizers import Tokenizer as Library
     from tokenizers import models
@@ -143,7 +143,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _framed(_bert(models.WordPiece.from_file(str(file), unk_token="[UNK]")))
     try:
         tokenizer = Library.from_file(str(file))
-    except Exception as error:  # the library raises no class of its own
+    except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{file}: not a tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -162,11 +162,11 @@ def _bert(model: Any) -> Any:
 
 
 def _framed(tokenizer: Any) -> Tokenizer:
-    """Puts [CLS] before and [SEP] behind every text."""
+    """A tokenizer that adds [CLS] and [SEP] to every text."""
     from tokenizers import processors
 
     cls, sep = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
-    if cls is not None and sep is not None:  # else Tokenizer says which are missing
+    if cls is not None and sep is not None:  # otherwise Tokenizer raises an error
         tokenizer.add_special_tokens(list(SPECIAL))
         tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
     return Tokenizer(tokenizer)

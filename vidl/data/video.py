@@ -1,7 +1,7 @@
-"""Frames of a video or a picture, as uint8: which instants are read, and by which decoder.
+"""Read frames of a video or image as uint8.
 
-Instants, not frame numbers, choose the frames: a clip is cut into equal spans of time and one
-instant of each is shown, so variable frame rates and headers that miscount need no care.
+Frames are chosen by time, not by number: a clip is cut into equal spans, and the frame shown at one
+instant of each span is read. So variable frame rates and wrong frame counts do not matter.
 """
 
 import bisect
@@ -23,20 +23,20 @@ Source = str | PathLike[str] | bytes
 # it reports damaged frames (docs/contributors/measured.md, 2026-11-22).
 DECODERS = ("pyav", "torchcodec")
 
-# Their decoders leave out, one packet at a time, frames that no other frame refers to.
+# Codecs whose decoder can skip a packet if no other frame refers to its frame.
 SKIPPING = ("h264", "hevc", "mpeg2video", "mpeg4")
 
 
 class BrokenClip(RuntimeError):
-    """A file that cannot be read as a clip: its name, and what is wrong with it.
+    """A file that cannot be read as a clip.
 
     Args:
         name: the file.
-        reason: what is wrong.
+        reason: why it cannot be read.
     """
 
     def __init__(self, name: str, reason: str):
-        super().__init__(name, reason)  # both, so that it can be pickled
+        super().__init__(name, reason)  # both arguments, for pickling
         self.name, self.reason = name, reason
 
     def __str__(self) -> str:
@@ -45,29 +45,29 @@ class BrokenClip(RuntimeError):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a file holds, found by decoding all of it."""
+    """Properties of a video, measured by decoding all of it."""
 
     frames: int
     seconds: float
-    declared: float | None  # what the header says, in seconds
+    declared: float | None  # duration in the header, in seconds
     width: int
     height: int
 
     @property
     def truncated(self) -> bool:
-        """Whether the header promises at least a tenth, and half a second, more than there is."""
+        """Whether the header says more than 10 % and 0.5 s more than the file has."""
         missing = (self.declared or 0) - self.seconds
         return missing > max(0.5, 0.1 * self.seconds)
 
 
 def generator(seed: int, epoch: int, sample: int, purpose: str = "") -> random.Random:
-    """The random numbers of one sample in one epoch: the same in any worker, and after a resume.
+    """The random generator of a sample in an epoch; equal in any worker and after resumption.
 
     Args:
-        seed: of the run.
-        epoch: how often the data were seen before.
-        sample: the row of the data set.
-        purpose: any word; other words give other numbers.
+        seed: seed of the run.
+        epoch: number of the epoch.
+        sample: row of the data set.
+        purpose: any text; different purposes give independent numbers.
     """
     return random.Random(f"{seed} {epoch} {sample} {purpose}")
 
@@ -75,27 +75,27 @@ def generator(seed: int, epoch: int, sample: int, purpose: str = "") -> random.R
 def instants(
     begin: float, end: float, frames: int, rng: random.Random | None = None
 ) -> list[float]:
-    """One instant of each of `frames` equal spans of [begin, end).
+    """One instant in each of `frames` equal spans of [begin, end).
 
     instant i = begin + (i + u_i) (end - begin) / frames,  u_i = 1/2, or uniform in [0, 1)
 
     Args:
-        begin: where the clip begins, in any unit.
-        end: where it ends.
-        frames: how many spans, T.
-        rng: draws a random instant of each span (`rand`); without it the centres (`middle`).
+        begin: begin of the clip, in any unit.
+        end: end of the clip.
+        frames: number of spans, T.
+        rng: draws a random instant of each span (`rand`); None: the centres (`middle`).
 
     Returns:
         T instants, ascending.
 
     Raises:
-        ValueError: fewer than one frame.
+        ValueError: frames < 1.
 
     Source: Temporal Segment Networks, arXiv 1608.00859; `rand` and `middle` of Frozen in Time.
     """
     if frames < 1:
         raise ValueError(f"need at least 1 frame, got {frames}")
-    span = end - begin  # divided last: exact where an instant is that of a frame
+    span = end - begin  # divided last, so that instants of frames are exact
     return [begin + (i + (rng.random() if rng else 0.5)) * span / frames for i in range(frames)]
 
 
@@ -109,27 +109,27 @@ def read_clip(
     stream: int | None = None,
     decoder: str = "auto",
 ) -> Tensor:
-    """Read `frames` pictures spread over a video, or over a part of it.
+    """Read `frames` frames spread over a video, or over a part of it.
 
-    A still picture, or a video with fewer frames than asked for, repeats what it has. A truncated
-    file is read as far as it goes; `inspect` tells.
+    Frames of an image, or of a video with fewer frames than requested, are repeated. A truncated
+    file is read up to its end; `inspect` detects truncation.
 
     Args:
-        source: a file, or the bytes of one.
-        frames: how many, T.
-        rng: random instants (`rand`); without it the middle of each span (`middle`).
-        start: where the part begins, in seconds; default: the first frame.
-        end: where it ends, in seconds; default: the end of the last frame.
-        stream: index of the video stream; default: the one that FFmpeg calls best.
+        source: a file name, or the bytes of a file.
+        frames: number of frames, T.
+        rng: draws random instants (`rand`); None: the middle of each span (`middle`).
+        start: begin of the part, in seconds; default: the first frame.
+        end: end of the part, in seconds; default: the end of the last frame.
+        stream: index of the video stream; default: FFmpeg's best stream.
         decoder: "pyav", "torchcodec" or "auto".
 
     Returns:
-        The pictures, upright, RGB: uint8 [T, H, W, 3]. `as_clip` views it as [3, T, H, W].
+        The frames, upright, RGB: uint8 [T, H, W, 3]. `as_clip` views them as [3, T, H, W].
 
     Raises:
-        BrokenClip: the file cannot be read, has no such part, or a frame is damaged.
-        RuntimeError: the decoder that was asked for cannot run here.
-        ValueError: fewer than one frame, or no such decoder.
+        BrokenClip: the file cannot be read, does not have the part, or a frame is damaged.
+        ModuleNotFoundError, RuntimeError: the decoder cannot run here; see `choose_decoder`.
+        ValueError: frames < 1, or unknown decoder.
     """
     if frames < 1:
         raise ValueError(f"need at least 1 frame, got {frames}")
@@ -137,20 +137,20 @@ def read_clip(
     read = {"pyav": _read_by_pyav, "torchcodec": _read_by_torchcodec}[choose_decoder(decoder)]
     try:
         return read(source, part, stream)
-    # What the libraries raise on junk; av.error.FFmpegError is an OSError or a ValueError.
+    # The errors of the libraries; av.error.FFmpegError is an OSError or a ValueError.
     except (OSError, ValueError, RuntimeError, IndexError) as error:
         raise BrokenClip(name_of(source), reason_of(error)) from error
 
 
 def inspect(source: Source, *, stream: int | None = None) -> Facts:
-    """Decode every frame of a video or picture with PyAV, and keep none.
+    """Decode every frame of a video or image with PyAV, without keeping them.
 
     Args:
-        source: a file, or the bytes of one.
-        stream: as `read_clip` has it.
+        source: a file name, or the bytes of a file.
+        stream: see `read_clip`.
 
     Returns:
-        How many frames there are, of which size, and how long they last.
+        Number and size of the frames, and the duration.
 
     Raises:
         BrokenClip: the file cannot be read, or frames of it are damaged.
@@ -165,7 +165,7 @@ def inspect(source: Source, *, stream: int | None = None) -> Facts:
                 damaged += frame.is_corrupt
                 width, height = frame.width, frame.height
             if not times:
-                raise ValueError("it has no frames")
+                raise ValueError("no frames")
             ticks = max(times) + _last_ticks(video, packets) - min(times)
             seconds, declared = float(ticks * video.time_base), _declared(container, video)
     except (OSError, ValueError, RuntimeError, IndexError) as error:
@@ -176,24 +176,24 @@ def inspect(source: Source, *, stream: int | None = None) -> Facts:
 
 
 def as_clip(pictures: Tensor) -> Tensor:
-    """View pictures [..., T, H, W, 3] as a clip [..., 3, T, H, W], as the ops take it; no copy."""
+    """View frames [..., T, H, W, 3] as a clip [..., 3, T, H, W] for the ops; no copy."""
     return pictures.movedim(-1, -4)
 
 
 def name_of(source: Source) -> str:
-    """What messages call a source."""
+    """The name of a source in messages."""
     return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
 
 
 def reason_of(error: Exception) -> str:
-    """One line that says what went wrong, without the file's name, which stands before it."""
+    """The message of an error in one line, without the name of the file."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())[:200]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which instants of a video are wanted; the arguments of `read_clip` have these names."""
+    """The requested instants of a video; the fields are arguments of `read_clip`."""
 
     frames: int
     rng: random.Random | None
@@ -201,18 +201,18 @@ class Part:
     end: float | None
 
     def instants(self, begin: float, end: float, second: float = 1) -> list[float]:
-        """The wanted instants of a video from `begin` to `end`, which count `second` a second."""
+        """The requested instants of a video from `begin` to `end`, in units of 1/`second` s."""
         first = begin if self.start is None else max(begin, self.start * second)
         last = end if self.end is None else min(end, self.end * second)
         if first >= last:
             wanted = f"{self.start or 0:g} s to {math.inf if self.end is None else self.end:g} s"
-            has = f"{begin / second:g} s to {end / second:g} s"
-            raise ValueError(f"need frames from {wanted}, it has those from {has}")
+            given = f"{begin / second:g} s to {end / second:g} s"
+            raise ValueError(f"need frames from {wanted}, got a video from {given}")
         return instants(first, last, self.frames, self.rng)
 
 
-# PyAV. All packets (compressed frames) of the part are read before the first is decoded, so that
-# the instant of each frame is known, and packets on which no wanted frame depends are left out.
+# The functions for PyAV read all packets (compressed frames) of the part before they decode the
+# first one. So the time of each frame is known, and packets that no wanted frame needs are skipped.
 
 
 def _open(source: Source) -> Any:
@@ -223,16 +223,16 @@ def _open(source: Source) -> Any:
 
 def _stream(container: Any, index: int | None) -> Any:
     if index is None:
-        found = container.streams.best("video")
-        if found is None:
-            raise ValueError("it has no video stream")
+        stream = container.streams.best("video")
+        if stream is None:
+            raise ValueError("no video stream")
     else:
-        videos = {stream.index: stream for stream in container.streams.video}
+        videos = {video.index: video for video in container.streams.video}
         if index not in videos:
             raise ValueError(f"need a video stream among {sorted(videos)}, got {index}")
-        found = videos[index]
-    found.codec_context.thread_count = 1  # the workers of a loader share the cores already
-    return found
+        stream = videos[index]
+    stream.codec_context.thread_count = 1  # the workers of a loader already use all cores
+    return stream
 
 
 def _read_by_pyav(source: Source, part: Part, index: int | None) -> Tensor:
@@ -243,29 +243,29 @@ def _read_by_pyav(source: Source, part: Part, index: int | None) -> Tensor:
         packets = _packets(container, stream, part.start or 0, part.end or math.inf)
         pictures = None
         if _timed(stream, packets):
-            pictures = _pictures(stream, packets, part, _times(packets), leave_out=True)
-        if pictures is None:  # also if a packet's frame is not shown, as the hidden ones of VP8
+            pictures = _pictures(stream, packets, part, _times(packets), skip=True)
+        if pictures is None:  # no times, or hidden frames as in VP8
             times = sorted(time for time, _ in _decode(stream, packets))
-            pictures = _pictures(stream, packets, part, times, leave_out=False)
+            pictures = _pictures(stream, packets, part, times, skip=False)
         if pictures is None:
-            raise ValueError("its frames are others when they are decoded again")
+            raise ValueError("decoding twice gives different frames")
     return torch.from_numpy(numpy.stack(pictures))
 
 
 def _pictures(
-    stream: Any, packets: list[Any], part: Part, times: list[int], *, leave_out: bool
+    stream: Any, packets: list[Any], part: Part, times: list[int], *, skip: bool
 ) -> list[Any] | None:
-    """The wanted pictures, of frames shown at these times; None if one is not there."""
+    """The requested frames, given the times of all frames; None if one is missing."""
     import numpy
 
     if not times:
-        raise ValueError("it has no frames")
+        raise ValueError("no frames")
     scale, origin = stream.time_base, stream.start_time or 0
     ends = times[0] - origin, times[-1] + _last_ticks(stream, packets) - origin
     ticks = part.instants(*ends, second=float(1 / scale))
     wanted = [times[max(0, bisect.bisect_right(times, origin + t) - 1)] for t in ticks]
     pictures: dict[int, Any] = {}
-    for time, frame in _decode(stream, packets, set(wanted) if leave_out else None):
+    for time, frame in _decode(stream, packets, set(wanted) if skip else None):
         if time not in wanted:
             continue
         at = f"the frame at {float((time - origin) * scale):.2f} s"
@@ -273,52 +273,52 @@ def _pictures(
             raise ValueError(f"{at} is damaged")
         picture = numpy.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
         if pictures and picture.shape != next(iter(pictures.values())).shape:
-            raise ValueError(f"{at} has another size than those before it")
+            raise ValueError(f"{at} has another size than the frames before it")
         pictures[time] = picture
     return [pictures[time] for time in wanted] if pictures.keys() >= set(wanted) else None
 
 
 def _packets(container: Any, stream: Any, start: float, end: float) -> list[Any]:
-    """The packets of a part, in the order of the file and from a key frame on."""
+    """The packets of a part in file order, starting at a key frame."""
     origin, second = stream.start_time or 0, 1 / stream.time_base
-    margin = second  # frames are shown later than their packets come
-    # where frames have no times they are counted, from the first one on
+    margin = second  # frames are shown later than their packets arrive
+    # frames without times are counted from the first frame, so no seeking then
     if start > 1 and stream.start_time is not None and container.format.name != "avi":
         container.seek(int(origin + start * second - margin), stream=stream)
     stop = origin + end * second + margin
-    found: list[Any] = []
+    packets: list[Any] = []
     try:
         for packet in container.demux(stream):
             if packet.dts is not None and packet.dts > stop:
                 break
-            # the one at the end of a truncated file is not whole
-            if packet.size and not packet.is_corrupt and (found or packet.is_keyframe):
-                found.append(packet)
+            # the last packet of a truncated file is incomplete
+            if packet.size and not packet.is_corrupt and (packets or packet.is_keyframe):
+                packets.append(packet)
     except (OSError, ValueError):
-        if not found:  # else what there is of the file can be read
+        if not packets:  # otherwise use what could be read
             raise
-    return found
+    return packets
 
 
 def _timed(stream: Any, packets: list[Any]) -> bool:
-    """Whether packets know when their frames are shown; in AVI they know the order only."""
+    """Whether packets have the times of their frames; in AVI they only have an order."""
     has_times = stream.container.format.name != "avi"
     return has_times and all(packet.pts is not None for packet in packets)
 
 
 def _times(packets: list[Any]) -> list[int]:
-    """When frames are shown, ascending, in ticks of the stream, as the packets tell."""
+    """The times of the frames in ticks of the stream, ascending, from the packets."""
     return sorted(packet.pts for packet in packets if not packet.is_discard)
 
 
 def _ticks(stream: Any) -> int:
-    """How long a frame is shown, where nothing else tells."""
+    """Duration of a frame in ticks, from the frame rate."""
     rate = stream.average_rate or stream.guessed_rate or 25
     return max(1, round(1 / (rate * stream.time_base)))
 
 
 def _last_ticks(stream: Any, packets: list[Any]) -> int:
-    """How long the last frame is shown."""
+    """Duration of the last frame in ticks."""
     if not _timed(stream, packets):
         return _ticks(stream)
     shown = ((packet.pts, packet.duration) for packet in packets if not packet.is_discard)
@@ -328,7 +328,7 @@ def _last_ticks(stream: Any, packets: list[Any]) -> int:
 def _decode(
     stream: Any, packets: list[Any], wanted: set[int] | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """Decode all frames, or at least those shown at the wanted times, and when each is shown."""
+    """Time and frame of all frames, or at least of those shown at the wanted times."""
     context, timed = stream.codec_context, _timed(stream, packets)
     number = 0
     for run in [packets] if wanted is None else _runs(packets, wanted):
@@ -339,12 +339,12 @@ def _decode(
 
 
 def _runs(packets: list[Any], wanted: set[int]) -> Iterator[list[Any]]:
-    """Runs of packets, each from a key frame on, that hold the wanted frames."""
+    """Runs of packets with the wanted frames; each run starts at a key frame."""
     keys = [number for number, packet in enumerate(packets) if packet.is_keyframe]
     spans = []
     for number, packet in enumerate(packets):
         if packet.pts in wanted:
-            # frames behind a key frame, but shown before it, refer to the key frame before
+            # frames after a key frame but shown before it refer to the previous key frame
             before = (k for k in reversed(keys[: bisect.bisect_right(keys, number)]))
             key = next((k for k in before if packets[k].pts <= packet.pts), 0)
             spans.append((key, number))
@@ -358,7 +358,7 @@ def _runs(packets: list[Any], wanted: set[int]) -> Iterator[list[Any]]:
 
 
 def _decode_run(context: Any, packets: list[Any], wanted: set[int] | None = None) -> Iterator[Any]:
-    """All frames of these packets, but for some that are not wanted and that none refers to."""
+    """The frames of these packets, without unwanted frames that no other frame refers to."""
     for packet in packets:
         skip = wanted is not None and packet.pts not in wanted and context.name in SKIPPING
         context.skip_frame = "NONREF" if skip else "DEFAULT"
@@ -372,9 +372,6 @@ def _declared(container: Any, stream: Any) -> float | None:
     return container.duration / 1e6 if container.duration else None
 
 
-# torchcodec
-
-
 def _read_by_torchcodec(source: Source, part: Part, index: int | None) -> Tensor:
     from torchcodec.decoders import VideoDecoder
 
@@ -386,17 +383,14 @@ def _read_by_torchcodec(source: Source, part: Part, index: int | None) -> Tensor
     )
     begin, end = decoder.metadata.begin_stream_seconds, decoder.metadata.end_stream_seconds
     if begin is None or end is None:
-        raise ValueError("it has no frames")
-    # its frames begin at rounded seconds: what begins with a frame must not fall before it
+        raise ValueError("no frames")
+    # torchcodec rounds the times of frames: an instant at a frame must not fall before it
     seconds = [min(instant + 1e-6, end - 1e-6) for instant in part.instants(begin, end)]
     return decoder.get_frames_played_at(seconds).data
 
 
-# Which decoder
-
-
 def choose_decoder(decoder: str = "auto") -> str:
-    """Name the decoder that a call runs on.
+    """The decoder that a call uses.
 
     Args:
         decoder: "pyav", "torchcodec" or "auto".
@@ -427,12 +421,12 @@ def choose_decoder(decoder: str = "auto") -> str:
 
 @functools.cache
 def why_not(decoder: str) -> str | None:
-    """The reason why a decoder cannot decode here, or None: it is given a clip.
+    """The reason why a decoder cannot run here, or None; decodes a small clip to find out.
 
     Args:
         decoder: one of `DECODERS`.
     """
-    # two grey frames, uncompressed: enough to find FFmpeg missing, which importing does not
+    # two uncompressed grey frames: decoding detects a missing FFmpeg, importing does not
     clip = b"YUV4MPEG2 W16 H16 F1:1 Ip A1:1 C420jpeg\n" + 2 * (b"FRAME\n" + bytes(16 * 16 * 3 // 2))
     probe = {"pyav": _frames_by_pyav, "torchcodec": _frames_by_torchcodec}[decoder]
     try:
@@ -440,7 +434,7 @@ def why_not(decoder: str) -> str | None:
         return None if count == 2 else f"decoded {count} frames of 2"
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
-    except Exception as error:  # whatever a library that is half there raises is the reason
+    except Exception as error:  # a partly installed library may raise any error
         return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 

@@ -108,9 +108,7 @@ def multiple_choice(
 
     def check(row: Row) -> bool:
         if not row.options or row.correct is None:
-            raise ValueError(
-                f"need options and the correct one in each row, got none for {row.media}"
-            )
+            raise ValueError(f"need options and the correct one of each row, got {row}")
         return True
 
     return _answer_all(model, dataset, options, right, check)

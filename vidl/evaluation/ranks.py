@@ -47,8 +47,7 @@ def ranks(scores: Tensor, correct: Tensor) -> Tensor:
     """
     if scores.ndim != 2 or scores.shape != correct.shape:
         raise ValueError(
-            "need scores and correct [num_queries, candidates], got "
-            f"{tuple(scores.shape)} and {tuple(correct.shape)}"
+            f"need two [num_queries, candidates], got {tuple(scores.shape)}, {tuple(correct.shape)}"
         )
     if not scores.shape[1]:
         return torch.ones(len(scores), dtype=torch.int64, device=scores.device)

@@ -60,8 +60,8 @@ class Retrieval:
         lines = [f"{title:<32}" + "".join(f"{name:>9}" for name in names)]
         groups = {"": self.rankings, f", top {self.rerank} re-ranked": self.reranked}
         for suffix, rankings in groups.items():
-            for key, ranking in rankings.items():
-                values = [*ranking.recall.values(), ranking.median, ranking.mean]
+            for key, ranked in rankings.items():
+                values = [*ranked.recall.values(), ranked.median, ranked.mean]
                 cells = "".join(f"{value:>9.1f}" for value in values)
                 lines.append(f"{DIRECTIONS[key] + suffix:<32}{cells}")
         return "\n".join(lines + broken_lines(self.broken))
@@ -134,9 +134,7 @@ def _captions(gallery: Gallery) -> tuple[list[str], Tensor]:
     for clip, rows in enumerate(gallery.rows):
         own = [text for row in rows for text in gallery.dataset.row(row).captions]
         if not own:
-            raise ValueError(
-                f"need a caption of every clip, got none for {gallery.row(clip).media}"
-            )
+            raise ValueError(f"need a caption of every clip, got none of {gallery.row(clip).media}")
         captions += own
         clip_of += [clip] * len(own)
     return captions, torch.tensor(clip_of)
@@ -205,8 +203,9 @@ def _similarities(
     features, similarities = texts.features.to(device_of(model)), []
     kept: dict[int, Tensor] = {}
     for numbers, tokens in encoded_clips(model, gallery, options, broken):
-        rows = model.similarity(model.clip_features(tokens), features).cpu()
-        similarities.append((numbers, rows))
+        similarities.append(
+            (numbers, model.similarity(model.clip_features(tokens), features).cpu())
+        )
         if keep:
             kept |= zip(numbers, tokens.cpu(), strict=True)
     return similarities, kept

@@ -69,7 +69,7 @@ class Answering(nn.Module):
         """The loss of a batch of questions.
 
         Args:
-            video, ids, attention_mask, samples, step, words: see `TwoTowers.forward`.
+            video, ids, attention_mask, samples, step, words: see `TwoTowers`.
             answers: [B] int64, from `numbers`; unknown answers are ignored. None: the first answer
                 for every question, for a trial run.
             clip_ids: not used.

@@ -98,7 +98,7 @@ class Mac(TwoTowers):
     ) -> dict[str, Tensor]:
         """The loss of a batch: "loss" and "vtc" are the same scalar.
 
-        Arguments and errors are those of `TwoTowers.forward`.
+        Arguments and errors are those of `TwoTowers`.
         """
         r = self.recipe
         v = self.embed_clips(video, r.visual_mask(samples, step))

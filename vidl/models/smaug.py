@@ -174,7 +174,7 @@ class Smaug(TwoTowers):
     ) -> dict[str, Tensor]:
         """The losses of a batch: "loss", their weighted sum, "vtc", "vtm", "mlm" and "mvm".
 
-        Arguments and errors are those of `TwoTowers.forward`.
+        Arguments and errors are those of `TwoTowers`.
         """
         r = self.recipe
         mask = r.visual_mask(samples, step)

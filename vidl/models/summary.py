@@ -99,8 +99,7 @@ def summarize(model: Any, *, batch: int = 2, words: int = 32, steps: int = 0) ->
     if batch < 2 or words < 1 or steps < 0:
         raise ValueError(f"need batch >= 2, words >= 1, steps >= 0, got {batch}, {words}, {steps}")
     device = next(model.parameters()).device
-    recipes = model.recipe.variants()
-    variants = {name: type(model)(recipe).to(device) for name, recipe in recipes.items()}
+    variants = {name: type(model)(r).to(device) for name, r in model.recipe.variants().items()}
     costs = {name: _count(variant, batch, words) for name, variant in variants.items()}
     if steps:
         for name, seconds in _time(variants, batch, words, steps).items():

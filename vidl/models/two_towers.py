@@ -15,7 +15,23 @@ from vidl.objectives import ContrastiveLoss
 class TwoTowers(nn.Module, ABC):
     """A clip encoder, a text encoder and a projection of each, as retrieval needs them.
 
-    A subclass creates these modules and implements `encode_clips` and `forward`.
+    A subclass creates these modules and implements `encode_clips` and `forward`. Arguments and
+    result of `forward` are:
+
+    Args:
+        video: [B, 3, T, H, W], uint8 or normalised; any strides.
+        ids: captions, [B, L] int64.
+        attention_mask: [B, L], nonzero where there is a word.
+        samples: index of each sample in the data set, [B] int64.
+        step: training step; masks and negatives depend on `step` and `samples`.
+        clip_ids: [B] int64, the clip of each sample; None: all differ.
+        words: an upper bound of the words in `ids`; see `vidl.nn.Bert`.
+
+    Returns:
+        "loss", the weighted sum, and each loss by its name: float32 scalars.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: from the ops and modules that the model calls.
     """
 
     recipe: Any
@@ -24,36 +40,6 @@ class TwoTowers(nn.Module, ABC):
     project_clip: Projection
     project_text: Projection
     contrast: ContrastiveLoss
-
-    @abstractmethod
-    def forward(
-        self,
-        video: Tensor,
-        ids: Tensor,
-        attention_mask: Tensor,
-        samples: Tensor,
-        step: int | Tensor = 0,
-        *,
-        clip_ids: Tensor | None = None,
-        words: int | None = None,
-    ) -> dict[str, Tensor]:
-        """The losses of a batch.
-
-        Args:
-            video: [B, 3, T, H, W], uint8 or normalised; any strides.
-            ids: captions, [B, L] int64.
-            attention_mask: [B, L], nonzero where there is a word.
-            samples: index of each sample in the data set, [B] int64.
-            step: training step; masks and negatives depend on `step` and `samples`.
-            clip_ids: [B] int64, the clip of each sample; None: all differ.
-            words: an upper bound of the words in `ids`; see `vidl.nn.Bert`.
-
-        Returns:
-            "loss", the weighted sum, and each loss by its name: float32 scalars.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: from the ops and modules that the model calls.
-        """
 
     @abstractmethod
     def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:

@@ -75,8 +75,7 @@ class ContrastiveLoss(nn.Module):
         _check(video, text, clip_ids)
         if video.shape[0] != text.shape[0]:
             raise ValueError(
-                "need the same number of clips and captions, got "
-                f"{tuple(video.shape)} and {tuple(text.shape)}"
+                f"need a caption for each clip, got {tuple(video.shape)} and {tuple(text.shape)}"
             )
         if isinstance(self.temperature, nn.Parameter) and self.training:
             with torch.no_grad():

@@ -27,8 +27,7 @@ def masked_word_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
-            "need logits [M, vocabulary] and labels [M], got "
-            f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+            f"need logits [M, words], labels [M], got {tuple(logits.shape)}, {tuple(labels.shape)}"
         )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")

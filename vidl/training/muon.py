@@ -19,8 +19,8 @@ class Muon(torch.optim.AdamW):
     Muon updates are scaled to the root mean square of AdamW updates, about 0.2, so that both kinds
     of groups share one learning rate and weight decay. `torch.optim.Muon` computes in bfloat16
     everywhere, which most CPUs emulate; this class does so on CUDA only, and batches matrices of
-    the same shape. Sources: Muon, https://kellerjordan.github.io/posts/muon; the scale: Muon is Scalable for
-    LLM Training, arXiv 2502.16982, 2.2.
+    the same shape. Sources: Muon, https://kellerjordan.github.io/posts/muon; the scale: Muon is
+    Scalable for LLM Training, arXiv 2502.16982, 2.2.
 
     Args:
         params: parameter groups, see `torch.optim.AdamW`. Groups with `orthogonal=True` need

@@ -51,8 +51,8 @@ def folder_of(path: str | Path) -> Path:
         if (folder / "config.yaml").is_file() and (folder / "tokenizer.json").is_file():
             return folder
     raise ValueError(
-        "need the folder of a run (with config.yaml and tokenizer.json), or one of its checkpoints, "
-        f"got {path}"
+        "need the folder of a run (with config.yaml and tokenizer.json) or one of its "
+        f"checkpoints, got {path}"
     )
 
 
