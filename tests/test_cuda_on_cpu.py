@@ -13,7 +13,7 @@ OPS = sorted(
     for file in emulated.EMULATOR.glob("test_*.cpp")
     if (emulated.ROOT / "csrc" / file.stem.removeprefix("test_") / "cuda.cu").is_file()
 )
-# Planted bugs in the kernels of an op: a part of the source, which occurs once, and the replacement.
+# Planted bugs in the kernels of an op: a part of the source (it occurs once), its replacement.
 BUGS = {
     "masked_patch_embed": {
         "copies are not waited for": ("cp_async_wait();", ""),
@@ -23,8 +23,8 @@ BUGS = {
         ),
         "interleaved channels are read as planes": ("patch[(p + i) * C + c]", "patch[p + i]"),
         "the last column of a position is not written": (
-            "d < position.D; d += 32 * n",
-            "d < position.D - 1; d += 32 * n",
+            "c < position.C; c += 32 * n",
+            "c < position.C - 1; c += 32 * n",
         ),
         "ids of the next step arrive too early": (
             "      __syncthreads();\n    }\n  }\n  if (n >= rows.N)",
@@ -115,7 +115,7 @@ BUGS = {
         "tokens with infinite weights are fused": ("used[i] = used[i] && is_finite(scale[i]);", ""),
         "groups of rows are left out": ("sum[e] += __shfl_xor_sync(kAllLanes, sum[e], d);", ";"),
         "blocks of packed samples overlap": ("/ plan.rows + i;", "/ plan.rows;"),
-        "the mean is not subtracted": ("given[e] - centre[e]", "given[e]"),
+        "the mean is not subtracted": ("row[e] - centre[e]", "row[e]"),
         "dropped rows get no gradient": ("zeros.store(to + c);", ";"),
     },
     "space_time_attention": {
