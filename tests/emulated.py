@@ -24,7 +24,7 @@ CXX = os.environ.get("CXX", "g++")
 
 FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread", "-fPIC"]
 FLAGS += ["-fvisibility=hidden", f"-I{ROOT / 'csrc'}", f"-I{EMULATOR}"]
-# A program has one size of heads only, and compiles in a fraction of the time.
+# Programs are compiled for one head size only, in a fraction of the time.
 FEW = ["-DVIDL_HEAD_SIZES=32"]
 KINDS = {
     "plain": ["-O2"],
@@ -37,14 +37,14 @@ KINDS = {
 
 @functools.cache
 def load() -> None:
-    """Register the CUDA code of every op for CPU tensors, as the backend "emulated"."""
+    """Register the CUDA code of every op for CPU tensors as the backend "emulated"."""
     file = build()
     library.add_backend("emulated")
     torch.ops.load_library(file)
 
 
 def build() -> Path:
-    """The operator library: every .cu emulated, and the host code of those ops."""
+    """The operator library: every cuda.cu, emulated, and the host code of its op."""
     torch_dir = Path(torch.__file__).parent
     host = [f"-isystem{torch_dir / 'include'}", "-DVIDL_EMULATED"]
     host += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
@@ -56,11 +56,11 @@ def build() -> Path:
 
 
 def program(name: str, kind: str = "plain", bug: tuple[str, str] | None = None) -> Path:
-    """The program of cuda_on_cpu/test_<name>.cpp, with the kernels of the op `name` if it is one.
+    """The program of cuda_on_cpu/test_<name>.cpp, with the kernels of the op `name`, if any.
 
     Args:
-        kind: of `KINDS`: an ordinary build, or one with sanitizers.
-        bug: a line of the kernels, or a part of it, and what takes its place, once.
+        kind: a key of `KINDS`: an ordinary build, or one with sanitizers.
+        bug: a part of the source of the kernels, which occurs once, and its replacement.
     """
     sources: list[tuple[Path, list[str]]] = [(EMULATOR / f"test_{name}.cpp", [])]
     if (kernels := ROOT / f"csrc/{name}/cuda.cu").is_file():
@@ -69,7 +69,7 @@ def program(name: str, kind: str = "plain", bug: tuple[str, str] | None = None) 
 
 
 def _planted(kernels: Path, right: str, wrong: str) -> Path:
-    """A copy of an op's kernels, with its headers in their places, and with a bug."""
+    """A copy of the kernels of an op with inlined headers and a planted bug."""
     text = _inlined(kernels, set())
     assert text.count(right) == 1, f"{text.count(right)} times: {right}"
     text = text.replace(right, wrong)
@@ -80,7 +80,7 @@ def _planted(kernels: Path, right: str, wrong: str) -> Path:
 
 
 def _inlined(source: Path, seen: set[Path]) -> str:
-    """A source with the headers of csrc/ in their places, each once."""
+    """A source with every header of csrc/ inlined once."""
 
     def text(include: re.Match[str]) -> str:
         header = ROOT / "csrc" / include[1]
@@ -98,7 +98,7 @@ def _link(
     name: str, sources: Sequence[tuple[Path, list[str]]], kind: list[str], link: list[str]
 ) -> Path:
     if shutil.which(CXX) is None:
-        pytest.skip(f"needs a C++ compiler, {CXX} is not there")
+        pytest.skip(f"needs a C++ compiler, but {CXX} is not installed")
     with _locked(name):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda s: _compile(s[0], [*kind, *s[1]]), sources))
@@ -118,14 +118,14 @@ def _compile(source: Path, flags: list[str]) -> Path:
 
 
 def _with_headers(file: Path) -> set[Path]:
-    """A source and those of our headers that it includes, directly or not."""
-    found, todo = set(), [file]
+    """A source and our headers that it includes, directly or indirectly."""
+    files, todo = set(), [file]
     while todo:
-        found.add(file := todo.pop())
+        files.add(file := todo.pop())
         for name in re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE):
             headers = (folder / name for folder in (ROOT / "csrc", EMULATOR))
-            todo += [header for header in headers if header.is_file() and header not in found]
-    return found
+            todo += [header for header in headers if header.is_file() and header not in files]
+    return files
 
 
 def _hash(words: Sequence[str], contents: Sequence[bytes]) -> str:
@@ -141,7 +141,7 @@ def _compiler() -> str:
 
 
 def _make(file: Path, arguments: list[str]) -> None:
-    """Run the compiler unless `file` is there; it appears when it is complete."""
+    """Compile `file` unless it exists. It appears atomically."""
     if file.exists():
         return
     unfinished = file.with_name(f"{os.getpid()}-{file.name}")
@@ -153,7 +153,7 @@ def _make(file: Path, arguments: list[str]) -> None:
 
 @contextmanager
 def _locked(name: str) -> Iterator[None]:
-    """One process at a time: pytest-xdist's workers all want the same file."""
+    """Let one process at a time build a file: all workers of pytest-xdist need it."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

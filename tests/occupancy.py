@@ -26,18 +26,18 @@ from vidl.ops import (
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What its blocks share; a warp's registers come in units of 256, a block's bytes of 128."""
+    """Resources of its blocks; allocated in units of 256 registers a warp and 128 bytes a block."""
 
-    shared: int  # bytes, of which a block takes 1024 for the system
+    shared: int  # bytes; every block takes 1024 more for the system
     blocks: int = 32
     threads: int = 2048
     registers: int = 65536
 
     def resident(self, threads: int, registers: int, shared: int) -> int:
-        """How many blocks of a kernel it has at once."""
+        """The number of blocks of a kernel that run at once."""
         warps = -(-threads // 32)
         per_warp = -(-registers * 32 // 256) * 256
-        by_registers = self.registers // 4 // per_warp * 4 // warps  # a quarter has whole warps
+        by_registers = self.registers // 4 // per_warp * 4 // warps  # in four partitions
         by_shared = self.shared // (-(-shared // 128) * 128 + 1024)
         return min(self.blocks, self.threads // (warps * 32), by_registers, by_shared)
 
@@ -55,7 +55,7 @@ def attention(size: int, shared: bool = False) -> None:
 
 
 def patches(dtype: torch.dtype, side: int = 16) -> None:
-    """Forward and backward from a clip, whose pixels have gradients too unless they are uint8."""
+    """Forward and backward from a clip, with gradients of the pixels unless they are uint8."""
     size = (1, 3, 2, 2 * side, 2 * side)
     video = torch.zeros(size, dtype=dtype, requires_grad=dtype.is_floating_point)
     weight = torch.randn(64, 3, 1, side, side).bfloat16().requires_grad_()
@@ -71,17 +71,16 @@ def loss(dtype: torch.dtype, target: str) -> None:
     video = torch.zeros(1, 3, 2, 32, 32, dtype=dtype)
     prediction = torch.randn(1, 3, 768).bfloat16().requires_grad_()
     ids_mask = torch.tensor([[0, 3, 6]])
-    found = masked_patch_loss(
+    masked_patch_loss(
         prediction, video, ids_mask, patch_size=16, target=target, backend="emulated"
-    )
-    found.backward()
+    ).backward()
 
 
 def selection(fuse: str | None) -> None:
-    """Forward and backward of 196 tokens of 768 channels, of which 0.7 stay."""
+    """Forward and backward of 196 tokens of 768 channels, keeping 0.7 of them."""
     x = torch.randn(1, 197, 768).bfloat16().requires_grad_()
-    found = select_tokens(x, torch.rand(1, 196), 0.7, fuse=fuse, prefix=1, backend="emulated")
-    found.tokens.float().sum().backward()
+    selected = select_tokens(x, torch.rand(1, 196), 0.7, fuse=fuse, prefix=1, backend="emulated")
+    selected.tokens.float().sum().backward()
 
 
 EXAMPLES: dict[str, Callable[[], None]] = {
@@ -111,7 +110,7 @@ class Launch:
 
 
 def launches(example: Callable[[], None]) -> list[Launch]:
-    """Those of an example, in their order."""
+    """The launches of an example, in order."""
     symbols = {}
     listing = subprocess.run(["nm", emulated.build()], capture_output=True, text=True, check=True)
     for line in listing.stdout.splitlines():
@@ -129,7 +128,7 @@ def launches(example: Callable[[], None]) -> list[Launch]:
 
 
 def compiled(architecture: str) -> dict[str, test_nvcc.Kernel]:
-    """All kernels by their names, in heads of 64 where a source has sizes."""
+    """All kernels by name; of attention those with a head size of 64."""
     return {
         kernel.name: kernel
         for source in test_nvcc.SOURCES
@@ -138,7 +137,7 @@ def compiled(architecture: str) -> dict[str, test_nvcc.Kernel]:
 
 
 def rows() -> Iterator[str]:
-    """The table's, and an error if no example launches some kernel."""
+    """The rows of the table. Fails if no example launches a kernel."""
     kernels = {architecture: compiled(architecture) for architecture in MULTIPROCESSORS}
     seen: set[Launch] = set()
     for name, example in EXAMPLES.items():
@@ -162,9 +161,10 @@ def rows() -> Iterator[str]:
 
 HEAD = """# CUDA kernels: registers, shared memory and occupancy
 
-As compiled, not as measured: what ptxas says, what a launch asks for, and how many blocks a
-multiprocessor then has at once; occupancy is their warps out of 64. No kernel spills. Attention has
-heads of 64 in bfloat16, with scores; of kernels in several dtypes one is shown.
+Compiled, not measured: the registers that ptxas reports, the shared memory of a launch, and the
+number of blocks that then run at once on a multiprocessor; occupancy is their warps out of 64. No
+kernel spills. Attention is shown for a head size of 64 in bfloat16 with scores, other kernels for
+one of their dtypes.
 
 `python tests/occupancy.py > docs/contributors/occupancy.md` writes this page ({compiler}).
 """

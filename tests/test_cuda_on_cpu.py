@@ -1,4 +1,4 @@
-"""The CUDA emulator finds what it should, and finds nothing in our kernels under the sanitizers."""
+"""The CUDA emulator detects planted bugs, and the sanitizers report nothing for our kernels."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ OPS = sorted(
     for file in emulated.EMULATOR.glob("test_*.cpp")
     if (emulated.ROOT / "csrc" / file.stem.removeprefix("test_") / "cuda.cu").is_file()
 )
-# Bugs for the kernels of an op: what is right once in them, and what takes its place.
+# Planted bugs in the kernels of an op: a part of the source (it occurs once), its replacement.
 BUGS = {
     "masked_patch_embed": {
         "copies are not waited for": ("cp_async_wait();", ""),
@@ -21,10 +21,10 @@ BUGS = {
             "__syncwarp();  // all lanes' pixels are there",
             "",
         ),
-        "channels of a pixel are taken for planes": ("patch[(p + i) * C + c]", "patch[p + i]"),
+        "interleaved channels are read as planes": ("patch[(p + i) * C + c]", "patch[p + i]"),
         "the last column of a position is not written": (
-            "d < position.D; d += 32 * n",
-            "d < position.D - 1; d += 32 * n",
+            "c < position.C; c += 32 * n",
+            "c < position.C - 1; c += 32 * n",
         ),
         "ids of the next step arrive too early": (
             "      __syncthreads();\n    }\n  }\n  if (n >= rows.N)",
@@ -37,7 +37,7 @@ BUGS = {
             "__syncwarp();  // all lanes' pixels and numbers are there",
             "",
         ),
-        "means are read before they are there": (
+        "means are read before they are written": (
             "__syncwarp();  // lane 0 has left means and squares",
             "",
         ),
@@ -45,11 +45,11 @@ BUGS = {
             "__syncwarp();  // every channel is complete",
             "",
         ),
-        "results are written before they are there": (
+        "results are written before they are complete": (
             "__syncwarp();  // all lanes' results are there",
             "",
         ),
-        "a lane has its neighbour's pixels": (
+        "a lane reads the pixels of its neighbour": (
             "static_cast<int32_t>(lane_id()) * kPixels; p < count",
             "static_cast<int32_t>(lane_id() ^ 1) * kPixels + 1; p < count",
         ),
@@ -76,8 +76,11 @@ BUGS = {
         ),
     },
     "select_tokens": {
-        "keys are read before they are there": ("__syncthreads();  // the keys are there", ""),
-        "places are read before they are there": ("__syncthreads();  // the places are there", ""),
+        "keys are read before they are written": ("__syncthreads();  // the keys are there", ""),
+        "places are read too early": (
+            "__syncthreads();  // the places are there",
+            "",
+        ),
         "keys are moved before all are read": (
             "__syncthreads();  // every key of this round is read, and counted",
             "__syncwarp();",
@@ -86,18 +89,21 @@ BUGS = {
             "__syncthreads();  // nobody reads the counts any more",
             "",
         ),
-        "sums are read before they are there": (
+        "sums are read before they are written": (
             "__syncthreads();  // the sums of all warps are there",
             "",
         ),
-        "products are read before they are there": (
+        "products are read before they are written": (
             "__syncthreads();  // the products of all warps are there",
             "",
         ),
         "0.0 is better than -0.0": ("score == 0.0f ? 0u : __float_as_uint", "__float_as_uint"),
         "NaN is the best": ("if (score != score) return 0;", "if (score != score) return ~1u;"),
-        "too many of equal scores stay": ("if (count == K) return cut;", "return cut;"),
-        "of equal scores the last is better": ("(j < first)", "(j > first)"),
+        "too many equal scores are kept": (
+            "if (count == K) return cut;",
+            "return cut;",
+        ),
+        "the last of equal scores is better": ("(j < first)", "(j > first)"),
         "neighbours with equal scores share a place": ("better[u] += own[v] == own[u];", ";"),
         "a lane counts itself": ("(1u << threadIdx.x) - 1", "(2u << threadIdx.x) - 1"),
         "the last token is forgotten": ("sample.N - start)", "sample.N - start - 1)"),
@@ -105,15 +111,15 @@ BUGS = {
             "c < count; c += kAhead * step",
             "c < count - kVec; c += kAhead * step",
         ),
-        "tokens that stay are fused": ("&& !cut.stays(keys.at(n), n)", ""),
-        "what is not finite is fused": ("used[i] = used[i] && is_finite(scale[i]);", ""),
+        "kept tokens are fused": ("&& !cut.stays(keys.at(n), n)", ""),
+        "tokens with infinite weights are fused": ("used[i] = used[i] && is_finite(scale[i]);", ""),
         "groups of rows are left out": ("sum[e] += __shfl_xor_sync(kAllLanes, sum[e], d);", ";"),
         "blocks of packed samples overlap": ("/ plan.rows + i;", "/ plan.rows;"),
-        "the mean is not subtracted": ("given[e] - centre[e]", "given[e]"),
-        "rows that were dropped get no gradient": ("zeros.store(to + c);", ";"),
+        "the mean is not subtracted": ("row[e] - centre[e]", "row[e]"),
+        "dropped rows get no gradient": ("zeros.store(to + c);", ";"),
     },
     "space_time_attention": {
-        "blocks of keys are read before they are there": (
+        "blocks of keys are read before they are written": (
             "cp_async_wait();\n    __syncthreads();  // the block",
             "__syncthreads();  // the block",
         ),
@@ -125,7 +131,7 @@ BUGS = {
             "__syncthreads();  // nobody reads keys and values any more",
             "",
         ),
-        "weights are read before they are there": (
+        "weights are read before they are written": (
             "__syncthreads();  // the weights are there",
             "",
         ),
@@ -133,7 +139,7 @@ BUGS = {
             "__syncthreads();  // every query's delta is there",
             "",
         ),
-        "gradients are read before they are there": (
+        "gradients are read before they are written": (
             "__syncthreads();  // the gradients of these queries' products are there",
             "",
         ),
@@ -141,7 +147,7 @@ BUGS = {
             "__syncthreads();  // nobody reads these queries' gradients any more",
             "",
         ),
-        "one key too many is seen": (
+        "a query attends to one key too many": (
             "return column < count; }",
             "return column <= count; }",
         ),
@@ -154,7 +160,7 @@ BUGS = {
             "false",
         ),
         "weights are not transposed": ("transpose(across);", ""),
-        "a row gets the delta of another": (
+        "a row gets the delta of another row": (
             "__shfl_sync(kAllLanes, dot, 2 * row_of_lane(i))",
             "__shfl_sync(kAllLanes, dot, row_of_lane(i))",
         ),
@@ -162,7 +168,7 @@ BUGS = {
             "return 8 * j + int(lane_id()) % 4 * 2;",
             "return 8 * j + (int(lane_id()) + 1) % 4 * 2;",
         ),
-        "rows of a pack are read before they are there": (
+        "rows of a pack are read before they are written": (
             "copy_pack<T, D>(v, a.v, group.h, rows, 16);\n"
             "    cp_async_commit();\n"
             "    cp_async_wait();\n"
@@ -177,27 +183,26 @@ BUGS = {
             "delta[i] += sum_of_row(more[i]) * share[i];",
             "",
         ),
-        "a row's entries lack the last": ("n < end; n++", "n < end - 1; n++"),
+        "the last entry of a row is forgotten": ("n < end; n++", "n < end - 1; n++"),
     },
 }
 RACES = ["syncthreads", "syncwarp", "two_blocks", "two_warps"]
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # Looking for leaks needs ptrace, which containers forbid.
+    # Leak detection needs ptrace, which containers forbid.
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
     command = [str(program), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if (
-        "unexpected memory mapping" in done.stderr
-    ):  # old ThreadSanitizers, much randomised addresses
+    # Old versions of ThreadSanitizer do not support all randomised addresses.
+    if "unexpected memory mapping" in done.stderr:
         setarch = shutil.which("setarch")
         if setarch is None:
-            pytest.skip("ThreadSanitizer needs addresses that are not randomised")
+            pytest.skip("ThreadSanitizer needs addresses without randomisation")
         command = [setarch, "--addr-no-randomize", *command]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if "Operation not permitted" in done.stderr:
-            pytest.skip("ThreadSanitizer needs addresses that are not randomised")
+            pytest.skip("ThreadSanitizer needs addresses without randomisation")
     return done
 
 
@@ -214,7 +219,7 @@ def test_emulator(kind):
 
 
 @pytest.mark.parametrize("kind", ["plain", pytest.param("address", marks=pytest.mark.slow)])
-def test_planted_bugs_are_found(kind):
+def test_planted_bugs_are_detected(kind):
     assert_passes(emulated.program("bugs", kind))
 
 
@@ -230,7 +235,7 @@ def test_no_false_race():
 
 
 @pytest.mark.parametrize("bug", RACES)
-def test_a_race_is_found(bug):
+def test_a_race_is_detected(bug):
     done = run(emulated.program("races", "thread"), bug)
     assert done.returncode == 66 and "data race" in done.stderr, done.stderr[-4000:]
 
@@ -248,6 +253,6 @@ def test_kernels_under_sanitizers(op, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op, bug", [(op, bug) for op, bugs in BUGS.items() for bug in bugs])
-def test_a_bug_in_a_kernel_is_found(op, bug):
+def test_a_bug_in_a_kernel_is_detected(op, bug):
     done = run(emulated.program(op, "quick", BUGS[op][bug]))
     assert done.returncode != 0, done.stdout

@@ -32,7 +32,7 @@ def nvcc() -> str | None:
 
 
 def kernels(source: Path, architecture: str, *macros: str) -> list[Kernel]:
-    """What ptxas says of every kernel of a source file."""
+    """Resources of every kernel of a source file, as ptxas reports them."""
     compiler = nvcc()
     assert compiler is not None
     flags = ["-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas=-v", "-Werror=all-warnings"]
@@ -41,7 +41,7 @@ def kernels(source: Path, architecture: str, *macros: str) -> list[Kernel]:
         command = [compiler, *flags, str(source), "-o", f"{folder}/out.cubin"]
         run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    found = []
+    compiled = []
     for part in run.stderr.split("Compiling entry function ")[1:]:
         symbol = part.split("'")[1]
         stack, stores, loads = map(
@@ -51,7 +51,7 @@ def kernels(source: Path, architecture: str, *macros: str) -> list[Kernel]:
         registers = re.search(r"Used (\d+) registers", part)
         shared = re.search(r"(\d+) bytes smem", part)
         assert registers is not None, part
-        found.append(
+        compiled.append(
             Kernel(
                 demangled(symbol),
                 int(registers[1]),
@@ -60,17 +60,17 @@ def kernels(source: Path, architecture: str, *macros: str) -> list[Kernel]:
                 int(shared[1]) if shared else 0,
             )
         )
-    return found
+    return compiled
 
 
 def version() -> str:
-    """The compiler's own words."""
+    """The version line that nvcc prints."""
     run = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True)
     return run.stdout.splitlines()[-2]
 
 
 def demangled(symbol: str) -> str:
-    """The name of a kernel with its template's arguments, without namespaces and parameters."""
+    """The name of a kernel with its template arguments, without namespaces and parameters."""
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     if tool is None:
         return symbol
@@ -81,19 +81,19 @@ def demangled(symbol: str) -> str:
 
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("architecture", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
-@pytest.mark.parametrize("source", SOURCES, ids=lambda file: file.name)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda file: file.parent.name)
 @pytest.mark.parametrize(
     "macros",
     [
-        pytest.param(["-DVIDL_HEAD_SIZES=64"], id="heads of 64"),  # where a source has sizes
+        pytest.param(["-DVIDL_HEAD_SIZES=64"], id="heads of 64"),  # only attention has head sizes
         pytest.param([], id="all", marks=pytest.mark.slow),
     ],
 )
 def test_kernels_compile_and_do_not_spill(macros, source, architecture):
     compiled = kernels(source, architecture, *macros)
     assert compiled
-    bad = [kernel for kernel in compiled if kernel.stack or kernel.spills]
-    assert not bad
+    spilling = [kernel for kernel in compiled if kernel.stack or kernel.spills]
+    assert not spilling
 
 
 def test_every_kernel_is_in_the_table():
