@@ -9,7 +9,7 @@ from vidl.kernels import library
 from vidl.kernels.groups import Groups
 from vidl.kernels.space_time_attention import space_time_attention
 from vidl.kernels.space_time_attention.op import Scores
-from vidl.kernels.token_scores import token_scores
+from vidl.kernels.token_scores import cls_attention_scores, mean_attention_scores
 from vidl.swapping.kept_groups import kept
 
 
@@ -47,7 +47,8 @@ def attend(
     else:
         out = space_time_attention(q, k, v, groups, **options)
         if scores is not None:
-            importance = token_scores(q, k, groups, scores, **options)
+            score = cls_attention_scores if scores == "cls" else mean_attention_scores
+            importance = score(q, k, groups, **options)
     return out.view(B, N, -1), None if importance is None else importance.view(B, M)
 
 
