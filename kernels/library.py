@@ -1,7 +1,8 @@
 """Where ops meet PyTorch: schemas, the native library, and the choice of a backend.
 
-An op is declared once, here in Python. C++ attaches to it by name (`csrc/`), Triton as an opaque
-op of its own; both share the fake kernel, the autograd formula and the FLOP formula.
+An op is declared once, in Python. C++ attaches to it by name (`csrc/`), Triton as an opaque op of
+its own; both share the fake kernel, the autograd formula and the FLOP formula. The backend
+"reference" is the op's definition in plain PyTorch, which PyTorch differentiates itself.
 """
 
 import functools
@@ -9,8 +10,8 @@ import importlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,11 +22,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("native", "triton", "reference")
+DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-# What "auto" tries, in this order. A GPU backend enters the list of an op once a committed result
-# from a real card shows it right and fastest there; on the CPU bench/results/ has that evidence.
-AUTO = {"cpu": ("native", "reference"), "cuda": ("reference",)}
 
 # Backends whose kernels are ops of their own, and the suffix of those ops.
 _suffixes = {"native": "", "triton": "_triton"}
@@ -39,9 +37,16 @@ class Op:
     module: str  # the op's package; its triton_kernels.py has a function of the op's name
     fake: Callable[..., Any]  # empty results of the right shape, dtype and device
     flops: Callable[..., int]  # useful floating-point operations, from the arguments
+    # The definition in plain PyTorch: the schema's arguments and results, without the last
+    # `only_for_backward` results. None for the backward op of another.
+    reference: Callable[..., Any] | None = None
+    only_for_backward: int = 0  # so many results at the end serve `backward` alone
+    # Backends that "auto" tries before "reference", for each device type. A backend is listed once
+    # a committed result (bench/results/) from such a device shows that it is right and fastest.
+    auto: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"cpu": ("native",)})
     setup_context: Callable[..., None] | None = None  # as torch.library.register_autograd has it
     backward: Callable[..., Any] | None = None  # backward(<name>_bwd of this backend, ctx, *grads)
-    # The reason why a backend's kernels cannot take arguments with such facts, as why_not() has it.
+    # The reason why a backend cannot take arguments with these facts (see why_not), or None.
     limits: Callable[..., str | None] = lambda backend, **facts: None
 
     @property
@@ -54,7 +59,7 @@ _library = torch.library.Library("vidl", "DEF")
 
 
 def _library_files() -> Sequence[Path]:
-    # Beside this package; or, for a source tree in front of a regular install, beside that.
+    # Beside this package, or in a regular install that a source tree hides on sys.path.
     files = [Path(__file__).parents[1] / "_C.so"]
     for installed in metadata.distributions(name="vidl-kernels"):
         files.append(Path(str(installed.locate_file("vidl/_C.so"))))
@@ -63,7 +68,7 @@ def _library_files() -> Sequence[Path]:
 
 @functools.cache
 def build_record() -> dict[str, Any]:
-    """What was built, by which compiler, for which devices; or the reason why nothing was.
+    """What was built, by which compiler, for which devices; or why nothing was built.
 
     Returns:
         "file" (str or None), "error" (str or None) and what `CMakeLists.txt` or `setup.py` wrote
@@ -85,7 +90,7 @@ def build_record() -> dict[str, Any]:
 
 
 def _load() -> str | None:
-    """Load the native library; returns the reason if there is none."""
+    """Load the native library; return the reason if it cannot be loaded."""
     record = build_record()
     if record["file"] is None:
         return str(record.get("reason") or record["error"])
@@ -103,7 +108,7 @@ LOAD_ERROR = _load()
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run on the CPU, in Triton's interpreter (slow: for tests)."""
+    """Whether Triton kernels run on the CPU in Triton's interpreter (slow; for tests)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -115,15 +120,33 @@ def define(op: Op) -> None:
 
 
 def add_backend(backend: str) -> None:
-    """Declare every op once more, for a backend that tests bring (the emulated CUDA kernels)."""
+    """Declare every op again for a backend that tests provide (the emulated CUDA kernels)."""
     _suffixes[backend] = f"_{backend}"
     for op in OPS.values():
         _declare(op, backend)
 
 
 def kernel(name: str, backend: str) -> Callable[..., Any]:
-    """The registered op that runs `name` on `backend`."""
+    """The registered op that runs `name` on a backend with kernels; returns all results."""
     return getattr(torch.ops.vidl, name + _suffixes[backend]).default
+
+
+def run(name: str, backend: str, *args: Any) -> Any:
+    """Run the op `name` on any backend.
+
+    Returns:
+        The results of the schema without those that serve the backward pass alone: one tensor, or
+        a tuple of several.
+    """
+    op = OPS[name]
+    if backend == "reference":
+        assert op.reference is not None
+        return op.reference(*args)
+    results = kernel(name, backend)(*args)
+    if op.only_for_backward:
+        results = results[: -op.only_for_backward]
+        return results[0] if len(results) == 1 else results
+    return results
 
 
 def _declare(op: Op, backend: str) -> None:
@@ -150,13 +173,13 @@ def _run_triton(op: Op, *args: Any) -> Any:
 def why_not(backend: str, name: str, device: str, dtype: torch.dtype, **facts: Any) -> str | None:
     """The reason why `backend` cannot run the op `name` there, or None if it can.
 
-    Serves the choice of a backend, error messages, `vidl info`, and the skips of tests and
+    It serves the choice of a backend, error messages, `vidl info`, and the skips of tests and
     benchmarks.
 
     Args:
         device: "cpu", "cuda" or another device type.
         dtype: of the computation.
-        facts: what else of the arguments the op's own limits depend on.
+        facts: the numbers that the op's own limits depend on.
     """
     if backend == "reference":
         return None
@@ -180,20 +203,21 @@ def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> s
         f"vidl::{name}{_suffixes[backend]}", device.upper()
     ):
         return f"no {device} kernel was built ({LOAD_ERROR or 'see `vidl info`'})"
-    if device not in AUTO:
+    if device not in DEVICES:
         return f"there are no kernels for {device}"
     return None
 
 
 def choose(backend: str, name: str, device: str, dtype: torch.dtype, **facts: Any) -> str:
-    """The backend to run the op `name` with; one asked for by name never falls back.
+    """The backend to run the op `name` with; a backend asked for by name never falls back.
 
     Raises:
         ValueError: there is no backend of that name.
-        RuntimeError: the backend asked for cannot run here; lists every backend with its reason.
+        RuntimeError: the backend asked for cannot run here; the text lists every backend with the
+            reason why it cannot.
     """
     if backend == "auto":
-        order = AUTO.get(device, ("reference",))
+        order = (*OPS[name].auto.get(device, ()), "reference")
         return next(b for b in order if why_not(b, name, device, dtype, **facts) is None)
     if backend != "reference" and backend not in _suffixes:
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
@@ -211,7 +235,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to compute in: autocast's where it is on and `x` is float32, else that of `x`."""
+    """The dtype to compute in: autocast's if it is enabled and `x` is float32, else that of x."""
     device = x.device.type
     if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

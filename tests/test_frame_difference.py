@@ -1,4 +1,4 @@
-"""frame_difference and its run lengths against their definitions, and against misuse."""
+"""frame_difference and run_length_ids: definitions and errors."""
 
 import pytest
 import torch
@@ -64,13 +64,13 @@ def test_as_accurate_as_torch(bytes, shape, layout, dtype, where):
         scaled = scaled / 255 / torch.tensor(std, dtype=torch.float64).view(-1, 1, 1, 1)
     true = frame_difference(scaled, patch)
     assert ours.dtype == torch.float32 and torch.equal(ours.isinf().cpu(), true.isinf())
-    some = true.isfinite()
-    assert_as_accurate(ours.cpu()[some], low.cpu()[some], true[some], torch.float32)
+    finite = true.isfinite()
+    assert_as_accurate(ours.cpu()[finite], low.cpu()[finite], true[finite], torch.float32)
 
 
 @pytest.mark.parametrize("t", [1, 2, 3])
 def test_equals_run_length_tokenization(t):
-    """The paper's rule, in the words of its own terms: pooled differences of frames."""
+    """The rule of the paper: differences of frames, pooled over patches."""
     clip = torch.randn(2, 3, 6, 32, 48, dtype=torch.float64)
     pixels = (clip[:, :, 2 * t - 1 :: t] - clip[:, :, :-t:t]).abs()
     pooled = F.avg_pool3d(pixels, (1, 16, 16)).mean(1).flatten(1)
@@ -122,12 +122,12 @@ def test_the_most_different_are_kept():
 def test_runs_cover_every_slice():
     differences = torch.rand(3, 5 * 7)
     differences[:, :7] = INF
-    for found in (run_length_ids(differences, 5, 0.6), run_length_ids(differences, 5, keep=20)):
-        assert found.lengths.sum() == 3 * 5 * 7
+    for runs in (run_length_ids(differences, 5, 0.6), run_length_ids(differences, 5, keep=20)):
+        assert runs.lengths.sum() == 3 * 5 * 7
 
 
-def test_embeds_only_what_is_new():
-    """A clip that stands still, with one patch that moves."""
+def test_only_tubelets_with_motion_are_embedded():
+    """A static clip, and a clip in which one patch changes."""
     clip = torch.randint(0, 256, (1, 3, 1, 32, 32)).byte().repeat(2, 1, 4, 1, 1)
     clip[1, :, 2:, :16, 16:] = 255 - clip[1, :, 2:, :16, 16:]
     scores = frame_difference(clip, (2, 16, 16))
@@ -146,12 +146,12 @@ CLIP = torch.zeros(2, 3, 4, 32, 32, dtype=torch.uint8)
 @pytest.mark.parametrize(
     "error, text, change",
     [
-        (TypeError, "uint8 or a floating", {"video": CLIP.int()}),
+        (TypeError, "uint8 or one of", {"video": CLIP.int()}),
         (ValueError, r"\[B, C, T, H, W\]", {"video": CLIP[0]}),
         (ValueError, r"\[B, C, T, H, W\]", {"video": CLIP[:, :0]}),
         (ValueError, "divide", {"patch": (3, 16, 16)}),
         (ValueError, "divide", {"patch": (2, 16, 0)}),
-        (ValueError, "three numbers", {"patch": (16, 16)}),
+        (ValueError, "divide", {"patch": (16, 16)}),
         (ValueError, "taken as normalised", {"video": CLIP.float(), "std": STD}),
         (ValueError, "3 numbers in std, got 2", {"std": STD[:2]}),
         (ValueError, "positive", {"std": (0.2, 0.0, 0.2)}),

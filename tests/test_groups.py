@@ -188,7 +188,7 @@ def test_check_finds(text, change):
         ("shift", lambda: Groups.window(torch.zeros(1, 3), GRID, (2, 2, 2), (2, 0, 0))),
         ("shift", lambda: Groups.window(torch.zeros(1, 3), GRID, (0, 2, 2))),
         ("local", lambda: Groups.block_sparse(1, 8, 2, local=2)),
-        ("samples", lambda: broken(row_offsets=None).with_global()),
+        ("row_offsets", lambda: broken(row_offsets=None).with_global()),
         ("as many keys", lambda: Groups.equal(2, 3, keys=4).with_global()),
     ],
 )
@@ -253,7 +253,7 @@ def test_average_undoes_replicate():
     assert torch.equal(replicated.average(rows), x)
     with pytest.raises(ValueError, match=f"need {len(places) + 3} rows"):
         replicated.replicate(rows)
-    with pytest.raises(ValueError, match="know their samples"):
+    with pytest.raises(ValueError, match="with row_offsets"):
         ReplicatedGlobal(Groups.labelled(torch.zeros(3, dtype=torch.int64), 1, 3))
     no_rows = ReplicatedGlobal(Groups.spatial(torch.empty(2, 0, dtype=torch.int64), GRID))
     assert torch.equal(no_rows.average(no_rows.replicate(x[:2])), x[:2])

@@ -10,7 +10,7 @@ from compare import assert_as_accurate, random_like
 from where import Where
 
 from vidl.kernels import library
-from vidl.ops import gumbel_scores, kept_count, select_tokens
+from vidl.ops import kept_count, select_tokens
 
 OP = "select_tokens"
 NAN, INF = float("nan"), float("inf")
@@ -425,40 +425,6 @@ def test_packed_samples_keep_what_kept_count_says(rounding):
         )  # fmt: skip
         counts = [kept_count(n, percent / 100, rounding) for n in lengths]
         assert found.cu_seqlens.diff().tolist() == counts
-
-
-def test_gumbel_scores_draw_in_proportion():
-    """How often each pair is drawn, first and second, against the exact probabilities."""
-    p = torch.tensor([0.5, 0.25, 0.15, 0.1])
-    draws = 40000
-    noisy = gumbel_scores(p.expand(draws, 4), generator=torch.Generator().manual_seed(3))
-    found = select_tokens(torch.zeros(draws, 4, 1), noisy, 2, order="score")
-    first, second = found.ids_keep.unbind(1)
-    counts = torch.bincount(first * 4 + second, minlength=16).view(4, 4).double()
-    expected = draws * p[:, None] * p / (1 - p[:, None])
-    expected.fill_diagonal_(0)
-    other = ~torch.eye(4, dtype=torch.bool)
-    chi_square = ((counts - expected)[other].square() / expected[other]).sum()
-    assert counts.diagonal().sum() == 0
-    assert chi_square < 31.3  # the 0.999 quantile with 11 degrees of freedom
-
-
-def test_gumbel_scores_are_seeded_and_draw_the_impossible_last():
-    p = torch.tensor([[0.0, 0.5, 0.0, 0.5, -1.0, NAN]]).requires_grad_()
-    noisy, again = (gumbel_scores(p, generator=torch.Generator().manual_seed(5)) for _ in range(2))
-    torch.testing.assert_close(noisy, again, equal_nan=True, rtol=0, atol=0)
-    assert not noisy.requires_grad and noisy.dtype == torch.float32
-    x = torch.randn(1, 6, 3)
-    found = select_tokens(x, p, 4, rank_by=noisy, order="score", fuse="sum")
-    assert sorted(found.ids_keep[0, :2].tolist()) == [1, 3]
-    assert found.ids_keep[0, 2:].tolist() == [0, 2]
-    torch.testing.assert_close(found.tokens[0, 4], -1.0 * x[0, 4])  # weighed by p, not by its draw
-    torch.manual_seed(1)
-    default = gumbel_scores(p)
-    torch.manual_seed(1)
-    torch.testing.assert_close(default, gumbel_scores(p), equal_nan=True, rtol=0, atol=0)
-    with pytest.raises(TypeError, match="floating"):
-        gumbel_scores(torch.ones(3, dtype=torch.int64))
 
 
 # ---- Misuse --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from where import Where
 
 from vidl.kernels import library
-from vidl.kernels.space_time_attention import peers
+from vidl.kernels.space_time_attention import handover
 from vidl.ops import Groups, space_time_attention
 
 OP = "space_time_attention"
@@ -213,18 +213,18 @@ def test_equals_flex_attention():
 
 
 @pytest.mark.parametrize("name", ["equal", "cross", "ragged", "frames"])
-@pytest.mark.parametrize("peer", [peers.sdpa, peers.varlen_attn, peers.flash_attn])
+@pytest.mark.parametrize("attention", [handover.sdpa, handover.varlen_attn, handover.flash_attn])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_peers_agree(peer, name, device):
+def test_other_implementations_agree(attention, name, device):
     """The second oracles, and what long groups are handed to."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     groups = GROUPS[name]().to(device)
-    if device == "cpu" and peer is not peers.sdpa:
+    if device == "cpu" and attention is not handover.sdpa:
         pytest.skip("needs CUDA")
-    if peer is peers.flash_attn:
+    if attention is handover.flash_attn:
         pytest.importorskip("flash_attn")
-    if peer is peers.sdpa and not (groups.uniform and groups.query_rows is None):
+    if attention is handover.sdpa and not (groups.uniform and groups.query_rows is None):
         pytest.skip("needs equal groups")
 
     def results(attend):
@@ -237,23 +237,23 @@ def test_peers_agree(peer, name, device):
         lambda q, k, v: space_time_attention(q, k, v, groups, scale=0.2, backend="reference")
     )
     tolerance = 1e-4 if device == "cpu" else 3e-2
-    for ours, theirs in zip(results(lambda *x: peer(*x, groups, 0.2)), true, strict=True):
+    for ours, theirs in zip(results(lambda *x: attention(*x, groups, 0.2)), true, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 def test_long_groups_go_to_a_peer(monkeypatch):
     q = torch.zeros(90, 1, 64)
     joint, equal = Groups.joint(torch.tensor([0, 40, 90]).int(), 90, 50), Groups.equal(2, 45)
-    monkeypatch.setitem(peers.LONG, "cpu", 45)
-    assert peers.find(q, equal, "native") is peers.sdpa
-    assert peers.find(q, Groups.equal(3, 30), "native") is None
-    assert peers.find(q, Groups.equal(3, 30), "reference") is peers.sdpa
-    assert peers.find(q, Groups.equal(3, 0), "reference") is None
-    assert peers.find(q, joint, "native") is None  # packed groups only have peers on CUDA
-    assert peers.find(q, equal.with_global(), "native") is None  # keys that are shared
+    monkeypatch.setitem(handover.LONG, "cpu", 45)
+    assert handover.find(q, equal, "native") is handover.sdpa
+    assert handover.find(q, Groups.equal(3, 30), "native") is None
+    assert handover.find(q, Groups.equal(3, 30), "reference") is handover.sdpa
+    assert handover.find(q, Groups.equal(3, 0), "reference") is None
+    assert handover.find(q, joint, "native") is None  # there is none for packed groups on the CPU
+    assert handover.find(q, equal.with_global(), "native") is None  # keys that are shared
 
     calls = []
-    monkeypatch.setattr(peers, "sdpa", lambda *args: calls.append(args) or args[0])
+    monkeypatch.setattr(handover, "sdpa", lambda *args: calls.append(args) or args[0])
     space_time_attention(q, q, q, equal)
     assert len(calls) == 1
     for options in ({"return_lse": True}, {"return_scores": "cls"}, {"backend": "reference"}):
@@ -449,8 +449,6 @@ def test_groups_that_do_not_fit_are_caught(text, change):
 def test_debugging_checks_all_of_the_groups(monkeypatch):
     groups = Groups(**{**vars(SMALL), "query_rows": torch.tensor([0, 0, 2, 3, 4, 5, 6, 7]).int()})
     monkeypatch.setenv("VIDL_DEBUG", "1")
-    with pytest.raises(
-        ValueError, match=r"every query in exactly one group, not so: rows \[0, 1\]"
-    ):
+    with pytest.raises(ValueError, match=r"every query in exactly one group, got rows \[0, 1\]"):
         space_time_attention(ROWS, ROWS, ROWS, groups)
     space_time_attention(ROWS, ROWS, ROWS, SMALL)

@@ -1,4 +1,4 @@
-"""token_scores against its definition, against the papers' own rules, and against misuse."""
+"""The scores of tokens against their definition, the rules of the papers, and misuse."""
 
 import random
 
@@ -9,7 +9,14 @@ from grouped import GRID, GROUPS, fused, random_groups, visible
 from where import Where
 
 from vidl.kernels import library
-from vidl.ops import Groups, space_time_attention, token_scores
+from vidl.ops import (
+    Groups,
+    cls_attention_scores,
+    key_similarity_scores,
+    mean_attention_scores,
+    space_time_attention,
+    value_weighted_scores,
+)
 
 OP = "token_scores"
 KINDS = ("cls", "mean", "value", "similarity")
@@ -35,12 +42,19 @@ SMALL_GROUPS = {
 }
 
 
-def options(kind, v, lse=None):
-    return ({"v": v} if kind == "value" else {}) | ({"lse": lse} if lse is not None else {})
+def score(kind, q, k, v, groups, **options):
+    """The scores of a kind, by the function of that kind."""
+    if kind == "similarity":
+        return key_similarity_scores(k, groups, **options)
+    if kind == "value":
+        return value_weighted_scores(q, k, v, groups, **options)
+    return {"cls": cls_attention_scores, "mean": mean_attention_scores}[kind](
+        q, k, groups, **options
+    )
 
 
 def log_sum_exp(q, k, v, groups):
-    """As precise as its dtype lets it be, whoever computed it."""
+    """The log-sum-exp in float64."""
     q, k, v = (x.detach().double() for x in (q, k, v))
     return space_time_attention(q, k, v, groups, return_lse=True, backend="reference")[1]
 
@@ -54,33 +68,34 @@ def run(groups, H, D, dtype, device, backend, kind, compute=None, given=False):
     inputs = [x.detach().to(compute or dtype) for x in fused(groups, H, D, dtype, device)]
     q, k, v = (x.requires_grad_() for x in inputs)
     lse = log_sum_exp(q, k, v, groups).to(high_of(q)) if given else None
-    scores = token_scores(q, k, groups, kind, **options(kind, v, lse), backend=backend)
+    options = {"lse": lse} if given else {}
+    scores = score(kind, q, k, v, groups, **options, backend=backend)
     if kind == "similarity":
         assert not scores.requires_grad
         return [scores]
     leaves = [q, k, v] if kind == "value" else [q, k]
-    # Sums to one are what scores are: so are their gradients' sizes.
+    # Scores sum to one, so their gradients have the size of one, too.
     return [scores.detach(), *torch.autograd.grad(scores, leaves, random_like(scores))]
 
 
-def three_ways(groups, H, D, dtype, where, kind, given=False):
-    """(ours, PyTorch's, the truth), flat and finite, of the scores and every gradient."""
+def precisions(groups, H, D, dtype, where, kind, given=False):
+    """Ours, the reference in `dtype` and in float64, of the scores and each gradient, flattened."""
     placed = groups.to(where.device)
     ours = run(placed, H, D, dtype, where.device, where.backend, kind, given=given)
     low = run(placed, H, D, dtype, where.device, "reference", kind, given=given)
     true = run(groups, H, D, dtype, "cpu", "reference", kind, torch.float64, given=given)
     for our, theirs, truth in zip(ours, low, true, strict=True):
         assert our.shape == truth.shape and our.dtype == theirs.dtype
-        finite = torch.isfinite(truth)  # what ToMe never merges is +inf
+        finite = torch.isfinite(truth)  # +inf is for tokens that ToMe never merges
         assert torch.equal(our.cpu()[~finite].double(), truth[~finite])
         yield [x.detach().cpu()[finite] for x in (our, theirs, truth)]
 
 
 def assert_right(dtype, *results, order=0.01):
-    """Judge several layouts together, result by result: one alone may be exact by luck."""
+    """Compare each result over several layouts together: PyTorch may be exact on one by luck."""
     for parts in zip(*results, strict=True):
         ours, low, true = map(torch.cat, zip(*parts, strict=True))
-        # A gradient is a difference of numbers of the order of a weight, 1 / keys.
+        # A gradient is a difference of numbers of the size of a weight, 1 / keys.
         assert_as_accurate(ours, low, true, dtype, order=order)
 
 
@@ -92,7 +107,7 @@ def heads(where):
     return 1 if interpreted(where) else 3
 
 
-# What Triton's interpreter, which is slow, is tested with.
+# The layouts for Triton's interpreter, which is slow.
 FEW = (
     "one row each",
     "frames and a global token",
@@ -110,7 +125,7 @@ def test_as_accurate_as_torch(name, kind, dtype, where):
         pytest.skip("slow in Triton's interpreter")
     kind, given = kind.split(",")[0], "given" in kind
     groups = GROUPS[name]()
-    assert_right(dtype, list(three_ways(groups, heads(where), 64, dtype, where, kind, given)))
+    assert_right(dtype, list(precisions(groups, heads(where), 64, dtype, where, kind, given)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,7 +137,7 @@ def test_head_sizes(D, kind, dtype, where):
         names += ("frames and a global token", "frames")
     assert_right(
         dtype,
-        *(list(three_ways(GROUPS[name](), heads(where), D, dtype, where, kind)) for name in names),
+        *(list(precisions(GROUPS[name](), heads(where), D, dtype, where, kind)) for name in names),
     )
 
 
@@ -133,9 +148,9 @@ def fuzz(seed, count, dtype, where, most, longest):
         groups = random_groups(generator, most, longest)
         D, H = generator.choice([8, 32, 64, 80, 128]), generator.choice([1, 2, 5])
         for kind in KINDS:
-            results[kind].append(list(three_ways(groups, H, D, dtype, where, kind)))
-    for found in results.values():
-        assert_right(dtype, *found)
+            results[kind].append(list(precisions(groups, H, D, dtype, where, kind)))
+    for layouts in results.values():
+        assert_right(dtype, *layouts)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -149,13 +164,13 @@ def test_any_groups(seed, dtype, where):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_groups(kind, where):
-    """Sums of many terms: of VideoMAE's tokens without a mask."""
+    """Sums of many terms: all tokens of VideoMAE."""
     where.skip_unless_runs(OP)
     if interpreted(where):
         pytest.skip("slow in Triton's interpreter")
     assert_right(
         torch.float32,
-        list(three_ways(Groups.equal(1, 1568), 2, 64, torch.float32, where, kind)),
+        list(precisions(Groups.equal(1, 1568), 2, 64, torch.float32, where, kind)),
         order=0.0,
     )
 
@@ -177,7 +192,7 @@ def test_equals_the_scores_of_space_time_attention(name, kind):
         q, k, v, groups, return_lse=True, return_scores=kind, backend="reference"
     )
     for more in ({}, {"lse": lse}) if kind == "mean" else ({},):
-        scores = token_scores(q, k, groups, kind, **more)
+        scores = score(kind, q, k, v, groups, **more)
         torch.testing.assert_close(scores, expected, rtol=1e-10, atol=1e-14)
 
 
@@ -188,7 +203,7 @@ def attention_of(q, k):
 
 
 def test_equals_the_rules_of_the_papers():
-    """EViT's, SViTT's and ATS's scores from a whole attention matrix; ToMe's from the keys."""
+    """EViT's, SViTT's and ATS's scores from the attention weights; ToMe's from the keys."""
     B, N, H, D = 2, 21, 3, 16
     q, k, v = torch.randn(3, B, N, H, D, dtype=torch.float64)
     flat = [x.flatten(0, 1) for x in (q, k, v)]
@@ -196,15 +211,15 @@ def test_equals_the_rules_of_the_papers():
     attention = attention_of(q, k)
 
     evit = attention[:, :, 0].mean(1)
-    torch.testing.assert_close(token_scores(*flat[:2], groups).view(B, N), evit)
+    torch.testing.assert_close(cls_attention_scores(*flat[:2], groups).view(B, N), evit)
 
     words = attention_of(q[:, :5], k).mean((1, 2))
     cross = Groups.equal(B, 5, keys=N)
-    scores = token_scores(q[:, :5].flatten(0, 1), flat[1], cross, "mean")
+    scores = mean_attention_scores(q[:, :5].flatten(0, 1), flat[1], cross)
     torch.testing.assert_close(scores.view(B, N), words)
 
     ats = attention[:, :, 0].sum(1)[:, 1:] * v.flatten(2).norm(dim=2)[:, 1:]
-    scores = token_scores(*flat[:2], groups, "value", v=flat[2]).view(B, N)
+    scores = value_weighted_scores(*flat, groups).view(B, N)
     torch.testing.assert_close(scores.sum(1), torch.ones(B, dtype=torch.float64))
     patches = scores[:, 1:] / scores[:, 1:].sum(1, keepdim=True)
     torch.testing.assert_close(patches, ats / ats.sum(1, keepdim=True))
@@ -212,7 +227,7 @@ def test_equals_the_rules_of_the_papers():
     keys = k.mean(2)
     keys = keys / keys.norm(dim=-1, keepdim=True)
     tome = (keys[:, ::2] @ keys[:, 1::2].mT).amax(-1)
-    scores = token_scores(None, flat[1], groups, "similarity").view(B, N)
+    scores = key_similarity_scores(flat[1], groups).view(B, N)
     torch.testing.assert_close(-scores[:, ::2], tome)
     assert (scores[:, 1::2] == float("inf")).all()
 
@@ -224,7 +239,7 @@ def test_gradcheck(kind):
         q, k, v = (x.detach() for x in fused(groups, 2, 3, torch.float64, "cpu"))
         q, k, v = (x.contiguous().requires_grad_() for x in (q, k, v))
         assert torch.autograd.gradcheck(
-            lambda q, k, v, g=groups: token_scores(q, k, g, kind, **options(kind, v)), (q, k, v)
+            lambda q, k, v, g=groups: score(kind, q, k, v, g), (q, k, v)
         )
 
 
@@ -242,34 +257,34 @@ def test_zero_values_and_keys_give_no_nan(kind, where):
         torch.zeros(rows, 2, 32, device=where.device, requires_grad=True) for rows in (9, 20, 20)
     ]
     q, k, v = zeros
-    scores = token_scores(q, k, groups, kind, **options(kind, v), backend=where.backend)
-    expected = token_scores(q, k, groups, kind, **options(kind, v), backend="reference")
+    scores = score(kind, q, k, v, groups, backend=where.backend)
+    expected = score(kind, q, k, v, groups, backend="reference")
     torch.testing.assert_close(scores, expected)
     if kind != "similarity":
-        found = torch.autograd.grad(scores.sum(), zeros, allow_unused=True)
-        assert all(x is None or not x.isnan().any() for x in found)
+        grads = torch.autograd.grad(scores.sum(), zeros, allow_unused=True)
+        assert all(grad is None or not grad.isnan().any() for grad in grads)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_what_is_not_a_number_stays_in_its_group(bad, kind, where):
+def test_nan_and_infinity_stay_in_their_group(bad, kind, where):
     where.skip_unless_runs(OP)
     groups = Groups.joint(torch.tensor([0, 10, 27, 35]).int(), 35, 17).to(where.device)
     q, k, v = (x.detach().clone() for x in fused(groups, 2, 64, torch.float32, where.device))
-    clean = token_scores(q, k, groups, kind, **options(kind, v), backend=where.backend)
+    clean = score(kind, q, k, v, groups, backend=where.backend)
     for tensor in (q, k, v):
         tensor[10:27:4] = float(bad)
     q, k, v = leaves = [x.requires_grad_() for x in (q, k, v)]
-    scores = token_scores(q, k, groups, kind, **options(kind, v), backend=where.backend)
+    scores = score(kind, q, k, v, groups, backend=where.backend)
     assert scores[10:27].isnan().any()
     for rows in (slice(0, 10), slice(27, 35)):
         assert torch.equal(scores[rows], clean[rows])
         if kind == "similarity":
             continue
-        found = torch.autograd.grad(
+        grads = torch.autograd.grad(
             scores[rows].sum(), leaves, retain_graph=True, allow_unused=True
         )
-        assert all(grad is None or grad[rows].isfinite().all() for grad in found)
+        assert all(grad is None or grad[rows].isfinite().all() for grad in grads)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -291,9 +306,7 @@ def test_negative_scale(where):
         results = []
         for backend in (where.backend, "reference"):
             leaves = [x.detach().clone().requires_grad_() for x in (q, k)]
-            scores = token_scores(
-                *leaves, groups, kind, **options(kind, v), scale=-0.3, backend=backend
-            )
+            scores = score(kind, *leaves, v, groups, scale=-0.3, backend=backend)
             grads = torch.autograd.grad(scores, leaves, random_like(scores))
             results.append([scores.detach(), *grads])
         for ours, theirs in zip(*results, strict=True):
@@ -301,19 +314,13 @@ def test_negative_scale(where):
 
 
 def test_any_stride(where):
-    """Heads before rows, as many models keep them, and a projection of all three."""
+    """[H, rows, D] in memory, slices of a fused buffer, and channels that are not contiguous."""
     where.skip_unless_runs(OP)
     groups = Groups.equal(2, 10).to(where.device)
     q, k, v = (x.detach() for x in fused(groups, 2, 32, torch.float32, where.device))
     for kind in KINDS:
         scores = [
-            token_scores(
-                *(move(x) for x in (q, k)),
-                groups,
-                kind,
-                **options(kind, move(v)),
-                backend=where.backend,
-            )
+            score(kind, *map(move, (q, k, v)), groups, backend=where.backend)
             for move in (
                 torch.clone,
                 lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
@@ -321,8 +328,8 @@ def test_any_stride(where):
                 lambda x: x.mT.contiguous().mT,
             )
         ]
-        for each in scores[1:]:
-            torch.testing.assert_close(each, scores[0], rtol=1e-5, atol=1e-7)
+        for other in scores[1:]:
+            torch.testing.assert_close(other, scores[0], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", [*SMALL_GROUPS, "no rows"])
@@ -338,8 +345,7 @@ def test_opcheck(name, kind, where):
         for x in fused(groups, 1, 32, torch.float32, where.device)  # strided tensors of no rows
     )
     lse = log_sum_exp(q, k, v, groups).to(high_of(q)) if given else None
-    index = (groups.query_offsets, groups.key_offsets, groups.query_rows, groups.key_rows)
-    index += (groups.entry_offsets, groups.entries, groups.max_queries, groups.max_keys, 0.2, kind)
+    index = (*groups.arguments(), 0.2, kind)
     if kind == "similarity":
         q, k = None, k.detach()
     value = v if kind == "value" else None
@@ -366,15 +372,15 @@ def test_compiles_once_for_all_lengths(kind, where):
         graphs.append(graph)
         return graph.forward
 
-    def score(q, k, v, groups):
-        return token_scores(q, k, groups, kind, **options(kind, v), backend=where.backend)
+    def run_kind(q, k, v, groups):
+        return score(kind, q, k, v, groups, backend=where.backend)
 
     torch._dynamo.reset()
-    compiled = torch.compile(score, fullgraph=True, backend=count, dynamic=True)
+    compiled = torch.compile(run_kind, fullgraph=True, backend=count, dynamic=True)
     for K in (20, 25, 31, 40):
         groups = Groups.spatial(visible(K=K), GRID).to(where.device)
         args = [x.detach() for x in fused(groups, 2, 32, torch.float32, where.device)]
-        torch.testing.assert_close(compiled(*args, groups), score(*args, groups))
+        torch.testing.assert_close(compiled(*args, groups), run_kind(*args, groups))
     assert len(graphs) <= 2  # the second has symbols for the numbers inside the groups
 
 
@@ -383,8 +389,8 @@ def test_autocast(where):
     groups = GROUPS["frames"]().to(where.device)
     q, k, _ = (x.detach().clone() for x in fused(groups, 2, 64, torch.float32, where.device))
     with torch.autocast(where.device, torch.bfloat16):
-        scores = token_scores(q.requires_grad_(), k, groups, backend=where.backend)
-    low = token_scores(q.bfloat16(), k.bfloat16(), groups, backend=where.backend)
+        scores = cls_attention_scores(q.requires_grad_(), k, groups, backend=where.backend)
+    low = cls_attention_scores(q.bfloat16(), k.bfloat16(), groups, backend=where.backend)
     assert scores.dtype == torch.float32 and torch.equal(scores, low)
     assert torch.autograd.grad(scores.sum(), q)[0].dtype == torch.float32
 
@@ -404,7 +410,7 @@ def test_flops(kind, flops, where):
         x.detach().requires_grad_() for x in fused(groups, 2, 32, torch.float32, where.device)
     )
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        scores = token_scores(q, k, groups, kind, backend=where.backend)
+        scores = score(kind, q, k, None, groups, backend=where.backend)
         if kind != "similarity":
             scores.sum().backward()
     assert counter.get_total_flops() == flops
@@ -415,39 +421,37 @@ ROWS = torch.zeros(8, 2, 32)
 
 
 @pytest.mark.parametrize(
-    "error, text, change",
+    "error, text, kind, change",
     [
-        (TypeError, "vidl.ops.Groups", {"groups": torch.zeros(3)}),
-        (ValueError, "kind 'cls', 'mean', 'value', 'similarity', got 'max'", {"kind": "max"}),
-        (ValueError, "need q for kind 'cls', got None", {"q": None}),
-        (ValueError, "need v for kind 'value', got None", {"kind": "value"}),
-        (ValueError, "need no v for kind 'cls'", {"v": ROWS}),
-        (ValueError, "need no lse for kind 'cls'", {"lse": torch.zeros(2, 8)}),
-        (ValueError, r"lse \[2, 8\]", {"kind": "mean", "lse": torch.zeros(8, 2)}),
-        (TypeError, "lse in float32", {"kind": "mean", "lse": torch.zeros(2, 8).half()}),
-        (ValueError, r"\[queries, H, D\]", {"q": ROWS[0]}),
-        (ValueError, r"\[queries, H, D\]", {"kind": "value", "v": ROWS[:, :, :16]}),
-        (ValueError, r"\[queries, H, D\]", {"q": ROWS[:, :1]}),
-        (TypeError, "one floating dtype", {"k": ROWS.half()}),
-        (TypeError, "one floating dtype", {x: ROWS.int() for x in "qk"}),
-        (ValueError, "q on cpu", {"q": ROWS.to("meta")}),
-        (ValueError, "q of 8 rows", {"q": ROWS[:7]}),
-        (ValueError, "k of 8 rows", {"k": ROWS[:7]}),
-        (ValueError, "backend", {"backend": "flash"}),
+        (TypeError, "vidl.ops.Groups", "cls", {"groups": torch.zeros(3)}),
+        (ValueError, r"lse \[2, 8\]", "mean", {"lse": torch.zeros(8, 2)}),
+        (TypeError, "lse in float32", "mean", {"lse": torch.zeros(2, 8).half()}),
+        (ValueError, r"\[num_queries, H, D\]", "cls", {"q": ROWS[0]}),
+        (ValueError, r"\[num_queries, H, D\]", "value", {"v": ROWS[:, :, :16]}),
+        (ValueError, r"\[num_queries, H, D\]", "cls", {"q": ROWS[:, :1]}),
+        (TypeError, "one floating dtype", "cls", {"k": ROWS.half()}),
+        (TypeError, "one floating dtype", "similarity", {"k": ROWS.int()}),
+        (ValueError, "q on cpu", "mean", {"q": ROWS.to("meta")}),
+        (ValueError, "q of 8 rows", "cls", {"q": ROWS[:7]}),
+        (ValueError, "k of 8 rows", "similarity", {"k": ROWS[:7]}),
+        (ValueError, "v of 8 rows", "value", {"v": ROWS[:7]}),
+        (ValueError, "backend", "cls", {"backend": "flash"}),
         (
             RuntimeError,
             "not in float64",
+            "cls",
             {**{x: ROWS.double() for x in "qk"}, "backend": "native"},
         ),
     ],
 )
-def test_misuse_is_explained(error, text, change):
+def test_misuse_is_explained(error, text, kind, change):
+    arguments = {"q": ROWS, "k": ROWS, "v": ROWS, "groups": SMALL} | change
     with pytest.raises(error, match=text):
-        token_scores(**({"q": ROWS, "k": ROWS, "groups": SMALL} | change))
+        score(kind, **arguments)
 
 
 def test_long_heads():
-    assert "at most 128 channels, not 129" in library.OPS[OP].limits(
+    assert "at most 128, not 129" in library.OPS[OP].limits(
         "triton", device="cuda", dtype=torch.float32, head_size=129
     )
 
@@ -466,4 +470,4 @@ def test_groups_that_do_not_fit_are_caught(text, change, backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     groups = Groups(**{**vars(SMALL), **change})
     with pytest.raises(RuntimeError, match=text):
-        token_scores(ROWS, ROWS, groups, backend=backend)
+        cls_attention_scores(ROWS, ROWS, groups, backend=backend)

@@ -4,22 +4,29 @@ from vidl.kernels.frame_difference import RunLengths, frame_difference, run_leng
 from vidl.kernels.groups import Groups
 from vidl.kernels.masked_patch_embed import masked_patch_embed
 from vidl.kernels.masked_patch_loss import masked_patch_loss
-from vidl.kernels.select_tokens import Selected, gumbel_scores, kept_count, select_tokens
+from vidl.kernels.select_tokens import Selected, kept_count, select_tokens
 from vidl.kernels.space_time_attention import ReplicatedGlobal, space_time_attention
-from vidl.kernels.token_scores import token_scores
+from vidl.kernels.token_scores import (
+    cls_attention_scores,
+    key_similarity_scores,
+    mean_attention_scores,
+    value_weighted_scores,
+)
 
 __all__ = [
     "Groups",
     "ReplicatedGlobal",
     "RunLengths",
     "Selected",
+    "cls_attention_scores",
     "frame_difference",
-    "gumbel_scores",
     "kept_count",
+    "key_similarity_scores",
     "masked_patch_embed",
     "masked_patch_loss",
+    "mean_attention_scores",
     "run_length_ids",
     "select_tokens",
     "space_time_attention",
-    "token_scores",
+    "value_weighted_scores",
 ]

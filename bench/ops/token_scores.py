@@ -16,7 +16,11 @@ from torch import Tensor
 
 from vidl.bench.measure.cases import Candidate, Work, compiled, ours
 from vidl.kernels.groups import Groups
-from vidl.kernels.token_scores.op import Kind, token_scores
+from vidl.kernels.token_scores import (
+    cls_attention_scores,
+    mean_attention_scores,
+    value_weighted_scores,
+)
 
 OP = "token_scores"
 
@@ -43,7 +47,7 @@ class Inputs:
     lse: Tensor  # for "mean": the log-sum-exp of the attention, [H, B * N]
     grad: Tensor  # of the scores, [B * N] float32
     groups: Groups
-    kind: Kind
+    kind: str
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as batches [B, H, N, D]; views."""
@@ -52,7 +56,7 @@ class Inputs:
 
 
 def make(
-    B: int, N: int, H: int, D: int, kind: Kind, *, dtype: torch.dtype, device: str, generator: Any
+    B: int, N: int, H: int, D: int, kind: str, *, dtype: torch.dtype, device: str, generator: Any
 ) -> Inputs:
     """Draw a batch."""
     qkv = torch.randn(B * N, 3, H, D, generator=generator).to(device, dtype)
@@ -65,7 +69,7 @@ def make(
     return replace(inputs, lse=torch.cat(lse, 1))
 
 
-def work(B: int, N: int, H: int, D: int, kind: Kind, *, dtype: torch.dtype) -> dict[str, Work]:
+def work(B: int, N: int, H: int, D: int, kind: str, *, dtype: torch.dtype) -> dict[str, Work]:
     """Reads k once, for "mean" also q, for "value" also v; backward writes three gradients."""
     tensor, scores = B * N * H * D * dtype.itemsize, B * N * 4
     read = tensor if kind == "cls" else 2 * tensor
@@ -82,15 +86,12 @@ def truth(inputs: Inputs) -> Tensor:
 
 def score(inputs: Inputs, backend: str, given: bool = False) -> Tensor:
     q, k, v = inputs.qkv.unbind(1)
-    return token_scores(
-        q,
-        k,
-        inputs.groups,
-        inputs.kind,
-        v=v if inputs.kind == "value" else None,
-        lse=inputs.lse if given else None,
-        backend=backend,
-    )
+    if inputs.kind == "cls":
+        return cls_attention_scores(q, k, inputs.groups, backend=backend)
+    if inputs.kind == "value":
+        return value_weighted_scores(q, k, v, inputs.groups, backend=backend)
+    lse = inputs.lse if given else None
+    return mean_attention_scores(q, k, inputs.groups, lse=lse, backend=backend)
 
 
 def logits(q: Tensor, k: Tensor) -> Tensor:

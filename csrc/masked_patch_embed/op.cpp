@@ -246,8 +246,8 @@ Tensor as(const Tensor& x, ScalarType dtype) {
 }
 
 template <class Device>
-Tensor masked_patch_embed(Tensor video, Tensor weight, OptionalTensor bias, OptionalTensor space,
-                          OptionalTensor time, OptionalTensor ids, OptionalTensor cu_seqlens,
+Tensor masked_patch_embed(Tensor video, Tensor weight, OptionalTensor bias, OptionalTensor time,
+                          OptionalTensor space, OptionalTensor ids, OptionalTensor cu_seqlens,
                           std::vector<double> mean, std::vector<double> std) {
   const DeviceScope scope(video);
   check_weight(video, weight);

@@ -1,4 +1,4 @@
-"""Run-length tokens: which tubelets are new, and for how long each of them stands."""
+"""Run-length tokens: which tubelets to keep, and the length of the run that each stands for."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class RunLengths(NamedTuple):
-    """Visible patches for `masked_patch_embed`, and how many slices each of them stands for."""
+    """Visible patches for `masked_patch_embed`, and the number of slices each stands for."""
 
     ids: Tensor  # int64, [total], or [B, K]
     cu_seqlens: Tensor | None  # [B + 1] int32; None where ids are [B, K]
@@ -22,20 +22,20 @@ def run_length_ids(
     keep: int | None = None,
     total: int | None = None,
 ) -> RunLengths:
-    """Keep the tubelets that differ from those before them.
+    """Keep the tubelets that differ from the tubelet before them.
 
-    A tubelet is kept if its difference is greater than `threshold`; the first slice, whose
-    difference is +inf, always is. A kept tubelet stands for its run: itself and the slices up to
-    the next one that is kept at its place.
+    A tubelet is kept if its difference is greater than `threshold`. The first slice, whose
+    difference is +inf, is always kept. A kept tubelet stands for its run: itself and the following
+    slices, up to the next kept tubelet at the same position.
 
     Args:
         differences: of `frame_difference`, [B, N].
         slices: T / t, which divides N.
-        threshold: the paper's 0.1, in units of the normalised clip.
-        keep: keep this many of each clip instead, those that differ most (ties: the earlier ones;
-            NaN last).
-        total: how many are kept in all, if that is known: on CUDA the host otherwise waits for
-            the number, once.
+        threshold: in units of the normalised clip; the paper has 0.1.
+        keep: keep this number of tubelets of each clip instead, those that differ most (of equal
+            ones the earlier; NaN last).
+        total: the number of kept tubelets in the batch, if known; otherwise the host waits once
+            for CUDA.
 
     Returns:
         ids, ascending within a clip: [total] with cu_seqlens, or [B, keep] without; and lengths.
@@ -63,15 +63,15 @@ def run_length_ids(
     if total is None:
         places = kept.flatten().nonzero()[:, 0]
     else:
-        torch._assert_async(kept.sum() == total, "run_length_ids: `total` is not what is kept")
+        torch._assert_async(kept.sum() == total, "run_length_ids: need total kept tubelets")
         places = torch.nonzero_static(kept.flatten(), size=total)[:, 0]
     cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).int()
     return RunLengths(places % N, cu_seqlens, _run_lengths(kept, slices).flatten()[places])
 
 
 def _run_lengths(kept: Tensor, slices: int) -> Tensor:
-    """Slices from each one to the next that is kept at its place, or to the end: [B, N]."""
-    kept = kept.unflatten(1, (slices, -1))  # [B, slices, S]
+    """Slices from each tubelet to the next kept one at its position, or to the end: [B, N]."""
+    kept = kept.unflatten(1, (slices, -1))  # [B, slices, P]
     here = torch.arange(slices, device=kept.device)[:, None].expand(kept.shape)
     starts = torch.where(kept, here, slices)
     after = torch.cat([starts[:, 1:], torch.full_like(starts[:, :1], slices)], 1)

@@ -1,23 +1,46 @@
 """Which queries attend to which keys: the groups of space_time_attention.
 
 Every row of q belongs to exactly one group; a row of k and v may belong to several. Groups are
-built on the device from the coordinates of the visible tokens, without a host sync, once for a
-mask; every layer, forward and backward, then shares them.
+built once per mask, on the device, from the coordinates of the visible tokens, without a host sync.
+All layers share them, forward and backward.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Grid = tuple[int, int, int]
 
+# How the schema of an op declares its groups: what `Groups.arguments` returns.
+SCHEMA = (
+    "Tensor query_offsets, Tensor key_offsets, Tensor? query_rows, Tensor? key_rows, "
+    "Tensor? entry_offsets, Tensor? entries, SymInt max_queries, SymInt max_keys"
+)
+
+
+class Arguments(NamedTuple):
+    """What kernels need of `Groups`, in the order of `SCHEMA`."""
+
+    query_offsets: Tensor
+    key_offsets: Tensor
+    query_rows: Tensor | None
+    key_rows: Tensor | None
+    entry_offsets: Tensor | None
+    entries: Tensor | None
+    max_queries: int
+    max_keys: int
+
+    def num_entries(self, num_keys: int) -> int:
+        """E."""
+        return num_keys if self.key_rows is None else self.key_rows.shape[0]
+
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """G groups of queries and the keys that each sees.
+    """G groups of queries, and the keys that each group attends to.
 
     The queries of group g are `query_rows[query_offsets[g]:query_offsets[g + 1]]`, rows of q; its
     keys are the entries `key_rows[key_offsets[g]:key_offsets[g + 1]]`, rows of k and v.
@@ -25,16 +48,16 @@ class Groups:
     Attributes:
         query_offsets: [G + 1] int32, ascending from 0 to the number of rows of q.
         key_offsets: [G + 1] int32, ascending from 0 to the number of entries E.
-        query_rows: [rows of q] int32, each row once; None: the rows in their order.
+        query_rows: [num_queries] int32, each row once; None: the rows in their order.
         key_rows: [E] int32; None: the rows in their order, each in one group.
-        max_queries, max_keys: of any group; upper bounds, known on the host.
+        max_queries, max_keys: upper bounds of the queries and keys of a group, known on the host.
         num_queries, num_keys: rows of q, rows of k and v.
         uniform: every group has exactly `max_queries` queries and `max_keys` keys.
-        row_offsets: [B + 1] int32, where the rows of each sample begin; None if not known.
-        group_sample: [G] int64, the sample of each group; None if not known.
-        entry_offsets, entries: for keys in several groups, [num_keys + 1] and [E] int32: the
-            entries that are row r, in ascending order, are
-            `entries[entry_offsets[r]:entry_offsets[r + 1]]`. None: every row is in one group.
+        row_offsets: [B + 1] int32, where the rows of each sample begin; None if unknown.
+        group_sample: [G] int64, the sample of each group; None if unknown.
+        entry_offsets, entries: [num_keys + 1] and [E] int32, for keys in several groups: row r
+            stands in the entries `entries[entry_offsets[r]:entry_offsets[r + 1]]`, in ascending
+            order. None: every row is in one group.
     """
 
     query_offsets: Tensor
@@ -62,20 +85,22 @@ class Groups:
         moved: Any = {name: x.to(device) for name, x in values if isinstance(x, Tensor)}
         return replace(self, **moved)
 
-    # ---- Builders -------------------------------------------------------------------------------
+    def arguments(self) -> Arguments:
+        """What the kernels of an op are given, in the order of `SCHEMA`."""
+        return Arguments(*(getattr(self, name) for name in Arguments._fields))
 
     @staticmethod
     def equal(
         groups: int, size: int, *, keys: int | None = None, device: torch.device | str = "cpu"
     ) -> "Groups":
-        """`groups` groups of `size` neighbouring rows; static shapes throughout.
+        """`groups` groups of `size` consecutive rows; all shapes are static.
 
-        Frames of a dense clip in (time, row, column) order, or whole clips of equal length.
+        Examples: the frames of a dense clip in (time, row, column) order; clips of equal length.
 
         Args:
             groups: G.
             size: queries of each group.
-            keys: keys of each group, if k and v are another sequence (cross-attention).
+            keys: keys of each group if k and v are another sequence (cross-attention).
         """
         keys = size if keys is None else keys
         step = torch.arange(groups + 1, dtype=torch.int32, device=device)
@@ -99,7 +124,7 @@ class Groups:
 
         Args:
             cu_seqlens: [B + 1] int32, where each sample begins.
-            total: rows in all.
+            total: the number of rows.
             longest: an upper bound of a sample's length.
         """
         samples = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
@@ -126,12 +151,12 @@ class Groups:
         max_queries: int,
         max_keys: int,
     ) -> "Groups":
-        """The queries of a sample attend to the keys of the same sample, of another sequence.
+        """The queries of a sample attend to the keys of that sample in another sequence.
 
         Args:
             cu_queries, cu_keys: [B + 1] int32, where each sample begins in q, and in k and v.
             num_queries, num_keys: rows of q, rows of k and v.
-            max_queries, max_keys: upper bounds of a sample's lengths.
+            max_queries, max_keys: upper bounds of the queries and keys of a sample.
         """
         return Groups(
             cu_queries,
@@ -155,7 +180,7 @@ class Groups:
         row_offsets: Tensor | None = None,
         group_sample: Tensor | None = None,
     ) -> "Groups":
-        """Rows of one label attend to one another.
+        """Rows with the same label attend to one another.
 
         Args:
             labels: [rows] int64, in [0, num_groups).
@@ -181,13 +206,13 @@ class Groups:
     def spatial(
         ids: Tensor, grid: Grid, cu_seqlens: Tensor | None = None, *, longest: int | None = None
     ) -> "Groups":
-        """The tokens of one frame attend to one another.
+        """The tokens of a frame attend to one another.
 
         Args:
             ids: the visible patches in (time, row, column) order, [B, K] or packed [total].
             grid: frames, rows and columns of patches in the whole clip.
             cu_seqlens: [B + 1] int32 for packed `ids`.
-            longest: an upper bound of the tokens in a frame; default all patches of a frame.
+            longest: an upper bound of the tokens in a frame; default: all patches of a frame.
         """
         (T, H, W), tokens = grid, _Tokens(ids, grid, cu_seqlens)
         return tokens.groups(
@@ -198,7 +223,7 @@ class Groups:
     def temporal(
         ids: Tensor, grid: Grid, cu_seqlens: Tensor | None = None, *, longest: int | None = None
     ) -> "Groups":
-        """The tokens at one position attend to one another through time (arguments: `spatial`)."""
+        """The tokens at one position attend to one another across frames (see `spatial`)."""
         (T, H, W), tokens = grid, _Tokens(ids, grid, cu_seqlens)
         place = tokens.row * W + tokens.column
         return tokens.groups(place, H * W, min(T, tokens.most) if longest is None else longest)
@@ -211,10 +236,10 @@ class Groups:
         shift: Grid = (0, 0, 0),
         cu_seqlens: Tensor | None = None,
     ) -> "Groups":
-        """The tokens of one window of frames, rows and columns attend to one another.
+        """The tokens of a window of frames, rows and columns attend to one another.
 
-        A shift moves the windows' borders; windows at the edge are then smaller, as Video Swin's
-        masked cyclic shift makes them.
+        A shift moves the borders of the windows. Windows at the edge of the clip are then smaller,
+        as with the masked cyclic shift of Video Swin.
 
         Args:
             ids, grid, cu_seqlens: as for `spatial`.
@@ -233,12 +258,12 @@ class Groups:
         tokens = _Tokens(ids, grid, cu_seqlens)
         label = torch.zeros_like(tokens.time)
         count = 1
-        for place, whole, part, moved in zip(
+        for place, length, window, offset in zip(
             (tokens.time, tokens.row, tokens.column), grid, size, shift, strict=True
         ):
-            first = part - moved if moved else 0  # the border inside the clip
-            windows = -(-(whole + first) // part)
-            label = label * windows + (place + first) // part
+            before = window - offset if offset else 0  # of the first window, outside the clip
+            windows = -(-(length + before) // window)
+            label = label * windows + (place + before) // window
             count *= windows
         most = min(size[0], grid[0]) * min(size[1], grid[1]) * min(size[2], grid[2])
         return tokens.groups(label, count, min(most, tokens.most))
@@ -254,16 +279,17 @@ class Groups:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> "Groups":
-        """Blocks of neighbouring tokens attend to themselves, to neighbours, and to random blocks.
+        """Blocks of consecutive tokens attend to themselves, their neighbours and random blocks.
 
-        Block i sees the `local` blocks around it (in a circle) and `random` others, drawn from
-        `seed` and the same for all samples and heads. The last block may be shorter.
+        Block i attends to the `local` blocks around it (circularly) and to `random` other blocks,
+        drawn with `seed`, the same for all samples and heads. The last block may be shorter.
 
         Args:
-            batch, length: samples, and tokens of each.
+            batch: B.
+            length: tokens of a sample.
             block: tokens of a block.
-            local: an odd number of blocks, itself among them.
-            random: a number of further blocks; at most as many as there are.
+            local: the block itself and its nearest neighbours; an odd number of blocks.
+            random: the number of random blocks; at most as many as remain.
 
         Raises:
             ValueError: a number is out of range.
@@ -279,22 +305,27 @@ class Groups:
         local = min(local, blocks)
         if local + random > blocks:
             raise ValueError(f"need local + random <= {blocks} blocks, got {local} + {random}")
-        seen = []  # the pattern is small and drawn on the host: the same on every device
+        attended = []  # small, and drawn on the host, so that all devices have the same pattern
         generator = torch.Generator().manual_seed(seed)
         for i in range(blocks):
             near = [(i + j - local // 2) % blocks for j in range(local)]
             others = [j for j in range(blocks) if j not in near]
             drawn = torch.randperm(len(others), generator=generator)[:random].tolist()
-            seen.append(sorted(near + [others[j] for j in drawn]))
+            attended.append(sorted(near + [others[j] for j in drawn]))
         starts = [min(b * block, length) for b in range(blocks + 1)]
-        rows = [torch.cat([torch.arange(starts[b], starts[b + 1]) for b in s]) for s in seen]
+        rows = [torch.cat([torch.arange(starts[b], starts[b + 1]) for b in i]) for i in attended]
         keys = torch.tensor([0, *map(len, rows)]).cumsum(0)
-        one = torch.cat(rows)
-        step = torch.arange(batch)[:, None]
-        key_rows = (step * length + one).flatten()
-        key_offsets = torch.cat([(step * len(one) + keys[:-1]).flatten(), keys[-1:] * batch])
+        sample_rows = torch.cat(rows)
+        sample = torch.arange(batch)[:, None]
+        key_rows = (sample * length + sample_rows).flatten()
+        key_offsets = torch.cat(
+            [(sample * len(sample_rows) + keys[:-1]).flatten(), keys[-1:] * batch]
+        )
         query_offsets = torch.cat(
-            [(step * length + torch.tensor(starts[:-1])).flatten(), torch.tensor([batch * length])]
+            [
+                (sample * length + torch.tensor(starts[:-1])).flatten(),
+                torch.tensor([batch * length]),
+            ]
         )
         sizes = {len(r) for r in rows}
         return Groups(
@@ -312,18 +343,18 @@ class Groups:
         ).with_entries()
 
     def with_global(self) -> "Groups":
-        """Add one global token a sample, before the sample's other rows.
+        """Add a global token (CLS) to every sample, as the first row of the sample.
 
-        Every group of the sample sees it as a key; its own query sees every row of the sample.
-        Row r of sample b becomes row r + b + 1; the global token is the first row of its sample.
+        Every group of the sample attends to the global token; the global token attends to every
+        row of the sample. Row r of sample b becomes row r + b + 1.
 
         Raises:
-            ValueError: the groups are not of self-attention, or do not know their samples.
+            ValueError: the groups are not of self-attention, or lack row_offsets or group_sample.
 
         Source: Frozen in Time, arXiv 2104.00650, 3.1 (VarAttention).
         """
         if self.row_offsets is None or self.group_sample is None:
-            raise ValueError("need groups that know their samples (row_offsets, group_sample)")
+            raise ValueError("need groups with row_offsets and group_sample, got None")
         if self.num_queries != self.num_keys:
             raise ValueError(
                 f"need as many keys as queries, got {self.num_queries} and {self.num_keys}"
@@ -332,23 +363,25 @@ class Groups:
         B = self.row_offsets.shape[0] - 1
         samples = torch.arange(B, device=device)
         total = self.num_queries
-        firsts = self.row_offsets[:-1] + samples.int()  # the rows of the global tokens
+        global_rows = self.row_offsets[:-1] + samples.int()
         row = torch.arange(total, device=device, dtype=torch.int32)
         sample = torch.searchsorted(self.row_offsets[1:].contiguous(), row, right=True)
-        moved = row + sample.int() + 1
+        new_rows = row + sample.int() + 1
 
-        query_rows = moved if self.query_rows is None else moved[self.query_rows]
-        # A group's first key is the global one; the global queries' groups follow, of all rows.
-        inner, keys = lead(self.key_offsets, self.key_rows, moved, firsts[self.group_sample])
-        everything = torch.arange(total + B, device=device, dtype=torch.int32)
+        query_rows = new_rows if self.query_rows is None else new_rows[self.query_rows]
+        # The global key comes first in each group; then follow the groups of the global queries.
+        key_offsets, key_rows = prepend_row(
+            self.key_offsets, self.key_rows, new_rows, global_rows[self.group_sample]
+        )
+        all_rows = torch.arange(total + B, device=device, dtype=torch.int32)
         row_offsets = self.row_offsets + torch.arange(B + 1, device=device, dtype=torch.int32)
         steps = torch.arange(1, B + 1, device=device, dtype=torch.int32)
         return replace(
             self,
             query_offsets=torch.cat([self.query_offsets, self.query_offsets[-1:] + steps]),
-            key_offsets=torch.cat([inner, inner[-1:] + row_offsets[1:]]),
-            query_rows=torch.cat([query_rows, firsts]),
-            key_rows=torch.cat([keys, everything]),
+            key_offsets=torch.cat([key_offsets, key_offsets[-1:] + row_offsets[1:]]),
+            query_rows=torch.cat([query_rows, global_rows]),
+            key_rows=torch.cat([key_rows, all_rows]),
             max_queries=max(self.max_queries, 1),
             max_keys=total + 1 if B else 0,
             num_queries=total + B,
@@ -359,7 +392,7 @@ class Groups:
         ).with_entries()
 
     def with_entries(self) -> "Groups":
-        """Add, for every row of k and v, the list of its entries; for keys in several groups."""
+        """Add the list of entries of every row of k and v; for keys in several groups."""
         assert self.key_rows is not None
         rows = self.key_rows.long()
         return replace(
@@ -368,17 +401,15 @@ class Groups:
             entries=torch.argsort(rows, stable=True).int(),
         )
 
-    # ---- Checks ---------------------------------------------------------------------------------
-
     def check(self) -> "Groups":
-        """Look at every index, on the host: slow, for tests and for debugging.
+        """Check every index on the host: slow, for tests and debugging.
 
         Returns:
             The groups themselves.
 
         Raises:
-            ValueError: offsets do not ascend from 0 to their end, a row is out of range, or a query
-                is in no group or in two.
+            ValueError: offsets do not ascend from 0 to the number of members, a row is out of
+                range, or a query is not in exactly one group.
         """
         for name, offsets, rows, count in (
             ("query", self.query_offsets, self.query_rows, self.num_queries),
@@ -397,12 +428,12 @@ class Groups:
         if self.query_rows is not None:
             times = torch.bincount(self.query_rows.long(), minlength=self.num_queries)
             if wrong := (times != 1).nonzero().flatten().tolist():
-                raise ValueError(f"need every query in exactly one group, not so: rows {wrong}")
+                raise ValueError(f"need every query in exactly one group, got rows {wrong} wrong")
         return self
 
 
 class _Tokens:
-    """The visible tokens: of which sample, and where in the clip."""
+    """The sample of each visible token, and its frame, row and column in the clip."""
 
     def __init__(self, ids: Tensor, grid: Grid, cu_seqlens: Tensor | None) -> None:
         if (ids.ndim != 2) if cu_seqlens is None else (ids.ndim != 1):
@@ -439,37 +470,37 @@ class _Tokens:
 
 
 def _offsets(labels: Tensor, count: int) -> Tensor:
-    """Where each label begins after sorting, [count + 1] int32, without a host sync."""
+    """Where each label begins in the sorted labels, [count + 1] int32, without a host sync."""
     sizes = torch.zeros(count + 1, dtype=torch.int32, device=labels.device)
     sizes.scatter_add_(0, labels + 1, torch.ones_like(labels, dtype=torch.int32))
     return sizes.cumsum(0, dtype=torch.int32)
 
 
-def lead(
-    offsets: Tensor, rows: Tensor | None, moved: Tensor, leaders: Tensor
+def prepend_row(
+    offsets: Tensor, rows: Tensor | None, new_rows: Tensor, first_rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Put one more row before the rows of each group.
+    """Renumber the rows, and add one more row in front of each group.
 
     Args:
-        offsets, rows: of G groups, as `Groups` has them.
-        moved: the new number of every row.
-        leaders: [G], the row that comes first in each group.
+        offsets, rows: of the queries or the keys of `Groups`.
+        new_rows: the new number of every row.
+        first_rows: [G], the row to add to each group.
 
     Returns:
         The new offsets [G + 1] and rows, int32.
     """
-    G, members = leaders.shape[0], moved if rows is None else moved[rows]
+    G, members = first_rows.shape[0], new_rows if rows is None else new_rows[rows]
     device = offsets.device
-    found = torch.empty(members.shape[0] + G, dtype=torch.int32, device=device)
-    # Row i of group g moves by the g + 1 leaders before it.
+    result = torch.empty(members.shape[0] + G, dtype=torch.int32, device=device)
+    # A member of group g moves by the g + 1 rows that are added before it.
     place = torch.arange(members.shape[0], device=device)
-    found[place + group_of(offsets, members.shape[0]) + 1] = members.int()
-    found[offsets[:-1].long() + torch.arange(G, device=device)] = leaders.int()
-    return offsets + torch.arange(G + 1, device=device, dtype=torch.int32), found
+    result[place + group_of(offsets, members.shape[0]) + 1] = members.int()
+    result[offsets[:-1].long() + torch.arange(G, device=device)] = first_rows.int()
+    return offsets + torch.arange(G + 1, device=device, dtype=torch.int32), result
 
 
 def group_of(offsets: Tensor, count: int) -> Tensor:
-    """The group of each of `count` positions, [count] int64."""
+    """The group of each of the `count` members of all groups, [count] int64."""
     place = torch.arange(count, device=offsets.device, dtype=offsets.dtype)
     return torch.searchsorted(offsets[1:].contiguous(), place, right=True)
 

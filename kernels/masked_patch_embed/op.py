@@ -1,9 +1,9 @@
-"""masked_patch_embed: the visible patches of a clip become tokens; the others are never touched.
+"""masked_patch_embed: embed the visible patches of a clip, without touching the masked ones.
 
     out[m] = weight . normalise(patch[ids_keep[m]]) + bias + position[ids_keep[m]]
 
 Sources: patch embedding of ViT (arXiv 2010.11929, 3.1) and of tubelets (VideoMAE, arXiv 2203.12602,
-3.2), with the order of MAE (arXiv 2111.06377, 3) turned round: first drop, then embed.
+3.2), in the reverse of MAE's order (arXiv 2111.06377, 3): first drop, then embed.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import library
-from vidl.kernels.patches import FLOATING, check_divides, check_ids, check_video, per_channel
+from vidl.kernels.patches import (
+    FLOATING,
+    check_divides,
+    check_ids,
+    check_normalisation,
+    check_video,
+)
 
 from . import reference
 
@@ -21,22 +27,22 @@ Position = Tensor | tuple[Tensor, Tensor]
 
 
 def patch_grid(video: Sequence[int], weight: Sequence[int]) -> tuple[int, int, int]:
-    """Patches along time, height and width of a clip [B, C, T, H, W], weight [D, C, t, h, w]."""
+    """Patches along T, H, W: clip [B, C_in, T, H, W], weight [C, C_in, t, h, w]."""
     return video[2] // weight[2], video[3] // weight[3], video[4] // weight[4]
 
 
 def num_patches(video: Sequence[int], weight: Sequence[int]) -> int:
-    """All patches of a clip: N."""
+    """N, the number of patches of a clip."""
     frames, rows, columns = patch_grid(video, weight)
     return frames * rows * columns
 
 
-def _fake(video, weight, bias, space, time, ids_keep, cu_seqlens, mean, std):
+def _fake(video, weight, bias, time, space, ids_keep, cu_seqlens, mean, std):
     rows = (video.shape[0], num_patches(video.shape, weight.shape))
     return weight.new_empty(*(rows if ids_keep is None else ids_keep.shape), weight.shape[0])
 
 
-def _flops(video, weight, bias, space, time, ids_keep, *args, **kwargs) -> int:
+def _flops(video, weight, bias, time, space, ids_keep, *args, **kwargs) -> int:
     N = num_patches(video.shape, weight.shape)
     rows = video.shape[0] * N if ids_keep is None else ids_keep.numel()
     return 2 * rows * weight.numel()
@@ -61,14 +67,14 @@ def _flops_bwd(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    video, weight, bias, space, time, ids_keep, cu_seqlens, ctx.mean, ctx.std = inputs
+    video, weight, bias, time, space, ids_keep, cu_seqlens, ctx.mean, ctx.std = inputs
     ctx.save_for_backward(video, weight, ids_keep, cu_seqlens)
-    ctx.position_like = [None if p is None else (p.shape, p.dtype) for p in (bias, space, time)]
+    ctx.position_like = [None if p is None else (p.shape, p.dtype) for p in (bias, time, space)]
 
 
 def _backward(bwd: Callable[..., Any], ctx, grad_out: Tensor):
     video, weight, ids_keep, cu_seqlens = ctx.saved_tensors
-    need_video, need_weight, need_bias, need_space, need_time = ctx.needs_input_grad[:5]
+    need_video, need_weight, need_bias, need_time, need_space = ctx.needs_input_grad[:5]
     need_position = need_space or need_time
     grad_video, grad_weight, grad_position = bwd(
         grad_out.contiguous(),
@@ -82,22 +88,22 @@ def _backward(bwd: Callable[..., Any], ctx, grad_out: Tensor):
         need_weight,
         need_position,
     )
-    bias, space, time = ctx.position_like
-    grad_bias = grad_space = grad_time = None
+    bias, time, space = ctx.position_like
+    grad_bias = grad_time = grad_space = None
     if need_bias:
         sums = grad_position if need_position else grad_out.flatten(0, -2)
         grad_bias = sums.sum(0, dtype=torch.float32).to(bias[1])
+    if need_time:
+        grad_time = grad_position.view(-1, *space[0]).sum(1).to(time[1])
     if need_space:
         per_frame = grad_position if time is None else grad_position.view(-1, *space[0]).sum(0)
         grad_space = per_frame.to(space[1])
-    if need_time:
-        grad_time = grad_position.view(-1, *space[0]).sum(1).to(time[1])
     return (
         grad_video if need_video else None,
         grad_weight if need_weight else None,
         grad_bias,
-        grad_space,
         grad_time,
+        grad_space,
         None,
         None,
         None,
@@ -117,11 +123,12 @@ library.define(
 )
 library.define(
     library.Op(
-        "masked_patch_embed(Tensor video, Tensor weight, Tensor? bias, Tensor? space, "
-        "Tensor? time, Tensor? ids_keep, Tensor? cu_seqlens, float[] mean, float[] std) -> Tensor",
+        "masked_patch_embed(Tensor video, Tensor weight, Tensor? bias, Tensor? time, "
+        "Tensor? space, Tensor? ids_keep, Tensor? cu_seqlens, float[] mean, float[] std) -> Tensor",
         module=__package__,
         fake=_fake,
         flops=_flops,
+        reference=reference.masked_patch_embed,
         setup_context=_setup_context,
         backward=_backward,
     )
@@ -140,34 +147,34 @@ def masked_patch_embed(
     std: Sequence[float] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Embed the visible patches of a clip, and only those.
+    """Embed only the visible patches of a clip.
 
     Equal to `conv3d` over the whole normalised clip, flattened to tokens in the order (time, row,
     column), plus `position`, then a gather of `ids_keep`. Deterministic, forward and backward.
 
     Args:
-        video: [B, C, T, H, W], any strides: `permute` a [B, T, C, H, W] or a channels-last
-            [B, T, H, W, C] clip, nothing is copied. uint8 (0 to 255) or floating point.
-        weight: [D, C, t, h, w] as in `nn.Conv3d`, or [D, C, h, w] as in `nn.Conv2d` (then t = 1);
-            float32, float16 or bfloat16; the dtype of the result. Under autocast float32 is cast.
-        bias: [D], in the dtype of `weight` or float32.
-        position: [N, D], added to the tokens; or a pair ([N / S, D], [S, D]) for time and space,
-            where S is the number of patches in a frame. In the dtype of `weight` or float32.
+        video: [B, C_in, T, H, W], any strides: `permute` a [B, T, C_in, H, W] or a channels-last
+            [B, T, H, W, C_in] clip without a copy. uint8 (0 to 255) or floating point.
+        weight: [C, C_in, t, h, w] as in `nn.Conv3d`, or [C, C_in, h, w] as in `nn.Conv2d` (then
+            t = 1); float32, float16 or bfloat16; the dtype of the result. Autocast casts float32.
+        bias: [C], in the dtype of `weight` or float32.
+        position: [N, C], added to the tokens; or a pair ([N / P, C], [P, C]) for time and space,
+            where P is the number of patches of a frame. In the dtype of `weight` or float32.
         ids_keep: int64, the visible patches in [0, N), N = T/t * H/h * W/w. [B, K], or [total] with
-            `cu_seqlens`; None embeds all. An id given twice is embedded twice: its gradients add.
+            `cu_seqlens`; None embeds all. A repeated id is embedded repeatedly; its gradients add.
         cu_seqlens: [B + 1] int32, where each sample begins in a packed `ids_keep`, from 0 to total.
-        mean: C numbers, subtracted from the pixels of a uint8 clip after division by 255.
-        std: C positive numbers that then divide them. Default: mean 0 and std 1.
+        mean: C_in numbers, subtracted from the pixels of a uint8 clip after division by 255.
+        std: C_in positive numbers that then divide them. Default: mean 0 and std 1.
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
-        [B, K, D], [total, D] if packed, or [B, N, D] without `ids_keep`. Gradients flow to
+        [B, K, C], [total, C] if packed, or [B, N, C] without `ids_keep`. Gradients flow to
         `weight`, `bias`, `position`, and to a floating-point `video`.
 
     Raises:
         TypeError: a dtype is not one of those above.
         ValueError: shapes, devices or options do not fit together.
-        RuntimeError: a backend asked for by name cannot run here; or, found by the kernel, an id
+        RuntimeError: a backend asked for by name cannot run here; or the kernel detects that an id
             or an offset is out of range (on CUDA as a device-side assertion).
     """
     if weight.ndim == 4:
@@ -179,50 +186,36 @@ def masked_patch_embed(
         check_ids("ids_keep", video, ids_keep, cu_seqlens)
     elif cu_seqlens is not None:
         raise ValueError("cu_seqlens needs a packed ids_keep, got None")
-    mean, std = _check_normalisation(video, mean, std)
+    mean, std = check_normalisation(video, mean, std)
     weight = weight.to(library.autocast_dtype(weight))
     time, space = position if isinstance(position, tuple) else (None, position)
-    _check_position(video, weight, bias, space, time)
-    args = (video, weight, bias, space, time, ids_keep, cu_seqlens, mean, std)
+    _check_position(video, weight, bias, time, space)
+    args = (video, weight, bias, time, space, ids_keep, cu_seqlens, mean, std)
     backend = library.choose(backend, "masked_patch_embed", video.device.type, weight.dtype)
-    if backend == "reference":
-        return reference.masked_patch_embed(*args)
-    return library.kernel("masked_patch_embed", backend)(*args)
+    return library.run("masked_patch_embed", backend, *args)
 
 
 def _check_weight(video: Tensor, weight: Tensor) -> None:
     if weight.dtype not in FLOATING:
         raise TypeError(f"need a weight in one of {FLOATING}, got {weight.dtype}")
-    if weight.ndim != 5 or weight.shape[1] != video.shape[1] or video.shape[1] == 0:
+    if weight.ndim != 5 or weight.shape[1] != video.shape[1]:
         raise ValueError(
-            f"need weight [D, {video.shape[1]}, t, h, w] or [D, {video.shape[1]}, h, w] for video "
+            f"need weight [C, {video.shape[1]}, t, h, w] or [C, {video.shape[1]}, h, w] for video "
             f"{tuple(video.shape)}, got {tuple(weight.shape)}"
         )
     if weight.device != video.device:
         raise ValueError(f"need weight on {video.device}, got {weight.device}")
 
 
-def _check_normalisation(
-    video: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[list[float], list[float]]:
-    if video.dtype != torch.uint8:
-        if mean is not None or std is not None:
-            raise ValueError(
-                f"mean and std are for uint8 clips; a {video.dtype} clip is taken as normalised"
-            )
-        return [], []
-    return per_channel(video.shape[1], mean, std)
-
-
 def _check_position(
-    video: Tensor, weight: Tensor, bias: Tensor | None, space: Tensor | None, time: Tensor | None
+    video: Tensor, weight: Tensor, bias: Tensor | None, time: Tensor | None, space: Tensor | None
 ) -> None:
     frames, rows, columns = patch_grid(video.shape, weight.shape)
-    D, S = weight.shape[0], rows * columns * (frames if time is None else 1)
+    C, patches = weight.shape[0], rows * columns * (frames if time is None else 1)
     wanted = {
-        "bias": (bias, (D,)),
-        "position": (space, (S, D)),
-        "position for time": (time, (frames, D)),
+        "bias": (bias, (C,)),
+        "position for time": (time, (frames, C)),
+        "position": (space, (patches, C)),
     }
     for name, (tensor, shape) in wanted.items():
         if tensor is None:

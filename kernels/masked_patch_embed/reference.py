@@ -10,18 +10,18 @@ from vidl.kernels.patches import gather
 
 
 def masked_patch_embed(
-    video: Tensor,  # [B, C, T, H, W]
-    weight: Tensor,  # [D, C, t, h, w]
-    bias: Tensor | None,  # [D]
-    space: Tensor | None,  # [S, D]
-    time: Tensor | None,  # [N / S, D]
+    video: Tensor,  # [B, C_in, T, H, W]
+    weight: Tensor,  # [C, C_in, t, h, w]
+    bias: Tensor | None,  # [C]
+    time: Tensor | None,  # [N / P, C]
+    space: Tensor | None,  # [P, C], or [N, C] without time
     ids_keep: Tensor | None,  # [B, K] or [total]
     cu_seqlens: Tensor | None,  # [B + 1]
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
-    """Cut the visible patches out, normalise them, project them, add their positions."""
-    # [M, C, t, h, w] and [M]
+    """Gather the visible patches, normalise and project them, and add their positions."""
+    # [rows, C_in, t, h, w] and [rows]
     visible, ids = gather(
         "masked_patch_embed: ids_keep", video, weight.shape[2:], ids_keep, cu_seqlens
     )

@@ -309,8 +309,8 @@ def masked_patch_embed(
     video: Tensor,  # [B, C_in, T, H, W]
     weight: Tensor,  # [C, C_in, t, h, w]
     bias: Tensor | None,  # [C]
-    space: Tensor | None,  # [P, C]
     time: Tensor | None,  # [N / P, C]
+    space: Tensor | None,  # [P, C]
     ids_keep: Tensor | None,  # [B, K] or [total]
     cu_seqlens: Tensor | None,  # [B + 1]
     mean: Sequence[float],
@@ -533,7 +533,7 @@ def ahead_of_time() -> None:
         weight, bias = torch.zeros(768, 3, 2, p, p, dtype=dtype), torch.zeros(768)
         space, time = torch.zeros(9, 768), torch.zeros(2, 768, dtype=dtype)
         mean, std = ([0.5] * 3, [0.5] * 3) if video_dtype == torch.uint8 else ([], [])
-        out = masked_patch_embed(video, weight, bias, space, time, ids, cu_seqlens, mean, std)
+        out = masked_patch_embed(video, weight, bias, time, space, ids, cu_seqlens, mean, std)
         masked_patch_embed(video, weight, None, None, None, ids, cu_seqlens, mean, std)
         need_video = video_dtype != torch.uint8
         masked_patch_embed_bwd(

@@ -1,4 +1,4 @@
-"""masked_patch_loss: how well the masked patches of a clip were reconstructed.
+"""masked_patch_loss: the error of the reconstruction of a clip's masked patches.
 
     loss = mean over masked patches m of mean((prediction[m] - normalise(patch[ids_masked[m]]))^2)
 
@@ -23,7 +23,7 @@ EPS = 1e-6
 
 
 def statistics_of(patch_statistics: str, channels: int) -> int:
-    """How many means and variances a patch has."""
+    """The number of means and variances of a patch."""
     return {"none": 0, "patch": 1, "channel": channels}[patch_statistics]
 
 
@@ -38,7 +38,7 @@ def _fake_bwd(grad, moments, prediction, *args):
 
 
 def _no_flops(*args, **kwargs) -> int:
-    return 0  # PyTorch's counter counts matrix products, and there is none
+    return 0  # PyTorch's counter counts matmuls only
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -48,19 +48,19 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(bwd: Callable[..., Any], ctx, grad, grad_moments):
-    found = None if grad is None else bwd(grad, *ctx.saved_tensors, *ctx.options)
-    return found, *(None,) * 8
+    grad_prediction = None if grad is None else bwd(grad, *ctx.saved_tensors, *ctx.options)
+    return grad_prediction, *(None,) * 8
 
 
 def _limits(
-    backend: str, device: str, dtype: torch.dtype, numbers: int = 1, channels: int = 1
+    backend: str, device: str, dtype: torch.dtype, pixels: int = 1, channels: int = 1
 ) -> str | None:
     if (backend, device) == ("native", "cpu"):
         return None
-    if numbers > 8192:
-        return f"a patch of it has at most 8192 numbers, got {numbers}"
+    if pixels > 8192:
+        return f"a patch may have at most 8192 pixels, got {pixels}"
     if backend != "triton" and channels > 64:
-        return f"a clip of it has at most 64 channels, got {channels}"
+        return f"a clip may have at most 64 channels, got {channels}"
     return None
 
 
@@ -83,6 +83,8 @@ library.define(
         module=__package__,
         fake=_fake,
         flops=_no_flops,
+        reference=reference.masked_patch_loss,
+        only_for_backward=1,
         setup_context=_setup_context,
         backward=_backward,
         limits=_limits,
@@ -105,10 +107,10 @@ def masked_patch_loss(
     reduction: Literal["mean", "none"] = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Mean squared error of predicted pixels, read straight from the clip: masked patches only.
+    """Mean squared error of the predicted pixels of the masked patches.
 
     Equal to cutting the whole clip into patches, normalising each, and comparing the masked ones
-    with the prediction; no target is ever stored. What a target is:
+    with the prediction; but the pixels are read from the clip, and no target is stored. Targets:
 
     ============ ========================== ==================================================
     target       pixels                     normalised (`norm_pix`), with unbiased variances
@@ -117,37 +119,37 @@ def masked_patch_loss(
     "videomae"   from 0 to 1                over each of its channels: (x - mean) / (sd + 1e-6)
     ============ ========================== ==================================================
 
-    One frame per tubelet, as MAE-ST predicts them, is the loss of `video[:, :, ::t]` (a view)
-    with `tubelet_size=1`.
+    MAE-ST predicts one frame per tubelet: pass `video[:, :, ::t]` (a view) and `tubelet_size=1`.
 
     Args:
-        prediction: [B, M, t * p * p * C], the numbers of a patch in the order (t, p, p, C), or
+        prediction: [B, masked, t * p * p * C], the pixels of a patch in the order (t, p, p, C), or
             [total, t * p * p * C] with `cu_seqlens`; float32, float16 or bfloat16. Rows may have
-            any stride, so that the last M tokens of a decoder need no copy.
+            any stride, so that the last tokens of a decoder need no copy.
         video: [B, C, T, H, W], any strides: `permute` a [B, T, C, H, W] or a channels-last
             [B, T, H, W, C] clip. uint8 (0 to 255) or floating point.
-        ids_masked: int64, the patches in [0, N) that were masked, [B, M] or [total]; ordered and
+        ids_masked: int64, the masked patches in [0, N), [B, masked] or [total]; numbered and
             packed as `ids_keep` of `masked_patch_embed`.
         cu_seqlens: [B + 1] int32, where each sample begins in a packed `ids_masked`.
         patch_size: p, or (height, width).
         tubelet_size: t.
         target: "mae" or "videomae".
         norm_pix: whether the pixels of a patch are normalised by their own mean and variance.
-        mean, std: C numbers each, with which the pixels (from 0 to 1) are normalised for the model.
-            "mae" normalises a uint8 clip by them, and takes a floating-point one as normalised;
-            "videomae" undoes them in a floating-point clip, and needs none for a uint8 one.
+        mean, std: C numbers each, the model's normalisation of pixels from 0 to 1. "mae" applies it
+            to a uint8 clip, and takes a floating-point clip as normalised; "videomae" inverts it in
+            a floating-point clip, and ignores it for a uint8 clip.
         reduction: "mean", or "none" for the loss of each patch.
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
-        The mean over all numbers of all masked patches of the batch, a float32 scalar: zero, with
-        a gradient of zero, if there are none. Or the mean of each patch, [B, M] or [total]. float64
-        if an input is. The gradient flows to `prediction` alone, in its dtype. Deterministic.
+        The mean over all pixels of all masked patches of the batch, a float32 scalar: zero, with
+        zero gradient, if no patch is masked. With "none" the mean of each patch, [B, masked] or
+        [total]. float64 if an input is. The gradient flows to `prediction` only, in its dtype.
+        Deterministic.
 
     Raises:
         TypeError: a dtype is not one of those above.
         ValueError: shapes, devices or options do not fit together; `video` requires a gradient.
-        RuntimeError: a backend asked for by name cannot run here; or, found by the kernel, an id
+        RuntimeError: a backend asked for by name cannot run here; or the kernel detects that an id
             or an offset is out of range (on CUDA as a device-side assertion).
     """
     sides = patch_size if isinstance(patch_size, Sequence) else (patch_size, patch_size)
@@ -161,20 +163,17 @@ def masked_patch_loss(
     _check_variance(video, patch, statistics)
     scale, shift = _affine(video, target, mean, std)
     dtype = torch.float64 if video.dtype == torch.float64 else prediction.dtype
-    facts = {"numbers": prediction.shape[-1], "channels": video.shape[1]}
+    facts = {"pixels": prediction.shape[-1], "channels": video.shape[1]}
     backend = library.choose(backend, "masked_patch_loss", video.device.type, dtype, **facts)
     args = (prediction, video, ids_masked, cu_seqlens, list(patch), statistics, scale, shift, EPS)
-    if backend == "reference":
-        losses = reference.masked_patch_loss(*args)
-    else:
-        losses = library.kernel("masked_patch_loss", backend)(*args)[0]
+    losses = library.run("masked_patch_loss", backend, *args)
     return losses if reduction == "none" else losses.sum() / max(losses.numel(), 1)
 
 
 def _affine(
     video: Tensor, target: str, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
-    """A pixel of channel c enters the target as pixel * scale[c] + shift[c]."""
+    """`scale` and `shift`: a pixel of channel c becomes pixel * scale[c] + shift[c]."""
     given = mean is not None or std is not None
     means, stds = per_channel(video.shape[1], mean, std)
     if video.dtype == torch.uint8:
@@ -193,7 +192,7 @@ def _affine(
 def _check_options(patch: Sequence[int], target: str, reduction: str) -> None:
     if len(patch) != 3 or not all(isinstance(n, int) and n > 0 for n in patch):
         raise ValueError(
-            "need a positive tubelet_size and patch_size, the latter one number or two, got "
+            "need a positive tubelet_size, and one or two positive numbers as patch_size, got "
             f"{patch[0]} and {patch[1:]}"
         )
     if target not in ("mae", "videomae"):
@@ -220,12 +219,9 @@ def _check_prediction(
 
 
 def _check_variance(video: Tensor, patch: Sequence[int], statistics: str) -> None:
-    C = video.shape[1]
-    if C == 0:
-        raise ValueError("need a video of at least one channel, got none")
-    numbers = prod(patch) * (C if statistics == "patch" else 1)
-    if statistics != "none" and numbers < 2:
+    pixels = prod(patch) * (video.shape[1] if statistics == "patch" else 1)
+    if statistics != "none" and pixels < 2:
         raise ValueError(
-            f"need two pixels or more for a variance of each {statistics}, got patches "
-            f"{tuple(patch)}; or norm_pix=False"
+            f"need two pixels or more for the variance of a {statistics}, or norm_pix=False, got "
+            f"patches {tuple(patch)}"
         )

@@ -9,17 +9,17 @@ from vidl.kernels.patches import gather
 
 
 def masked_patch_loss(
-    prediction: Tensor,  # [B, M, t * h * w * C] or [total, t * h * w * C]
+    prediction: Tensor,  # [B, masked, t * h * w * C] or [total, t * h * w * C]
     video: Tensor,  # [B, C, T, H, W]
-    ids_masked: Tensor,  # [B, M] or [total]
+    ids_masked: Tensor,  # [B, masked] or [total]
     cu_seqlens: Tensor | None,  # [B + 1]
     patch: Sequence[int],  # t, h, w
-    statistics: str,  # what one mean and variance is of: "patch", "channel"; or "none"
-    scale: Sequence[float],  # a pixel of channel c enters as pixel * scale[c] + shift[c]
+    statistics: str,  # "patch" or "channel" of a patch has a mean and a variance; or "none"
+    scale: Sequence[float],  # a pixel of channel c becomes pixel * scale[c] + shift[c]
     shift: Sequence[float],
     eps: float,
 ) -> Tensor:
-    """Cut the masked patches out, normalise each, compare: the mean squared error of each."""
+    """Gather the masked patches, normalise them, and return the mean squared error of each."""
     high = torch.float64 if torch.float64 in (prediction.dtype, video.dtype) else torch.float32
     pixels, _ = gather("masked_patch_loss: ids_masked", video, patch, ids_masked, cu_seqlens)
     pixels = pixels.to(high).permute(0, 2, 3, 4, 1).flatten(1, 3)  # [rows, t * h * w, C]

@@ -1,7 +1,7 @@
-"""Patches of a clip as several ops see them: which there are, and whether the input fits.
+"""The patches of a clip, and checks of the arguments that describe them, for several ops.
 
 Patches are numbered in the order (time, row, column). A row of an op's input or result is one patch
-of one sample: [B, K] of them, or [total] with offsets `cu_seqlens`, all samples one after another.
+of one sample: ids are [B, K], or packed [total] with the offsets `cu_seqlens` of the samples.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,18 @@ FLOATING = (*library.DTYPES, torch.float64)  # float64 only for the references
 
 
 def check_video(video: Tensor) -> None:
-    """A clip is [B, C, T, H, W], in uint8 or floating point."""
-    if video.ndim != 5:
-        raise ValueError(f"need video [B, C, T, H, W], got {tuple(video.shape)}")
+    """A clip is [B, C, T, H, W] with a channel or more, in uint8 or floating point."""
+    if video.ndim != 5 or video.shape[1] == 0:
+        raise ValueError(f"need video [B, C, T, H, W] with C > 0, got {tuple(video.shape)}")
     if video.dtype not in (torch.uint8, *FLOATING):
         raise TypeError(f"need a video in uint8 or one of {FLOATING}, got {video.dtype}")
 
 
 def check_divides(video: Tensor, patch: Sequence[int]) -> None:
-    """Patches of t, h, w pixels cover the clip exactly."""
-    if any(p <= 0 or n % p for n, p in zip(video.shape[2:], patch, strict=True)):
-        raise ValueError(
-            f"need T, H, W that the patch {tuple(patch)} divides, got {tuple(video.shape[2:])}"
-        )
+    """Patches t, h, w divide T, H, W of the clip."""
+    sizes = video.shape[2:]
+    if len(patch) != 3 or any(p <= 0 or n % p for n, p in zip(sizes, patch, strict=True)):
+        raise ValueError(f"need T, H, W that the patch {tuple(patch)} divides, got {tuple(sizes)}")
 
 
 def check_ids(name: str, video: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -56,14 +55,28 @@ def check_ids(name: str, video: Tensor, ids: Tensor, cu_seqlens: Tensor | None) 
 def per_channel(
     C: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
-    """The mean and the standard deviation of each channel; 0 and 1 where none are given."""
+    """The mean and the standard deviation of each channel; by default 0 and 1."""
     mean = [0.0] * C if mean is None else [float(m) for m in mean]
     std = [1.0] * C if std is None else [float(s) for s in std]
-    if len(mean) != C or len(std) != C:
-        raise ValueError(f"need {C} numbers in mean and std, got {len(mean)} and {len(std)}")
+    for name, numbers in (("mean", mean), ("std", std)):
+        if len(numbers) != C:
+            raise ValueError(f"need {C} numbers in {name}, got {len(numbers)}")
     if not all(s > 0 for s in std):
         raise ValueError(f"need positive numbers in std, got {std}")
     return mean, std
+
+
+def check_normalisation(
+    video: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    """The mean and std of each channel of a uint8 clip; none for a floating-point clip."""
+    if video.dtype == torch.uint8:
+        return per_channel(video.shape[1], mean, std)
+    if mean is not None or std is not None:
+        raise ValueError(
+            f"mean and std are for uint8 clips; a {video.dtype} clip is taken as normalised"
+        )
+    return [], []
 
 
 def gather(
@@ -73,23 +86,24 @@ def gather(
     ids: Tensor | None,  # [B, K] or [total]; None: all
     cu_seqlens: Tensor | None,  # [B + 1]
 ) -> tuple[Tensor, Tensor]:
-    """Cut the patches of `ids` out, in plain PyTorch, for the references.
+    """Gather patches in plain PyTorch, for the references.
 
     Args:
         name: of the op and its ids, for the error message.
 
     Returns:
-        The patches [M, C, t, h, w], and the id of each, [M].
+        The patches [rows, C, t, h, w], and the id of each, [rows].
     """
     t, h, w = patch
-    # [B, T', H', W', C, t, h, w]: a view, so that only the patches picked below are copied
-    every = video.unflatten(2, (-1, t)).unflatten(4, (-1, h)).unflatten(6, (-1, w))
-    every = every.permute(0, 2, 4, 6, 1, 3, 5, 7)
-    H, W = every.shape[2:4]
-    N = every.shape[1] * H * W
+    # [B, T / t, H / h, W / w, C, t, h, w]: a view, so that only the patches in `ids` are copied
+    patches = video.unflatten(2, (-1, t)).unflatten(4, (-1, h)).unflatten(6, (-1, w))
+    patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7)
+    slices, rows, columns = patches.shape[1:4]
+    N = slices * rows * columns
     sample, ids = _rows(name, video.shape[0], N, ids, cu_seqlens, video.device)
     torch._assert_async(((ids >= 0) & (ids < N)).all(), f"{name} must lie in [0, {N})")
-    return every[sample, ids // (H * W), ids // W % H, ids % W], ids
+    time, row, column = ids // (rows * columns), ids // columns % rows, ids % columns
+    return patches[sample, time, row, column], ids
 
 
 def _rows(
@@ -100,7 +114,7 @@ def _rows(
     cu_seqlens: Tensor | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """The sample and the patch of every row, int64 [M] each."""
+    """The sample and the patch of every row, int64 [rows] each."""
     if ids is None:
         ids = torch.arange(N, device=device).expand(B, N)
     if cu_seqlens is None:

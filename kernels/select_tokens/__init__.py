@@ -1,4 +1,3 @@
 from .op import Selected as Selected
-from .op import gumbel_scores as gumbel_scores
 from .op import kept_count as kept_count
 from .op import select_tokens as select_tokens

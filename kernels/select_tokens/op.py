@@ -1,12 +1,12 @@
 """select_tokens: keep the tokens with the highest scores, pack them, and fuse the others into one.
 
-    tokens = [x[prefix], x[n] for the K best n, sum over the other n: scores[n] x[n]]
+    tokens = [x[prefix], x[n] for the K highest scores[n], sum over the other n: scores[n] x[n]]
 
-Sources: EViT (arXiv 2202.07800, 3.2), which keeps the order of the scores and fuses; SViTT (arXiv
-2304.08809, 3.3), which keeps the order of the tokens; Unmasked Teacher (arXiv 2303.16058, 3.1),
-which draws the tokens at random, in proportion to their scores.
+Sources: EViT (arXiv 2202.07800, 3.2), which orders the kept tokens by score, and fuses the others;
+SViTT (arXiv 2304.08809, 3.3), which keeps the tokens in their order.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -27,7 +27,7 @@ FLOATING = (*library.DTYPES, torch.float64)  # float64 only for the reference
 
 def _limits(backend: str, device: str, dtype: torch.dtype, rows: int = 0) -> str | None:
     if backend == "triton" and rows >= 2**21:
-        return f"it counts fewer than {2**21} rows of a sample, not {rows}"
+        return f"a sample may have fewer than {2**21} rows, got {rows}"
     return None
 
 
@@ -35,15 +35,14 @@ class Selected(NamedTuple):
     """What `select_tokens` returns.
 
     Attributes:
-        tokens: the prefix, the kept tokens and the fused one of every sample, [batch..., M,
-            rest...] with M = prefix + K + (1 if fused), or packed [total', rest...]; in the dtype
-            of x.
-        ids_keep: the positions of the kept tokens, not counting the prefix, in the order of
+        tokens: the prefix, the kept tokens and the fused token of every sample, [batch..., prefix +
+            K (+ 1 if fused), rest...], or packed [rows, rest...]; in the dtype of x.
+        ids_keep: the positions of the kept tokens, counted without the prefix, in the order of
             `tokens`; int64, [batch..., K], or packed [num_kept].
-        inverse: for each score the place of its token in its sample's `ids_keep`, -1 for a
-            dropped one and for a packed sample's prefix; int64, in the shape of `scores`.
-        cu_seqlens: where each sample begins in `tokens` as packed rows, from 0 to all of them;
-            int32, [samples + 1].
+        inverse: for each score the index of its token in its sample's `ids_keep`; -1 for a dropped
+            token, and for the prefix of a packed sample; int64, in the shape of `scores`.
+        cu_seqlens: where each sample begins in the rows of `tokens`, from 0 to their number; int32,
+            [samples + 1].
     """
 
     tokens: Tensor
@@ -108,7 +107,7 @@ def _setup_context(ctx, inputs, output) -> None:
     x, _, weights, cu_seqlens, _, _, ctx.prefix, _, ctx.fuse = inputs
     _, _, inverse, offsets, mean, mass = output
     need_weights = weights is not None and ctx.needs_input_grad[2]
-    # Only the gradient of the weights asks for the tokens themselves.
+    # Only the gradient of the weights needs the tokens themselves.
     ctx.save_for_backward(
         x if need_weights else None, weights, inverse, cu_seqlens, offsets, mean, mass
     )
@@ -145,6 +144,8 @@ library.define(
         module=__package__,
         fake=_fake,
         flops=_flops,
+        reference=reference.select_tokens,
+        only_for_backward=2,
         limits=_limits,
         setup_context=_setup_context,
         backward=_backward,
@@ -168,43 +169,42 @@ def select_tokens(
 ) -> Selected:
     """Keep the tokens with the highest scores, and optionally fuse the others into one.
 
-    The shape of `scores` says what is a sample and what is selected. With x [B, T, P, C], scores
-    [B, T, P] select tokens of each frame, and scores [B, T] select whole frames. The order is
-    total: a higher score comes first, of equal ones the lower index; 0.0 and -0.0 are equal; NaN
-    comes after -inf. So the result is the same on every backend, and deterministic.
+    The shape of `scores` determines what is selected. With x [B, T, P, C], scores [B, T, P] select
+    tokens of each frame, and scores [B, T] select whole frames. The order is total: higher scores
+    come first; of equal scores, the lower index; 0.0 and -0.0 are equal; NaN comes after -inf. The
+    result is therefore the same on every backend, and deterministic.
 
     Args:
         x: float32, float16 or bfloat16, [batch..., prefix + N, rest...], any strides.
-        scores: [batch..., N], floating point, computed with in float32. Packed: [total], one for
-            each row of x; those of the prefix are ignored.
-        keep: how many tokens of each sample stay: an int is a count in [1, N], a float is a rate
-            in (0, 1], so 1.0 keeps all.
-        rank_by: what to rank by in place of `scores`, in the same shape, if tokens are drawn
-            (`gumbel_scores`) or chosen otherwise; `scores` then only weigh the fused token.
-        rounding: of a rate, as `kept_count` has it: "ceil", "floor", "floor_min_one" or
-            "drop_floor".
-        order: of the kept tokens. "index": as they were (SViTT); "score": best first (EViT).
+        scores: [batch..., N], floating point, converted to float32. Packed: [total], one for each
+            row of x; the scores of the prefix are ignored.
+        keep: an int is the number of kept tokens of each sample, in [1, N]; a float is a rate in
+            (0, 1], so 1.0 keeps all.
+        rank_by: what to rank by in place of `scores`, in the same shape, for instance if tokens
+            are sampled; `scores` then only weigh the fused token.
+        rounding: of a rate, as in `kept_count`: "ceil", "floor", "floor_min_one" or "drop_floor".
+        order: of the kept tokens. "index": as in x (SViTT); "score": highest first (EViT).
         fuse: adds a token at the end of each sample. "sum": the sum of score times token over the
-            dropped (EViT); "mean": that sum divided by the sum of these scores, or zeros where
-            they sum to 0. A token whose score is not finite adds nothing. Without dropped tokens
-            it is zeros.
-        cu_seqlens: [B + 1] int32: x is packed, [total, rest...], and these are the rows where each
-            sample begins, from 0 to total; a sample has its prefix first.
-        num_kept: for packed x, the number of kept tokens of all samples without prefix, if it is
-            known; else, if `keep` is a rate, it is read from the device: on CUDA that waits for
-            the device, and `torch.compile(fullgraph=True)` refuses it.
-        prefix: so many tokens at the front of each sample (CLS) have no score and always stay,
-            in front.
+            dropped tokens (EViT); "mean": that sum divided by the sum of their scores, or zeros
+            where the scores sum to 0. A token whose score is not finite adds nothing. Without
+            dropped tokens it is zeros.
+        cu_seqlens: [B + 1] int32, for packed x [total, rest...]: the rows where each sample
+            begins, from 0 to total. The prefix of a sample comes first.
+        num_kept: for packed x, the number of kept tokens of all samples without prefix, if known.
+            Otherwise, if `keep` is a rate, it is read from the device: CUDA synchronizes, and
+            `torch.compile(fullgraph=True)` raises an error.
+        prefix: the number of tokens at the front of each sample (CLS) that have no score and are
+            always kept, in front.
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
-        `Selected`: tokens, ids_keep, inverse and cu_seqlens. `tokens` has gradients by x and, with
-        `fuse`, by `scores`; the fused token's are those of a sum over fixed tokens.
+        `Selected`: tokens, ids_keep, inverse and cu_seqlens. Gradients of `tokens` flow to x and,
+        with `fuse`, to `scores`; the choice of the tokens counts as constant.
 
     Raises:
         TypeError: a dtype or the type of `keep` is not one of those above.
         ValueError: shapes, devices, numbers or options do not fit together.
-        RuntimeError: a backend asked for by name cannot run here; or, found by the kernel, the
+        RuntimeError: a backend asked for by name cannot run here; or the kernel detects that the
             offsets or `num_kept` do not fit, or a packed sample has fewer tokens than `keep` (on
             CUDA as a device-side assertion).
     """
@@ -216,16 +216,14 @@ def select_tokens(
     backend = library.choose(
         backend, "select_tokens", x.device.type, x.dtype, rows=scores.shape[-1]
     )
-    run = reference.select_tokens
-    if backend != "reference":
-        run = library.kernel("select_tokens", backend)
+    run = functools.partial(library.run, "select_tokens", backend)
     if cu_seqlens is not None:
         cu_kept, num_kept = _packed_counts(cu_seqlens, keep, rounding, num_kept, prefix)
         rows = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-        found = run(rows, ranks, weights, cu_seqlens, cu_kept, num_kept, prefix, order, fuse or "")[
-            :4
-        ]
-        return Selected(found[0].view(-1, *x.shape[1:]), *found[1:])
+        tokens, ids, inverse, offsets = run(
+            rows, ranks, weights, cu_seqlens, cu_kept, num_kept, prefix, order, fuse or ""
+        )
+        return Selected(tokens.view(-1, *x.shape[1:]), ids, inverse, offsets)
 
     if num_kept is not None:
         raise ValueError(f"num_kept is for packed x with cu_seqlens, got {num_kept} without")
@@ -233,20 +231,13 @@ def select_tokens(
     rest = x.shape[scores.ndim :]
     K = _count(N, keep, rounding)
     B = math.prod(batch)
-    found = run(
-        x.reshape(B, prefix + N, math.prod(rest)),
-        ranks.reshape(B, N),
-        weights if weights is None else weights.reshape(B, N),
-        None,
-        None,
-        K,
-        prefix,
-        order,
-        fuse or "",
-    )[:4]
-    if scores.ndim == 2 and x.ndim == 3:  # as they are: each view costs a microsecond or two
-        return Selected(*found)
-    tokens, ids, inverse, offsets = found
+    samples = x.reshape(B, prefix + N, math.prod(rest))
+    weights = weights if weights is None else weights.reshape(B, N)
+    tokens, ids, inverse, offsets = run(
+        samples, ranks.reshape(B, N), weights, None, None, K, prefix, order, fuse or ""
+    )
+    if scores.ndim == 2 and x.ndim == 3:  # as they are: a view takes one or two microseconds
+        return Selected(tokens, ids, inverse, offsets)
     return Selected(
         tokens.view(*batch, prefix + K + bool(fuse), *rest),
         ids.view(*batch, K),
@@ -256,64 +247,49 @@ def select_tokens(
 
 
 def kept_count(n: int, keep: float, rounding: Rounding = "ceil") -> int:
-    """How many of `n` tokens a rate keeps, exactly as the sources compute it.
+    """The number of tokens that a rate keeps of `n`, exactly as the sources compute it.
 
-    They differ by one where the product is no integer, and Python's rounding errors count:
+    They differ by one if the product is not an integer, and include the rounding errors of float64:
 
     - "ceil", EViT and SViTT: `math.ceil(keep * n)`.
-    - "floor", MAE-ST, FLIP and VLC: `int(n * keep)`, where they have `keep = 1 - mask_ratio`.
-    - "floor_min_one", open_clip and timm: `max(1, int(n * keep))`.
-    - "drop_floor", VideoMAE: `n - int(mask_ratio * n)`, where mask_ratio is 1 - keep to 15
+    - "floor", MAE-ST, FLIP and VLC: `int(n * keep)` with `keep = 1 - mask_ratio`.
+    - "floor_min_one", open_clip and timm: `max(1, int(n * keep))`, at most n.
+    - "drop_floor", VideoMAE: `n - int(mask_ratio * n)`, where mask_ratio is 1 - keep rounded to 15
       decimal places, so that 0.9 and 1 - 0.1 mean the same ratio, 0.1.
 
     Args:
-        n: tokens, 0 or more; never more than these are kept.
+        n: the number of tokens, 0 or more.
         keep: the rate, in (0, 1].
 
     Raises:
-        ValueError: a number is out of its range, or there is no such rounding.
+        ValueError: a number is out of range, or the rounding is unknown.
     """
     _check_options(rounding)
     if n < 0:
         raise ValueError(f"need n >= 0, got {n}")
     if not 0 < keep <= 1:
         raise ValueError(f"need a rate in (0, 1], got {keep}")
+    return _round(n, keep, rounding, math.ceil, int, lambda count: min(n, max(1, count)))
+
+
+def _round(
+    n: Any,  # an int or a float64 tensor; so is the result
+    keep: float,
+    rounding: str,
+    ceil: Callable[[Any], Any],
+    floor: Callable[[Any], Any],  # of numbers that are not negative
+    at_least_one: Callable[[Any], Any],
+) -> Any:
     if rounding == "ceil":
-        return math.ceil(keep * n)
+        return ceil(keep * n)
     if rounding == "drop_floor":
-        return n - int(round(1 - keep, 15) * n)
-    count = int(n * keep)
-    return count if rounding == "floor" else min(n, max(1, count))
-
-
-def gumbel_scores(scores: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """Scores whose order is a random draw without replacement, in proportion to `scores`.
-
-        log(scores) - log(e), e drawn from the exponential distribution
-
-    As `rank_by` (or as `scores`) of `select_tokens` they keep what `torch.multinomial` would draw:
-    K tokens, one after another, each with a probability in proportion to its score among those
-    left. A token with score 0 is drawn only after all others; one with a negative score or NaN
-    gets NaN, and comes last.
-
-    Args:
-        scores: probabilities, not necessarily normalised, in any shape; 0 or more.
-        generator: on the device of `scores`; default: PyTorch's own.
-
-    Returns:
-        float32 (float64 of float64), in the shape of `scores`, without a gradient.
-
-    Source: the Gumbel-top-k trick, arXiv 1903.06059; used so by Unmasked Teacher, arXiv 2303.16058.
-    """
-    if not scores.is_floating_point():
-        raise TypeError(f"need scores in a floating dtype, got {scores.dtype}")
-    high = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
-    exponential = torch.empty_like(high).exponential_(generator=generator)
-    return high.log() - exponential.clamp(min=torch.finfo(high.dtype).tiny).log()
+        return n - floor(round(1 - keep, 15) * n)
+    count = floor(n * keep)
+    return count if rounding == "floor" else at_least_one(count)
 
 
 def _count(n: int, keep: int | float, rounding: Rounding) -> int:
-    """Of `n` tokens, as a count or a rate says."""
+    """The number of tokens that a count or a rate keeps of `n`."""
     if isinstance(keep, bool) or not isinstance(keep, (int, float, torch.SymInt)):
         raise TypeError(f"need keep as an int (a count) or a float (a rate), got {keep!r}")
     if isinstance(keep, float):
@@ -326,25 +302,21 @@ def _count(n: int, keep: int | float, rounding: Rounding) -> int:
 def _packed_counts(
     cu_seqlens: Tensor, keep: int | float, rounding: Rounding, num_kept: int | None, prefix: int
 ) -> tuple[Tensor, int]:
-    """Where the kept tokens of each sample begin, [B + 1] int32, and how many there are."""
+    """Where the kept tokens of each sample begin, [B + 1] int32, and their number."""
     B = cu_seqlens.shape[0] - 1
     if num_kept is not None and num_kept < 0:
         raise ValueError(f"need num_kept >= 0, got {num_kept}")
     if not isinstance(keep, float):
         _count(2**31 - 1, keep, rounding)
         if num_kept not in (None, B * keep):
-            raise ValueError(f"{keep} tokens of {B} samples are {B * keep}, got {num_kept=}")
+            raise ValueError(f"need num_kept {B * keep} for {B} x {keep} tokens, got {num_kept}")
         cu_kept = torch.arange(B + 1, dtype=torch.int32, device=cu_seqlens.device) * keep
         return cu_kept, B * keep
-    kept_count(0, keep, rounding)  # checks the rate
+    kept_count(0, keep, rounding)  # checks the arguments
     n = cu_seqlens.diff().double() - prefix
-    if rounding == "ceil":
-        kept = (keep * n).ceil()
-    elif rounding == "drop_floor":
-        kept = n - (round(1 - keep, 15) * n).floor()
-    else:
-        kept = (n * keep).floor()
-        kept = kept if rounding == "floor" else kept.clamp(min=1).minimum(n)
+    kept = _round(
+        n, keep, rounding, torch.ceil, torch.floor, lambda count: count.clamp(min=1).minimum(n)
+    )
     cu_kept = torch.nn.functional.pad(kept.cumsum(0), (1, 0)).int()
     return cu_kept, int(cu_kept[-1]) if num_kept is None else num_kept
 
@@ -365,15 +337,15 @@ def _check_tensors(
         raise TypeError(f"need x in one of {FLOATING}, got {x.dtype}")
     if prefix < 0:
         raise ValueError(f"need prefix >= 0, got {prefix}")
-    for name, each in (("scores", scores), ("rank_by", rank_by)):
-        if each is None:
+    for name, tensor in (("scores", scores), ("rank_by", rank_by)):
+        if tensor is None:
             continue
-        if not each.is_floating_point():
-            raise TypeError(f"need {name} in a floating dtype, got {each.dtype}")
-        if each.shape != scores.shape:
-            raise ValueError(f"need {name} {tuple(scores.shape)}, got {tuple(each.shape)}")
-        if each.device != x.device:
-            raise ValueError(f"need {name} on {x.device}, got {each.device}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"need {name} in a floating dtype, got {tensor.dtype}")
+        if tensor.shape != scores.shape:
+            raise ValueError(f"need {name} {tuple(scores.shape)}, got {tuple(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"need {name} on {x.device}, got {tensor.device}")
     nd = scores.ndim
     if cu_seqlens is None:
         expected = (*scores.shape[:-1], prefix + scores.shape[-1]) if nd else ()

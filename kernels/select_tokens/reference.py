@@ -16,7 +16,7 @@ def select_tokens(
     order: str,
     fuse: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sort the rows of each sample, number those that stay, and gather them in that order.
+    """Sort the rows of each sample, number the kept rows, and gather them in that order.
 
     Returns:
         The tokens, ids_keep, inverse, and the offsets of the samples among the tokens.
@@ -59,7 +59,7 @@ def _packed(
     best = best[torch.argsort(level[best], stable=True)]
     best = best[torch.argsort(sample[best], stable=True)]
     rank = torch.empty_like(row).scatter(0, best, row) - cu_seqlens[sample]
-    # The prefix, whose scores do not count, stays in its order.
+    # The prefix keeps its order: its scores do not count.
     rank = torch.where(inside < prefix, inside, rank)
     kept = rank < prefix + cu_kept.diff()[sample]
 
@@ -69,7 +69,7 @@ def _packed(
         place = kept.cumsum(0) - 1 - before
     step = torch.arange(B + 1, device=x.device)
     offsets = cu_kept + step * (prefix + bool(fuse))
-    # One element more than there are rows: dropped rows are all written there.
+    # One element more than there are rows: all dropped rows are written to it.
     rows = num_kept + B * (prefix + bool(fuse))
     end = torch.where(kept, offsets[sample] + place, rows)
     source = row.new_zeros(rows + 1).scatter(0, end, row)[:rows]
@@ -88,7 +88,7 @@ def _fuse(x: Tensor, weights: Tensor, dropped: Tensor, sample: Tensor, B: int, f
     """The weighted sum or mean of the dropped rows of each sample, [B, C]."""
     use = dropped & weights.isfinite()
     weights = torch.where(use, weights, 0)
-    # Rows that do not count are zeros, since 0 x NaN is NaN.
+    # Rows that do not count become zeros, since 0 x NaN is NaN.
     rows = weights[:, None] * torch.where(use[:, None], x.to(weights.dtype), 0)
     fused = weights.new_zeros(B, x.shape[1]).index_add(0, sample, rows)
     if fuse == "sum":
@@ -99,12 +99,12 @@ def _fuse(x: Tensor, weights: Tensor, dropped: Tensor, sample: Tensor, B: int, f
 
 def _check(cu_seqlens: Tensor, cu_kept: Tensor, total: int, num_kept: int, prefix: int) -> None:
     lengths, kept = cu_seqlens.diff(), cu_kept.diff()
-    # Without the numbers: torch.compile would compile again for each of them.
+    # No numbers in the texts: torch.compile would compile again for every number.
     torch._assert_async(
         (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (lengths >= prefix).all(),
-        "select_tokens: cu_seqlens must ascend from 0 to the rows of x, by prefix rows at least",
+        "select_tokens: cu_seqlens must ascend from 0 to the rows of x in steps of prefix or more",
     )
     torch._assert_async(
         (cu_kept[-1] == num_kept) & (kept >= 0).all() & (kept <= lengths - prefix).all(),
-        "select_tokens: the samples must keep num_kept tokens in all, none more than it has",
+        "select_tokens: the samples must keep num_kept tokens in all, and each at most its own",
     )

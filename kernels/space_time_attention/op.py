@@ -2,10 +2,11 @@
 
     out[i] = sum over the keys j of i's group: softmax_j(scale q_i . k_j) v_j
 
-Every query belongs to exactly one group, a key may belong to several: that one idea gives per-frame
-spatial, per-position temporal, joint, windowed, divided, block-sparse and cross-attention, before
-and after masking and pruning. Sources: Frozen in Time (arXiv 2104.00650, 3.1), TimeSformer (arXiv
-2102.05095, 3), Video Swin (arXiv 2106.13230, 3.2), SViTT (arXiv 2304.08809, 3.2).
+Every query belongs to exactly one group; a key may belong to several. Different groups make this
+spatial (per frame), temporal (per position), joint, windowed, divided, block-sparse or
+cross-attention, with all tokens or after masking and pruning. Sources: Frozen in Time (arXiv
+2104.00650, 3.1), TimeSformer (arXiv 2102.05095, 3), Video Swin (arXiv 2106.13230, 3.2), SViTT
+(arXiv 2304.08809, 3.2).
 """
 
 import os
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import library
-from vidl.kernels.groups import Groups
+from vidl.kernels.groups import SCHEMA, Arguments, Groups
 
-from . import peers, reference
+from . import handover, reference
 
 Scores = Literal["cls", "mean"]
 HEAD_SIZES = (32, 64, 80, 96, 128)
@@ -26,17 +27,15 @@ HEAD_SIZES = (32, 64, 80, 96, 128)
 
 def _limits(backend: str, device: str, dtype: torch.dtype, head_size: int = 64) -> str | None:
     if head_size not in HEAD_SIZES:
-        return f"its heads have {', '.join(map(str, HEAD_SIZES))} channels, not {head_size}"
+        return f"head sizes are {', '.join(map(str, HEAD_SIZES))}, not {head_size}"
     if backend != "triton" and (backend, device) != ("native", "cpu") and dtype == torch.float32:
         return "its CUDA kernels multiply in float16 and bfloat16 only"
     return None
 
 
-def _fake(
-    q, k, v, query_offsets, key_offsets, query_rows, key_rows, *rest
-) -> tuple[Tensor, Tensor, Tensor]:
-    entries = k.shape[0] if key_rows is None else key_rows.shape[0]
-    scores = rest[-1]
+def _fake(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    *groups, _, scores = rest
+    entries = Arguments(*groups).num_entries(k.shape[0])
     high = torch.promote_types(q.dtype, torch.float32)
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
@@ -53,7 +52,7 @@ def _fake_bwd(grad_out, grad_scores, q, k, v, *rest) -> tuple[Tensor, Tensor, Te
 
 
 def _pairs(query_offsets: Tensor, key_offsets: Tensor) -> int:
-    """Pairs of a query and a key that meet: the useful work, without padding."""
+    """Pairs of a query and a key of its group: the useful work, without padding."""
     queries, keys = query_offsets.diff().long(), key_offsets.diff().long()
     return int((queries * keys).sum())
 
@@ -76,10 +75,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(bwd: Callable[..., Any], ctx, grad_out, grad_lse, grad_scores):
-    *tensors, out, lse = ctx.saved_tensors
-    q, k, v, query_offsets, key_offsets, query_rows, key_rows, entry_offsets, entries = tensors
+    q, k, v, *groups, out, lse = ctx.saved_tensors
     nothing = (None,) * 10
-    if not ctx.scores:  # those that were not asked for are empty, and may have an empty gradient
+    if not ctx.scores:  # scores that were not requested are empty, and may have an empty gradient
         grad_scores = None
     if grad_out is None and grad_scores is None:
         return None, None, None, *nothing
@@ -92,12 +90,7 @@ def _backward(bwd: Callable[..., Any], ctx, grad_out, grad_lse, grad_scores):
         v,
         out,
         lse,
-        query_offsets,
-        key_offsets,
-        query_rows,
-        key_rows,
-        entry_offsets,
-        entries,
+        *groups,
         ctx.max_queries,
         ctx.max_keys,
         ctx.scale,
@@ -106,15 +99,11 @@ def _backward(bwd: Callable[..., Any], ctx, grad_out, grad_lse, grad_scores):
     return grad_q, grad_k, grad_v, *nothing
 
 
-_GROUPS = (
-    "Tensor query_offsets, Tensor key_offsets, Tensor? query_rows, Tensor? key_rows, "
-    "Tensor? entry_offsets, Tensor? entries, SymInt max_queries, SymInt max_keys, "
-    "float scale, str scores"
-)
 library.define(
     library.Op(
         "space_time_attention_bwd(Tensor grad_out, Tensor? grad_scores, Tensor q, Tensor k, "
-        f"Tensor v, Tensor out, Tensor lse, {_GROUPS}) -> (Tensor, Tensor, Tensor)",
+        f"Tensor v, Tensor out, Tensor lse, {SCHEMA}, float scale, str scores) "
+        "-> (Tensor, Tensor, Tensor)",
         module=__package__,
         fake=_fake_bwd,
         flops=_flops_bwd,
@@ -122,11 +111,12 @@ library.define(
 )
 library.define(
     library.Op(
-        f"space_time_attention(Tensor q, Tensor k, Tensor v, {_GROUPS}) "
+        f"space_time_attention(Tensor q, Tensor k, Tensor v, {SCHEMA}, float scale, str scores) "
         "-> (Tensor out, Tensor lse, Tensor scores)",
         module=__package__,
         fake=_fake,
         flops=_flops,
+        reference=reference.space_time_attention,
         limits=_limits,
         setup_context=_setup_context,
         backward=_backward,
@@ -175,36 +165,38 @@ def space_time_attention(
 ) -> Tensor | tuple[Tensor, ...]:
     """Softmax attention of every query to the keys of its group.
 
-    No tensor of queries x keys is made. Deterministic, forward and backward. NaN or infinity in one
-    group never reaches another. A group without keys gives zeros, with zero gradients.
+    The attention weights are never materialized. Deterministic, forward and backward. NaN or
+    infinity in one group never reaches another. A group without keys gives zeros, with zero
+    gradients.
 
     Args:
-        q: [queries, H, D] float32 (not for "native" on CUDA), float16 or bfloat16; D is 32, 64,
+        q: [num_queries, H, D] float32 (not for "native" on CUDA), float16 or bfloat16; D is 32, 64,
             80, 96 or 128 (any, for "reference"). The last dimension is contiguous, the others have
             any stride: the slices of a fused [total, 3, H, D] buffer need no copy.
-        k, v: [keys, H, D], the same dtype and device.
+        k, v: [num_keys, H, D], the same dtype and device.
         groups: which queries attend to which keys.
-        scale: of the products before the softmax; default 1 / sqrt(D).
-        return_lse: also return the log-sum-exp of every query's scaled products, [H, queries] in
+        scale: factor of the logits before the softmax; default 1 / sqrt(D).
+        return_lse: also return the log-sum-exp of every query's scaled logits, [H, num_queries] in
             float32, natural logarithm; not differentiable.
-        return_scores: also return how important each key is, averaged over heads, float32, [E] in
-            the order of the groups' entries (the rows of k, unless `groups.key_rows` says
-            otherwise). "cls": the attention of the first query of its group; "mean": of all queries
-            of its group. Differentiable.
-        backend: "auto", "native", "triton" or "reference". "auto" hands long groups of which only
-            the output is wanted to a peer (peers.py has the rule); under
-            `torch.use_deterministic_algorithms` such a peer is as deterministic as PyTorch.
+        return_scores: also return the attention that each key receives, averaged over heads,
+            float32, [E] in the order of the groups' entries (the rows of k if `groups.key_rows` is
+            None). "cls": from the first query of its group; "mean": from all queries of its group,
+            on average. Differentiable.
+        backend: "auto", "native", "triton" or "reference". If neither the log-sum-exp nor scores
+            are requested, "auto" may hand long groups to the attention of PyTorch or of flash-attn
+            (`find` in handover.py has the rule). Those are deterministic only under
+            `torch.use_deterministic_algorithms`, as far as PyTorch makes them so.
 
     Returns:
-        The output [queries, H, D]; with options a tuple (output, log-sum-exp, scores), of those
-        asked for.
+        The output [num_queries, H, D]; with options a tuple of the output, the log-sum-exp and the
+        scores, as far as requested.
 
     Raises:
         TypeError: a dtype is not one of those above, or `groups` is something else.
         ValueError: shapes, devices or options do not fit together.
-        RuntimeError: a backend asked for by name cannot run here; or, found by the kernel, the
-            groups' offsets or rows are out of range. `groups.check()` finds more; with VIDL_DEBUG=1
-            in the environment it is called each time.
+        RuntimeError: a backend asked for by name cannot run here; or the kernel detects that the
+            groups' offsets or rows are out of range. `groups.check()` detects more; with
+            VIDL_DEBUG=1 in the environment every call checks the groups.
     """
     _check(q, k, v, groups, return_scores)
     dtype = library.autocast_dtype(q)
@@ -214,17 +206,11 @@ def space_time_attention(
         backend, "space_time_attention", q.device.type, dtype, head_size=q.shape[2]
     )
     if backend == "auto" and not return_lse and not return_scores:
-        peer = peers.find(q, groups, chosen)
-        if peer is not None:
-            return peer(q, k, v, groups, scale)
-    index = (groups.query_offsets, groups.key_offsets, groups.query_rows, groups.key_rows)
-    sizes = (groups.max_queries, groups.max_keys, scale, return_scores or "")
-    if chosen == "reference":
-        out, lse, scores = reference.space_time_attention(q, k, v, *index, *sizes)
-    else:
-        out, lse, scores = library.kernel("space_time_attention", chosen)(
-            q, k, v, *index, groups.entry_offsets, groups.entries, *sizes
-        )
+        attention = handover.find(q, groups, chosen)
+        if attention is not None:
+            return attention(q, k, v, groups, scale)
+    args = (q, k, v, *groups.arguments(), scale, return_scores or "")
+    out, lse, scores = library.run("space_time_attention", chosen, *args)
     results = [out, *([lse.detach()] if return_lse else []), *([scores] if return_scores else [])]
     return results[0] if len(results) == 1 else tuple(results)
 
@@ -234,7 +220,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, groups: Groups, return_scores: Score
         raise TypeError(f"need groups made by vidl.ops.Groups, got {type(groups).__name__}")
     if q.ndim != 3 or k.ndim != 3 or v.shape != k.shape or q.shape[1:] != k.shape[1:]:
         raise ValueError(
-            "need q [queries, H, D] and k, v [keys, H, D], got "
+            "need q [num_queries, H, D] and k, v [num_keys, H, D], got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:

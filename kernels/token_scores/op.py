@@ -1,52 +1,47 @@
-"""token_scores: how important each token is, where the attention itself is computed elsewhere.
+"""token_scores: the importance of each token, from queries and keys instead of attention weights.
 
     cls:         scores[j] = mean over heads: softmax_j(scale q_first . k_j)
     mean:        scores[j] = mean over heads and queries i: softmax_j(scale q_i . k_j)
     value:       scores[j] = cls[j] |v_j| / sum over the keys i of the group: cls[i] |v_i|
-    similarity:  scores[j] = - the greatest cosine of key j to a key at an odd place, j even
+    similarity:  scores[j] = - max over odd keys i of the group: cosine(k_j, k_i), for even j
 
-Attention that comes from scaled_dot_product_attention or from flash attention keeps its weights to
-itself. These scores need the queries and keys only, and no tensor of queries x keys is made.
-Sources: EViT (arXiv 2202.07800, 3.1), SViTT (arXiv 2304.08809, 3.2) and Unmasked Teacher (arXiv
-2303.16058, 3) for "cls"; ATS (arXiv 2111.15667, 3.1) for "value"; ToMe (arXiv 2210.09461, 3) for
-"similarity".
+scaled_dot_product_attention and flash attention do not return their weights. These scores are
+computed from the queries and keys, and never materialize the weights. One function for each kind.
+Sources: EViT (arXiv 2202.07800, 3.1) and SViTT (arXiv 2304.08809, 3.2) for "cls"; ATS (arXiv
+2111.15667, 3.1) for "value"; ToMe (arXiv 2210.09461, 3) for "similarity".
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vidl.kernels import library
-from vidl.kernels.groups import Groups
+from vidl.kernels.groups import SCHEMA, Arguments, Groups
 
 from . import reference
 
-Kind = Literal["cls", "mean", "value", "similarity"]
-KINDS = get_args(Kind)
 LARGEST_HEAD = 128
 
 
 def _limits(backend: str, device: str, dtype: torch.dtype, head_size: int = 64) -> str | None:
     if backend == "triton" and head_size > LARGEST_HEAD:
-        return f"its heads have at most {LARGEST_HEAD} channels, not {head_size}"
+        return f"head sizes are at most {LARGEST_HEAD}, not {head_size}"
     return None
 
 
-def _fake(
-    q, k, v, lse, query_offsets, key_offsets, query_rows, key_rows, *rest
-) -> tuple[Tensor, Tensor, Tensor]:
-    kind, (K, H, _) = rest[-1], k.shape
-    entries = K if key_rows is None else key_rows.shape[0]
+def _fake(q, k, v, lse, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    (*groups, _, kind), (num_keys, H, _) = rest, k.shape
+    entries = Arguments(*groups).num_entries(num_keys)
     high = torch.promote_types(k.dtype, torch.float32)
-    kept = {"cls": (H, entries), "value": (H, entries), "similarity": (0,)}
+    weights = {"cls": (H, entries), "value": (H, entries), "similarity": (0,)}
     if kind == "mean":
-        kept["mean"] = (H, q.shape[0]) if lse is None else (0,)
+        weights["mean"] = (H, q.shape[0]) if lse is None else (0,)
     return (
         k.new_empty(entries, dtype=high),
-        k.new_empty(kept[kind], dtype=high),
-        k.new_empty(K if kind == "value" else 0, dtype=high),
+        k.new_empty(weights[kind], dtype=high),
+        k.new_empty(num_keys if kind == "value" else 0, dtype=high),
     )
 
 
@@ -58,31 +53,25 @@ def _fake_bwd(grad_scores, weights, norms, q, k, v, *rest) -> tuple[Tensor, Tens
     )
 
 
-def _products(k, query_offsets, key_offsets, key_rows, kind: str) -> int:
+def _flops(q, k, v, lse, query_offsets, key_offsets, *rest, **_: Any) -> int:
     """Multiplications and additions of all products of queries and keys."""
+    kind, (_, H, D) = rest[-1], k.shape
     queries, keys = query_offsets.diff().long(), key_offsets.diff().long()
-    _, H, D = k.shape
-    if kind == "similarity":  # of the heads' mean
+    if kind == "similarity":  # of the mean of the heads
         return 2 * int(((keys + 1) // 2 * (keys // 2)).sum()) * D
-    met = queries if kind == "mean" else queries.clamp(max=1)
-    return 2 * int((met * keys).sum()) * H * D
+    scoring = queries if kind == "mean" else queries.clamp(max=1)
+    return 2 * int((scoring * keys).sum()) * H * D
 
 
-def _flops(q, k, v, lse, query_offsets, key_offsets, query_rows, key_rows, *rest, **_: Any) -> int:
-    return _products(k, query_offsets, key_offsets, key_rows, rest[-1])
-
-
-def _flops_bwd(
-    grad, weights, norms, q, k, v, query_offsets, key_offsets, query_rows, key_rows, *rest, **_: Any
-) -> int:
-    again = 3 if rest[-1] == "mean" else 2  # the weights once more, and both gradients
-    return again * _products(k, query_offsets, key_offsets, key_rows, rest[-1])
+def _flops_bwd(grad_scores, weights, norms, q, k, v, *rest, **_: Any) -> int:
+    products = 3 if rest[-1] == "mean" else 2  # the weights again for "mean", and two gradients
+    return products * _flops(q, k, v, None, *rest)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, lse, *index, ctx.max_queries, ctx.max_keys, ctx.scale, ctx.kind = inputs
+    q, k, v, lse, *groups, ctx.max_queries, ctx.max_keys, ctx.scale, ctx.kind = inputs
     _, weights, norms = output
-    ctx.save_for_backward(weights if lse is None else lse, norms, q, k, v, *index)
+    ctx.save_for_backward(weights if lse is None else lse, norms, q, k, v, *groups)
     ctx.set_materialize_grads(False)
 
 
@@ -101,16 +90,11 @@ def _backward(bwd: Callable[..., Any], ctx, grad_scores, grad_weights, grad_norm
     return grad_q, grad_k, grad_v if ctx.kind == "value" else None, *nothing
 
 
-_GROUPS = (
-    "Tensor query_offsets, Tensor key_offsets, Tensor? query_rows, Tensor? key_rows, "
-    "Tensor? entry_offsets, Tensor? entries, SymInt max_queries, SymInt max_keys, "
-    "float scale, str kind"
-)
 library.define(
     library.Op(
-        # `weights` is the log-sum-exp of every query where the kind is "mean".
+        # With kind "mean", `weights` is the log-sum-exp of every query.
         "token_scores_bwd(Tensor grad_scores, Tensor weights, Tensor norms, Tensor q, Tensor k, "
-        f"Tensor? v, {_GROUPS}) -> (Tensor, Tensor, Tensor)",
+        f"Tensor? v, {SCHEMA}, float scale, str kind) -> (Tensor, Tensor, Tensor)",
         module=__package__,
         fake=_fake_bwd,
         flops=_flops_bwd,
@@ -118,11 +102,13 @@ library.define(
 )
 library.define(
     library.Op(
-        f"token_scores(Tensor? q, Tensor k, Tensor? v, Tensor? lse, {_GROUPS}) "
-        "-> (Tensor scores, Tensor weights, Tensor norms)",
+        f"token_scores(Tensor? q, Tensor k, Tensor? v, Tensor? lse, {SCHEMA}, float scale, "
+        "str kind) -> (Tensor scores, Tensor weights, Tensor norms)",
         module=__package__,
         fake=_fake,
         flops=_flops,
+        reference=reference.token_scores,
+        only_for_backward=2,
         limits=_limits,
         setup_context=_setup_context,
         backward=_backward,
@@ -130,97 +116,153 @@ library.define(
 )
 
 
-def token_scores(
-    q: Tensor | None,
+def cls_attention_scores(
+    q: Tensor, k: Tensor, groups: Groups, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """The attention that each key receives from the first query of its group (CLS).
+
+        scores[j] = mean over heads: softmax_j(scale q_first . k_j)
+
+    Equal to the "cls" scores of `space_time_attention`. Higher is more important. With
+    `Groups.cross` the first token of a caption scores the patches of its clip. Deterministic,
+    forward and backward. NaN or infinity in one group never reaches another. A group without
+    queries gives zeros.
+
+    Args:
+        q: [num_queries, H, D] float32, float16 or bfloat16; D at most 128 for "triton". The last
+            dimension is contiguous, or copied; the others have any stride.
+        k: [num_keys, H, D], the same dtype and device.
+        groups: which queries attend to which keys, as for `space_time_attention`.
+        scale: factor of the logits before the softmax; default 1 / sqrt(D).
+        backend: "auto", "native", "triton" or "reference".
+
+    Returns:
+        The scores, float32, [E] in the order of the groups' entries (the rows of k if
+        `groups.key_rows` is None). Gradients flow to q and k.
+
+    Raises:
+        TypeError: a dtype is not one of those above, or `groups` is something else.
+        ValueError: shapes or devices do not fit together.
+        RuntimeError: a backend asked for by name cannot run here; or the kernel detects that the
+            groups' offsets or rows are out of range. `groups.check()` detects more.
+
+    Sources: EViT, arXiv 2202.07800, 3.1; SViTT, arXiv 2304.08809, 3.2.
+    """
+    return _score("cls", groups, backend, scale, q=q, k=k)
+
+
+def mean_attention_scores(
+    q: Tensor,
     k: Tensor,
     groups: Groups,
-    kind: Kind = "cls",
     *,
-    v: Tensor | None = None,
     lse: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Score how important each key is to the queries of its group; higher is more important.
+    """The attention that each key receives from the queries of its group, on average.
 
-    With the groups of a model's self-attention this scores its own tokens. With `Groups.cross` it
-    scores the patches of a clip for its caption: "cls" by the attention of the caption's first
-    token, "mean" by that of all its words.
+        scores[j] = mean over heads and queries i: softmax_j(scale q_i . k_j)
 
-    "cls" and "mean" are what `space_time_attention` returns as scores. "value" follows the authors'
-    code of ATS: the attention of the first query, averaged over heads, times the length of the
-    value over all heads, and normalised to sum to one over all keys of the group. ATS leaves the
-    class token out: leave out the first entry and divide by the sum of the rest. "similarity" is
-    the redundancy by which ToMe merges tokens, with its sign turned round: for a key at an even
-    place in its group minus the greatest cosine to a key at an odd place, of the keys averaged over
-    heads; +inf at odd places, and where there is no odd place, since ToMe never merges such a token
-    away. (ToMe also keeps a class token: give it +inf.)
-
-    Deterministic, forward and backward. NaN or infinity in one group never reaches another. A group
-    without queries gives zeros; so does "value" where all values of a group are zero.
+    Equal to the "mean" scores of `space_time_attention`; everything else as in
+    `cls_attention_scores`.
 
     Args:
-        q: [queries, H, D] float32, float16 or bfloat16; D at most 128 for "triton". The last
-            dimension is contiguous, or copied; the others have any stride. "similarity" does not
-            use it: it may be None.
-        k: [keys, H, D], the same dtype and device.
-        groups: which queries attend to which keys, as for `space_time_attention`.
-        kind: "cls", "mean", "value" or "similarity".
-        v: [keys, H, D], for "value" only.
-        lse: the log-sum-exp of every query's scaled products, [H, queries] float32, for "mean"
-            only: saves a pass where the attention returned it. Taken as a function of `q` and `k`:
-            the scores' gradient is the same with and without it.
-        scale: of the products before the softmax; default 1 / sqrt(D).
-        backend: "auto", "native", "triton" or "reference".
+        q, k, groups, scale, backend: see `cls_attention_scores`.
+        lse: the log-sum-exp of every query's scaled logits, [H, num_queries] float32, if the
+            attention returned it: saves a pass. It counts as a function of q and k: the gradient
+            of the scores is the same with and without it.
 
     Returns:
-        The scores, float32, [E] in the order of the groups' entries (the rows of k, unless
-        `groups.key_rows` says otherwise). Gradients flow to q, k and v; none from "similarity".
+        The scores, see `cls_attention_scores`.
 
     Raises:
-        TypeError: a dtype is not one of those above, or `groups` is something else.
-        ValueError: shapes, devices or options do not fit together; a kind lacks what it needs.
-        RuntimeError: a backend asked for by name cannot run here; or, found by the kernel, the
-            groups' offsets or rows are out of range. `groups.check()` finds more.
+        TypeError, ValueError, RuntimeError: see `cls_attention_scores`.
     """
-    _check(q, k, groups, kind, v, lse)
-    dtype = library.autocast_dtype(k)
-    if kind == "similarity":
-        q, k = None, k.detach()
-    k = k.to(dtype)
-    q, v = (None if x is None else x.to(dtype) for x in (q, v))
-    backend = library.choose(backend, "token_scores", k.device.type, dtype, head_size=k.shape[2])
-    scale = k.shape[2] ** -0.5 if scale is None else float(scale)
-    index = (groups.query_offsets, groups.key_offsets, groups.query_rows, groups.key_rows)
-    sizes = (groups.max_queries, groups.max_keys, scale, kind)
-    if backend == "reference":
-        return reference.token_scores(q, k, v, lse, *index, *sizes)
-    if lse is not None:
-        lse = lse.detach().contiguous()
-    return library.kernel("token_scores", backend)(
-        q, k, v, lse, *index, groups.entry_offsets, groups.entries, *sizes
-    )[0]
+    return _score("mean", groups, backend, scale, lse, q=q, k=k)
 
 
-def _check(
-    q: Tensor | None, k: Tensor, groups: Groups, kind: Kind, v: Tensor | None, lse: Tensor | None
-) -> None:
+def value_weighted_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: Groups,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The attention from the first query of a group, weighted by the norm of the values.
+
+        scores[j] = cls[j] |v_j| / sum over the keys i of the group: cls[i] |v_i|
+
+    As in the authors' code of ATS: `cls` are the `cls_attention_scores`, and the norm is over all
+    heads. The scores of a group sum to one, or are zeros if all its values are. ATS excludes the
+    class token: drop the first entry and divide by the sum of the others.
+
+    Args:
+        q, k, groups, scale, backend: see `cls_attention_scores`.
+        v: [num_keys, H, D], the same dtype and device.
+
+    Returns:
+        The scores, see `cls_attention_scores`. Gradients flow to q, k and v.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `cls_attention_scores`.
+
+    Source: ATS, arXiv 2111.15667, 3.1.
+    """
+    return _score("value", groups, backend, scale, q=q, k=k, v=v)
+
+
+def key_similarity_scores(k: Tensor, groups: Groups, *, backend: str = "auto") -> Tensor:
+    """Minus the redundancy by which ToMe merges tokens: a lower score means more redundant.
+
+        scores[j] = - max over odd keys i of the group: cosine(k_j, k_i), for even j
+
+    The keys are averaged over heads; even and odd are positions in the group. The score is +inf at
+    odd positions and in a group without them, since ToMe never merges such tokens into others.
+    (ToMe also protects the class token: set its score to +inf.) Not differentiable.
+
+    Args:
+        k, groups, backend: see `cls_attention_scores`; the queries of the groups do not matter.
+
+    Returns:
+        The scores, float32, [E], without a gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `cls_attention_scores`.
+
+    Source: ToMe, arXiv 2210.09461, 3.
+    """
+    return _score("similarity", groups, backend, k=k.detach())
+
+
+def _score(
+    kind: str,
+    groups: Groups,
+    backend: str,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    **tensors: Tensor,
+) -> Tensor:
+    _check(groups, tensors, lse)
+    dtype, head_size = library.autocast_dtype(tensors["k"]), tensors["k"].shape[2]
+    q, k, v = (tensors[name].to(dtype) if name in tensors else None for name in "qkv")
+    backend = library.choose(
+        backend, "token_scores", groups.query_offsets.device.type, dtype, head_size=head_size
+    )
+    scale = head_size**-0.5 if scale is None else float(scale)
+    lse = None if lse is None else lse.detach().contiguous()
+    return library.run("token_scores", backend, q, k, v, lse, *groups.arguments(), scale, kind)
+
+
+def _check(groups: Groups, tensors: dict[str, Tensor], lse: Tensor | None) -> None:
     if not isinstance(groups, Groups):
         raise TypeError(f"need groups made by vidl.ops.Groups, got {type(groups).__name__}")
-    if kind not in KINDS:
-        raise ValueError(f"need kind {', '.join(map(repr, KINDS))}, got {kind!r}")
-    if q is None and kind != "similarity":
-        raise ValueError(f"need q for kind {kind!r}, got None")
-    if (v is not None) != (kind == "value"):
-        need = "v for kind 'value'" if kind == "value" else f"no v for kind {kind!r}"
-        raise ValueError(f"need {need}, got {'None' if v is None else tuple(v.shape)}")
-    if lse is not None and kind != "mean":
-        raise ValueError(f"need no lse for kind {kind!r}, got {tuple(lse.shape)}")
-    given = {"q": q, "k": k, "v": v}
-    tensors = {name: x for name, x in given.items() if x is not None}
+    k = tensors["k"]
     if any(x.ndim != 3 or x.shape[1:] != k.shape[1:] for x in tensors.values()):
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
-        raise ValueError(f"need q [queries, H, D] and k, v [keys, H, D], got {shapes}")
+        raise ValueError(f"need q [num_queries, H, D] and k, v [num_keys, H, D], got {shapes}")
     if not k.is_floating_point() or any(x.dtype != k.dtype for x in tensors.values()):
         dtypes = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
         raise TypeError(f"need one floating dtype, got {dtypes}")

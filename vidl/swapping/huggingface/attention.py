@@ -18,7 +18,7 @@ from transformers.utils import output_capturing
 
 from vidl.kernels import library
 from vidl.kernels.groups import Groups
-from vidl.kernels.space_time_attention import peers, space_time_attention
+from vidl.kernels.space_time_attention import handover, space_time_attention
 from vidl.swapping.attention import equal_groups, speed, tracing
 from vidl.swapping.registry import Family, full_name, remember, state_of
 from vidl.swapping.report import Change
@@ -218,7 +218,7 @@ def _faster(query: Tensor, groups: Groups, module: nn.Module) -> bool:
     dtype = library.autocast_dtype(query)
     chosen = library.choose("auto", "space_time_attention", dtype=dtype, **facts)
     named = _backend(module) != "auto"
-    return named or chosen != "reference" or peers.find(query, groups, chosen) is not None
+    return named or chosen != "reference" or handover.find(query, groups, chosen) is not None
 
 
 def _backend(module: nn.Module) -> str:

@@ -1,7 +1,7 @@
-"""Long groups go to attention that PyTorch or an installed package already does best.
+"""Long groups go to the attention of PyTorch or of an installed package, where that is fastest.
 
-Groups of about 700 keys and more give flash attention's tiles full work; below that, groups are
-limited by memory traffic and belong to our kernels. `find` is the rule.
+Groups of about 700 keys and more fill the tiles of flash attention. Shorter groups are limited by
+memory traffic and belong to our kernels. `find` decides.
 """
 
 import functools
@@ -16,20 +16,21 @@ from torch import Tensor
 
 from vidl.kernels.groups import Groups
 
-Peer = Callable[[Tensor, Tensor, Tensor, Groups, float], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Groups, float], Tensor]
 
-# Keys of a group from which on a peer is asked. On the CPU no peer is faster at any length
-# (bench/results/amd-epyc-2-cores); for CUDA the number is computed, not measured: there flash
-# attention wastes little of its 128 x 128 tiles, and the arithmetic, not the memory, limits.
+# The fewest keys of a group for which another implementation replaces our kernels. On the CPU none
+# is faster at any length (bench/results/amd-epyc-2-cores). For CUDA the number is computed, not
+# measured: from there on flash attention wastes little of its 128 x 128 tiles, and is limited by
+# arithmetic instead of memory.
 LONG = {"cuda": 700}
 
 
-def find(q: Tensor, groups: Groups, backend: str) -> Peer | None:
-    """The peer that does these groups better than `backend`, "auto"'s choice; None if none does.
+def find(q: Tensor, groups: Groups, backend: str) -> Attention | None:
+    """The attention that is faster than `backend`, the choice of "auto"; None if there is none.
 
-    The definition in plain PyTorch pads every group and makes the matrix of weights: any peer does
-    better than that, at any length. No peer returns scores, or sums the gradients of a key that
-    several groups share in a fixed order.
+    The definition in plain PyTorch pads every group and materializes the attention weights: every
+    other implementation is faster, at any length. None of them returns scores, or sums the
+    gradients of a key in several groups in a fixed order.
     """
     long = groups.max_keys >= LONG.get(q.device.type, groups.max_keys + 1)
     if groups.entries is not None or groups.max_keys == 0 or not (long or backend == "reference"):
@@ -42,7 +43,7 @@ def find(q: Tensor, groups: Groups, backend: str) -> Peer | None:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, groups: Groups, scale: float) -> Tensor:
-    """PyTorch's own choice among cuDNN, flash and memory-efficient attention; equal groups only."""
+    """PyTorch's choice of cuDNN, flash or memory-efficient attention; for equal groups only."""
     G = groups.num_groups
     q = q.unflatten(0, (G, groups.max_queries)).transpose(1, 2)
     k, v = (x.unflatten(0, (G, groups.max_keys)).transpose(1, 2) for x in (k, v))
@@ -50,14 +51,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, groups: Groups, scale: float) -> Tenso
 
 
 def varlen_attn(q: Tensor, k: Tensor, v: Tensor, groups: Groups, scale: float) -> Tensor:
-    """Flash attention as PyTorch has it for packed sequences, on CUDA."""
+    """PyTorch's flash attention for packed sequences, on CUDA."""
     from torch.nn.attention.varlen import varlen_attn as call
 
     return _packed(functools.partial(call, scale=scale), q, k, v, groups)
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, groups: Groups, scale: float) -> Tensor:
-    """The package flash-attn, on CUDA."""
+    """Flash attention of the package flash-attn, on CUDA."""
     call = functools.partial(
         importlib.import_module("flash_attn").flash_attn_varlen_func,
         softmax_scale=scale,
@@ -67,7 +68,7 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, groups: Groups, scale: float) ->
 
 
 def _packed(call: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
-    """Bring the groups' rows together, attend, and put the results back."""
+    """Gather the rows of each group, attend, and put the results back in their rows."""
     if groups.query_rows is not None:
         q = q.index_select(0, groups.query_rows)
     if groups.key_rows is not None:

@@ -1,0 +1,51 @@
+"""The members of each group, padded to the longest group: for definitions in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+from .membership import group_of
+
+
+class Padded:
+    """The queries, or the keys, of each group as a rectangle [G, longest].
+
+    Args:
+        offsets: [G + 1], where the members of each group begin in the list of all members.
+        rows: the row of each member; None if member i is row i.
+        longest: members of the longest group; with fewer, the rest of each group is left out.
+    """
+
+    def __init__(self, offsets: Tensor, rows: Tensor | None, longest: int) -> None:
+        place = torch.arange(longest, device=offsets.device)
+        self.offsets, self.rows, self.longest = offsets, rows, longest
+        self.sizes = offsets.diff()
+        self.real = place < self.sizes[:, None]  # [G, longest]
+        self.member = offsets[:-1, None] + place
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[rows, ...] to [G, longest, ...]; zeros beyond a group's end, since 0 x NaN is NaN."""
+        end = x.shape[0]
+        if self.rows is None:
+            row = torch.where(self.real, self.member, end)
+        else:
+            member = torch.where(self.real, self.member, self.rows.shape[0])
+            row = torch.cat([self.rows, self.rows.new_full((1,), end)])[member]
+        return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[row]
+
+    def unpad(self, x: Tensor, count: int) -> Tensor:
+        """[G, longest, ...] to [count, ...]: the list of all `count` members, group by group."""
+        group = group_of(self.offsets, count)
+        place = torch.arange(count, device=x.device) - self.offsets[group]
+        return x.reshape(-1, *x.shape[2:])[group * self.longest + place]
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, queries: Padded, keys: Padded, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The logits and their softmax over the keys of each group, [G, H, queries, keys] both."""
+    high = torch.promote_types(k.dtype, torch.float32)
+    logits = torch.einsum("gqhd,gkhd->ghqk", queries.pad(q), keys.pad(k)).to(high) * scale
+    logits = logits.masked_fill(~keys.real[:, None, None, :], float("-inf"))
+    # A group without keys gives zeros: its rows of -inf must not become NaN.
+    empty = (keys.sizes == 0)[:, None, None, None]
+    return logits, torch.where(empty, 0, logits.masked_fill(empty, 0.0).softmax(-1))
