@@ -4,8 +4,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels import library
-
 
 @triton.jit
 def check_offsets(offsets_ptr, count, rows, longest):
@@ -48,9 +46,8 @@ def find_block(item, offsets_ptr, count, blocks, BLOCK: tl.constexpr, SEARCH: tl
     return g, start.to(tl.int32)
 
 
-def check_in_interpreter(op: str, name: str, offsets: Tensor, rows: int) -> None:
-    """Raise what check_offsets() asserts: Triton's interpreter ignores device assertions."""
-    if library.interpreting():
-        values = offsets.tolist()
-        if values[0] != 0 or values[-1] != rows or values != sorted(values):
-            raise RuntimeError(f"{op}: {name} must ascend from 0 to {rows}, got {values}")
+def check_on_host(op: str, name: str, offsets: Tensor, rows: int) -> None:
+    """Raise what check_offsets() asserts; for Triton's interpreter, which ignores assertions."""
+    values = offsets.tolist()
+    if values[0] != 0 or values[-1] != rows or values != sorted(values):
+        raise RuntimeError(f"{op}: {name} must ascend from 0 to {rows}, got {values}")

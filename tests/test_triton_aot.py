@@ -1,9 +1,9 @@
-"""Every Triton kernel compiles for sm_80 and sm_90, here, without a GPU, and fits into registers.
+"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, and does not spill registers.
 
-Each kernels/<op>/triton_kernels.py has a function `ahead_of_time()`. It calls the op, on small CPU
-tensors, once with every kind of argument that makes Triton compile another variant of a kernel (the
-commonest first): dtypes, absent tensors, strides that are 1 or a multiple of 16, block sizes. The
-launches are not executed but noted, and then compiled as Triton would compile them.
+Each kernels/<op>/triton_kernels.py has a function `ahead_of_time()`. It calls the op on small CPU
+tensors, once for every kind of argument that makes Triton compile another variant of a kernel (the
+most common first): dtypes, absent tensors, strides that are 1 or a multiple of 16, block sizes. The
+test records the launches in place of executing them, then compiles them as Triton would.
 
 `python tests/test_triton_aot.py [module ...]` prints registers and shared memory of every variant.
 """
@@ -38,12 +38,12 @@ TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
 }
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes, the limit of a block
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What Triton compiles a kernel for."""
+    """A kernel and what Triton specializes it for."""
 
     kernel: Any
     types: dict[str, Any]  # of every parameter; "constexpr" for constants
@@ -67,7 +67,7 @@ def test_every_variant(module: str, arch: int) -> None:
 
 def check(module: str, arch: int, *flags: str) -> None:
     pytest.importorskip("triton")
-    # The interpreter, which other tests use, takes the place of the compiler within a process.
+    # Within a process, the interpreter, which other tests use, replaces the compiler.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, __file__, "--json", f"--arch={arch}", *flags, module]
@@ -81,7 +81,7 @@ def check(module: str, arch: int, *flags: str) -> None:
 
 
 def variant_of(kernel: Any, *args: Any, **kwargs: Any) -> Variant:
-    """What Triton would compile a kernel for, if it were launched with these arguments."""
+    """The variant that Triton would compile for a launch of a kernel with these arguments."""
     given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     options = {k: given.pop(k) for k in kwargs if k not in kernel.arg_names}
     types: dict[str, Any] = {}
@@ -116,17 +116,17 @@ def type_of(value: Any) -> Any:
 
 
 def variants_of(module: str, most: int | None) -> list[Variant]:
-    """What `ahead_of_time()` of a module launches; at most so many of each kernel."""
+    """What `ahead_of_time()` of a module launches; at most `most` variants of each kernel."""
     from triton import JITFunction
 
     recorded: dict[str, Variant] = {}
 
-    def note(kernel: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+    def record(kernel: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
         variant = variant_of(kernel, *args, **kwargs)
         recorded.setdefault(repr(variant), variant)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", note)
+        patch.setattr(JITFunction, "run", record)
         importlib.import_module(module).ahead_of_time()
     seen: Counter[str] = Counter()
     chosen = []
@@ -152,7 +152,7 @@ def compile_for(arch: int, variant: Variant) -> Any:
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers a thread, bytes of stack and local memory a thread, bytes of shared memory."""
+    """Registers, bytes of stack and of local memory a thread, and bytes of shared memory."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -160,12 +160,12 @@ def resources(compiled: Any) -> dict[str, int]:
         file.write(compiled.asm["cubin"])
         file.flush()
         run = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", run.stdout))
-    assert found.keys() == {"REG", "STACK", "LOCAL"}, run.stdout + run.stderr
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", run.stdout))
+    assert usage.keys() == {"REG", "STACK", "LOCAL"}, run.stdout + run.stderr
     return {
-        "registers": int(found["REG"]),
-        "stack": int(found["STACK"]),
-        "local": int(found["LOCAL"]),
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+        "local": int(usage["LOCAL"]),
         "shared": compiled.metadata.shared,
     }
 

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from vidl.kernels import library
-from vidl.kernels.triton_offsets import check_in_interpreter
+from vidl.kernels.triton_offsets import check_on_host
 
 
 class Call:
@@ -65,7 +65,7 @@ def readable(x: Tensor) -> Tensor:
 def check_members(
     op: str, offsets: Tensor, rows: Tensor | None, members: int, count: int, longest: int
 ) -> None:
-    """Raise what the kernels assert: Triton's interpreter ignores device assertions.
+    """Raise what the kernels assert; for Triton's interpreter, which ignores assertions.
 
     Args:
         offsets, rows: of one of the three lists of the groups.
@@ -73,7 +73,7 @@ def check_members(
         count: the bound of its rows.
         longest: the bound of a group's length.
     """
-    check_in_interpreter(op, "offsets", offsets, members)
+    check_on_host(op, "offsets", offsets, members)
     if (sizes := offsets.diff()).numel() and sizes.max() > longest:
         raise RuntimeError(f"{op}: need groups of at most {longest} rows, got {sizes.max()}")
     if rows is not None and not ((rows >= 0) & (rows < count)).all():

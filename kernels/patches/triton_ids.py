@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels import library, triton_offsets
+from vidl.kernels import library
+from vidl.kernels.triton_offsets import check_on_host
 
 # Clips and computations that kernels are compiled for ahead of time.
 DTYPES = (
@@ -69,11 +70,10 @@ def visible(row, ids_ptr, cu_seqlens_ptr, B, per_sample, N, mask):
 
 
 def check_in_interpreter(name: str, ids: Tensor | None, cu_seqlens: Tensor | None, N: int) -> None:
-    """Raise what the kernels assert: Triton's interpreter ignores device assertions."""
+    """Raise what the kernels assert, in Triton's interpreter, which ignores assertions."""
     if not library.interpreting() or ids is None:
         return
     if not ((ids >= 0) & (ids < N)).all():
         raise RuntimeError(f"{name} must lie in [0, {N})")
     if cu_seqlens is not None:
-        op = name.split(":")[0]
-        triton_offsets.check_in_interpreter(op, "cu_seqlens", cu_seqlens, ids.numel())
+        check_on_host(name.split(":")[0], "cu_seqlens", cu_seqlens, ids.numel())

@@ -460,7 +460,7 @@ class _Samples:
         return max(triton.cdiv(self.C, columns), 1)
 
     def check(self, cu_kept: Tensor, num_kept: int) -> None:
-        """Raise what the kernel asserts: Triton's interpreter ignores device assertions."""
+        """Raise what the kernel asserts; for Triton's interpreter, which ignores assertions."""
         assert self.cu_seqlens is not None
         offsets, kept = self.cu_seqlens.tolist(), cu_kept.tolist()
         lengths = [b - a - self.prefix for a, b in itertools.pairwise(offsets)]

@@ -33,7 +33,7 @@ def _key_block(
     BLOCK_D: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """A block of keys from number `at` on: k, the weights of the queries, and their gradients."""
+    """A block of keys from number `at` on: k, the weights, and the gradients of the scores."""
     j = at + tl.arange(0, BLOCK_KEYS)
     real_key, _, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
     grad = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0)
