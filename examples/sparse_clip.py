@@ -27,7 +27,7 @@ def stages(model, clip, words):
     P = rows * columns
 
     def in_clip(ids):
-        """From ids within each frame, [T, n], to ids in the clip; -1 is a fused token."""
+        """From ids within each frame, [T, N], to ids in the clip; -1 is a fused token."""
         ids = ids + torch.arange(T)[:, None] * P * (ids >= 0)
         return ids[ids >= 0]
 

@@ -243,6 +243,17 @@ def test_fields_before_and_after_options(words, capsys):
     assert "mac tiny, 2 clips, mask_ratio 0.9" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["summary", "savings"])
+def test_fields_are_yaml_in_every_command(command, capsys):
+    dry = ["--dry-run"] if command == "savings" else []
+    fields = ["prune_layers=[1]", "mask_ratio=5e-1", "fuse=null", "image_size=32", "depth=2"]
+    assert main([command, "smaug", "--preset", "tiny", "--device", "cpu", *dry, *fields]) == 0
+    assert "after layer 1" in (shown := capsys.readouterr().out) and "after layer 2" not in shown
+    with pytest.raises(SystemExit):
+        main([command, "smaug", "mask_ration=0.5"])
+    assert "did you mean 'mask_ratio'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["info", "more"], ["savings", "mac", "--nothing"]])
 def test_unknown_arguments_are_an_error(words, capsys):
     with pytest.raises(SystemExit):

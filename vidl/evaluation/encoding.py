@@ -18,6 +18,7 @@ from vidl.data.loader import Loader
 from vidl.data.progress import progress
 from vidl.data.sampler import InOrder, Key
 from vidl.models import TwoTowers
+from vidl.objectives.contrastive import rank_and_size
 
 Item = TypeVar("Item")
 
@@ -198,13 +199,6 @@ def encode_texts(model: TwoTowers, gallery: Gallery, texts: Sequence[str]) -> Te
     ids, attention_mask = ids.to(device), attention_mask.to(device)
     tokens = model.encode_text(ids, attention_mask, words=count)
     return Texts(model.text_features(tokens), tokens, attention_mask)
-
-
-def rank_and_size() -> tuple[int, int]:
-    """Rank and world size."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
 
 
 def of_all_ranks(own: Any) -> list[Any]:

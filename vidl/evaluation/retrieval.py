@@ -20,11 +20,11 @@ from vidl.evaluation.encoding import (
     encoded_clips,
     evaluating,
     of_all_ranks,
-    rank_and_size,
     shown,
 )
 from vidl.evaluation.ranks import Ranking, ranking, ranks, reranked
 from vidl.models import TwoTowers
+from vidl.objectives.contrastive import rank_and_size
 
 DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
 

@@ -143,7 +143,7 @@ def continuations(words: Sequence[str]) -> Tensor:
         words: the vocabulary in the order of its ids.
 
     Returns:
-        [V] bool.
+        [len(words)] bool.
     """
     return torch.tensor([word.startswith("##") for word in words], dtype=torch.bool)
 

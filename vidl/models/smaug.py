@@ -181,7 +181,10 @@ class Smaug(TwoTowers):
         frames = self.encode_frames(video, mask)
         clips = self.in_time(frames, video.shape[0])
         text = self.encode_text(ids, attention_mask, words=words)
-        v, t = self.clip_features(clips), self.text_features(text)  # [B, T, E], [B, E]
+        v, t = (
+            self.clip_features(clips),
+            self.text_features(text),
+        )  # [B, T, embed_dim], [B, embed_dim]
 
         losses = {}
         if r.vtc:
@@ -208,7 +211,7 @@ class Smaug(TwoTowers):
         return {"loss": total, **losses}
 
     def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
-        """The tokens of each frame after pruning, [B, T, n, C]."""
+        """The tokens of each frame after pruning, [B, T, N, C]."""
         return self.in_time(self.encode_frames(video, mask), video.shape[0])
 
     def encode_frames(self, video: Tensor, mask: VisualMask | None = None) -> Frames:
@@ -218,7 +221,7 @@ class Smaug(TwoTowers):
         return self.vision(video, None if mask is None else mask.ids_keep, time)
 
     def in_time(self, frames: Frames, B: int) -> Tensor:
-        """The tokens of each frame with its time embedding, [B, T, n, C]; CLS is the first."""
+        """The tokens of each frame with its time embedding, [B, T, N, C]; CLS is the first."""
         tokens = frames.tokens.unflatten(0, (B, -1))
         if self.recipe.frame_time == "before":  # the encoder added it
             return tokens
@@ -235,7 +238,7 @@ class Smaug(TwoTowers):
         """Captions fused with the frames that each caption selects from a clip, [S, L, C].
 
         Args:
-            clips: [B, T, n, C].
+            clips: [B, T, N, C].
             text, attention_mask: [S, L, C] from `Bert.encode`, and [S, L].
             partner: the clip of each caption, [S] int64; None: caption b has clip b (S = B).
             words: an upper bound of the words in the captions; see `vidl.nn.Bert`.

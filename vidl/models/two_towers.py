@@ -43,7 +43,7 @@ class TwoTowers(nn.Module, ABC):
 
     @abstractmethod
     def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
-        """The tokens of clips, [B, ..., n, C]; the first is CLS.
+        """The tokens of clips, [B, ..., N, C]; the first is CLS.
 
         Args:
             video: [B, 3, T, H, W], uint8 or normalised; any strides.

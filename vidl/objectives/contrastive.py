@@ -109,7 +109,7 @@ class ContrastiveLoss(nn.Module):
     def _target(self, clip_ids: Tensor | None, text: Tensor) -> Tensor:
         """The target distribution over the samples of all ranks, [B, ranks * B]."""
         B, device = text.shape[0], text.device
-        rank, ranks = _place() if self.gather else (0, 1)
+        rank, ranks = rank_and_size() if self.gather else (0, 1)
         if clip_ids is None:
             everyone = torch.arange(ranks * B, device=device)
             own = everyone[rank * B : (rank + 1) * B]
@@ -134,14 +134,14 @@ def gather_with_gradient(x: Tensor) -> Tensor:
     Returns:
         [ranks * B, ...].
     """
-    return x if _place()[1] == 1 else _Gather.apply(x)
+    return x if rank_and_size()[1] == 1 else _Gather.apply(x)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = x.shape[0]
-        out = x.new_empty((_place()[1] * x.shape[0], *x.shape[1:]))
+        out = x.new_empty((rank_and_size()[1] * x.shape[0], *x.shape[1:]))
         dist.all_gather_into_tensor(out, x.contiguous())
         return out
 
@@ -151,10 +151,10 @@ class _Gather(torch.autograd.Function):
         # backend of torch.distributed supports it.
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
-        return grad.narrow(0, _place()[0] * ctx.rows, ctx.rows)
+        return grad.narrow(0, rank_and_size()[0] * ctx.rows, ctx.rows)
 
 
-def _place() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """Rank and world size."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1

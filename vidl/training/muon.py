@@ -83,10 +83,10 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """Approximate orthogonal factor of the polar decomposition, by five Newton-Schulz steps.
 
     Args:
-        matrices: [B, M, N], floating point.
+        matrices: [B, rows, columns], floating point.
 
     Returns:
-        [B, M, N], same dtype, singular values about 0.7 to 1.2; a zero matrix stays zero.
+        [B, rows, columns], same dtype, singular values about 0.7 to 1.2; a zero matrix stays zero.
         Computed in bfloat16 on CUDA, else in float32.
     """
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)

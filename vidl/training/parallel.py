@@ -14,6 +14,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from vidl.evaluation.encoding import of_all_ranks
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -44,11 +46,7 @@ class Ranks:
 
     def gathered(self, value: Any) -> list[Any]:
         """Small objects of all ranks, in the order of ranks."""
-        values: list[Any] = [value]
-        if self.world_size > 1:
-            values = [None] * self.world_size
-            dist.all_gather_object(values, value)
-        return values
+        return of_all_ranks(value)
 
     def wait(self) -> None:
         """Barrier of all ranks."""
