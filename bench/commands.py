@@ -65,12 +65,7 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     )
     add = command.add_argument
     add("results", nargs="?", help="JSON lines or a folder of them (default bench/results)")
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder of the page (default: report in the results folder)",
-    )
+    add("--out", type=Path, metavar="DIR", help="folder of the page (default: RESULTS/report)")
     add("--readme", type=Path, help="README to update (default: that of the clone)")
     command.set_defaults(run=_report)
 
@@ -114,12 +109,7 @@ def _add_summary(commands: argparse._SubParsersAction) -> None:
     add = command.add_argument
     add("results", nargs="?", help="JSON lines or a folder of them (default bench/results)")
     add("--device", choices=("cpu", "cuda"), help="only results of CPUs or of GPUs")
-    add(
-        "--since",
-        default="",
-        metavar="TIME",
-        help="only results since this time, as in 2026-11-23T10:00",
-    )
+    add("--since", default="", metavar="TIME", help="only results since 2026-11-23T10:00 or so")
     command.set_defaults(run=_summary)
 
 
@@ -151,21 +141,12 @@ def _add_savings(commands: argparse._SubParsersAction) -> None:
     )
     add = command.add_argument
     add("model", help="smaug or mac")
-    add(
-        "overrides",
-        nargs="*",
-        metavar="FIELD=VALUE",
-        help="fields of its recipe, as in mask_ratio=0.5",
-    )
+    add("overrides", nargs="*", metavar="FIELD=VALUE", help="recipe fields, as in mask_ratio=0.5")
     add("--preset", help="tiny, small or base (default base; --quality: the configuration's)")
     add("--batch", type=int, help="clips per step (default 4 on a CPU, 64 on a GPU)")
     add("--steps", type=int, default=20, help="steps of each cell (default 20)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add(
-        "--compile",
-        action="store_true",
-        help="also time the baseline under torch.compile (minutes)",
-    )
+    add("--compile", action="store_true", help="also time torch.compile; it compiles for minutes")
     add("--epochs", type=float, default=10, help="epochs of the projected schedule (default 10)")
     add("--clips", type=int, default=5_440_000, help="clips per epoch (default 5,440,000)")
     add("--budget", type=float, metavar="SECONDS", help="start no further round after this time")
@@ -175,11 +156,7 @@ def _add_savings(commands: argparse._SubParsersAction) -> None:
         "dense and sparse for so long each on moving shapes; fields may be section.field=value "
         "as in `vidl pretrain`")  # fmt: skip
     add("--seeds", type=int, default=3, help="seeds of --quality (default 3)")
-    add(
-        "--config",
-        type=Path,
-        help="configuration of --quality (default examples/moving_shapes_MODEL.yaml)",
-    )
+    add("--config", type=Path, help="of --quality (default examples/moving_shapes_MODEL.yaml)")
     add("--dry-run", action="store_true", help="list the measurements without running them")
     add("--json", action="store_true", help="print JSON lines instead of tables")
     about = "append JSON lines to DIR/<device>/<op>.jsonl; default DIR: bench/results"

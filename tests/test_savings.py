@@ -42,15 +42,15 @@ read_clips = loading.clips_per_second  # other tests replace it
 
 
 def cells(name="smaug", fields=SMAUG, batch=4):
-    found = list(steps.cells(models.recipe(name, "tiny", **fields), batch, "cpu"))
-    return {cell.name: cell for cell in found}
+    by_name = list(steps.cells(models.recipe(name, "tiny", **fields), batch, "cpu"))
+    return {cell.name: cell for cell in by_name}
 
 
 @pytest.mark.parametrize("name, fields", VARIANTS, ids=lambda v: str(v)[:5] if v else "")
 def test_baseline_and_vidl_agree(name, fields):
-    found = cells(name, fields)
+    by_name = cells(name, fields)
     for row in ("dense", "sparse"):
-        agreement = steps.agreement_of(found[f"{row}, pytorch"])(found[f"{row}, vidl"])
+        agreement = steps.agreement_of(by_name[f"{row}, pytorch"])(by_name[f"{row}, vidl"])
         assert agreement.ok, str(agreement)
         assert set(agreement.ours) == {
             "losses",
@@ -66,23 +66,23 @@ def test_the_baseline_does_not_call_our_ops():
             seen.add(func.namespace)
             return func(*args, **(kwargs or {}))
 
-    found = cells()
+    by_name = cells()
     with Note():
-        found["sparse, pytorch"].forward()["loss"].backward()
+        by_name["sparse, pytorch"].forward()["loss"].backward()
     assert seen == {"aten"}
     with Note():
-        found["sparse, vidl"].forward()["loss"].backward()
+        by_name["sparse, vidl"].forward()["loss"].backward()
     assert "vidl" in seen
 
 
 def test_the_baseline_shares_the_parameters_and_leaves_the_model_as_it_was():
     model = models.create("smaug", "tiny", **SMAUG)
     kinds = [type(module) for module in model.modules()]
-    made = baseline_of(model)
+    baseline = baseline_of(model)
     assert [type(module) for module in model.modules()] == kinds
-    assert not {type(module) for module in made.modules()} & set(SWAPS)
+    assert not {type(module) for module in baseline.modules()} & set(SWAPS)
     for (name, p), (other, q) in zip(
-        model.named_parameters(), made.named_parameters(), strict=True
+        model.named_parameters(), baseline.named_parameters(), strict=True
     ):
         assert name == other and p is q
 
@@ -109,9 +109,9 @@ def test_the_baseline_says_what_it_does_not_have(call, message):
 
 def test_flops_of_both_are_alike_where_nothing_is_needless():
     recipe = models.recipe("mac", "tiny", **SMALL, mask_ratio=0.0)
-    found = {cell.column: cell for cell in steps.cells(recipe, 4, "cpu")}
+    by_name = {cell.column: cell for cell in steps.cells(recipe, 4, "cpu")}
     counts = {}
-    for column, cell in found.items():
+    for column, cell in by_name.items():
         cell.inputs["attention_mask"].fill_(1)  # otherwise the baseline computes padding
         counts[column] = steps.flops(cell)
     assert counts["pytorch"] == counts["vidl"]
@@ -150,7 +150,7 @@ def small_plan(name="smaug", fields=SMAUG):
 
 def test_records_say_what_was_measured(measured):
     written, records = measured
-    assert [len(each) for each in written] == [4, 4], "after the first turn, and at the end"
+    assert [len(r) for r in written] == [4, 4], "after the first step, and at the end"
     assert written[1] == records
     by_name = {r["candidate"]: r for r in records}
     assert list(by_name) == ["dense, pytorch", "dense, vidl", "sparse, pytorch", "sparse, vidl"]
@@ -195,10 +195,10 @@ def test_a_planted_wrong_kernel_gets_no_time(quick, monkeypatch, capsys, tmp_pat
 
 
 def test_a_cell_that_fails_leaves_the_others(quick, monkeypatch):
-    made = steps.cells
+    all_cells = steps.cells
 
     def broken(*args):
-        for cell in made(*args):
+        for cell in all_cells(*args):
             if cell.name == "dense, vidl":
                 cell.update = lambda: (_ for _ in ()).throw(RuntimeError("out of memory\nmore"))
             yield cell
@@ -270,10 +270,10 @@ def test_parts_add_up_and_hooks_are_gone(monkeypatch):
     ticks = iter(range(10**6))
     monkeypatch.setattr(breakdown, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     cell = cells()["sparse, vidl"]
-    found = breakdown.breakdown(cell, steps=1)
-    marks = next(ticks)  # each mark is a tick, and lasts for one
-    assert sum(found.values()) == marks - 1
-    assert found["text"] > 0 and found["selection"] > 0 and found["fusion"] > 0
+    parts = breakdown.breakdown(cell, steps=1)
+    marks = next(ticks)  # the clock ticks once per mark
+    assert sum(parts.values()) == marks - 1
+    assert parts["text"] > 0 and parts["selection"] > 0 and parts["fusion"] > 0
     cell.step()
     assert next(ticks) == marks + 1, "no mark is left"
 
@@ -317,9 +317,9 @@ def test_cuda_times_end_when_the_device_is_done(monkeypatch):
 def test_cuda_memory_is_the_peak_of_a_step(monkeypatch):
     fake = FakeCuda()
     monkeypatch.setattr(savings, "torch", SimpleNamespace(cuda=fake))
-    found = savings.Measured(SimpleNamespace(device="cuda", step=fake.step))
-    savings._weigh(found)
-    assert found.memory == 700
+    m = savings.Measured(SimpleNamespace(device="cuda", step=fake.step))
+    savings._weigh(m)
+    assert m.memory == 700
     assert fake.log == ["step", "step", "synchronize", "reset", "step", "synchronize"]
 
 
@@ -330,9 +330,9 @@ def test_cuda_parts_are_between_events(monkeypatch):
     for part in ("embed", "attention", "embed", "other"):
         clock.enter(part)
         fake.step()
-    found = clock.seconds()
+    parts = clock.seconds()
     assert fake.log[-1] == "synchronize"
-    assert (found["embed"], found["attention"]) == (pytest.approx(0.02), pytest.approx(0.01))
+    assert (parts["embed"], parts["attention"]) == (pytest.approx(0.02), pytest.approx(0.01))
 
 
 def test_energy_is_the_counter_over_many_steps(monkeypatch):
@@ -358,8 +358,8 @@ def test_energy_without_nvml_is_unknown(monkeypatch):
 def test_the_loader_is_measured_or_says_why_not(monkeypatch, tmp_path):
     recipe = models.recipe("mac", "tiny")
     monkeypatch.setattr(loading, "CLIPS", tmp_path / "none.json")
-    found = read_clips(recipe, "mac", "tiny", 2)
-    assert found["clips_per_s"] is None and "only a clone" in found["reason"]
+    speed = read_clips(recipe, "mac", "tiny", 2)
+    assert speed["clips_per_s"] is None and "only a clone" in speed["reason"]
 
 
 def test_data_waits_are_told(measured):

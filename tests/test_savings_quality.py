@@ -15,29 +15,29 @@ TINY = [
 
 @pytest.fixture
 def quick(monkeypatch):
-    """One turn finds half a second for a step, the others a busy machine."""
+    """Trials take 0.5 s per step once for each row, and 4 s on a busy machine."""
     pytest.importorskip("tokenizers")
-    found = iter([4.0, 0.5, 0.5, 4.0, 4.0, 4.0])
-    monkeypatch.setattr(quality, "_seconds_per_step", lambda config, budget: next(found))
+    seconds = iter([4.0, 0.5, 0.5, 4.0, 4.0, 4.0])
+    monkeypatch.setattr(quality, "_seconds_per_step", lambda config, budget: next(seconds))
 
 
 def test_both_rows_are_trained_by_every_seed(quick):
     written = []
-    found = quality.run(quality.plan("mac", 1.0, TINY, seeds=2), written.append)
-    assert [len(each[0]["runs"]) for each in written] == [1, 2] and written[-1] == found
-    assert [r["row"] for r in found] == ["dense", "sparse"]
-    dense, sparse = found
+    rows = quality.run(quality.plan("mac", 1.0, TINY, seeds=2), written.append)
+    assert [len(r[0]["runs"]) for r in written] == [1, 2] and written[-1] == rows
+    assert [r["row"] for r in rows] == ["dense", "sparse"]
+    dense, sparse = rows
     assert dense["sizes"]["model.mask_ratio"] == "0.0" != sparse["sizes"]["model.mask_ratio"]
-    for r in found:
+    for r in rows:
         assert [run["seed"] for run in r["runs"]] == [0, 1]
         assert all(run["steps"] == 2 and run["seconds"] > 0 for run in r["runs"])
         assert set(r["r1"]) == {"t2v R@1", "v2t R@1"}
         for name, value in r["r1"].items():
-            each = [run["r1"][name] for run in r["runs"]]
+            values = [run["r1"][name] for run in r["runs"]]
             assert value == {
-                "mean": sum(each) / 2, "lowest": min(each), "highest": max(each)
+                "mean": sum(values) / 2, "lowest": min(values), "highest": max(values)
             }  # fmt: skip
-    text = quality.table(found)
+    text = quality.table(rows)
     assert "mean (lowest-highest) of 2 seed(s); chance: 25.0 %" in text and "CPU" in text
 
 
@@ -101,17 +101,17 @@ def test_every_point_is_measured_in_both(small_axes, name):
     fields = SMALL | ({"prune_layers": (0,)} if name == "smaug" else {})
     chosen = plan(name, "tiny", fields, batch=4, steps=1, device="cpu")
     written = []
-    found = scaling.run(chosen, written.append)
-    assert sum(written, []) == found and len(found) == 2 * 9
-    assert {r["candidate"] for r in found} == {"pytorch", "vidl"}
-    for r in found:
+    rows = scaling.run(chosen, written.append)
+    assert sum(written, []) == rows and len(rows) == 2 * 9
+    assert {r["candidate"] for r in rows} == {"pytorch", "vidl"}
+    for r in rows:
         assert r["status"] == "ok" and r["repetitions"] == 1, r["reason"]
-    tokens = {(r["axis"], r["value"]): r["tokens"] for r in found}
+    tokens = {(r["axis"], r["value"]): r["tokens"] for r in rows}
     assert tokens["mask", 0.0] == 4 * 2 * 16 and tokens["mask", 0.75] == 4 * 2 * 4
     assert tokens["frames", 1] * 2 == tokens["frames", 2]
     assert tokens["batch", 2] * 2 == tokens["batch", 4]
     assert tokens["resolution", 16] * 4 == tokens["resolution", 32]
-    assert "R^2" in scaling.table(found) and "CPU" in scaling.table(found)
+    assert "R^2" in scaling.table(rows) and "CPU" in scaling.table(rows)
 
 
 def test_a_point_that_fails_leaves_the_others(small_axes, monkeypatch):
@@ -124,10 +124,10 @@ def test_a_point_that_fails_leaves_the_others(small_axes, monkeypatch):
 
     monkeypatch.setattr(scaling, "_step", broken)
     chosen = plan("mac", "tiny", SMALL, batch=2, steps=1, device="cpu")
-    found = {(r["axis"], r["value"], r["candidate"]): r for r in scaling.run(chosen)}
-    assert found["frames", 1, "vidl"]["reason"] == "RuntimeError: out of memory"
-    assert found["frames", 2, "vidl"]["status"] == "ok"
-    assert "failed: RuntimeError: out of memory" in scaling.table(list(found.values()))
+    rows = {(r["axis"], r["value"], r["candidate"]): r for r in scaling.run(chosen)}
+    assert rows["frames", 1, "vidl"]["reason"] == "RuntimeError: out of memory"
+    assert rows["frames", 2, "vidl"]["status"] == "ok"
+    assert "failed: RuntimeError: out of memory" in scaling.table(list(rows.values()))
 
 
 def test_the_line_of_least_squares():

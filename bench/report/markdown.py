@@ -5,18 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vidl.bench.measure.cases import operations
-from vidl.bench.report.digest import (
-    COLUMNS,
-    MODES,
-    Device,
-    Spread,
-    Step,
-    comparisons,
-    main_comparisons,
-    spread,
-    steps,
-    times,
-)
+from vidl.bench.report import digest
+from vidl.bench.report.digest import COLUMNS, MODES, Device, Spread, Step, times
 from vidl.bench.report.records import Record
 from vidl.bench.report.verdict import in_words, recall
 from vidl.bench.training.scaling import fit
@@ -61,10 +51,11 @@ def summary(devices: Sequence[Device]) -> str:
     for device in devices:
         lines += [f"### {device.title}", "", *(f"- {text}" for text in in_words(device)),
                   "", f"{_circumstances(device)} Baselines: the same "
-                  "computation in eager PyTorch and, where measured, with `torch.compile`. A step "
-                  "is forward, backward and AdamW: median (20 to 80 % quantiles). An operation is "
+                  f"computation in {device.dtype} in eager PyTorch and, where measured, with "
+                  "`torch.compile`. A step is forward, backward and AdamW: median (20 to 80 % "
+                  "quantiles). An operation is "
                   "forward/backward: median of its shapes (lowest to highest)."]  # fmt: skip
-        rows = [_step_cells(step) for step in steps(device)] + _op_cells(device)
+        rows = [_step_cells(step) for step in digest.steps(device)] + _op_cells(device)
         lines += ["", *_table(("", *_column_names(), SPEEDUP), rows), ""]
     if not any(device.kind == "cuda" for device in devices):
         lines += ["### GPU", "", NO_GPU, ""]
@@ -84,7 +75,7 @@ def _table(names: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
 
 def _circumstances(device: Device) -> str:
     threads = sorted({r["threads"] for r in device.records if r["threads"]})
-    text = f"torch {device.versions('torch')}, {device.dtype}"
+    text = f"torch {device.versions('torch')}"
     text += f", {' or '.join(map(str, threads))} threads" if threads else ""
     return text + (
         ". CPU results; they do not predict GPU performance." if device.kind == "cpu" else "."
@@ -112,7 +103,7 @@ def _ratio(ratio: float | None) -> str:
 
 
 def _op_cells(device: Device) -> list[list[str]]:
-    rows = main_comparisons(device)
+    rows = digest.main_comparisons(device)
     table = []
     for op in operations():
         if own := [c for c in rows if c.op == op]:
@@ -121,8 +112,8 @@ def _op_cells(device: Device) -> list[list[str]]:
             columns: list[list[float | None]]
             columns = [[c.eager_ms for c in own], [c.compiled_ms for c in own],
                        [c.best["median_ms"] for c in own]]  # fmt: skip
-            texts = [_times(spread(values)) for values in columns]
-            table += [[name, *texts, str(spread(c.speedup for c in own) or "")]]
+            texts = [_times(digest.spread(values)) for values in columns]
+            table += [[name, *texts, str(digest.spread(c.speedup for c in own) or "")]]
     return table
 
 
@@ -133,13 +124,13 @@ def _times(ms: Spread | None) -> str:
 
 
 def _operations(device: Device) -> list[str]:
-    rows = comparisons(device)
+    rows = digest.comparisons(device)
     columns = [(d, m) for d in ("float32", "bfloat16", "float16") for m in MODES
                if any((c.dtype, c.mode) == (d, m) for c in rows)]  # fmt: skip
     table = []
     for op in operations():
         if own := [c for c in rows if c.op == op]:
-            cells = [spread(c.speedup for c in own if (c.dtype, c.mode) == column)
+            cells = [digest.spread(c.speedup for c in own if (c.dtype, c.mode) == column)
                      for column in columns]  # fmt: skip
             table += [[f"`{op}`", len({c.shape for c in own}), *(cell or "" for cell in cells)]]
     if not table:
@@ -152,7 +143,7 @@ def _operations(device: Device) -> list[str]:
 
 def _steps(device: Device) -> list[str]:
     table = []
-    for step in steps(device):
+    for step in digest.steps(device):
         ours = step.cells["vidl"]
         ratio = flop_ratio(r for r in device.savings if r["shape"] == step.shape)
         realised = ours.get("realised_saving") if step.row == "sparse" else None
@@ -216,7 +207,7 @@ def details(devices: Sequence[Device]) -> str:
     for device in devices:
         lines += ["", f"## {device.title}", "", _circumstances(device)]
         lines += _operations(device) + _steps(device) + _learned(device) + _growth(device)
-        rows = comparisons(device, most_threads=False)
+        rows = digest.comparisons(device, most_threads=False)
         names = ("shape", "dtype", "mode", "threads", "vidl, ms", "speedup", "fastest baseline",
                  "share of the limit")  # fmt: skip
         for op in dict.fromkeys(c.op for c in rows):

@@ -12,16 +12,8 @@ from matplotlib.patches import Patch
 
 from vidl.bench.measure.cases import operations
 from vidl.bench.measure.hardware import slug
-from vidl.bench.report.digest import (
-    COLUMNS,
-    MODES,
-    Comparison,
-    Device,
-    Step,
-    comparisons,
-    spread,
-    steps,
-)
+from vidl.bench.report import digest
+from vidl.bench.report.digest import COLUMNS, MODES, Comparison, Device, Step
 from vidl.bench.report.records import Record
 from vidl.bench.report.verdict import recall
 from vidl.bench.training.scaling import fit
@@ -57,10 +49,10 @@ def draw(devices: Sequence[Device], folder: Path) -> list[tuple[Device, str, str
 
 
 def _figures(device: Device) -> Iterator[tuple[str, str, Figure]]:
-    rows = comparisons(device)
+    rows = digest.comparisons(device)
     if compared := [c for c in rows if c.speedup is not None]:
         yield "Operations", "ops", _ops(device, compared)
-    if timed := steps(device):
+    if timed := digest.steps(device):
         yield "Training steps", "steps", _steps(device, timed)
     if device.quality:
         yield "Accuracy at equal training time", "learning", _learning(device)
@@ -97,7 +89,7 @@ def _ops(device: Device, rows: Sequence[Comparison]) -> Figure:
         for place, op in enumerate(ops):
             for mode, (marker, color, offset) in MODE_STYLES.items():
                 chosen = [c.speedup for c in rows if (c.op, c.dtype, c.mode) == (op, dtype, mode)]
-                if s := spread(chosen):
+                if s := digest.spread(chosen):
                     axes.plot([s.lowest, s.highest], [place + offset] * 2, color=color, alpha=0.6)
                     axes.plot(s.median, place + offset, marker, color=color, markersize=6)
         axes.axvline(1, color="black", linewidth=1)

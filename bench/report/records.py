@@ -17,15 +17,12 @@ RESULTS = "bench/results"
 KINDS = {"peer": "baseline"}
 NAMES = {"vidl compiled": "vidl native", "stock, compiled": "torch.compile", "stock": "pytorch"}
 FIELDS = {"strongest_peer": "strongest_baseline"}
+CLIPS = {"SIDE": "image_size", "t": "tubelet_size", "p": "patch_size"}
 SIZES = {
-    "frame_difference": {"SIDE": "image_size", "t": "tubelet_size", "p": "patch_size"},
-    "masked_patch_embed": {
-        "SIDE": "image_size", "t": "tubelet_size", "p": "patch_size", "D": "C", "K": "kept",
-    },
-    "masked_patch_loss": {
-        "SIDE": "image_size", "t": "tubelet_size", "p": "patch_size", "M": "masked",
-    },
-}  # fmt: skip
+    "frame_difference": CLIPS,
+    "masked_patch_embed": CLIPS | {"D": "C", "K": "kept"},
+    "masked_patch_loss": CLIPS | {"M": "masked"},
+}
 
 
 def key(record: Record) -> Key:

@@ -3,16 +3,8 @@
 import collections
 from collections.abc import Iterable, Sequence
 
-from vidl.bench.report.digest import (
-    MODES,
-    Comparison,
-    Device,
-    comparisons,
-    main_comparisons,
-    spread,
-    steps,
-    times,
-)
+from vidl.bench.report import digest
+from vidl.bench.report.digest import MODES, Comparison, Device, times
 from vidl.bench.report.records import Record, newest
 from vidl.bench.training.summary import flop_ratio
 
@@ -38,8 +30,8 @@ def in_words(device: Device) -> list[str]:
 
 
 def _ops_in_words(device: Device) -> list[str]:
-    rows = [c for c in main_comparisons(device) if c.speedup is not None]
-    if not (overall := spread(c.speedup for c in rows)):
+    rows = [c for c in digest.main_comparisons(device) if c.speedup is not None]
+    if not (overall := digest.spread(c.speedup for c in rows)):
         return []
     ordered = sorted(rows, key=lambda c: c.speedup or 0)
     lowest, highest = ordered[0], ordered[-1]
@@ -54,17 +46,17 @@ def _ops_in_words(device: Device) -> list[str]:
 
 
 def _steps_in_words(device: Device) -> list[str]:
-    rows = [s for s in steps(device) if s.speedup is not None]
+    rows = [s for s in digest.steps(device) if s.speedup is not None]
     parts = []
     for row in ("dense", "sparse"):
-        if overall := spread(s.speedup for s in rows if s.row == row):
+        if overall := digest.spread(s.speedup for s in rows if s.row == row):
             parts += [f"{overall.range} on {row} steps"]
     if not parts:
         return []
     text = "Whole training steps: the speedup over the fastest PyTorch baseline is "
     text += f"{' and '.join(parts)}; it exceeds the noise in {sum(s.clear for s in rows)} of "
     text += f"{len(rows)} cases."
-    total = spread(s.cells["vidl"].get("speed_up") for s in rows if s.row == "sparse")
+    total = digest.spread(s.cells["vidl"].get("speed_up") for s in rows if s.row == "sparse")
     if total:
         text += f" From dense eager PyTorch to sparse vidl, the speedup is {total.range}."
     return [text]
@@ -116,7 +108,7 @@ def verdict(devices: Sequence[Device], records: Iterable[Record]) -> str:
 
 
 def _device(device: Device) -> list[str]:
-    rows = comparisons(device)
+    rows = digest.comparisons(device)
     slower = [c for c in rows if c.speedup is not None and c.speedup < LEAST_SPEEDUP]
     far = [c for c in rows if c.best["share_of_limit"] < least_share(c.op)]
     lines = ["", f"{device.title}: {len(rows)} measurements of vidl, all compared before timing"]
