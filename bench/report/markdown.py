@@ -51,8 +51,9 @@ def summary(devices: Sequence[Device]) -> str:
     for device in devices:
         lines += [f"### {device.title}", "", *(f"- {text}" for text in in_words(device)),
                   "", f"{_circumstances(device)} Baselines: the same "
-                  "computation in eager PyTorch and, where measured, with `torch.compile`. A step "
-                  "is forward, backward and AdamW: median (20 to 80 % quantiles). An operation is "
+                  f"computation in {device.dtype} in eager PyTorch and, where measured, with "
+                  "`torch.compile`. A step is forward, backward and AdamW: median (20 to 80 % "
+                  "quantiles). An operation is "
                   "forward/backward: median of its shapes (lowest to highest)."]  # fmt: skip
         rows = [_step_cells(step) for step in digest.steps(device)] + _op_cells(device)
         lines += ["", *_table(("", *_column_names(), SPEEDUP), rows), ""]
@@ -74,7 +75,7 @@ def _table(names: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
 
 def _circumstances(device: Device) -> str:
     threads = sorted({r["threads"] for r in device.records if r["threads"]})
-    text = f"torch {device.versions('torch')}, {device.dtype}"
+    text = f"torch {device.versions('torch')}"
     text += f", {' or '.join(map(str, threads))} threads" if threads else ""
     return text + (
         ". CPU results; they do not predict GPU performance." if device.kind == "cpu" else "."

@@ -10,9 +10,11 @@ from vidl.bench.report.verdict import in_words
 from vidl.bench.training import scaling, summary
 
 STYLE = """
-body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 1.5em auto; padding: 0 1em; color: #222 }
+body { font: 16px/1.5 sans-serif; max-width: 72em; margin: 1.5em auto }
+body { padding: 0 1em; color: #222 }
 h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 2em }
-.box { overflow-x: auto; margin: 1em 0 } figure { margin: 1em 0 2em } .note { color: #555 }
+.box { overflow-x: auto; margin: 1em 0 } figure { margin: 1em 0 2em; max-width: 60em }
+.note { color: #555 }
 figure .box img { width: 100%; min-width: 42em; display: block }
 table { border-collapse: collapse; font-size: 13px }
 td, th { padding: .2em .8em; text-align: right; white-space: nowrap }
@@ -82,17 +84,17 @@ def _operations(device: Device) -> list[str]:
     rows = comparisons(device, most_threads=False)
     if not rows:
         return []
-    names = ("operation", "shape", "dtype, mode", "threads", "vidl, ms", "20 - 80 %", "limit, ms",
-             "of limit", "speedup", "fastest baseline")  # fmt: skip
+    names = ("operation", "shape", "dtype, mode", "threads", "speedup", "vidl, ms", "20 - 80 %",
+             "limit, ms", "of limit", "fastest baseline")  # fmt: skip
     lines = ["<h3>Appendix: operations at every shape</h3><p class='note'>Limit: the lower bound "
              "of the time, from the copy and matmul rates measured on the device. Speedup: over "
              "the fastest baseline. Marked rows: a baseline is faster.</p>"]  # fmt: skip
     lines += ["<div class='box'><table><tr>" + "".join(f"<th>{n}</th>" for n in names) + "</tr>"]
     for c in rows:
         r, speedup = c.best, "" if c.speedup is None else times(c.speedup)
-        cells = (c.op, c.shape, f"{c.dtype}, {MODES[c.mode]}", c.threads or "",
+        cells = (c.op, c.shape, f"{c.dtype}, {MODES[c.mode]}", c.threads or "", speedup,
                  f"{r['median_ms']:.3f}", f"{r['p20_ms']:.3f} - {r['p80_ms']:.3f}",
-                 f"{r['limit_ms']:.3f}", f"{r['share_of_limit']:.0%}", speedup,
+                 f"{r['limit_ms']:.3f}", f"{r['share_of_limit']:.0%}",
                  r.get("strongest_baseline") or "")  # fmt: skip
         mark = " class='slower'" if c.speedup is not None and c.speedup < 1 else ""
         row = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
