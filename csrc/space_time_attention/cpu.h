@@ -4,7 +4,7 @@
 // All rows are converted to float32 first. Keys are also transposed, so that both matmuls of the
 // forward and all five of the backward read contiguous rows. A block of queries meets all keys at
 // once: one softmax without rescaling. The scale is applied inside the softmax: scaled queries
-// would be rounded once more. A negative scale negates the queries, so that the greatest product
+// would be rounded once more. A negative scale negates the queries, so that the greatest logit
 // still has the greatest weight.
 #include "groups/cpu.h"
 

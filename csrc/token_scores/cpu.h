@@ -28,7 +28,7 @@ VIDL_VECTOR_INLINE float dot(const float* a, const float* b, int64_t D) {
   return sum_of(sums + more) + rest;
 }
 
-// Turns products into the weights of their softmax, zeros from `keys` on; returns the log-sum-exp.
+// Turns logits into the weights of their softmax, zeros from `keys` on; returns the log-sum-exp.
 VIDL_VECTOR_INLINE float softmax(float* line, int64_t keys, int64_t columns, float scale) {
   const RowOfWeights sum = exponentiate(line, keys, columns, scale);
   for (int64_t j = 0; j < columns; j += kWidth) store(line + j, load(line + j) * sum.inverse);
@@ -58,7 +58,7 @@ VIDL_VECTOR_INLINE void first_query_weights(const TokenScores& s, float* weights
     return;
   }
   const int64_t columns = round_up(keys, kKeyStep);
-  // A negative scale negates the query, so that the greatest product has the greatest weight.
+  // A negative scale negates the query, so that the greatest logit has the greatest weight.
   const float sign = s.scale < 0 ? -1.0f : 1.0f;
   float* const q = scratch.take(heads * D);
   float* const room = scratch.take(D);
