@@ -78,3 +78,13 @@ VIDL_VECTOR_INLINE RowOfWeights exponentiate(float* line, int64_t keys, int64_t 
   const float sum = sum_of(total);
   return {1.0f / sum, top * scale + std::log(sum)};
 }
+
+// Calls f(item, scratch) for the items [begin, end), with memory that the thread reuses.
+template <class F>
+VIDL_VECTOR_INLINE void for_items(int64_t begin, int64_t end, F f) {
+  thread_local Scratch scratch;
+  for (int64_t item = begin; item < end; item++) {
+    scratch.reset();
+    f(item, scratch);
+  }
+}

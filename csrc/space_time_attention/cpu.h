@@ -149,17 +149,13 @@ VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b,
 }
 
 void forward_items(const SpaceTimeAttention& a, const Forward& f, int64_t begin, int64_t end) {
-  thread_local Scratch scratch;
-  for (int64_t item = begin; item < end; item++) {
-    scratch.reset();
+  for_items(begin, end, [&](int64_t item, Scratch& scratch) {
     VIDL_FLOATING(a.dtype, T, forward<T>(a, f, item / a.H, item % a.H, scratch))
-  }
+  });
 }
 
 void backward_items(const SpaceTimeAttention& a, const Backward& b, int64_t begin, int64_t end) {
-  thread_local Scratch scratch;
-  for (int64_t item = begin; item < end; item++) {
-    scratch.reset();
+  for_items(begin, end, [&](int64_t item, Scratch& scratch) {
     VIDL_FLOATING(a.dtype, T, backward<T>(a, b, item / a.H, item % a.H, scratch))
-  }
+  });
 }
