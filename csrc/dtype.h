@@ -1,4 +1,4 @@
-// The dtypes of csrc/, for host code and CUDA kernels alike. No torch, no CUDA.
+// The dtypes of tensors, for host code and CUDA kernels alike. No torch, no CUDA.
 #pragma once
 #include <cstdint>
 

@@ -55,7 +55,7 @@ VIDL_VECTOR_INLINE float of_two(float scale) {
   return factor > 1e-30f ? factor : 1e-30f;
 }
 
-// The log-sum-exp of scaled products, as a level of the products themselves.
+// The log-sum-exp of scaled logits, on the scale of the unscaled ones.
 VIDL_VECTOR_INLINE float level_of(float lse, float scale) {
   return lse / (scale > 1e-30f ? scale : 1e-30f);
 }

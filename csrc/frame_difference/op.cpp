@@ -15,17 +15,17 @@ namespace {
 using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
-constexpr int64_t kLanes = 16;  // separate sums of a patch, so that the loop can be vectorised
+constexpr int64_t kLanes = 16;  // separate sums of a patch, so that the loop is vectorised
 
-// Lines of pixels of two frames, cut into patches.
+// Lines of pixels of two frames, split into patches.
 struct Lines {
   const void *a, *b;
-  int64_t height, stride_h;          // how many lines
-  int64_t patches, width, stride_w;  // `width` pixels of each line a patch
+  int64_t height, stride_h;          // number of lines
+  int64_t patches, width, stride_w;  // a patch has `width` pixels of a line
 };
 
-// integers[p] += the sum of |a - b| over the pixels of patch p, side by side if their number is
-// known
+// integers[p] += the sum of |a - b| over the pixels of patch p. With kWidth > 0 they are
+// contiguous, and kWidth is their number in a line.
 template <int64_t kWidth>
 VIDL_INLINE void add_bytes(const Lines& lines, int32_t* integers) {
   const uint8_t* a = static_cast<const uint8_t*>(lines.a);
@@ -44,7 +44,7 @@ VIDL_INLINE void add_bytes(const Lines& lines, int32_t* integers) {
   }
 }
 
-// The same for kLanes pixels, too few for a sum of their own: 16-bit sums of some lines.
+// The same for lines of kLanes pixels: the sums of up to kMost lines fit into 16 bits.
 VIDL_INLINE void add_narrow_bytes(const Lines& lines, int32_t* integers) {
   constexpr int64_t kMost = 65535 / 255;
   for (int64_t p = 0; p < lines.patches; p++) {
@@ -112,11 +112,11 @@ struct Frames {
   const char* data;
   Dtype dtype;
   int64_t C, t, h, w, slices, rows, columns;
-  int64_t stride_b, stride_c, stride_t, stride_h, stride_w;  // of numbers
+  int64_t stride_b, stride_c, stride_t, stride_h, stride_w;  // count elements
   float divisor;
 };
 
-// Memory of a thread: the sums of each patch of a row; of floats kLanes of them.
+// The sums of the patches of a row, in the memory of one thread; for floats kLanes sums per patch.
 struct Sums {
   std::vector<int32_t> integers;
   std::vector<float> lanes;
@@ -181,7 +181,7 @@ Tensor frame_difference(Tensor video, std::vector<int64_t> patch, std::vector<do
   f.stride_w = video.stride(4);
   f.divisor = static_cast<float>(f.C * f.h * f.w * (f.dtype == Dtype::kUInt8 ? 255 : 1));
   if (std.empty() && video.stride(1) == 1 && f.stride_w == f.C) {
-    // Channels last, all with one weight: a pixel's channels are C pixels of one channel.
+    // Channels last and without std: the channels of a pixel count as C pixels of one channel.
     f.w *= f.C;
     f.C = f.stride_w = 1;
   }

@@ -1,12 +1,12 @@
-// Rows and softmax of one group on the CPU. A VIDL_SOURCE includes this file first, once for each
-// instruction set (cpu/levels.h).
+// Rows and softmax of one group on the CPU. The VIDL_SOURCE of an op includes this file, once for
+// each instruction set (cpu/levels.h). So there is no include guard.
 
 constexpr int64_t kKeyStep = kWidth < 8 ? 8 : kWidth;  // rows of keys are padded to this number
 constexpr int64_t kMostQueries = 60;                   // that meet the keys at once
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// How many queries meet `columns` keys at once: their products stay in the second-level cache.
+// How many queries meet `columns` keys at once: their logits stay in the second-level cache.
 VIDL_VECTOR_INLINE int64_t queries_at_once(int64_t columns) {
   const int64_t rows = 32768 / columns / kTileRows * kTileRows;
   return rows < 2 * kTileRows ? 2 * kTileRows : rows > kMostQueries ? kMostQueries : rows;
@@ -54,11 +54,11 @@ VIDL_VECTOR_INLINE void read_rows(const Strided& x, const int32_t* rows, int64_t
 }
 
 struct RowOfWeights {
-  float inverse, lse;  // 1 / the sum of the weights; the log-sum-exp of the scaled products
+  float inverse, lse;  // 1 / the sum of the weights; the log-sum-exp of the scaled logits
 };
 
-// Turns the products of a query into weights before they are divided by their sum: exponentials
-// relative to the greatest product, zeros from `keys` on. `columns` is a multiple of kWidth,
+// Turns the unscaled logits of a query into weights before the division by their sum: exponentials
+// relative to the greatest logit, zeros from `keys` on. `columns` is a multiple of kWidth,
 // `scale` is not negative.
 VIDL_VECTOR_INLINE RowOfWeights exponentiate(float* line, int64_t keys, int64_t columns,
                                              float scale) {
@@ -77,4 +77,14 @@ VIDL_VECTOR_INLINE RowOfWeights exponentiate(float* line, int64_t keys, int64_t 
   }
   const float sum = sum_of(total);
   return {1.0f / sum, top * scale + std::log(sum)};
+}
+
+// Calls f(item, scratch) for the items [begin, end), with memory that the thread reuses.
+template <class F>
+VIDL_VECTOR_INLINE void for_items(int64_t begin, int64_t end, F f) {
+  thread_local Scratch scratch;
+  for (int64_t item = begin; item < end; item++) {
+    scratch.reset();
+    f(item, scratch);
+  }
 }

@@ -20,8 +20,8 @@ struct Channels {
   float scale[kMaxChannels], shift[kMaxChannels], eps[kMaxChannels];
 };
 
-// [B, K, numbers] or [total, numbers], each row contiguous: row m is the one m - sample * K of its
-// sample, or with K = 0 of all.
+// [B, K, numbers], or [total, numbers] if packed, with contiguous rows. Row m is row m - sample * K
+// of its sample, or row m if packed (K = 0).
 struct Predictions {
   const void* data;
   Dtype dtype;

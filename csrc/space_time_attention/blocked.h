@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(kBlockThreads)
         for (int n = 0; n < kBlock / 16; n++) {
           if (16 * n < count) multiply_transposed<T, D>(weights[n], rows, k, 16 * n);
         }
-        scale_products(weights, count, a.scale * kLog2E, most,
-                       [&](int, int column) { return column < count; });
+        scale_logits(weights, count, a.scale * kLog2E, most,
+                     [&](int, int column) { return column < count; });
         float factor[2];  // rescales the sums so far, which are relative to a smaller maximum
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -202,8 +202,8 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
                  : 0.0f;
     share[i] = share_of(a.scores, query, queries.count) / static_cast<float>(a.H);
   }
-  const auto weight_of = [&](float product, int i, bool real) {
-    return real ? exp2_approx(product * (a.scale * kLog2E) - lse[i]) : 0.0f;
+  const auto weight_of = [&](float logit, int i, bool real) {
+    return real ? exp2_approx(logit * (a.scale * kLog2E) - lse[i]) : 0.0f;
   };
   const auto score_grad = [&](int key) {
     return b.grad_scores != nullptr && key < keys.count ? b.grad_scores[keys.first + key] : 0.0f;

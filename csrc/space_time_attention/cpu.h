@@ -4,7 +4,7 @@
 // All rows are converted to float32 first. Keys are also transposed, so that both matmuls of the
 // forward and all five of the backward read contiguous rows. A block of queries meets all keys at
 // once: one softmax without rescaling. The scale is applied inside the softmax: scaled queries
-// would be rounded once more. A negative scale negates the queries, so that the greatest product
+// would be rounded once more. A negative scale negates the queries, so that the greatest logit
 // still has the greatest weight.
 #include "groups/cpu.h"
 
@@ -149,17 +149,13 @@ VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b,
 }
 
 void forward_items(const SpaceTimeAttention& a, const Forward& f, int64_t begin, int64_t end) {
-  thread_local Scratch scratch;
-  for (int64_t item = begin; item < end; item++) {
-    scratch.reset();
+  for_items(begin, end, [&](int64_t item, Scratch& scratch) {
     VIDL_FLOATING(a.dtype, T, forward<T>(a, f, item / a.H, item % a.H, scratch))
-  }
+  });
 }
 
 void backward_items(const SpaceTimeAttention& a, const Backward& b, int64_t begin, int64_t end) {
-  thread_local Scratch scratch;
-  for (int64_t item = begin; item < end; item++) {
-    scratch.reset();
+  for_items(begin, end, [&](int64_t item, Scratch& scratch) {
     VIDL_FLOATING(a.dtype, T, backward<T>(a, b, item / a.H, item % a.H, scratch))
-  }
+  });
 }

@@ -22,17 +22,17 @@ __device__ __forceinline__ float sum_of_column(float x) {  // of the sixteen row
   return x + __shfl_xor_sync(kAllLanes, x, 16);
 }
 
-// Scales the products of 16 queries with `count` keys. A product is -inf unless sees(i, column):
+// Scales the logits of 16 queries with `count` keys. A logit is -inf unless sees(i, column):
 // the query of the lane's row i attends to that key. `most` is raised to the maximum of a row.
 template <int kSquares, class Sees>
-__device__ __forceinline__ void scale_products(Square (&products)[kSquares], int count, float scale,
-                                               float (&most)[2], Sees sees) {
+__device__ __forceinline__ void scale_logits(Square (&logits)[kSquares], int count, float scale,
+                                             float (&most)[2], Sees sees) {
 #pragma unroll
   for (int n = 0; n < kSquares; n++) {
 #pragma unroll
     for (int e = 0; e < 8; e++) {
       const int j = e / 4, i = e / 2 % 2;
-      float& x = products[n][j][e % 4];
+      float& x = logits[n][j][e % 4];
       x = 16 * n < count && sees(i, 16 * n + column_of_lane(j) + e % 2) ? x * scale : -INFINITY;
       most[i] = fmaxf(most[i], x);
     }
@@ -41,9 +41,9 @@ __device__ __forceinline__ void scale_products(Square (&products)[kSquares], int
   for (int i = 0; i < 2; i++) most[i] = max_of_row(most[i]);
 }
 
-// Turns products into exponentials relative to `most`; a lane adds those of its columns to `sum`.
+// Turns logits into exponentials relative to `most`; a lane adds those of its columns to `sum`.
 template <int kSquares>
-__device__ __forceinline__ void exponentiate(Square (&products)[kSquares], int count,
+__device__ __forceinline__ void exponentiate(Square (&logits)[kSquares], int count,
                                              const float (&most)[2], float (&sum)[2]) {
   float top[2];
 #pragma unroll
@@ -53,7 +53,7 @@ __device__ __forceinline__ void exponentiate(Square (&products)[kSquares], int c
     if (16 * n >= count) continue;
 #pragma unroll
     for (int e = 0; e < 8; e++) {
-      float& x = products[n][e / 4][e % 4];
+      float& x = logits[n][e / 4][e % 4];
       x = exp2_approx(x - top[e / 2 % 2]);
       sum[e / 2 % 2] += x;
     }
@@ -105,7 +105,7 @@ __device__ __forceinline__ Normaliser weigh_keys(const T* q, const T* k, int cou
       multiply<T>(weights[n], left, right);
     }
   }
-  scale_products(weights, count, scale, most, sees);
+  scale_logits(weights, count, scale, most, sees);
   exponentiate(weights, count, most, sum);
   return Normaliser(most, sum);
 }

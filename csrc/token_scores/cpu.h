@@ -28,7 +28,7 @@ VIDL_VECTOR_INLINE float dot(const float* a, const float* b, int64_t D) {
   return sum_of(sums + more) + rest;
 }
 
-// Turns products into the weights of their softmax, zeros from `keys` on; returns the log-sum-exp.
+// Turns logits into the weights of their softmax, zeros from `keys` on; returns the log-sum-exp.
 VIDL_VECTOR_INLINE float softmax(float* line, int64_t keys, int64_t columns, float scale) {
   const RowOfWeights sum = exponentiate(line, keys, columns, scale);
   for (int64_t j = 0; j < columns; j += kWidth) store(line + j, load(line + j) * sum.inverse);
@@ -58,7 +58,7 @@ VIDL_VECTOR_INLINE void first_query_weights(const TokenScores& s, float* weights
     return;
   }
   const int64_t columns = round_up(keys, kKeyStep);
-  // A negative scale negates the query, so that the greatest product has the greatest weight.
+  // A negative scale negates the query, so that the greatest logit has the greatest weight.
   const float sign = s.scale < 0 ? -1.0f : 1.0f;
   float* const q = scratch.take(heads * D);
   float* const room = scratch.take(D);
@@ -318,23 +318,19 @@ VIDL_VECTOR_INLINE void dissimilarity(const TokenScores& s, float* scores, int64
 }
 
 void cls_items(const TokenScores& s, float* weights, int64_t begin, int64_t end) {
-  thread_local Scratch scratch;
   const int64_t parts = (s.H + s.heads - 1) / s.heads;
-  for (int64_t item = begin; item < end; item++) {
-    scratch.reset();
+  for_items(begin, end, [&](int64_t item, Scratch& scratch) {
     VIDL_FLOATING(s.dtype, T,
                   first_query_weights<T>(s, weights, item / parts, item % parts * s.heads, scratch))
-  }
+  });
 }
 
 void cls_backward_items(const TokenScores& s, const Gradients& b, int64_t begin, int64_t end) {
-  thread_local Scratch scratch;
   const int64_t parts = (s.H + s.heads - 1) / s.heads;
-  for (int64_t item = begin; item < end; item++) {
-    scratch.reset();
+  for_items(begin, end, [&](int64_t item, Scratch& scratch) {
     VIDL_FLOATING(s.dtype, T,
                   first_query_grads<T>(s, b, item / parts, item % parts * s.heads, scratch))
-  }
+  });
 }
 
 void shared_rows(const TokenScores& s, const Gradients& b, int64_t begin, int64_t end) {
@@ -345,19 +341,15 @@ void shared_rows(const TokenScores& s, const Gradients& b, int64_t begin, int64_
 }
 
 void mean_items(const TokenScores& s, float* by_head, float* lse, int64_t begin, int64_t end) {
-  thread_local Scratch scratch;
-  for (int64_t item = begin; item < end; item++) {
-    scratch.reset();
+  for_items(begin, end, [&](int64_t item, Scratch& scratch) {
     VIDL_FLOATING(s.dtype, T, mean_weights<T>(s, by_head, lse, item / s.H, item % s.H, scratch))
-  }
+  });
 }
 
 void mean_backward_items(const TokenScores& s, const Gradients& b, int64_t begin, int64_t end) {
-  thread_local Scratch scratch;
-  for (int64_t item = begin; item < end; item++) {
-    scratch.reset();
+  for_items(begin, end, [&](int64_t item, Scratch& scratch) {
     VIDL_FLOATING(s.dtype, T, mean_grads<T>(s, b, item / s.H, item % s.H, scratch))
-  }
+  });
 }
 
 void lengths_of_rows(const TokenScores& s, float* norms, int64_t begin, int64_t end) {
@@ -374,9 +366,7 @@ void lengths_of_rows(const TokenScores& s, float* norms, int64_t begin, int64_t 
 }
 
 void similarity_items(const TokenScores& s, float* scores, int64_t begin, int64_t end) {
-  thread_local Scratch scratch;
-  for (int64_t g = begin; g < end; g++) {
-    scratch.reset();
+  for_items(begin, end, [&](int64_t g, Scratch& scratch) {
     VIDL_FLOATING(s.dtype, T, dissimilarity<T>(s, scores, g, scratch))
-  }
+  });
 }

@@ -1,5 +1,5 @@
-// What csrc/ needs of torch beyond the stable ABI's C++ headers: the current CUDA stream and the
-// matrix product of each device, as C functions of libtorch.
+// The parts of torch that csrc/ uses beyond the C++ headers of the stable ABI: the current CUDA
+// stream and the matmul of a device, as C functions of libtorch.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -17,8 +17,8 @@ AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle s
                                         AtenTensorHandle mat1, AtenTensorHandle mat2, double beta,
                                         double alpha);
 #ifdef VIDL_CUDA
-// Weak, so that the same library loads under a torch without CUDA, where they are null and never
-// called: no CUDA tensor can exist there.
+// Weak, so that the same library loads under a torch without CUDA. There they are null, and never
+// called since no CUDA tensor can exist.
 __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                         void** stream);
 __attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out,
@@ -43,7 +43,7 @@ inline bool is_16bit(ScalarType dtype) {
 }
 
 #ifdef VIDL_EMULATED
-// Builds of the tests: CUDA code on CPU tensors (tests/cuda_on_cpu).
+// Test builds: CUDA code on CPU tensors (tests/cuda_on_cpu).
 inline void* current_stream(const Tensor&) { return nullptr; }
 inline void check_cuda(int error) { STD_TORCH_CHECK(error == 0, "vidl: CUDA error ", error); }
 #elif defined(VIDL_CUDA)
@@ -57,7 +57,7 @@ inline void check_cuda(int error) {
 }
 #endif
 
-// Makes the device of a tensor the current one for a while.
+// Makes the device of a tensor the current one during its lifetime.
 class DeviceScope {
  public:
 #if defined(VIDL_CUDA)
@@ -72,7 +72,7 @@ class DeviceScope {
 #endif
 };
 
-// out = beta * out + a @ b, on the device of `out`. With beta = 0 what `out` held is ignored.
+// out = beta * out + a @ b, on the device of `out`. With beta = 0 the old `out` is ignored.
 inline void addmm(Tensor& out, const Tensor& a, const Tensor& b, double beta) {
 #ifdef VIDL_CUDA
   if (out.is_cuda()) {

@@ -1,4 +1,4 @@
-// The dtype of a tensor, in the words of csrc/.
+// The Dtype of a tensor.
 #pragma once
 #include "dtype.h"
 #include "torch/device.h"
