@@ -250,7 +250,7 @@ def test_opcheck(name, where):
     leaves = [x.requires_grad_() for x in (weight, bias, position[0])]
     torch.library.opcheck(
         library.kernel(OP, where.backend),
-        (clip, leaves[0], leaves[1], leaves[2], None, ids, cu_seqlens, mean, std),
+        (clip, leaves[0], leaves[1], None, leaves[2], ids, cu_seqlens, mean, std),
     )
     grad = torch.ones(())
     rows = (case.B, 12) if ids is None else ids.shape
@@ -373,8 +373,8 @@ MISUSE = {
         {"video": CLIP[:, :0], "weight": WEIGHT[:, :0]},
     ),
     "an integer weight": (TypeError, "weight", {"weight": WEIGHT.int()}),
-    "other channels": (ValueError, r"weight \[D, 3", {"weight": torch.zeros(8, 4, 1, 16, 16)}),
-    "a flat weight": (ValueError, r"weight \[D, 3", {"weight": torch.zeros(8, 768)}),
+    "other channels": (ValueError, r"weight \[C, 3", {"weight": torch.zeros(8, 4, 1, 16, 16)}),
+    "a flat weight": (ValueError, r"weight \[C, 3", {"weight": torch.zeros(8, 768)}),
     "a patch that does not fit": (ValueError, "divides", {"weight": torch.zeros(8, 3, 1, 14, 14)}),
     "a tubelet that does not fit": (ValueError, "divides", {"weight": torch.zeros(8, 3, 3, 8, 8)}),
     "an empty patch": (ValueError, "divides", {"weight": torch.zeros(8, 3, 0, 16, 16)}),

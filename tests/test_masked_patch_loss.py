@@ -176,7 +176,7 @@ def test_strides_of_the_clip_change_no_bit(where):
         clip = in_layout(clip.cpu(), layout).to(where.device)
         options = Case(target="mae").options()
         results.append(masked_patch_loss(prediction, clip, ids, backend=where.backend, **options))
-    assert all(torch.equal(results[0], each) for each in results[1:])
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_wide_strides(monkeypatch, where):
@@ -427,7 +427,7 @@ MISUSE = {
     "a tubelet that does not fit": (ValueError, "divides", {"tubelet_size": 3}),
     "no patch": (ValueError, "positive", {"patch_size": 0}),
     "half a patch": (ValueError, "positive", {"patch_size": 16.5}),
-    "a patch of three sides": (ValueError, "one number or two", {"patch_size": (1, 16, 16)}),
+    "a patch of three sides": (ValueError, "one or two", {"patch_size": (1, 16, 16)}),
     "int32 ids": (TypeError, "int64", {"ids_masked": IDS.int()}),
     "a mask for ids": (TypeError, "int64", {"ids_masked": IDS.bool()}),
     "ids of other samples": (ValueError, r"\[2, K\]", {"ids_masked": IDS[:1]}),
@@ -481,10 +481,10 @@ def test_a_backend_asked_for_never_falls_back():
     options = {"patch_size": 64, "tubelet_size": 2}
     with pytest.raises(RuntimeError, match=r"triton: .*\n  reference: can run"):
         masked_patch_loss(prediction, video, ids, backend="triton", **options)
-    for each in ((prediction.double(), video), (prediction, video.double())):
+    for inputs in ((prediction.double(), video), (prediction, video.double())):
         with pytest.raises(RuntimeError, match=r"not in float64"):
-            masked_patch_loss(*each, ids, backend="native", **options)
-        assert masked_patch_loss(*each, ids, **options).dtype == torch.float64
+            masked_patch_loss(*inputs, ids, backend="native", **options)
+        assert masked_patch_loss(*inputs, ids, **options).dtype == torch.float64
 
 
 @pytest.mark.parametrize("C, p", [(65, 2), (3, 64)], ids=["channels", "numbers"])

@@ -34,7 +34,7 @@ def run(groups, H, D, dtype, device, backend, scores=None, compute=None, scale=N
     return [*results, *grad]
 
 
-def three_ways(groups, H, D, dtype, where, scores=None, scale=None):
+def precisions(groups, H, D, dtype, where, scores=None, scale=None):
     """(ours, PyTorch's, the truth), flat and finite, of every result and gradient."""
     placed = groups.to(where.device)
     ours = run(placed, H, D, dtype, where.device, where.backend, scores, None, scale)
@@ -65,7 +65,7 @@ def test_as_accurate_as_torch(name, scores, dtype, where):
     if where.backend == "emulated" and (dtype == torch.float16) != (scores is None):
         pytest.skip("slow: scores in bfloat16 and none in float16 are all kernels")
     H = 1 if where.device == "cpu" and where.backend != "native" else 2  # slow ones
-    assert_right(dtype, list(three_ways(GROUPS[name](), H, 64, dtype, where, scores)))
+    assert_right(dtype, list(precisions(GROUPS[name](), H, 64, dtype, where, scores)))
 
 
 @pytest.mark.parametrize("D", [32, 80, 96, 128])
@@ -73,7 +73,7 @@ def test_head_sizes(D, dtype, where):
     where.skip_unless_runs(OP, dtype)
     names = ("frames", "eight rows", "frames and a global token")
     assert_right(
-        dtype, *(list(three_ways(GROUPS[name](), 1, D, dtype, where, "cls")) for name in names)
+        dtype, *(list(precisions(GROUPS[name](), 1, D, dtype, where, "cls")) for name in names)
     )
 
 
@@ -83,7 +83,7 @@ def test_head_sizes_of_long_groups(D, dtype, where):
     where.skip_unless_runs(OP, dtype)
     sizes = [(130, 20), (9, 150), (7, 260), (260, 9)]
     layouts = [Groups.equal(1, queries, keys=keys) for queries, keys in sizes]
-    assert_right(dtype, *(list(three_ways(x, 1, D, dtype, where, "mean")) for x in layouts))
+    assert_right(dtype, *(list(precisions(x, 1, D, dtype, where, "mean")) for x in layouts))
 
 
 @pytest.mark.parametrize("size", [1, 17, 130, 260])
@@ -137,7 +137,7 @@ def fuzz(seed, count, dtype, where, most, longest):
         scores = generator.choice([None, "cls", "mean"])
         D, H = generator.choice([32, 64, 64, 80, 96, 128]), generator.choice([1, 2, 3])
         try:
-            results.append(list(three_ways(groups, H, D, dtype, where, scores)))
+            results.append(list(precisions(groups, H, D, dtype, where, scores)))
             for our, _, truth in results[-1]:  # coarsely, so that a failure names its layout
                 largest = max(1.0, float(truth.abs().max())) if truth.numel() else 1.0
                 torch.testing.assert_close(
@@ -241,7 +241,7 @@ def test_other_implementations_agree(attention, name, device):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_long_groups_go_to_a_peer(monkeypatch):
+def test_long_groups_are_handed_over(monkeypatch):
     q = torch.zeros(90, 1, 64)
     joint, equal = Groups.joint(torch.tensor([0, 40, 90]).int(), 90, 50), Groups.equal(2, 45)
     monkeypatch.setitem(handover.LONG, "cpu", 45)
@@ -266,7 +266,7 @@ def test_any_scale(scale, where):
     """Zero makes all weights equal; a negative one prefers the smallest product."""
     dtype = where.widest(OP)
     groups = Groups.joint(torch.tensor([0, 3, 40]).int(), 40, 37)
-    assert_right(dtype, list(three_ways(groups, 2, 64, dtype, where, "mean", scale)))
+    assert_right(dtype, list(precisions(groups, 2, 64, dtype, where, "mean", scale)))
 
 
 def test_gradcheck():
@@ -404,9 +404,9 @@ ROWS = torch.zeros(8, 2, 32)
     "error, text, change",
     [
         (TypeError, "vidl.ops.Groups", {"groups": torch.zeros(3)}),
-        (ValueError, r"\[queries, H, D\]", {"q": ROWS[0]}),
-        (ValueError, r"\[queries, H, D\]", {"v": ROWS[:, :, :16]}),
-        (ValueError, r"\[queries, H, D\]", {"q": ROWS[:, :1]}),
+        (ValueError, r"\[num_queries, H, D\]", {"q": ROWS[0]}),
+        (ValueError, r"\[num_queries, H, D\]", {"v": ROWS[:, :, :16]}),
+        (ValueError, r"\[num_queries, H, D\]", {"q": ROWS[:, :1]}),
         (TypeError, "one floating dtype", {"k": ROWS.half()}),
         (TypeError, "one floating dtype", {x: ROWS.int() for x in "qkv"}),
         (ValueError, "one device", {"q": ROWS.to("meta")}),
