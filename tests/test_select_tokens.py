@@ -1,4 +1,4 @@
-"""select_tokens against its definition, against EViT and SViTT, and against misuse."""
+"""select_tokens against its definition, EViT and SViTT; errors."""
 
 import math
 import random
@@ -18,7 +18,7 @@ NAN, INF = float("nan"), float("inf")
 
 @dataclass(frozen=True)
 class Case:
-    """Samples of `lengths` tokens each, after a prefix; all of one length unless `packed`."""
+    """Samples of `lengths` tokens after a prefix; of equal length unless `packed`."""
 
     lengths: tuple[int, ...] = (13, 13)
     keep: int | float = 0.5
@@ -52,7 +52,7 @@ class Case:
         return x, scores[:, self.prefix :], None
 
     def run(self, dtype, device, backend, compute=None):
-        """The result, and the gradients of x and, if it fuses, of the scores."""
+        """The result, and the gradients of x and, with `fuse`, of the scores."""
         x, scores, offsets = self.inputs(dtype, device)
         if compute is not None:
             x, scores = x.to(compute), scores.to(compute)
@@ -108,7 +108,7 @@ def test_as_accurate_as_torch(case, dtype, where):
 
 
 def plain(scores, K, order):
-    """ids_keep of one sample, by Python's own sort."""
+    """ids_keep of a sample, by Python's sort."""
     best = sorted(range(len(scores)), key=lambda n: (math.isnan(scores[n]), -scores[n], n))
     best = [n for n in best if not math.isnan(scores[n])] + sorted(
         n for n in best if math.isnan(scores[n])
@@ -117,7 +117,7 @@ def plain(scores, K, order):
 
 
 def hard_scores(B, N):
-    """Few different numbers, and those that compare badly."""
+    """Scores with many ties, and with NaN, infinities and signed zeros."""
     scores = torch.randint(-3, 4, (B, N)) / 2
     for value in (NAN, INF, -INF, -0.0, 1e-45, -1e-45, 3e38):
         scores[torch.rand(B, N) < random.choice((0, 0.05, 0.3))] = value
@@ -160,7 +160,7 @@ def test_long_samples(N, order, where):
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_equals_evit(backend):
-    """The rule of EViT: the best by score, then the sum of the others as they are weighed."""
+    """EViT: the tokens with the highest scores, then the weighted sum of the others."""
     Where(backend, "cpu").skip_unless_runs(OP)
     x, attention = torch.randn(3, 20, 8), torch.rand(3, 19).softmax(-1)
     selected = select_tokens(
@@ -179,7 +179,7 @@ def test_equals_evit(backend):
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_equals_svitt(backend):
-    """The rule of SViTT: the best by score, in the order they were in."""
+    """SViTT: the tokens with the highest scores, in their order."""
     Where(backend, "cpu").skip_unless_runs(OP)
     x, attention = torch.randn(3, 20, 8), torch.rand(3, 19).softmax(-1)
     selected = select_tokens(x, attention, 0.7, prefix=1, backend=backend)
@@ -227,7 +227,7 @@ def test_packed_equals_each_sample_alone(backend):
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_what_is_not_finite_does_not_spread(backend):
-    """Kept rows and those without a finite score never reach the fused token or its gradients."""
+    """Kept rows and rows without a finite score do not affect the fused token or its gradients."""
     Where(backend, "cpu").skip_unless_runs(OP)
     scores = torch.tensor([[NAN, -INF, 0.5, 3.0, 0.25]])
     x = torch.tensor([[[NAN], [INF], [2.0], [NAN], [4.0]]])

@@ -1,4 +1,4 @@
-"""space_time_attention against its definition, against other attentions, and against misuse."""
+"""space_time_attention against its definition and other implementations; errors."""
 
 import random
 
@@ -17,7 +17,7 @@ OP = "space_time_attention"
 
 
 def run(groups, H, D, dtype, device, backend, scores=None, compute=None, scale=None):
-    """The results and the gradients of q, k and v, of `dtype` inputs computed in `compute`."""
+    """The results and the gradients of q, k and v in `dtype`, computed in `compute`."""
     q, k, v = (x.detach().to(compute or dtype) for x in fused(groups, H, D, dtype, device))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     options = {"scale": scale, "return_scores": scores, "backend": backend}
@@ -35,7 +35,7 @@ def run(groups, H, D, dtype, device, backend, scores=None, compute=None, scale=N
 
 
 def precisions(groups, H, D, dtype, where, scores=None, scale=None):
-    """(ours, PyTorch's, the truth), flat and finite, of every result and gradient."""
+    """Ours, the reference in `dtype` and in float64, of each result and gradient, flattened."""
     placed = groups.to(where.device)
     ours = run(placed, H, D, dtype, where.device, where.backend, scores, None, scale)
     low = run(placed, H, D, dtype, where.device, "reference", scores, None, scale)
@@ -48,11 +48,11 @@ def precisions(groups, H, D, dtype, where, scores=None, scale=None):
 
 
 def assert_right(dtype, *results):
-    """Judge several layouts together, result by result: one alone may be exact by luck."""
+    """Compare each result over several layouts together: PyTorch may be exact on one by luck."""
     longest = max(results, key=len)
     for i in range(len(longest)):
         parts = [r[i] for r in results if len(r) == len(longest)]
-        # The gradient of a softmax is a difference of numbers of the order of one.
+        # The gradient of a softmax is a difference of numbers of the size of one.
         assert_as_accurate(*map(torch.cat, zip(*parts, strict=True)), dtype, order=0.5)
     if rest := [r for r in results if len(r) < len(longest)]:
         assert_right(dtype, *rest)
@@ -79,7 +79,7 @@ def test_head_sizes(D, dtype, where):
 
 @pytest.mark.parametrize("D", [32, 64, 80, 96, 128])
 def test_head_sizes_of_long_groups(D, dtype, where):
-    """More queries or keys than a block of threads has at once."""
+    """More queries or keys than a block of threads holds at a time."""
     where.skip_unless_runs(OP, dtype)
     sizes = [(130, 20), (9, 150), (7, 260), (260, 9)]
     layouts = [Groups.equal(1, queries, keys=keys) for queries, keys in sizes]
@@ -88,7 +88,7 @@ def test_head_sizes_of_long_groups(D, dtype, where):
 
 @pytest.mark.parametrize("size", [1, 17, 130, 260])
 def test_more_groups_than_a_grid_has_rows(size, where):
-    """66,000 groups: all of them real, or one at the end."""
+    """66,000 groups, all with members, or only the last one."""
     if where.device == "cpu" and (where.backend == "triton" or size > 1):
         pytest.skip("would take minutes")
     dtype = where.widest(OP)
@@ -109,7 +109,7 @@ def test_more_groups_than_a_grid_has_rows(size, where):
 
 @pytest.mark.parametrize("size", [2, 20, 140, 260])
 def test_rows_farther_apart_than_32_bits_count(size, where, tmp_path):
-    """2**31 elements between the first row and the last; on the CPU of a file with holes."""
+    """2**31 elements between the first row and the last; on the CPU in a sparse file."""
     dtype = where.widest(OP)
     step = (2**31 // (size - 1) + 8) // 8 * 8
     length = (size - 1) * step + 32
@@ -216,7 +216,7 @@ def test_equals_flex_attention():
 @pytest.mark.parametrize("attention", [handover.sdpa, handover.varlen_attn, handover.flash_attn])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_other_implementations_agree(attention, name, device):
-    """The second oracles, and what long groups are handed to."""
+    """The implementations that long groups are handed to; a second oracle for the definition."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     groups = GROUPS[name]().to(device)
@@ -263,7 +263,7 @@ def test_long_groups_are_handed_over(monkeypatch):
 
 @pytest.mark.parametrize("scale", [0.0, -0.2])
 def test_any_scale(scale, where):
-    """Zero makes all weights equal; a negative one prefers the smallest product."""
+    """A scale of zero makes all weights equal; a negative scale prefers the smallest logit."""
     dtype = where.widest(OP)
     groups = Groups.joint(torch.tensor([0, 3, 40]).int(), 40, 37)
     assert_right(dtype, list(precisions(groups, 2, 64, dtype, where, "mean", scale)))
