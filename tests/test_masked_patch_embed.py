@@ -369,7 +369,7 @@ MISUSE = {
     "a float8 clip": (TypeError, "uint8", {"video": CLIP.float().to(torch.float8_e4m3fn)}),
     "a clip without channels": (
         ValueError,
-        "weight",
+        "C > 0",
         {"video": CLIP[:, :0], "weight": WEIGHT[:, :0]},
     ),
     "an integer weight": (TypeError, "weight", {"weight": WEIGHT.int()}),

@@ -415,7 +415,7 @@ MISUSE = {
     "an int32 clip": (TypeError, "uint8", {"video": CLIP.int()}),
     "a clip without channels": (
         ValueError,
-        "one channel",
+        "C > 0",
         {"video": CLIP[:, :0], "prediction": PREDICTION[..., :0]},
     ),
     "a clip with a gradient": (
