@@ -415,7 +415,7 @@ ROWS = torch.zeros(8, 2, 32)
         (ValueError, "backend", {"backend": "flash"}),
         (
             RuntimeError,
-            "32, 64, 80, 96, 128 channels, not 24",
+            "32, 64, 80, 96, 128, not 24",
             {**{x: ROWS[:, :, :24] for x in "qkv"}, "backend": "native"},
         ),
         (
