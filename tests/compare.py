@@ -1,4 +1,4 @@
-"""Compare a kernel with PyTorch: it may err as PyTorch does in the same dtype, twice at most."""
+"""Compare a kernel with PyTorch: at most twice the error of PyTorch in the same dtype."""
 
 from collections.abc import Sequence
 
@@ -7,34 +7,34 @@ from torch import Tensor
 
 
 def random_like(x: Tensor) -> Tensor:
-    """The same random numbers in every dtype and on every device, rounded to those of `x`."""
+    """Random numbers in the dtype of `x`; the same on every device, up to rounding."""
     numbers = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return numbers.to(x.device, x.dtype)
 
 
 def gradients(out: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """`out` and the gradients of its product with random numbers, in the order of `leaves`."""
+    """`out` and the gradients of `leaves` from a random gradient of `out`."""
     return [out, *torch.autograd.grad(out, leaves, random_like(out))]
 
 
 def assert_as_accurate(
     ours: Tensor, low: Tensor, true: Tensor, dtype: torch.dtype, order: float = 0.0
 ) -> None:
-    """`ours` is at most twice as far from `true` as `low`, in the mean square and at worst.
+    """The error of `ours` is at most twice that of `low`, in root mean square and maximum.
 
     Args:
-        ours: of the kernel under test, computed in `dtype`.
-        low: of plain PyTorch, computed in `dtype`.
-        true: of plain PyTorch, computed in float64.
-        order: of magnitude of what the result is a difference of, if `true` may be smaller.
+        ours: from the kernel under test, computed in `dtype`.
+        low: from plain PyTorch, computed in `dtype`.
+        true: from plain PyTorch, computed in float64.
+        order: the order of magnitude of the terms, if `true` is a smaller difference of them.
     """
     assert ours.shape == true.shape
-    assert not ours.isnan().any(), "NaN: something was read or left that should not have been"
+    assert not ours.isnan().any(), "NaN: read outside the input, or output not written"
     if true.numel() == 0:
         return
     true = true.detach().cpu()
     errors = [(x.detach().cpu().double() - true).abs() for x in (ours, low)]
-    # PyTorch may be exact by luck: half a unit in the last place is always allowed, at worst one.
+    # PyTorch may be exact by luck: 0.5 units in the last place are allowed, for the maximum 1.
     eps = torch.finfo(dtype).eps
     for size, slack in ((lambda x: x.square().mean().sqrt(), 0.5), (torch.max, 1.0)):
         our, theirs = (float(size(error)) for error in errors)
@@ -45,9 +45,9 @@ def assert_as_accurate(
 def assert_model_as_accurate(
     ours: Sequence[Tensor], low: Sequence[Tensor], true: Sequence[Tensor], dtype: torch.dtype
 ) -> None:
-    """The same for all results of a model together, each in units of its own root mean square.
+    """`assert_as_accurate` for all results of a model together, each divided by its RMS.
 
-    Layers hand their rounding errors on: by luck one small gradient may be twice as far off.
+    Layers propagate rounding errors: a single small gradient may have twice the error by luck.
     """
     assert [x.shape for x in ours] == [x.shape for x in true]
     units = [x.double().square().mean().sqrt().clamp(min=1e-30) for x in true]

@@ -1,4 +1,4 @@
-"""Where every op is tested: each backend on each device, in each dtype, on poisoned memory."""
+"""Every op is tested with all backends, devices and dtypes, and with uninitialized memory = NaN."""
 
 import os
 from importlib.util import find_spec
@@ -10,8 +10,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
 
-# Workers of pytest-xdist share the cores: more threads than cores wait for one another, spinning.
-# Not in their parent, from which they would inherit its number.
+# Workers of pytest-xdist share the cores: with more threads than cores they would spin and wait.
+# Only in the workers: they would inherit the number of their parent.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
@@ -21,7 +21,7 @@ from where import Where  # noqa: E402
 
 from vidl import ops  # noqa: E402, F401  (declares every op)
 
-# A machine with a GPU may have torch and no more.
+# A machine with a GPU may have no package but torch.
 collect_ignore_glob = [] if find_spec("numpy") else ["test_data_*.py"]
 
 PLACES = [
@@ -45,7 +45,7 @@ def dtype(request) -> torch.dtype:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """`torch.empty`, in Python and in C++, is full of NaN: what a kernel forgets to write shows."""
+    """Fill `torch.empty`, in Python and C++, with NaN, to detect outputs that are not written."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)

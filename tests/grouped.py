@@ -1,10 +1,10 @@
-"""Layouts of groups that the tests of several ops share, and numbers for them."""
+"""Groups and inputs for the tests of several ops."""
 
 import torch
 
 from vidl.ops import Groups
 
-# Sizes of groups on both sides of the edges of tiles.
+# Sizes of groups just below, at and above the sizes of tiles.
 EDGES = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 200, 257)
 
 
@@ -48,7 +48,7 @@ GROUPS = {
 
 
 def fused(groups, H, D, dtype, device):
-    """q, k, v as slices of one buffer, with NaN around every row; the same numbers each time."""
+    """q, k, v as slices of one buffer with NaN around every row; reproducible."""
     generator = torch.Generator().manual_seed(groups.num_queries * 31 + groups.num_keys)
     around = torch.full((max(groups.num_queries, groups.num_keys) + 2, 3, H, D + 8), float("nan"))
     inside = around[1:-1, :, :, :D]
@@ -59,17 +59,19 @@ def fused(groups, H, D, dtype, device):
 
 
 def random_groups(generator, most, longest):
-    """Groups of any sizes around the edges of tiles; rows in any order, shared or not."""
+    """Groups with random sizes from `EDGES`, with rows in random order, in one group or several."""
     G = generator.randint(1, most)
     edges = [e for e in EDGES if e <= longest]
     queries = [generator.choice(edges) for _ in range(G)]
     keys = queries if generator.random() < 0.5 else [generator.choice(edges) for _ in range(G)]
-    Q, E = sum(queries), sum(keys)
+    num_queries, E = sum(queries), sum(keys)
     shared = generator.random() < 0.3 and E > 0
-    K = generator.randint(1, E) if shared else E
+    num_keys = generator.randint(1, E) if shared else E
     seed = torch.Generator().manual_seed(generator.randint(0, 2**31))
-    rows = None if generator.random() < 0.3 else torch.randperm(Q, generator=seed).int()
-    key_rows = None if rows is None and K == E else torch.randperm(E, generator=seed).int() % K
+    rows = None if generator.random() < 0.3 else torch.randperm(num_queries, generator=seed).int()
+    key_rows = None
+    if rows is not None or num_keys != E:
+        key_rows = torch.randperm(E, generator=seed).int() % num_keys
     groups = Groups(
         torch.tensor([0, *queries]).cumsum(0).int(),
         torch.tensor([0, *keys]).cumsum(0).int(),
@@ -77,7 +79,7 @@ def random_groups(generator, most, longest):
         key_rows if shared or key_rows is not None else None,
         max_queries=max(queries),
         max_keys=max(keys) + generator.choice([0, 0, 5]),
-        num_queries=Q,
-        num_keys=K,
+        num_queries=num_queries,
+        num_keys=num_keys,
     )
     return groups.with_entries() if shared and key_rows is not None else groups

@@ -1,4 +1,4 @@
-"""The builders of Groups against loops over tokens, and what check() finds."""
+"""The constructors of Groups against loops over tokens, and the errors of check()."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ GRID = (4, 5, 6)
 
 
 def members(groups):
-    """Of every group the set of its query rows and the list of its key rows, without empty ones."""
+    """The query rows and the key rows of every group that has queries."""
     groups.check()
     queries, keys = (x.tolist() for x in (groups.query_offsets, groups.key_offsets))
     query_rows = list(range(groups.num_queries))
@@ -19,20 +19,20 @@ def members(groups):
         query_rows = groups.query_rows.tolist()
     if groups.key_rows is not None:
         key_rows = groups.key_rows.tolist()
-    found = []
+    pairs = set()
     for g in range(groups.num_groups):
         q = frozenset(query_rows[queries[g] : queries[g + 1]])
         if q:
-            found.append((q, sorted(key_rows[keys[g] : keys[g + 1]])))
-    return set((q, tuple(k)) for q, k in found)
+            pairs.add((q, tuple(sorted(key_rows[keys[g] : keys[g + 1]]))))
+    return pairs
 
 
 def by_label(labels):
-    """The groups of rows with one label, each seeing itself."""
-    found = {}
+    """Groups of self-attention among the rows with the same label."""
+    groups = {}
     for row, label in enumerate(labels):
-        found.setdefault(label, []).append(row)
-    return {(frozenset(rows), tuple(sorted(rows))) for rows in found.values()}
+        groups.setdefault(label, []).append(row)
+    return {(frozenset(rows), tuple(sorted(rows))) for rows in groups.values()}
 
 
 def drawn(ragged, seed=0):
@@ -123,9 +123,8 @@ def test_block_sparse(length, local, random):
             Groups.block_sparse(batch, length, block, local=local, random=random)
         return
     groups = Groups.block_sparse(batch, length, block, local=local, random=random, seed=3)
-    found = members(groups)
-    assert len(found) == batch * blocks
-    for queries, keys in found:
+    assert len(members(groups)) == batch * blocks
+    for queries, keys in members(groups):
         b, first = min(queries) // length, min(queries) % length
         assert first % block == 0 and len(queries) == min(block, length - first)
         seen = {(k - b * length) // block for k in keys}
@@ -206,7 +205,7 @@ def drawn_replicated(ragged, kind):
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("kind", ["spatial", "temporal"])
 def test_replicated_global_is_timesformers_rule(ragged, kind):
-    """Frame by frame [replica, patches] through attention; the replicas' mean is the global row."""
+    """Attention of [replica, patches] per frame; the global row is their mean."""
     replicated, places = drawn_replicated(ragged, kind)
     replicated.groups.check()
     H, D = 2, 8
@@ -233,8 +232,8 @@ def test_replicated_global_is_timesformers_rule(ragged, kind):
             q, k, v = qkv[[start, *rows]].permute(1, 2, 0, 3)
             head, *rest = F.scaled_dot_product_attention(q, k, v).transpose(0, 1)
             heads.append(head)
-            for row, found in zip(rows, rest, strict=True):
-                expected[row] = found
+            for row, out_of_row in zip(rows, rest, strict=True):
+                expected[row] = out_of_row
         expected[start] = torch.stack(heads).mean(0)
     expected = torch.stack(expected)
     torch.testing.assert_close(out, expected)

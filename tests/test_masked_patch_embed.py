@@ -1,4 +1,4 @@
-"""masked_patch_embed against its definition, against Conv3d, and against misuse."""
+"""masked_patch_embed against its definition and Conv3d; errors."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Case:
-    """A clip, a patch and a choice of patches; `ids` as one list a sample, or a number each."""
+    """A clip, a patch size and patches: `ids` is a list per sample, or their number per sample."""
 
     B: int = 2
     grid: tuple[int, int, int] = (2, 2, 3)
@@ -129,7 +129,7 @@ def arguments(case):
 
 
 def run(case, dtype, device, backend, compute=None):
-    """The result and every gradient, of `dtype` inputs computed in `compute`."""
+    """The result and all gradients of inputs in `dtype`, computed in `compute`."""
     clip, weight, bias, position, ids, cu_seqlens = case.inputs(dtype, device)
     if compute is not None:
         weight, bias, *position = (
@@ -175,7 +175,7 @@ def test_strides_change_no_bit(layout, where):
 
 
 def test_equals_conv_then_gather():
-    """The definition itself, against the module that people use."""
+    """The definition against nn.Conv3d."""
     case = Case(patch=(2, 16, 16), grid=(2, 2, 3))
     clip, weight, bias, (position,), ids, _ = case.inputs(torch.float64, "cpu")
     mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1, 1) for x in (MEAN, STD))
@@ -202,7 +202,7 @@ def test_gradcheck(name):
 
 
 def test_the_mean_does_not_cost_accuracy(dtype, where):
-    """Bright clips of little contrast: what the mean leaves of a pixel must survive the fold."""
+    """Bright clips of low contrast: folding must keep the small differences from the mean."""
     where.skip_unless_runs(OP, dtype)
     clip = torch.randint(220, 240, (2, 3, 1, 32, 32), dtype=torch.uint8, device=where.device)
     weight = (torch.randn(16, 3, 1, 16, 16, device=where.device) * 0.05).to(dtype)
@@ -250,7 +250,7 @@ def test_opcheck(name, where):
     leaves = [x.requires_grad_() for x in (weight, bias, position[0])]
     torch.library.opcheck(
         library.kernel(OP, where.backend),
-        (clip, leaves[0], leaves[1], leaves[2], None, ids, cu_seqlens, mean, std),
+        (clip, leaves[0], leaves[1], None, leaves[2], ids, cu_seqlens, mean, std),
     )
     grad = torch.ones(())
     rows = (case.B, 12) if ids is None else ids.shape
@@ -369,12 +369,12 @@ MISUSE = {
     "a float8 clip": (TypeError, "uint8", {"video": CLIP.float().to(torch.float8_e4m3fn)}),
     "a clip without channels": (
         ValueError,
-        "weight",
+        "C > 0",
         {"video": CLIP[:, :0], "weight": WEIGHT[:, :0]},
     ),
     "an integer weight": (TypeError, "weight", {"weight": WEIGHT.int()}),
-    "other channels": (ValueError, r"weight \[D, 3", {"weight": torch.zeros(8, 4, 1, 16, 16)}),
-    "a flat weight": (ValueError, r"weight \[D, 3", {"weight": torch.zeros(8, 768)}),
+    "other channels": (ValueError, r"weight \[C, 3", {"weight": torch.zeros(8, 4, 1, 16, 16)}),
+    "a flat weight": (ValueError, r"weight \[C, 3", {"weight": torch.zeros(8, 768)}),
     "a patch that does not fit": (ValueError, "divides", {"weight": torch.zeros(8, 3, 1, 14, 14)}),
     "a tubelet that does not fit": (ValueError, "divides", {"weight": torch.zeros(8, 3, 3, 8, 8)}),
     "an empty patch": (ValueError, "divides", {"weight": torch.zeros(8, 3, 0, 16, 16)}),
@@ -429,7 +429,7 @@ def test_a_backend_asked_for_never_falls_back():
 
 
 def test_products_in_bf16():
-    """The path of CPUs that multiply bf16, forced on one that may not."""
+    """The path for CPUs with bfloat16 matmuls, forced on a CPU that may lack them."""
     if reason := library.why_not("native", OP, "cpu", torch.bfloat16):
         pytest.skip(reason)
     if os.environ.get("VIDL_CPU_BF16") == "1":

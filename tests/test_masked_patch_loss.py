@@ -1,4 +1,4 @@
-"""masked_patch_loss against its definition, against MAE and VideoMAE, and against misuse."""
+"""masked_patch_loss against its definition, MAE and VideoMAE; errors."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from where import Where
 from vidl.kernels import library
 from vidl.ops import masked_patch_loss
 
-# PyTorch's own variance says so of no patches at all.
+# A warning of torch.var for an empty input.
 pytestmark = pytest.mark.filterwarnings("ignore:var_mean.*degrees of freedom")
 
 OP = "masked_patch_loss"
@@ -20,7 +20,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Case:
-    """A clip, a patch and a choice of patches; `ids` as one list a sample, or a number each."""
+    """A clip, a patch size and patches: `ids` is a list per sample, or their number per sample."""
 
     B: int = 2
     grid: tuple[int, int, int] = (2, 2, 3)
@@ -151,7 +151,7 @@ def test_mean(name, where):
 @pytest.mark.parametrize("video", [torch.uint8, torch.float32], ids=["uint8", "f32"])
 @pytest.mark.parametrize("mean", [0.5, 0.3], ids=str)
 def test_a_patch_of_one_colour_has_a_target_of_zero(target, video, mean, where):
-    """Where the variance is zero, what is left of rounding must not be divided by 1e-6."""
+    """With zero variance, rounding errors must not be divided by 1e-6."""
     where.skip_unless_runs(OP)
     colours = torch.tensor([77, 77, 77] if target == "mae" else [201, 3, 77]).view(1, 3, 1, 1, 1)
     clip = colours.expand(2, 3, 2, 14, 14).to(where.device, video)
@@ -176,11 +176,11 @@ def test_strides_of_the_clip_change_no_bit(where):
         clip = in_layout(clip.cpu(), layout).to(where.device)
         options = Case(target="mae").options()
         results.append(masked_patch_loss(prediction, clip, ids, backend=where.backend, **options))
-    assert all(torch.equal(results[0], each) for each in results[1:])
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_wide_strides(monkeypatch, where):
-    """Offsets within a patch that need 64 bits: no clip here is that large, so they are forced."""
+    """64-bit offsets within a patch, forced on, since no clip here is that large."""
     if where.backend != "triton":
         pytest.skip("other backends have no narrow offsets")
     where.skip_unless_runs(OP)
@@ -277,7 +277,7 @@ def test_equals_mae_of_transformers(norm_pix, source, backend):
 
 
 def test_one_frame_a_tubelet_is_a_view():
-    """MAE-ST predicts one frame of each tubelet: that needs no option."""
+    """MAE-ST predicts one frame of each tubelet: a strided view of the clip."""
     prediction, clip, ids, _ = Case(patch=(1, 8, 8)).inputs(torch.float32, "cpu")
     longer = clip.repeat_interleave(2, 2)
     longer[:, :, 1::2] = 0
@@ -415,7 +415,7 @@ MISUSE = {
     "an int32 clip": (TypeError, "uint8", {"video": CLIP.int()}),
     "a clip without channels": (
         ValueError,
-        "one channel",
+        "C > 0",
         {"video": CLIP[:, :0], "prediction": PREDICTION[..., :0]},
     ),
     "a clip with a gradient": (
@@ -427,7 +427,7 @@ MISUSE = {
     "a tubelet that does not fit": (ValueError, "divides", {"tubelet_size": 3}),
     "no patch": (ValueError, "positive", {"patch_size": 0}),
     "half a patch": (ValueError, "positive", {"patch_size": 16.5}),
-    "a patch of three sides": (ValueError, "one number or two", {"patch_size": (1, 16, 16)}),
+    "a patch of three sides": (ValueError, "one or two", {"patch_size": (1, 16, 16)}),
     "int32 ids": (TypeError, "int64", {"ids_masked": IDS.int()}),
     "a mask for ids": (TypeError, "int64", {"ids_masked": IDS.bool()}),
     "ids of other samples": (ValueError, r"\[2, K\]", {"ids_masked": IDS[:1]}),
@@ -481,10 +481,10 @@ def test_a_backend_asked_for_never_falls_back():
     options = {"patch_size": 64, "tubelet_size": 2}
     with pytest.raises(RuntimeError, match=r"triton: .*\n  reference: can run"):
         masked_patch_loss(prediction, video, ids, backend="triton", **options)
-    for each in ((prediction.double(), video), (prediction, video.double())):
+    for inputs in ((prediction.double(), video), (prediction, video.double())):
         with pytest.raises(RuntimeError, match=r"not in float64"):
-            masked_patch_loss(*each, ids, backend="native", **options)
-        assert masked_patch_loss(*each, ids, **options).dtype == torch.float64
+            masked_patch_loss(*inputs, ids, backend="native", **options)
+        assert masked_patch_loss(*inputs, ids, **options).dtype == torch.float64
 
 
 @pytest.mark.parametrize("C, p", [(65, 2), (3, 64)], ids=["channels", "numbers"])

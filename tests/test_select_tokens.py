@@ -1,4 +1,4 @@
-"""select_tokens against its definition, against EViT and SViTT, and against misuse."""
+"""select_tokens against its definition, EViT and SViTT; errors."""
 
 import math
 import random
@@ -18,7 +18,7 @@ NAN, INF = float("nan"), float("inf")
 
 @dataclass(frozen=True)
 class Case:
-    """Samples of `lengths` tokens each, after a prefix; all of one length unless `packed`."""
+    """Samples of `lengths` tokens after a prefix; of equal length unless `packed`."""
 
     lengths: tuple[int, ...] = (13, 13)
     keep: int | float = 0.5
@@ -52,18 +52,18 @@ class Case:
         return x, scores[:, self.prefix :], None
 
     def run(self, dtype, device, backend, compute=None):
-        """The result, and the gradients of x and, if it fuses, of the scores."""
+        """The result, and the gradients of x and, with `fuse`, of the scores."""
         x, scores, offsets = self.inputs(dtype, device)
         if compute is not None:
             x, scores = x.to(compute), scores.to(compute)
         leaves = [x.requires_grad_(), scores.requires_grad_()]
-        found = select_tokens(
+        selected = select_tokens(
             x, scores, self.keep, order=self.order, fuse=self.fuse, cu_seqlens=offsets,
             prefix=self.prefix, rounding=self.rounding, backend=backend,
         )  # fmt: skip
         leaves = leaves if self.fuse else leaves[:1]
-        grads = torch.autograd.grad(found.tokens, leaves, random_like(found.tokens))
-        return found, grads
+        grads = torch.autograd.grad(selected.tokens, leaves, random_like(selected.tokens))
+        return selected, grads
 
 
 CASES = {
@@ -108,7 +108,7 @@ def test_as_accurate_as_torch(case, dtype, where):
 
 
 def plain(scores, K, order):
-    """ids_keep of one sample, by Python's own sort."""
+    """ids_keep of a sample, by Python's sort."""
     best = sorted(range(len(scores)), key=lambda n: (math.isnan(scores[n]), -scores[n], n))
     best = [n for n in best if not math.isnan(scores[n])] + sorted(
         n for n in best if math.isnan(scores[n])
@@ -117,7 +117,7 @@ def plain(scores, K, order):
 
 
 def hard_scores(B, N):
-    """Few different numbers, and those that compare badly."""
+    """Scores with many ties, and with NaN, infinities and signed zeros."""
     scores = torch.randint(-3, 4, (B, N)) / 2
     for value in (NAN, INF, -INF, -0.0, 1e-45, -1e-45, 3e38):
         scores[torch.rand(B, N) < random.choice((0, 0.05, 0.3))] = value
@@ -135,10 +135,10 @@ def test_the_order_is_total(backend):
     for N in lengths:
         K = random.choice((1, N, random.randint(1, N)))
         scores, order = hard_scores(B, N), random.choice(("index", "score"))
-        found = select_tokens(torch.zeros(B, N, 1), scores, K, order=order, backend=backend)
+        selected = select_tokens(torch.zeros(B, N, 1), scores, K, order=order, backend=backend)
         expected = [plain(sample, K, order) for sample in scores.tolist()]
-        assert found.ids_keep.tolist() == expected
-        for ids, inverse in zip(expected, found.inverse.tolist(), strict=True):
+        assert selected.ids_keep.tolist() == expected
+        for ids, inverse in zip(expected, selected.inverse.tolist(), strict=True):
             assert [inverse[n] for n in ids] == list(range(K))
             assert sorted(inverse) == [-1] * (N - K) + list(range(K))
 
@@ -150,42 +150,44 @@ def test_long_samples(N, order, where):
         pytest.skip("minutes in Triton's interpreter")
     scores = torch.randint(0, 200, (1, N)) / 7.0
     x = torch.arange(N, dtype=torch.float32).view(1, N, 1)
-    found = select_tokens(
+    selected = select_tokens(
         x.to(where.device), scores.to(where.device), 0.3, order=order, backend=where.backend
     )
     expected = plain(scores[0].tolist(), math.ceil(0.3 * N), order)
-    assert found.ids_keep[0].tolist() == expected
-    assert found.tokens.flatten().tolist() == expected
+    assert selected.ids_keep[0].tolist() == expected
+    assert selected.tokens.flatten().tolist() == expected
 
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_equals_evit(backend):
-    """The rule of EViT: the best by score, then the sum of the others as they are weighed."""
+    """EViT: the tokens with the highest scores, then the weighted sum of the others."""
     Where(backend, "cpu").skip_unless_runs(OP)
     x, attention = torch.randn(3, 20, 8), torch.rand(3, 19).softmax(-1)
-    found = select_tokens(x, attention, 0.7, order="score", fuse="sum", prefix=1, backend=backend)
+    selected = select_tokens(
+        x, attention, 0.7, order="score", fuse="sum", prefix=1, backend=backend
+    )
     K = math.ceil(0.7 * 19)
     ids = attention.topk(K).indices
     others = torch.ones_like(attention).scatter(1, ids, 0) * attention
     expected = torch.cat(
         [x[:, :1], x[torch.arange(3)[:, None], 1 + ids], others[:, None] @ x[:, 1:]], 1
     )
-    assert torch.equal(found.ids_keep, ids)
-    assert torch.equal(found.tokens[:, :-1], expected[:, :-1])
-    torch.testing.assert_close(found.tokens, expected)
+    assert torch.equal(selected.ids_keep, ids)
+    assert torch.equal(selected.tokens[:, :-1], expected[:, :-1])
+    torch.testing.assert_close(selected.tokens, expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_equals_svitt(backend):
-    """The rule of SViTT: the best by score, in the order they were in."""
+    """SViTT: the tokens with the highest scores, in their order."""
     Where(backend, "cpu").skip_unless_runs(OP)
     x, attention = torch.randn(3, 20, 8), torch.rand(3, 19).softmax(-1)
-    found = select_tokens(x, attention, 0.7, prefix=1, backend=backend)
+    selected = select_tokens(x, attention, 0.7, prefix=1, backend=backend)
     ids = attention.topk(math.ceil(0.7 * 19)).indices.sort().values
     kept = x[:, 1:].gather(1, ids[..., None].expand(-1, -1, 8))
-    assert torch.equal(found.ids_keep, ids)
-    assert torch.equal(found.tokens, torch.cat([x[:, :1], kept], 1))
-    assert found.cu_seqlens.tolist() == [0, 15, 30, 45]
+    assert torch.equal(selected.ids_keep, ids)
+    assert torch.equal(selected.tokens, torch.cat([x[:, :1], kept], 1))
+    assert selected.cu_seqlens.tolist() == [0, 15, 30, 45]
 
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
@@ -225,16 +227,16 @@ def test_packed_equals_each_sample_alone(backend):
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_what_is_not_finite_does_not_spread(backend):
-    """Kept rows and those without a finite score never reach the fused token or its gradients."""
+    """Kept rows and rows without a finite score do not affect the fused token or its gradients."""
     Where(backend, "cpu").skip_unless_runs(OP)
     scores = torch.tensor([[NAN, -INF, 0.5, 3.0, 0.25]])
     x = torch.tensor([[[NAN], [INF], [2.0], [NAN], [4.0]]])
     for fuse, expected, total in (("sum", 2.0, 1.0), ("mean", 2.0 / 0.75, 0.75)):
         leaves = [x.clone().requires_grad_(), scores.clone().requires_grad_()]
-        found = select_tokens(*leaves, 1, fuse=fuse, backend=backend)
-        assert found.ids_keep.tolist() == [[3]]
-        torch.testing.assert_close(found.tokens[0, 1, 0].item(), expected)
-        grads = torch.autograd.grad(found.tokens[0, 1].sum(), leaves)
+        selected = select_tokens(*leaves, 1, fuse=fuse, backend=backend)
+        assert selected.ids_keep.tolist() == [[3]]
+        torch.testing.assert_close(selected.tokens[0, 1, 0].item(), expected)
+        grads = torch.autograd.grad(selected.tokens[0, 1].sum(), leaves)
         by_x = torch.tensor([[[0.0], [0.0], [0.5], [0.0], [0.25]]]) / total
         torch.testing.assert_close(grads[0], by_x)
         shift = expected if fuse == "mean" else 0.0
@@ -247,9 +249,9 @@ def test_a_mean_of_nothing_is_zero(backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     x = torch.randn(1, 4, 3, requires_grad=True)
     scores = torch.tensor([[1.0, 0.0, 0.0, 0.0]], requires_grad=True)
-    found = select_tokens(x, scores, 1, fuse="mean", backend=backend)
-    assert torch.equal(found.tokens[0, 1], torch.zeros(3))
-    by_x, by_score = torch.autograd.grad(found.tokens.sum(), (x, scores))
+    selected = select_tokens(x, scores, 1, fuse="mean", backend=backend)
+    assert torch.equal(selected.tokens[0, 1], torch.zeros(3))
+    by_x, by_score = torch.autograd.grad(selected.tokens.sum(), (x, scores))
     assert by_x[0].tolist() == [[1.0] * 3] + [[0.0] * 3] * 3 and not by_score.any()
 
 
@@ -291,8 +293,8 @@ def test_threads_change_no_bit():
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found, grads = case.run(torch.float32, "cpu", "native")
-            results.append((*found, *grads))
+            selected, grads = case.run(torch.float32, "cpu", "native")
+            results.append((*selected, *grads))
     finally:
         torch.set_num_threads(threads)
     assert all(all(map(torch.equal, results[0], other)) for other in results[1:])
@@ -314,7 +316,7 @@ def test_opcheck(name, where):
     op = library.kernel(OP, where.backend)
     torch.library.opcheck(op, (x.requires_grad_(), scores.detach(), weights, *args))
     tokens, _, inverse, ends, mean, mass = (
-        each.detach() for each in op(x, scores.detach(), weights, *args)
+        result.detach() for result in op(x, scores.detach(), weights, *args)
     )
     torch.library.opcheck(
         library.kernel(f"{OP}_bwd", where.backend),
@@ -363,12 +365,12 @@ def test_compiled_gradients(packed, where):
         )  # fmt: skip
 
     torch._dynamo.reset()
-    found = torch.compile(select, fullgraph=True, backend="aot_eager")(*leaves)
+    selected = torch.compile(select, fullgraph=True, backend="aot_eager")(*leaves)
     eager = select(*leaves)
-    for ours, theirs in zip(found, eager, strict=True):
+    for ours, theirs in zip(selected, eager, strict=True):
         torch.testing.assert_close(ours, theirs)
     for ours, theirs in zip(
-        torch.autograd.grad(found.tokens.square().sum(), leaves),
+        torch.autograd.grad(selected.tokens.square().sum(), leaves),
         torch.autograd.grad(eager.tokens.square().sum(), leaves),
         strict=True,
     ):
@@ -379,10 +381,10 @@ def test_scores_of_another_dtype_get_a_gradient_in_it(where):
     where.skip_unless_runs(OP)
     x = torch.randn(2, 9, 4, device=where.device)
     scores = torch.rand(2, 9, device=where.device).half().requires_grad_()
-    found = select_tokens(x, scores, 3, fuse="sum", backend=where.backend)
-    (grad,) = torch.autograd.grad(found.tokens.sum(), scores)
-    assert grad.dtype == torch.float16 and found.tokens.dtype == torch.float32
-    assert not found.ids_keep.requires_grad and not found.inverse.requires_grad
+    selected = select_tokens(x, scores, 3, fuse="sum", backend=where.backend)
+    (grad,) = torch.autograd.grad(selected.tokens.sum(), scores)
+    assert grad.dtype == torch.float16 and selected.tokens.dtype == torch.float32
+    assert not selected.ids_keep.requires_grad and not selected.inverse.requires_grad
     alone = select_tokens(x.requires_grad_(), scores, 3, backend=where.backend)
     (grad,) = torch.autograd.grad(alone.tokens.sum(), scores, allow_unused=True)
     assert grad is None
@@ -395,9 +397,6 @@ def test_flops(where):
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         select_tokens(x, scores, 3, fuse="sum", backend=where.backend).tokens.sum().backward()
     assert counter.get_total_flops() == 2 * 6 * 4 * (2 + 1 + 2)  # the sum; by x; by scores
-
-
-# ---- How many, and which at random ---------------------------------------------------------------
 
 
 def test_kept_count_is_that_of_the_sources():
@@ -419,15 +418,12 @@ def test_packed_samples_keep_what_kept_count_says(rounding):
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     total = int(offsets[-1])
     for percent in range(1, 101):
-        found = select_tokens(
+        selected = select_tokens(
             torch.zeros(total, 1), torch.rand(total), percent / 100, rounding=rounding,
             cu_seqlens=offsets,
         )  # fmt: skip
         counts = [kept_count(n, percent / 100, rounding) for n in lengths]
-        assert found.cu_seqlens.diff().tolist() == counts
-
-
-# ---- Misuse --------------------------------------------------------------------------------------
+        assert selected.cu_seqlens.diff().tolist() == counts
 
 
 @pytest.mark.parametrize("offsets", [[0, 5, 4, 10], [1, 4, 5, 10], [0, 4, 8, 9], [0, 1, 5, 12]])

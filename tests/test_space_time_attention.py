@@ -1,4 +1,4 @@
-"""space_time_attention against its definition, against other attentions, and against misuse."""
+"""space_time_attention against its definition and other implementations; errors."""
 
 import random
 
@@ -17,7 +17,7 @@ OP = "space_time_attention"
 
 
 def run(groups, H, D, dtype, device, backend, scores=None, compute=None, scale=None):
-    """The results and the gradients of q, k and v, of `dtype` inputs computed in `compute`."""
+    """The results and the gradients of q, k and v in `dtype`, computed in `compute`."""
     q, k, v = (x.detach().to(compute or dtype) for x in fused(groups, H, D, dtype, device))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     options = {"scale": scale, "return_scores": scores, "backend": backend}
@@ -34,8 +34,8 @@ def run(groups, H, D, dtype, device, backend, scores=None, compute=None, scale=N
     return [*results, *grad]
 
 
-def three_ways(groups, H, D, dtype, where, scores=None, scale=None):
-    """(ours, PyTorch's, the truth), flat and finite, of every result and gradient."""
+def precisions(groups, H, D, dtype, where, scores=None, scale=None):
+    """Ours, the reference in `dtype` and in float64, of each result and gradient, flattened."""
     placed = groups.to(where.device)
     ours = run(placed, H, D, dtype, where.device, where.backend, scores, None, scale)
     low = run(placed, H, D, dtype, where.device, "reference", scores, None, scale)
@@ -48,11 +48,11 @@ def three_ways(groups, H, D, dtype, where, scores=None, scale=None):
 
 
 def assert_right(dtype, *results):
-    """Judge several layouts together, result by result: one alone may be exact by luck."""
+    """Compare each result over several layouts together: PyTorch may be exact on one by luck."""
     longest = max(results, key=len)
     for i in range(len(longest)):
         parts = [r[i] for r in results if len(r) == len(longest)]
-        # The gradient of a softmax is a difference of numbers of the order of one.
+        # The gradient of a softmax is a difference of numbers of the size of one.
         assert_as_accurate(*map(torch.cat, zip(*parts, strict=True)), dtype, order=0.5)
     if rest := [r for r in results if len(r) < len(longest)]:
         assert_right(dtype, *rest)
@@ -65,7 +65,7 @@ def test_as_accurate_as_torch(name, scores, dtype, where):
     if where.backend == "emulated" and (dtype == torch.float16) != (scores is None):
         pytest.skip("slow: scores in bfloat16 and none in float16 are all kernels")
     H = 1 if where.device == "cpu" and where.backend != "native" else 2  # slow ones
-    assert_right(dtype, list(three_ways(GROUPS[name](), H, 64, dtype, where, scores)))
+    assert_right(dtype, list(precisions(GROUPS[name](), H, 64, dtype, where, scores)))
 
 
 @pytest.mark.parametrize("D", [32, 80, 96, 128])
@@ -73,22 +73,22 @@ def test_head_sizes(D, dtype, where):
     where.skip_unless_runs(OP, dtype)
     names = ("frames", "eight rows", "frames and a global token")
     assert_right(
-        dtype, *(list(three_ways(GROUPS[name](), 1, D, dtype, where, "cls")) for name in names)
+        dtype, *(list(precisions(GROUPS[name](), 1, D, dtype, where, "cls")) for name in names)
     )
 
 
 @pytest.mark.parametrize("D", [32, 64, 80, 96, 128])
 def test_head_sizes_of_long_groups(D, dtype, where):
-    """More queries or keys than a block of threads has at once."""
+    """More queries or keys than a block of threads holds at a time."""
     where.skip_unless_runs(OP, dtype)
     sizes = [(130, 20), (9, 150), (7, 260), (260, 9)]
     layouts = [Groups.equal(1, queries, keys=keys) for queries, keys in sizes]
-    assert_right(dtype, *(list(three_ways(x, 1, D, dtype, where, "mean")) for x in layouts))
+    assert_right(dtype, *(list(precisions(x, 1, D, dtype, where, "mean")) for x in layouts))
 
 
 @pytest.mark.parametrize("size", [1, 17, 130, 260])
 def test_more_groups_than_a_grid_has_rows(size, where):
-    """66,000 groups: all of them real, or one at the end."""
+    """66,000 groups, all with members, or only the last one."""
     if where.device == "cpu" and (where.backend == "triton" or size > 1):
         pytest.skip("would take minutes")
     dtype = where.widest(OP)
@@ -109,7 +109,7 @@ def test_more_groups_than_a_grid_has_rows(size, where):
 
 @pytest.mark.parametrize("size", [2, 20, 140, 260])
 def test_rows_farther_apart_than_32_bits_count(size, where, tmp_path):
-    """2**31 elements between the first row and the last; on the CPU of a file with holes."""
+    """2**31 elements between the first row and the last; on the CPU in a sparse file."""
     dtype = where.widest(OP)
     step = (2**31 // (size - 1) + 8) // 8 * 8
     length = (size - 1) * step + 32
@@ -137,7 +137,7 @@ def fuzz(seed, count, dtype, where, most, longest):
         scores = generator.choice([None, "cls", "mean"])
         D, H = generator.choice([32, 64, 64, 80, 96, 128]), generator.choice([1, 2, 3])
         try:
-            results.append(list(three_ways(groups, H, D, dtype, where, scores)))
+            results.append(list(precisions(groups, H, D, dtype, where, scores)))
             for our, _, truth in results[-1]:  # coarsely, so that a failure names its layout
                 largest = max(1.0, float(truth.abs().max())) if truth.numel() else 1.0
                 torch.testing.assert_close(
@@ -216,7 +216,7 @@ def test_equals_flex_attention():
 @pytest.mark.parametrize("attention", [handover.sdpa, handover.varlen_attn, handover.flash_attn])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_other_implementations_agree(attention, name, device):
-    """The second oracles, and what long groups are handed to."""
+    """The implementations that long groups are handed to; a second oracle for the definition."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     groups = GROUPS[name]().to(device)
@@ -241,7 +241,7 @@ def test_other_implementations_agree(attention, name, device):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_long_groups_go_to_a_peer(monkeypatch):
+def test_long_groups_are_handed_over(monkeypatch):
     q = torch.zeros(90, 1, 64)
     joint, equal = Groups.joint(torch.tensor([0, 40, 90]).int(), 90, 50), Groups.equal(2, 45)
     monkeypatch.setitem(handover.LONG, "cpu", 45)
@@ -263,10 +263,10 @@ def test_long_groups_go_to_a_peer(monkeypatch):
 
 @pytest.mark.parametrize("scale", [0.0, -0.2])
 def test_any_scale(scale, where):
-    """Zero makes all weights equal; a negative one prefers the smallest product."""
+    """A scale of zero makes all weights equal; a negative scale prefers the smallest logit."""
     dtype = where.widest(OP)
     groups = Groups.joint(torch.tensor([0, 3, 40]).int(), 40, 37)
-    assert_right(dtype, list(three_ways(groups, 2, 64, dtype, where, "mean", scale)))
+    assert_right(dtype, list(precisions(groups, 2, 64, dtype, where, "mean", scale)))
 
 
 def test_gradcheck():
@@ -404,9 +404,9 @@ ROWS = torch.zeros(8, 2, 32)
     "error, text, change",
     [
         (TypeError, "vidl.ops.Groups", {"groups": torch.zeros(3)}),
-        (ValueError, r"\[queries, H, D\]", {"q": ROWS[0]}),
-        (ValueError, r"\[queries, H, D\]", {"v": ROWS[:, :, :16]}),
-        (ValueError, r"\[queries, H, D\]", {"q": ROWS[:, :1]}),
+        (ValueError, r"\[num_queries, H, D\]", {"q": ROWS[0]}),
+        (ValueError, r"\[num_queries, H, D\]", {"v": ROWS[:, :, :16]}),
+        (ValueError, r"\[num_queries, H, D\]", {"q": ROWS[:, :1]}),
         (TypeError, "one floating dtype", {"k": ROWS.half()}),
         (TypeError, "one floating dtype", {x: ROWS.int() for x in "qkv"}),
         (ValueError, "one device", {"q": ROWS.to("meta")}),
@@ -415,7 +415,7 @@ ROWS = torch.zeros(8, 2, 32)
         (ValueError, "backend", {"backend": "flash"}),
         (
             RuntimeError,
-            "32, 64, 80, 96, 128 channels, not 24",
+            "32, 64, 80, 96, 128, not 24",
             {**{x: ROWS[:, :, :24] for x in "qkv"}, "backend": "native"},
         ),
         (

@@ -1,6 +1,6 @@
-"""What this machine can run: versions, build, devices, decoders, and each op's backends.
+"""What this machine can run: versions, build, devices, decoders, and the backends of each op.
 
-`vidl info` prints it; `vidl info --json` gives the same facts to a program or a bug report.
+`vidl info` prints it as text, `vidl info --json` as JSON for programs and bug reports.
 """
 
 import os
@@ -19,7 +19,7 @@ from vidl.data import video
 from vidl.kernels import library
 
 PACKAGES = ("triton", "numpy", "timm", "transformers", "xformers", "flash_attn", "av", "pyarrow")
-# Of a CPU's flags, those that decide which matrix units PyTorch and our kernels use.
+# The flags of a CPU that decide which matrix units PyTorch and our kernels use.
 ISA = (
     *("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "asimd", "sve", "bf16", "i8mm"),
@@ -27,11 +27,11 @@ ISA = (
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `vidl info` shows, as plain lists, dicts, strings and numbers.
+    """Everything that `vidl info` prints, as lists, dicts, strings and numbers.
 
     Returns:
         "versions", "build" (see `library.build_record`), "cpu", "gpus", "decoders" and "ops": one
-        row for each op, backend and device, whose "reason" is None where the backend can run.
+        row for each op, device and backend; its "reason" is None if the backend can run.
     """
     return {
         "versions": versions(),
@@ -44,8 +44,8 @@ def collect() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of vidl, Python, PyTorch and the packages it works with; None is not installed."""
-    found: dict[str, str | None] = {
+    """Versions of vidl, Python, PyTorch and optional packages; None if not installed."""
+    packages: dict[str, str | None] = {
         "vidl": vidl.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -53,14 +53,14 @@ def versions() -> dict[str, str | None]:
     }
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            packages[name] = None
+    return packages
 
 
 def cpu() -> dict[str, Any]:
-    """Model, usable cores, threads of PyTorch, instruction sets and what PyTorch makes of them."""
+    """Model, usable cores, threads and instruction sets of the CPU, and those that PyTorch uses."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*: (.+)$", text, re.MULTILINE)
@@ -97,13 +97,13 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def decoders() -> dict[str, str | None]:
-    """The reason why a video decoder cannot decode here, or None: each one is given a clip."""
+    """The reason why each video decoder cannot decode a test clip here, or None if it can."""
     names = {"pyav": "PyAV"}
     return {names.get(decoder, decoder): video.why_not(decoder) for decoder in video.DECODERS}
 
 
 def backends() -> Iterator[dict[str, Any]]:
-    """One row for each op, device and backend: the dtypes it can run in, or the reason why not."""
+    """One row for each op, device and backend: its dtypes, or the reason why it cannot run."""
     for name in op_names():
         for device in ("cpu", "cuda"):
             missing = None
@@ -125,12 +125,12 @@ def backends() -> Iterator[dict[str, Any]]:
 
 
 def op_names() -> list[str]:
-    """The public ops; the op that is the backward of another goes with it."""
+    """The ops without those that are the backward pass of another op."""
     return [name for name in library.OPS if not name.endswith("_bwd")]
 
 
 def render(facts: dict[str, Any]) -> str:
-    """The facts of `collect` as text for a terminal."""
+    """The result of `collect` as text for a terminal."""
     lines = ["versions"]
     lines += [
         f"  {name:16} {value or 'not installed'}" for name, value in facts["versions"].items()
