@@ -110,6 +110,7 @@ def test_ops_import_nothing_from_above(file):
 
 
 LAYERS = [
+    "overrides",
     "kernels",
     "ops",
     "nn",

@@ -122,8 +122,6 @@ def test_misuse_of_draws_is_explained():
             uniform(samples=SAMPLES, **options)
 
 
-# ---- Visual masks ----------------------------------------------------------------------------
-
 GRID = (4, 6, 5)
 N, FRAME = 120, 30
 KINDS = ("frame", "tube", "clip", "block")
