@@ -155,3 +155,12 @@ def test_links_and_make_targets_exist():
         assert set(re.findall(r"`make ([a-z-]+)", text)) <= TARGETS
         links = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r"src(?:set)?=\"(.+?)\"", text)
         assert not [link for link in links if not (page.parent / link).exists()], page
+
+
+def test_the_manual_builds_without_warnings(tmp_path):
+    pytest.importorskip("sphinx")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", ROOT / "docs", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    html = (tmp_path / "reference/ops.html").read_text()
+    assert "<pre><span></span>scores[j] = mean over heads" in html, "formulas are code"

@@ -1,4 +1,4 @@
-"""The ops, one line each; `help(op)` gives shapes, dtypes and errors."""
+"""All operations. The docstring of each gives shapes, dtypes, errors and the source."""
 
 from vidl.kernels.frame_difference import RunLengths, frame_difference, run_length_ids
 from vidl.kernels.groups import Groups

@@ -1,4 +1,4 @@
-"""Sphinx directives for the reference of the command line and of the configuration."""
+"""Sphinx directives for commands and configuration, and what docstrings need to be rendered."""
 
 import argparse
 import dataclasses
@@ -116,8 +116,19 @@ def _skip(app: Sphinx, what: str, name: str, value: Any, skip: bool, options: An
     return skip or type(value).__name__ == "_tuplegetter"
 
 
+def _formulas(
+    app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]
+) -> None:
+    """Render an indented formula as code; in reST alone it would be a quotation."""
+    for i in range(len(lines) - 1, 1, -1):
+        begins = lines[i].startswith("    ") and not lines[i - 1]
+        if begins and not lines[i - 2].startswith(" ") and not lines[i - 2].endswith("::"):
+            lines[i:i] = [".. code-block:: text", ""]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-skip-member", _skip)
+    app.connect("autodoc-process-docstring", _formulas, priority=400)  # before napoleon, 500
     app.add_directive("vidl-commands", Commands)
     app.add_directive("vidl-config", ConfigFields)
     return {"parallel_read_safe": True}

@@ -98,7 +98,7 @@ class Groups:
         Examples: the frames of a dense clip in (time, row, column) order; clips of equal length.
 
         Args:
-            groups: G.
+            groups: number of groups.
             size: queries of each group.
             keys: keys of each group if k and v are another sequence (cross-attention).
         """
@@ -184,7 +184,7 @@ class Groups:
 
         Args:
             labels: [rows] int64, in [0, num_groups).
-            num_groups: G.
+            num_groups: the number of groups.
             longest: an upper bound of a group's size.
         """
         offsets = _offsets(labels, num_groups)
@@ -285,7 +285,7 @@ class Groups:
         drawn with `seed`, the same for all samples and heads. The last block may be shorter.
 
         Args:
-            batch: B.
+            batch: the number of samples.
             length: tokens of a sample.
             block: tokens of a block.
             local: the block itself and its nearest neighbours; an odd number of blocks.

@@ -34,7 +34,7 @@ class Bert(nn.Module):
         vocab_size: number of words.
         width: channels of a token, C.
         text_layers, fusion_layers: number of layers; BERT-base has 12 in total.
-        num_heads: H.
+        num_heads: number of heads, H.
         mlp_width: width of the MLP's hidden layer; default 4 C.
         visual_width: channels of the visual tokens; default C.
         max_positions: length of the longest caption.

@@ -25,7 +25,7 @@ class Block(nn.Module):
 
     Args:
         dim: channels of a token, C.
-        num_heads: H.
+        num_heads: number of heads, H.
         mlp_ratio: width of the MLP's hidden layer, relative to `dim`.
         qkv_bias: whether the projection to queries, keys and values has a bias.
         init_values: initial value of LayerScale; None: no LayerScale.
