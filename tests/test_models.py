@@ -7,7 +7,7 @@ import torch
 
 from vidl import models
 from vidl.cli import main
-from vidl.models.summary import example
+from vidl.models.summary import example, flop_counter
 from vidl.nn import Bert, ViT
 
 SMALL = dict(image_size=32, width=64, heads=2, text_width=64, text_heads=2, dropout=0.0)
@@ -162,6 +162,14 @@ def test_flops_of_vit_b_as_published():
     with torch.utils.flop_counter.FlopCounterMode(display=False) as flops, torch.no_grad():
         model(torch.zeros(1, 3, 1, 224, 224))
     assert flops.get_total_flops() / 2 == pytest.approx(17.6e9, rel=0.005)
+
+
+def test_attention_of_pytorch_is_counted_on_the_cpu():
+    B, H, N, D = 2, 4, 32, 64
+    q = torch.randn(B, H, N, D, requires_grad=True)
+    with flop_counter() as flops:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    assert flops.get_total_flops() == (2 + 5) * 2 * B * H * N * N * D  # matmuls: 2 and 5
 
 
 def test_parameters_of_bert_base_as_published():

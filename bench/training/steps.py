@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vidl import models
 from vidl.bench.measure.check import SLACK
 from vidl.bench.training.baseline import baseline_of
-from vidl.models.summary import example
+from vidl.models.summary import example, flop_counter
 from vidl.nn.captions import rounded_words
 
 # Words of a caption, with [CLS] and [SEP]; typical of WebVid and CC3M.
@@ -252,7 +251,7 @@ def loss_of(cell: Cell) -> float:
 
 def flops(cell: Cell) -> int:
     """FLOPs of forward and backward, as PyTorch counts them; vidl's ops register their formulas."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         cell.forward()["loss"].backward()
     cell.optimizer.zero_grad()
     return counter.get_total_flops()

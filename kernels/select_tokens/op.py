@@ -52,7 +52,7 @@ class Selected(NamedTuple):
 
 
 def _fake(x, ranks, weights, cu_seqlens, cu_kept, keep, prefix, order, fuse):
-    C, extra = x.shape[-1], prefix + bool(fuse)
+    C, extra = x.shape[-1], prefix + (1 if fuse else 0)
     B = ranks.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if cu_seqlens is None:
         tokens, ids = x.new_empty(B, keep + extra, C), [B, keep]
@@ -239,7 +239,7 @@ def select_tokens(
     if scores.ndim == 2 and x.ndim == 3:  # as they are: a view takes one or two microseconds
         return Selected(tokens, ids, inverse, offsets)
     return Selected(
-        tokens.view(*batch, prefix + K + bool(fuse), *rest),
+        tokens.view(*batch, prefix + K + (1 if fuse else 0), *rest),
         ids.view(*batch, K),
         inverse.view(scores.shape),
         offsets,

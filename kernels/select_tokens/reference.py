@@ -31,7 +31,7 @@ def select_tokens(
         x.reshape(-1, C), ranks.reshape(-1), weights,
         step * (prefix + N), step * keep, B * keep, prefix, order, fuse,
     )  # fmt: skip
-    tokens = tokens.view(B, prefix + keep + bool(fuse), C)
+    tokens = tokens.view(B, prefix + keep + (1 if fuse else 0), C)
     return tokens, ids.view(B, keep), inverse.view(B, prefix + N)[:, prefix:].contiguous(), offsets
 
 
@@ -68,9 +68,9 @@ def _packed(
         before = cu_kept[sample] + prefix * sample
         place = kept.cumsum(0) - 1 - before
     step = torch.arange(B + 1, device=x.device)
-    offsets = cu_kept + step * (prefix + bool(fuse))
+    offsets = cu_kept + step * (prefix + (1 if fuse else 0))
     # One element more than there are rows: all dropped rows are written to it.
-    rows = num_kept + B * (prefix + bool(fuse))
+    rows = num_kept + B * (prefix + (1 if fuse else 0))
     end = torch.where(kept, offsets[sample] + place, rows)
     source = row.new_zeros(rows + 1).scatter(0, end, row)[:rows]
     end = torch.where(kept & (inside >= prefix), cu_kept[sample] + place - prefix, num_kept)

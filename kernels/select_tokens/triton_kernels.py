@@ -334,7 +334,7 @@ def select_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Tokens, ids_keep, inverse, offsets; the mean and its total weight, empty unless needed."""
     samples = _Samples(x, cu_seqlens, prefix)
-    B, C, extra = samples.B, samples.C, prefix + bool(fuse)
+    B, C, extra = samples.B, samples.C, prefix + (1 if fuse else 0)
     if cu_seqlens is None:
         tokens, ids_shape = x.new_empty(B, keep + extra, C), [B, keep]
     else:

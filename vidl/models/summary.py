@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +115,21 @@ def summarize(model: Any, *, batch: int = 2, words: int = 32, steps: int = 0) ->
     return Summary(type(model).__name__, parameters, costs)
 
 
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter of FLOPs, with attention on the CPU, which torch 2.11 does not count."""
+    aten = torch.ops.aten
+    formulas: dict[Any, Any] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: (
+            sdpa_flop_count(q, k, v)
+        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad_out, q, k, v, *args, **kwargs: sdpa_backward_flop_count(grad_out, q, k, v)
+        ),
+    }
+    missing = {op: formula for op, formula in formulas.items() if op not in flop_registry}
+    return FlopCounterMode(display=False, custom_mapping=missing)
+
+
 def example(recipe: Any, batch: int, words: int, device: torch.device | str = "cpu") -> Any:
     """A random batch as the arguments of a model: uint8 clips, captions of `words` tokens."""
     size = (batch, 3, recipe.frames, recipe.image_size, recipe.image_size)
@@ -128,7 +148,7 @@ def _size(module: nn.Module) -> int:
 
 def _count(model: Any, batch: int, words: int) -> Cost:
     device = next(model.parameters()).device
-    with FlopCounterMode(display=False) as flops:
+    with flop_counter() as flops:
         with _kept(model) as sizes:
             loss = model(**example(model.recipe, batch, words, device))["loss"]
         forward = flops.get_total_flops()

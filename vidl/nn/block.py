@@ -193,7 +193,7 @@ def attend(
 
 def _groups_after(groups: Groups, pruning: Pruning, selected: Selected) -> Groups:
     """The groups of whole samples that a block has pruned."""
-    longest = 1 + pruning.kept(groups.max_queries - 1) + bool(pruning.fuse)
+    longest = 1 + pruning.kept(groups.max_queries - 1) + (1 if pruning.fuse else 0)
     if groups.uniform:
         return Groups.equal(groups.num_groups, longest, device=selected.tokens.device)
     return Groups.joint(selected.cu_seqlens, selected.tokens.shape[0], longest)
