@@ -2,7 +2,8 @@
 
 An op is declared once, in Python. C++ attaches to it by name (`csrc/`), Triton as an opaque op of
 its own; both share the fake kernel, the autograd formula and the FLOP formula. The backend
-"reference" is the op's definition in plain PyTorch, which PyTorch differentiates itself.
+"reference" is the op's definition in plain PyTorch, which PyTorch differentiates itself, any number
+of times and in both modes. The others have a first derivative in reverse mode, and refuse the rest.
 """
 
 import functools
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("native", "triton", "reference")
@@ -137,12 +139,16 @@ def run(name: str, backend: str, *args: Any) -> Any:
     Returns:
         The results of the schema without those that serve the backward pass alone: one tensor, or
         a tuple of several.
+
+    Raises:
+        RuntimeError: an argument has a tangent of forward-mode AD, for another backend than
+            "reference".
     """
     op = OPS[name]
     if backend == "reference":
         assert op.reference is not None
         return op.reference(*args)
-    results = kernel(name, backend)(*args)
+    results = _call(kernel(name, backend), *args)
     if op.only_for_backward:
         results = results[: -op.only_for_backward]
         return results[0] if len(results) == 1 else results
@@ -157,13 +163,35 @@ def _declare(op: Op, backend: str) -> None:
     if op.backward is not None:
         torch.library.register_autograd(
             f"vidl::{name}",
-            functools.partial(op.backward, kernel(f"{op.name}_bwd", backend)),
+            functools.partial(
+                op.backward, functools.partial(_call, kernel(f"{op.name}_bwd", backend))
+            ),
             setup_context=op.setup_context,
             lib=_library,
         )
+    elif op.reference is None:
+        # Without it, PyTorch would take the results of a backward op for constants.
+        refuse = functools.partial(_no_second_derivative, op.name.removesuffix("_bwd"))
+        torch.library.register_autograd(f"vidl::{name}", refuse, lib=_library)
     if backend == "triton":
         for key in ("CUDA", "CPU"):  # the CPU only in Triton's interpreter: see why_not()
             _library.impl(name, functools.partial(_run_triton, op), key)
+
+
+def _call(op: Any, *args: Any) -> Any:
+    """Call an op that has no formula for forward-mode AD: PyTorch would drop the tangents."""
+    if forward_ad._current_level >= 0:
+        for x in args:
+            if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+                raise RuntimeError(
+                    f"{op._opname}: no forward-mode derivative: use backend='reference', or "
+                    "reverse mode"
+                )
+    return op(*args)
+
+
+def _no_second_derivative(name: str, ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(f"{name}: no second derivative: use backend='reference'")
 
 
 def _run_triton(op: Op, *args: Any) -> Any:

@@ -8,15 +8,17 @@ from torch import Tensor, nn
 
 from vidl.kernels.masked_patch_embed import masked_patch_embed
 from vidl.kernels.masked_patch_embed.op import Position
+from vidl.kernels.patches import check_ids, check_normalisation, check_video, gather
 
 
 class MaskedPatchEmbed(nn.Module):
     """Embed only the visible patches of a clip or an image.
 
     Equivalent to `proj(x).flatten(2).transpose(1, 2)`, plus `position`, then a gather of
-    `ids_keep`. The convolution `proj` holds the parameters and is never called, so it loads the
+    `ids_keep`. The convolution `proj` holds the parameters and is not called, so it loads the
     state_dict of timm's `PatchEmbed`, and of Hugging Face's `...PatchEmbeddings`, whose convolution
-    is named `projection`. Sources: ViT, arXiv 2010.11929, 3.1; MAE, arXiv 2111.06377, 3.
+    is named `projection`. Another module in its place, such as an adapter of peft, is called: it
+    embeds all patches. Sources: ViT, arXiv 2010.11929, 3.1; MAE, arXiv 2111.06377, 3.
 
     Args:
         patch_size: of a patch in pixels, one number or (height, width).
@@ -109,13 +111,12 @@ class MaskedPatchEmbed(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as `vidl.ops.masked_patch_embed`.
         """
-        if video.ndim == 4 and isinstance(self.proj, nn.Conv2d):
+        if video.ndim == 4 and takes_images(self.proj):
             video = video.unsqueeze(2)
         uint8 = video.dtype == torch.uint8
-        return masked_patch_embed(
+        return embed(
+            self.proj,
             video,
-            self.proj.weight,
-            self.proj.bias,
             position,
             ids_keep,
             cu_seqlens,
@@ -128,6 +129,90 @@ class MaskedPatchEmbed(nn.Module):
         parts = [f"{name}={getattr(self, name)}" for name in ("mean", "std")]
         parts = [part for part in parts if not part.endswith("=None")]
         return ", ".join([*parts, f"backend={self.backend!r}"])
+
+
+def embed(
+    projection: Any,
+    video: Tensor,
+    position: Position | None = None,
+    ids_keep: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`masked_patch_embed` by a module whose parameters are read only if it is a convolution.
+
+    Any other module is called on the whole clip, and the visible tokens are gathered.
+    """
+    if is_convolution(projection):
+        weight, bias = projection.weight, projection.bias
+        options: Any = {"mean": mean, "std": std, "backend": backend}
+        return masked_patch_embed(video, weight, bias, position, ids_keep, cu_seqlens, **options)
+    check_video(video)
+    if ids_keep is not None:
+        check_ids("ids_keep", video, ids_keep, cu_seqlens)
+    tokens = _call(projection, _pixels(projection, video, mean, std))  # [B, C, T/t, H/h, W/w]
+    visible, ids = gather("ids_keep", tokens, (1, 1, 1), ids_keep, cu_seqlens)
+    x = visible.flatten(1)
+    if position is not None:
+        time, space = position if isinstance(position, tuple) else (None, position)
+        x = x + space[ids % space.shape[0]].to(x.dtype)
+        if time is not None:
+            x = x + time[ids // space.shape[0]].to(x.dtype)
+    rows = (tokens.shape[0], -1) if ids_keep is None else ids_keep.shape
+    return x.view(*rows, tokens.shape[1])
+
+
+def _call(projection: nn.Module, video: Tensor) -> Tensor:
+    if not takes_images(projection):
+        return projection(video)
+    images = projection(video.transpose(1, 2).flatten(0, 1))  # [B T, C, H/h, W/w]
+    return images.unflatten(0, (video.shape[0], -1)).transpose(1, 2)
+
+
+def _pixels(
+    projection: nn.Module,
+    video: Tensor,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> Tensor:
+    """The normalised clip, in the dtype of the module."""
+    means, stds = check_normalisation(video, mean, std)
+    dtype = next(projection.parameters()).dtype
+    if not means:
+        return video.to(dtype)
+    shift, scale = (video.new_tensor(x, dtype=torch.float32) for x in (means, stds))
+    shift, scale = shift.view(-1, 1, 1, 1), scale.view(-1, 1, 1, 1)
+    return ((video.float() / 255 - shift) / scale).to(dtype)
+
+
+def is_convolution(projection: nn.Module) -> bool:
+    """Whether a call computes the convolution by `weight` and `bias`, and nothing else.
+
+    False for subclasses with a `forward` of their own, for adapters that wrap a convolution, and
+    for hooks, which reading the parameters would skip.
+    """
+    kind: Any = type(projection)
+    plain = kind.forward in (nn.Conv2d.forward, nn.Conv3d.forward)
+    return (plain or hasattr(kind, "swapped_convolution")) and not has_hooks(projection)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than the `forward` of its class."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
+
+
+def takes_images(projection: nn.Module) -> bool:
+    """Whether a module embeds images, not clips, by the dimensions of its kernels."""
+    return max(parameter.ndim for parameter in projection.parameters()) == 4
 
 
 def cuts_patches(conv: nn.Conv2d | nn.Conv3d) -> bool:

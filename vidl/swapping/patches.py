@@ -4,16 +4,19 @@ import torch
 from torch import nn
 
 from vidl.kernels import library
-from vidl.nn.patch_embed import cuts_patches
+from vidl.nn.patch_embed import cuts_patches, has_hooks
+from vidl.swapping.registry import full_name
 
 
 def why_not(projection: nn.Module) -> str | None:
     """The reason why `masked_patch_embed` cannot replace a convolution; None if it can."""
     if type(projection) not in (nn.Conv2d, nn.Conv3d):
-        return f"its projection is a {type(projection).__name__}, not nn.Conv2d or nn.Conv3d"
+        return f"its projection is a {full_name(type(projection))}, not nn.Conv2d or nn.Conv3d"
     assert isinstance(projection, nn.Conv2d | nn.Conv3d)
     if not cuts_patches(projection):
         return "its convolution has overlapping patches, padding, dilation or groups"
+    if has_hooks(projection):
+        return "its convolution has hooks, which reading its parameters would skip"
     return None
 
 

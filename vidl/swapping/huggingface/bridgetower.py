@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vidl.kernels.groups import Groups
 from vidl.kernels.space_time_attention import space_time_attention
+from vidl.nn.patch_embed import has_hooks
 from vidl.swapping.attention import cached, speed
 from vidl.swapping.registry import Family, Rule, state_of
 
@@ -23,7 +24,9 @@ class BridgeTowerResidualAttention(bridgetower.BridgeTowerResidualAttention):
     def attention(self, hidden_state: Tensor, attention_mask: Tensor | None) -> Tensor:
         state, attn = state_of(self), self.attn
         assert state is not None
-        if attention_mask is not None or self.attn_mask is not None or drops_out(attn):
+        plain = type(attn) is nn.MultiheadAttention and not has_hooks(attn)
+        masked = attention_mask is not None or self.attn_mask is not None
+        if not plain or masked or drops_out(attn):
             return super().attention(hidden_state, attention_mask)
         N, B, C = hidden_state.shape
         qkv = F.linear(hidden_state, attn.in_proj_weight, attn.in_proj_bias)

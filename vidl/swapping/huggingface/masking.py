@@ -13,7 +13,7 @@ import transformers.models.vit.modeling_vit as vit
 import transformers.models.vivit.modeling_vivit as vivit
 from torch import Tensor, nn
 
-from vidl.kernels.masked_patch_embed import masked_patch_embed
+from vidl.nn.patch_embed import embed
 from vidl.swapping import patches
 from vidl.swapping.registry import Family, full_name, remember, state_of
 from vidl.swapping.report import Change
@@ -53,7 +53,7 @@ class CLIPVisionEmbeddings(Masking, clip.CLIPVisionEmbeddings):
 
     def embed_visible(self, pixels: Tensor) -> Tensor:
         """[B, C_in, H, W] to [B, 1 + K, C]."""
-        position = self.position_embedding.weight
+        position = self.position_embedding(self.position_ids)[0]
         x = visible(self, pixels.unsqueeze(2), position[1:])
         return _behind((self.class_embedding + position[0])[None, None], x)
 
@@ -63,7 +63,8 @@ class SiglipVisionEmbeddings(Masking, siglip.SiglipVisionEmbeddings):
 
     def embed_visible(self, pixels: Tensor) -> Tensor:
         """[B, C_in, H, W] to [B, K, C]."""
-        return visible(self, pixels.unsqueeze(2), self.position_embedding.weight)
+        position = self.position_embedding(self.position_ids)[0]
+        return visible(self, pixels.unsqueeze(2), position)
 
 
 def masks(embeddings: nn.Module) -> bool:
@@ -85,8 +86,7 @@ def visible(embeddings: nn.Module, video: Tensor, position: Tensor) -> Tensor:
     (B, N), device = (video.shape[0], position.shape[0]), video.device
     K = max(1, int(N * (1 - state.memory["ratio"])))
     ids = torch.rand(B, N, device=device).argsort(1)[:, :K].sort(1).values
-    weight, bias = projection.weight, projection.bias
-    return masked_patch_embed(video, weight, bias, position, ids, backend=state.backend)
+    return embed(projection, video, position, ids, backend=state.backend)
 
 
 def _behind(cls: Tensor, x: Tensor) -> Tensor:

@@ -28,10 +28,12 @@ OWNERS = {
 class Conv2d(nn.Conv2d):
     """The convolution as one matmul, if a vidl kernel runs it."""
 
+    swapped_convolution = True  # for is_convolution
+
     def forward(self, x: Tensor) -> Tensor:
         state = state_of(self)
-        assert state is not None
-        if stays(state.backend, x.device.type, library.autocast_dtype(x)):
+        # peft builds its adapter of a convolution by the class of that convolution.
+        if state is None or stays(state.backend, x.device.type, library.autocast_dtype(x)):
             return super().forward(x)
         h, w = (n // p for n, p in zip(x.shape[2:], self.kernel_size, strict=True))
         x = x[..., : h * self.kernel_size[0], : w * self.kernel_size[1]]  # as a convolution does
@@ -41,7 +43,11 @@ class Conv2d(nn.Conv2d):
 class Conv3d(nn.Conv3d):
     """The convolution as one matmul: PyTorch's Conv3d is slow, above all in bfloat16."""
 
+    swapped_convolution = True  # for is_convolution
+
     def forward(self, x: Tensor) -> Tensor:
+        if state_of(self) is None:
+            return super().forward(x)
         grid = [n // p for n, p in zip(x.shape[2:], self.kernel_size, strict=True)]
         T, H, W = (n * p for n, p in zip(grid, self.kernel_size, strict=True))
         return _embed(self, x[..., :T, :H, :W]).unflatten(2, grid)

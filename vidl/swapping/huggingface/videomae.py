@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils.generic import can_return_tuple
 
-from vidl.kernels.masked_patch_embed import masked_patch_embed
 from vidl.kernels.masked_patch_loss import masked_patch_loss
+from vidl.nn.patch_embed import embed
 from vidl.swapping import patches as convolutions
 from vidl.swapping.registry import Family, Rule, state_of
 
@@ -40,10 +40,9 @@ class VideoMAEEmbeddings(videomae.VideoMAEEmbeddings):
             B, device = pixel_values.shape[0], pixel_values.device
             ids_keep = visible_patches(bool_masked_pos, B, self.num_patches, device)
         mean, std = normalisation(pixel_values)
-        return masked_patch_embed(
+        return embed(
+            patches.projection,
             pixel_values.transpose(1, 2),
-            patches.projection.weight,
-            patches.projection.bias,
             position_table(self, pixel_values.device),
             ids_keep,
             mean=mean,

@@ -11,6 +11,7 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from vidl.kernels.groups import Groups
+from vidl.nn.patch_embed import has_hooks
 from vidl.nn.pruning import Scores
 from vidl.swapping.attention import attend, speed
 from vidl.swapping.registry import Family, Rule, state_of
@@ -124,6 +125,8 @@ def biased_qkv(attention: Any, x: Tensor) -> Tensor:
     if attention.q_bias is None:
         return attention.qkv(x)
     bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+    if type(attention.qkv) is not nn.Linear or has_hooks(attention.qkv):
+        return attention.qkv(x) + bias  # an adapter of peft: timm reads the weight it wraps
     if attention.qkv_bias_separate:  # rounds twice in low precision, as the weights were trained
         return attention.qkv(x) + bias
     return F.linear(x, attention.qkv.weight, bias)

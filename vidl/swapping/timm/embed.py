@@ -9,17 +9,24 @@ from torch import Tensor
 
 from vidl.kernels import library
 from vidl.kernels.masked_patch_embed import masked_patch_embed
+from vidl.nn.patch_embed import is_convolution
 from vidl.swapping.patches import speed, stays
+from vidl.swapping.patches import why_not as why_not_convolution
 from vidl.swapping.registry import Family, Rule, state_of
 
 
 class PatchEmbed(timm_patch_embed.PatchEmbed):
-    """timm's embedding by `masked_patch_embed`, if a vidl kernel runs it."""
+    """timm's embedding by `masked_patch_embed`, if a vidl kernel runs it.
+
+    A projection that is no plain convolution, such as an adapter of peft, is called by timm.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         state = state_of(self)
         assert state is not None
-        if stays(state.backend, x.device.type, library.autocast_dtype(x)):
+        if not is_convolution(self.proj) or stays(
+            state.backend, x.device.type, library.autocast_dtype(x)
+        ):
             return super().forward(x)
         x = self._checked(x)
         h, w = (n // p for n, p in zip(x.shape[-2:], self.patch_size, strict=True))
@@ -46,7 +53,7 @@ def why_not(embed: Any) -> str | None:
     """The reason why this embedding is left, or None."""
     if not embed.flatten and embed.output_fmt != Format.NHWC:
         return f"its output format is {embed.output_fmt.value}, which is that of a convolution"
-    return None
+    return why_not_convolution(embed.proj)
 
 
 def note(embed: Any, backend: str) -> str:

@@ -11,6 +11,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from vidl.kernels.masked_patch_embed import masked_patch_embed
+from vidl.swapping.patches import why_not as why_not_convolution
 from vidl.swapping.registry import Family, full_name, original, remember, state_of
 from vidl.swapping.report import Change
 from vidl.swapping.timm.tokens import refuse_grids
@@ -68,7 +69,7 @@ def embeds_all(model: Any) -> str | None:
         return "its patch embedding has a norm"
     if model.pos_drop.p > 0:
         return f"it has dropout before patch dropout (pos_drop_rate={model.pos_drop.p})"
-    return None
+    return why_not_convolution(embed.proj)
 
 
 def transformers(model: nn.Module) -> Iterator[tuple[str, Any]]:
