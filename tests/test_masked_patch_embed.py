@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -406,6 +406,23 @@ MISUSE = {
         "position for time",
         {"position": (torch.zeros(4, 8), torch.zeros(4, 8))},
     ),
+    "a pair without space": (
+        ValueError,
+        r"position \(time, space\).*NoneType",
+        {"position": (torch.zeros(2, 8), None)},
+    ),
+    "a pair without time": (
+        ValueError,
+        r"position \(time, space\).*NoneType",
+        {"position": (None, torch.zeros(8, 8))},
+    ),
+    "a pair of nothing": (ValueError, r"position \(time, space\)", {"position": (None, None)}),
+    "three positions": (
+        ValueError,
+        r"position \(time, space\)",
+        {"position": (torch.zeros(2, 8),) * 3},
+    ),
+    "a number as position": (TypeError, "position.*float", {"position": 1.0}),
     "mean of two channels": (ValueError, "3 numbers", {"mean": (0.5, 0.5)}),
     "std of zero": (ValueError, "positive", {"std": (0.2, 0.0, 0.2)}),
     "std of NaN": (ValueError, "positive", {"std": (0.2, float("nan"), 0.2)}),
@@ -420,6 +437,46 @@ MISUSE = {
 def test_misuse_is_explained(error, text, change):
     with pytest.raises(error, match=text):
         masked_patch_embed(**({"video": CLIP, "weight": WEIGHT} | change))
+
+
+@pytest.mark.parametrize("ids", [None, 4, "ragged"])
+@pytest.mark.parametrize("position", [None, "one", "pair"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("video", [torch.uint8, torch.float32])
+def test_every_combination_of_options(video, bias, position, ids, where):
+    where.skip_unless_runs(OP)
+    case = Case(video=video, bias=bias, position=position, ids=ids)
+    if ids == "ragged":
+        case = replace(case, ids=[[3, 1, 11], [0]], ragged=True)
+    clip, weight, bias, position, ids, cu_seqlens = case.inputs(torch.float32, where.device)
+    place = position if len(position) == 2 else (*position, None)[0]
+    for given in ({"mean", "std"}, {"mean"}, {"std"}, set()):
+        options = {name: x for name, x in arguments(case).items() if name in given}
+        ours, theirs = (
+            masked_patch_embed(clip, weight, bias, place, ids, cu_seqlens, **options, backend=name)
+            for name in (where.backend, "reference")
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+TABLES = {
+    "time without space": ("space", {"time": torch.zeros(2, 8)}),
+    "a short time": ("time", {"time": torch.zeros(1, 8), "space": torch.zeros(4, 8)}),
+    "a short space": ("space", {"space": torch.zeros(7, 8)}),
+    "a frame for a clip": ("space", {"space": torch.zeros(4, 8)}),
+    "a clip for a frame": ("space", {"time": torch.zeros(2, 8), "space": torch.zeros(8, 8)}),
+    "a narrow space": ("space", {"space": torch.zeros(8, 7)}),
+    "a short bias": ("bias", {"bias": torch.zeros(7)}),
+}
+
+
+@pytest.mark.parametrize("name, change", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("backend", ["native", "emulated"])
+def test_the_registered_op_checks_its_tables(name, change, backend):
+    Where(backend, "cpu").skip_unless_runs(OP)
+    given = {"bias": torch.zeros(8), "time": None, "space": None} | change
+    with pytest.raises(RuntimeError, match=f"need {name}"):
+        library.kernel(OP, backend)(CLIP, WEIGHT, *given.values(), IDS, None, [], [])
 
 
 def test_a_backend_asked_for_never_falls_back():

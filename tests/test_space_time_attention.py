@@ -441,13 +441,14 @@ def test_misuse_is_explained(error, text, change):
 )
 def test_groups_that_do_not_fit_are_caught(text, change):
     Where("native", "cpu").skip_unless_runs(OP)
-    groups = Groups(**{**vars(SMALL), **change})
+    groups = Groups(**{**vars(SMALL), **change}, checked=True)
     with pytest.raises(RuntimeError, match=text):
         space_time_attention(ROWS, ROWS, ROWS, groups, backend="native")
 
 
 def test_debugging_checks_all_of_the_groups(monkeypatch):
-    groups = Groups(**{**vars(SMALL), "query_rows": torch.tensor([0, 0, 2, 3, 4, 5, 6, 7]).int()})
+    rows = torch.tensor([0, 0, 2, 3, 4, 5, 6, 7]).int()
+    groups = Groups(**{**vars(SMALL), "query_rows": rows}, checked=True)
     monkeypatch.setenv("VIDL_DEBUG", "1")
     with pytest.raises(ValueError, match=r"every query in exactly one group, got rows \[0, 1\]"):
         space_time_attention(ROWS, ROWS, ROWS, groups)

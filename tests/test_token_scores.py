@@ -468,6 +468,6 @@ def test_long_heads():
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_groups_that_do_not_fit_are_caught(text, change, backend):
     Where(backend, "cpu").skip_unless_runs(OP)
-    groups = Groups(**{**vars(SMALL), **change})
+    groups = Groups(**{**vars(SMALL), **change}, checked=True)
     with pytest.raises(RuntimeError, match=text):
         cls_attention_scores(ROWS, ROWS, groups, backend=backend)

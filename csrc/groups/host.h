@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "groups/interface.h"
 #include "torch/device.h"
@@ -105,6 +106,14 @@ inline void check_entries(const std::string& op, const Groups& groups) {
   if (groups.entry_offsets == nullptr) return;
   check_list(op, "entry_offsets", groups.entry_offsets, groups.num_keys, "entries", groups.entries,
              groups.E, groups.E);
+}
+
+// The memory for the gradient of k or v, [num_keys, H, D]. Without entries, kernels write the rows
+// of the list of keys alone: where some rows may be missing in it, they have zeros.
+inline Tensor grad_of_keys(const Groups& groups, const Tensor& x) {
+  const std::vector<int64_t> shape = {groups.num_keys, x.size(1), x.size(2)};
+  const bool all = groups.entry_offsets != nullptr || groups.E == groups.num_keys;
+  return all ? torch::stable::new_empty(x, shape) : torch::stable::new_zeros(x, shape);
 }
 
 inline Strided strided(const std::string& op, const Tensor& x, const char* name) {

@@ -56,6 +56,20 @@ void check_channels(const std::vector<double>& mean, const std::vector<double>& 
                   C_in);
 }
 
+void check_position(const OptionalTensor& bias, const OptionalTensor& time,
+                    const OptionalTensor& space, const Clip& clip, int64_t C) {
+  const auto check = [&](const OptionalTensor& x, const char* name, int64_t rows) {
+    STD_TORCH_CHECK(!x || (x->dim() == 2 && x->size(0) == rows && x->size(1) == C),
+                    "masked_patch_embed: need ", name, " [", rows, ", ", C, "]");
+  };
+  const int64_t P = int64_t{clip.grid_h} * clip.grid_w;
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == C),
+                  "masked_patch_embed: need bias [", C, "]");
+  STD_TORCH_CHECK(!time || space, "masked_patch_embed: need space where time is given");
+  check(time, "time", clip.grid_t);
+  check(space, "space", time ? P : P * clip.grid_t);
+}
+
 // How pixels are packed if the weight is not folded: normalised.
 Affine normalising(const std::vector<double>& mean, const std::vector<double>& std) {
   Affine affine = identity();
@@ -260,9 +274,10 @@ Tensor masked_patch_embed(Tensor video, Tensor weight, OptionalTensor bias, Opti
   const Clip clip = clip_of(kOp, video, weight.size(2), weight.size(3), weight.size(4));
   const Rows rows = rows_of(kOp, video, clip, ids, cu_seqlens);
   check_channels(mean, std, clip.C);
+  const int64_t C = weight.size(0), numbers = int64_t{clip.C} * clip.t * clip.h * clip.w;
+  check_position(bias, time, space, clip, C);
   Device::check(rows);
 
-  const int64_t C = weight.size(0), numbers = int64_t{clip.C} * clip.t * clip.h * clip.w;
   const ScalarType dtype = weight.scalar_type(), compute = Device::matmul_dtype(dtype);
   std::vector<int64_t> shape = {rows.total, C};
   if (!cu_seqlens) shape = {rows.B, rows.K, C};

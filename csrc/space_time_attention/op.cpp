@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> space_time_attention_bwd(Tensor grad_out,
                                                             double scale, std::string scores) {
   const DeviceScope scope(q);
   const SpaceTimeAttention a = attention_of<Device>(q, k, v, groups, scale, scores);
-  const int64_t num_queries = a.groups.num_queries, num_keys = a.groups.num_keys;
+  const int64_t num_queries = a.groups.num_queries;
   grad_out = Device::readable(torch::stable::contiguous(grad_out));
   out = Device::readable(torch::stable::contiguous(out));
   lse = torch::stable::contiguous(lse);
@@ -143,8 +143,8 @@ std::tuple<Tensor, Tensor, Tensor> space_time_attention_bwd(Tensor grad_out,
   const int64_t entries = shared ? a.groups.E : 0;
   const bool blocked = backward_size(groups.max_queries, groups.max_keys, a.D) == Size::kBlocked;
   Tensor grad_q = new_empty(q, {num_queries, a.H, a.D});
-  Tensor grad_k = new_empty(k, {num_keys, a.H, a.D});
-  Tensor grad_v = new_empty(v, {num_keys, a.H, a.D});
+  Tensor grad_k = grad_of_keys(a.groups, k);
+  Tensor grad_v = grad_of_keys(a.groups, v);
   Tensor entry_grad_k = new_empty(k, {entries, a.H, a.D}, ScalarType::Float);
   Tensor entry_grad_v = new_empty(k, {entries, a.H, a.D}, ScalarType::Float);
   Tensor delta = new_empty(q, {a.H, blocked ? num_queries : 0}, ScalarType::Float);

@@ -268,9 +268,8 @@ std::tuple<Tensor, Tensor, Tensor> token_scores_bwd(Tensor grad_scores, Tensor w
                   "token_scores_bwd: need grad_scores [E] for ", s.groups.E,
                   " entries and the forward's weights");
   Tensor grad_q = new_empty(q, {s.groups.num_queries, s.H, s.D});
-  Tensor grad_k = new_empty(k, {s.groups.num_keys, s.H, s.D});
-  Tensor grad_v =
-      new_empty(k, v ? std::vector<int64_t>{s.groups.num_keys, s.H, s.D} : std::vector<int64_t>{0});
+  Tensor grad_k = grad_of_keys(s.groups, k);
+  Tensor grad_v = v ? grad_of_keys(s.groups, *v) : new_empty(k, {0});
   Gradients b = {};
   b.grad_scores = grad_scores.const_data_ptr<float>();
   b.weights = weights.const_data_ptr<float>();

@@ -6,11 +6,25 @@ All layers share them, forward and backward.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import InitVar, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from vidl.kernels.arguments import check_count, require
+
+from .checks import (
+    check_rows,
+    check_types,
+    entries_fit,
+    entries_of,
+    may_repeat,
+    offsets_of,
+    on_host,
+    require_offsets,
+    require_valid,
+)
 
 Grid = tuple[int, int, int]
 
@@ -57,7 +71,11 @@ class Groups:
         group_sample: [G] int64, the sample of each group; None if unknown.
         entry_offsets, entries: [num_keys + 1] and [E] int32, for keys in several groups: row r
             stands in the entries `entries[entry_offsets[r]:entry_offsets[r + 1]]`, in ascending
-            order. None: every row is in one group.
+            order. None: no row is in two groups. They are added to groups whose `key_rows` repeat a
+            row; where that is not known on the host, to all that have `key_rows`.
+        checked: whether all values are known to be valid. Otherwise the constructor checks them:
+            on the CPU it raises a `ValueError`; on another device, and under `torch.compile`, it
+            asserts them without a host sync.
     """
 
     query_offsets: Tensor
@@ -73,6 +91,19 @@ class Groups:
     group_sample: Tensor | None = None
     entry_offsets: Tensor | None = None
     entries: Tensor | None = None
+    checked: InitVar[bool] = False
+
+    def __post_init__(self, checked: bool) -> None:
+        if checked:
+            return
+        check_types(self)
+        if self.entries is None and may_repeat(self):
+            for name, tensor in zip(("entry_offsets", "entries"), entries_of(self), strict=True):
+                object.__setattr__(self, name, tensor)
+        if on_host(self.query_offsets):
+            self.check()
+        else:
+            require_valid(self)
 
     @property
     def num_groups(self) -> int:
@@ -83,7 +114,7 @@ class Groups:
         """The same groups on another device."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         moved: Any = {name: x.to(device) for name, x in values if isinstance(x, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **moved, checked=True)
 
     def arguments(self) -> Arguments:
         """What the kernels of an op are given, in the order of `SCHEMA`."""
@@ -101,8 +132,15 @@ class Groups:
             groups: number of groups.
             size: queries of each group.
             keys: keys of each group if k and v are another sequence (cross-attention).
+
+        Raises:
+            TypeError, ValueError: a number is not an int, is negative, or there are 2^31 rows.
         """
         keys = size if keys is None else keys
+        for name, count in (("groups", groups), ("size", size), ("keys", keys)):
+            check_count(name, count)
+        check_rows("groups * size", groups * size)
+        check_rows("groups * keys", groups * keys)
         step = torch.arange(groups + 1, dtype=torch.int32, device=device)
         return Groups(
             step * size,
@@ -116,6 +154,7 @@ class Groups:
             uniform=True,
             row_offsets=step * size,
             group_sample=torch.arange(groups, device=device),
+            checked=True,
         )
 
     @staticmethod
@@ -127,6 +166,9 @@ class Groups:
             total: the number of rows.
             longest: an upper bound of a sample's length.
         """
+        check_count("total", total)
+        check_count("longest", longest)
+        require_offsets("cu_seqlens", cu_seqlens, total, longest)
         samples = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
         return Groups(
             cu_seqlens,
@@ -139,6 +181,7 @@ class Groups:
             num_keys=total,
             row_offsets=cu_seqlens,
             group_sample=samples,
+            checked=True,
         )
 
     @staticmethod
@@ -158,6 +201,19 @@ class Groups:
             num_queries, num_keys: rows of q, rows of k and v.
             max_queries, max_keys: upper bounds of the queries and keys of a sample.
         """
+        for name, offsets, count, most in (
+            ("queries", cu_queries, num_queries, max_queries),
+            ("keys", cu_keys, num_keys, max_keys),
+        ):
+            check_count(f"num_{name}", count)
+            check_count(f"max_{name}", most)
+            require_offsets(f"cu_{name}", offsets, count, most)
+        if cu_queries.shape != cu_keys.shape or cu_queries.device != cu_keys.device:
+            raise ValueError(
+                "need cu_queries and cu_keys of one length, on one device, got "
+                f"{tuple(cu_queries.shape)} on {cu_queries.device} and {tuple(cu_keys.shape)} on "
+                f"{cu_keys.device}"
+            )
         return Groups(
             cu_queries,
             cu_keys,
@@ -169,6 +225,7 @@ class Groups:
             num_keys=num_keys,
             row_offsets=cu_queries,
             group_sample=torch.arange(cu_queries.shape[0] - 1, device=cu_queries.device),
+            checked=True,
         )
 
     @staticmethod
@@ -187,7 +244,18 @@ class Groups:
             num_groups: the number of groups.
             longest: an upper bound of a group's size.
         """
-        offsets = _offsets(labels, num_groups)
+        check_count("num_groups", num_groups)
+        check_count("longest", longest)
+        if labels.dtype != torch.int64:
+            raise TypeError(f"need labels in int64, got {labels.dtype}")
+        if labels.ndim != 1:
+            raise ValueError(f"need labels [rows], got {tuple(labels.shape)}")
+        check_rows("labels", labels.shape[0])
+        inside = ((labels >= 0) & (labels < num_groups)).all()
+        require(inside, "need labels in [0, {num_groups})", num_groups=num_groups)
+        offsets = offsets_of(labels, num_groups)
+        fits = (offsets.diff() <= longest).all()
+        require(fits, "need groups of at most {longest} rows", longest=longest)
         rows = torch.argsort(labels, stable=True).int()
         return Groups(
             offsets,
@@ -200,6 +268,7 @@ class Groups:
             num_keys=labels.shape[0],
             row_offsets=row_offsets,
             group_sample=group_sample,
+            checked=True,
         )
 
     @staticmethod
@@ -213,6 +282,12 @@ class Groups:
             grid: frames, rows and columns of patches in the whole clip.
             cu_seqlens: [B + 1] int32 for packed `ids`.
             longest: an upper bound of the tokens in a frame; default: all patches of a frame.
+
+        Raises:
+            TypeError: a dtype is another, or a number is not an int.
+            ValueError: shapes do not fit; or on the CPU, an id or an offset is out of range, or a
+                frame has more tokens than `longest`. On another device, and under `torch.compile`,
+                that is an assertion.
         """
         (T, H, W), tokens = grid, _Tokens(ids, grid, cu_seqlens)
         return tokens.groups(
@@ -251,6 +326,11 @@ class Groups:
 
         Source: Video Swin Transformer, arXiv 2106.13230, 3.2.
         """
+        for name, numbers in (("grid", grid), ("size", size), ("shift", shift)):
+            if len(numbers) != 3:
+                raise ValueError(f"need {name} of frames, rows and columns, got {numbers}")
+            for number in numbers:
+                check_count(name, number)
         if any(n < 1 for n in size) or any(
             not 0 <= s < n for s, n in zip(shift, size, strict=True)
         ):
@@ -296,6 +376,9 @@ class Groups:
 
         Source: SViTT, arXiv 2304.08809, 3.2.
         """
+        counts = {"batch": batch, "length": length, "block": block, "local": local}
+        for name, count in (counts | {"random": random}).items():
+            check_count(name, count)
         blocks = -(-length // block) if block > 0 else 0
         if block < 1 or length < 1 or local < 1 or local % 2 == 0 or random < 0:
             raise ValueError(
@@ -316,6 +399,7 @@ class Groups:
         rows = [torch.cat([torch.arange(starts[b], starts[b + 1]) for b in i]) for i in attended]
         keys = torch.tensor([0, *map(len, rows)]).cumsum(0)
         sample_rows = torch.cat(rows)
+        check_rows("keys of all blocks", batch * len(sample_rows))
         sample = torch.arange(batch)[:, None]
         key_rows = (sample * length + sample_rows).flatten()
         key_offsets = torch.cat(
@@ -340,6 +424,7 @@ class Groups:
             uniform=len(sizes) == 1 and length % block == 0,
             row_offsets=(torch.arange(batch + 1) * length).int().to(device),
             group_sample=torch.arange(batch).repeat_interleave(blocks).to(device),
+            checked=True,
         ).with_entries()
 
     def with_global(self) -> "Groups":
@@ -389,17 +474,19 @@ class Groups:
             uniform=False,
             row_offsets=row_offsets,
             group_sample=torch.cat([self.group_sample, samples]),
+            checked=True,
         ).with_entries()
 
     def with_entries(self) -> "Groups":
-        """Add the list of entries of every row of k and v; for keys in several groups."""
-        assert self.key_rows is not None
-        rows = self.key_rows.long()
-        return replace(
-            self,
-            entry_offsets=_offsets(rows, self.num_keys),
-            entries=torch.argsort(rows, stable=True).int(),
-        )
+        """Add the list of entries of every row of k and v; for keys in several groups.
+
+        Raises:
+            ValueError: the groups have no key_rows.
+        """
+        if self.key_rows is None:
+            raise ValueError("need groups with key_rows, got None")
+        entry_offsets, entries = entries_of(self)
+        return replace(self, entry_offsets=entry_offsets, entries=entries, checked=True)
 
     def check(self) -> "Groups":
         """Check every index on the host: slow, for tests and debugging.
@@ -408,8 +495,9 @@ class Groups:
             The groups themselves.
 
         Raises:
-            ValueError: offsets do not ascend from 0 to the number of members, a row is out of
-                range, or a query is not in exactly one group.
+            ValueError: offsets do not ascend from 0 to the number of members, a group exceeds its
+                bound, a row is out of range, a query is not in exactly one group, or a key is in
+                several groups without entries.
         """
         for name, offsets, rows, count in (
             ("query", self.query_offsets, self.query_rows, self.num_queries),
@@ -429,6 +517,10 @@ class Groups:
             times = torch.bincount(self.query_rows.long(), minlength=self.num_queries)
             if wrong := (times != 1).nonzero().flatten().tolist():
                 raise ValueError(f"need every query in exactly one group, got rows {wrong} wrong")
+        if self.entry_offsets is not None and not bool(entries_fit(self)):
+            raise ValueError("need entry_offsets and entries of these key_rows (see with_entries)")
+        if self.entry_offsets is None and may_repeat(self):
+            raise ValueError("need every key in one group, or entries (see with_entries)")
         return self
 
 
@@ -440,8 +532,14 @@ class _Tokens:
             raise ValueError(f"need ids [B, K], or [total] with cu_seqlens, got {tuple(ids.shape)}")
         if len(grid) != 3 or any(n < 1 for n in grid):
             raise ValueError(f"need a grid of frames, rows and columns, got {grid}")
-        _, H, W = grid
-        device = ids.device
+        for number in grid:
+            check_count("grid", number)
+        if ids.dtype != torch.int64:
+            raise TypeError(f"need ids in int64, got {ids.dtype}")
+        T, H, W = grid
+        device, N = ids.device, T * H * W
+        check_rows("ids", ids.numel())
+        require(((ids >= 0) & (ids < N)).all(), "need ids in [0, {N}) for this grid", N=N)
         if cu_seqlens is None:
             self.samples, K = ids.shape
             self.row_offsets = torch.arange(self.samples + 1, device=device, dtype=torch.int32) * K
@@ -450,6 +548,7 @@ class _Tokens:
             )
             self.most = K
         else:
+            require_offsets("cu_seqlens", cu_seqlens, ids.shape[0])
             self.samples, self.row_offsets = cu_seqlens.shape[0] - 1, cu_seqlens
             row = torch.arange(ids.shape[0], device=device, dtype=torch.int32)
             self.sample = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
@@ -467,13 +566,6 @@ class _Tokens:
             row_offsets=self.row_offsets,
             group_sample=samples.repeat_interleave(count, output_size=self.samples * count),
         )
-
-
-def _offsets(labels: Tensor, count: int) -> Tensor:
-    """Where each label begins in the sorted labels, [count + 1] int32, without a host sync."""
-    sizes = torch.zeros(count + 1, dtype=torch.int32, device=labels.device)
-    sizes.scatter_add_(0, labels + 1, torch.ones_like(labels, dtype=torch.int32))
-    return sizes.cumsum(0, dtype=torch.int32)
 
 
 def prepend_row(
@@ -513,7 +605,8 @@ def _flatten(groups: Groups) -> tuple[list[Any], Any]:
 
 def _unflatten(tensors: Iterable[Any], others: Any) -> Groups:
     values: list[Any] = [o if t is None else t for t, o in zip(tensors, others, strict=True)]
-    return Groups(*values)
+    by_name = dict(zip((f.name for f in fields(Groups)), values, strict=True))
+    return Groups(**by_name, checked=True)
 
 
 torch.utils._pytree.register_pytree_node(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -42,6 +43,12 @@ class Call:
                 lists.append((*self.entries, self.E, self.E, self.E))
             for members in lists:
                 check_members(op, *members)
+
+    def grad_of_keys(self, x: Tensor) -> Tensor:
+        """Memory for the gradient of k or v: zeros where the groups may not list every row."""
+        every = self.shared or self.num_keys == self.E
+        empty = torch.empty_like if every else torch.zeros_like
+        return empty(x, memory_format=torch.contiguous_format)
 
     def blocks(self, of: int, size: int, heads: int) -> tuple[int, int, bool]:
         """How many programs to launch, the blocks of a group, and whether programs must search.

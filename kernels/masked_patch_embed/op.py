@@ -188,11 +188,26 @@ def masked_patch_embed(
         raise ValueError("cu_seqlens needs a packed ids_keep, got None")
     mean, std = check_normalisation(video, mean, std)
     weight = weight.to(library.autocast_dtype(weight))
-    time, space = position if isinstance(position, tuple) else (None, position)
+    time, space = _time_and_space(position)
     _check_position(video, weight, bias, time, space)
     args = (video, weight, bias, time, space, ids_keep, cu_seqlens, mean, std)
     backend = library.choose(backend, "masked_patch_embed", video.device.type, weight.dtype)
     return library.run("masked_patch_embed", backend, *args)
+
+
+def _time_and_space(position: Position | None) -> tuple[Tensor | None, Tensor | None]:
+    if position is None or isinstance(position, Tensor):
+        return None, position
+    if not isinstance(position, (tuple, list)):
+        raise TypeError(
+            "need position as a tensor or a pair of tensors (time, space), "
+            f"got {type(position).__name__}"
+        )
+    if len(position) != 2 or not all(isinstance(x, Tensor) for x in position):
+        types = ", ".join(type(x).__name__ for x in position)
+        raise ValueError(f"need position (time, space) with two tensors, got ({types})")
+    time, space = position
+    return time, space
 
 
 def _check_weight(video: Tensor, weight: Tensor) -> None:

@@ -65,6 +65,7 @@ class ReplicatedGlobal:
             row_offsets=groups.row_offsets
             + torch.arange(B + 1, device=device, dtype=torch.int32) * replicas,
             group_sample=groups.group_sample,
+            checked=True,
         )
 
     def replicate(self, x: Tensor) -> Tensor:

@@ -71,9 +71,8 @@ def space_time_attention_bwd(
         grad_scores = grad_scores.contiguous()
     grad_out = grad_out.contiguous()
     call = AttentionCall(q, k, v, groups, scale, scores)
-    grad_q, grad_k, grad_v = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
-    )
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grad_k, grad_v = call.grad_of_keys(k), call.grad_of_keys(v)
     entry_k, entry_v = grad_k, grad_v
     if call.shared:
         entry_k, entry_v = (

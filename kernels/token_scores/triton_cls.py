@@ -291,7 +291,7 @@ def cls_back(
     call: ScoresCall, grad_scores: Tensor, weights: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     grad_q = torch.zeros_like(call.q, memory_format=torch.contiguous_format)
-    grad_k = torch.empty_like(call.k, memory_format=torch.contiguous_format)
+    grad_k = call.grad_of_keys(call.k)
     grad_logits = call.empty(call.H, call.E) if call.shared else None
     if call.G * call.H:
         cls_backward_kernel[(call.G * call.H,)](
@@ -348,7 +348,7 @@ def value_back(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the attention [E] and of v."""
     grad_attention = call.empty(call.E)
-    grad_norms = call.empty(call.E if call.shared else call.num_keys)
+    grad_norms = call.empty(call.E) if call.shared else call.grad_of_keys(norms)
     if call.G:
         value_backward_kernel[(call.G,)](
             grad_scores,

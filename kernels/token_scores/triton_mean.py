@@ -336,9 +336,8 @@ def mean_scores(call: ScoresCall, lse: Tensor | None, scale: float) -> tuple[Ten
 def mean_back(
     call: ScoresCall, grad_scores: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    grad_q, grad_k = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.q, call.k)
-    )
+    grad_q = torch.empty_like(call.q, memory_format=torch.contiguous_format)
+    grad_k = call.grad_of_keys(call.k)
     entry_k = call.empty(call.E, call.H, call.D) if call.shared else grad_k
     total, delta = torch.empty_like(lse), torch.empty_like(lse)
     programs, blocks, search = call.blocks(0, call.side, call.H)

@@ -134,6 +134,7 @@ class Captions:
             num_queries=self.rows,
             num_keys=num_keys,
             uniform=equal and self.order is None,
+            checked=True,
         ).with_entries()
 
 

@@ -187,6 +187,7 @@ def _groups(
         max_keys=num_keys,
         num_queries=B * num_queries,
         num_keys=B * num_keys,
+        checked=True,
     )
 
 

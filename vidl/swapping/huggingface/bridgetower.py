@@ -41,7 +41,7 @@ def _samples(B: int, N: int, device: torch.device) -> Groups:
     """The groups of B samples in N x B rows, in the order (token, sample)."""
     rows = torch.arange(N * B, dtype=torch.int32, device=device).view(N, B).T.flatten()
     steps = torch.arange(B + 1, dtype=torch.int32, device=device) * N
-    return Groups(steps, steps, rows, rows, N, N, N * B, N * B, uniform=True)
+    return Groups(steps, steps, rows, rows, N, N, N * B, N * B, uniform=True, checked=True)
 
 
 def drops_out(attention: Any) -> bool:

@@ -78,7 +78,7 @@ def _frames(B: int, T: int, P: int, device: torch.device) -> Groups:
     rows = rows.view(B, 1 + P, T).transpose(1, 2).flatten()
     steps = torch.arange(B * T + 1, dtype=torch.int32, device=device) * (1 + P)
     total = B * T * (1 + P)
-    return Groups(steps, steps, rows, rows, 1 + P, 1 + P, total, total, uniform=True)
+    return Groups(steps, steps, rows, rows, 1 + P, 1 + P, total, total, uniform=True, checked=True)
 
 
 def drops_out(attention: Any) -> bool:
