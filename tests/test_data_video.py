@@ -1,5 +1,6 @@
 """Reading frames from valid and broken files, and crops."""
 
+import contextlib
 import os
 import pickle
 import random
@@ -13,7 +14,7 @@ from vidl.data import crops, video
 from vidl.data.video import BrokenClip, as_clip, inspect, instants, read_clip
 
 av = pytest.importorskip("av")
-pytest.importorskip("numpy")
+numpy = pytest.importorskip("numpy")
 av.logging.set_level(None)
 
 HARD = HERE / "videos"
@@ -238,6 +239,67 @@ def test_broken_files_are_named(folder, even, name, decoder):
     assert str(again) == str(caught.value) and again.name == str(file)
 
 
+def test_errors_of_any_class_are_broken_clips(even, monkeypatch):
+    """PyAV's errors have no base class in common but Exception."""
+    classes = [av.error.EOFError, av.error.ExternalError, av.error.PatchWelcomeError]
+    classes += [av.error.UnknownError, av.error.LookupError, av.error.MemoryError]
+    for kind in classes:
+
+        def fail(*args, kind=kind):
+            raise kind(1, "the decoder failed")
+
+        monkeypatch.setattr(video, "_packets", fail)
+        for read in (inspect, lambda file: read_clip(file, 2, decoder="pyav")):
+            with pytest.raises(BrokenClip, match="even.mp4: the decoder failed"):
+                read(even)
+
+
+def test_a_codec_without_decoder(even):
+    data = even.read_bytes()
+    assert data.count(b"avc1") == 2
+    at = data.rindex(b"avc1")
+    for read in (inspect, lambda source, stream: read_clip(source, 2, stream=stream)):
+        for stream in (None, 0):
+            with pytest.raises(BrokenClip, match="no decoder"):
+                read(data[:at] + b"zzzz" + data[at + 4 :], stream=stream)
+
+
+def test_only_regular_files_are_opened(folder, even, monkeypatch):
+    """A FIFO blocks, and a protocol of FFmpeg reads other files or the network."""
+    fifo = folder / "fifo.mp4"
+    os.mkfifo(fifo)
+    monkeypatch.chdir(folder)
+    cases = {
+        str(fifo): "need a regular file, got a FIFO",
+        "/dev/zero": "need a regular file, got a device",
+        "tcp://127.0.0.1:9?listen=1": "No such file",
+        "http://127.0.0.1:9/a.mp4": "No such file",
+        "pipe:0": "No such file",
+        f"concat:{even}|{even}": "No such file",
+        f"subfile,,start,0,end,9,,:{even}": "No such file",
+        f"file:{even}": "No such file",
+        "a\0b": "null",
+    }
+    for name, reason in cases.items():
+        for read in (inspect, lambda file: read_clip(file, 2)):
+            with pytest.raises(BrokenClip) as caught:
+                read(name)
+            assert reason in caught.value.reason, name
+    strange = folder / "concat:a%d.mp4"
+    strange.write_bytes(even.read_bytes())
+    assert numbers(read_clip(strange.name, 2)) == numbers(read_clip(even, 2))
+
+
+def test_arguments_of_read_clip(even):
+    with pytest.raises(TypeError, match="need source as a file name or bytes, got int"):
+        read_clip(3, 1)
+    for name in ("start", "end"):
+        with pytest.raises(TypeError, match=f"need {name} in seconds, got '1'"):
+            read_clip(even, 1, **{name: "1"})
+        with pytest.raises(ValueError, match=f"need {name} in finite seconds, got nan"):
+            read_clip(even, 1, **{name: float("nan")})
+
+
 def test_damaged_frames_are_detected(folder):
     data = bytearray((EXAMPLES / "sign_eat.mp4").read_bytes())
     rng = random.Random(0)
@@ -252,6 +314,54 @@ def test_damaged_frames_are_detected(folder):
         inspect(file)
     with pytest.raises(BrokenClip, match="damaged|Invalid data|missing"):
         read_clip(file, 16)
+
+
+FUZZED = {
+    "mp4": "libx264", "mkv": "libx264", "ts": "libx264", "flv": "flv", "avi": "mpeg4",
+    "mpg": "mpeg2video", "webm": "libvpx", "ogg": "libvpx", "wmv": "wmv2", "mov": "mjpeg",
+    "m4v": "mpeg4", "h264": "libx264", "mjpeg": "mjpeg", "apng": "apng", "gif": "gif",
+    "png": "png", "jpg": "mjpeg", "webp": "libwebp", "bmp": "bmp", "tiff": "tiff", "nut": "ffv1",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", FUZZED)
+def test_damaged_files_are_broken_clips(folder, suffix):
+    """Whatever is damaged, a file is read or is a BrokenClip."""
+    file = folder / f"fuzzed.{suffix}"
+    try:
+        write_fuzzed(file, FUZZED[suffix])
+    except (ValueError, OSError) as error:  # of PyAV: an encoder is missing
+        pytest.skip(f"this FFmpeg cannot write {suffix}: {error}")
+    data, rng, read = file.read_bytes(), random.Random(suffix), 0
+    assert inspect(data).frames > 0
+    for number in range(250):
+        damaged = bytearray(data)
+        for _ in range(rng.choice((1, 4, 30))):
+            # half of the damage is in the first bytes, where the header is
+            at = rng.randrange(min(len(data), 200) if rng.random() < 0.5 else len(data))
+            damaged[at : at + rng.choice((1, 4))] = rng.randbytes(rng.choice((0, 1, 4)))
+        if number % 5 == 0:
+            del damaged[rng.randrange(len(damaged)) :]
+        for call in (inspect, lambda source: read_clip(source, 2, start=rng.choice((None, 0.5)))):
+            with contextlib.suppress(BrokenClip):
+                call(bytes(damaged))
+                read += 1
+    assert read or suffix in ("apng", "png")  # checksums reject any damage
+
+
+def write_fuzzed(file, codec):
+    still = file.suffix in (".png", ".jpg", ".webp", ".bmp", ".tiff")
+    options = {"movflags": "faststart"} if file.suffix in (".mp4", ".mov") else {}
+    with av.open(str(file), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height = 48, 32
+        stream.pix_fmt = av.Codec(codec, "w").video_formats[0].name
+        for number in range(1 if still else 12):
+            picture = numpy.full((32, 48, 3), 16 * number, numpy.uint8)
+            picture[::3] = 200
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
 
 
 def test_nothing_leaks(even):

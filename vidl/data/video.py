@@ -5,19 +5,21 @@ instant of each span is read. So variable frame rates and wrong frame counts do 
 """
 
 import bisect
+import contextlib
 import functools
 import io
 import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Source = str | PathLike[str] | bytes
+from vidl.data.containers import Source, open_container, path_of, video_stream
 
 # "auto" tries them in this order: PyAV is faster when it skips packets that it need not decode, and
 # it reports damaged frames (docs/contributors/measured.md, 2026-11-22).
@@ -115,7 +117,7 @@ def read_clip(
     file is read up to its end; `inspect` detects truncation.
 
     Args:
-        source: a file name, or the bytes of a file.
+        source: the name of a regular file (no URL), or the bytes of a file.
         frames: number of frames, T.
         rng: draws random instants (`rand`); None: the middle of each span (`middle`).
         start: begin of the part, in seconds; default: the first frame.
@@ -129,17 +131,16 @@ def read_clip(
     Raises:
         BrokenClip: the file cannot be read, does not have the part, or a frame is damaged.
         ModuleNotFoundError, RuntimeError: the decoder cannot run here; see `choose_decoder`.
-        ValueError: frames < 1, or unknown decoder.
+        TypeError: the source is neither a file name nor bytes, or a number is something else.
+        ValueError: frames < 1, `start` or `end` is not finite, or unknown decoder.
     """
     if frames < 1:
         raise ValueError(f"need at least 1 frame, got {frames}")
-    part = Part(frames, rng, start, end)
+    _check_source(source)
+    part = Part(frames, rng, _seconds("start", start), _seconds("end", end))
     read = {"pyav": _read_by_pyav, "torchcodec": _read_by_torchcodec}[choose_decoder(decoder)]
-    try:
+    with _breaking(source):
         return read(source, part, stream)
-    # The errors of the libraries; av.error.FFmpegError is an OSError or a ValueError.
-    except (OSError, ValueError, RuntimeError, IndexError) as error:
-        raise BrokenClip(name_of(source), reason_of(error)) from error
 
 
 def inspect(source: Source, *, stream: int | None = None) -> Facts:
@@ -155,21 +156,19 @@ def inspect(source: Source, *, stream: int | None = None) -> Facts:
     Raises:
         BrokenClip: the file cannot be read, or frames of it are damaged.
     """
+    _check_source(source)
     times, damaged, width, height = [], 0, 0, 0
-    try:
-        with _open(source) as container:
-            video = _stream(container, stream)
-            packets = _packets(container, video, 0, math.inf)
-            for time, frame in _decode(video, packets):
-                times.append(time)
-                damaged += frame.is_corrupt
-                width, height = frame.width, frame.height
-            if not times:
-                raise ValueError("no frames")
-            ticks = max(times) + _last_ticks(video, packets) - min(times)
-            seconds, declared = float(ticks * video.time_base), _declared(container, video)
-    except (OSError, ValueError, RuntimeError, IndexError) as error:
-        raise BrokenClip(name_of(source), reason_of(error)) from error
+    with _breaking(source), open_container(source) as container:
+        video = video_stream(container, stream)
+        packets = _packets(container, video, 0, math.inf)
+        for time, frame in _decode(video, packets):
+            times.append(time)
+            damaged += frame.is_corrupt
+            width, height = frame.width, frame.height
+        if not times:
+            raise ValueError("no frames")
+        ticks = max(times) + _last_ticks(video, packets) - min(times)
+        seconds, declared = float(ticks * video.time_base), _declared(container, video)
     if damaged:
         raise BrokenClip(name_of(source), f"{damaged} of {len(times)} frames are damaged")
     return Facts(len(times), seconds, declared, width, height)
@@ -189,6 +188,32 @@ def reason_of(error: Exception) -> str:
     """The message of an error in one line, without the name of the file."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())[:200]
+
+
+@contextlib.contextmanager
+def _breaking(source: Source) -> Iterator[None]:
+    """Raise any error of a decoder as BrokenClip: FFmpeg's have no base class but Exception."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise BrokenClip(name_of(source), reason_of(error)) from error
+
+
+def _check_source(source: object) -> None:
+    if not isinstance(source, (str, bytes, PathLike)):
+        raise TypeError(f"need source as a file name or bytes, got {type(source).__name__}")
+
+
+def _seconds(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"need {name} in seconds, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"need {name} in finite seconds, got {value}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -215,31 +240,11 @@ class Part:
 # first one. So the time of each frame is known, and packets that no wanted frame needs are skipped.
 
 
-def _open(source: Source) -> Any:
-    import av
-
-    return av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source))
-
-
-def _stream(container: Any, index: int | None) -> Any:
-    if index is None:
-        stream = container.streams.best("video")
-        if stream is None:
-            raise ValueError("no video stream")
-    else:
-        videos = {video.index: video for video in container.streams.video}
-        if index not in videos:
-            raise ValueError(f"need a video stream among {sorted(videos)}, got {index}")
-        stream = videos[index]
-    stream.codec_context.thread_count = 1  # the workers of a loader already use all cores
-    return stream
-
-
 def _read_by_pyav(source: Source, part: Part, index: int | None) -> Tensor:
     import numpy
 
-    with _open(source) as container:
-        stream = _stream(container, index)
+    with open_container(source) as container:
+        stream = video_stream(container, index)
         packets = _packets(container, stream, part.start or 0, part.end or math.inf)
         pictures = None
         if _timed(stream, packets):
@@ -375,8 +380,10 @@ def _declared(container: Any, stream: Any) -> float | None:
 def _read_by_torchcodec(source: Source, part: Part, index: int | None) -> Tensor:
     from torchcodec.decoders import VideoDecoder
 
+    with open_container(source) as container:  # torchcodec has no lists of formats and protocols
+        video_stream(container, index)
     decoder = VideoDecoder(
-        source if isinstance(source, bytes) else str(source),
+        source if isinstance(source, bytes) else path_of(source),
         stream_index=index,
         dimension_order="NHWC",
         num_ffmpeg_threads=1,
