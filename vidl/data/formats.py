@@ -41,6 +41,11 @@ class BadAnnotation(ValueError):
         super().__init__(f"{file}:{line}: {problem}")
 
 
+def without_surrogates(text: str) -> str:
+    """A text in which halves of characters, as in "\\ud83d", are replaced: UTF-8 has none."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
 def common(file: Path) -> Iterator[Row]:
     """The JSON format of Singularity, VindLU and UMT; or one such object per line (.jsonl).
 
