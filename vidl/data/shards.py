@@ -14,7 +14,8 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vidl.data.dataset import IN_A_ROW, Batch, Clips, Sample, TooManyBroken, batch_of
-from vidl.data.formats import Row, without_surrogates
+from vidl.data.formats import Row
+from vidl.data.parsing import without_surrogates
 from vidl.data.sampler import Key
 from vidl.data.video import BrokenClip
 
