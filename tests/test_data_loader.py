@@ -350,6 +350,46 @@ def test_a_vocabulary_of_bert(tmp_path):
         load_tokenizer(tmp_path / "nothing")
 
 
+CASED = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Paris", "A", "a", "caf", "##é", "##e", "人"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"do_lower_case": False},
+        {"do_lower_case": True},
+        {"do_lower_case": False, "strip_accents": True},
+        {"do_lower_case": True, "strip_accents": False},
+        {"do_lower_case": False, "tokenize_chinese_chars": False},
+    ],
+)
+def test_options_of_a_vocabulary(tmp_path, config, recwarn):
+    """They are read from tokenizer_config.json, as in transformers."""
+    (tmp_path / "vocab.txt").write_text("\n".join(CASED) + "\n")
+    config = config | {"tokenizer_class": "BertTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ids, mask = load_tokenizer(tmp_path)(["A Paris café, a人"], 12)
+    assert not [warning for warning in recwarn if "lower-cased" in str(warning.message)]
+    assert torch.equal(load_tokenizer(tmp_path / "vocab.txt")(["A Paris café, a人"], 12)[0], ids)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(["A Paris café, a人"])["input_ids"][0] == ids[0, : int(mask.sum())].tolist()
+
+
+def test_a_cased_vocabulary_without_options_warns(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(CASED) + "\n")
+    with pytest.warns(UserWarning, match="2 words such as 'Paris' have capitals: need do_lower_c"):
+        load_tokenizer(tmp_path)
+    for config, message in (
+        ("{", "tokenizer_config.json: not JSON"),
+        ("[]", r"tokenizer_config.json: need an object, got \[\]"),
+        ('{"do_lower_case": "no"}', "need do_lower_case as true or false, got 'no'"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(config)
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(tmp_path)
+
+
 def test_batches_have_tokens(folder):
     tokenizer = train_tokenizer([f"clip {n}" for n in range(FILES)])
     clips = clips_of(folder / "good", tokenizer=tokenizer, words=5)
