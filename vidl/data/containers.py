@@ -73,7 +73,7 @@ def _allowed() -> str:
 
 
 def video_stream(container: Any, index: int | None) -> Any:
-    """A video stream that this FFmpeg can decode.
+    """A video stream that this FFmpeg can decode; the cover picture of a sound file is none.
 
     Args:
         container: from `open_container`.
@@ -82,14 +82,17 @@ def video_stream(container: Any, index: int | None) -> Any:
     Raises:
         ValueError: there is no such stream, or no decoder for its codec.
     """
+    videos = {video.index: video for video in container.streams.video if not _is_cover(video)}
     if index is None:
         stream = container.streams.best("video")
+        if stream is not None and stream.index not in videos:
+            stream = next(iter(videos.values()), None)
         if stream is None:
-            undecoded = [video.index for video in container.streams.video]
-            reason = f": no decoder for streams {undecoded}" if undecoded else ""
+            covers = len(container.streams.video) - len(videos)
+            reason = f", only {covers} cover pictures" if covers else ""
+            reason = f": no decoder for streams {sorted(videos)}" if videos else reason
             raise ValueError(f"no video stream{reason}")
     else:
-        videos = {video.index: video for video in container.streams.video}
         if index not in videos:
             raise ValueError(f"need a video stream among {sorted(videos)}, got {index}")
         stream = videos[index]
@@ -97,3 +100,10 @@ def video_stream(container: Any, index: int | None) -> Any:
         raise ValueError(f"no decoder for the codec of stream {stream.index}")
     stream.codec_context.thread_count = 1  # the workers of a loader already use all cores
     return stream
+
+
+def _is_cover(stream: Any) -> bool:
+    """Whether a stream is the cover picture of a sound file."""
+    from av.stream import Disposition
+
+    return bool(stream.disposition & Disposition.attached_pic)
