@@ -59,7 +59,9 @@ def test_webvid(tmp_path):
     text = '21,https://x/21.mp4,PT00H00M30S,000001_000050,"A ""red"" car, moving"\n'
     file = put(tmp_path, "results_2M_val.csv", header + text + "22,u,PT1S,000001_000050,\n")
     media = "000001_000050/21.mp4"
-    assert rows("webvid", file) == [Row(media, id="21", captions=['A "red" car, moving'])]
+    with pytest.warns(UserWarning, match="val.csv: 1 rows without a name are skipped"):
+        read = rows("webvid", file)
+    assert read == [Row(media, id="21", captions=['A "red" car, moving'])]
 
 
 def test_cc3m(tmp_path):
@@ -151,7 +153,7 @@ def test_questions(tmp_path):
             "common",
             "a.json",
             '[\n{"video": "1", "caption": " "}\n]',
-            "a.json:2: need non-empty texts",
+            "a.json:2: need caption as a non-blank text or a list of them, got ' '",
         ),
         ("common", "a.json", '[\n{"video": "1", "caption": "a"}\n{}]', "a.json:3: need , or ]"),
         ("common", "a.json", '[\n{"video": "1", "caption": "a"},', "a.json:2: Expecting value"),
@@ -178,27 +180,172 @@ def test_questions(tmp_path):
         ),
         ("webvid", "a.csv", "videoid,page_dir,name\n1,2\n", "a.csv:2: need 3 columns"),
         ("cc3m", "a.tsv", "a bus\thttp://x\na car\n", "a.tsv:2: need caption <tab> url, got 1 col"),
-        ("msrvtt", "a.json", "{}", "a.json:1: need a list named 'annotations'"),
+        ("msrvtt", "a.json", "{}", "a.json:1: need a list named 'sentences' or 'annotations'"),
         (
             "msrvtt",
             "a.json",
             '{"sentences": [\n{"caption": "a"}]}',
-            "a.json:2: need video_id",
+            "a.json:2: missing key 'video_id'",
         ),
-        ("didemo", "a.json", '[\n{"video": "1"}]', "a.json:2: need video and description"),
+        ("didemo", "a.json", '[\n{"video": "1"}]', "a.json:2: missing key 'description'"),
         (
             "activitynet",
             "a.json",
             '{\n"v_1": {"sentences": []}}',
             "a.json:2: need sentences",
         ),
-        ("msrvtt-qa", "a.json", '[\n\n{"question": "a"}]', "a.json:3: need answer, video_id, got"),
+        ("msrvtt-qa", "a.json", '[\n\n{"question": "a"}]', "a.json:3: missing key 'video_id'"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, format, name, content, message):
     with pytest.raises(BadAnnotation) as caught:
         rows(format, put(tmp_path, name, content))
     assert message in str(caught.value)
+
+
+GOOD = {"video": "a.mp4", "caption": "a man"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"caption": {"en": "a man"}},
+            "need caption as a non-blank text or a list of them, got {'",
+        ),
+        ({"caption": ["a man", 7]}, "need caption[1] as a non-blank text, got 7"),
+        ({"caption": None}, "missing key 'caption'"),
+        ({"caption": []}, "missing key 'caption'"),
+        ({"video": 7}, "need video as a non-blank text or a list of them, got 7"),
+        ({"video": []}, "need video as a file name, got []"),
+        ({"video": None}, "need video as a file name, got None"),
+        ({"start": "00:01:02"}, "need start as a number, got '00:01:02'"),
+        ({"end": "62"}, "need end as a number, got '62'"),
+        ({"start": True}, "need start as a number, got True"),
+        ({"start": 10**400}, "int too large to convert to float"),
+        ({"start": float("nan")}, "need start as a number, got nan"),
+        ({"question": ["how?"]}, "need question as a non-blank text, got ['how?']"),
+        ({"question": "how many?", "answer": {}}, "need answer as a non-blank text or a list"),
+        ({"question": "which?", "options": ["a"], "answer": True}, "need answer as an index"),
+        ({"question": "which?", "options": {"a": 1}, "answer": 0}, "need options as a non-blank"),
+        ({"id": [1]}, "need id as a non-blank text or a number, got [1]"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_values_of_other_types_are_errors(tmp_path, change, message, suffix):
+    entries = [json.dumps(GOOD), json.dumps(GOOD | change)]
+    content = "[" + ",\n".join(entries) + "]" if suffix == "json" else "\n".join(entries)
+    with pytest.raises(BadAnnotation) as caught:
+        rows("common", put(tmp_path, f"a.{suffix}", content))
+    assert f"a.{suffix}:2: {message}" in str(caught.value)
+
+
+def test_a_number_is_no_text_answer(tmp_path):
+    entry = {"video": "a.mp4", "question": "how many?", "answer": 2}
+    with pytest.raises(BadAnnotation, match="a.json:2: need answer as a non-blank text"):
+        rows("common", put(tmp_path, "a.json", [entry]))
+
+
+LINE = json.dumps(GOOD)
+DEEP = "[" * 100_000
+WEBVID = "videoid,page_dir,name\n"
+
+
+@pytest.mark.parametrize(
+    "format, name, content, message",
+    [
+        ("common", "a.json", f"[{LINE}]\n{LINE}", "a.json:2: need the end of the file after ]"),
+        ("common", "a.json", f"[{LINE}]\n[{LINE}]", "a.json:2: need the end of the file after ]"),
+        ("common", "a.json", f"{LINE}\n{LINE}", "a.json:1: need an object, got 'a.mp4'"),
+        (
+            "common",
+            "a.json",
+            '[{"video": "1", "caption": "a", "caption": "b"}]',
+            "'caption' occurs",
+        ),
+        ("common", "a.jsonl", f'{LINE}\n{{"id": 1, "id": 2}}', "a.jsonl:2: key 'id' occurs twice"),
+        ("common", "a.jsonl", f"{LINE}\n[]", "a.jsonl:2: need an object, got []"),
+        ("common", "a.jsonl", f"{LINE} {LINE}", "a.jsonl:1: Extra data"),
+        ("common", "a.json", "[\n" + DEEP, "a.json:2: nested too deeply"),
+        ("common", "a.jsonl", "\n" + DEEP, "a.jsonl:2: nested too deeply"),
+        ("msrvtt", "a.json", '{"sentences": [\n],\n"sentences": []}', "a.json:3: key 'sentences'"),
+        ("msrvtt", "a.json", '{"sentences": []}\n{}', "a.json:2: need the end of the file after }"),
+        ("msrvtt", "a.json", '{"sentences": [1]}', "a.json:1: need an object, got 1"),
+        ("msrvtt", "a.json", '{"sentences": {}}', "need a list named 'sentences'"),
+        (
+            "msrvtt",
+            "a.json",
+            '{"sentences": [{"video_id": "v", "caption": {}}]}',
+            "need caption as",
+        ),
+        ("msrvtt", "a.csv", "video_id,sentence\nv,\n", "a.csv:2: need sentence as a non-blank"),
+        ("webvid", "a.csv", WEBVID + '1,d,"a\n2,d,b\n3,d,c\n', "a.csv:2: in the row that begins"),
+        ("webvid", "a.csv", WEBVID + '1,d,"a"b\n', "a.csv:2: in the row that begins here"),
+        ("webvid", "a.csv", WEBVID + "1,d,a, b\n", "a.csv:2: need 3 columns, got 4"),
+        ("webvid", "a.csv", WEBVID + ",d,a\n", "a.csv:2: need videoid as a non-blank text"),
+        ("webvid", "a.csv", "name,page_dir,videoid,name\n", "a.csv:1: need distinct columns"),
+        ("didemo", "a.json", '["a"]', "a.json:1: need an object, got 'a'"),
+        ("didemo", "a.json", '[{"video": "1", "description": 2}]', "need description as a non-bl"),
+        ("activitynet", "a.json", '{"v_1": []}', "a.json:1: need an object, got []"),
+        ("activitynet", "a.json", '{"v_1": {"sentences": "a"}}', "as a list of texts, got 'a'"),
+        ("activitynet", "a.json", '[{"sentences": ["a"]}]', "with their ids as keys"),
+        (
+            "msrvtt-qa",
+            "a.json",
+            '[{"video_id": [], "question": "a", "answer": "b"}]',
+            "video_id as",
+        ),
+        ("csv", "a.csv", "video,caption\na.mp4,\n", "a.csv:2: need caption as a non-blank text"),
+        ("csv", "a.csv", "path,caption\n", "a.csv:1: need columns video, caption, got path, cap"),
+    ],
+)
+def test_rows_never_vanish(tmp_path, format, name, content, message):
+    with pytest.raises(BadAnnotation) as caught:
+        rows(format, put(tmp_path, name, content))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(
+    "format, name, content",
+    [
+        ("common", "a.json", '[{"video": "1", "caption": "ein Bär"}]'),
+        ("common", "a.jsonl", '{"video": "1", "caption": "ein Bär"}'),
+        ("csv", "a.csv", "video,caption\n1,ein Bär\n"),
+        ("webvid", "a.csv", WEBVID + "1,d,ein Bär\n"),
+        ("cc3m", "a.tsv", "ein Bär\thttp://x\n"),
+        ("msrvtt", "a.csv", "video_id,sentence\nv,ein Bär\n"),
+        ("msrvtt", "a.json", '{"annotations": [{"image_id": "v", "caption": "ein Bär"}]}'),
+        ("didemo", "a.json", '[{"video": "1", "description": "ein Bär"}]'),
+        ("activitynet", "a.json", '{"v_1": {"sentences": ["ein Bär"]}}'),
+    ],
+)
+def test_encodings(tmp_path, encoding, format, name, content):
+    file = tmp_path / name
+    file.write_bytes(content.encode(encoding))
+    assert [row.captions for row in rows(format, file)] == [("ein Bär",)]
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(BadAnnotation, match=rf"{name}:\d: .*can't decode byte 0xe4"):
+        rows(format, file)
+
+
+def test_halves_of_characters_are_replaced(tmp_path):
+    file = put(tmp_path, "a.json", [GOOD | {"caption": "dog \ud83d"}])
+    annotations.convert(file, tmp_path / "a.arrow")
+    assert annotations.load(tmp_path / "a.arrow")[0].captions == ("dog \ufffd",)
+
+
+def test_tables_with_any_columns(tmp_path):
+    text = 'path,text,from\na.mp4,"a man, a dog",1.5\nb.mp4,b,\n'
+    names = {"video": "path", "caption": "text", "start": "from"}
+    wanted = [Row("a.mp4", captions=["a man, a dog"], start=1.5), Row("b.mp4", captions=["b"])]
+    assert rows("csv", put(tmp_path, "a.csv", text), columns=names) == wanted
+    tabs = text.replace(",", "\t").replace("\t a dog", ", a dog")
+    assert rows("csv", put(tmp_path, "a.tsv", tabs), columns=names) == wanted
+    with pytest.raises(ValueError, match="need fields among video, image, .*, got label"):
+        rows("csv", tmp_path / "a.csv", columns={"label": "text"})
+    with pytest.raises(BadAnnotation, match="a.csv:2: need start as a number, got 'a.mp4'"):
+        rows("csv", tmp_path / "a.csv", columns=names | {"start": "path"})
 
 
 def test_missing_answers_are_an_error(tmp_path):
@@ -258,7 +405,7 @@ def test_tables_are_written_atomically(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(ValueError, match="no rows"):
         annotations.convert(put(tmp_path, "a.json", "[]"), tmp_path / "a.arrow")
-    with pytest.raises(ValueError, match="need a format among common, webvid"):
+    with pytest.raises(ValueError, match="need a format among common, csv, webvid"):
         annotations.convert(file, tmp_path / "a.arrow", format="coco")
 
 
@@ -302,3 +449,14 @@ def test_convert_command(tmp_path, capsys):
 
     assert main(["data", "convert", str(tmp_path / "no.json")]) == 1
     assert "no.json" in capsys.readouterr().err
+
+    file = put(tmp_path, "own.csv", "path,text\na.mp4,a man\n")
+    command = ["data", "convert", str(file), "--format", "csv", "--columns"]
+    assert main([*command, "video=path,caption=text"]) == 0
+    assert annotations.load(tmp_path / "own.arrow")[0].captions == ("a man",)
+    assert main([*command, "video=path,caption=texts"]) == 1
+    assert "own.csv:1: need columns path, texts, got path, text" in capsys.readouterr().err
+    for wrong in ([*command, "path"], ["data", "convert", str(file), "--columns", "video=path"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+    assert "--columns is for --format csv, not common" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import collections
 import io
 import json
+import shutil
 import tarfile
 
 import numpy
@@ -10,6 +11,7 @@ import pytest
 import torch
 from clips import EXAMPLES, STEP, numbers
 
+from vidl.data import shards as shard_files
 from vidl.data.dataset import Clips, TooManyBroken
 from vidl.data.formats import Row
 from vidl.data.loader import Loader
@@ -348,6 +350,46 @@ def test_a_vocabulary_of_bert(tmp_path):
         load_tokenizer(tmp_path / "nothing")
 
 
+CASED = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Paris", "A", "a", "caf", "##é", "##e", "人"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"do_lower_case": False},
+        {"do_lower_case": True},
+        {"do_lower_case": False, "strip_accents": True},
+        {"do_lower_case": True, "strip_accents": False},
+        {"do_lower_case": False, "tokenize_chinese_chars": False},
+    ],
+)
+def test_options_of_a_vocabulary(tmp_path, config, recwarn):
+    """They are read from tokenizer_config.json, as in transformers."""
+    (tmp_path / "vocab.txt").write_text("\n".join(CASED) + "\n")
+    config = config | {"tokenizer_class": "BertTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ids, mask = load_tokenizer(tmp_path)(["A Paris café, a人"], 12)
+    assert not [warning for warning in recwarn if "lower-cased" in str(warning.message)]
+    assert torch.equal(load_tokenizer(tmp_path / "vocab.txt")(["A Paris café, a人"], 12)[0], ids)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(["A Paris café, a人"])["input_ids"][0] == ids[0, : int(mask.sum())].tolist()
+
+
+def test_a_cased_vocabulary_without_options_warns(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(CASED) + "\n")
+    with pytest.warns(UserWarning, match="2 words such as 'Paris' have capitals: need do_lower_c"):
+        load_tokenizer(tmp_path)
+    for config, message in (
+        ("{", "tokenizer_config.json: not JSON"),
+        ("[]", r"tokenizer_config.json: need an object, got \[\]"),
+        ('{"do_lower_case": "no"}', "need do_lower_case as true or false, got 'no'"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(config)
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(tmp_path)
+
+
 def test_batches_have_tokens(folder):
     tokenizer = train_tokenizer([f"clip {n}" for n in range(FILES)])
     clips = clips_of(folder / "good", tokenizer=tokenizer, words=5)
@@ -428,3 +470,105 @@ def test_shard_errors(shards, tmp_path):
         take(Loader(stream_of(shards, kind="image"), limit=1), 1)
     with pytest.raises(TooManyBroken, match="no sample from its shards.*no.tar"):
         take(Loader(stream_of([str(tmp_path / "no.tar")]), limit=1), 1)
+
+
+def write_shard(file, samples):
+    """Write samples, each a dict of suffix and content."""
+    with tarfile.open(file, "w") as tar:
+        for key, parts in samples.items():
+            for suffix, content in parts.items():
+                entry = tarfile.TarInfo(f"{key}.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    "parts, wanted",
+    [
+        ({"json": {"caption": "a dog"}, "txt": "of the txt"}, "a dog"),
+        ({"json": {"caption": ["a dog"]}}, "a dog"),
+        ({"json": {"caption": "dog \ud83d"}}, "dog \ufffd"),
+        ({"json": {"caption": "dog \ud83d\ude00"}}, "dog \U0001f600"),
+        ({"json": {"url": "x"}, "txt": "of the txt"}, "of the txt"),
+        ({"json": {"caption": None}, "txt": "of the txt"}, "of the txt"),
+        ({"json": {"caption": " "}, "txt": "of the txt"}, "of the txt"),
+        ({"json": ["x"], "txt": "of the txt"}, "of the txt"),
+        ({"json": "[" * 100_000, "txt": "of the txt"}, "of the txt"),
+        ({"txt": "\ufeffof the txt"}, "of the txt"),
+        ({"json": {"caption": None}}, None),
+        ({"json": {"caption": 7}}, None),
+        ({"json": {"caption": {"en": "a dog"}}}, None),
+        ({"json": {"caption": []}}, None),
+        ({"json": {"caption": [None]}}, None),
+        ({"json": {"caption": ["a", ""]}}, None),
+        ({"json": {"caption": ""}}, None),
+        ({"json": ["x"]}, None),
+        ({"json": "{"}, None),
+        ({"txt": " \n"}, None),
+        ({"txt": b"\xff\xfe"}, None),
+        ({}, None),
+    ],
+)
+def test_captions_of_shards(parts, wanted):
+    raw = {}
+    for suffix, content in parts.items():
+        text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+        raw[suffix] = text if isinstance(text, bytes) else text.encode()
+    if wanted is None:
+        with pytest.raises(BrokenClip, match="s.tar/5: no caption: "):
+            shard_files.captions_of(raw, "s.tar/5")
+    else:
+        assert shard_files.captions_of(raw, "s.tar/5") == [wanted]
+
+
+def test_a_sample_without_a_caption_is_broken(folder, tmp_path):
+    """It neither ends the run nor is it trained with the keys of its caption."""
+    pytest.importorskip("webdataset")
+    mp4 = (folder / "good" / "1.mp4").read_bytes()
+    samples = {f"{n:03}": {"mp4": mp4, "txt": b"a circle"} for n in range(8)}
+    samples["003"] = {"mp4": mp4, "json": json.dumps({"caption": {"en": "a dog"}}).encode()}
+    file = write_shard(tmp_path / "s.tar", samples)
+    loader = Loader(stream_of([file]), limit=1)
+    for _, batch in zip(range(6), loader, strict=False):
+        assert batch.text == ["a circle"] * 3
+    assert list(loader.broken) == [f"{file}/003"]
+
+
+@pytest.mark.parametrize("place, lost", [("in data", ["004"]), ("at a header", [])])
+def test_a_cut_shard_names_its_lost_samples(folder, tmp_path, place, lost):
+    pytest.importorskip("webdataset")
+    mp4 = (folder / "good" / "1.mp4").read_bytes()
+    samples = {f"{n:03}": {"mp4": mp4, "txt": b"a circle"} for n in range(8)}
+    file = write_shard(tmp_path / "s.tar", samples)
+    with tarfile.open(file) as tar:
+        member = tar.getmember("004.mp4")
+        at = member.offset if place == "at a header" else member.offset_data + 100
+    with open(file, "r+b") as cut:
+        cut.truncate(at)
+    whole = write_shard(tmp_path / "t.tar", samples)
+    broken: list = []
+    read = [sample["__key__"] for sample in shard_files._samples(file, broken)]
+    assert read == ["000", "001", "002", "003"]
+    assert [name for name, _ in broken] == [file, *(f"{file}/{key}" for key in lost)]
+    assert "unexpected end" in broken[0][1] or "no end marker" in broken[0][1]
+    assert len(list(shard_files._samples(whole, whole_broken := []))) == 8 and not whole_broken
+
+
+def test_other_shards_cannot_resume(shards, tmp_path):
+    """More, fewer, other or larger shards would skip and repeat clips."""
+    first = Loader(stream_of(shards[:2]), limit=1)
+    whole = take(Loader(stream_of(shards[:2]), limit=1), 4)
+    take(first, 2)
+    state = json.loads(json.dumps(first.state_dict()))
+    for changed in (shards[:3], shards[:1], [shards[0], shards[2]]):
+        with pytest.raises(ValueError, match="need the 2 shards of the interrupted run"):
+            Loader(stream_of(changed), limit=1).load_state_dict(state)
+    copies = [shutil.copy(file, tmp_path) for file in shards[:2]]
+    moved = Loader(stream_of(copies), limit=1)
+    moved.load_state_dict(state)
+    assert take(moved, 2) == whole[2:]
+    with open(copies[1], "ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(ValueError, match="need the 2 shards of the interrupted run"):
+        Loader(stream_of(copies), limit=1).load_state_dict(state)

@@ -1,5 +1,7 @@
 """Reading frames from valid and broken files, and crops."""
 
+import contextlib
+import io
 import os
 import pickle
 import random
@@ -7,13 +9,16 @@ import struct
 
 import pytest
 import torch
-from clips import EXAMPLES, HERE, numbers, shown_at, write_video
+from clips import EXAMPLES, HERE, STEP, numbers, shown_at, write_video
 
 from vidl.data import crops, video
 from vidl.data.video import BrokenClip, as_clip, inspect, instants, read_clip
 
 av = pytest.importorskip("av")
-pytest.importorskip("numpy")
+numpy = pytest.importorskip("numpy")
+pytest.importorskip("PIL")
+from PIL import Image, ImageOps  # noqa: E402
+
 av.logging.set_level(None)
 
 HARD = HERE / "videos"
@@ -238,6 +243,67 @@ def test_broken_files_are_named(folder, even, name, decoder):
     assert str(again) == str(caught.value) and again.name == str(file)
 
 
+def test_errors_of_any_class_are_broken_clips(even, monkeypatch):
+    """PyAV's errors have no base class in common but Exception."""
+    classes = [av.error.EOFError, av.error.ExternalError, av.error.PatchWelcomeError]
+    classes += [av.error.UnknownError, av.error.LookupError, av.error.MemoryError]
+    for kind in classes:
+
+        def fail(*args, kind=kind):
+            raise kind(1, "the decoder failed")
+
+        monkeypatch.setattr(video, "_packets", fail)
+        for read in (inspect, lambda file: read_clip(file, 2, decoder="pyav")):
+            with pytest.raises(BrokenClip, match="even.mp4: the decoder failed"):
+                read(even)
+
+
+def test_a_codec_without_decoder(even):
+    data = even.read_bytes()
+    assert data.count(b"avc1") == 2
+    at = data.rindex(b"avc1")
+    for read in (inspect, lambda source, stream: read_clip(source, 2, stream=stream)):
+        for stream in (None, 0):
+            with pytest.raises(BrokenClip, match="no decoder"):
+                read(data[:at] + b"zzzz" + data[at + 4 :], stream=stream)
+
+
+def test_only_regular_files_are_opened(folder, even, monkeypatch):
+    """A FIFO blocks, and a protocol of FFmpeg reads other files or the network."""
+    fifo = folder / "fifo.mp4"
+    os.mkfifo(fifo)
+    monkeypatch.chdir(folder)
+    cases = {
+        str(fifo): "need a regular file, got a FIFO",
+        "/dev/zero": "need a regular file, got a device",
+        "tcp://127.0.0.1:9?listen=1": "No such file",
+        "http://127.0.0.1:9/a.mp4": "No such file",
+        "pipe:0": "No such file",
+        f"concat:{even}|{even}": "No such file",
+        f"subfile,,start,0,end,9,,:{even}": "No such file",
+        f"file:{even}": "No such file",
+        "a\0b": "null",
+    }
+    for name, reason in cases.items():
+        for read in (inspect, lambda file: read_clip(file, 2)):
+            with pytest.raises(BrokenClip) as caught:
+                read(name)
+            assert reason in caught.value.reason, name
+    strange = folder / "concat:a%d.mp4"
+    strange.write_bytes(even.read_bytes())
+    assert numbers(read_clip(strange.name, 2)) == numbers(read_clip(even, 2))
+
+
+def test_arguments_of_read_clip(even):
+    with pytest.raises(TypeError, match="need source as a file name or bytes, got int"):
+        read_clip(3, 1)
+    for name in ("start", "end"):
+        with pytest.raises(TypeError, match=f"need {name} in seconds, got '1'"):
+            read_clip(even, 1, **{name: "1"})
+        with pytest.raises(ValueError, match=f"need {name} in finite seconds, got nan"):
+            read_clip(even, 1, **{name: float("nan")})
+
+
 def test_damaged_frames_are_detected(folder):
     data = bytearray((EXAMPLES / "sign_eat.mp4").read_bytes())
     rng = random.Random(0)
@@ -252,6 +318,254 @@ def test_damaged_frames_are_detected(folder):
         inspect(file)
     with pytest.raises(BrokenClip, match="damaged|Invalid data|missing"):
         read_clip(file, 16)
+
+
+FUZZED = {
+    "mp4": "libx264", "mkv": "libx264", "ts": "libx264", "flv": "flv", "avi": "mpeg4",
+    "mpg": "mpeg2video", "webm": "libvpx", "ogg": "libvpx", "wmv": "wmv2", "mov": "mjpeg",
+    "m4v": "mpeg4", "h264": "libx264", "mjpeg": "mjpeg", "apng": "apng", "gif": "gif",
+    "png": "png", "jpg": "mjpeg", "webp": "libwebp", "bmp": "bmp", "tiff": "tiff", "nut": "ffv1",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", FUZZED)
+def test_damaged_files_are_broken_clips(folder, suffix):
+    """Whatever is damaged, a file is read or is a BrokenClip."""
+    file = folder / f"fuzzed.{suffix}"
+    try:
+        write_fuzzed(file, FUZZED[suffix])
+    except (ValueError, OSError) as error:  # of PyAV: an encoder is missing
+        pytest.skip(f"this FFmpeg cannot write {suffix}: {error}")
+    data, rng, read = file.read_bytes(), random.Random(suffix), 0
+    assert inspect(data).frames > 0
+    for number in range(250):
+        damaged = bytearray(data)
+        for _ in range(rng.choice((1, 4, 30))):
+            # half of the damage is in the first bytes, where the header is
+            at = rng.randrange(min(len(data), 200) if rng.random() < 0.5 else len(data))
+            damaged[at : at + rng.choice((1, 4))] = rng.randbytes(rng.choice((0, 1, 4)))
+        if number % 5 == 0:
+            del damaged[rng.randrange(len(damaged)) :]
+        for call in (inspect, lambda source: read_clip(source, 2, start=rng.choice((None, 0.5)))):
+            with contextlib.suppress(BrokenClip):
+                call(bytes(damaged))
+                read += 1
+    assert read or suffix in ("apng", "png")  # checksums reject any damage
+
+
+def write_fuzzed(file, codec):
+    still = file.suffix in (".png", ".jpg", ".webp", ".bmp", ".tiff")
+    options = {"movflags": "faststart"} if file.suffix in (".mp4", ".mov") else {}
+    with av.open(str(file), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height = 48, 32
+        stream.pix_fmt = av.Codec(codec, "w").video_formats[0].name
+        for number in range(1 if still else 12):
+            picture = numpy.full((32, 48, 3), 16 * number, numpy.uint8)
+            picture[::3] = 200
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
+
+
+def write_long(file, codec, gop=120, count=300):
+    """Frame n of `write_video` has the brightness of n modulo 32."""
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        stream.bit_rate = 4_000_000
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = gop, 2
+        if codec == "libx264":
+            stream.codec_context.options = {"sc_threshold": "0"}
+        for number in range(count):
+            picture = numpy.full((16, 32, 3), STEP * (number % 32), numpy.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
+    return file
+
+
+@pytest.mark.parametrize(
+    "suffix, codec",
+    [
+        ("ts", "libx264"), ("ts", "mpeg2video"), ("m2ts", "libx264"), ("flv", "libx264"),
+        ("mkv", "libx264"), ("mp4", "libx264"), ("webm", "libvpx"), ("m2v", "mpeg2video"),
+        ("nut", "libx264"), ("ogg", "libvpx"),
+    ],
+)  # fmt: skip
+def test_parts_with_distant_key_frames(folder, suffix, codec):
+    """Formats without an index seek to any frame, and the next key frame may be late."""
+    file = write_long(folder / f"{codec}.{suffix}", codec)
+    for number in range(20):
+        start, end = 0.6 * number, 0.6 * (number + 1)
+        wanted = [int(instant * 25) % 32 for instant in instants(start, end, 4)]
+        assert numbers(read_clip(file, 4, start=start, end=end)) == wanted, number
+
+
+def test_parts_of_a_program_stream(folder):
+    """They are those of the whole file, whose times FFmpeg guesses as the frames are tiny."""
+    file = write_long(folder / "parts.mpg", "mpeg2video")
+    with av.open(str(file)) as container:
+        stream = container.streams.video[0]
+        shown = {
+            float((f.pts - stream.start_time) * f.time_base): f for f in container.decode(stream)
+        }
+    for number in range(19):
+        start, end = 0.6 * number, 0.6 * (number + 1)
+        for instant, picture in zip(
+            instants(start, end, 4), read_clip(file, 4, start=start, end=end), strict=True
+        ):
+            frame = shown[max(time for time in shown if time <= instant + 1e-9)]
+            assert numpy.array_equal(picture.numpy(), frame.to_ndarray(format="rgb24")), number
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mpg"])
+def test_joined_recordings_are_broken(folder, suffix):
+    codec = "libx264" if suffix == "ts" else "mpeg2video"
+    parts = [write_long(folder / f"{n}.{suffix}", codec, 20, 20 + n) for n in (5, 6)]
+    joined = folder / f"joined.{suffix}"
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    for read in (inspect, lambda file: read_clip(file, 10)):
+        with pytest.raises(BrokenClip, match="joined recordings: times go back by 1.0 s in the f"):
+            read(joined)
+
+
+def quadrants(size=(96, 48)):
+    """A picture with a red, a green, a blue and a yellow quadrant."""
+    W, H = size
+    picture = numpy.zeros((H, W, 3), numpy.uint8)
+    picture[: H // 2, : W // 2, 0] = picture[H // 2 :, W // 2 :, 0] = 230
+    picture[: H // 2, W // 2 :, 1] = picture[H // 2 :, W // 2 :, 1] = 230
+    picture[H // 2 :, : W // 2, 2] = 230
+    return picture
+
+
+def same(picture, wanted):
+    return picture.shape == wanted.shape and numpy.abs(picture - wanted.astype(int)).mean() < 12
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+def test_orientations_of_pictures(folder, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    file = folder / f"{orientation}.{suffix}"
+    Image.fromarray(quadrants()).save(file, exif=exif, quality=95)
+    with Image.open(file) as image:
+        wanted = numpy.array(ImageOps.exif_transpose(image).convert("RGB"))
+    for source in (file, file.read_bytes()):
+        assert same(read_clip(source, 1)[0].numpy(), wanted)
+    if orientation != 1:
+        with pytest.raises(ValueError, match="need decoder='pyav'"):
+            video._check_for_torchcodec(file, None)
+
+
+@pytest.mark.parametrize(
+    "matrix, upright",
+    [
+        ((1, 0, 0, 1), lambda picture: picture),
+        ((0, 1, -1, 0), lambda picture: numpy.rot90(picture, -1)),
+        ((-1, 0, 0, -1), lambda picture: numpy.rot90(picture, 2)),
+        ((0, -1, 1, 0), lambda picture: numpy.rot90(picture)),
+        ((-1, 0, 0, 1), lambda picture: picture[:, ::-1]),
+        ((1, 0, 0, -1), lambda picture: picture[::-1]),
+        ((0, 1, 1, 0), lambda picture: picture.transpose(1, 0, 2)),
+        ((0, -1, -1, 0), lambda picture: numpy.rot90(picture, 2).transpose(1, 0, 2)),
+    ],
+)
+def test_display_matrices(folder, matrix, upright):
+    file = folder / "matrix.mp4"
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 48, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(quadrants())))
+        container.mux(stream.encode())
+    data = bytearray(file.read_bytes())
+    at = data.index(b"tkhd") + 44
+    a, b, c, d = (value << 16 for value in matrix)
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    assert same(read_clip(bytes(data), 1)[0].numpy(), upright(quadrants()))
+
+
+@pytest.mark.parametrize(
+    "suffix, options",
+    [
+        ("jpg", {}),
+        ("jpg", {"progressive": True}),
+        ("jpg", {"restart_marker_blocks": 2}),
+        ("gif", {}),
+        ("gif", {"save_all": True}),
+        ("png", {}),
+        ("webp", {}),
+    ],
+)
+def test_truncated_pictures_are_broken(folder, suffix, options):
+    """FFmpeg invents the rows that are missing."""
+    noise = numpy.random.default_rng(0).integers(0, 255, (2, 40, 60, 3)).astype(numpy.uint8)
+    images = [Image.fromarray(picture) for picture in noise]
+    if "save_all" in options:
+        options = options | {"append_images": images[1:]}
+    if suffix == "jpg":  # the end marker of a thumbnail is not that of the picture
+        thumbnail = io.BytesIO()
+        images[1].save(thumbnail, format="jpeg", quality=20)
+        options = options | {"exif": b"Exif\0\0" + thumbnail.getvalue()}
+    file = folder / f"whole.{suffix}"
+    images[0].save(file, **options)
+    data = file.read_bytes()
+    whole = read_clip(file, 4)
+    assert torch.equal(read_clip(data, 4), whole)
+    if suffix in ("jpg", "gif"):
+        assert torch.equal(read_clip(data + b"\0" * 9, 4), whole)
+    assert torch.equal(read_clip(file, 1, end=0.01), whole[:1])
+    cut = folder / f"cut.{suffix}"
+    for share in range(5, 100, 5):
+        cut.write_bytes(data[: len(data) * share // 100])
+        for source in (cut, cut.read_bytes()):
+            with pytest.raises(BrokenClip):
+                read_clip(source, 4)
+            with pytest.raises(BrokenClip):
+                inspect(source)
+
+
+def test_a_cover_picture_is_no_video(folder):
+    file = folder / "sound.flac"
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("flac", rate=8000)
+        stream.layout = "mono"
+        sound = av.AudioFrame.from_ndarray(numpy.zeros((1, 8000), numpy.int16), "s16", "mono")
+        sound.rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    picture = io.BytesIO()
+    Image.fromarray(quadrants()).save(picture, format="png")
+    cover = struct.pack(">II", 3, 9) + b"image/png" + struct.pack(">IIIII", 0, 96, 48, 24, 0)
+    cover += struct.pack(">I", len(picture.getvalue())) + picture.getvalue()
+    data = file.read_bytes()  # fLaC, then blocks: type, three bytes of length, content
+    block = struct.pack(">I", 6 << 24 | len(cover)) + cover
+    data = data[:42] + block + data[42:]
+    with av.open(io.BytesIO(data)) as container:
+        assert len(container.streams.video) == 1
+    for stream in (None, 0, 1):
+        for read in (inspect, lambda source, stream: read_clip(source, 2, stream=stream)):
+            with pytest.raises(BrokenClip, match="no video stream, only 1 cover|among \\[\\], got"):
+                read(data, stream=stream)
+
+
+def test_text_and_playlists_are_no_video(folder, even):
+    texts = {
+        "a.txt": "one line\n" * 99,
+        "a.mp4": "<html><body>404 Not Found</body></html>\n" * 9,
+        "a.nfo": "\x1b[31m text of a terminal",
+        "a.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\neven.mp4\n#EXT-X-ENDLIST\n",
+        "a.ffconcat": "ffconcat version 1.0\nfile even.mp4\n",
+        "a.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nm=video 9 RTP/AVP 96\n",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+        for source in (folder / name, text.encode()):
+            with pytest.raises(BrokenClip):
+                read_clip(source, 2)
+            with pytest.raises(BrokenClip):
+                inspect(source)
 
 
 def test_nothing_leaks(even):

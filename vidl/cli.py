@@ -232,13 +232,20 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         "--format",
         default="common",
         help="common (JSON list of {video or image, caption}, also questions and multiple choice; "
-        "default), webvid (CSV), cc3m (TSV), msrvtt (JSON, or the CSV of the 1k-A test), didemo, "
-        "activitynet (paragraphs), msrvtt-qa, activitynet-qa (*_q.json)",
+        "default), csv (see --columns), webvid (CSV), cc3m (TSV), msrvtt (JSON, or the CSV of the "
+        "1k-A test), didemo, activitynet (paragraphs), msrvtt-qa, activitynet-qa (*_q.json)",
     )
     about = "folder of the clips; file names in the table get the suffixes of its files"
     part.add_argument("--media", type=Path, help=about)
     part.add_argument("--split", help="msrvtt: keep only train, validate or test")
     part.add_argument("--ids", type=Path, help="msrvtt: keep only videos listed in this CSV")
+    part.add_argument(
+        "--columns",
+        metavar="FIELD=COLUMN,...",
+        help="csv: columns of a CSV or TSV file with a header, e.g. video=path,caption=text; "
+        "fields: video or image, caption, question, answer, id, start, end (default: video and "
+        "caption)",
+    )
     part.set_defaults(run=_data_convert)
 
     part = parts.add_parser(
@@ -294,9 +301,17 @@ def _add_source(part: argparse.ArgumentParser) -> None:
 
 @_report_errors
 def _data_convert(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    options = {"split": args.split, "ids": args.ids} if args.format == "msrvtt" else {}
+    msrvtt = args.format == "msrvtt"
+    options: dict[str, Any] = {"split": args.split, "ids": args.ids} if msrvtt else {}
     if not options and (args.split or args.ids):
         parser.error(f"--split and --ids are for --format msrvtt, not {args.format}")
+    if args.columns is not None:
+        if args.format != "csv":
+            parser.error(f"--columns is for --format csv, not {args.format}")
+        pairs = [pair.partition("=") for pair in args.columns.split(",")]
+        if not all(field and column for field, _, column in pairs):
+            parser.error(f"need --columns as FIELD=COLUMN,FIELD=COLUMN,..., got {args.columns!r}")
+        options = {"columns": {field: column for field, _, column in pairs}}
     from vidl.data import commands
 
     commands.convert(args.file, args.out, format=args.format, media=args.media, **options)

@@ -35,6 +35,8 @@ SCHEMA = pa.schema(
     ]
 )
 ROWS_AT_A_TIME = 100_000
+# Increased when the same file gives other rows, so that cached tables are not used any more.
+READER = 2
 
 
 class Annotations(Sequence[Row]):
@@ -177,7 +179,7 @@ def _converted(file: Path) -> Path:
     if file.suffix not in (".json", ".jsonl"):
         raise ValueError(f"{file}: need .arrow, .json or .jsonl; else `vidl data convert` first")
     facts = file.stat()
-    key = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {SCHEMA}"
+    key = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {READER} {SCHEMA}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     folder = Path(os.environ.get("VIDL_CACHE") or Path.home() / ".cache/vidl")
     table = folder / f"{file.stem}-{digest}.arrow"

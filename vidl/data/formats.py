@@ -1,13 +1,29 @@
 """Readers of annotation formats; each docstring describes its format."""
 
 import csv
-import json
-import re
+import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from vidl.data.parsing import (
+    BadAnnotation,
+    checked,
+    json_lines,
+    lines,
+    members,
+    name_field,
+    number_field,
+    table,
+    text_field,
+    texts_field,
+    without_surrogates,
+)
+
+# What `columns` can read from a table.
+FIELDS = ("video", "image", "caption", "question", "answer", "id", "start", "end")
 
 
 @dataclass(frozen=True)
@@ -34,13 +50,6 @@ class Row:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
-class BadAnnotation(ValueError):
-    """An invalid annotation: file, line and what is needed."""
-
-    def __init__(self, file: str | Path, line: int, problem: str):
-        super().__init__(f"{file}:{line}: {problem}")
-
-
 def common(file: Path) -> Iterator[Row]:
     """The JSON format of Singularity, VindLU and UMT; or one such object per line (.jsonl).
 
@@ -49,58 +58,103 @@ def common(file: Path) -> Iterator[Row]:
     [text, ...], "answer": index} or {..., "question": text, "options": [text, ...], "answer":
     index}. Optional: "id" or "question_id", and "start" and "end" in seconds.
     """
-    for line, entry in _entries(file):
-        try:
-            yield _common_row(entry)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            problem = f"missing key {error}" if isinstance(error, KeyError) else str(error)
-            raise BadAnnotation(file, line, problem) from None
+    if file.suffix == ".jsonl":
+        entries = json_lines(file)
+    else:
+        entries = ((line, entry) for line, _, entry in members(file))
+    return checked(file, entries, _common_row)
 
 
 def _common_row(entry: dict[str, Any]) -> Row:
     kind = "image" if "image" in entry else "video"
-    media, captions, answer = entry[kind], entry.get("caption", []), entry.get("answer")
-    if isinstance(media, list):  # COCO lists several images of the same caption
-        media = media[0]
-    captions = [captions] if isinstance(captions, str) else list(captions)
-    options: list[str] = list(entry.get("options", []))
+    # COCO lists several images of the same caption
+    media = next(iter(texts_field(entry, kind)), None) if entry[kind] else None
+    if media is None:
+        raise ValueError(f"need {kind} as a file name, got {entry[kind]!r}")
+    captions, options = texts_field(entry, "caption"), texts_field(entry, "options")
+    answer, correct = entry.get("answer"), None
     if isinstance(answer, int) and not options:
         captions, options = [], captions
-    correct = None
     if options:
         correct, answer = answer, None
-        if not isinstance(correct, int) or not 0 <= correct < len(options):
+        if type(correct) is not int or not 0 <= correct < len(options):
             raise ValueError(f"need answer as an index into {len(options)} options, got {correct}")
-    if isinstance(answer, list):
-        answer = answer[0]
-    texts = [media, *captions, *options]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"need non-empty texts, got {texts}")
+    elif answer is not None:
+        answer = next(iter(texts_field(entry, "answer")), None)
     if not captions and not options and answer is None:
         raise KeyError("caption")
+    question = entry.get("question")
     return Row(
         media=media,
         kind=kind,
-        id=str(entry.get("question_id", entry.get("id", ""))),
+        id=name_field(entry, "question_id", "") or name_field(entry, "id", ""),
         captions=captions,
-        question=entry.get("question"),
+        question=None if question is None else text_field(entry, "question"),
         answer=answer,
         options=options,
         correct=correct,
-        start=entry.get("start"),
-        end=entry.get("end"),
+        start=number_field(entry, "start"),
+        end=number_field(entry, "end"),
     )
+
+
+def columns(file: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
+    """A CSV or, with suffix .tsv, a TSV file with a header, such as `path,caption`.
+
+    Args:
+        file: the annotations.
+        columns: the column of each field: "video" or "image", "caption" or "question" and "answer",
+            and optionally "id", "start" and "end"; default: video and caption, with these names.
+
+    Raises:
+        ValueError: unknown fields.
+    """
+    columns = dict(columns or {"video": "video", "caption": "caption"})
+    unknown = [field for field in columns if field not in FIELDS]
+    if unknown:
+        raise ValueError(f"need fields among {', '.join(FIELDS)}, got {', '.join(unknown)}")
+
+    def row(values: dict[str, str]) -> Row:
+        entry: dict[str, Any] = {field: values[column] for field, column in columns.items()}
+        for field in ("start", "end"):
+            text = entry.pop(field, "").strip()
+            if text:
+                try:
+                    entry[field] = float(text)
+                except ValueError:
+                    raise ValueError(f"need {field} as a number, got {text!r}") from None
+        if not entry.get("id", "x").strip():
+            del entry["id"]
+        return _common_row(entry)
+
+    delimiter = "\t" if file.suffix == ".tsv" else ","
+    return checked(file, table(file, list(columns.values()), delimiter), row)
 
 
 def webvid(file: Path) -> Iterator[Row]:
     """WebVid: CSV with `videoid`, `name` (the caption) and `page_dir`.
 
-    Rows without a name are skipped. Media: {page_dir}/{videoid}.mp4 in the folder `videos`.
+    Rows without a name are skipped with a warning. Media: {page_dir}/{videoid}.mp4 in the folder
+    `videos`.
     """
-    for _, row in _table(file, ("videoid", "page_dir", "name")):
-        if row["name"].strip():
-            media = f"{row['page_dir']}/{row['videoid']}.mp4"
-            yield Row(media, id=row["videoid"], captions=[row["name"]])
+    skipped = 0
+
+    def named() -> Iterator[tuple[int, dict[str, str]]]:
+        nonlocal skipped
+        for line, row in table(file, ("videoid", "page_dir", "name")):
+            if row["name"].strip():
+                yield line, row
+            else:
+                skipped += 1
+
+    def row(values: dict[str, str]) -> Row:
+        name = text_field(values, "videoid")
+        media = f"{text_field(values, 'page_dir')}/{name}.mp4"
+        return Row(media, id=name, captions=[values["name"]])
+
+    yield from checked(file, named(), row)
+    if skipped:
+        warnings.warn(f"{file}: {skipped} rows without a name are skipped", stacklevel=2)
 
 
 def cc3m(file: Path) -> Iterator[Row]:
@@ -108,11 +162,10 @@ def cc3m(file: Path) -> Iterator[Row]:
 
     Media: the decimal CRC-32 of the URL, as stored by Frozen in Time.
     """
-    with open(file, encoding="utf-8", newline="") as text:
-        for line, row in enumerate(csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
-            if len(row) != 2 or not row[0].strip():
-                raise BadAnnotation(file, line, f"need caption <tab> url, got {len(row)} columns")
-            yield Row(str(zlib.crc32(row[1].encode())), kind="image", captions=[row[0]])
+    for line, row in lines(file, "\t", csv.QUOTE_NONE):
+        if len(row) != 2 or not row[0].strip():
+            raise BadAnnotation(file, line, f"need caption <tab> url, got {len(row)} columns")
+        yield Row(str(zlib.crc32(row[1].encode())), kind="image", captions=[row[0]])
 
 
 def msrvtt(file: Path, split: str | None = None, ids: Path | None = None) -> Iterator[Row]:
@@ -128,24 +181,24 @@ def msrvtt(file: Path, split: str | None = None, ids: Path | None = None) -> Ite
         ids: keep only the videos in the column `video_id` of this CSV, e.g. MSRVTT_train.9k.csv.
     """
     if file.suffix == ".csv":
-        for _, row in _table(file, ("video_id", "sentence")):
-            yield Row(f"{row['video_id']}.mp4", id=row["video_id"], captions=[row["sentence"]])
+        yield from checked(file, table(file, ("video_id", "sentence")), _pair)
         return
-    name = "sentences" if _has(file, "sentences") else "annotations"
     captions: dict[str, list[str]] = {}
-    for line, _, sentence in _members(file, name):
-        video = sentence.get("video_id", sentence.get("image_id"))
-        if not video or not sentence.get("caption"):
-            raise BadAnnotation(file, line, f"need video_id and caption, got {sentence}")
-        captions.setdefault(video, []).append(sentence["caption"])
+    sentences = ((line, entry) for line, _, entry in members(file, "sentences", "annotations"))
+    for video, caption in checked(file, sentences, _sentence):
+        captions.setdefault(video, []).append(caption)
     if split is not None:
-        splits = {video["video_id"]: video.get("split") for _, _, video in _members(file, "videos")}
+        videos = ((line, entry) for line, _, entry in members(file, "videos"))
+        splits = dict(checked(file, videos, lambda entry: (entry["video_id"], entry.get("split"))))
         if split not in splits.values():
             names = sorted(set(map(str, splits.values())))
             raise ValueError(f"{file}: need a split among {', '.join(names)}, got {split!r}")
-        captions = {video: texts for video, texts in captions.items() if splits.get(video) == split}
+        without = [video for video in captions if video not in splits]
+        if without:
+            raise ValueError(f"{file}: need all captioned videos in videos, {without[0]} is not")
+        captions = {video: texts for video, texts in captions.items() if splits[video] == split}
     if ids is not None:
-        wanted = [(line, row["video_id"]) for line, row in _table(ids, ("video_id",))]
+        wanted = [(line, row["video_id"]) for line, row in table(ids, ("video_id",))]
         for line, video in wanted:
             if video not in captions:
                 raise BadAnnotation(ids, line, f"{file} has no caption of {video}")
@@ -154,13 +207,24 @@ def msrvtt(file: Path, split: str | None = None, ids: Path | None = None) -> Ite
         yield Row(f"{video}.mp4", id=video, captions=texts)
 
 
+def _pair(values: dict[str, str]) -> Row:
+    video = text_field(values, "video_id")
+    return Row(f"{video}.mp4", id=video, captions=[text_field(values, "sentence")])
+
+
+def _sentence(entry: dict[str, Any]) -> tuple[str, str]:
+    video = "video_id" if "video_id" in entry or "image_id" not in entry else "image_id"
+    return text_field(entry, video), text_field(entry, "caption")
+
+
 def didemo(file: Path) -> Iterator[Row]:
     """DiDeMo: list of {"video", "description"}; descriptions of a video form one paragraph."""
     paragraphs: dict[str, list[str]] = {}
-    for line, _, entry in _members(file):
-        if not entry.get("video") or not str(entry.get("description", "")).strip():
-            raise BadAnnotation(file, line, f"need video and description, got {entry}")
-        paragraphs.setdefault(entry["video"], []).append(entry["description"].strip())
+    entries = ((line, entry) for line, _, entry in members(file))
+    for video, description in checked(
+        file, entries, lambda entry: (text_field(entry, "video"), text_field(entry, "description"))
+    ):
+        paragraphs.setdefault(video, []).append(description.strip())
     for video, descriptions in paragraphs.items():
         yield Row(video, id=video, captions=[" ".join(descriptions)])
 
@@ -168,13 +232,24 @@ def didemo(file: Path) -> Iterator[Row]:
 def activitynet(file: Path) -> Iterator[Row]:
     """ActivityNet Captions: {"v_ID": {"sentences": [text, ...]}}, joined to one paragraph.
 
-    Media: v_ID.mp4, or another suffix that the folder of the media has.
+    Blank sentences are left out. Media: v_ID.mp4, or another suffix that the folder of the media
+    has.
     """
-    for line, video, entry in _members(file):
-        sentences = [text.strip() for text in entry.get("sentences", ()) if text.strip()]
-        if not sentences:
-            raise BadAnnotation(file, line, f"need sentences of {video}, got {entry}")
-        yield Row(f"{video}.mp4", id=video, captions=[" ".join(sentences)])
+
+    def row(member: tuple[str, dict[str, Any]]) -> Row:
+        video, entry = member
+        if not video.strip():
+            raise ValueError("need an object of videos, with their ids as keys")
+        sentences = entry["sentences"]
+        if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences):
+            raise ValueError(f"need sentences of {video} as a list of texts, got {sentences!r:.80}")
+        paragraph = " ".join(text.strip() for text in sentences if text.strip())
+        if not paragraph:
+            raise ValueError(f"need sentences of {video}, got {sentences!r:.80}")
+        return Row(f"{video}.mp4", id=video, captions=[without_surrogates(paragraph)])
+
+    entries = ((line, (video, entry)) for line, video, entry in members(file))
+    return checked(file, entries, row)
 
 
 def msrvtt_qa(file: Path) -> Iterator[Row]:
@@ -182,12 +257,17 @@ def msrvtt_qa(file: Path) -> Iterator[Row]:
 
     Media: video{video_id}.mp4.
     """
-    for line, _, entry in _members(file):
-        missing = {"question", "answer", "video_id"} - entry.keys()
-        if missing:
-            raise BadAnnotation(file, line, f"need {', '.join(sorted(missing))}, got {entry}")
-        media, name = f"video{entry['video_id']}.mp4", str(entry.get("id", ""))
-        yield Row(media, id=name, question=entry["question"], answer=entry["answer"])
+    entries = ((line, entry) for line, _, entry in members(file))
+    return checked(file, entries, _numbered_question)
+
+
+def _numbered_question(entry: dict[str, Any]) -> Row:
+    return Row(
+        f"video{name_field(entry, 'video_id')}.mp4",
+        id=name_field(entry, "id", ""),
+        question=text_field(entry, "question"),
+        answer=text_field(entry, "answer"),
+    )
 
 
 def activitynet_qa(file: Path) -> Iterator[Row]:
@@ -199,20 +279,28 @@ def activitynet_qa(file: Path) -> Iterator[Row]:
     if not file.name.endswith("_q.json"):
         raise ValueError(f"{file}: need the file with the questions, *_q.json")
     answers_file = file.with_name(file.name.replace("_q.json", "_a.json"))
-    answers = {entry["question_id"]: entry["answer"] for _, _, entry in _members(answers_file)}
-    for line, _, entry in _members(file):
-        missing = {"video_name", "question", "question_id"} - entry.keys()
-        if missing:
-            raise BadAnnotation(file, line, f"need {', '.join(sorted(missing))}, got {entry}")
-        name = entry["question_id"]
+    given = ((line, entry) for line, _, entry in members(answers_file))
+    answers = dict(
+        checked(
+            answers_file, given,
+            lambda entry: (name_field(entry, "question_id"), name_field(entry, "answer")),
+        )
+    )  # fmt: skip
+
+    def row(entry: dict[str, Any]) -> Row:
+        media = f"v_{name_field(entry, 'video_name')}.mp4"
+        question, name = text_field(entry, "question"), name_field(entry, "question_id")
         if name not in answers:
-            raise BadAnnotation(file, line, f"{answers_file} has no answer to {name}")
-        media = f"v_{entry['video_name']}.mp4"
-        yield Row(media, id=name, question=entry["question"], answer=str(answers[name]))
+            raise ValueError(f"{answers_file} has no answer to {name}")
+        return Row(media, id=name, question=question, answer=answers[name])
+
+    entries = ((line, entry) for line, _, entry in members(file))
+    return checked(file, entries, row)
 
 
 FORMATS: dict[str, Callable[..., Iterator[Row]]] = {
     "common": common,
+    "csv": columns,
     "webvid": webvid,
     "cc3m": cc3m,
     "msrvtt": msrvtt,
@@ -221,82 +309,3 @@ FORMATS: dict[str, Callable[..., Iterator[Row]]] = {
     "msrvtt-qa": msrvtt_qa,
     "activitynet-qa": activitynet_qa,
 }
-
-
-def _table(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and values of each row of a CSV file with a header."""
-    with open(file, encoding="utf-8", newline="") as text:
-        reader = csv.DictReader(text)
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
-        if missing:
-            given = ", ".join(reader.fieldnames or ()) or "nothing"
-            raise BadAnnotation(file, 1, f"need columns {', '.join(columns)}, got {given}")
-        for row in reader:
-            if any(row[name] is None for name in columns):
-                raise BadAnnotation(
-                    file, reader.line_num, f"need {len(columns)} columns, got {row}"
-                )
-            yield reader.line_num, row
-
-
-def _entries(file: Path) -> Iterator[tuple[int, Any]]:
-    """Line number and object of each entry of a JSON list, or of a file with one object a line."""
-    if file.suffix != ".jsonl":
-        yield from ((line, entry) for line, _, entry in _members(file))
-        return
-    with open(file, encoding="utf-8") as text:
-        for number, line in enumerate(text, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise BadAnnotation(file, number, error.msg) from None
-
-
-def _has(file: Path, name: str) -> bool:
-    return re.search(rf'"{name}"\s*:\s*\[', file.read_text(encoding="utf-8")) is not None
-
-
-def _members(file: Path, name: str | None = None) -> Iterator[tuple[int, str, Any]]:
-    """Line, key and value of each member of a JSON list or object, parsed one by one.
-
-    Args:
-        file: a JSON file.
-        name: key of the list; None: the top level is the list or object.
-    """
-    text = file.read_text(encoding="utf-8")
-    at = 0
-    if name is not None:
-        match = re.search(rf'"{name}"\s*:\s*(?=\[)', text)
-        if match is None:
-            raise BadAnnotation(file, 1, f"need a list named {name!r}")
-        at = match.end()
-    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
-
-    def skip(at: int) -> int:
-        return blank.match(text, at).end()  # type: ignore[union-attr]  # it always matches
-
-    at = skip(at)
-    opening = text[at : at + 1]
-    if opening not in ("[", "{"):
-        raise BadAnnotation(file, 1, f"need a JSON list or object, got {text[at : at + 20]!r}")
-    closing = "]" if opening == "[" else "}"
-    line, counted, at = text.count("\n", 0, at) + 1, at, skip(at + 1)
-    try:
-        while text[at : at + 1] != closing:
-            key = ""
-            if opening == "{":
-                key, at = decoder.raw_decode(text, at)
-                at = skip(skip(at) + 1)  # the colon
-            line, counted = line + text.count("\n", counted, at), at
-            value, at = decoder.raw_decode(text, at)
-            if name is not None or opening == "{" or isinstance(value, dict):
-                yield line, key, value
-            else:
-                raise BadAnnotation(file, line, f"need an object, got {value!r:.40}")
-            at = skip(at)
-            if text[at : at + 1] not in (",", closing):
-                raise json.JSONDecodeError(f"need , or {closing}", text, at)
-            at = skip(at + 1) if text[at] == "," else at
-    except json.JSONDecodeError as error:
-        raise BadAnnotation(file, error.lineno, error.msg) from None

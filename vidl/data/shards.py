@@ -1,16 +1,21 @@
 """Clips in webdataset shards: tar files of (clip, caption), read sequentially, for large data."""
 
+import functools
+import hashlib
 import json
+import os
 import random
+import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vidl.data.dataset import IN_A_ROW, Batch, Clips, Sample, TooManyBroken, batch_of
 from vidl.data.formats import Row
+from vidl.data.parsing import without_surrogates
 from vidl.data.sampler import Key
 from vidl.data.video import BrokenClip
 
@@ -21,13 +26,15 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 class ShardStream(IterableDataset[Batch]):
     """Endless shuffled batches from tar shards; needs the package `webdataset`.
 
-    A sample is a clip (mp4, webm, ...) or image (jpg, ...) with its caption in `txt`, or in `json`
-    under "caption". In every epoch the shards are distributed anew over the workers of all ranks;
-    each worker starts its next epoch independently. Broken samples are skipped.
+    A sample is a clip (mp4, webm, ...) or image (jpg, ...) with its caption: a text or a list of
+    texts in `json` under "caption", or else `txt`. A sample without a caption is broken. In every
+    epoch the shards are distributed anew over the workers of all ranks; each worker starts its next
+    epoch independently. Broken samples are skipped. A damaged shard is read up to the damage, and
+    its samples that are lost are listed as broken.
 
-    A resumed run gets the same batches in the same order if the number of ranks and workers is the
-    same. It reads the shards again from the beginning of the epoch, without decoding the samples
-    that were used.
+    A resumed run gets the same batches in the same order if the shards and the number of ranks and
+    workers are the same. It reads the shards again from the beginning of the epoch, without
+    decoding the samples that were used.
 
     Args:
         shards: files or URLs of the shards.
@@ -80,14 +87,21 @@ class ShardStream(IterableDataset[Batch]):
     def state_dict(self) -> dict[str, Any]:
         """The position of each worker: [worker, epoch, samples read in it]."""
         places = [[worker, *place] for worker, place in sorted(self._places.items())]
-        return {"ranks": self.world_size, "workers": self._workers, "places": places}
+        state = {"ranks": self.world_size, "workers": self._workers, "places": places}
+        return state | {"shards": list(self._contents)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from `state_dict`.
 
         Raises:
-            ValueError: the number of ranks differs.
+            ValueError: the number of ranks or the shards differ.
         """
+        count, digest = self._contents
+        if state.get("shards", [count, digest]) != [count, digest]:
+            raise ValueError(
+                f"need the {state['shards'][0]} shards of the interrupted run, with the same names "
+                f"and sizes, got {count} shards: begin a new run"
+            )
         if state["ranks"] != self.world_size:
             raise ValueError(f"need {state['ranks']} ranks, as before, got {self.world_size}")
         self._places = {worker: (epoch, drawn) for worker, epoch, drawn in state["places"]}
@@ -133,17 +147,21 @@ class ShardStream(IterableDataset[Batch]):
         shards = rng.sample(self.shards, len(self.shards))
         mine = shards[self.rank * self._workers + worker :: self.world_size * self._workers]
 
-        def note(error: Exception) -> bool:
-            broken.append((str(error.args[-1]), str(error.args[0])))
-            return True  # continue with the next shard
-
         return iter(
             webdataset.DataPipeline(
-                webdataset.SimpleShardList(mine),
-                webdataset.tarfile_to_samples(handler=note),
+                lambda: (sample for shard in mine for sample in _samples(shard, broken)),
                 webdataset.shuffle(self.buffer, initial=self.buffer, rng=rng),
             )
         )
+
+    @functools.cached_property
+    def _contents(self) -> tuple[int, str]:
+        """Number of shards, and a digest of their names and sizes; the folder may change."""
+        folder = os.path.commonprefix(self.shards).rpartition("/")[0]
+        sizes = [os.path.getsize(name) if os.path.isfile(name) else None for name in self.shards]
+        names = [name.removeprefix(folder) for name in self.shards]
+        content = json.dumps(list(zip(names, sizes, strict=True)))
+        return len(names), hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def _sample(self, raw: dict[str, Any], epoch: int) -> Sample:
         name = f"{raw['__url__']}/{raw['__key__']}"
@@ -152,13 +170,90 @@ class ShardStream(IterableDataset[Batch]):
         if media is None:
             given = ", ".join(suffix for suffix in raw if not suffix.startswith("__"))
             raise BrokenClip(name, f"need one of {', '.join(suffixes)}, got {given or 'nothing'}")
-        try:
-            caption = json.loads(raw["json"])["caption"] if "json" in raw else raw["txt"].decode()
-        except (KeyError, ValueError) as error:
-            raise BrokenClip(name, f"no caption in txt or json: {error}") from None
-        captions = [caption] if isinstance(caption, str) else caption
+        captions = captions_of(raw, name)
         row = Row(name, kind=self.kind, id=PurePosixPath(raw["__key__"]).name, captions=captions)
         try:
             return self.clips.prepare(row, Key(epoch, zlib.crc32(raw["__key__"].encode())), media)
         except BrokenClip as error:
             raise BrokenClip(name, error.reason) from None
+
+
+def captions_of(raw: dict[str, Any], name: str) -> list[str]:
+    """The captions of a sample: "caption" of its `json` if it is usable, else its `txt`.
+
+    Args:
+        raw: content of each suffix of the sample.
+        name: the sample, for the error.
+
+    Raises:
+        BrokenClip: there is neither a non-blank text nor a non-empty list of non-blank texts.
+    """
+    reasons = []
+    try:
+        entry = json.loads(raw["json"]) if "json" in raw else {}
+        captions = entry.get("caption") if isinstance(entry, dict) else None
+        captions = [captions] if isinstance(captions, str) else captions
+        if isinstance(captions, list) and captions and all(map(_is_text, captions)):
+            return [without_surrogates(text) for text in captions]
+        if "json" in raw:
+            reasons.append(f"json has {captions!r:.40}")
+    except (ValueError, RecursionError) as error:
+        reasons.append(f"json: {error}")
+    try:
+        text = raw["txt"].decode("utf-8-sig") if "txt" in raw else ""
+        if _is_text(text):
+            return [text]
+        reasons += ["txt is blank"] if "txt" in raw else []
+    except ValueError as error:
+        reasons.append(f"txt: {error}")
+    raise BrokenClip(name, f"no caption: {'; '.join(reasons) or 'neither json nor txt'}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _samples(shard: str, broken: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """The samples of a shard; lists what cannot be read in `broken`."""
+    import webdataset
+
+    problems: list[str] = []
+
+    def note(error: Exception) -> bool:
+        problems.append(str(error.args[0]) if error.args else type(error).__name__)
+        return True  # continue behind the damage, or with the next shard
+
+    keys = set()
+    for sample in webdataset.tarfile_to_samples(handler=note)(iter([{"url": shard}])):
+        keys.add(sample["__key__"])
+        yield sample
+    if not problems and _cut(Path(shard)):
+        problems.append("no end marker: samples at its end may be lost")
+    if problems:
+        broken.append((shard, problems[0]))
+        lost = [key for key in _keys(Path(shard)) if key not in keys]
+        broken.extend((f"{shard}/{key}", "lost in a damaged shard") for key in lost)
+
+
+def _cut(shard: Path) -> bool:
+    """Whether an uncompressed tar file ends without the block of zeros that marks its end."""
+    if shard.suffix != ".tar" or not shard.is_file():
+        return False
+    with open(shard, "rb") as file:
+        file.seek(-min(512, shard.stat().st_size), os.SEEK_END)
+        return any(file.read())
+
+
+def _keys(shard: Path) -> list[str]:
+    """The keys of the samples whose headers can be read, in file order."""
+    from webdataset.tariterators import base_plus_ext
+
+    keys = {}
+    try:
+        with tarfile.open(shard) as tar:
+            for entry in tar:
+                if entry.isreg() and (key := base_plus_ext(entry.name)[0]) is not None:
+                    keys[key] = True
+    except (tarfile.TarError, OSError, EOFError, zlib.error):
+        pass  # up to the damage
+    return list(keys)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import json
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,12 @@ from torch import Tensor
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NAMES = ("tokenizer.json", "vocab.txt")
+# Fields of tokenizer_config.json, and their names in BertNormalizer.
+OPTIONS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
 
 
 class Tokenizer:
@@ -123,6 +131,10 @@ def train_tokenizer(texts: Iterable[str], *, size: int = 8192) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer.json, a vocab.txt of BERT, or a Hugging Face folder with one of them.
 
+    The options of a vocab.txt (`do_lower_case`, `strip_accents`, `tokenize_chinese_chars`) are read
+    from the tokenizer_config.json beside it. Without `do_lower_case` texts are lower-cased, as in
+    transformers, with a warning if the vocabulary has capitals.
+
     Args:
         path: the file or folder.
 
@@ -130,7 +142,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         The tokenizer.
 
     Raises:
-        ValueError: no such file, or the tokenizer is not like BERT's.
+        ValueError: no such file, the tokenizer is not like BERT's, or an option has another type.
     """
     from tokenizers import Tokenizer as Library
     from tokenizers import models
@@ -140,7 +152,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not file.is_file():
         raise ValueError(f"need {' or '.join(NAMES)}, or a folder with one, got {path}")
     if file.suffix == ".txt":
-        return _framed(_bert(models.WordPiece.from_file(str(file), unk_token="[UNK]")))
+        tokenizer = _bert(
+            models.WordPiece.from_file(str(file), unk_token="[UNK]"), **_options(file)
+        )
+        return _framed(tokenizer)
     try:
         tokenizer = Library.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
@@ -150,12 +165,52 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(tokenizer)
 
 
-def _bert(model: Any) -> Any:
+def _options(vocabulary: Path) -> dict[str, Any]:
+    """The options of BERT's normalizer for a vocab.txt."""
+    file = vocabulary.with_name("tokenizer_config.json")
+    config = {}
+    if file.is_file():
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: not JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{file}: need an object, got {config!r:.40}")
+    options = {}
+    for name, option in OPTIONS.items():
+        value = config.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"{file}: need {name} as true or false, got {value!r}")
+        if value is not None:
+            options[option] = value
+    if "lowercase" not in options:
+        words = vocabulary.read_text(encoding="utf-8").split()
+        capitals = [word for word in words if word != word.lower() and word[0] != "["]
+        if capitals:
+            warnings.warn(
+                f"{vocabulary}: texts are lower-cased, but {len(capitals)} words such as "
+                f"{capitals[0]!r} have capitals: need do_lower_case in {file.name} beside it",
+                stacklevel=3,
+            )
+    return options
+
+
+def _bert(
+    model: Any,
+    *,
+    lowercase: bool = True,
+    strip_accents: bool | None = None,
+    handle_chinese_chars: bool = True,
+) -> Any:
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, normalizers, pre_tokenizers
 
     tokenizer = Library(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase,
+        strip_accents=strip_accents,
+        handle_chinese_chars=handle_chinese_chars,
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer

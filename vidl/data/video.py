@@ -5,19 +5,29 @@ instant of each span is read. So variable frame rates and wrong frame counts do 
 """
 
 import bisect
+import contextlib
 import functools
 import io
 import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Source = str | PathLike[str] | bytes
+from vidl.data.containers import Source, open_container, path_of, video_stream
+from vidl.data.pictures import (
+    MIRRORED,
+    UPRIGHT,
+    check_whole,
+    is_still,
+    orientation_of,
+    orientation_of_still,
+)
 
 # "auto" tries them in this order: PyAV is faster when it skips packets that it need not decode, and
 # it reports damaged frames (docs/contributors/measured.md, 2026-11-22).
@@ -25,6 +35,12 @@ DECODERS = ("pyav", "torchcodec")
 
 # Codecs whose decoder can skip a packet if no other frame refers to its frame.
 SKIPPING = ("h264", "hevc", "mpeg2video", "mpeg4")
+
+# Formats that are read from their begin: packets of AVI have no times, and those of MPEG program
+# streams have wrong times after seeking.
+UNSEEKABLE = ("avi", "mpeg")
+# Decoding times never decrease in one recording; seconds that rounding and damage may cause.
+JOINED = 0.25
 
 
 class BrokenClip(RuntimeError):
@@ -112,10 +128,12 @@ def read_clip(
     """Read `frames` frames spread over a video, or over a part of it.
 
     Frames of an image, or of a video with fewer frames than requested, are repeated. A truncated
-    file is read up to its end; `inspect` detects truncation.
+    video is read up to its end; `inspect` detects truncation. A truncated picture, text, a
+    playlist, the cover picture of a sound file, and recordings that were joined with `cat` are
+    broken; a part of joined recordings is read if its times occur once in what is read.
 
     Args:
-        source: a file name, or the bytes of a file.
+        source: the name of a regular file (no URL), or the bytes of a file.
         frames: number of frames, T.
         rng: draws random instants (`rand`); None: the middle of each span (`middle`).
         start: begin of the part, in seconds; default: the first frame.
@@ -129,17 +147,16 @@ def read_clip(
     Raises:
         BrokenClip: the file cannot be read, does not have the part, or a frame is damaged.
         ModuleNotFoundError, RuntimeError: the decoder cannot run here; see `choose_decoder`.
-        ValueError: frames < 1, or unknown decoder.
+        TypeError: the source is neither a file name nor bytes, or a number is something else.
+        ValueError: frames < 1, `start` or `end` is not finite, or unknown decoder.
     """
     if frames < 1:
         raise ValueError(f"need at least 1 frame, got {frames}")
-    part = Part(frames, rng, start, end)
+    _check_source(source)
+    part = Part(frames, rng, _seconds("start", start), _seconds("end", end))
     read = {"pyav": _read_by_pyav, "torchcodec": _read_by_torchcodec}[choose_decoder(decoder)]
-    try:
+    with _breaking(source):
         return read(source, part, stream)
-    # The errors of the libraries; av.error.FFmpegError is an OSError or a ValueError.
-    except (OSError, ValueError, RuntimeError, IndexError) as error:
-        raise BrokenClip(name_of(source), reason_of(error)) from error
 
 
 def inspect(source: Source, *, stream: int | None = None) -> Facts:
@@ -155,21 +172,19 @@ def inspect(source: Source, *, stream: int | None = None) -> Facts:
     Raises:
         BrokenClip: the file cannot be read, or frames of it are damaged.
     """
+    _check_source(source)
     times, damaged, width, height = [], 0, 0, 0
-    try:
-        with _open(source) as container:
-            video = _stream(container, stream)
-            packets = _packets(container, video, 0, math.inf)
-            for time, frame in _decode(video, packets):
-                times.append(time)
-                damaged += frame.is_corrupt
-                width, height = frame.width, frame.height
-            if not times:
-                raise ValueError("no frames")
-            ticks = max(times) + _last_ticks(video, packets) - min(times)
-            seconds, declared = float(ticks * video.time_base), _declared(container, video)
-    except (OSError, ValueError, RuntimeError, IndexError) as error:
-        raise BrokenClip(name_of(source), reason_of(error)) from error
+    with _breaking(source), open_container(source) as container:
+        video = video_stream(container, stream)
+        packets = _packets(container, video, 0, math.inf)
+        for time, frame in _decode(video, packets):
+            times.append(time)
+            damaged += frame.is_corrupt
+            width, height = frame.width, frame.height
+        if not times:
+            raise ValueError("no frames")
+        ticks = max(times) + _last_ticks(video, packets) - min(times)
+        seconds, declared = float(ticks * video.time_base), _declared(container, video)
     if damaged:
         raise BrokenClip(name_of(source), f"{damaged} of {len(times)} frames are damaged")
     return Facts(len(times), seconds, declared, width, height)
@@ -189,6 +204,32 @@ def reason_of(error: Exception) -> str:
     """The message of an error in one line, without the name of the file."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())[:200]
+
+
+@contextlib.contextmanager
+def _breaking(source: Source) -> Iterator[None]:
+    """Raise any error of a decoder as BrokenClip: FFmpeg's have no base class but Exception."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise BrokenClip(name_of(source), reason_of(error)) from error
+
+
+def _check_source(source: object) -> None:
+    if not isinstance(source, (str, bytes, PathLike)):
+        raise TypeError(f"need source as a file name or bytes, got {type(source).__name__}")
+
+
+def _seconds(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"need {name} in seconds, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"need {name} in finite seconds, got {value}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -215,31 +256,11 @@ class Part:
 # first one. So the time of each frame is known, and packets that no wanted frame needs are skipped.
 
 
-def _open(source: Source) -> Any:
-    import av
-
-    return av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source))
-
-
-def _stream(container: Any, index: int | None) -> Any:
-    if index is None:
-        stream = container.streams.best("video")
-        if stream is None:
-            raise ValueError("no video stream")
-    else:
-        videos = {video.index: video for video in container.streams.video}
-        if index not in videos:
-            raise ValueError(f"need a video stream among {sorted(videos)}, got {index}")
-        stream = videos[index]
-    stream.codec_context.thread_count = 1  # the workers of a loader already use all cores
-    return stream
-
-
 def _read_by_pyav(source: Source, part: Part, index: int | None) -> Tensor:
     import numpy
 
-    with _open(source) as container:
-        stream = _stream(container, index)
+    with open_container(source) as container:
+        stream = video_stream(container, index)
         packets = _packets(container, stream, part.start or 0, part.end or math.inf)
         pictures = None
         if _timed(stream, packets):
@@ -256,14 +277,14 @@ def _pictures(
     stream: Any, packets: list[Any], part: Part, times: list[int], *, skip: bool
 ) -> list[Any] | None:
     """The requested frames, given the times of all frames; None if one is missing."""
-    import numpy
-
     if not times:
         raise ValueError("no frames")
-    scale, origin = stream.time_base, stream.start_time or 0
+    scale = stream.time_base
+    origin = times[0] if stream.start_time is None else stream.start_time
     ends = times[0] - origin, times[-1] + _last_ticks(stream, packets) - origin
     ticks = part.instants(*ends, second=float(1 / scale))
     wanted = [times[max(0, bisect.bisect_right(times, origin + t) - 1)] for t in ticks]
+    exif = orientation_of_still(bytes(packets[0])) if is_still(stream.container) else None
     pictures: dict[int, Any] = {}
     for time, frame in _decode(stream, packets, set(wanted) if skip else None):
         if time not in wanted:
@@ -271,7 +292,7 @@ def _pictures(
         at = f"the frame at {float((time - origin) * scale):.2f} s"
         if frame.is_corrupt:
             raise ValueError(f"{at} is damaged")
-        picture = numpy.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+        picture = UPRIGHT[exif or orientation_of(frame)](frame.to_ndarray(format="rgb24"))
         if pictures and picture.shape != next(iter(pictures.values())).shape:
             raise ValueError(f"{at} has another size than the frames before it")
         pictures[time] = picture
@@ -279,25 +300,54 @@ def _pictures(
 
 
 def _packets(container: Any, stream: Any, start: float, end: float) -> list[Any]:
-    """The packets of a part in file order, starting at a key frame."""
+    """The packets of a part in file order, from a key frame shown at `start` or earlier."""
     origin, second = stream.start_time or 0, 1 / stream.time_base
-    margin = second  # frames are shown later than their packets arrive
-    # frames without times are counted from the first frame, so no seeking then
-    if start > 1 and stream.start_time is not None and container.format.name != "avi":
-        container.seek(int(origin + start * second - margin), stream=stream)
+    begin, margin = origin + start * second, second  # frames are shown after their packets arrive
     stop = origin + end * second + margin
+    # frames without times are counted from the first frame, so no seeking then
+    if start > 1 and stream.start_time is not None and container.format.name not in UNSEEKABLE:
+        # without an index FFmpeg seeks to any frame, so the next key frame may be after the start
+        while begin - margin > origin:
+            container.seek(int(begin - margin), stream=stream)
+            packets = _packets_here(container, stream, stop)
+            if packets and packets[0].pts is not None and packets[0].pts <= begin:
+                return packets
+            margin *= 4
+        container.seek(int(origin - second), stream=stream)
+    return _packets_here(container, stream, stop)
+
+
+def _packets_here(container: Any, stream: Any, stop: float) -> list[Any]:
+    """The packets from the next key frame up to a time in ticks."""
     packets: list[Any] = []
+    last, ended = -math.inf, True
     try:
         for packet in container.demux(stream):
-            if packet.dts is not None and packet.dts > stop:
-                break
+            if packet.dts is not None:
+                if packet.dts < last - JOINED / stream.time_base:
+                    seconds = float((last - packet.dts) * stream.time_base)
+                    raise _Joined(
+                        f"joined recordings: times go back by {seconds:.1f} s in the file"
+                    )
+                last = packet.dts
+                if packet.dts > stop:
+                    ended = False
+                    break
             # the last packet of a truncated file is incomplete
             if packet.size and not packet.is_corrupt and (packets or packet.is_keyframe):
                 packets.append(packet)
-    except (OSError, ValueError):
+    except _Joined:
+        raise
+    except Exception:  # of the demuxer
         if not packets:  # otherwise use what could be read
             raise
+    if ended:
+        check_whole(container, stream.codec_context.name, packets)
     return packets
+
+
+class _Joined(ValueError):
+    """Two recordings in one file, as of `cat a.ts b.ts`: an instant has several frames."""
 
 
 def _timed(stream: Any, packets: list[Any]) -> bool:
@@ -375,8 +425,9 @@ def _declared(container: Any, stream: Any) -> float | None:
 def _read_by_torchcodec(source: Source, part: Part, index: int | None) -> Tensor:
     from torchcodec.decoders import VideoDecoder
 
+    _check_for_torchcodec(source, index)
     decoder = VideoDecoder(
-        source if isinstance(source, bytes) else str(source),
+        source if isinstance(source, bytes) else path_of(source),
         stream_index=index,
         dimension_order="NHWC",
         num_ffmpeg_threads=1,
@@ -387,6 +438,17 @@ def _read_by_torchcodec(source: Source, part: Part, index: int | None) -> Tensor
     # torchcodec rounds the times of frames: an instant at a frame must not fall before it
     seconds = [min(instant + 1e-6, end - 1e-6) for instant in part.instants(begin, end)]
     return decoder.get_frames_played_at(seconds).data
+
+
+def _check_for_torchcodec(source: Source, index: int | None) -> None:
+    """Raise an error for what torchcodec shows wrongly: text, playlists, mirrored pictures."""
+    with open_container(source) as container:
+        stream = video_stream(container, index)
+        packets = _packets(container, stream, 0, 0)
+        _, frame = next(_decode(stream, packets))
+        exif = orientation_of_still(bytes(packets[0])) if is_still(container) else None
+        if (exif or 1) != 1 or orientation_of(frame) in MIRRORED:
+            raise ValueError("the picture is mirrored or rotated: need decoder='pyav'")
 
 
 def choose_decoder(decoder: str = "auto") -> str:
