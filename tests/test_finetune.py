@@ -1,12 +1,15 @@
 """Fine-tuning, evaluation and export of a run on the command line."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from clips import write_video
 
 from vidl.cli import main
+from vidl.data.dataset import Clips
+from vidl.data.shards import ShardStream
 from vidl.evaluation import Accuracy, Retrieval
 from vidl.training import Config, configuration, open_run, pretrain, runs
 
@@ -79,6 +82,47 @@ def test_finetuning_for_retrieval(pretrained, name, tmp_path, capsys):
     # It resumes at its last step, and there is nothing left to do.
     capsys.readouterr()
     assert main([*command, "schedule.steps=3"]) == 0
+
+
+def test_the_run_of_a_stranger_chooses_no_data(pretrained, tmp_path, capsys):
+    """Its config.yaml names a shell command, files of this machine and tokenizers."""
+    pytest.importorskip("webdataset")
+    stranger, proof = tmp_path / "stranger", tmp_path / "proof"
+    shutil.copytree(pretrained["mac"], stranger)
+    shell = f"pipe:touch {proof}"
+    private = tmp_path / "private.json"
+    private.write_text('[{"video": "a.mp4", "caption": "a secret"}]')
+    Config.read(
+        stranger / "config.yaml",
+        [
+            "data.source=shards", f"data.files=['{shell}']", "data.media=/etc", "data.outside=true",
+            f"evaluation.files=[{private}]", "evaluation.media=/etc", "start.vision=/etc/passwd",
+        ],
+    ).save(stranger / "config.yaml")  # fmt: skip
+    command = ["finetune", "retrieval", "--weights", str(stranger), f"run.folder={tmp_path}/tuned"]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "need data.files" in capsys.readouterr().err
+    config = configuration(stranger, None, ["data.files=[mine.json]"])
+    assert config.data.source == "clips" and config.data.media is None
+    assert not config.data.outside and config.start.vision is None
+    assert config.evaluation.files == [] and config.evaluation.media is None
+    # Not even the user's own command opens a pipe.
+    tokenizer = f"data.tokenizer={stranger}/tokenizer.json"
+    assert main([*command, "data.source=shards", f"data.files=['{shell}']", tokenizer]) == 1
+    assert "need shards as files or http(s) URLs, got 'pipe:touch" in capsys.readouterr().err
+    assert main(["eval", "retrieval", "--weights", str(stranger)]) == 1
+    assert "name an annotation file (--data)" in capsys.readouterr().err
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("shard", ["pipe:ls", "http://x/';ls'", "gs://a/b.tar", "-", "ftp://x/a"])
+def test_shards_run_no_command(shard):
+    pytest.importorskip("webdataset")
+    clips = Clips([], frames=2, size=32, train=True)
+    ShardStream(["a.tar", "https://example.org/a-{0..9}.tar?x=1&y=2"], clips, 2)
+    with pytest.raises(ValueError, match="need shards as files or http"):
+        ShardStream(["a.tar", shard], clips, 2)
 
 
 def test_finetuning_for_question_answering(pretrained, clips, tmp_path, capsys):

@@ -428,7 +428,7 @@ def test_images_and_videos_in_one_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "arguments", arguments)
     options = [*SMAUG, "data.source=clips", f"data.files={tmp_path / 'clips.json'}"]
-    options += ["data.batch_size=3"]
+    options += ["data.batch_size=3", "data.outside=true"]
     assert train(tmp_path / "run", options)["finished"]
     assert shown.count(True) == shown.count(False) == 4
 

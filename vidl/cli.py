@@ -290,6 +290,12 @@ def _add_source(part: argparse.ArgumentParser) -> None:
         "folder of the clips; default: clips/ beside clips.json if it exists, else the same folder"
     )
     part.add_argument("--media", type=Path, help=about)
+    _add_outside(part)
+
+
+def _add_outside(part: argparse.ArgumentParser) -> None:
+    about = "the annotations may name files outside the folder of the clips"
+    part.add_argument("--outside", action="store_true", help=about)
 
 
 @_report_errors
@@ -307,7 +313,8 @@ def _data_convert(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 def _data_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from vidl.data import commands
 
-    return 1 if commands.check(args.file, args.media, workers=args.workers) else 0
+    options = {"workers": args.workers, "outside": args.outside}
+    return 1 if commands.check(args.file, args.media, **options) else 0
 
 
 @_report_errors
@@ -316,7 +323,7 @@ def _data_preview(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"need a --mask-ratio from 0 to 1, got {args.mask_ratio}")
     from vidl.data import commands
 
-    names = ("clips", "frames", "size", "mask_ratio", "patch", "seed")
+    names = ("clips", "frames", "size", "mask_ratio", "patch", "seed", "outside")
     options = {name: getattr(args, name) for name in names}
     return 1 if commands.preview(args.file, args.media, args.out, **options) else 0
 
@@ -327,7 +334,7 @@ def _data_speed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> in
         parser.error(f"need --clips >= 1, got {args.clips}")
     from vidl.data import commands
 
-    options = {name: getattr(args, name) for name in ("clips", "frames", "size", "seed")}
+    options = {name: getattr(args, name) for name in ("clips", "frames", "size", "seed", "outside")}
     return 1 if commands.speed(args.file, args.media, **options) else 0
 
 
@@ -389,8 +396,8 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
             help=f"fine-tune {about}",
             description=f"Fine-tune a pre-trained model {about}. The configuration defaults to "
             "that of the pre-training run with model.mask_ratio=0, optimizer.lr=1e-5 and "
-            "run.folder=finetuned (and model.word_ratio=0 for mac). Run the same command again to "
-            "resume a run that was stopped.",
+            "run.folder=finetuned (and model.word_ratio=0 for mac), but without its data: name "
+            "data.files. Run the same command again to resume a run that was stopped.",
             add_help=False,
         )
         _add_configuration(part)
@@ -429,9 +436,10 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         "--data",
         type=Path,
         metavar="FILE",
-        help="annotations; default: evaluation.files of the run",
+        help="annotations; default: the synthetic clips of a run on moving_shapes",
     )
     add("--media", type=Path, help="folder of the clips; default: as for `vidl data check`")
+    _add_outside(command)
     add("--rerank", type=int, default=0, metavar="K", help="re-rank the top K (default: 0)")
     add("--batch", type=int, default=32, help="batch size (default: 32)")
     add("--workers", type=int, default=0, help="processes that read clips (default: 0)")
@@ -461,7 +469,9 @@ def _eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     )
     with parallel.ranks(args.device) as ranks:
         data = None if args.data is None else (args.data, args.media)
-        result = runs.evaluate(args.weights, args.task, data, ranks, options, args.rerank)
+        result = runs.evaluate(
+            args.weights, args.task, data, ranks, options, args.rerank, outside=args.outside
+        )
         if ranks.first:
             print(result)
         if ranks.first and args.json is not None:

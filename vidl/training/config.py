@@ -53,6 +53,9 @@ class Data:
     )
     files: list[str] = _field([], "annotation files (.arrow, .json), or shards (.tar)")
     media: str | None = _field(None, "folder of the clips; default: beside each annotation file")
+    outside: bool = _field(
+        False, "annotations may name files outside the folder of the clips; only if you trust them"
+    )
     tokenizer: str | None = _field(
         None, "tokenizer.json or vocab.txt; default: built from captions"
     )
@@ -151,7 +154,7 @@ SECTIONS: dict[str, type] = {
     "run": Run,
 }
 # Fields that may change when a run resumes: they do not affect what is computed.
-FREE = ("run.", "evaluation.", "data.workers", "data.broken", "data.media")
+FREE = ("run.", "evaluation.", "data.workers", "data.broken", "data.media", "data.outside")
 NOT_FREE = ("run.seed", "run.precision")
 # Recipe fields that the run sets itself: its seed, and the vocabulary of its tokenizer.
 GIVEN = ("seed", "vocabulary")

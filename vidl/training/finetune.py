@@ -20,12 +20,19 @@ TASKS = ("retrieval", "qa")
 # Singularity (arXiv 2206.03428, appendix).
 DEFAULTS = {"model.mask_ratio": 0.0, "optimizer.lr": 1e-5, "run.folder": "finetuned"}
 DEFAULTS_OF = {"mac": {"model.word_ratio": 0.0}}
+# Fields that a run never hands on: the run of a stranger must not choose what is read here.
+SOURCES = (
+    "data.source", "data.files", "data.media", "data.outside", "evaluation.files",
+    "evaluation.media",
+)  # fmt: skip
 
 
 def configuration(
     weights: str | Path, file: str | Path | None = None, overrides: Sequence[str] = ()
 ) -> Config:
     """The configuration of a fine-tuning run, based on that of the pre-training run.
+
+    The data are named anew: files and folders of the pre-training run are not taken over.
 
     Args:
         weights: the pre-training run or one of its checkpoints.
@@ -37,6 +44,10 @@ def configuration(
     """
     folder = folder_of(weights)
     base = Config.read(folder / "config.yaml").values() | DEFAULTS
+    synthetic = base["data.source"] == "moving_shapes"
+    base = {name: value for name, value in base.items() if name not in SOURCES}
+    if synthetic:
+        base["data.source"] = "moving_shapes"
     base |= DEFAULTS_OF.get(base["model.name"], {})
     base |= {"start.model": str(weights), "start.vision": None, "start.text": None}
     base |= {"data.tokenizer": str(folder / "tokenizer.json")}
