@@ -93,8 +93,10 @@ def _report_errors(command: Command) -> Command:
         except Exception as error:
             from vidl.data.dataset import TooManyBroken
             from vidl.data.video import BrokenClip
+            from vidl.training import Diverged
 
-            if not isinstance(error, (TooManyBroken, BrokenClip, ValueError, OSError)):
+            known = (TooManyBroken, BrokenClip, Diverged, ValueError, OSError)
+            if not isinstance(error, known):
                 raise
             name = command.__name__.strip("_").split("_")[0]
             print(f"vidl {name}: {error}", file=sys.stderr)

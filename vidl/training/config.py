@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import os
 import textwrap
 import types
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import yaml
 
 from vidl import models
 from vidl import overrides as grammar
+from vidl.files import replaced
 from vidl.models import Recipe
 
 
@@ -128,6 +128,11 @@ class Run:
     log_every: int = _field(10, "steps between records of the log")
     save_every: int = _field(500, "steps between checkpoints; the last step is always saved")
     keep: int = _field(3, "number of checkpoints to keep")
+    resume: int | None = _field(
+        None,
+        "step of the checkpoint to resume from, e.g. if the newest is damaged; later ones are "
+        "renamed; default: the newest",
+    )
     tensorboard: bool = _field(True, "also write TensorBoard files, if it is installed")
 
 
@@ -274,10 +279,8 @@ class Config:
         for key, value in self.values().items():
             section, _, name = key.partition(".")
             sections[section][name] = list(value) if isinstance(value, tuple) else value
-        file = Path(file)
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-        unfinished.write_text(yaml.safe_dump(sections, sort_keys=False))
-        unfinished.replace(file)
+        with replaced(Path(file)) as unfinished:
+            unfinished.write_text(yaml.safe_dump(sections, sort_keys=False))
 
 
 def explain() -> str:

@@ -9,9 +9,11 @@ from torch import nn
 
 from vidl.data.dataset import Batch
 from vidl.evaluation import Options, question_answering
+from vidl.files import replaced
 from vidl.models import Answering, frequent_answers
 from vidl.training import parallel, sources
 from vidl.training.config import Config
+from vidl.training.lock import locked
 from vidl.training.loop import Training
 from vidl.training.runs import ANSWERS, folder_of
 
@@ -74,7 +76,7 @@ def finetune(task: str, config: Config, *, answers: int = 1500) -> dict[str, Any
     """
     if task not in TASKS:
         raise ValueError(f"need a task among {', '.join(TASKS)}, got {task!r}")
-    with parallel.ranks(config.run.device) as ranks:
+    with parallel.ranks(config.run.device) as ranks, locked(Path(config.run.folder), ranks):
         if task == "retrieval":
             return Training(config, ranks).run()
         return Questions(config, ranks, answers).run()
@@ -93,7 +95,8 @@ class Questions(Training):
             self.answers = frequent_answers((row.answer for row in rows), most)
         super().__init__(config, ranks, accuracy if config.evaluation.files else None)
         if ranks.first and not kept.is_file():
-            kept.write_text(json.dumps(self.answers))
+            with replaced(kept) as unfinished:
+                unfinished.write_text(json.dumps(self.answers))
         ranks.wait()
 
     def new_model(self) -> Answering:
