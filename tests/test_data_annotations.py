@@ -277,6 +277,20 @@ def test_annotations_reach_only_files_below_the_folder(tmp_path, monkeypatch, me
     assert main(["data", "check", str(file)]) == 1
 
 
+@pytest.mark.parametrize("folder", ["mine", "clips", "."])
+def test_clips_beside_the_annotations_are_located(tmp_path, monkeypatch, folder):
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+    rows = [{"video": f"{n}.mp4", "caption": "a"} for n in range(3)]
+    file = put(tmp_path, "mine.json", rows)
+    for other in ("mine", "clips"):
+        put(tmp_path, f"{other}/other.mp4", "")
+    put(tmp_path, f"{folder}/1.mp4", "")
+    assert annotations.load(file)[1].media == str(tmp_path / folder / "1.mp4")
+    assert annotations.load((file, tmp_path / "elsewhere"))[0].media == str(
+        tmp_path / "elsewhere/0.mp4"
+    )
+
+
 def test_tables_are_written_atomically(tmp_path):
     file = put(tmp_path, "a.json", '[{"video": "1", "caption": "a"}, {"video": "2"}]')
     with pytest.raises(BadAnnotation):

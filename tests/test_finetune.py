@@ -177,6 +177,25 @@ def test_evaluation_on_the_command_line(pretrained, clips, tmp_path, capsys):
         main(["eval", "mc", *weights, "--rerank", "2"])
 
 
+def test_evaluation_of_clips_that_are_all_missing(pretrained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+    names = [f"{n}.mp4" for n in range(3)]
+    rows = [dict(video=n, caption=["a", "b"], answer=1, question="which") for n in names]
+    (tmp_path / "mc.json").write_text(json.dumps(rows))
+    rows = [dict(video=name, caption=name) for name in names]
+    (tmp_path / "retrieval.json").write_text(json.dumps(rows))
+    for task in ("mc", "retrieval"):
+        result = tmp_path / "result.json"
+        command = ["eval", task, "--weights", str(pretrained["mac"]), "--json", str(result)]
+        for workers in ("0", "1"):
+            data = ["--data", str(tmp_path / f"{task}.json"), "--workers", workers]
+            assert main([*command, *data]) == 1
+            shown = capsys.readouterr()
+            assert shown.out == "" and not result.exists()
+            last = shown.err.strip().splitlines()[-1]
+            assert last.startswith("vidl eval: none of 3 clips can be read"), last
+
+
 def test_evaluation_from_python(pretrained, clips):
     with runs.parallel.ranks("cpu") as ranks:
         options = runs.Options(quiet=True)

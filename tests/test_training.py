@@ -85,7 +85,26 @@ def test_config_reads_files_and_overrides(tmp_path):
         ("model.mask_ration=0.5", "did you mean 'model.mask_ratio'?"),
         ("run.steps=5", "did you mean 'schedule.steps'?"),
         ("optimizer.lr=fast", "need optimizer.lr as float, got 'fast'"),
-        ("schedule.steps=2.5", "need schedule.steps as int, got 2.5"),
+        ("schedule.steps=2.5", "need schedule.steps as int, got 2.5; did you mean 2?"),
+        (
+            "schedule.steps=.inf",
+            "need schedule.steps as int, got inf; did you mean a finite number",
+        ),
+        (
+            "schedule.steps=.nan",
+            "need schedule.steps as int, got nan; did you mean a finite number",
+        ),
+        ("optimizer.lr=.inf", "need optimizer.lr as float, got inf; did you mean a finite number"),
+        ("data.batch_size=true", "need data.batch_size as int, got True; did you mean 1?"),
+        ("optimizer.lr=true", "need optimizer.lr as float, got True; did you mean 1.0?"),
+        ("run.folder=true", "need run.folder as str, got True"),
+        ("data.words=0", "need data.words >= 3, got 0"),
+        ("data.broken=2", "need data.broken from 0 to 1, got 2.0"),
+        ("data.scale=[0.5,0.2]", "need data.scale as two ascending shares"),
+        (
+            "run.device=tpu",
+            "need run.device as Literal['auto', 'cpu', 'cuda'], got 'tpu'; did you mean 'cpu'?",
+        ),
         ("run.parallel=dp", "need run.parallel as Literal['ddp', 'fsdp'], got 'dp'"),
         ("model.time=slot", "the configuration has no field 'model.time'"),  # MAC's
         ("model.name=clip", "need a model among smaug, mac, got 'clip'"),
@@ -101,6 +120,31 @@ def test_config_errors(override, message):
     assert message in str(error.value)
 
 
+def test_a_whole_number_is_exact():
+    seed = 2**53 + 1
+    assert Config.read(None, [*MAC, f"run.seed={seed}"]).run.seed == seed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_one_line(tmp_path, capsys):
+    assert cli.main(["pretrain", *MAC, "run.device=cuda", f"run.folder={tmp_path}"]) == 1
+    shown = capsys.readouterr().err
+    assert "need a GPU for device cuda" in shown and "cpu or auto" in shown
+    with pytest.raises(SystemExit):
+        cli.main(["summary", "mac", "--preset", "tiny", "--device", "cuda"])
+    assert "choose --device cpu" in capsys.readouterr().err
+
+
+def test_an_error_in_a_worker_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+    rows = [{"video": f"{n}.mp4", "caption": f"clip {n}"} for n in range(40)]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    options = [*MAC, "data.source=clips", f"data.files={tmp_path / 'mine.json'}", "data.workers=1"]
+    assert cli.main(["pretrain", *options, f"run.folder={tmp_path / 'run'}"]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("vidl pretrain: 20 clips in a row cannot be read; the last is ")
+
+
 def test_help_explains_every_field(capsys):
     text = explain().replace("\n      ", " ")
     for name in Config.read(None, MAC).values():
@@ -108,6 +152,14 @@ def test_help_explains_every_field(capsys):
     with pytest.raises(SystemExit) as status:
         cli.main(["pretrain", "--help"])
     assert status.value.code == 0 and "schedule.warmup: " in capsys.readouterr().out
+
+
+def test_the_neutral_example_names_no_data():
+    file = EXAMPLES / "own.yaml"
+    with pytest.raises(ValueError, match="need data.files"):
+        Config.read(file)
+    config = Config.read(file, ["data.files=[mine.json]"])
+    assert config.data.files == ["mine.json"] and config.evaluation.files == []
 
 
 def test_command_errors(tmp_path, capsys):

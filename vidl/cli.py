@@ -94,8 +94,9 @@ def _report_errors(command: Command) -> Command:
             from vidl.data.dataset import TooManyBroken
             from vidl.data.video import BrokenClip
             from vidl.training import Diverged
+            from vidl.training.parallel import NoDevice
 
-            known = (TooManyBroken, BrokenClip, Diverged, ValueError, OSError)
+            known = (TooManyBroken, BrokenClip, Diverged, NoDevice, ValueError, OSError)
             if not isinstance(error, known):
                 raise
             name = command.__name__.strip("_").split("_")[0]
@@ -199,13 +200,17 @@ def _add_summary(commands: argparse._SubParsersAction) -> None:
     add("--batch", type=int, default=2, help="batch size (default: 2)")
     add("--words", type=int, default=32, help="tokens of each caption (default: 32)")
     add("--steps", type=int, default=0, help="steps to time (default: 0)")
-    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     command.set_defaults(run=_summary)
 
 
 def _summary(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    import torch
+
     from vidl import models, overrides
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("need a GPU for --device cuda, torch sees none; choose --device cpu")
     try:
         fields = overrides.parse(args.overrides)
         model = models.create(args.model, args.preset, **fields).to(args.device)
@@ -447,7 +452,8 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     add("--workers", type=int, default=0, help="processes that read clips (default: 0)")
     add("--masked", action="store_true", help="mask clips as in training (default: no mask)")
     add("--unpruned", action="store_true", help="keep all tokens and frames")
-    add("--device", default="auto", help="cpu, cuda or auto: cuda if available (default: auto)")
+    about = "auto: cuda if available (default: auto)"
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help=about)
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matmuls")
     add("--json", type=Path, metavar="FILE", help="also write the result to this file")
     command.set_defaults(run=_eval)

@@ -181,8 +181,9 @@ def load(
 
     Args:
         corpora: annotation files (Arrow or common JSON), or pairs of a file and the folder of its
-            media. Default folder: for clips.json the folder `clips` beside it if there is one, else
-            the folder of the file.
+            media. Default folder: the first of these that has a file of the first rows: for
+            mine.json the folder `mine` beside it, the folder `clips` beside it, the folder of the
+            file. If none has, the first that exists.
         outside: see `Annotations`.
 
     Returns:
@@ -195,11 +196,17 @@ def load(
     for corpus in corpora:
         file, media = corpus if isinstance(corpus, tuple) else (corpus, None)
         file = Path(file)
-        if media is None:
-            beside = file.with_suffix("")
-            media = beside if beside.is_dir() else file.parent
-        parts.append((_converted(file), media))
+        table = _converted(file)
+        parts.append((table, _folder_beside(file, table) if media is None else media))
     return Annotations(parts, outside=outside)
+
+
+def _folder_beside(file: Path, table: Path) -> Path:
+    beside = [file.with_suffix(""), file.parent / "clips", file.parent]
+    folders = [folder for folder in beside if folder.is_dir()]
+    names = _open(table).slice(0, 10).column("media").to_pylist()
+    held = (folder for folder in folders if any((folder / name).is_file() for name in names))
+    return next(held, folders[0])
 
 
 def _converted(file: Path) -> Path:

@@ -114,7 +114,7 @@ class Run:
 
     folder: str = _field("run", "for checkpoints, log.jsonl, config.yaml and tokenizer.json")
     seed: int = _field(0, "seed of weights, data, masks and dropout")
-    device: str = _field("auto", "cpu, cuda, or auto: cuda if available")
+    device: Literal["auto", "cpu", "cuda"] = _field("auto", "cpu, cuda, or auto: cuda if available")
     precision: Literal["auto", "float32", "bfloat16"] = _field(
         "auto", "of matmuls; auto: bfloat16 by autocast on cuda, else float32"
     )
@@ -184,7 +184,8 @@ class Config:
     def __post_init__(self) -> None:
         self.recipe()  # raises its errors
         least = {
-            "data.batch_size": 1, "data.workers": 0, "data.clips": 1, "data.looks": 0,
+            "data.words": 3, "data.batch_size": 1, "data.workers": 0, "data.clips": 1,
+            "data.looks": 0,
             "optimizer.lr": 0, "optimizer.clip": 0, "optimizer.accumulate": 1,
             "schedule.steps": 1, "schedule.warmup": 0, "schedule.prune_over": 0,
             "run.threads": 0, "run.log_every": 1, "run.save_every": 1, "run.keep": 1,
@@ -194,6 +195,15 @@ class Config:
         for name, number in least.items():
             if values[name] < number:
                 raise ValueError(f"need {name} >= {number}, got {values[name]}")
+        most = {"data.broken": 1, "schedule.final": 1, "data.difficulty": 3}
+        for name, number in most.items():
+            if not 0 <= values[name] <= number:
+                raise ValueError(f"need {name} from 0 to {number}, got {values[name]}")
+        if not 0 < self.data.scale[0] <= self.data.scale[1] <= 1:
+            raise ValueError(
+                f"need data.scale as two ascending shares of the area above 0, up to 1, got "
+                f"{list(self.data.scale)}"
+            )
         if self.data.source != "moving_shapes" and not self.data.files:
             raise ValueError(f"need data.files with data.source {self.data.source!r}, got none")
         if self.start.text and not self.data.tokenizer:

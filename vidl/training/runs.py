@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vidl import models
+from vidl.data.dataset import TooManyBroken
 from vidl.data.text import Tokenizer, load_tokenizer
 from vidl.evaluation import (
     Accuracy,
@@ -102,6 +103,7 @@ def evaluate(
 
     Raises:
         ValueError: no such run, its model does not support the task, or there are no data.
+        TooManyBroken: no clip at all can be read; the folder is probably wrong.
     """
     trained = open_run(path, ranks.device)
     model, config = trained.model, trained.config
@@ -119,8 +121,19 @@ def evaluate(
     dataset = sources.open_searched(config, model.recipe, trained.tokenizer)
     if dataset is None:
         raise ValueError(f"need data to evaluate {path}: name an annotation file (--data)")
+    result: Retrieval | Accuracy
     if task == "qa":
-        return question_answering(model, dataset, options)
-    if task == "mc":
-        return multiple_choice(model, dataset, options)
-    return retrieval(model, dataset, options, rerank=rerank)
+        result = question_answering(model, dataset, options)
+    elif task == "mc":
+        result = multiple_choice(model, dataset, options)
+    else:
+        result = retrieval(model, dataset, options, rerank=rerank)
+    if result.broken:
+        names = {dataset.row(index).media for index in range(len(dataset))}
+        if names <= result.broken.keys():
+            name, why = next(iter(result.broken.items()))
+            raise TooManyBroken(
+                f"none of {len(names)} clips can be read, so there is no result; is the folder of "
+                f"the clips right (--media)? The first is {name}: {why}"
+            )
+    return result
