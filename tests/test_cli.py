@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vidl
 from vidl import info
 from vidl.cli import EXTRAS, main
 from vidl.data import video
@@ -47,6 +48,12 @@ def test_info_names_versions_build_devices_and_decoders():
     assert facts["cpu"]["model"] and facts["cpu"]["cores"] >= 1
     assert set(facts["decoders"]) == {"PyAV", "torchcodec"}
     assert len(facts["gpus"]) == torch.cuda.device_count()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as status:
+        main(["--version"])
+    assert status.value.code == 0 and capsys.readouterr().out == f"vidl {vidl.__version__}\n"
 
 
 def test_info_as_text(capsys):

@@ -398,6 +398,46 @@ def test_json_is_converted_on_first_use(tmp_path, monkeypatch):
     assert row.captions == ("b",) and row.media == str(tmp_path / "clips" / "1.mp4")
 
 
+@pytest.mark.parametrize(
+    "media",
+    [
+        "http://example.org/a.mp4", "pipe:0", "concat:a.mp4|/etc/passwd",
+        "subfile,,start,0,end,9,,:a",
+        "tcp://1.2.3.4:5", "file:/etc/passwd", "/etc/passwd", "../a.mp4", "a/../../b.mp4", "a/..",
+    ],
+)  # fmt: skip
+def test_annotations_reach_only_files_below_the_folder(tmp_path, monkeypatch, media):
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+    names = ["good, 10:30.mp4", "b..mp4", media]
+    file = put(tmp_path, "a.json", [{"video": name, "caption": "a"} for name in names])
+    with pytest.raises(ValueError) as error:
+        annotations.load(file)
+    assert "need files below the folder of the media" in str(error.value)
+    assert repr(media) in str(error.value) and "in row 2" in str(error.value)
+    if media.startswith(("/", "../", "a/")):
+        rows = annotations.load(file, outside=True)
+        assert len(rows) == 3 == len(pickle.loads(pickle.dumps(rows)))
+        assert main(["data", "check", str(file), "--outside"]) == 1  # the files are missing
+    else:
+        with pytest.raises(ValueError, match="vidl opens no URLs"):
+            annotations.load(file, outside=True)
+    assert main(["data", "check", str(file)]) == 1
+
+
+@pytest.mark.parametrize("folder", ["mine", "clips", "."])
+def test_clips_beside_the_annotations_are_located(tmp_path, monkeypatch, folder):
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+    rows = [{"video": f"{n}.mp4", "caption": "a"} for n in range(3)]
+    file = put(tmp_path, "mine.json", rows)
+    for other in ("mine", "clips"):
+        put(tmp_path, f"{other}/other.mp4", "")
+    put(tmp_path, f"{folder}/1.mp4", "")
+    assert annotations.load(file)[1].media == str(tmp_path / folder / "1.mp4")
+    assert annotations.load((file, tmp_path / "elsewhere"))[0].media == str(
+        tmp_path / "elsewhere/0.mp4"
+    )
+
+
 def test_tables_are_written_atomically(tmp_path):
     file = put(tmp_path, "a.json", '[{"video": "1", "caption": "a"}, {"video": "2"}]')
     with pytest.raises(BadAnnotation):

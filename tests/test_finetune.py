@@ -1,12 +1,15 @@
 """Fine-tuning, evaluation and export of a run on the command line."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from clips import write_video
 
 from vidl.cli import main
+from vidl.data.dataset import Clips
+from vidl.data.shards import ShardStream
 from vidl.evaluation import Accuracy, Retrieval
 from vidl.training import Config, configuration, open_run, pretrain, runs
 
@@ -81,6 +84,47 @@ def test_finetuning_for_retrieval(pretrained, name, tmp_path, capsys):
     assert main([*command, "schedule.steps=3"]) == 0
 
 
+def test_the_run_of_a_stranger_chooses_no_data(pretrained, tmp_path, capsys):
+    """Its config.yaml names a shell command, files of this machine and tokenizers."""
+    pytest.importorskip("webdataset")
+    stranger, proof = tmp_path / "stranger", tmp_path / "proof"
+    shutil.copytree(pretrained["mac"], stranger)
+    shell = f"pipe:touch {proof}"
+    private = tmp_path / "private.json"
+    private.write_text('[{"video": "a.mp4", "caption": "a secret"}]')
+    Config.read(
+        stranger / "config.yaml",
+        [
+            "data.source=shards", f"data.files=['{shell}']", "data.media=/etc", "data.outside=true",
+            f"evaluation.files=[{private}]", "evaluation.media=/etc", "start.vision=/etc/passwd",
+        ],
+    ).save(stranger / "config.yaml")  # fmt: skip
+    command = ["finetune", "retrieval", "--weights", str(stranger), f"run.folder={tmp_path}/tuned"]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "need data.files" in capsys.readouterr().err
+    config = configuration(stranger, None, ["data.files=[mine.json]"])
+    assert config.data.source == "clips" and config.data.media is None
+    assert not config.data.outside and config.start.vision is None
+    assert config.evaluation.files == [] and config.evaluation.media is None
+    # Not even the user's own command opens a pipe.
+    tokenizer = f"data.tokenizer={stranger}/tokenizer.json"
+    assert main([*command, "data.source=shards", f"data.files=['{shell}']", tokenizer]) == 1
+    assert "need shards as files or http(s) URLs, got 'pipe:touch" in capsys.readouterr().err
+    assert main(["eval", "retrieval", "--weights", str(stranger)]) == 1
+    assert "name an annotation file (--data)" in capsys.readouterr().err
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("shard", ["pipe:ls", "http://x/';ls'", "gs://a/b.tar", "-", "ftp://x/a"])
+def test_shards_run_no_command(shard):
+    pytest.importorskip("webdataset")
+    clips = Clips([], frames=2, size=32, train=True)
+    ShardStream(["a.tar", "https://example.org/a-{0..9}.tar?x=1&y=2"], clips, 2)
+    with pytest.raises(ValueError, match="need shards as files or http"):
+        ShardStream(["a.tar", shard], clips, 2)
+
+
 def test_finetuning_for_question_answering(pretrained, clips, tmp_path, capsys):
     command = [
         "finetune", "qa", "--weights", str(pretrained["smaug"]), "--answers", "1",
@@ -131,6 +175,25 @@ def test_evaluation_on_the_command_line(pretrained, clips, tmp_path, capsys):
     assert "need the folder of a run" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["eval", "mc", *weights, "--rerank", "2"])
+
+
+def test_evaluation_of_clips_that_are_all_missing(pretrained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+    names = [f"{n}.mp4" for n in range(3)]
+    rows = [dict(video=n, caption=["a", "b"], answer=1, question="which") for n in names]
+    (tmp_path / "mc.json").write_text(json.dumps(rows))
+    rows = [dict(video=name, caption=name) for name in names]
+    (tmp_path / "retrieval.json").write_text(json.dumps(rows))
+    for task in ("mc", "retrieval"):
+        result = tmp_path / "result.json"
+        command = ["eval", task, "--weights", str(pretrained["mac"]), "--json", str(result)]
+        for workers in ("0", "1"):
+            data = ["--data", str(tmp_path / f"{task}.json"), "--workers", workers]
+            assert main([*command, *data]) == 1
+            shown = capsys.readouterr()
+            assert shown.out == "" and not result.exists()
+            last = shown.err.strip().splitlines()[-1]
+            assert last.startswith("vidl eval: none of 3 clips can be read"), last
 
 
 def test_evaluation_from_python(pretrained, clips):

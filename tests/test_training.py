@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,12 @@ from safetensors.torch import load_file
 
 from vidl import cli, models
 from vidl.data.text import load_tokenizer, train_tokenizer
-from vidl.training import Config, checkpoints, optimizer, pretrain
+from vidl.files import replaced
+from vidl.training import Config, Diverged, checkpoints, optimizer, pretrain
 from vidl.training.config import Schedule, explain
+from vidl.training.lock import locked
 from vidl.training.muon import Muon, orthogonalise
+from vidl.training.parallel import Ranks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = dict(
@@ -81,7 +85,26 @@ def test_config_reads_files_and_overrides(tmp_path):
         ("model.mask_ration=0.5", "did you mean 'model.mask_ratio'?"),
         ("run.steps=5", "did you mean 'schedule.steps'?"),
         ("optimizer.lr=fast", "need optimizer.lr as float, got 'fast'"),
-        ("schedule.steps=2.5", "need schedule.steps as int, got 2.5"),
+        ("schedule.steps=2.5", "need schedule.steps as int, got 2.5; did you mean 2?"),
+        (
+            "schedule.steps=.inf",
+            "need schedule.steps as int, got inf; did you mean a finite number",
+        ),
+        (
+            "schedule.steps=.nan",
+            "need schedule.steps as int, got nan; did you mean a finite number",
+        ),
+        ("optimizer.lr=.inf", "need optimizer.lr as float, got inf; did you mean a finite number"),
+        ("data.batch_size=true", "need data.batch_size as int, got True; did you mean 1?"),
+        ("optimizer.lr=true", "need optimizer.lr as float, got True; did you mean 1.0?"),
+        ("run.folder=true", "need run.folder as str, got True"),
+        ("data.words=0", "need data.words >= 3, got 0"),
+        ("data.broken=2", "need data.broken from 0 to 1, got 2.0"),
+        ("data.scale=[0.5,0.2]", "need data.scale as two ascending shares"),
+        (
+            "run.device=tpu",
+            "need run.device as Literal['auto', 'cpu', 'cuda'], got 'tpu'; did you mean 'cpu'?",
+        ),
         ("run.parallel=dp", "need run.parallel as Literal['ddp', 'fsdp'], got 'dp'"),
         ("model.time=slot", "the configuration has no field 'model.time'"),  # MAC's
         ("model.name=clip", "need a model among smaug, mac, got 'clip'"),
@@ -97,6 +120,31 @@ def test_config_errors(override, message):
     assert message in str(error.value)
 
 
+def test_a_whole_number_is_exact():
+    seed = 2**53 + 1
+    assert Config.read(None, [*MAC, f"run.seed={seed}"]).run.seed == seed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_one_line(tmp_path, capsys):
+    assert cli.main(["pretrain", *MAC, "run.device=cuda", f"run.folder={tmp_path}"]) == 1
+    shown = capsys.readouterr().err
+    assert "need a GPU for device cuda" in shown and "cpu or auto" in shown
+    with pytest.raises(SystemExit):
+        cli.main(["summary", "mac", "--preset", "tiny", "--device", "cuda"])
+    assert "choose --device cpu" in capsys.readouterr().err
+
+
+def test_an_error_in_a_worker_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+    rows = [{"video": f"{n}.mp4", "caption": f"clip {n}"} for n in range(40)]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    options = [*MAC, "data.source=clips", f"data.files={tmp_path / 'mine.json'}", "data.workers=1"]
+    assert cli.main(["pretrain", *options, f"run.folder={tmp_path / 'run'}"]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("vidl pretrain: 20 clips in a row cannot be read; the last is ")
+
+
 def test_help_explains_every_field(capsys):
     text = explain().replace("\n      ", " ")
     for name in Config.read(None, MAC).values():
@@ -106,6 +154,14 @@ def test_help_explains_every_field(capsys):
     assert status.value.code == 0 and "schedule.warmup: " in capsys.readouterr().out
 
 
+def test_the_neutral_example_names_no_data():
+    file = EXAMPLES / "own.yaml"
+    with pytest.raises(ValueError, match="need data.files"):
+        Config.read(file)
+    config = Config.read(file, ["data.files=[mine.json]"])
+    assert config.data.files == ["mine.json"] and config.evaluation.files == []
+
+
 def test_command_errors(tmp_path, capsys):
     with pytest.raises(SystemExit) as status:
         cli.main(["pretrain", "data.fils=x"])
@@ -113,6 +169,10 @@ def test_command_errors(tmp_path, capsys):
     missing = tmp_path / "missing.json"
     assert cli.main(["pretrain", f"data.files={missing}", f"run.folder={tmp_path}"]) == 1
     assert str(missing) in capsys.readouterr().err
+    # a command that fails before its first file leaves no folder
+    with pytest.raises(KeyError), locked(tmp_path / "new", Ranks(0, 1, torch.device("cpu"))):
+        raise KeyError
+    assert not (tmp_path / "new").exists()
 
 
 def test_parameters_with_weight_decay():
@@ -273,6 +333,123 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         train(tmp_path, MAC, "optimizer.lr=1e30", "optimizer.clip=0", "schedule.warmup=0")
 
 
+def test_a_checkpoint_that_is_not_finite_replaces_no_good_one(tmp_path):
+    """The loss is logged at the last step only; NaN begins before the second checkpoint."""
+    more = ["run.save_every=2", "run.log_every=8", "run.keep=1"]
+    train(tmp_path, MAC, *more, "schedule.steps=2")
+    good = (tmp_path / "checkpoints/step-00000002/model.safetensors").read_bytes()
+
+    def poison(training):
+        training.model.text.embeddings.LayerNorm.bias.data[0] = math.nan
+        return {}
+
+    # a weight that becomes NaN after the loss; and large weights, of which the next loss is NaN
+    for rate, every, message, evaluate in (
+        ("1e-3", 3, "a weight is not finite after step 3", poison),
+        ("1e38", 4, "the loss is nan at step 4", lambda training: {}),
+    ):
+        folder = tmp_path / rate
+        shutil.copytree(tmp_path / "checkpoints", folder / "checkpoints")
+        shutil.copy(tmp_path / "tokenizer.json", folder)
+        bad = [f"optimizer.lr={rate}", "optimizer.clip=0", "schedule.steps=8"]
+        bad += ["schedule.warmup=0", f"run.save_every={every}", "run.log_every=8", "run.keep=1"]
+        with pytest.raises(Diverged, match=f"{message}; the last checkpoint is .*step-00000002"):
+            train(folder, MAC, *bad, f"evaluation.every={every}", evaluate=evaluate)
+        kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+        assert kept == ["step-00000002"]
+        assert (folder / "checkpoints/step-00000002/model.safetensors").read_bytes() == good
+
+
+def test_retention_removes_only_what_the_run_wrote(tmp_path):
+    others = ["step-00000001-mine", "step-1", "step-00000001.bak", ".step-mine", "best", "step-x"]
+    for name in others:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "notes").write_text("mine")
+    for name in (".step-00000003", ".step-00000004.old"):  # left by a run that was killed
+        (tmp_path / "checkpoints" / name).mkdir()
+    train(tmp_path, MAC, "run.save_every=1", "run.keep=2", "schedule.steps=4")
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {*others, "step-00000003", "step-00000004"}
+    assert all((tmp_path / "checkpoints" / name / "notes").exists() for name in others)
+
+
+def test_a_second_process_in_the_folder_is_refused(tmp_path, capsys):
+    process = start(tmp_path / "run", [*MAC, "schedule.steps=2000"])
+    wait_for(tmp_path / "run", 1, process)
+    try:
+        begin = (tmp_path / "run/config.yaml").read_bytes()
+        options = [*MAC, "schedule.steps=2000", f"run.folder={tmp_path / 'run'}"]
+        assert cli.main(["pretrain", *options]) == 1
+        shown = capsys.readouterr().err
+        assert f"run is in use by process {process.pid} on " in shown and "run.folder" in shown
+        assert (tmp_path / "run/config.yaml").read_bytes() == begin and process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+    # kill -9 gives the folder back
+    assert train(tmp_path / "run", [*MAC, "schedule.steps=1"])["step"] >= 1
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
+@pytest.mark.parametrize("fault", ["flipped", "cut", "removed", "cut before 1.0"])
+def test_a_damaged_checkpoint_is_named(tmp_path, capsys, file, fault):
+    more = ["run.save_every=2", "schedule.steps=6"]
+    train(tmp_path / "whole", MAC, *more)
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/step-00000006"
+    content = bytearray((newest / file).read_bytes())
+    if fault == "flipped":  # in the middle: in the values of a tensor
+        content[len(content) // 2] ^= 1
+    elif fault == "removed":
+        (newest / file).unlink()
+    else:
+        content = content[: len(content) // 2]
+    if fault != "removed":
+        (newest / file).write_bytes(content)
+    if fault.endswith("1.0"):  # a checkpoint without checksums
+        (newest / "checksums.json").unlink()
+    options = [*MAC, *more, f"run.folder={tmp_path / 'run'}"]
+    assert cli.main(["pretrain", *options]) == 1
+    shown = capsys.readouterr().err
+    assert f"{newest} is damaged" in shown and "run.resume=4 resumes the one before" in shown
+    assert file in shown
+    if file == "model.safetensors":
+        assert cli.main(["export", "--weights", str(tmp_path / "run"), "--out", str(tmp_path)]) == 1
+        assert file in capsys.readouterr().err
+    assert cli.main(["pretrain", *options, "run.resume=5"]) == 1
+    assert "need run.resume as the step of a checkpoint" in capsys.readouterr().err
+    assert cli.main(["pretrain", *options, "run.resume=4"]) == 0
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    assert newest.with_name("step-00000006-abandoned").is_dir()
+    assert Config.read(tmp_path / "run/config.yaml").run.resume is None
+
+
+@pytest.mark.parametrize("share", [0.5, 1.2])
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, capsys, share):
+    """Files that may not grow further: of the weights, or of the optimizer's state."""
+    resource = pytest.importorskip("resource")
+    train(tmp_path, MAC, "schedule.steps=1")
+    checkpoint = tmp_path / "checkpoints/step-00000001"
+    limit = int(share * (checkpoint / "model.safetensors").stat().st_size)
+    shutil.rmtree(checkpoint)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        assert cli.main(["pretrain", *MAC, "schedule.steps=1", f"run.folder={tmp_path}"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    shown = capsys.readouterr().err
+    assert ("model.safetensors" if share < 1 else "state.pt") in shown and "Traceback" not in shown
+    assert not list((tmp_path / "checkpoints").iterdir())
+    file = tmp_path / "kept"
+    file.write_text("before")
+    with pytest.raises(OSError, match="kept"), replaced(file) as unfinished:
+        unfinished.write_text("after")
+        raise OSError(28, "No space left on device")
+    assert file.read_text() == "before" and not list(tmp_path.glob(".kept*"))
+
+
 def start(folder, options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
     command = [sys.executable, "-m", "vidl", "pretrain", *options, f"run.folder={folder}"]
@@ -428,7 +605,7 @@ def test_images_and_videos_in_one_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "arguments", arguments)
     options = [*SMAUG, "data.source=clips", f"data.files={tmp_path / 'clips.json'}"]
-    options += ["data.batch_size=3"]
+    options += ["data.batch_size=3", "data.outside=true"]
     assert train(tmp_path / "run", options)["finished"]
     assert shown.count(True) == shown.count(False) == 4
 

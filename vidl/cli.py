@@ -93,8 +93,11 @@ def _report_errors(command: Command) -> Command:
         except Exception as error:
             from vidl.data.dataset import TooManyBroken
             from vidl.data.video import BrokenClip
+            from vidl.training import Diverged
+            from vidl.training.parallel import NoDevice
 
-            if not isinstance(error, (TooManyBroken, BrokenClip, ValueError, OSError)):
+            known = (TooManyBroken, BrokenClip, Diverged, NoDevice, ValueError, OSError)
+            if not isinstance(error, known):
                 raise
             name = command.__name__.strip("_").split("_")[0]
             print(f"vidl {name}: {error}", file=sys.stderr)
@@ -197,13 +200,17 @@ def _add_summary(commands: argparse._SubParsersAction) -> None:
     add("--batch", type=int, default=2, help="batch size (default: 2)")
     add("--words", type=int, default=32, help="tokens of each caption (default: 32)")
     add("--steps", type=int, default=0, help="steps to time (default: 0)")
-    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     command.set_defaults(run=_summary)
 
 
 def _summary(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    import torch
+
     from vidl import models, overrides
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("need a GPU for --device cuda, torch sees none; choose --device cpu")
     try:
         fields = overrides.parse(args.overrides)
         model = models.create(args.model, args.preset, **fields).to(args.device)
@@ -297,6 +304,12 @@ def _add_source(part: argparse.ArgumentParser) -> None:
         "folder of the clips; default: clips/ beside clips.json if it exists, else the same folder"
     )
     part.add_argument("--media", type=Path, help=about)
+    _add_outside(part)
+
+
+def _add_outside(part: argparse.ArgumentParser) -> None:
+    about = "the annotations may name files outside the folder of the clips"
+    part.add_argument("--outside", action="store_true", help=about)
 
 
 @_report_errors
@@ -322,7 +335,8 @@ def _data_convert(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 def _data_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from vidl.data import commands
 
-    return 1 if commands.check(args.file, args.media, workers=args.workers) else 0
+    options = {"workers": args.workers, "outside": args.outside}
+    return 1 if commands.check(args.file, args.media, **options) else 0
 
 
 @_report_errors
@@ -331,7 +345,7 @@ def _data_preview(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"need a --mask-ratio from 0 to 1, got {args.mask_ratio}")
     from vidl.data import commands
 
-    names = ("clips", "frames", "size", "mask_ratio", "patch", "seed")
+    names = ("clips", "frames", "size", "mask_ratio", "patch", "seed", "outside")
     options = {name: getattr(args, name) for name in names}
     return 1 if commands.preview(args.file, args.media, args.out, **options) else 0
 
@@ -342,7 +356,7 @@ def _data_speed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> in
         parser.error(f"need --clips >= 1, got {args.clips}")
     from vidl.data import commands
 
-    options = {name: getattr(args, name) for name in ("clips", "frames", "size", "seed")}
+    options = {name: getattr(args, name) for name in ("clips", "frames", "size", "seed", "outside")}
     return 1 if commands.speed(args.file, args.media, **options) else 0
 
 
@@ -404,8 +418,8 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
             help=f"fine-tune {about}",
             description=f"Fine-tune a pre-trained model {about}. The configuration defaults to "
             "that of the pre-training run with model.mask_ratio=0, optimizer.lr=1e-5 and "
-            "run.folder=finetuned (and model.word_ratio=0 for mac). Run the same command again to "
-            "resume a run that was stopped.",
+            "run.folder=finetuned (and model.word_ratio=0 for mac), but without its data: name "
+            "data.files. Run the same command again to resume a run that was stopped.",
             add_help=False,
         )
         _add_configuration(part)
@@ -444,15 +458,17 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         "--data",
         type=Path,
         metavar="FILE",
-        help="annotations; default: evaluation.files of the run",
+        help="annotations; default: the synthetic clips of a run on moving_shapes",
     )
     add("--media", type=Path, help="folder of the clips; default: as for `vidl data check`")
+    _add_outside(command)
     add("--rerank", type=int, default=0, metavar="K", help="re-rank the top K (default: 0)")
     add("--batch", type=int, default=32, help="batch size (default: 32)")
     add("--workers", type=int, default=0, help="processes that read clips (default: 0)")
     add("--masked", action="store_true", help="mask clips as in training (default: no mask)")
     add("--unpruned", action="store_true", help="keep all tokens and frames")
-    add("--device", default="auto", help="cpu, cuda or auto: cuda if available (default: auto)")
+    about = "auto: cuda if available (default: auto)"
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help=about)
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matmuls")
     add("--json", type=Path, metavar="FILE", help="also write the result to this file")
     command.set_defaults(run=_eval)
@@ -476,7 +492,9 @@ def _eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     )
     with parallel.ranks(args.device) as ranks:
         data = None if args.data is None else (args.data, args.media)
-        result = runs.evaluate(args.weights, args.task, data, ranks, options, args.rerank)
+        result = runs.evaluate(
+            args.weights, args.task, data, ranks, options, args.rerank, outside=args.outside
+        )
         if ranks.first:
             print(result)
         if ranks.first and args.json is not None:

@@ -1,6 +1,7 @@
 """`FIELD=VALUE` on the command line: one grammar for every command, that of YAML."""
 
 import difflib
+import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
@@ -54,7 +55,7 @@ def convert(values: Mapping[str, Any], hints: Mapping[str, Any], *, of: str) -> 
         converted[name] = _cast(value, hint)
         if converted[name] is _WRONG:
             wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise ValueError(f"need {name} as {wanted}, got {value!r}")
+            raise ValueError(f"need {name} as {wanted}, got {value!r}{_nearest(value, hint)}")
     return converted
 
 
@@ -64,6 +65,21 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     similar = [other for other in known if other.rpartition(".")[2] == field]
     similar += difflib.get_close_matches(name, known, 1, 0.5)
     return f"; did you mean {similar[0]!r}?" if similar else ""
+
+
+def _nearest(value: Any, hint: Any) -> str:
+    """The closest value of a type, for an error message."""
+    if get_origin(hint) is Literal:
+        close = difflib.get_close_matches(str(value), [str(x) for x in get_args(hint)], 1, 0.3)
+        return f"; did you mean {close[0]!r}?" if close else ""
+    if hint in (int, float):
+        if isinstance(value, bool):
+            return f"; did you mean {hint(value)}?"
+        number = _number(value)
+        if number is not _WRONG:
+            whole = f"{number:.0f}" if math.isfinite(number) else "a finite number, e.g. 1000000"
+            return f"; did you mean {whole}?"
+    return ""
 
 
 _WRONG = object()
@@ -84,11 +100,15 @@ def _cast(value: Any, hint: Any) -> Any:
             parts = (parts[0],) * len(values)
         items = [_cast(item, part) for item, part in zip(values, parts, strict=False)]
         return _WRONG if len(values) != len(parts) or _WRONG in items else origin(items)
-    if hint is float and not isinstance(value, bool):
-        return _number(value)
-    if hint is int and not isinstance(value, bool):
+    if isinstance(value, bool):  # Python counts it as an int
+        return value if hint is bool else _WRONG
+    if hint is int and isinstance(value, int):  # exact, however large
+        return value
+    if hint in (int, float):
         number = _number(value)
-        return int(number) if number is not _WRONG and number == int(number) else _WRONG
+        if number is _WRONG or not math.isfinite(number):
+            return _WRONG
+        return number if hint is float else int(number) if number == int(number) else _WRONG
     if hint is str and isinstance(value, int | float):
         return str(value)
     return value if isinstance(value, hint) else _WRONG
@@ -97,5 +117,5 @@ def _cast(value: Any, hint: Any) -> Any:
 def _number(value: Any) -> Any:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return _WRONG

@@ -37,6 +37,9 @@ SCHEMA = pa.schema(
 ROWS_AT_A_TIME = 100_000
 # Increased when the same file gives other rows, so that cached tables are not used any more.
 READER = 2
+# Files that FFmpeg would take for a URL or a protocol, and files outside the folder of the media.
+URL = r"^([A-Za-z][A-Za-z0-9+.-]+:|subfile,)"
+OUTSIDE = r"^[/~]|^\.\.$|^\.\./|/\.\./|/\.\.$"
 
 
 class Annotations(Sequence[Row]):
@@ -44,14 +47,18 @@ class Annotations(Sequence[Row]):
 
     Args:
         parts: pairs of an Arrow file written by `convert` and the folder of its media.
+        outside: whether media may lie outside this folder (absolute paths and `..`).
 
     Raises:
-        ValueError: a file is not such a table.
+        ValueError: a file is not such a table, or names a URL or media outside the folder.
     """
 
-    def __init__(self, parts: Iterable[tuple[str | Path, str | Path]]):
+    def __init__(self, parts: Iterable[tuple[str | Path, str | Path]], *, outside: bool = False):
         self.parts = [(Path(file), Path(media)) for file, media in parts]
         self._tables = [_open(file) for file, _ in self.parts]
+        for (file, _), table in zip(self.parts, self._tables, strict=True):
+            _only_files(file, table, outside)
+        self.outside = outside
         self._ends = list(itertools.accumulate(table.num_rows for table in self._tables))
 
     def __len__(self) -> int:
@@ -75,10 +82,10 @@ class Annotations(Sequence[Row]):
 
     # Pickle the paths, not the tables: workers map the same pages.
     def __getstate__(self) -> dict[str, Any]:
-        return {"parts": self.parts}
+        return {"parts": self.parts, "outside": self.outside}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["parts"])  # type: ignore[misc]
+        self.__init__(state["parts"], outside=state["outside"])  # type: ignore[misc]
 
 
 def _open(file: Path) -> pa.Table:
@@ -89,6 +96,27 @@ def _open(file: Path) -> pa.Table:
     if table.schema != SCHEMA:
         raise ValueError(f"{file}: need the columns {SCHEMA.names}, got {table.schema.names}")
     return table
+
+
+def _only_files(file: Path, table: pa.Table, outside: bool) -> None:
+    """Refuse a table of a stranger that reaches the network or other files of this machine.
+
+    Raises:
+        ValueError: names the first such row.
+    """
+    media = table.column("media")
+    for pattern, remedy in (
+        (URL, "vidl opens no URLs: download the files first"),
+        (OUTSIDE, "if you trust this file, set data.outside=true or --outside"),
+    ):
+        if outside and pattern == OUTSIDE:
+            continue
+        row = pc.index(pc.match_substring_regex(media, pattern), True).as_py()
+        if row >= 0:
+            raise ValueError(
+                f"{file}: need files below the folder of the media, got {media[row].as_py()!r} in "
+                f"row {row}; {remedy}"
+            )
 
 
 def convert(
@@ -145,7 +173,9 @@ def write(rows: Iterable[Row], to: str | Path) -> int:
     return count
 
 
-def load(*corpora: str | Path | tuple[str | Path, str | Path | None]) -> Annotations:
+def load(
+    *corpora: str | Path | tuple[str | Path, str | Path | None], outside: bool = False
+) -> Annotations:
     """Open annotation files; common JSON is converted to an Arrow table on first use.
 
     The table is stored in $VIDL_CACHE (default: ~/.cache/vidl). Its name depends on the path, size
@@ -153,24 +183,32 @@ def load(*corpora: str | Path | tuple[str | Path, str | Path | None]) -> Annotat
 
     Args:
         corpora: annotation files (Arrow or common JSON), or pairs of a file and the folder of its
-            media. Default folder: for clips.json the folder `clips` beside it if there is one, else
-            the folder of the file.
+            media. Default folder: the first of these that has a file of the first rows: for
+            mine.json the folder `mine` beside it, the folder `clips` beside it, the folder of the
+            file. If none has, the first that exists.
+        outside: see `Annotations`.
 
     Returns:
         The rows of all files, in order.
 
     Raises:
-        ValueError: a file does not have the format that its suffix says.
+        ValueError: a file does not have the format that its suffix says, or see `Annotations`.
     """
     parts = []
     for corpus in corpora:
         file, media = corpus if isinstance(corpus, tuple) else (corpus, None)
         file = Path(file)
-        if media is None:
-            beside = file.with_suffix("")
-            media = beside if beside.is_dir() else file.parent
-        parts.append((_converted(file), media))
-    return Annotations(parts)
+        table = _converted(file)
+        parts.append((table, _folder_beside(file, table) if media is None else media))
+    return Annotations(parts, outside=outside)
+
+
+def _folder_beside(file: Path, table: Path) -> Path:
+    beside = [file.with_suffix(""), file.parent / "clips", file.parent]
+    folders = [folder for folder in beside if folder.is_dir()]
+    names = _open(table).slice(0, 10).column("media").to_pylist()
+    held = (folder for folder in folders if any((folder / name).is_file() for name in names))
+    return next(held, folders[0])
 
 
 def _converted(file: Path) -> Path:

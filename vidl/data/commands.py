@@ -31,9 +31,9 @@ def convert(
     return to
 
 
-def check(file: Path, media: Path | None, *, workers: int) -> int:
+def check(file: Path, media: Path | None, *, workers: int, outside: bool = False) -> int:
     """Decode every clip of an annotation file and list broken clips; returns their number."""
-    rows = annotations.load((file, media))
+    rows = annotations.load((file, media), outside=outside)
     # each clip once, in the order of the rows: with questions, a clip has several rows
     names = list(dict.fromkeys(row.media for row in progress(rows, "reading rows")))
     frames, seconds = 0, 0.0
@@ -76,6 +76,7 @@ def preview(
     mask_ratio: float | None,
     patch: int,
     seed: int,
+    outside: bool = False,
 ) -> int:
     """Write a picture of some clips below their captions; returns the number of broken clips."""
     from PIL import Image
@@ -84,7 +85,7 @@ def preview(
         raise ValueError(
             f"need a size that is a multiple of the patch size, got {size} and {patch}"
         )
-    rows = annotations.load((file, media))
+    rows = annotations.load((file, media), outside=outside)
     generator = torch.Generator().manual_seed(seed)
     strips, broken = [], 0
     for index in torch.randperm(len(rows), generator=generator)[:clips].tolist():
@@ -107,9 +108,18 @@ def preview(
     return broken
 
 
-def speed(file: Path, media: Path | None, *, frames: int, size: int, clips: int, seed: int) -> int:
+def speed(
+    file: Path,
+    media: Path | None,
+    *,
+    frames: int,
+    size: int,
+    clips: int,
+    seed: int,
+    outside: bool = False,
+) -> int:
     """Time each decoder on the same clips in one thread; returns the number of broken clips."""
-    rows = annotations.load((file, media))
+    rows = annotations.load((file, media), outside=outside)
     why_not = {decoder: video.why_not(decoder) for decoder in video.DECODERS}
     options: dict[str, Any] = dict(frames=frames, size=size, train=True, seed=seed)
     readers: dict[str, Clips] = {

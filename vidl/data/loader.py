@@ -1,12 +1,14 @@
 """Batches from worker processes, with exact resumption and a report of broken clips."""
 
 import os
+import pickle
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from vidl.data.dataset import Batch, ClipSet, TooManyBroken
 from vidl.data.sampler import EpochSampler, InOrder
@@ -59,8 +61,8 @@ class Loader:
         options: dict[str, Any] = {"batch_size": None} if streams else {"batch_sampler": sampler}
         if workers:
             options |= {"prefetch_factor": prefetch, "persistent_workers": not streams}
-        self._loader: DataLoader[Batch] = DataLoader(
-            dataset,
+        self._loader: DataLoader[Any] = DataLoader(
+            _Stream(dataset) if isinstance(dataset, ShardStream) else _Rows(dataset),
             num_workers=workers,
             collate_fn=_identity,
             worker_init_fn=_begin_worker,
@@ -82,6 +84,8 @@ class Loader:
             self.wait_seconds += time.perf_counter() - begin
             if batch is None:
                 return
+            if isinstance(batch, _Failed):
+                raise batch.error from batch.cause
             self._count(batch)
             self.step += 1
             if isinstance(self.dataset, ShardStream):
@@ -125,6 +129,53 @@ class Loader:
             self.sampler.load_state_dict(state["sampler"])
         self.step, self.seen = state["step"], state["seen"]
         self.broken, self.broken_count = dict(state["broken"]), state["broken_count"]
+
+
+class _Traceback(Exception):
+    """The traceback of an error in a worker."""
+
+
+class _Failed:
+    """An error in place of a batch: DataLoader would replace its message by a traceback."""
+
+    def __init__(self, error: Exception):
+        self.error, self.cause = error, None
+        if get_worker_info() is not None:
+            lines = "".join(traceback.format_exception(error))
+            self.cause = _Traceback(f"in a worker\n{lines}")
+            try:
+                pickle.loads(pickle.dumps(error))
+            except Exception:  # it cannot be sent
+                self.error = RuntimeError(f"{type(error).__name__}: {error}")
+
+
+class _Rows(Dataset[Any]):
+    """The batches of a `ClipSet`, or the error of a batch."""
+
+    def __init__(self, dataset: ClipSet):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: Any) -> Any:
+        try:
+            return self.dataset.__getitems__(keys)
+        except Exception as error:
+            return _Failed(error)
+
+
+class _Stream(IterableDataset[Any]):
+    """The batches of a `ShardStream`, ended by its error if there is one."""
+
+    def __init__(self, dataset: ShardStream):
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.dataset
+        except Exception as error:
+            yield _Failed(error)
 
 
 def _identity(batch: Any) -> Any:

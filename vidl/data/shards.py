@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from vidl.data.video import BrokenClip
 
 VIDEOS = ("mp4", "webm", "mkv", "avi", "mov")
 IMAGES = ("jpg", "jpeg", "png", "webp")
+# webdataset puts a URL into a shell command: only characters that end no quote.
+PROTOCOL, URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|-$"), re.compile(r"https?://[^\s'\"`\\]+")
 
 
 class ShardStream(IterableDataset[Batch]):
@@ -37,7 +40,7 @@ class ShardStream(IterableDataset[Batch]):
     decoding the samples that were used.
 
     Args:
-        shards: files or URLs of the shards.
+        shards: files or http(s) URLs of the shards.
         clips: the sample options: frames, size, crops, tokens; its rows are not used.
         batch_size: clips of a batch on one rank.
         kind: content of the shards: "video" or "image".
@@ -46,7 +49,8 @@ class ShardStream(IterableDataset[Batch]):
         world_size: number of ranks.
 
     Raises:
-        ValueError: there are fewer shards than workers of all ranks.
+        ValueError: there are fewer shards than workers of all ranks, or a shard is neither a file
+            nor an http(s) URL, such as "pipe:command".
     """
 
     def __init__(
@@ -61,6 +65,9 @@ class ShardStream(IterableDataset[Batch]):
         world_size: int = 1,
     ):
         self.shards, self.clips, self.batch_size = sorted(map(str, shards)), clips, batch_size
+        for shard in self.shards:
+            if PROTOCOL.match(shard) and not URL.fullmatch(shard):
+                raise ValueError(f"need shards as files or http(s) URLs, got {shard!r}")
         self.kind, self.buffer = kind, buffer
         self.rank, self.world_size = rank, world_size
         self._places: dict[int, tuple[int, int]] = {}  # of each worker: epoch, samples read in it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from vidl.files import replaced
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NAMES = ("tokenizer.json", "vocab.txt")
@@ -81,10 +82,8 @@ class Tokenizer:
 
     def save(self, file: str | Path) -> None:
         """Write tokenizer.json, atomically."""
-        file = Path(file)
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-        unfinished.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
-        unfinished.replace(file)
+        with replaced(Path(file)) as unfinished:
+            unfinished.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
     def __getstate__(self) -> str:
         return self._tokenizer.to_str()

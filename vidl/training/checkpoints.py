@@ -1,9 +1,12 @@
 """Atomic checkpoints: weights in safetensors, the other state without pickled code."""
 
+import errno
+import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,75 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-NAME = re.compile(r"step-(\d{8})")
-WEIGHTS, STATE = "model.safetensors", "state.pt"
+from vidl.files import named
+
+NAME = re.compile(r"step-(\d{8,})")
+# What a run that was killed may leave: a checkpoint that it was writing or removing.
+REST = re.compile(r"\.step-\d{8,}(\.old)?")
+WEIGHTS, STATE, CHECKSUMS = "model.safetensors", "state.pt", "checksums.json"
+
+
+def steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a run's folder by their step, ascending; other names are not ours."""
+    names = ((NAME.fullmatch(path.name), path) for path in (folder / "checkpoints").glob("step-*"))
+    return dict(sorted((int(match[1]), path) for match, path in names if match))
 
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the highest step in a run's folder."""
-    paths = (path for path in (folder / "checkpoints").glob("step-*"))
-    return max((path for path in paths if NAME.fullmatch(path.name)), default=None)
+    return max(steps(folder).items(), default=(0, None))[1]
+
+
+def chosen(folder: Path, step: int | None = None) -> Path | None:
+    """The intact checkpoint from which a run resumes.
+
+    Args:
+        folder: folder of the run.
+        step: its step; None: the newest.
+
+    Returns:
+        The checkpoint; None: the run has none.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged; offers the one before it.
+    """
+    known = steps(folder)
+    if step is not None and step not in known:
+        given = ", ".join(map(str, known)) or "none"
+        raise ValueError(f"need run.resume as the step of a checkpoint of {folder}: {given}")
+    if not known:
+        return None
+    step = max(known) if step is None else step
+    if (problem := damage(known[step])) is None:
+        return known[step]
+    before = (s for s in reversed(known) if s < step and damage(known[s]) is None)
+    offer = next((f"run.resume={s} resumes the one before" for s in before), "none before is whole")
+    raise ValueError(f"the checkpoint {known[step]} is damaged ({problem}); {offer}")
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None."""
+    try:
+        for name in (WEIGHTS, STATE):
+            _check(checkpoint / name)
+        if not (checkpoint / CHECKSUMS).is_file():  # written by an older version
+            for name in (WEIGHTS, STATE):
+                _read(checkpoint / name, "cpu")
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def abandon(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after a step, so that a run continues from it; returns the new names.
+
+    They are not removed, neither now nor by retention.
+    """
+    renamed = []
+    for path in [path for later, path in steps(folder).items() if later > step]:
+        numbers = (path.with_name(f"{path.name}-abandoned{n or ''}") for n in range(1000))
+        renamed.append(path.rename(next(name for name in numbers if not name.exists())))
+    return renamed
 
 
 def save(
@@ -50,6 +114,9 @@ def save(
         state: other state; types that `torch.load(weights_only=True)` accepts.
         keep: number of checkpoints to keep.
         write: whether this rank writes.
+
+    Raises:
+        OSError: a file cannot be written, as on a full disk; names it, and leaves nothing behind.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: Any = get_model_state_dict(model, options=options)
@@ -62,20 +129,24 @@ def save(
     checkpoints.mkdir(parents=True, exist_ok=True)
     unfinished = checkpoints / f".step-{step:08}"
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    with open(unfinished / WEIGHTS, "wb") as file:
-        file.write(to_bytes({name: x.contiguous() for name, x in weights.items()}))
-        _to_disk(file)
-    with open(unfinished / STATE, "wb") as file:
-        torch.save({**state, "step": step, "optimizer": optimizer_state}, file)
-        _to_disk(file)
-    _folder_to_disk(unfinished)
     final = checkpoints / f"step-{step:08}"
-    if final.exists():  # the same run at the same step: identical
-        shutil.rmtree(final)
-    unfinished.rename(final)
+    try:
+        unfinished.mkdir()
+        content = to_bytes({name: x.contiguous() for name, x in weights.items()})
+        _write(unfinished / WEIGHTS, lambda file: file.write(content))
+        whole = {**state, "step": step, "optimizer": optimizer_state}
+        _write(unfinished / STATE, lambda file: torch.save(whole, file))
+        sums = {name: _checksum(unfinished / name) for name in (WEIGHTS, STATE)}
+        _write(unfinished / CHECKSUMS, lambda file: file.write(json.dumps(sums).encode()))
+        _folder_to_disk(unfinished)
+        if final.exists():  # the same run at the same step: identical
+            shutil.rmtree(final)
+        unfinished.rename(final)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     _folder_to_disk(checkpoints)
-    _remove_old(checkpoints, keep)
+    _remove_old(folder, keep)
 
 
 def load(
@@ -103,37 +174,80 @@ def weights_of(path: str | Path, device: torch.device | str = "cpu") -> dict[str
         device: device of the weights.
 
     Raises:
-        ValueError: no such file.
+        ValueError: no such file, or it is damaged.
     """
     path = Path(path)
     checkpoint = newest(path) or path
     file = checkpoint / WEIGHTS if checkpoint.is_dir() else checkpoint
     if not file.is_file():
-        raise ValueError(f"need a run, a checkpoint or a file of weights, got {path}")
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file, device=str(device))
-    state = torch.load(file, map_location=device, weights_only=True)
+        without = f" without {file}" if checkpoint.is_dir() else ""
+        raise ValueError(f"need a run, a checkpoint or a file of weights, got {path}{without}")
+    _check(file)
+    state = _read(file, device)
     for nested in ("model", "state_dict"):
         if isinstance(state.get(nested), dict):
             state = state[nested]
     return state
 
 
-def _remove_old(checkpoints: Path, keep: int) -> None:
-    for path in sorted(checkpoints.glob("step-*"))[:-keep]:
+def _read(file: Path, device: torch.device | str) -> dict[str, Any]:
+    """The content of a file in safetensors or `torch.save` format.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file, device=str(device))
+        return torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # the libraries raise many classes
+        raise ValueError(f"cannot read {file}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _check(file: Path) -> None:
+    """Compare a file with its checksum, if it has one.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file.name} is missing")
+    sums = file.parent / CHECKSUMS
+    if sums.is_file():
+        known = json.loads(sums.read_text())
+        if known.get(file.name, digest := _checksum(file)) != digest:
+            raise ValueError(f"{file} is not as it was written: its checksum differs")
+
+
+def _checksum(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while part := content.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    for path in list(steps(folder).values())[:-keep]:
         # rename first: a partly removed folder must not look like a checkpoint
         hidden = path.with_name(f".{path.name}.old")
         path.rename(hidden)
         shutil.rmtree(hidden)
-    for path in checkpoints.glob(".step-*"):
-        shutil.rmtree(path)  # left by a run that was killed while saving
+    for path in (folder / "checkpoints").glob(".step-*"):
+        if REST.fullmatch(path.name):
+            shutil.rmtree(path)
 
 
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _write(path: Path, write: Callable[[Any], Any]) -> None:
+    with named(path), open(path, "wb") as file:
+        try:
+            write(file)
+        except RuntimeError as error:  # torch.save hides the OSError of its file
+            raise OSError(errno.EIO, f"cannot be written: {error}") from error
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _folder_to_disk(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import os
 import textwrap
 import types
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import yaml
 
 from vidl import models
 from vidl import overrides as grammar
+from vidl.files import replaced
 from vidl.models import Recipe
 
 
@@ -53,6 +53,9 @@ class Data:
     )
     files: list[str] = _field([], "annotation files (.arrow, .json), or shards (.tar)")
     media: str | None = _field(None, "folder of the clips; default: beside each annotation file")
+    outside: bool = _field(
+        False, "annotations may name files outside the folder of the clips; only if you trust them"
+    )
     tokenizer: str | None = _field(
         None, "tokenizer.json or vocab.txt; default: built from captions"
     )
@@ -111,7 +114,7 @@ class Run:
 
     folder: str = _field("run", "for checkpoints, log.jsonl, config.yaml and tokenizer.json")
     seed: int = _field(0, "seed of weights, data, masks and dropout")
-    device: str = _field("auto", "cpu, cuda, or auto: cuda if available")
+    device: Literal["auto", "cpu", "cuda"] = _field("auto", "cpu, cuda, or auto: cuda if available")
     precision: Literal["auto", "float32", "bfloat16"] = _field(
         "auto", "of matmuls; auto: bfloat16 by autocast on cuda, else float32"
     )
@@ -125,6 +128,11 @@ class Run:
     log_every: int = _field(10, "steps between records of the log")
     save_every: int = _field(500, "steps between checkpoints; the last step is always saved")
     keep: int = _field(3, "number of checkpoints to keep")
+    resume: int | None = _field(
+        None,
+        "step of the checkpoint to resume from, e.g. if the newest is damaged; later ones are "
+        "renamed; default: the newest",
+    )
     tensorboard: bool = _field(True, "also write TensorBoard files, if it is installed")
 
 
@@ -151,7 +159,7 @@ SECTIONS: dict[str, type] = {
     "run": Run,
 }
 # Fields that may change when a run resumes: they do not affect what is computed.
-FREE = ("run.", "evaluation.", "data.workers", "data.broken", "data.media")
+FREE = ("run.", "evaluation.", "data.workers", "data.broken", "data.media", "data.outside")
 NOT_FREE = ("run.seed", "run.precision")
 # Recipe fields that the run sets itself: its seed, and the vocabulary of its tokenizer.
 GIVEN = ("seed", "vocabulary")
@@ -176,7 +184,8 @@ class Config:
     def __post_init__(self) -> None:
         self.recipe()  # raises its errors
         least = {
-            "data.batch_size": 1, "data.workers": 0, "data.clips": 1, "data.looks": 0,
+            "data.words": 3, "data.batch_size": 1, "data.workers": 0, "data.clips": 1,
+            "data.looks": 0,
             "optimizer.lr": 0, "optimizer.clip": 0, "optimizer.accumulate": 1,
             "schedule.steps": 1, "schedule.warmup": 0, "schedule.prune_over": 0,
             "run.threads": 0, "run.log_every": 1, "run.save_every": 1, "run.keep": 1,
@@ -186,6 +195,15 @@ class Config:
         for name, number in least.items():
             if values[name] < number:
                 raise ValueError(f"need {name} >= {number}, got {values[name]}")
+        most = {"data.broken": 1, "schedule.final": 1, "data.difficulty": 3}
+        for name, number in most.items():
+            if not 0 <= values[name] <= number:
+                raise ValueError(f"need {name} from 0 to {number}, got {values[name]}")
+        if not 0 < self.data.scale[0] <= self.data.scale[1] <= 1:
+            raise ValueError(
+                f"need data.scale as two ascending shares of the area above 0, up to 1, got "
+                f"{list(self.data.scale)}"
+            )
         if self.data.source != "moving_shapes" and not self.data.files:
             raise ValueError(f"need data.files with data.source {self.data.source!r}, got none")
         if self.start.text and not self.data.tokenizer:
@@ -271,10 +289,8 @@ class Config:
         for key, value in self.values().items():
             section, _, name = key.partition(".")
             sections[section][name] = list(value) if isinstance(value, tuple) else value
-        file = Path(file)
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-        unfinished.write_text(yaml.safe_dump(sections, sort_keys=False))
-        unfinished.replace(file)
+        with replaced(Path(file)) as unfinished:
+            unfinished.write_text(yaml.safe_dump(sections, sort_keys=False))
 
 
 def explain() -> str:

@@ -9,9 +9,11 @@ from torch import nn
 
 from vidl.data.dataset import Batch
 from vidl.evaluation import Options, question_answering
+from vidl.files import replaced
 from vidl.models import Answering, frequent_answers
 from vidl.training import parallel, sources
 from vidl.training.config import Config
+from vidl.training.lock import locked
 from vidl.training.loop import Training
 from vidl.training.runs import ANSWERS, folder_of
 
@@ -20,12 +22,19 @@ TASKS = ("retrieval", "qa")
 # Singularity (arXiv 2206.03428, appendix).
 DEFAULTS = {"model.mask_ratio": 0.0, "optimizer.lr": 1e-5, "run.folder": "finetuned"}
 DEFAULTS_OF = {"mac": {"model.word_ratio": 0.0}}
+# Fields that a run never hands on: the run of a stranger must not choose what is read here.
+SOURCES = (
+    "data.source", "data.files", "data.media", "data.outside", "evaluation.files",
+    "evaluation.media",
+)  # fmt: skip
 
 
 def configuration(
     weights: str | Path, file: str | Path | None = None, overrides: Sequence[str] = ()
 ) -> Config:
     """The configuration of a fine-tuning run, based on that of the pre-training run.
+
+    The data are named anew: files and folders of the pre-training run are not taken over.
 
     Args:
         weights: the pre-training run or one of its checkpoints.
@@ -37,6 +46,10 @@ def configuration(
     """
     folder = folder_of(weights)
     base = Config.read(folder / "config.yaml").values() | DEFAULTS
+    synthetic = base["data.source"] == "moving_shapes"
+    base = {name: value for name, value in base.items() if name not in SOURCES}
+    if synthetic:
+        base["data.source"] = "moving_shapes"
     base |= DEFAULTS_OF.get(base["model.name"], {})
     base |= {"start.model": str(weights), "start.vision": None, "start.text": None}
     base |= {"data.tokenizer": str(folder / "tokenizer.json")}
@@ -63,7 +76,7 @@ def finetune(task: str, config: Config, *, answers: int = 1500) -> dict[str, Any
     """
     if task not in TASKS:
         raise ValueError(f"need a task among {', '.join(TASKS)}, got {task!r}")
-    with parallel.ranks(config.run.device) as ranks:
+    with parallel.ranks(config.run.device) as ranks, locked(Path(config.run.folder), ranks):
         if task == "retrieval":
             return Training(config, ranks).run()
         return Questions(config, ranks, answers).run()
@@ -82,7 +95,8 @@ class Questions(Training):
             self.answers = frequent_answers((row.answer for row in rows), most)
         super().__init__(config, ranks, accuracy if config.evaluation.files else None)
         if ranks.first and not kept.is_file():
-            kept.write_text(json.dumps(self.answers))
+            with replaced(kept) as unfinished:
+                unfinished.write_text(json.dumps(self.answers))
         ranks.wait()
 
     def new_model(self) -> Answering:

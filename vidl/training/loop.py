@@ -1,6 +1,7 @@
 """The training loop: batches, steps, checkpoints. A step depends on its number only."""
 
 import contextlib
+import dataclasses
 import math
 import signal
 import threading
@@ -22,6 +23,7 @@ from vidl.nn.checkpoints import load_or_explain
 from vidl.training import checkpoints, measures, optimizer, parallel, sources
 from vidl.training.config import Config
 from vidl.training.inputs import arguments
+from vidl.training.lock import locked
 from vidl.training.progress import Progress
 
 # Weights of modules that only the pre-training losses use.
@@ -46,13 +48,19 @@ def pretrain(config: Config, evaluate: Evaluate | None = None) -> dict[str, Any]
         "step", whether the run is "finished", and the last record of its log.
 
     Raises:
-        ValueError: the folder has a run with another configuration; or from data and model.
-        RuntimeError: the loss is not finite; or from data and model.
+        ValueError: the folder has a run with another configuration, a damaged checkpoint, or is in
+            use by another process; or from data and model.
+        Diverged: the loss or a weight is not finite; the last checkpoint has finite weights.
+        RuntimeError: from data and model.
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    with parallel.ranks(config.run.device) as ranks:
+    with parallel.ranks(config.run.device) as ranks, locked(Path(config.run.folder), ranks):
         return Training(config, ranks, evaluate).run()
+
+
+class Diverged(RuntimeError):
+    """The loss or a weight is NaN or infinite; the run stops and saves nothing."""
 
 
 class Training:
@@ -73,7 +81,7 @@ class Training:
         self.config, self.ranks = config, ranks
         self.evaluate = evaluate or measures.chosen(config)
         self.folder = Path(config.run.folder)
-        self.checkpoint = checkpoints.newest(self.folder)
+        self.checkpoint = checkpoints.chosen(self.folder, config.run.resume)
         self._claim_folder()
         resumed = None if self.checkpoint is None else self.folder
         self.tokenizer = sources.open_tokenizer(config, resumed)
@@ -88,8 +96,12 @@ class Training:
         self.optimizer = optimizer.make(self.parallel, config.optimizer)
         self.step = 0
         self.record: dict[str, Any] = {}
+        self.abandoned: list[Path] = []
         if self.checkpoint is not None:
             self._resume(self.checkpoint)
+        if ranks.first and config.run.resume is not None:
+            self.abandoned = checkpoints.abandon(self.folder, config.run.resume)
+        ranks.wait()
 
     def _claim_folder(self) -> None:
         """Create the folder, or check that it has a run with the same configuration."""
@@ -103,7 +115,8 @@ class Training:
         self.ranks.wait()  # until all ranks have read the file
         if self.ranks.first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.config.save(file)
+            once = dataclasses.replace(self.config.run, resume=None)
+            dataclasses.replace(self.config, run=once).save(file)
         self.ranks.wait()
 
     def _model(self) -> Any:
@@ -156,7 +169,12 @@ class Training:
         return model.eval()
 
     def save(self) -> None:
-        """Write a checkpoint; all ranks must call this."""
+        """Write a checkpoint; all ranks must call this.
+
+        Raises:
+            Diverged: a weight is not finite; the checkpoints before are kept.
+        """
+        self._check_weights()
         state = {"loaders": self.ranks.gathered(self.loader.state_dict()), "record": self.record}
         checkpoints.save(
             self.folder,
@@ -169,6 +187,22 @@ class Training:
         )
         self.ranks.wait()
 
+    def _check_weights(self) -> None:
+        """Raise `Diverged` on all ranks if any rank has a weight that is not finite."""
+        own = [x.to_local() if hasattr(x, "to_local") else x for x in self.model.parameters()]
+        finite = torch.stack([x.detach().isfinite().all() for x in own]).all()
+        if self.ranks.any(not finite):
+            raise Diverged(f"a weight is not finite after step {self.step}{self._remedy()}")
+
+    def _check_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss} at step {self.step}{self._remedy()}")
+
+    def _remedy(self) -> str:
+        kept = checkpoints.newest(self.folder)
+        last = "there is no checkpoint" if kept is None else f"the last checkpoint is {kept}"
+        return f"; {last}. A lower optimizer.lr or more schedule.warmup may help, in a new run"
+
     def run(self) -> dict[str, Any]:
         """Run the remaining steps."""
         run, steps = self.config.run, self.config.schedule.steps
@@ -177,6 +211,8 @@ class Training:
             progress = Progress(self.folder, self.step, steps, tensorboard=run.tensorboard)
             about = f"{self.config.model.name}, {self.ranks.world_size} rank(s)"
             progress.say(f"{self.folder}: {about}, from step {self.step} to {steps}")
+            for path in self.abandoned:
+                progress.say(f"renamed a later checkpoint: {path}")
         with _stop_signals() as stopped:
             self._steps(progress, stopped)
         self._finish(progress)
@@ -198,6 +234,7 @@ class Training:
                 watch = _Watch(self)
             stop = self.ranks.any(stopped())
             if last or stop or self.step % run.save_every == 0:
+                self._check_loss(float(self.ranks.mean(losses["loss"].float().clone())))
                 self.save()
                 saved = self.step
         assert saved == self.step
@@ -264,8 +301,7 @@ class Training:
         names = list(losses)
         values = self.ranks.mean(torch.stack([losses[name].float() for name in names])).tolist()
         means = dict(zip(names, values, strict=True))
-        if not math.isfinite(means["loss"]):
-            raise RuntimeError(f"the loss is {means['loss']} at step {self.step}: {means}")
+        self._check_loss(means["loss"])
         rate = self.optimizer.param_groups[0]["lr"]
         self.record = {**means, "lr": rate, "grad_norm": float(norm), **watch.read(self)}
         self.record["losses"] = [name for name in names if name != "loss"]

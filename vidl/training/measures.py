@@ -16,8 +16,10 @@ def chosen(config: Config) -> Callable[[Any], dict[str, float]] | None:
 
 
 def recalls(training: Any) -> dict[str, float]:
-    """Recall of a run's retrieval."""
-    return numbers(search(training))
+    """Recall of a run's retrieval, and the number of clips that count as misses, if any."""
+    result = search(training)
+    broken = {"clips not read": len(result.broken)} if result.broken else {}
+    return numbers(result) | broken
 
 
 def numbers(result: Retrieval) -> dict[str, float]:

@@ -53,6 +53,10 @@ class Ranks:
         self.any(False)
 
 
+class NoDevice(RuntimeError):
+    """The device is not available on this machine."""
+
+
 @contextlib.contextmanager
 def ranks(device: str = "auto") -> Iterator[Ranks]:
     """Initialise torch.distributed if torchrun started several ranks, and clean up at the end.
@@ -61,12 +65,15 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
         device: "cpu", "cuda", or "auto": cuda if available.
 
     Raises:
-        RuntimeError: the device is not available.
+        ValueError: unknown device.
+        NoDevice: the device is not available.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("need a CUDA device for run.device=cuda, torch finds none")
+        raise NoDevice("need a GPU for device cuda, torch sees none; choose device cpu or auto")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"need a device among auto, cpu, cuda, got {device!r}")
     where = torch.device(device)
     if device == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from vidl.files import named, replaced
+
 
 class Progress:
     """Shows and logs the progress of a run; used on rank 0 only.
@@ -45,7 +47,7 @@ class Progress:
         self.say(f"step {step}: {', '.join(shown)}")
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
-        with open(self.file, "a") as file:
+        with named(self.file), open(self.file, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if self.board is not None and isinstance(value, int | float):
@@ -92,9 +94,8 @@ def _cut(file: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line + "\n")
-    unfinished = file.with_name(f".{file.name}")
-    unfinished.write_text("".join(kept))
-    unfinished.replace(file)
+    with replaced(file) as unfinished:
+        unfinished.write_text("".join(kept))
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vidl import models
+from vidl.data.dataset import TooManyBroken
 from vidl.data.text import Tokenizer, load_tokenizer
 from vidl.evaluation import (
     Accuracy,
@@ -84,35 +85,55 @@ def evaluate(
     ranks: parallel.Ranks,
     options: Options,
     rerank: int = 0,
+    *,
+    outside: bool = False,
 ) -> Retrieval | Accuracy:
     """Evaluate the model of a run.
 
     Args:
         path: see `open_run`.
         task: "retrieval", "mc" or "qa".
-        data: annotation file and the folder of its media; None: the evaluation set of the run's
-            configuration.
+        data: annotation file and the folder of its media; None: the synthetic evaluation set of
+            moving_shapes. Files that the run's configuration names are not read: the run may be
+            that of a stranger.
         ranks: this rank.
         options: batches, masks, pruning.
         rerank: see `vidl.evaluation.retrieval`.
+        outside: see `vidl.data.annotations.Annotations`.
 
     Raises:
-        ValueError: no such run, or its model does not support the task.
+        ValueError: no such run, its model does not support the task, or there are no data.
+        TooManyBroken: no clip at all can be read; the folder is probably wrong.
     """
     trained = open_run(path, ranks.device)
     model, config = trained.model, trained.config
     if (task == "qa") != isinstance(model, Answering):
         needed = "a run of `vidl finetune qa`" if task == "qa" else f"a run for {task}"
         raise ValueError(f"need {needed}, got {type(model).__name__} at {path}")
-    if data is not None:
-        media = None if data[1] is None else str(data[1])
-        chosen = dataclasses.replace(config.evaluation, files=[str(data[0])], media=media)
-        config = dataclasses.replace(config, evaluation=chosen)
+    file, media = data or (None, None)
+    chosen = dataclasses.replace(
+        config.evaluation,
+        files=[] if file is None else [str(file)],
+        media=None if media is None else str(media),
+    )
+    trusted = dataclasses.replace(config.data, outside=outside)
+    config = dataclasses.replace(config, evaluation=chosen, data=trusted)
     dataset = sources.open_searched(config, model.recipe, trained.tokenizer)
     if dataset is None:
-        raise ValueError(f"need data to evaluate: evaluation.files of {path} is empty")
+        raise ValueError(f"need data to evaluate {path}: name an annotation file (--data)")
+    result: Retrieval | Accuracy
     if task == "qa":
-        return question_answering(model, dataset, options)
-    if task == "mc":
-        return multiple_choice(model, dataset, options)
-    return retrieval(model, dataset, options, rerank=rerank)
+        result = question_answering(model, dataset, options)
+    elif task == "mc":
+        result = multiple_choice(model, dataset, options)
+    else:
+        result = retrieval(model, dataset, options, rerank=rerank)
+    if result.broken:
+        names = {dataset.row(index).media for index in range(len(dataset))}
+        if names <= result.broken.keys():
+            name, why = next(iter(result.broken.items()))
+            raise TooManyBroken(
+                f"none of {len(names)} clips can be read, so there is no result; is the folder of "
+                f"the clips right (--media)? The first is {name}: {why}"
+            )
+    return result

@@ -94,20 +94,20 @@ def open_searched(config: Config, recipe: Recipe, tokenizer: Tokenizer) -> ClipS
         return MovingShapes("val", pairs, **sizes, **words)
     if not chosen.files:
         return None
-    rows = _load(chosen.files, chosen.media)
+    rows = _load(chosen.files, chosen.media, data.outside)
     kind = CachedClips if data.cache else Clips
     return kind(rows, train=False, decoder=data.decoder, **sizes, **words)
 
 
 def annotated(config: Config) -> Any:
     """The rows of the training annotations."""
-    return _load(config.data.files, config.data.media)
+    return _load(config.data.files, config.data.media, config.data.outside)
 
 
-def _load(files: list[str], media: str | None) -> Any:
+def _load(files: list[str], media: str | None, outside: bool) -> Any:
     from vidl.data import annotations
 
-    return annotations.load(*((file, media) for file in files))
+    return annotations.load(*((file, media) for file in files), outside=outside)
 
 
 def _captions(config: Config) -> Iterable[str]:

@@ -1,0 +1,33 @@
+"""Files that are written whole or not at all, with errors that name them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """A path to write to, which replaces `file` when the block ends.
+
+    If the block fails, `file` is as before and nothing else is left.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk; names it.
+    """
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with named(file):
+            yield unfinished
+            unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def named(file: Path) -> Iterator[None]:
+    """A block that writes to `file`: an OSError names it, since Python's errors of write do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
