@@ -266,3 +266,16 @@ def test_unknown_arguments_are_an_error(words, capsys):
     with pytest.raises(SystemExit):
         main(words)
     assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["info", "pretrain --help"])
+def test_a_closed_pipe_is_no_error(command):
+    code = f"import sys; from vidl.cli import main; sys.exit(main({command.split()!r}))"
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0

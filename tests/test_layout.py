@@ -113,6 +113,7 @@ def test_ops_import_nothing_from_above(file):
 
 
 LAYERS = [
+    "files",
     "overrides",
     "kernels",
     "ops",

@@ -57,13 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["bench"] and words[1:2] and words[1] in bench_commands.READERS:
         words[:2] = [" ".join(words[:2])]
-    args, rest = parser.parse_known_args(words)
-    # argparse leaves a FIELD=VALUE that follows an option in `rest`.
-    if hasattr(args, "overrides") and not [word for word in rest if word.startswith("-")]:
-        args.overrides, rest = [*args.overrides, *rest], []
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        args = _parse(parser, words)
         return args.run(parser, args)
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
@@ -78,6 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `vidl info | head`
         sys.stderr.close()
         return 0
+
+
+def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    args, rest = parser.parse_known_args(words)
+    # argparse leaves a FIELD=VALUE that follows an option in `rest`.
+    if hasattr(args, "overrides") and not [word for word in rest if word.startswith("-")]:
+        args.overrides, rest = [*args.overrides, *rest], []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 Command = Callable[[argparse.ArgumentParser, argparse.Namespace], int]
