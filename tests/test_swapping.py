@@ -170,6 +170,29 @@ def test_wrong_calls():
         vidl.unswap(m)
 
 
+BAD = [None, "x", [1.5], {}, 2.5, -1, True, float("nan"), torch.zeros(2, 2)]
+BAD += [torch.zeros(3, device="meta"), torch.zeros(3), object()]
+CALLS = {
+    "swap": dict(model=None, backend="auto"),
+    "unswap": dict(model=None),
+    "mask": dict(model=None, ratio=0.5, backend="auto"),
+    "prune": dict(model=None, keep_rate=0.5, layers=[0], scores="cls", fuse=None, when="before_mlp")
+    | dict(rounding="ceil", backend="auto"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize(
+    "function, argument", [(f, argument) for f, call in CALLS.items() for argument in call]
+)
+def test_bad_calls_name_the_argument(function, argument, bad):
+    if argument == "fuse" and bad is None:
+        return
+    call = CALLS[function] | {"model": model(), argument: bad}
+    with pytest.raises((TypeError, ValueError), match=argument):
+        getattr(vidl, function)(**call)
+
+
 def test_a_swap_that_fails_leaves_no_trace(monkeypatch):
     def fail(module):
         raise RuntimeError("no memory")

@@ -336,16 +336,6 @@ def test_heads_without_a_kernel():
     close([words(model)], [expected])
 
 
-def test_a_caption_of_padding_alone():
-    model, inputs = bert(), captions()
-    mask = inputs["attention_mask"].clone()
-    mask[2] = 0
-    vidl.swap(model)
-    hidden = model(inputs["input_ids"], mask).last_hidden_state
-    close([hidden[mask.bool()]], [words(model)[: int(mask.sum())]])
-    assert not hidden[2].any()
-
-
 def rows_of(model, **more):
     """The number of rows that the layers compute."""
     seen = []
@@ -355,6 +345,56 @@ def rows_of(model, **more):
     words(model, **more)
     handle.remove()
     return seen[0]
+
+
+@pytest.mark.parametrize("without", [[0, 1, 2], [1], [0]])
+def test_captions_without_a_word_are_those_of_the_original(without):
+    model, inputs = bert(), captions()
+    inputs["attention_mask"][without] = 0
+    expected = model(**inputs)
+    vidl.swap(model)
+    ours = model(**inputs)
+    real = inputs["attention_mask"].bool()
+    real[without] = True
+    close([ours.last_hidden_state[real]], [expected.last_hidden_state[real]])
+    close([ours.pooler_output], [expected.pooler_output])
+
+
+def naflex():
+    options = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    config = transformers.Siglip2VisionConfig(**options, num_patches=16, patch_size=8)
+    mask = torch.tensor([[1] * 16, [1] * 9 + [0] * 7])
+    inputs = dict(pixel_attention_mask=mask, spatial_shapes=torch.tensor([[4, 4], [3, 3]]))
+    return transformers.Siglip2VisionModel(config).eval(), dict(
+        inputs, pixel_values=randn(2, 16, 192)
+    )
+
+
+def test_a_model_that_reads_its_mask_is_refused_with_the_remedy():
+    model, inputs = naflex()
+    expected = model(**inputs).pooler_output
+    model.set_attn_implementation("vidl")
+    with pytest.raises(ValueError, match=r"mask.repeat.*set_attn_implementation\('sdpa'\)"):
+        model(**inputs)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(model(**inputs).pooler_output, expected)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda mask: mask.dtype,
+        lambda mask: mask[:, None],
+        lambda mask: torch.zeros(2) + mask,
+        lambda mask: torch.where(mask, 0.0, -1.0),
+    ],
+)
+def test_no_use_of_the_mask_as_a_tensor_is_silent(use):
+    options = dict(device=torch.device("cpu"), mask_function=interface.bidirectional_mask_function)
+    mask = interface.visible(2, 4, 4, attention_mask=torch.ones(2, 4).bool(), **options)
+    with pytest.raises(ValueError, match="reads its mask as a tensor"):
+        use(mask)
+    assert copy.deepcopy(mask).groups is not None
 
 
 def test_layers_compute_words_only():

@@ -3,6 +3,7 @@
 from torch import nn
 
 from vidl.swapping import registry
+from vidl.swapping.arguments import check_backend, check_model, check_number
 from vidl.swapping.registry import full_name
 from vidl.swapping.report import Change, Report, summary
 from vidl.swapping.swap import restore, swap, swapped_modules
@@ -25,11 +26,15 @@ def mask(model: nn.Module, ratio: float, *, backend: str = "auto") -> Report:
         What changed in each module.
 
     Raises:
+        TypeError: `model` is not a module, or `ratio` not a number.
         ValueError: the model contains no such transformer, or one with unsupported options; the
             model is unchanged.
 
     Source: FLIP, arXiv 2212.00794, 3.
     """
+    check_model(model)
+    check_backend(backend)
+    check_number("ratio", ratio)
     if not 0 <= ratio < 1:
         raise ValueError(f"need a ratio in [0, 1), got {ratio}")
     fresh = next(swapped_modules(model), None) is None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vidl.kernels.select_tokens.op import Fuse, Rounding, Selected
 from vidl.nn.pruning import Pruning, Scores, When, run_layer
 from vidl.swapping import registry
+from vidl.swapping.arguments import check_backend, check_model, check_number, layer_indices
 from vidl.swapping.registry import Tower, full_name, original, remember, state_of
 from vidl.swapping.report import Change, Report
 from vidl.swapping.swap import restore, swap, swapped_modules
@@ -87,14 +88,20 @@ def prune(
         What changed in each module.
 
     Raises:
+        TypeError: an argument has another type than it is annotated with.
         ValueError: the model contains no transformer that vidl can prune, or one that does not
             support a layer or an option; the model is unchanged.
 
     Sources: EViT, arXiv 2202.07800, 3.2; SViTT, arXiv 2304.08809, 3.3; ATS, arXiv 2111.15667, 3.1;
     ToMe, arXiv 2210.09461, 3.
     """
+    check_model(model)
+    check_backend(backend)
+    check_number("keep_rate", keep_rate)
+    if not 0 < keep_rate <= 1:
+        raise ValueError(f"keep_rate: need a rate in (0, 1], got {keep_rate}")
+    layers = layer_indices(layers)
     pruning = Pruning(keep_rate, scores, when, "index", fuse, rounding)
-    layers = sorted(set(layers))
     fresh = next(swapped_modules(model), None) is None
     changes = swap(model, backend=backend).changes if fresh else ()
     try:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from vidl.kernels import library
 from vidl.swapping import registry
+from vidl.swapping.arguments import check_backend, check_model
 from vidl.swapping.registry import REMEMBERED, Rule, full_name, own_forward, remember, state_of
 from vidl.swapping.report import Change, Report, summary
 
@@ -34,10 +34,8 @@ def swap(model: nn.Module, *, backend: str = "auto") -> Report:
         ValueError: no module can be swapped, for the reasons given; or the model is already
             swapped; or the backend is unknown.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"need a torch.nn.Module, got {type(model).__name__}")
-    if backend not in ("auto", *library.BACKENDS):
-        raise ValueError(f"backend must be 'auto' or one of {library.BACKENDS}, got {backend!r}")
+    check_model(model)
+    check_backend(backend)
     if changed := [name for name, _ in swapped_modules(model)]:
         raise ValueError(
             f"this model is already swapped ({len(changed)} modules, the first is {changed[0]!r}): "
@@ -64,9 +62,11 @@ def unswap(model: nn.Module) -> None:
     """Undo `vidl.swap`, `vidl.prune` and `vidl.mask`: restore the class and options of all modules.
 
     Raises:
+        TypeError: `model` is not a module.
         ValueError: no module is swapped; or something else has changed a module's class since, such
             as `fully_shard`.
     """
+    check_model(model)
     swapped = list(swapped_modules(model))
     if not swapped:
         raise ValueError("no module of this model is swapped")

@@ -47,6 +47,8 @@ UNSUPPORTED = ("position_bias", "softcap", "s_aux", "cache", "block_table")
 class Visible:
     """Takes the place of a mask if all queries of a sample see the same keys.
 
+    A model may only pass it on. One that reads it as a tensor gets a ValueError with the remedy.
+
     Attributes:
         keys: [B, num_keys] bool, False where a key is padding; None: all keys are visible.
         groups: the same as groups, for the attention of all layers.
@@ -58,6 +60,20 @@ class Visible:
     def dense(self) -> Tensor | None:
         """As a mask of `scaled_dot_product_attention`, [B, 1, 1, num_keys]."""
         return None if self.keys is None else self.keys[:, None, None, :]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what Python itself looks up, as for a copy
+            raise AttributeError(name)
+        raise _no_tensor(f"mask.{name}")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise _no_tensor("mask[...]")
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise _no_tensor(f"{function.__name__} of the mask")
 
 
 def visible(
@@ -235,6 +251,13 @@ def refuse(module: nn.Module, options: dict[str, Any]) -> None:
     requested = any("attentions" in name for name in collected())
     if options.get("output_attentions") or requested:
         raise _cannot(module, "the weights of output_attentions=True", remedy="eager")
+
+
+def _no_tensor(use: str) -> Exception:
+    return ValueError(
+        f"attn_implementation='{NAME}' passes padding as groups, but this model reads its mask as "
+        f"a tensor ({use}): call vidl.unswap(model), or model.set_attn_implementation('sdpa')"
+    )
 
 
 def _cannot(

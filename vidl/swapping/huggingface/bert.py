@@ -20,7 +20,8 @@ class BertEncoder(bert.BertEncoder):
     all rows are computed, still without attention to padding.
 
     All rows including padding are also computed if hidden states of every layer are requested
-    (`output_hidden_states`), or if attention weights are dropped out.
+    (`output_hidden_states`), if attention weights are dropped out, or if a caption has no word: its
+    outputs are those of the original. (`torch.compile` cannot see that, and gives zeros.)
     """
 
     def forward(
@@ -33,8 +34,12 @@ class BertEncoder(bert.BertEncoder):
         if keys is None or more or cached or collected() or self._drops_out():
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         words = None
-        if keys.is_cuda and not torch.compiler.is_compiling():
-            words = int(keys.sum())
+        if not torch.compiler.is_compiling():
+            counts = torch.stack([keys.sum(), keys.any(1).all().long()])
+            total, all_have_words = counts.tolist()
+            if not all_have_words:
+                return super().forward(hidden_states, attention_mask, *args, **kwargs)
+            words = total if keys.is_cuda else None
         captions = Captions(hidden_states, keys, words)
         packed = captions.pack(hidden_states)[None]
         result = super().forward(packed, captions.joint(), *args, **kwargs)
