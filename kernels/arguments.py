@@ -1,7 +1,5 @@
 """Checks of arguments that several operations share."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,10 +13,10 @@ def check_count(name: str, value: int, least: int = 0) -> None:
 
 
 def finite(name: str, value: float) -> float:
-    """`value` as a float, which is neither NaN nor infinite."""
+    """`value` as a float, which is neither NaN nor infinite in float32."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"need {name} as a number, got {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if not abs(value) <= torch.finfo(torch.float32).max:
         raise ValueError(f"need a finite {name}, got {value}")
     return float(value)
 

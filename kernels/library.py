@@ -227,6 +227,8 @@ def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> s
             return "TRITON_INTERPRET=1 is set: kernels run on CPU tensors only"
         if device == "cpu" and not interpreting():
             return "Triton kernels run on CUDA tensors (on the CPU only under TRITON_INTERPRET=1)"
+        if device == "cpu" and dtype == torch.bfloat16:
+            return "Triton's interpreter computes wrongly in bfloat16"
     elif not torch._C._dispatch_has_kernel_for_dispatch_key(
         f"vidl::{name}{_suffixes[backend]}", device.upper()
     ):

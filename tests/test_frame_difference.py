@@ -68,6 +68,34 @@ def test_as_accurate_as_torch(bytes, shape, layout, dtype, where):
     assert_as_accurate(ours.cpu()[finite], low.cpu()[finite], true[finite], torch.float32)
 
 
+@pytest.mark.parametrize("std", [None, (0.5,)])
+@pytest.mark.parametrize("sides", [(3000, 3000), (2048, 4100)])
+def test_large_patches_of_bytes_do_not_overflow(sides, std, where):
+    where.skip_unless_runs(OP)
+    clip = torch.zeros(1, 1, 2, *sides, dtype=torch.uint8, device=where.device)
+    clip[:, :, 1] = 255
+    for view in (clip, clip.transpose(3, 4)):
+        out = frame_difference(view, (1, *view.shape[3:]), std=std, backend=where.backend)
+        assert out.tolist() == [[INF, 1 / (std or (1.0,))[0]]]
+
+
+@pytest.mark.parametrize("layout", ["BCTHW", "BTHWC"])
+def test_large_patches_are_as_accurate_as_torch(layout, dtype, where):
+    where.skip_unless_runs(OP, dtype)
+    generator = torch.Generator().manual_seed(0)
+    clip = torch.rand(1, 2, 2, 2048, 2048, generator=generator).to(dtype)
+    clip = in_layout(clip, layout).to(where.device)
+    ours, low, true = (
+        frame_difference(x, (1, 512, 1024), backend=backend)[:, 8:]
+        for x, backend in (
+            (clip, where.backend),
+            (clip, "reference"),
+            (clip.cpu().double(), "reference"),
+        )
+    )
+    assert_as_accurate(ours, low, true, torch.float32)
+
+
 @pytest.mark.parametrize("t", [1, 2, 3])
 def test_equals_run_length_tokenization(t):
     """The rule of the paper: differences of frames, pooled over patches."""
@@ -155,6 +183,8 @@ CLIP = torch.zeros(2, 3, 4, 32, 32, dtype=torch.uint8)
         (ValueError, "taken as normalised", {"video": CLIP.float(), "std": STD}),
         (ValueError, "3 numbers in std, got 2", {"std": STD[:2]}),
         (ValueError, "positive", {"std": (0.2, 0.0, 0.2)}),
+        (ValueError, "finite std", {"std": (0.2, float("nan"), 0.2)}),
+        (ValueError, "finite std", {"std": (0.2, INF, 0.2)}),
         (ValueError, "backend", {"backend": "numpy"}),
         (RuntimeError, "not in float64", {"video": CLIP.double(), "backend": "native"}),
     ],
@@ -171,6 +201,8 @@ def test_misuse_is_explained(error, text, change):
         ("multiple of the slices", {"slices": 0}),
         (r"\[B, N\]", {"differences": DIFFERENCES[0]}),
         ("keep in 0 to 8", {"keep": 9}),
+        ("finite threshold", {"threshold": float("nan")}),
+        ("finite threshold", {"threshold": INF}),
         ("no total", {"keep": 2, "total": 6}),
     ],
 )

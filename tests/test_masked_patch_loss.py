@@ -132,6 +132,30 @@ def test_as_accurate_as_torch(case, dtype, where):
         assert_as_accurate(our, theirs, truth, kind)
 
 
+@pytest.mark.parametrize("target, norm_pix", [("mae", True), ("videomae", True), ("mae", False)])
+def test_large_patches_are_as_accurate_as_torch(target, norm_pix):
+    if reason := library.why_not("native", OP, "cpu", torch.float32):
+        pytest.skip(reason)
+    clip, prediction = torch.rand(1, 3, 2, 256, 1024), torch.randn(1, 2, 3 * 2 * 256 * 512)
+    ids, options = torch.tensor([[0, 1]]), {"patch_size": (256, 512), "tubelet_size": 2}
+
+    def results(dtype, backend):
+        leaf = prediction.to(dtype).requires_grad_()
+        losses = masked_patch_loss(
+            leaf, clip.to(dtype), ids, target=target, norm_pix=norm_pix, reduction="none",
+            backend=backend, **options,
+        )  # fmt: skip
+        return gradients(losses, [leaf])
+
+    for ours, low, true in zip(
+        results(torch.float32, "native"),
+        results(torch.float32, "reference"),
+        results(torch.float64, "reference"),
+        strict=True,
+    ):
+        assert_as_accurate(ours, low, true, torch.float32)
+
+
 @pytest.mark.parametrize("name", ["MAE", "VideoMAE", "ragged", "no rows", "no rows ragged"])
 def test_mean(name, where):
     where.skip_unless_runs(OP)
@@ -452,6 +476,8 @@ MISUSE = {
     "an unknown reduction": (ValueError, "'mean' or 'none'", {"reduction": "sum"}),
     "one pixel a channel": (ValueError, "two pixels", PIXELS | {"target": "videomae"}),
     "mean of two channels": (ValueError, "3 numbers", {"mean": (0.5, 0.5)}),
+    "an infinite std": (ValueError, "finite std", {"std": (0.2, float("inf"), 0.2)}),
+    "mean of NaN": (ValueError, "finite mean", {"mean": (0.2, float("nan"), 0.2)}),
     "std of zero": (ValueError, "positive", {"std": (0.2, 0.0, 0.2)}),
     "mean of a float clip": (ValueError, "uint8", {"video": CLIP.float(), "mean": (0.5,) * 3}),
     "prediction elsewhere": (ValueError, "on cpu", {"prediction": PREDICTION.to("meta")}),

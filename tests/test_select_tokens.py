@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from compare import assert_as_accurate, random_like
+from compare import assert_as_accurate, gradients, random_like
 from where import Where
 
 from vidl.kernels import library
@@ -510,3 +510,23 @@ def test_kept_count_misuse():
         kept_count(-1, 0.5)
     with pytest.raises(ValueError, match="rounding"):
         kept_count(3, 0.5, "nearest")
+
+
+@pytest.mark.parametrize("fuse", ["sum", "mean"])
+def test_thousands_of_fused_tokens_are_as_accurate_as_torch(fuse, where):
+    where.skip_unless_runs(OP)
+    if (where.backend, where.device) == ("triton", "cpu"):
+        pytest.skip("slow in Triton's interpreter")
+    x, scores = torch.rand(1, 4096, 64), torch.rand(1, 4096)
+
+    def results(dtype, device, backend):
+        leaves = [t.to(device, dtype).requires_grad_() for t in (x, scores)]
+        return gradients(select_tokens(*leaves, 1, fuse=fuse, backend=backend).tokens, leaves)
+
+    for ours, low, true in zip(
+        results(torch.float32, where.device, where.backend),
+        results(torch.float32, where.device, "reference"),
+        results(torch.float64, "cpu", "reference"),
+        strict=True,
+    ):
+        assert_as_accurate(ours, low, true, torch.float32)

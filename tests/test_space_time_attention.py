@@ -453,3 +453,35 @@ def test_debugging_checks_all_of_the_groups(monkeypatch):
     with pytest.raises(ValueError, match=r"every query in exactly one group, got rows \[0, 1\]"):
         space_time_attention(ROWS, ROWS, ROWS, groups)
     space_time_attention(ROWS, ROWS, ROWS, SMALL)
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "triton", "reference"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), float("-inf"), 1e39])
+def test_the_scale_is_finite(scale, backend):
+    with pytest.raises(ValueError, match="need a finite scale, got"):
+        space_time_attention(ROWS, ROWS, ROWS, SMALL, scale=scale, backend=backend)
+    with pytest.raises(TypeError, match="need scale as a number, got tensor"):
+        space_time_attention(ROWS, ROWS, ROWS, SMALL, scale=torch.ones(()), backend=backend)
+
+
+def test_scores_of_many_queries_are_as_accurate_as_torch():
+    Where("native", "cpu").skip_unless_runs(OP)
+    q, k, v = torch.randn(3, 4096, 1, 32).unbind()
+
+    def scores(dtype, backend):
+        x = (t.to(dtype) for t in (q * 0.5, k * 0.5, v))
+        return space_time_attention(
+            *x, Groups.equal(1, 4096), return_scores="mean", backend=backend
+        )[1]
+
+    ours, low = scores(torch.float32, "native"), scores(torch.float32, "reference")
+    assert_as_accurate(ours, low, scores(torch.float64, "reference"), torch.float32)
+
+
+def test_the_interpreter_is_refused_in_bfloat16():
+    Where("triton", "cpu").skip_unless_runs(OP)
+    for op in library.OPS:
+        assert "interpreter" in library.why_not("triton", op, "cpu", torch.bfloat16)
+    x = ROWS.bfloat16()
+    with pytest.raises(RuntimeError, match="triton: Triton's interpreter computes wrongly"):
+        space_time_attention(x, x, x, SMALL, backend="triton")

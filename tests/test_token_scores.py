@@ -471,3 +471,13 @@ def test_groups_that_do_not_fit_are_caught(text, change, backend):
     groups = Groups(**{**vars(SMALL), **change}, checked=True)
     with pytest.raises(RuntimeError, match=text):
         cls_attention_scores(ROWS, ROWS, groups, backend=backend)
+
+
+@pytest.mark.parametrize("kind", ["cls", "mean", "value"])
+@pytest.mark.parametrize("backend", ["auto", "native", "triton", "reference"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), float("-inf"), 1e39])
+def test_the_scale_is_finite(kind, scale, backend):
+    with pytest.raises(ValueError, match="need a finite scale, got"):
+        score(kind, ROWS, ROWS, ROWS, SMALL, scale=scale, backend=backend)
+    with pytest.raises(TypeError, match="need scale as a number, got tensor"):
+        score(kind, ROWS, ROWS, ROWS, SMALL, scale=torch.ones(()), backend=backend)

@@ -22,8 +22,6 @@ class Where:
             emulated.load()
         if reason := library.why_not(self.backend, op, self.device, dtype):
             pytest.skip(reason)
-        if self.backend == "triton" and self.device == "cpu" and dtype == torch.bfloat16:
-            pytest.skip("Triton's interpreter computes wrongly in bfloat16")
 
     def widest(self, op: str) -> torch.dtype:
         """float32, or float16 if the kernels do not support float32; skips if `op` cannot run."""

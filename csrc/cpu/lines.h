@@ -202,22 +202,29 @@ VIDL_EVERY_LEVEL void add_three(const float* first, const void* second, Dtype se
   return value;
 }
 
-// Returns the sum of `term` over i in [0, count), in separate lanes so that the loop is vectorised.
-#define VIDL_SUM_OF(count, term)                                             \
-  constexpr int kLanes = 32;                                                 \
-  float sums[kLanes] = {};                                                   \
-  int64_t done = 0;                                                          \
-  for (; done + kLanes <= (count); done += kLanes) {                         \
-    for (int lane = 0; lane < kLanes; lane++) {                              \
-      const int64_t i = done + lane;                                         \
-      sums[lane] += (term);                                                  \
-    }                                                                        \
-  }                                                                          \
-  for (int64_t i = done; i < (count); i++) sums[0] += (term);                \
-  for (int half = kLanes / 2; half > 0; half /= 2) {                         \
-    for (int lane = 0; lane < half; lane++) sums[lane] += sums[lane + half]; \
-  }                                                                          \
-  return sums[0];
+// Returns the sum of `term` over i in [0, count), in separate lanes so that the loop is vectorised,
+// and in blocks: rounding errors grow with the terms of one sum.
+#define VIDL_SUM_OF(count, term)                                               \
+  constexpr int kLanes = 32;                                                   \
+  constexpr int64_t kBlock = 128 * kLanes;                                     \
+  double total = 0.0;                                                          \
+  for (int64_t begin = 0; begin < (count); begin += kBlock) {                  \
+    const int64_t end = begin + kBlock < (count) ? begin + kBlock : (count);   \
+    float sums[kLanes] = {};                                                   \
+    int64_t done = begin;                                                      \
+    for (; done + kLanes <= end; done += kLanes) {                             \
+      for (int lane = 0; lane < kLanes; lane++) {                              \
+        const int64_t i = done + lane;                                         \
+        sums[lane] += (term);                                                  \
+      }                                                                        \
+    }                                                                          \
+    for (int64_t i = done; i < end; i++) sums[0] += (term);                    \
+    for (int half = kLanes / 2; half > 0; half /= 2) {                         \
+      for (int lane = 0; lane < half; lane++) sums[lane] += sums[lane + half]; \
+    }                                                                          \
+    total += sums[0];                                                          \
+  }                                                                            \
+  return static_cast<float>(total);
 
 VIDL_EVERY_LEVEL float sum_line(const float* x, int64_t count){VIDL_SUM_OF(count, x[i])}
 

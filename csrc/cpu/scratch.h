@@ -18,8 +18,9 @@ class Scratch {
     used_ = 0;
     extra_.clear();
   }
+  // Never null, as null is undefined for memset even if the size is zero.
   float* take(int64_t count) {
-    count = (count + 15) / 16 * 16;
+    count = count == 0 ? 16 : (count + 15) / 16 * 16;
     const int64_t begin = used_;
     used_ += count;
     if (used_ <= size_) return memory_.get() + begin;

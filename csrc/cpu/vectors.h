@@ -8,6 +8,7 @@ constexpr int kTileRows = 6;  // of two registers: twelve sums hide the latency 
 
 typedef float Vector __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Integers __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kWidth)));
 typedef float Eight __attribute__((vector_size(32)));
 typedef int32_t EightIntegers __attribute__((vector_size(32), unused));
 
@@ -74,9 +75,9 @@ VIDL_VECTOR_INLINE Vector power_of_two(Vector x, float factor) {
   p = p * r + 2.402264791e-1f;
   p = p * r + 6.931472029e-1f;
   p = p * r + 1.0f;
-  Integers bits;
+  Bits bits;  // unsigned, as they overflow
   memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits << 23) + (127 << 23);  // the bits of the magic number are shifted out
+  bits = (bits << 23) + (127u << 23);  // the bits of the magic number are shifted out
   Vector power;
   memcpy(&power, &bits, sizeof power);
   return p * power;

@@ -27,25 +27,29 @@ struct Lines {
 // integers[p] += the sum of |a - b| over the pixels of patch p. With kWidth > 0 they are
 // contiguous, and kWidth is their number in a line.
 template <int64_t kWidth>
-VIDL_INLINE void add_bytes(const Lines& lines, int32_t* integers) {
+VIDL_INLINE void add_bytes(const Lines& lines, int64_t* integers) {
+  constexpr int64_t kMost = 1 << 23;  // differences whose sum fits into 31 bits
   const uint8_t* a = static_cast<const uint8_t*>(lines.a);
   const uint8_t* b = static_cast<const uint8_t*>(lines.b);
   const int64_t width = kWidth ? kWidth : lines.width, stride = kWidth ? 1 : lines.stride_w;
   for (int64_t y = 0; y < lines.height; y++) {
     for (int64_t p = 0; p < lines.patches; p++) {
       const int64_t start = y * lines.stride_h + p * width * stride;
-      int32_t sum = 0;
-      for (int64_t x = 0; x < width; x++) {
-        const int64_t at = start + x * stride;
-        sum += std::abs(int{a[at]} - int{b[at]});
+      for (int64_t first = 0; first < width; first += kMost) {
+        const int64_t end = first + (width - first < kMost ? width - first : kMost);
+        int32_t sum = 0;
+        for (int64_t x = first; x < end; x++) {
+          const int64_t at = start + x * stride;
+          sum += std::abs(int{a[at]} - int{b[at]});
+        }
+        integers[p] += sum;
       }
-      integers[p] += sum;
     }
   }
 }
 
 // The same for lines of kLanes pixels: the sums of up to kMost lines fit into 16 bits.
-VIDL_INLINE void add_narrow_bytes(const Lines& lines, int32_t* integers) {
+VIDL_INLINE void add_narrow_bytes(const Lines& lines, int64_t* integers) {
   constexpr int64_t kMost = 65535 / 255;
   for (int64_t p = 0; p < lines.patches; p++) {
     const uint8_t* a = static_cast<const uint8_t*>(lines.a) + p * kLanes;
@@ -67,32 +71,47 @@ VIDL_INLINE void add_narrow_bytes(const Lines& lines, int32_t* integers) {
   }
 }
 
-// lanes[p * kLanes + x % kLanes] += |a - b| for pixel x of a line of patch p
+// totals[p] += the sum of |a - b| over the pixels of patch p. The lanes are sums in float32 of a
+// block of pixels: rounding errors grow with the terms of one sum.
 template <class T>
-VIDL_INLINE void add_floats(const Lines& lines, float* lanes) {
+VIDL_INLINE void add_floats(const Lines& lines, double* totals) {
+  constexpr int64_t kMost = 128;  // additions to a lane, approximately
   const int64_t stride = lines.stride_w;
   for (int64_t p = 0; p < lines.patches; p++) {
-    float* const sums = lanes + p * kLanes;
+    float sums[kLanes] = {};
+    int64_t additions = 0;
     for (int64_t y = 0; y < lines.height; y++) {
-      const int64_t start = y * lines.stride_h + p * lines.width * stride;
-      const T* a = static_cast<const T*>(lines.a) + start;
-      const T* b = static_cast<const T*>(lines.b) + start;
-      int64_t x = 0;
-      for (; x + kLanes <= lines.width && stride == 1; x += kLanes) {
-        for (int64_t lane = 0; lane < kLanes; lane++) {
-          sums[lane] +=
-              std::fabs(static_cast<float>(a[x + lane]) - static_cast<float>(b[x + lane]));
+      const int64_t first = y * lines.stride_h + p * lines.width * stride;
+      const T* a = static_cast<const T*>(lines.a) + first;
+      const T* b = static_cast<const T*>(lines.b) + first;
+      for (int64_t start = 0; start < lines.width; start += kMost * kLanes) {
+        const int64_t rest = lines.width - start;
+        const int64_t end = start + (rest < kMost * kLanes ? rest : kMost * kLanes);
+        int64_t x = start;
+        for (; x + kLanes <= end && stride == 1; x += kLanes) {
+          for (int64_t lane = 0; lane < kLanes; lane++) {
+            sums[lane] +=
+                std::fabs(static_cast<float>(a[x + lane]) - static_cast<float>(b[x + lane]));
+          }
         }
-      }
-      for (; x < lines.width; x++) {
-        sums[x % kLanes] +=
-            std::fabs(static_cast<float>(a[x * stride]) - static_cast<float>(b[x * stride]));
+        for (; x < end; x++) {
+          sums[x % kLanes] +=
+              std::fabs(static_cast<float>(a[x * stride]) - static_cast<float>(b[x * stride]));
+        }
+        additions += (end - start) / kLanes + 1;
+        if (additions < kMost) continue;
+        for (float& sum : sums) {
+          totals[p] += sum;
+          sum = 0.0f;
+        }
+        additions = 0;
       }
     }
+    for (float sum : sums) totals[p] += sum;
   }
 }
 
-VIDL_EVERY_LEVEL void add_lines_of_bytes(const Lines& lines, int32_t* integers) {
+VIDL_EVERY_LEVEL void add_lines_of_bytes(const Lines& lines, int64_t* integers) {
   if (lines.stride_w == 1 && lines.width == kLanes) {
     add_narrow_bytes(lines, integers);
   } else if (lines.stride_w == 1 && lines.width == 32) {
@@ -104,8 +123,8 @@ VIDL_EVERY_LEVEL void add_lines_of_bytes(const Lines& lines, int32_t* integers) 
   }
 }
 
-VIDL_EVERY_LEVEL void add_lines_of_floats(const Lines& lines, Dtype dtype, float* lanes) {
-  VIDL_FLOATING(dtype, T, add_floats<T>(lines, lanes))
+VIDL_EVERY_LEVEL void add_lines_of_floats(const Lines& lines, Dtype dtype, double* totals) {
+  VIDL_FLOATING(dtype, T, add_floats<T>(lines, totals))
 }
 
 struct Frames {
@@ -116,10 +135,10 @@ struct Frames {
   float divisor;
 };
 
-// The sums of the patches of a row, in the memory of one thread; for floats kLanes sums per patch.
+// The sums of the patches of a row, in the memory of one thread.
 struct Sums {
-  std::vector<int32_t> integers;
-  std::vector<float> lanes;
+  std::vector<int64_t> integers;  // of bytes
+  std::vector<double> totals;     // of floats
 };
 
 // The scores of a row of patches of slice `s`, which is not the first.
@@ -127,7 +146,7 @@ void row_of_patches(const Frames& f, const std::vector<double>& std, int64_t b, 
                     int64_t row, Sums& sums, float* out) {
   const bool bytes = f.dtype == Dtype::kUInt8;
   std::fill(sums.integers.begin(), sums.integers.end(), 0);
-  std::fill(sums.lanes.begin(), sums.lanes.end(), 0.0f);
+  std::fill(sums.totals.begin(), sums.totals.end(), 0.0);
   std::fill(out, out + f.columns, 0.0f);
   for (int64_t c = 0; c < f.C; c++) {
     const int64_t start = b * f.stride_b + c * f.stride_c + row * f.h * f.stride_h;
@@ -137,7 +156,7 @@ void row_of_patches(const Frames& f, const std::vector<double>& std, int64_t b, 
     const Lines lines = {
         f.data + last * size, f.data + first * size, f.h, f.stride_h, f.columns, f.w, f.stride_w};
     if (!bytes) {
-      add_lines_of_floats(lines, f.dtype, sums.lanes.data());
+      add_lines_of_floats(lines, f.dtype, sums.totals.data());
       continue;
     }
     add_lines_of_bytes(lines, sums.integers.data());
@@ -148,7 +167,7 @@ void row_of_patches(const Frames& f, const std::vector<double>& std, int64_t b, 
   }
   for (int64_t p = 0; p < f.columns; p++) {
     if (bytes && std.empty()) out[p] = static_cast<float>(sums.integers[p]);
-    for (int64_t lane = 0; lane < kLanes && !bytes; lane++) out[p] += sums.lanes[p * kLanes + lane];
+    if (!bytes) out[p] = static_cast<float>(sums.totals[p]);
     out[p] /= f.divisor;
   }
 }
@@ -189,7 +208,7 @@ Tensor frame_difference(Tensor video, std::vector<int64_t> patch, std::vector<do
   float* const to = static_cast<float*>(out.data_ptr());
   const int64_t work = f.C * f.h * f.w * f.columns + 1;
   parallel_for(0, B * f.slices * f.rows, 65536 / work + 1, [&](int64_t begin, int64_t end) {
-    Sums sums = {std::vector<int32_t>(f.columns), std::vector<float>(f.columns * kLanes)};
+    Sums sums = {std::vector<int64_t>(f.columns), std::vector<double>(f.columns)};
     for (int64_t line = begin; line < end; line++) {
       const int64_t s = line / f.rows % f.slices;
       float* const scores = to + line * f.columns;

@@ -31,6 +31,11 @@ VIDL_VECTOR_INLINE void forward(const SpaceTimeAttention& a, const Forward& f, i
   float* const weights = scratch.take(block * columns);
   float* const q = scratch.take(block * D);
   float* const sums = scratch.take(block * D);
+  // Scores are summed over the queries of a block, then over all blocks with Kahan's compensation:
+  // rounding errors grow with the terms of one sum.
+  float* const block_scores = scratch.take(columns);
+  float* const lost = scratch.take(columns);
+  memset(lost, 0, columns * sizeof(float));
   read_rows<T>(a.k, groups.key_rows, first_key, keys, columns, h, D, D, 1.0f, values);
   transpose(values, columns, D, D, keys_across, columns);
   read_rows<T>(a.v, groups.key_rows, first_key, keys, keys, h, D, D, 1.0f, values);
@@ -54,8 +59,14 @@ VIDL_VECTOR_INLINE void forward(const SpaceTimeAttention& a, const Forward& f, i
     }
     if (scores == nullptr) continue;
     const int64_t scored = a.scores == Scores::kMean ? count : start == 0 ? 1 : 0;
+    memset(block_scores, 0, columns * sizeof(float));
     for (int64_t i = 0; i < scored; i++) {
-      for (int64_t j = 0; j < keys; j++) scores[j] += weights[i * columns + j] * inverse[i];
+      for (int64_t j = 0; j < keys; j++) block_scores[j] += weights[i * columns + j] * inverse[i];
+    }
+    for (int64_t j = 0; j < keys; j++) {
+      const float term = block_scores[j] - lost[j], sum = scores[j] + term;
+      lost[j] = (sum - scores[j]) - term;
+      scores[j] = sum;
     }
   }
   if (scores == nullptr || a.scores != Scores::kMean || queries == 0) return;

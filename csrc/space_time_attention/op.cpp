@@ -98,6 +98,7 @@ SpaceTimeAttention attention_of(Tensor& q, Tensor& k, Tensor& v, const GroupTens
   a.D = q.size(2);
   STD_TORCH_CHECK(a.D % 16 == 0, kOp, ": need D a multiple of 16, got ", a.D);
   a.scale = static_cast<float>(scale);
+  STD_TORCH_CHECK(std::isfinite(a.scale), kOp, ": need a finite scale, got ", scale);
   a.scores = scores.empty() ? Scores::kNone : scores == "cls" ? Scores::kCls : Scores::kMean;
   a.dtype = dtype_of(q);
   Device::check(a);

@@ -51,7 +51,8 @@ VIDL_VECTOR_INLINE void first_query_weights(const TokenScores& s, float* weights
   const auto [first_query, queries, first_key, keys] = group_of(groups, g);
   const int64_t D = s.D;
   const int64_t heads = s.H - first_head < s.heads ? s.H - first_head : s.heads;
-  if (queries == 0 || keys == 0) {
+  if (keys == 0) return;
+  if (queries == 0) {
     for (int64_t h = 0; h < heads; h++) {
       memset(weights + (first_head + h) * groups.E + first_key, 0, keys * sizeof(float));
     }

@@ -73,6 +73,7 @@ TokenScores scores_of(OptionalTensor& q, Tensor& k, OptionalTensor& v, const Gro
   s.H = k.size(1);
   s.D = k.size(2);
   s.scale = static_cast<float>(scale);
+  STD_TORCH_CHECK(std::isfinite(s.scale), kOp, ": need a finite scale, got ", scale);
   s.dtype = dtype_of(k);
   s.heads = heads_of_item(s.groups.G * s.H);
   return s;

@@ -14,10 +14,11 @@ def frame_difference(video: Tensor, patch: Sequence[int], std: Sequence[float]) 
     last, first = video[:, :, t - 1 :: t].to(exact), video[:, :, ::t].to(exact)
     pixels = (last[:, :, 1:] - first[:, :, :-1]).abs()
     # [B, C, T' - 1, H', h, W', w] to sums of channels [B, T' - 1, H', W']
-    sums = pixels.unflatten(3, (-1, h)).unflatten(5, (-1, w)).sum((4, 6)).to(high)
+    sums = pixels.unflatten(3, (-1, h)).unflatten(5, (-1, w)).sum((4, 6))
     if len(std):
-        sums = sums / torch.tensor(std, dtype=high, device=video.device).view(-1, 1, 1, 1)
+        scale = torch.tensor(std, dtype=high, device=video.device).view(-1, 1, 1, 1)
+        sums = sums.to(high) / scale
     count = C * h * w * (255 if video.dtype == torch.uint8 else 1)
-    differences = sums.sum(1) / count
+    differences = sums.sum(1).to(high) / count
     new = differences.new_full((B, 1, H // h, W // w), float("inf"))
     return torch.cat([new, differences], 1)[:, : T // t].flatten(1)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vidl.kernels.arguments import finite
+
 
 class RunLengths(NamedTuple):
     """Visible patches for `masked_patch_embed`, and the number of slices each stands for."""
@@ -50,6 +52,7 @@ def run_length_ids(
             f"need differences [B, N] with N a multiple of the slices, "
             f"got {tuple(differences.shape)} and {slices}"
         )
+    threshold = finite("threshold", threshold)
     N = differences.shape[1]
     if keep is not None:
         if not 0 <= keep <= N or total is not None:

@@ -12,6 +12,8 @@ from vidl.kernels.triton_launch import OPTIONS, on_device
 
 # Pixels that a program holds at a time of each of the two frames.
 TILE = 4096
+# Tiles that are added before their sum.
+STEPS = 64
 
 
 @triton.jit
@@ -37,6 +39,7 @@ def frame_difference_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """The mean of |last frame of the slice - first frame of the slice before|; inf in the first."""
     program = tl.program_id(0).to(tl.int64)
@@ -57,16 +60,23 @@ def frame_difference_kernel(
     x = tl.arange(0, BLOCK_W)[None, None, :]
     across = (column[None, :, None] * PATCH_W + x).to(tl.int64) * stride_w
     inside = (column < columns)[None, :, None] & (x < PATCH_W)
-    total = tl.zeros([BLOCK_COLUMNS], tl.int32 if INTEGERS and not STD else tl.float32)
+    # A sum of 2^23 differences of bytes may not fit into 32 bits.
+    INTEGER: tl.constexpr = tl.int64 if C * PATCH_H * PATCH_W >= 8388608 else tl.int32
+    SUM: tl.constexpr = INTEGER if INTEGERS else tl.float32
+    total = tl.zeros([BLOCK_COLUMNS], SUM if not STD else tl.float32)
     for c in tl.static_range(0, C):
-        pixels = tl.zeros([BLOCK_H, BLOCK_COLUMNS, BLOCK_W], tl.int32 if INTEGERS else tl.float32)
-        for at in range(0, PATCH_H, BLOCK_H):
-            offset = (at + y).to(tl.int64) * stride_h + across + tl.full([], c, tl.int64) * stride_c
-            mask = inside & (at + y < PATCH_H)
-            last = tl.load(last_ptr + offset, mask=mask, other=0)
-            first = tl.load(first_ptr + offset, mask=mask, other=0)
-            pixels += tl.abs(last.to(pixels.dtype) - first.to(pixels.dtype))
-        sums = tl.sum(tl.sum(pixels, 2), 0)
+        sums = tl.zeros([BLOCK_COLUMNS], SUM)
+        # Floats are summed in blocks: rounding errors grow with the terms of one sum.
+        for begin in range(0, PATCH_H, BLOCK_H * STEPS):
+            pixels = tl.zeros([BLOCK_H, BLOCK_COLUMNS, BLOCK_W], SUM)
+            for at in range(begin, min(begin + BLOCK_H * STEPS, PATCH_H), BLOCK_H):
+                offset = (at + y).to(tl.int64) * stride_h + across
+                offset += tl.full([], c, tl.int64) * stride_c
+                mask = inside & (at + y < PATCH_H)
+                last = tl.load(last_ptr + offset, mask=mask, other=0)
+                first = tl.load(first_ptr + offset, mask=mask, other=0)
+                pixels += tl.abs(last.to(SUM) - first.to(SUM))
+            sums += tl.sum(tl.sum(pixels, 2), 0)
         if STD:
             total += tl.div_rn(sums.to(tl.float32), tl.zeros([BLOCK_COLUMNS], tl.float32) + std[c])
         else:
@@ -106,6 +116,7 @@ def frame_difference(video: Tensor, patch: Sequence[int], std: Sequence[float]) 
                 BLOCK_COLUMNS=block_columns,
                 BLOCK_H=min(triton.next_power_of_2(h), block_h),
                 BLOCK_W=block_w,
+                STEPS=STEPS,
                 **OPTIONS,
             )
     return out

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import library
+from vidl.kernels.arguments import finite
 
 FLOATING = (*library.DTYPES, torch.float64)  # float64 only for the references
 
@@ -56,8 +57,8 @@ def per_channel(
     C: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
     """The mean and the standard deviation of each channel; by default 0 and 1."""
-    mean = [0.0] * C if mean is None else [float(m) for m in mean]
-    std = [1.0] * C if std is None else [float(s) for s in std]
+    mean = [0.0] * C if mean is None else [finite("mean", m) for m in mean]
+    std = [1.0] * C if std is None else [finite("std", s) for s in std]
     for name, numbers in (("mean", mean), ("std", std)):
         if len(numbers) != C:
             raise ValueError(f"need {C} numbers in {name}, got {len(numbers)}")

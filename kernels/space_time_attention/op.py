@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import library
+from vidl.kernels.arguments import finite
 from vidl.kernels.groups import SCHEMA, Arguments, Groups
 
 from . import handover, reference
@@ -175,7 +176,7 @@ def space_time_attention(
             any stride: the slices of a fused [total, 3, H, D] buffer need no copy.
         k, v: [num_keys, H, D], the same dtype and device.
         groups: which queries attend to which keys.
-        scale: factor of the logits before the softmax; default 1 / sqrt(D).
+        scale: finite factor of the logits before the softmax; default 1 / sqrt(D).
         return_lse: also return the log-sum-exp of every query's scaled logits, [H, num_queries] in
             float32, natural logarithm; not differentiable.
         return_scores: also return the attention that each key receives, averaged over heads,
@@ -201,7 +202,7 @@ def space_time_attention(
     _check(q, k, v, groups, return_scores)
     dtype = library.autocast_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[2] ** -0.5 if scale is None else finite("scale", scale)
     chosen = library.choose(
         backend, "space_time_attention", q.device.type, dtype, head_size=q.shape[2]
     )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import library
+from vidl.kernels.arguments import finite
 from vidl.kernels.groups import SCHEMA, Arguments, Groups
 
 from . import reference
@@ -133,7 +134,7 @@ def cls_attention_scores(
             dimension is contiguous, or copied; the others have any stride.
         k: [num_keys, H, D], the same dtype and device.
         groups: which queries attend to which keys, as for `space_time_attention`.
-        scale: factor of the logits before the softmax; default 1 / sqrt(D).
+        scale: finite factor of the logits before the softmax; default 1 / sqrt(D).
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -251,7 +252,7 @@ def _score(
     backend = library.choose(
         backend, "token_scores", groups.query_offsets.device.type, dtype, head_size=head_size
     )
-    scale = head_size**-0.5 if scale is None else float(scale)
+    scale = head_size**-0.5 if scale is None else finite("scale", scale)
     lse = None if lse is None else lse.detach().contiguous()
     return library.run("token_scores", backend, q, k, v, lse, *groups.arguments(), scale, kind)
 
