@@ -354,6 +354,10 @@ def test_missing_answers_are_an_error(tmp_path):
     put(tmp_path, "val_a.json", [])
     with pytest.raises(BadAnnotation, match="val_q.json:2: .*val_a.json has no answer to x_0"):
         rows("activitynet-qa", asked)
+    answers = [{"question_id": "x_0", "answer": answer} for answer in ("a", "b")]
+    put(tmp_path, "val_a.json", answers)
+    with pytest.raises(ValueError, match="val_a.json: question x_0 has two answers"):
+        rows("activitynet-qa", asked)
     with pytest.raises(ValueError, match="need the file with the questions"):
         rows("activitynet-qa", tmp_path / "val_a.json")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from clips import EXAMPLES, HERE, STEP, numbers, shown_at, write_video
 
-from vidl.data import crops, video
+from vidl.data import crops, pictures, video
 from vidl.data.video import BrokenClip, as_clip, inspect, instants, read_clip
 
 av = pytest.importorskip("av")
@@ -484,6 +484,21 @@ def test_display_matrices(folder, matrix, upright):
     a, b, c, d = (value << 16 for value in matrix)
     data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     assert same(read_clip(bytes(data), 1)[0].numpy(), upright(quadrants()))
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, -90, -180, 270])
+def test_rotation_without_side_data(rotation):
+    """Some versions of PyAV do not know the type of other side data."""
+
+    class Frame:
+        @property
+        def side_data(self):
+            raise ValueError("31 is not a valid Type")
+
+    frame = Frame()
+    frame.rotation = rotation
+    got = pictures.UPRIGHT[pictures.orientation_of(frame)](quadrants())
+    assert numpy.array_equal(got, numpy.rot90(quadrants(), rotation // 90))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from vidl.data.formats import Row
 # Cached frames per frame of a sample, and their short side as a multiple of the sample's size: a
 # random crop of half the area is then still sharp.
 DENSE, LARGER = 4, 1.5
+# Increased when the same file gives other frames, so that cached clips are not used any more.
+READER = 2
 
 
 class CachedClips(Clips):
@@ -41,11 +43,11 @@ class CachedClips(Clips):
     def _kept(self, row: Row, count: int) -> numpy.ndarray:
         try:
             facts = os.stat(row.media)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise video.BrokenClip(row.media, video.reason_of(error)) from error
         key = (
             Path(row.media).resolve(), facts.st_size, facts.st_mtime_ns, row.start, row.end, count,
-            self.size, self.decoder,
+            self.size, self.decoder, READER,
         )  # fmt: skip
         name = hashlib.sha256(str(key).encode()).hexdigest()[:24]
         folder = Path(os.environ.get("VIDL_CACHE") or Path.home() / ".cache/vidl") / "clips"

@@ -280,12 +280,10 @@ def activitynet_qa(file: Path) -> Iterator[Row]:
         raise ValueError(f"{file}: need the file with the questions, *_q.json")
     answers_file = file.with_name(file.name.replace("_q.json", "_a.json"))
     given = ((line, entry) for line, _, entry in members(answers_file))
-    answers = dict(
-        checked(
-            answers_file, given,
-            lambda entry: (name_field(entry, "question_id"), name_field(entry, "answer")),
-        )
-    )  # fmt: skip
+    answers: dict[str, str] = {}
+    for name, answer in checked(answers_file, given, _answer):
+        if answers.setdefault(name, answer) != answer:
+            raise ValueError(f"{answers_file}: question {name} has two answers")
 
     def row(entry: dict[str, Any]) -> Row:
         media = f"v_{name_field(entry, 'video_name')}.mp4"
@@ -296,6 +294,10 @@ def activitynet_qa(file: Path) -> Iterator[Row]:
 
     entries = ((line, entry) for line, _, entry in members(file))
     return checked(file, entries, row)
+
+
+def _answer(entry: dict[str, Any]) -> tuple[str, str]:
+    return name_field(entry, "question_id"), name_field(entry, "answer")
 
 
 FORMATS: dict[str, Callable[..., Iterator[Row]]] = {

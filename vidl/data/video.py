@@ -277,6 +277,8 @@ def _pictures(
     stream: Any, packets: list[Any], part: Part, times: list[int], *, skip: bool
 ) -> list[Any] | None:
     """The requested frames, given the times of all frames; None if one is missing."""
+    from av.video.reformatter import VideoReformatter
+
     if not times:
         raise ValueError("no frames")
     scale = stream.time_base
@@ -285,6 +287,9 @@ def _pictures(
     ticks = part.instants(*ends, second=float(1 / scale))
     wanted = [times[max(0, bisect.bisect_right(times, origin + t) - 1)] for t in ticks]
     exif = orientation_of_still(bytes(packets[0])) if is_still(stream.container) else None
+    # orientation_of leaves a frame in a reference cycle of PyAV. A frame's own reformatter has
+    # threads; a forked worker that collects the cycle would wait for them for ever.
+    reformatter = VideoReformatter()
     pictures: dict[int, Any] = {}
     for time, frame in _decode(stream, packets, set(wanted) if skip else None):
         if time not in wanted:
@@ -292,7 +297,8 @@ def _pictures(
         at = f"the frame at {float((time - origin) * scale):.2f} s"
         if frame.is_corrupt:
             raise ValueError(f"{at} is damaged")
-        picture = UPRIGHT[exif or orientation_of(frame)](frame.to_ndarray(format="rgb24"))
+        exif = exif or orientation_of(frame)
+        picture = UPRIGHT[exif](reformatter.reformat(frame, format="rgb24").to_ndarray())
         if pictures and picture.shape != next(iter(pictures.values())).shape:
             raise ValueError(f"{at} has another size than the frames before it")
         pictures[time] = picture
