@@ -552,6 +552,34 @@ def test_two_ranks_equal_one_with_twice_the_batch(tmp_path):
             torch.testing.assert_close(two[key], one[key], rtol=0, atol=4e-3)
 
 
+def test_a_run_resumes_on_another_number_of_ranks(tmp_path):
+    """Two ranks, one, two, with the same global batch: the losses of one rank throughout."""
+    options = [*MAC, "model.dropout=0"]
+    train(tmp_path / "whole", options, "data.batch_size=8", evaluate=lambda training: {})
+    folder = f"run.folder={tmp_path / 'moved'}"
+    mp.spawn(_rank, ([(free_port(), [*options, folder, "evaluation.every=2"])],), nprocs=2)
+
+    def stop(training):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    before = (tmp_path / "moved/config.yaml").read_bytes()
+    with pytest.raises(ValueError, match="need the same data, seed and global batch"):
+        train(tmp_path / "moved", options, "data.batch_size=4")
+    assert (tmp_path / "moved/config.yaml").read_bytes() == before
+    more = ["data.batch_size=8", "evaluation.every=5"]
+    assert train(tmp_path / "moved", options, *more, evaluate=stop)["step"] == 5
+    mp.spawn(_rank, ([(free_port(), [*options, folder])],), nprocs=2)
+    one, moved = (
+        {r["step"]: r for r in records(tmp_path / name) if "loss" in r}
+        for name in ("whole", "moved")
+    )
+    assert list(one) == list(moved) == list(range(1, 9))
+    for step in one:
+        for key in ("loss", "grad_norm", "lr"):
+            assert moved[step][key] == pytest.approx(one[step][key], rel=1e-4), (step, key)
+
+
 def test_broken_clips_are_dropped_with_their_captions(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
     rows = json.loads((EXAMPLES / "clips.json").read_text())[:10]
