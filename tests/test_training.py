@@ -17,6 +17,9 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from vidl import cli, models
+from vidl.data import annotations
+from vidl.data.cache import CachedClips
+from vidl.data.sampler import Key
 from vidl.data.text import load_tokenizer, train_tokenizer
 from vidl.files import replaced
 from vidl.training import Config, Diverged, checkpoints, optimizer, pretrain
@@ -448,6 +451,22 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, capsys, share):
         unfinished.write_text("after")
         raise OSError(28, "No space left on device")
     assert file.read_text() == "before" and not list(tmp_path.glob(".kept*"))
+
+
+def test_a_full_disk_leaves_no_rest_in_the_cache(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+    rows = annotations.load(EXAMPLES / "clips.json")
+    clips = CachedClips(rows, frames=2, size=32, train=False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"cache/clips/\w+.npy"):
+            clips.read(Key(0, 0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "cache/clips").iterdir())
+    assert clips.read(Key(0, 0)).pictures.shape == (2, 32, 32, 3)
 
 
 def start(folder, options):
