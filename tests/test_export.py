@@ -1,12 +1,16 @@
 """Exported encoders: timm and transformers load them strictly and compute the same."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from tiny import randomise
 
 from vidl import models
+from vidl.data.text import train_tokenizer
+from vidl.masking import Vocabulary
 from vidl.models.export import export, text_weights, vision_weights
 
 SMALL = dict(image_size=32, width=64, heads=2, text_width=64, text_heads=2, dropout=0.0)
@@ -20,9 +24,72 @@ def exported(tmp_path_factory):
     for name in NAMES:
         folder = tmp_path_factory.mktemp(name)
         model = randomise(models.create(name, "tiny", **SMALL)).eval()
-        export(model, folder)
+        export(model, folder, tokenizer())
         exported[name] = model, folder
     return exported
+
+
+TEXTS = ["A red circle moves left!", "two blue squares", "a zebra", "red " * 20]
+PLAIN = """
+import sys, timm, torch, transformers
+
+folder, video, texts, out, pooler = sys.argv[1:]
+texts = texts.split("|")
+frames = torch.load(video)
+vit = timm.create_model(f"local-dir:{folder}/vision", pretrained=True).eval()
+facts = timm.data.resolve_model_data_config(vit)
+mean, std = (torch.tensor(facts[key]).view(3, 1, 1) for key in ("mean", "std"))
+tokenizer = transformers.AutoTokenizer.from_pretrained(f"{folder}/text")
+inputs = tokenizer(
+    texts, padding="max_length", truncation=True, max_length=12, return_tensors="pt"
+)
+options = {"add_pooling_layer": False} if pooler == "True" else {}
+bert = transformers.AutoModel.from_pretrained(f"{folder}/text", **options).eval()
+with torch.no_grad():
+    tokens = vit.forward_features((frames / 255 - mean) / std)
+    hidden = bert(**inputs).last_hidden_state
+assert "vidl" not in sys.modules
+torch.save((facts["input_size"], tokens, dict(inputs), hidden, tokenizer.mask_token_id), out)
+"""
+
+
+def tokenizer():
+    pytest.importorskip("tokenizers")
+    return train_tokenizer(["a red circle moves left!", "two blue squares", "left right"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_timm_and_transformers_compute_the_same(exported, name, tmp_path):
+    """In a process without vidl: from frames and texts to features."""
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    model, folder = exported[name]
+    video = example(model)[0][:, :, :1]
+    torch.save(video[:, :, 0], tmp_path / "frames.pt")
+    arguments = [folder, tmp_path / "frames.pt", "|".join(TEXTS), tmp_path / "out.pt"]
+    command = [sys.executable, "-c", PLAIN, *map(str, arguments), str(name == "smaug")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    size, tokens, inputs, hidden, mask_id = torch.load(tmp_path / "out.pt")
+    assert size == (3, 32, 32) and mask_id == tokenizer().mask_id
+    ids, mask = tokenizer()(TEXTS, 12)
+    assert torch.equal(inputs["input_ids"], ids) and torch.equal(inputs["attention_mask"], mask)
+    assert (ids == tokenizer().unk_id).sum() == 1  # the zebra
+    ours = model.encode_text(ids, mask)
+    torch.testing.assert_close(ours[mask.bool()], hidden[mask.bool()], rtol=1e-4, atol=1e-4)
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    if name == "mac":  # timm has no temporal attention
+        for block in model.vision.blocks:
+            block.timeattn.proj.weight.zero_()
+            block.timeattn.proj.bias.zero_()
+        model.vision.temporal_embed.zero_()
+        ours = model.vision(video)
+    else:
+        with model.unpruned():
+            ours = model.vision(video).tokens
+    model.load_state_dict(before)
+    torch.testing.assert_close(ours, tokens, rtol=1e-4, atol=1e-4)
 
 
 def example(model):
@@ -96,7 +163,11 @@ def test_transformers_equals_our_text_encoder(exported, name, kind):
 def test_tubelets_are_not_exported(tmp_path):
     model = models.create("mac", "tiny", tubelet_size=2, **SMALL)
     with pytest.raises(ValueError, match="need tubelet_size 1: patches of timm's"):
-        export(model, tmp_path)
+        export(model, tmp_path, tokenizer())
+    assert not list(tmp_path.iterdir())
+    model = models.create("mac", "tiny", **SMALL, vocabulary=Vocabulary(7, 4, (0, 1, 2, 3, 4)))
+    with pytest.raises(ValueError, match="need a tokenizer of at most 7 tokens, got"):
+        export(model, tmp_path, tokenizer())
     assert not list(tmp_path.iterdir())
 
 

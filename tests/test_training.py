@@ -17,6 +17,9 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from vidl import cli, models
+from vidl.data import annotations
+from vidl.data.cache import CachedClips
+from vidl.data.sampler import Key
 from vidl.data.text import load_tokenizer, train_tokenizer
 from vidl.files import replaced
 from vidl.training import Config, Diverged, checkpoints, optimizer, pretrain
@@ -450,6 +453,22 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, capsys, share):
     assert file.read_text() == "before" and not list(tmp_path.glob(".kept*"))
 
 
+def test_a_full_disk_leaves_no_rest_in_the_cache(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+    rows = annotations.load(EXAMPLES / "clips.json")
+    clips = CachedClips(rows, frames=2, size=32, train=False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"cache/clips/\w+.npy"):
+            clips.read(Key(0, 0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "cache/clips").iterdir())
+    assert clips.read(Key(0, 0)).pictures.shape == (2, 32, 32, 3)
+
+
 def start(folder, options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
     command = [sys.executable, "-m", "vidl", "pretrain", *options, f"run.folder={folder}"]
@@ -550,6 +569,34 @@ def test_two_ranks_equal_one_with_twice_the_batch(tmp_path):
         for key in one:
             # Adam divides by the size of the gradient: rounding noise gives steps of full size.
             torch.testing.assert_close(two[key], one[key], rtol=0, atol=4e-3)
+
+
+def test_a_run_resumes_on_another_number_of_ranks(tmp_path):
+    """Two ranks, one, two, with the same global batch: the losses of one rank throughout."""
+    options = [*MAC, "model.dropout=0"]
+    train(tmp_path / "whole", options, "data.batch_size=8", evaluate=lambda training: {})
+    folder = f"run.folder={tmp_path / 'moved'}"
+    mp.spawn(_rank, ([(free_port(), [*options, folder, "evaluation.every=2"])],), nprocs=2)
+
+    def stop(training):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    before = (tmp_path / "moved/config.yaml").read_bytes()
+    with pytest.raises(ValueError, match="need the same data, seed and global batch"):
+        train(tmp_path / "moved", options, "data.batch_size=4")
+    assert (tmp_path / "moved/config.yaml").read_bytes() == before
+    more = ["data.batch_size=8", "evaluation.every=5"]
+    assert train(tmp_path / "moved", options, *more, evaluate=stop)["step"] == 5
+    mp.spawn(_rank, ([(free_port(), [*options, folder])],), nprocs=2)
+    one, moved = (
+        {r["step"]: r for r in records(tmp_path / name) if "loss" in r}
+        for name in ("whole", "moved")
+    )
+    assert list(one) == list(moved) == list(range(1, 9))
+    for step in one:
+        for key in ("loss", "grad_norm", "lr"):
+            assert moved[step][key] == pytest.approx(one[step][key], rel=1e-4), (step, key)
 
 
 def test_broken_clips_are_dropped_with_their_captions(tmp_path, capsys, monkeypatch):

@@ -520,8 +520,9 @@ def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from vidl.models.export import export
     from vidl.training import open_run
 
-    model = open_run(args.weights).model
-    for file in export(getattr(model, "model", model), args.out):
+    trained = open_run(args.weights)
+    model = getattr(trained.model, "model", trained.model)
+    for file in export(model, args.out, trained.tokenizer):
         print(file)
     return 0
 

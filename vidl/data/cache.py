@@ -12,6 +12,7 @@ from torch import Tensor
 from vidl.data import crops, video
 from vidl.data.dataset import Clips
 from vidl.data.formats import Row
+from vidl.files import replaced
 
 # Cached frames per frame of a sample, and their short side as a multiple of the sample's size: a
 # random crop of half the area is then still sharp.
@@ -57,9 +58,8 @@ class CachedClips(Clips):
                 row.media, count, start=row.start, end=row.end, decoder=self.decoder
             )
             folder.mkdir(parents=True, exist_ok=True)
-            unfinished = folder / f".{name}.{os.getpid()}.npy"
-            numpy.save(unfinished, _smaller(pictures, self.size).numpy())
-            unfinished.replace(file)
+            with replaced(file) as unfinished, open(unfinished, "wb") as content:
+                numpy.save(content, _smaller(pictures, self.size).numpy())
         return numpy.load(file, mmap_mode="r")
 
 

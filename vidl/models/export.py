@@ -3,10 +3,11 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from vidl.files import replaced
 from vidl.models.two_towers import TwoTowers
 from vidl.nn import Bert
 from vidl.nn.bert import EPS
@@ -96,36 +97,94 @@ def vision_options(model: TwoTowers) -> dict[str, Any]:
     return {**sizes, "num_heads": r.heads, "num_classes": 0, "mean": r.mean, "std": r.std}
 
 
-def export(model: TwoTowers, folder: str | Path) -> list[Path]:
-    """Write both encoders.
+def vision_config(model: TwoTowers) -> dict[str, Any]:
+    """The config.json for `vision_weights`, as `timm.create_model("local-dir:...")` reads it.
 
-    `vision/` has model.safetensors and timm.json, the arguments of `timm.models.VisionTransformer`.
-    `text/` has model.safetensors and config.json; `transformers.AutoModel.from_pretrained` loads
-    it.
+    Raises:
+        ValueError: see `vision_options`.
+    """
+    options = vision_options(model)
+    mean, std = options.pop("mean"), options.pop("std")
+    size = options["img_size"]
+    return {
+        # any architecture of VisionTransformer: model_args override its sizes
+        "architecture": "vit_base_patch16_224", "model_args": options, "num_classes": 0,
+        "num_features": model.recipe.width, "global_pool": "token",
+        "pretrained_cfg": {
+            "input_size": [3, size, size], "fixed_input_size": True, "num_classes": 0,
+            "crop_pct": 1.0, "interpolation": "bilinear", "mean": mean, "std": std,
+            "first_conv": "patch_embed.proj", "classifier": "head", "custom_load": False,
+        },
+    }  # fmt: skip
+
+
+def tokenizer_config(model: TwoTowers) -> dict[str, Any]:
+    """The tokenizer_config.json beside tokenizer.json, as transformers reads it."""
+    inputs = ["input_ids", "attention_mask"]
+    if _has_segments(model.text):
+        inputs.insert(1, "token_type_ids")
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs,
+        "model_max_length": model.text.embeddings.max_positions, **names,
+    }  # fmt: skip
+
+
+class Tokenizer(Protocol):
+    """What `export` needs of a `vidl.data.text.Tokenizer`."""
+
+    pad_id: int
+
+    def __len__(self) -> int: ...
+
+    def save(self, file: str | Path) -> None: ...
+
+
+def export(model: TwoTowers, folder: str | Path, tokenizer: Tokenizer) -> list[Path]:
+    """Write both encoders and the tokenizer.
+
+    `vision/` has model.safetensors, config.json for `timm.create_model("local-dir:...",
+    pretrained=True)`, and timm.json, the arguments of `timm.models.VisionTransformer`. `text/` has
+    model.safetensors and config.json for `transformers.AutoModel`, and tokenizer.json and
+    tokenizer_config.json for `AutoTokenizer`.
 
     Args:
         model: on any device; for `Answering` pass its `model`.
         folder: output folder; created if missing.
+        tokenizer: tokenizer of the run.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: see `vision_options`; nothing is written.
+        ValueError: the vocabulary of the tokenizer is larger than that of the model, or see
+            `vision_options`; nothing is written.
+        OSError: a file cannot be written; names it.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as to_bytes
 
+    known = model.recipe.vocabulary.size
+    if len(tokenizer) > known:
+        raise ValueError(f"need a tokenizer of at most {known} tokens, got {len(tokenizer)}")
+    text_facts = text_config(model) | {"pad_token_id": tokenizer.pad_id}
+    facts = {
+        "vision": {"config.json": vision_config(model), "timm.json": vision_options(model)},
+        "text": {"config.json": text_facts, "tokenizer_config.json": tokenizer_config(model)},
+    }
     files = []
-    for name, weights, facts, text in (
-        ("vision", vision_weights(model), "timm.json", vision_options(model)),
-        ("text", text_weights(model), "config.json", text_config(model)),
-    ):
+    for name, weights in (("vision", vision_weights(model)), ("text", text_weights(model))):
         part = Path(folder) / name
         part.mkdir(parents=True, exist_ok=True)
         stored = {key: x.detach().cpu().contiguous() for key, x in weights.items()}
-        save_file(stored, part / "model.safetensors", metadata={"format": "pt"})
-        (part / facts).write_text(json.dumps(text, indent=2) + "\n")
-        files += [part / "model.safetensors", part / facts]
+        files.append(part / "model.safetensors")
+        with replaced(files[-1]) as unfinished:
+            unfinished.write_bytes(to_bytes(stored, metadata={"format": "pt"}))
+        for file, content in facts[name].items():
+            files.append(part / file)
+            with replaced(files[-1]) as unfinished:
+                unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    files.append(Path(folder) / "text/tokenizer.json")
+    tokenizer.save(files[-1])
     return files
 
 

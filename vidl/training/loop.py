@@ -37,7 +37,10 @@ def pretrain(config: Config, evaluate: Evaluate | None = None) -> dict[str, Any]
 
     SIGTERM and Ctrl-C save a checkpoint after the current step and end the run. A resumed run
     computes what it would have computed without the interruption; on a CPU with the same number of
-    threads bit for bit.
+    threads bit for bit. With another number of ranks it needs the same global batch
+    (`data.batch_size` times ranks) and sees the same clips in the same steps. Dropout and matching
+    negatives then differ, since each rank draws its own, and so does the loss of masked words, a
+    mean over ranks. Shards need the same number of ranks.
 
     Args:
         config: configuration of the run.
@@ -99,24 +102,34 @@ class Training:
         self.abandoned: list[Path] = []
         if self.checkpoint is not None:
             self._resume(self.checkpoint)
-        if ranks.first and config.run.resume is not None:
-            self.abandoned = checkpoints.abandon(self.folder, config.run.resume)
-        ranks.wait()
+        self._save_config()
 
     def _claim_folder(self) -> None:
         """Create the folder, or check that it has a run with the same configuration."""
         file = self.folder / "config.yaml"
         resumes = self.checkpoint is not None and file.exists()
-        if changed := self.config.changed(Config.read(file)) if resumes else []:
+        changed = self.config.changed(Config.read(file)) if resumes else []
+        if "data.batch_size" in changed and self.config.data.source != "shards":
+            # the global batch must be the same: the sampler compares it
+            changed.remove("data.batch_size")
+        if changed:
             raise ValueError(
                 f"{self.folder} has a run with another {', '.join(changed)}: need the same to "
                 "resume it, or another run.folder"
             )
-        self.ranks.wait()  # until all ranks have read the file
         if self.ranks.first:
             self.folder.mkdir(parents=True, exist_ok=True)
+        self.ranks.wait()
+
+    def _save_config(self) -> None:
+        """Write config.yaml, and set aside the checkpoints after the one that is resumed."""
+        self.ranks.wait()  # until all ranks have resumed
+        if self.ranks.first:
+            resume = self.config.run.resume
+            if resume is not None:
+                self.abandoned = checkpoints.abandon(self.folder, resume)
             once = dataclasses.replace(self.config.run, resume=None)
-            dataclasses.replace(self.config, run=once).save(file)
+            dataclasses.replace(self.config, run=once).save(self.folder / "config.yaml")
         self.ranks.wait()
 
     def _model(self) -> Any:
