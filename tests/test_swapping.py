@@ -181,7 +181,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize("bad", BAD, ids=range(len(BAD)))
 @pytest.mark.parametrize(
     "function, argument", [(f, argument) for f, call in CALLS.items() for argument in call]
 )
