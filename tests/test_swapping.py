@@ -150,7 +150,7 @@ def test_nothing_to_swap(m, why):
     kind = type(m)
     with pytest.raises(ValueError, match=why) as error:
         vidl.swap(m)
-    assert "docs/swapping.md" in str(error.value)
+    assert "docs/guide/swapping.md" in str(error.value)
     assert type(m) is kind and state_of(m) is None
 
 

@@ -149,5 +149,5 @@ def _nothing(model: nn.Module, left: Sequence[Change]) -> str:
         lines += ["; its attentions and embeddings:", *summary(tuple(left))]
     else:
         lines.append(": vidl recognises no attention and no patch embedding in it")
-    remedy = "\ndocs/swapping.md lists supported models; vidl.ops has the ops themselves"
+    remedy = "\ndocs/guide/swapping.md lists supported models; vidl.ops has the ops themselves"
     return lines[0] + lines[1] + "".join("\n" + line for line in lines[2:]) + remedy

@@ -18,7 +18,7 @@ from vidl.swapping.registry import Family, Rule, state_of
 class PatchEmbed(timm_patch_embed.PatchEmbed):
     """timm's embedding by `masked_patch_embed`, if a vidl kernel runs it.
 
-    A projection that is no plain convolution, such as an adapter of peft, is called by timm.
+    timm calls a projection that is not a plain convolution, such as an adapter of peft.
     """
 
     def forward(self, x: Tensor) -> Tensor:
