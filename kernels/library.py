@@ -1,9 +1,10 @@
 """Where ops meet PyTorch: schemas, the native library, and the choice of a backend.
 
 An op is declared once, in Python. C++ attaches to it by name (`csrc/`), Triton as an opaque op of
-its own; both share the fake kernel, the autograd formula and the FLOP formula. The backend
-"reference" is the op's definition in plain PyTorch, which PyTorch differentiates itself, any number
-of times and in both modes. The others have a first derivative in reverse mode, and refuse the rest.
+its own; both share the fake kernel, the autograd formula and the FLOP formula. They have a first
+derivative in reverse mode, and refuse the rest. Two backends are written in PyTorch, which
+differentiates them itself: "reference" is the op's definition, any number of times and in both
+modes; "torch" is the fastest composition of PyTorch's own operations that we know, on any device.
 """
 
 import functools
@@ -23,7 +24,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-BACKENDS = ("native", "triton", "reference")
+BACKENDS = ("native", "triton", "torch", "reference")
+PYTORCH = ("torch", "reference")  # those written in PyTorch: any device, any floating dtype
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,9 +44,11 @@ class Op:
     # The definition in plain PyTorch: the schema's arguments and results, without the last
     # `only_for_backward` results. None for the backward op of another.
     reference: Callable[..., Any] | None = None
+    # The fastest composition of PyTorch's operations: arguments and results as of `reference`.
+    torch: Callable[..., Any] | None = None
     only_for_backward: int = 0  # so many results at the end serve `backward` alone
-    # Backends that "auto" tries before "reference", for each device type. A backend is listed once
-    # a committed result (bench/results/) from such a device shows that it is right and fastest.
+    # Backends that "auto" tries before "torch", for each device type. A backend is listed once a
+    # committed result (bench/results/) from such a device shows that it is right and fastest.
     auto: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"cpu": ("native",)})
     setup_context: Callable[..., None] | None = None  # as torch.library.register_autograd has it
     backward: Callable[..., Any] | None = None  # backward(<name>_bwd of this backend, ctx, *grads)
@@ -133,18 +137,24 @@ def kernel(name: str, backend: str) -> Callable[..., Any]:
     return getattr(torch.ops.vidl, name + _suffixes[backend]).default
 
 
-def run(name: str, backend: str, *args: Any) -> Any:
+def run(name: str, backend: str, *args: Any, **needs: bool) -> Any:
     """Run the op `name` on any backend.
+
+    Args:
+        needs: results of the schema that the caller needs or not; the backend "torch" leaves out
+            those that it would have to compute separately.
 
     Returns:
         The results of the schema without those that serve the backward pass alone: one tensor, or
         a tuple of several.
 
     Raises:
-        RuntimeError: an argument has a tangent of forward-mode AD, for another backend than
-            "reference".
+        RuntimeError: an argument has a tangent of forward-mode AD, for a backend with kernels.
     """
     op = OPS[name]
+    if backend == "torch":
+        assert op.torch is not None
+        return op.torch(*args, **needs)
     if backend == "reference":
         assert op.reference is not None
         return op.reference(*args)
@@ -184,8 +194,8 @@ def _call(op: Any, *args: Any) -> Any:
         for x in args:
             if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
                 raise RuntimeError(
-                    f"{op._opname}: no forward-mode derivative: use backend='reference', or "
-                    "reverse mode"
+                    f"{op._opname}: no forward-mode derivative: use backend='torch' or "
+                    "'reference', or reverse mode"
                 )
     return op(*args)
 
@@ -209,7 +219,7 @@ def why_not(backend: str, name: str, device: str, dtype: torch.dtype, **facts: A
         dtype: of the computation.
         facts: the numbers that the op's own limits depend on.
     """
-    if backend == "reference":
+    if backend in PYTORCH:
         return None
     return _why_not_here(backend, name, device, dtype) or OPS[name].limits(
         backend, device=device, dtype=dtype, **facts
@@ -247,9 +257,9 @@ def choose(backend: str, name: str, device: str, dtype: torch.dtype, **facts: An
             reason why it cannot.
     """
     if backend == "auto":
-        order = (*OPS[name].auto.get(device, ()), "reference")
+        order = (*OPS[name].auto.get(device, ()), "torch")
         return next(b for b in order if why_not(b, name, device, dtype, **facts) is None)
-    if backend != "reference" and backend not in _suffixes:
+    if backend not in PYTORCH and backend not in _suffixes:
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
     if why_not(backend, name, device, dtype, **facts) is not None:
         reasons = {b: why_not(b, name, device, dtype, **facts) for b in BACKENDS}

@@ -21,7 +21,7 @@ from vidl.kernels.patches import (
     check_video,
 )
 
-from . import reference
+from . import pytorch, reference
 
 Position = Tensor | tuple[Tensor, Tensor]
 
@@ -129,6 +129,7 @@ library.define(
         fake=_fake,
         flops=_flops,
         reference=reference.masked_patch_embed,
+        torch=pytorch.masked_patch_embed,
         setup_context=_setup_context,
         backward=_backward,
     )
@@ -165,7 +166,7 @@ def masked_patch_embed(
         cu_seqlens: [B + 1] int32, where each sample begins in a packed `ids_keep`, from 0 to total.
         mean: C_in numbers, subtracted from the pixels of a uint8 clip after division by 255.
         std: C_in positive numbers that then divide them. Default: mean 0 and std 1.
-        backend: "auto", "native", "triton" or "reference".
+        backend: "auto", "native", "triton", "torch" or "reference".
 
     Returns:
         [B, K, C], [total, C] if packed, or [B, N, C] without `ids_keep`. Gradients flow to

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vidl.kernels import library
 
-from . import reference
+from . import pytorch, reference
 
 Rounding = Literal["ceil", "floor", "floor_min_one", "drop_floor"]
 Order = Literal["index", "score"]
@@ -145,6 +145,7 @@ library.define(
         fake=_fake,
         flops=_flops,
         reference=reference.select_tokens,
+        torch=pytorch.select_tokens,
         only_for_backward=2,
         limits=_limits,
         setup_context=_setup_context,
@@ -195,7 +196,7 @@ def select_tokens(
             `torch.compile(fullgraph=True)` raises an error.
         prefix: the number of tokens at the front of each sample (CLS) that have no score and are
             always kept, in front.
-        backend: "auto", "native", "triton" or "reference".
+        backend: "auto", "native", "triton", "torch" or "reference".
 
     Returns:
         `Selected`: tokens, ids_keep, inverse and cu_seqlens. Gradients of `tokens` flow to x and,
