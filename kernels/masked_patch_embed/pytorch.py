@@ -1,6 +1,7 @@
 """masked_patch_embed by a gather of bytes and one linear layer, never a convolution."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,10 @@ def masked_patch_embed(
     std: Sequence[float],
 ) -> Tensor:
     """Copy the visible patches as they are stored, normalise and project them, add positions."""
-    ids = None
+    patches = cut(video, weight.shape[2:])
+    B, *grid = patches.shape[:4]
     if ids_keep is None:
-        rows = cut(video, weight.shape[2:]).contiguous().flatten(0, 3)
+        ids, rows = None, patches.contiguous().flatten(0, 3)
     else:
         name = "masked_patch_embed: ids_keep"
         rows, ids = gather(name, video, weight.shape[2:], ids_keep, cu_seqlens)
@@ -34,12 +36,12 @@ def masked_patch_embed(
         rows = (rows * factor.view(-1, 1, 1, 1)).add_(shift.view(-1, 1, 1, 1))
     bias = bias if bias is None else bias.to(weight.dtype)
     out = F.linear(rows.to(weight.dtype).flatten(1), weight.flatten(1), bias)
-    if ids is None:
-        return _add_all(out.unflatten(0, (video.shape[0], -1)), time, space)
+    if ids is None or ids_keep is None:
+        return _add_all(out.view(B, prod(grid), weight.shape[0]), time, space)
     if space is not None:
         table = space if time is None else (time[:, None] + space).flatten(0, 1)
         out = out + F.embedding(ids, table).to(out.dtype)
-    return out if cu_seqlens is not None else out.unflatten(0, ids_keep.shape)
+    return out.view(*ids_keep.shape, weight.shape[0])
 
 
 def _add_all(out: Tensor, time: Tensor | None, space: Tensor | None) -> Tensor:
@@ -48,5 +50,5 @@ def _add_all(out: Tensor, time: Tensor | None, space: Tensor | None) -> Tensor:
         return out
     if time is None:
         return out + space.to(out.dtype)
-    frames = out.unflatten(1, (-1, space.shape[0]))  # [B, N / P, P, C]
+    frames = out.unflatten(1, (time.shape[0], space.shape[0]))
     return (frames + space.to(out.dtype) + time[:, None].to(out.dtype)).flatten(1, 2)
