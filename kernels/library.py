@@ -189,7 +189,11 @@ def _declare(op: Op, backend: str) -> None:
 
 
 def _call(op: Any, *args: Any) -> Any:
-    """Call an op that has no formula for forward-mode AD: PyTorch would drop the tangents."""
+    """Call an op, without the autograd layer of torch.library where no gradient is needed.
+
+    That layer is written in Python and takes as long as a small kernel. It also has no formula for
+    forward-mode AD, and would drop the tangents.
+    """
     if forward_ad._current_level >= 0:
         for x in args:
             if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
@@ -197,7 +201,12 @@ def _call(op: Any, *args: Any) -> Any:
                     f"{op._opname}: no forward-mode derivative: use backend='torch' or "
                     "'reference', or reverse mode"
                 )
-    return op(*args)
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return op(*args)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def _no_second_derivative(name: str, ctx: Any, *grads: Any) -> None:
