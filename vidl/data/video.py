@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidl.data.containers import Source, open_container, path_of, video_stream
+from vidl.data.containers import Source, has_index, open_container, path_of, video_stream
 from vidl.data.pictures import (
     MIRRORED,
     UPRIGHT,
@@ -36,9 +36,6 @@ DECODERS = ("pyav", "torchcodec")
 # Codecs whose decoder can skip a packet if no other frame refers to its frame.
 SKIPPING = ("h264", "hevc", "mpeg2video", "mpeg4")
 
-# Formats that are read from their begin: packets of AVI have no times, and those of MPEG program
-# streams have wrong times after seeking.
-UNSEEKABLE = ("avi", "mpeg")
 # Decoding times never decrease in one recording; seconds that rounding and damage may cause.
 JOINED = 0.25
 
@@ -130,7 +127,7 @@ def read_clip(
     Frames of an image, or of a video with fewer frames than requested, are repeated. A truncated
     video is read up to its end; `inspect` detects truncation. A truncated picture, text, a
     playlist, the cover picture of a sound file, and recordings that were joined with `cat` are
-    broken; a part of joined recordings is read if its times occur once in what is read.
+    broken; a part of the first of joined recordings can be read.
 
     Args:
         source: the name of a regular file (no URL), or the bytes of a file.
@@ -308,23 +305,35 @@ def _pictures(
 def _packets(container: Any, stream: Any, start: float, end: float) -> list[Any]:
     """The packets of a part in file order, from a key frame shown at `start` or earlier."""
     origin, second = stream.start_time or 0, 1 / stream.time_base
-    begin, margin = origin + start * second, second  # frames are shown after their packets arrive
-    stop = origin + end * second + margin
-    # frames without times are counted from the first frame, so no seeking then
-    if start > 1 and stream.start_time is not None and container.format.name not in UNSEEKABLE:
-        # without an index FFmpeg seeks to any frame, so the next key frame may be after the start
+    begin, stop = origin + start * second, origin + (end + 1) * second  # shown after they arrive
+    # frames without times are counted from the first frame of the file
+    if start > 1 and stream.start_time is not None and container.format.name != "avi":
+        packets = _packets_from(container, stream, begin, stop)
+        if _timed(stream, packets):
+            return packets
+        container.seek(int(origin - second), stream=stream)
+    return _packets_here(container, stream, stop)
+
+
+def _packets_from(container: Any, stream: Any, begin: float, stop: float) -> list[Any]:
+    """The packets from the last key frame at `begin` or earlier, up to `stop`, in ticks."""
+    origin, margin = stream.start_time, 1 / stream.time_base
+    # Without an index, FFmpeg searches a time in the bytes of the file. In joined recordings it
+    # finds any of them, so such a file is read from its begin.
+    if has_index(container):
+        # FFmpeg may seek to a frame that is no key frame, and the next one may be after `begin`
         while begin - margin > origin:
             container.seek(int(begin - margin), stream=stream)
             packets = _packets_here(container, stream, stop)
             if packets and packets[0].pts is not None and packets[0].pts <= begin:
                 return packets
             margin *= 4
-        container.seek(int(origin - second), stream=stream)
-    return _packets_here(container, stream, stop)
+        container.seek(int(origin - 1 / stream.time_base), stream=stream)
+    return _packets_here(container, stream, stop, begin)
 
 
-def _packets_here(container: Any, stream: Any, stop: float) -> list[Any]:
-    """The packets from the next key frame up to a time in ticks."""
+def _packets_here(container: Any, stream: Any, stop: float, begin: float = -math.inf) -> list[Any]:
+    """The packets from the next key frame, or the last one at `begin`, up to `stop`, in ticks."""
     packets: list[Any] = []
     last, ended = -math.inf, True
     try:
@@ -341,6 +350,8 @@ def _packets_here(container: Any, stream: Any, stop: float) -> list[Any]:
                     break
             # the last packet of a truncated file is incomplete
             if packet.size and not packet.is_corrupt and (packets or packet.is_keyframe):
+                if packet.is_keyframe and packet.pts is not None and packet.pts <= begin:
+                    packets.clear()
                 packets.append(packet)
     except _Joined:
         raise
@@ -447,10 +458,12 @@ def _read_by_torchcodec(source: Source, part: Part, index: int | None) -> Tensor
 
 
 def _check_for_torchcodec(source: Source, index: int | None) -> None:
-    """Raise an error for what torchcodec shows wrongly: text, playlists, mirrored pictures."""
+    """Raise an error for what torchcodec shows wrongly: text, mirrored pictures, joined videos."""
     with open_container(source) as container:
         stream = video_stream(container, index)
-        packets = _packets(container, stream, 0, 0)
+        # torchcodec mixes the frames of joined recordings; the index of an MP4 file is of one
+        single = container.format.name.startswith("mov,") and has_index(container)
+        packets = _packets(container, stream, 0, 0 if single else math.inf)
         _, frame = next(_decode(stream, packets))
         exif = orientation_of_still(bytes(packets[0])) if is_still(container) else None
         if (exif or 1) != 1 or orientation_of(frame) in MIRRORED:
