@@ -47,6 +47,18 @@ def test_check(annotated, capsys):
     assert "1 clips in 1 rows, 71 frames" in capsys.readouterr().out
 
 
+def test_check_of_folders_and_globs(annotated, capsys):
+    folder = annotated.parent / "clips"
+    table = "file_name,text\nworker.mp4,a man\nsign_eat.mp4,to eat\n"
+    (folder / "metadata.csv").write_text(table)
+    for names in (folder, folder / "metadata.csv", folder / "*.csv"):
+        assert main(["data", "check", str(names)]) == 0
+        assert "2 clips in 2 rows" in capsys.readouterr().out
+    (folder / "metadata.csv").unlink()
+    assert main(["data", "check", str(folder)]) == 1
+    assert "junk.mp4: need its caption in junk.txt beside it" in capsys.readouterr().err
+
+
 def test_check_names_truncated_clips(annotated, capsys, monkeypatch):
     facts = video.Facts(frames=10, seconds=1.0, declared=4.0, width=8, height=8)
     monkeypatch.setattr(video, "inspect", lambda name: facts)

@@ -235,17 +235,17 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         "convert",
         help="convert annotations of a known format to an Arrow table",
         description="Convert annotations to an Arrow table. Workers memory-map the table and share "
-        "its pages, so memory does not grow with the number of rows. Common JSON needs no "
-        "conversion: vidl converts it on first use.",
+        "its pages, so memory does not grow with the number of rows. What `vidl data check` "
+        "reads needs no conversion: vidl converts it on first use.",
     )
-    part.add_argument("file", type=Path, help="annotation file")
+    part.add_argument("file", type=Path, help="annotation file, folder, or glob of files")
     part.add_argument("out", type=Path, nargs="?", help="default: the same name with .arrow")
     part.add_argument(
         "--format",
-        default="common",
         help="common (JSON list of {video or image, caption}, also questions and multiple choice; "
-        "default), csv (see --columns), webvid (CSV), cc3m (TSV), msrvtt (JSON, or the CSV of the "
-        "1k-A test), didemo, activitynet (paragraphs), msrvtt-qa, activitynet-qa (*_q.json)",
+        "default), csv (see --columns; default for .csv, .tsv), webvid (CSV), cc3m (TSV), msrvtt "
+        "(JSON, or the CSV of the 1k-A test), didemo, activitynet (paragraphs), msrvtt-qa, "
+        "activitynet-qa (*_q.json)",
     )
     about = "folder of the clips; file names in the table get the suffixes of its files"
     part.add_argument("--media", type=Path, help=about)
@@ -255,8 +255,8 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         "--columns",
         metavar="FIELD=COLUMN,...",
         help="csv: columns of a CSV or TSV file with a header, e.g. video=path,caption=text; "
-        "fields: video or image, caption, question, answer, id, start, end (default: video and "
-        "caption)",
+        "fields: video or image, caption, question, answer, id, start, end (default: the columns "
+        "with these names, with file_name or path, and text)",
     )
     part.set_defaults(run=_data_convert)
 
@@ -304,7 +304,12 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_source(part: argparse.ArgumentParser) -> None:
-    part.add_argument("file", type=Path, help="annotations: common JSON or an Arrow table")
+    about = (
+        "annotations: common JSON, JSON lines, an Arrow table, CSV or TSV with columns such as "
+        "path,caption or file_name,text, a folder with metadata.csv or metadata.jsonl or with "
+        "a.txt beside a.mp4, or a quoted glob of these"
+    )
+    part.add_argument("file", type=Path, help=about)
     about = (
         "folder of the clips; default: clips/ beside clips.json if it exists, else the same folder"
     )
@@ -322,14 +327,15 @@ def _data_convert(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     msrvtt = args.format == "msrvtt"
     options: dict[str, Any] = {"split": args.split, "ids": args.ids} if msrvtt else {}
     if not options and (args.split or args.ids):
-        parser.error(f"--split and --ids are for --format msrvtt, not {args.format}")
+        parser.error(f"--split and --ids are for --format msrvtt, not {args.format or 'common'}")
     if args.columns is not None:
-        if args.format != "csv":
+        if args.format not in (None, "csv"):
             parser.error(f"--columns is for --format csv, not {args.format}")
         pairs = [pair.partition("=") for pair in args.columns.split(",")]
         if not all(field and column for field, _, column in pairs):
             parser.error(f"need --columns as FIELD=COLUMN,FIELD=COLUMN,..., got {args.columns!r}")
         options = {"columns": {field: column for field, _, column in pairs}}
+        args.format = "csv"
     from vidl.data import commands
 
     commands.convert(args.file, args.out, format=args.format, media=args.media, **options)
@@ -463,7 +469,8 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         "--data",
         type=Path,
         metavar="FILE",
-        help="annotations; default: the synthetic clips of a run on moving_shapes",
+        help="annotations as for `vidl data check`; default: the synthetic clips of a run on "
+        "moving_shapes",
     )
     add("--media", type=Path, help="folder of the clips; default: as for `vidl data check`")
     _add_outside(command)

@@ -14,6 +14,7 @@ from torch import Tensor
 from vidl.data import annotations, crops, video
 from vidl.data.cache import CachedClips
 from vidl.data.dataset import Clips, text_of
+from vidl.data.folders import matching
 from vidl.data.formats import Row
 from vidl.data.progress import progress
 from vidl.data.sampler import Key
@@ -21,10 +22,12 @@ from vidl.data.video import BrokenClip
 
 
 def convert(
-    file: Path, to: Path | None, *, format: str, media: Path | None, **options: Any
+    file: Path, to: Path | None, *, format: str | None, media: Path | None, **options: Any
 ) -> Path:
     """Convert annotations to an Arrow table; returns its path."""
-    to = to or file.with_suffix(".arrow")
+    if to is None and matching(file) != [str(file)]:
+        raise ValueError(f"need the name of the table for the files {file}")
+    to = to or Path(f"{file.with_suffix('')}.arrow")
     begin = time.perf_counter()
     count = annotations.convert(file, to, format=format, media=media, **options)
     print(f"{to}: {count} rows in {time.perf_counter() - begin:.1f} s")
