@@ -1,9 +1,11 @@
 """Annotation formats on small files in their published form, and the Arrow table."""
 
+import errno
 import json
 import pickle
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import pytest
@@ -558,10 +560,44 @@ def test_tables_are_written_atomically(tmp_path):
     with pytest.raises(BadAnnotation):
         annotations.convert(file, tmp_path / "a.arrow")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="a.json: need annotations, got no rows"):
         annotations.convert(put(tmp_path, "a.json", "[]"), tmp_path / "a.arrow")
     with pytest.raises(ValueError, match="need a format among common, csv, webvid"):
         annotations.convert(file, tmp_path / "a.arrow", format="coco")
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """The error names the table, and nothing is left; an error of reading names what is read."""
+    file = put(tmp_path, "a.json", [{"video": "1.mp4", "caption": "a"}])
+
+    class Full:
+        def __init__(self, path, mode):
+            Path(path).write_bytes(b"some")
+
+        def __enter__(self):
+            raise OSError(errno.ENOSPC, "Error writing bytes to file. No space left on device")
+
+        def __exit__(self, *error):
+            raise AssertionError
+
+    for cached in (False, True):
+        folder = tmp_path / f"out{cached}"
+        monkeypatch.setenv("VIDL_CACHE", str(folder))
+        with monkeypatch.context() as patch:
+            patch.setattr(pyarrow, "OSFile", Full)
+            with pytest.raises(OSError, match="No space left on device") as caught:
+                annotations.load(file) if cached else annotations.convert(file, folder / "a.arrow")
+        assert caught.value.errno == errno.ENOSPC
+        assert Path(caught.value.filename).parent == folder
+        assert Path(caught.value.filename).suffix == ".arrow"
+        assert list(folder.iterdir()) == []
+    with pytest.raises(FileNotFoundError) as caught:
+        annotations.convert(tmp_path / "no.json", tmp_path / "a.arrow")
+    assert caught.value.filename == str(tmp_path / "no.json")
+    with pytest.raises(OSError) as caught:  # noqa: PT011  a folder is there
+        annotations.convert(file, folder)
+    assert caught.value.filename == str(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "outFalse", "outTrue"]
 
 
 def test_invalid_tables_are_an_error(tmp_path):
@@ -604,6 +640,10 @@ def test_convert_command(tmp_path, capsys):
 
     assert main(["data", "convert", str(tmp_path / "no.json")]) == 1
     assert "no.json" in capsys.readouterr().err
+    assert (
+        main(["data", "convert", str(tmp_path / "msr.json"), "--media", str(tmp_path / "no")]) == 1
+    )
+    assert f"need the folder of the media, got {tmp_path}/no" in capsys.readouterr().err
 
     file = put(tmp_path, "own.csv", "path,text\na.mp4,a man\n")
     command = ["data", "convert", str(file), "--format", "csv", "--columns"]

@@ -97,11 +97,11 @@ def _report_errors(command: Command) -> Command:
             return command(parser, args)
         except Exception as error:
             from vidl.data.dataset import TooManyBroken
-            from vidl.data.video import BrokenClip
+            from vidl.data.video import BrokenClip, NoDecoder
             from vidl.training import Diverged
             from vidl.training.parallel import NoDevice
 
-            known = (TooManyBroken, BrokenClip, Diverged, NoDevice, ValueError, OSError)
+            known = (TooManyBroken, BrokenClip, NoDecoder, Diverged, NoDevice, ValueError, OSError)
             if not isinstance(error, known):
                 raise
             name = command.__name__.strip("_").split("_")[0]
@@ -491,6 +491,7 @@ def _eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     import torch
 
     from vidl.evaluation import Options
+    from vidl.files import replaced
     from vidl.training import parallel, runs
 
     if args.rerank and args.task != "retrieval":
@@ -510,7 +511,8 @@ def _eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         if ranks.first:
             print(result)
         if ranks.first and args.json is not None:
-            args.json.write_text(result.to_json() + "\n")
+            with replaced(args.json) as unfinished:
+                unfinished.write_text(result.to_json() + "\n")
     return 0
 
 

@@ -8,7 +8,6 @@ import bisect
 import hashlib
 import itertools
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow.compute as pc
 
 from vidl.data.folders import annotations_of, captioned, contents, matching
 from vidl.data.formats import FORMATS, Row
+from vidl.files import replaced
 
 SCHEMA = pa.schema(
     [
@@ -92,7 +92,7 @@ class Annotations(Sequence[Row]):
 def _open(file: Path) -> pa.Table:
     try:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise ValueError(f"{file}: need an Arrow file written by vidl; {error}") from None
     if table.schema != SCHEMA:
         raise ValueError(f"{file}: need the columns {SCHEMA.names}, got {table.schema.names}")
@@ -153,30 +153,40 @@ def convert(
     read = _rows if format is None else FORMATS[format]
     rows: Iterator[Row] = (row for part in files for row in read(part, **options))
     if media is not None:
+        if not Path(media).is_dir():
+            raise ValueError(f"need the folder of the media, got {media}")
         rows = _named_as_in(Path(media), rows)
-    return write(rows, to)
+    return write(_some(rows, file), to)
 
 
 def write(rows: Iterable[Row], to: str | Path) -> int:
-    """Write rows as an Arrow table, atomically; returns the number of rows."""
+    """Write rows as an Arrow table, atomically; returns the number of rows.
+
+    Raises:
+        OSError: the table cannot be written, as on a full disk; names it.
+        ValueError: there are no rows.
+    """
     to, rows, count = Path(to), iter(rows), 0
     to.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=to.parent, prefix=to.name, suffix=".part")
-    os.close(handle)
-    try:
-        with pa.OSFile(unfinished, "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+    with replaced(to) as unfinished:
+        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             while batch := list(itertools.islice(rows, ROWS_AT_A_TIME)):
                 columns = {name: [getattr(row, name) for row in batch] for name in SCHEMA.names}
                 writer.write(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
                 count += len(batch)
         if not count:
             raise ValueError(f"{to}: there are no rows to write")
-        os.chmod(unfinished, 0o644)
-        os.replace(unfinished, to)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
     return count
+
+
+def _some(rows: Iterable[Row], file: str | Path) -> Iterator[Row]:
+    """The rows of a file that must have some."""
+    count = 0
+    for row in rows:
+        count += 1
+        yield row
+    if not count:
+        raise ValueError(f"{file}: need annotations, got no rows")
 
 
 def load(
@@ -236,7 +246,7 @@ def _rows(file: Path) -> Iterator[Row]:
 
 
 def _converted(file: Path) -> Path:
-    if file.suffix == ".arrow":
+    if file.suffix == ".arrow" and not file.is_dir():
         return file
     read = annotations_of(file) if file.is_dir() else file
     facts = [(str(f), f.stat()) for f in (contents(read) if read.is_dir() else [read])]
@@ -246,7 +256,7 @@ def _converted(file: Path) -> Path:
     folder = Path(os.environ.get("VIDL_CACHE") or Path.home() / ".cache/vidl")
     table = folder / f"{file.stem}-{digest}.arrow"
     if not table.exists():
-        write(_rows(file), table)
+        write(_some(_rows(file), file), table)
     return table
 
 

@@ -7,6 +7,7 @@ instant of each span is read. So variable frame rates and wrong frame counts do 
 import bisect
 import contextlib
 import functools
+import importlib.util
 import io
 import math
 import random
@@ -54,6 +55,10 @@ class BrokenClip(RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+
+class NoDecoder(RuntimeError):
+    """No decoder of videos can run here."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def read_clip(
 
     Raises:
         BrokenClip: the file cannot be read, does not have the part, or a frame is damaged.
-        ModuleNotFoundError, RuntimeError: the decoder cannot run here; see `choose_decoder`.
+        ModuleNotFoundError, NoDecoder: the decoder cannot run here; see `choose_decoder`.
         TypeError: the source is neither a file name nor bytes, or a number is something else.
         ValueError: frames < 1, `start` or `end` is not finite, or unknown decoder.
     """
@@ -481,8 +486,8 @@ def choose_decoder(decoder: str = "auto") -> str:
 
     Raises:
         ValueError: unknown decoder.
-        ModuleNotFoundError: "auto", and PyAV is not installed.
-        RuntimeError: the decoder, or with "auto" every decoder, cannot run here; gives the reason.
+        ModuleNotFoundError: PyAV is needed and not installed.
+        NoDecoder: the decoder, or with "auto" every decoder, cannot run here; gives the reason.
     """
     if decoder != "auto" and decoder not in DECODERS:
         raise ValueError(f"need a decoder among {', '.join(DECODERS)} or auto, got {decoder!r}")
@@ -491,10 +496,10 @@ def choose_decoder(decoder: str = "auto") -> str:
     for name, reason in reasons.items():
         if reason is None:
             return name
-    if decoder == "auto":
-        import av  # noqa: F401  if it is not installed, the error names the package
+    if "pyav" in asked and importlib.util.find_spec("av") is None:
+        import av  # noqa: F401  the error names the package
     reasons = {name: why_not(name) for name in DECODERS}
-    raise RuntimeError(
+    raise NoDecoder(
         f"decoder {decoder!r} cannot run here: "
         + "; ".join(f"{name}: {reason or 'can'}" for name, reason in reasons.items())
     )
