@@ -15,6 +15,10 @@ from typing import Any
 import vidl
 from vidl.bench import commands as bench_commands
 
+# How often an OpenMP thread that waits looks for work before it sleeps. By default it spins for
+# milliseconds, and takes the core from the thread that it waits for, if the cores are shared.
+SPINS = "1000"
+
 # Modules of the extras in pyproject.toml: the package that has the module, and the extra.
 EXTRAS = {
     "PIL": ("pillow", "data"), "av": ("av", "data"), "matplotlib": ("matplotlib", "bench"),
@@ -53,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 if all is well; 1 if the command reports a problem or needs a package
         that is not installed. Invalid arguments raise `SystemExit` with status 2, as argparse does.
     """
+    _limit_spinning()
     parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["bench"] and words[1:2] and words[1] in bench_commands.READERS:
@@ -73,6 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `vidl info | head`
         sys.stderr.close()
         return 0
+
+
+def _limit_spinning() -> None:
+    """Let OpenMP threads that wait sleep early; libgomp reads this when torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
