@@ -63,6 +63,8 @@ def check_counts(name: str, values: Sequence[int], length: int, least: int = 1) 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """Height and width, from one number or both."""
     sides = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(sides) != 2:
+        raise ValueError(f"need {name} as one or two ints, got {tuple(sides)}")
     check_counts(name, sides, 2)
     return sides[0], sides[1]
 

@@ -157,7 +157,7 @@ def masked_patch_loss(
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
     patch = (tubelet_size, *pair("patch_size", patch_size))
-    check_tensors(prediction=prediction, video=video)
+    check_tensors(video=video, prediction=prediction)
     check_video(video)
     check_divides(video, patch)
     check_ids("ids_masked", video, ids_masked, cu_seqlens)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import library
-from vidl.kernels.arguments import check_counts, check_tensors, numbers
+from vidl.kernels.arguments import check_tensors, numbers
 
 FLOATING = (*library.DTYPES, torch.float64)  # float64 only for the references
 
@@ -26,8 +26,7 @@ def check_video(video: Tensor) -> None:
 
 def check_divides(video: Tensor, patch: Sequence[int]) -> None:
     """Patches t, h, w divide T, H, W of the clip."""
-    check_counts("patch", patch, 3)
-    if any(n % p for n, p in zip(video.shape[2:], patch, strict=True)):
+    if any(p <= 0 or n % p for n, p in zip(video.shape[2:], patch, strict=True)):
         raise ValueError(
             f"need video [B, C, T, H, W] with T, H, W that the patch {tuple(patch)} divides, got "
             f"{tuple(video.shape)}"

@@ -220,7 +220,7 @@ def space_time_attention(
 def _check(q: Tensor, k: Tensor, v: Tensor, groups: Groups, return_scores: Scores | None) -> None:
     if not isinstance(groups, Groups):
         raise TypeError(f"need groups made by vidl.ops.Groups, got {type(groups).__name__}")
-    check_tensors(q=q, k=k, v=v, groups=groups.query_offsets)
+    check_tensors(groups=groups.query_offsets, q=q, k=k, v=v)
     if q.ndim != 3 or k.ndim != 3 or v.shape != k.shape or q.shape[1:] != k.shape[1:]:
         raise ValueError(
             "need q [num_queries, H, D] and k, v [num_keys, H, D], got "
@@ -232,7 +232,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, groups: Groups, return_scores: Score
         )
     if q.shape[0] != groups.num_queries or k.shape[0] != groups.num_keys:
         raise ValueError(
-            f"need q of {groups.num_queries} queries and k of {groups.num_keys} keys for these "
+            f"need {groups.num_queries} queries and {groups.num_keys} keys in q and k for these "
             f"groups, got {q.shape[0]} and {k.shape[0]}"
         )
     if return_scores not in (None, "cls", "mean"):

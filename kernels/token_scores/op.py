@@ -262,7 +262,7 @@ def _score(
 def _check(groups: Groups, tensors: dict[str, Tensor], lse: Tensor | None) -> None:
     if not isinstance(groups, Groups):
         raise TypeError(f"need groups made by vidl.ops.Groups, got {type(groups).__name__}")
-    check_tensors(optional=("lse",), **tensors, lse=lse, groups=groups.query_offsets)
+    check_tensors(optional=("lse",), groups=groups.query_offsets, **tensors, lse=lse)
     k = tensors["k"]
     if any(x.ndim != 3 or x.shape[1:] != k.shape[1:] for x in tensors.values()):
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())

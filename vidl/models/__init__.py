@@ -45,7 +45,7 @@ def recipe(name: str, preset: str = "base", **overrides: Any) -> Recipe:
         ValueError: unknown model, preset or field, or the fields do not fit together.
     """
     if name not in tuple(MODELS):
-        raise ValueError(f"need name of a model among {', '.join(MODELS)}, got {name!r}")
+        raise ValueError(f"name: need a model among {', '.join(MODELS)}, got {name!r}")
     presets = MODELS[name][1]
     if preset not in tuple(presets):
         raise ValueError(f"need a preset among {', '.join(presets)}, got {preset!r}")
