@@ -188,7 +188,8 @@ struct Cpu {
     const int64_t size = itemsize(samples.dtype), bytes = samples.C * size;
     const char* const from = static_cast<const char*>(x.data);
     char* const tokens = static_cast<char*>(out.tokens);
-    parallel_for(0, count, grain(bytes), [&](int64_t first, int64_t last) {
+    // Without channels the pointers may be null, which memcpy does not allow.
+    parallel_for(0, bytes > 0 ? count : 0, grain(bytes), [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; row++) {
         if (sources[row] < 0) continue;
         std::memcpy(tokens + row * bytes, from + sources[row] * size, bytes);
