@@ -1,7 +1,7 @@
 """The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, over the fuzz.
 
-It was seen red with a planted read of one row past the end of `time`, and with a planted signed
-overflow.
+It was seen red with a planted read of one pixel past the end of a clip, and with a planted signed
+overflow, in frame_difference.
 """
 
 import os
