@@ -95,10 +95,10 @@ def _backward(bwd: Callable[..., Any], ctx, grad_out: Tensor):
         sums = grad_position if need_position else grad_out.flatten(0, -2)
         grad_bias = sums.sum(0, dtype=torch.float32).to(bias[1])
     if need_time:
-        grad_time = grad_position.view(-1, *space[0]).sum(1).to(time[1])
+        grad_time = grad_position.view(time[0][0], *space[0]).sum(1).to(time[1])
     if need_space:
-        per_frame = grad_position if time is None else grad_position.view(-1, *space[0]).sum(0)
-        grad_space = per_frame.to(space[1])
+        by_frame = (1 if time is None else time[0][0], *space[0])
+        grad_space = grad_position.view(by_frame).sum(0).to(space[1])
     return (
         grad_video if need_video else None,
         grad_weight if need_weight else None,

@@ -225,7 +225,7 @@ def select_tokens(
         tokens, ids, inverse, offsets = run(
             rows, ranks, weights, cu_seqlens, cu_kept, num_kept, prefix, order, fuse or ""
         )
-        return Selected(tokens.view(-1, *x.shape[1:]), ids, inverse, offsets)
+        return Selected(tokens.view(tokens.shape[0], *x.shape[1:]), ids, inverse, offsets)
 
     if num_kept is not None:
         raise ValueError(f"num_kept is for packed x with cu_seqlens, got {num_kept} without")

@@ -28,7 +28,7 @@ def select_tokens(
     ranks = F.pad(ranks, (prefix, 0))
     weights = weights if weights is None else F.pad(weights, (prefix, 0)).reshape(-1)
     tokens, ids, inverse, offsets = _packed(
-        x.reshape(-1, C), ranks.reshape(-1), weights,
+        x.reshape(B * (prefix + N), C), ranks.reshape(-1), weights,
         step * (prefix + N), step * keep, B * keep, prefix, order, fuse,
     )  # fmt: skip
     tokens = tokens.view(B, prefix + keep + (1 if fuse else 0), C)

@@ -173,8 +173,9 @@ def space_time_attention(
 
     Args:
         q: [num_queries, H, D] float32 (not for "native" on CUDA), float16 or bfloat16; D is 32, 64,
-            80, 96 or 128 (any, for "torch" and "reference"). The last dimension is contiguous, the
-            others have any stride: the slices of a fused [total, 3, H, D] buffer need no copy.
+            80, 96 or 128 (any, for "torch" and "reference"). The last dimension is contiguous, or
+            copied; the others have any stride: the slices of a fused [total, 3, H, D] buffer need no
+            copy.
         k, v: [num_keys, H, D], the same dtype and device.
         groups: which queries attend to which keys.
         scale: finite factor of the logits before the softmax; default 1 / sqrt(D).
