@@ -11,8 +11,8 @@ import importlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,9 +23,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from vidl.kernels import choices
+
 BACKENDS = ("native", "triton", "reference")
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# The rule of "auto" where nothing was measured, for each device type: the first that can run.
+RULE = {"cpu": ("native", "torch", "reference")}
+RULE_ELSEWHERE = ("torch", "reference")
 
 # Backends whose kernels are ops of their own, and the suffix of those ops.
 _suffixes = {"native": "", "triton": "_triton"}
@@ -43,9 +49,6 @@ class Op:
     # `only_for_backward` results. None for the backward op of another.
     reference: Callable[..., Any] | None = None
     only_for_backward: int = 0  # so many results at the end serve `backward` alone
-    # Backends that "auto" tries before "reference", for each device type. A backend is listed once
-    # a committed result (bench/results/) from such a device shows that it is right and fastest.
-    auto: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"cpu": ("native",)})
     setup_context: Callable[..., None] | None = None  # as torch.library.register_autograd has it
     backward: Callable[..., Any] | None = None  # backward(<name>_bwd of this backend, ctx, *grads)
     # The reason why a backend cannot take arguments with these facts (see why_not), or None.
@@ -145,6 +148,8 @@ def run(name: str, backend: str, *args: Any) -> Any:
             "reference".
     """
     op = OPS[name]
+    if choices.recorder is not None and not torch.compiler.is_compiling():
+        choices.recorder.ran(name, args)
     if backend == "reference":
         assert op.reference is not None
         return op.reference(*args)
@@ -238,8 +243,19 @@ def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> s
     return None
 
 
-def choose(backend: str, name: str, device: str, dtype: torch.dtype, **facts: Any) -> str:
+def choose(
+    backend: str,
+    name: str,
+    device: str,
+    dtype: torch.dtype,
+    key: choices.Key | None = None,
+    **facts: Any,
+) -> str:
     """The backend to run the op `name` with; a backend asked for by name never falls back.
+
+    Args:
+        key: of the call, with which "auto" finds what was measured; None: by the rule alone.
+        device, dtype, facts: see `why_not`.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -247,8 +263,7 @@ def choose(backend: str, name: str, device: str, dtype: torch.dtype, **facts: An
             reason why it cannot.
     """
     if backend == "auto":
-        order = (*OPS[name].auto.get(device, ()), "reference")
-        return next(b for b in order if why_not(b, name, device, dtype, **facts) is None)
+        return automatic(name, device, dtype, key, **facts)[0]
     if backend != "reference" and backend not in _suffixes:
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
     if why_not(backend, name, device, dtype, **facts) is not None:
@@ -258,6 +273,37 @@ def choose(backend: str, name: str, device: str, dtype: torch.dtype, **facts: An
             + "\n".join(f"  {b}: {reason or 'can run'}" for b, reason in reasons.items())
         )
     return backend
+
+
+def automatic(
+    name: str, device: str, dtype: torch.dtype, key: choices.Key | None = None, **facts: Any
+) -> tuple[str, str]:
+    """What "auto" takes, and why: "VIDL_BACKEND", "tuned", "shipped" or "rule".
+
+    The environment's VIDL_BACKEND counts as a backend asked for by name. An entry whose backend
+    cannot run here is a miss.
+
+    Raises:
+        ValueError, RuntimeError: VIDL_BACKEND is unknown or cannot run, see `choose`.
+    """
+    if choices.recorder is not None and not torch.compiler.is_compiling():
+        choices.recorder.chosen = key
+    for named in choices.lookup(device, None if key is None else tuple(key)).split():
+        source, backend = named.split("=", 1)
+        if source == "VIDL_BACKEND":
+            return choose(backend, name, device, dtype, **facts), source
+        known = backend in BACKENDS or backend in _suffixes
+        if known and why_not(backend, name, device, dtype, **facts) is None:
+            return backend, source
+    order = [b for b in rule(device) if b in BACKENDS]
+    backend = next(b for b in order if why_not(b, name, device, dtype, **facts) is None)
+    choices.say_untuned(device, backend)
+    return backend, "rule"
+
+
+def rule(device: str) -> Sequence[str]:
+    """The backends that "auto" tries where nothing was measured, in this order."""
+    return RULE.get(device, RULE_ELSEWHERE)
 
 
 def _short(dtype: torch.dtype) -> str:

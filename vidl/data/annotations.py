@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vidl.data.formats import FORMATS, Row
+from vidl.files import cache_folder
 
 SCHEMA = pa.schema(
     [
@@ -219,8 +220,7 @@ def _converted(file: Path) -> Path:
     facts = file.stat()
     key = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {READER} {SCHEMA}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("VIDL_CACHE") or Path.home() / ".cache/vidl")
-    table = folder / f"{file.stem}-{digest}.arrow"
+    table = cache_folder() / f"{file.stem}-{digest}.arrow"
     if not table.exists():
         convert(file, table)
     return table
