@@ -116,7 +116,7 @@ class Table:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            name: [{"key": _key_as_json(k), "backend": b} for k, b in part.items()]
+            name: [{"key": key_as_json(k), "backend": b} for k, b in part.items()]
             for name, part in (("tuned", self.tuned), ("shipped", self.shipped))
         }
 
@@ -157,7 +157,7 @@ def folder(kind: str) -> Path:
 
 def file_of(kind: str, entry: Key) -> Path:
     """The file of an entry of the user."""
-    return folder(kind) / f"{entry.op}-{device.digest(_key_as_json(entry))}.json"
+    return folder(kind) / f"{entry.op}-{device.digest(key_as_json(entry))}.json"
 
 
 def write(kind: str, entry: Key, backend: str, **measured: Any) -> None:
@@ -172,7 +172,7 @@ def write(kind: str, entry: Key, backend: str, **measured: Any) -> None:
     """
     table(kind).tuned[entry] = backend
     file = file_of(kind, entry)
-    content = {"key": _key_as_json(entry), "backend": backend, **measured}
+    content = {"key": key_as_json(entry), "backend": backend, **measured}
     file.parent.mkdir(parents=True, exist_ok=True)
     about = file.with_name("device.txt")
     if not about.exists():
@@ -243,29 +243,34 @@ def say_untuned(kind: str, backend: str) -> None:
         log.warning(f"vidl: using {backend} on {name}; `vidl tune` measures the kernels on it")
 
 
+# Called with the key of a call, the facts of `library.why_not`, and the op's arguments.
+Note = Callable[[Key, dict[str, Any], Sequence[Any]], None]
+
+
 class Recorder:
     """Notes the calls that "auto" chooses a backend for: see `recording`."""
 
-    def __init__(self, note: Callable[[Key, Sequence[Any]], None]) -> None:
+    def __init__(self, note: Note) -> None:
         self.note = note
-        self.chosen: Key | None = None
+        self.last: tuple[Key | None, dict[str, Any]] = (None, {})
+
+    def chosen(self, wanted: Key | None, facts: dict[str, Any]) -> None:
+        """A backend was chosen for a call, which follows."""
+        self.last = (wanted, facts)
 
     def ran(self, name: str, arguments: Sequence[Any]) -> None:
-        """Note the call of an op if its backend was chosen just before."""
-        chosen, self.chosen = self.chosen, None
-        if chosen is not None and chosen.op == name:
-            self.note(chosen, arguments)
+        """An op runs: note it if its backend was chosen just before."""
+        (wanted, facts), self.last = self.last, (None, {})
+        if wanted is not None and wanted.op == name:
+            self.note(wanted, facts, arguments)
 
 
 recorder: Recorder | None = None
 
 
 @contextmanager
-def recording(note: Callable[[Key, Sequence[Any]], None]) -> Iterator[None]:
-    """Call `note` with the key and the op's arguments of every call with backend "auto".
-
-    Calls inside a graph of torch.compile are not noted.
-    """
+def recording(note: Note) -> Iterator[None]:
+    """Note every call with backend "auto", except those in graphs of torch.compile."""
     global recorder
     before, recorder = recorder, Recorder(note)
     try:
@@ -274,24 +279,28 @@ def recording(note: Callable[[Key, Sequence[Any]], None]) -> Iterator[None]:
         recorder = before
 
 
-def _key_as_json(entry: Key) -> dict[str, Any]:
+def key_as_json(entry: Key) -> dict[str, Any]:
+    """A key for JSON."""
     return entry._asdict() | {"sizes": dict(entry.sizes), "facts": dict(entry.facts)}
+
+
+def key_from_json(values: dict[str, Any]) -> Key:
+    """The inverse of `key_as_json`."""
+    pairs = {name: tuple(dict(values[name]).items()) for name in ("sizes", "facts")}
+    return Key(**{**values, **pairs})
 
 
 def _entries(rows: list[dict[str, Any]]) -> dict[Key, str]:
     return dict(_entry(row) for row in rows)
 
 
-def _entry(row: dict[str, Any]) -> tuple[Key, str]:
+def _entry(values: dict[str, Any]) -> tuple[Key, str]:
     """A key and its backend, from JSON.
 
     Raises:
         ValueError, TypeError, KeyError: the value is something else.
     """
-    values, backend = dict(row["key"]), row["backend"]
-    for name in ("sizes", "facts"):
-        values[name] = tuple(dict(values[name]).items())
-    entry = Key(**values)
+    entry, backend = key_from_json(values["key"]), values["backend"]
     if entry.policy not in POLICIES or not isinstance(backend, str):
         raise ValueError(f"need a policy and a backend, got {entry.policy!r} and {backend!r}")
     hash(entry)

@@ -287,7 +287,7 @@ def automatic(
         ValueError, RuntimeError: VIDL_BACKEND is unknown or cannot run, see `choose`.
     """
     if choices.recorder is not None and not torch.compiler.is_compiling():
-        choices.recorder.chosen = key
+        choices.recorder.chosen(key, facts)
     for named in choices.lookup(device, None if key is None else tuple(key)).split():
         source, backend = named.split("=", 1)
         if source == "VIDL_BACKEND":
@@ -295,15 +295,15 @@ def automatic(
         known = backend in BACKENDS or backend in _suffixes
         if known and why_not(backend, name, device, dtype, **facts) is None:
             return backend, source
-    order = [b for b in rule(device) if b in BACKENDS]
-    backend = next(b for b in order if why_not(b, name, device, dtype, **facts) is None)
+    backend = by_rule(name, device, dtype, **facts)
     choices.say_untuned(device, backend)
     return backend, "rule"
 
 
-def rule(device: str) -> Sequence[str]:
-    """The backends that "auto" tries where nothing was measured, in this order."""
-    return RULE.get(device, RULE_ELSEWHERE)
+def by_rule(name: str, device: str, dtype: torch.dtype, **facts: Any) -> str:
+    """The backend where nothing was measured."""
+    order = [b for b in RULE.get(device, RULE_ELSEWHERE) if b in BACKENDS]
+    return next(b for b in order if why_not(b, name, device, dtype, **facts) is None)
 
 
 def _short(dtype: torch.dtype) -> str:

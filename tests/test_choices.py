@@ -23,7 +23,7 @@ def select(x=X, scores=SCORES, backend="auto"):
 def key_of(call=select):
     """The key of the last call with "auto" in `call`."""
     keys = []
-    with choices.recording(lambda key, arguments: keys.append(key)):
+    with choices.recording(lambda key, *call: keys.append(key)):
         call()
     return keys[-1]
 
@@ -109,7 +109,6 @@ def test_the_order_of_the_sources(cache, monkeypatch):
 
 
 def test_the_rule_takes_the_first_that_can_run():
-    assert library.rule("cpu")[0] == "native"
     assert library.automatic(OP, "cpu", torch.float64)[0] != "native"
     assert library.automatic(OP, "mps", torch.float32)[0] in ("torch", "reference")
     assert library.automatic(OP, "cuda", torch.float32)[0] in ("torch", "reference")
@@ -235,7 +234,7 @@ def on_a_fake_gpu(monkeypatch, capturing=False):
 def test_graphs_have_choices_of_their_own(monkeypatch):
     for capturing in (False, True):
         on_a_fake_gpu(monkeypatch, capturing)
-        with choices.recording(lambda key, arguments: None):
+        with choices.recording(lambda *call: None):
             key = choices.key(OP, "cuda", torch.float16, (), {"rows": 8})
         assert key is not None and key.policy == ("graph" if capturing else "eager")
 

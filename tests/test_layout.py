@@ -82,7 +82,7 @@ def test_the_folders_are_those_of_the_house():
         }
 
     assert folders("csrc") == {*OPS, *SHARED, "cpu", "cuda", "torch"}
-    assert folders("bench") == {"ops", "measure", "training", "report", "results"}
+    assert folders("bench") == {"ops", "measure", "training", "tuning", "report", "results"}
     assert folders("vidl/swapping") == {"timm", "huggingface"}
 
 
