@@ -14,6 +14,7 @@ from typing import Any
 
 import vidl
 from vidl.bench import commands as bench_commands
+from vidl.bench.tuning import commands as tuning
 
 # Modules of the extras in pyproject.toml: the package that has the module, and the extra.
 EXTRAS = {
@@ -382,6 +383,7 @@ def _add_configuration(command: argparse.ArgumentParser) -> None:
     add("-h", "--help", action=_HelpOnFields, help="show this help and every configuration field")
     add("--config", type=Path, metavar="FILE", help="YAML file of sections and their fields")
     add("overrides", nargs="*", metavar="SECTION.FIELD=VALUE", help="e.g. data.files=[a.json]")
+    tuning.add_option(command)
 
 
 class _HelpOnFields(argparse.Action):
@@ -405,6 +407,7 @@ def _pretrain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         config = Config.read(args.config, args.overrides)
     except ValueError as error:
         parser.error(str(error))
+    tuning.before_training(config, args.tune)
     pretrain(config)
     return 0
 
@@ -443,6 +446,7 @@ def _finetune(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         config = configuration(args.weights, args.config, args.overrides)
     except ValueError as error:
         parser.error(str(error))
+    tuning.before_training(config, args.tune)
     finetune(args.task, config, **({"answers": args.answers} if args.task == "qa" else {}))
     return 0
 

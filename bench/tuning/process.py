@@ -1,5 +1,6 @@
-"""Starts the worker, and starts it again if a backend ends it or does not return."""
+"""Starts the worker, and goes on with another fork if a backend ends it or does not return."""
 
+import contextlib
 import json
 import os
 import queue
@@ -38,6 +39,10 @@ class Measured:
     failed: str | None = None
 
 
+class _Ended(Exception):
+    """The worker ended or hung; says why."""
+
+
 class Worker:
     """One process for many calls; a context manager.
 
@@ -51,14 +56,17 @@ class Worker:
         self, timeout: float = 60.0, seconds: float = 0.3, modules: Sequence[str] = ()
     ) -> None:
         self.timeout, self.seconds, self.modules = timeout, seconds, modules
-        self.process: subprocess.Popen | None = None
+        self.process: Any = None  # a Popen
+        self.fork: int | None = None  # the process that serves requests
+        self.events: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def __enter__(self) -> "Worker":
         self.folder = tempfile.TemporaryDirectory(prefix="vidl-tune-")
+        self.errors = Path(self.folder.name) / "errors.txt"
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._stop()
+        self._close()
         self.folder.cleanup()
 
     def measure(self, call: Recorded) -> Measured:
@@ -67,38 +75,48 @@ class Worker:
         file = Path(self.folder.name) / "call.pt"
         torch.save(call.as_values(), file)
         while True:
-            current = self._attempt(file, measured)
-            if current is None:
+            stopped = self._attempt(file, measured)
+            if stopped is None:
                 return measured
-            reason = self._end()
+            current, reason = stopped
             if current in ("start", "reference", "timing"):
                 measured.failed = f"{current}: {reason}"
                 return measured
             measured.refused.setdefault(current, reason)
 
-    def _attempt(self, file: Path, measured: Measured) -> str | None:
-        """Ask for a call; returns what the process did when it ended or hung, or None."""
-        if self.process is None:
-            self._start()
-            if self._next(START) is None:
-                return "start"
-        request = {"file": str(file), "without": list(measured.refused), "seconds": self.seconds}
-        assert self.process is not None and self.process.stdin is not None
+    def _attempt(self, file: Path, measured: Measured) -> tuple[str, str] | None:
+        """Ask for a call. Returns what the worker did when it ended or hung, and why; or None."""
         current = "start"
+        request = {"file": str(file), "without": list(measured.refused), "seconds": self.seconds}
         try:
+            self._ready()
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-        except OSError:
-            return current
-        while (event := self._next(self.timeout)) is not None:
-            if "begin" in event:
-                current = event["begin"]
-            elif "refused" in event:
-                measured.refused[event["refused"]] = event["reason"]
-            else:
-                measured.seconds, measured.share = event["seconds"], event["share"]
-                return None
-        return current
+            while True:
+                event = self._next(self.timeout)
+                if "begin" in event:
+                    current = event["begin"]
+                elif "refused" in event:
+                    measured.refused[event["refused"]] = event["reason"]
+                elif "ended" in event:
+                    self.fork = None
+                    raise _Ended(self._described(event["ended"]))
+                else:
+                    measured.seconds, measured.share = event["seconds"], event["share"]
+                    return None
+        except _Ended as ended:
+            return current, str(ended)
+        except BrokenPipeError:
+            self._close()
+            return current, "its process ended"
+
+    def _ready(self) -> None:
+        """Wait for a process that serves requests."""
+        if self.process is None:
+            self._start()
+        while self.fork is None:
+            self.fork = self._next(START).get("ready")
+        self.said = self.errors.stat().st_size
 
     def _start(self) -> None:
         command = [sys.executable, "-m", "vidl.bench.tuning.worker"]
@@ -107,61 +125,60 @@ class Worker:
         # The same vidl as here, wherever it was imported from.
         paths = [str(Path(vidl.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        self.errors = open(Path(self.folder.name) / "errors", "w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env=environment,
-        )
-        self.events: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(
-            target=_forward, args=(self.process.stdout, self.events), daemon=True
-        ).start()
+        pipe, self.said = subprocess.PIPE, 0
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=environment
+            )
+        self.events = queue.SimpleQueue()
+        arguments = (self.process.stdout, self.events)
+        threading.Thread(target=_forward, args=arguments, daemon=True).start()
 
-    def _next(self, timeout: float) -> dict[str, Any] | None:
-        """The next event; None if the process ended or none comes in time."""
+    def _next(self, timeout: float) -> dict[str, Any]:
+        """The next event.
+
+        Raises:
+            _Ended: none comes in time, or the process ended.
+        """
         try:
             line = self.events.get(timeout=timeout)
         except queue.Empty:
-            return None
-        return json.loads(line) if line else None
+            if self.fork is None:
+                self._close()
+            else:
+                os.kill(self.fork, signal.SIGKILL)  # another one follows
+                self.fork = None
+            raise _Ended(f"no answer within {timeout:g} s") from None
+        if line:
+            event: dict[str, Any] = json.loads(line)
+            return event
+        status = self.process.wait()
+        self._close()
+        raise _Ended(self._described(status))
 
-    def _end(self) -> str:
-        """Stop a process that ended or hung; returns what happened."""
-        assert self.process is not None
-        try:
-            code = self.process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            self._stop()
-            return f"no answer within {self.timeout:g} s"
-        self.errors.seek(0)
-        said = self.errors.read().strip().splitlines()
-        self._stop()
-        name = signal.Signals(-code).name if code < 0 else f"status {code}"
-        return f"its process ended with {name}" + (f": {said[-1][:200]}" if said else "")
+    def _described(self, status: int) -> str:
+        """How a process ended, and its last words."""
+        name = signal.Signals(-status).name if status < 0 else f"status {status}"
+        words = self.errors.read_text()[self.said :].strip().splitlines()
+        return f"its process ended with {name}" + (f": {words[-1][:200]}" if words else "")
 
-    def _stop(self) -> None:
+    def _close(self) -> None:
+        """End all processes."""
         if self.process is None:
             return
         self.process.kill()
+        if self.fork is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.fork, signal.SIGKILL)
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.errors):
-            if stream is not None:
-                try:
-                    stream.close()
-                except OSError:
-                    pass  # a request that was never read
-        self.process = None
+        with contextlib.suppress(BrokenPipeError):  # a request that was never read
+            self.process.stdin.close()
+        self.process = self.fork = None
 
 
 def _forward(stream: Any, events: "queue.SimpleQueue[str]") -> None:
-    """Pass on lines; an empty one at the end."""
-    try:
+    """Pass on lines, and an empty one at the end."""
+    with stream:
         for line in stream:
             events.put(line)
-    except ValueError:
-        pass  # closed by _stop
     events.put("")

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,15 +67,6 @@ def _of_step(
     with recorded(calls, name):
         loss.backward()  # records what activation checkpoints compute again
     return calls
-
-
-def of_file(file: Path, overrides: Sequence[str] = ()) -> Config:
-    """A configuration file of `vidl pretrain`.
-
-    Raises:
-        ValueError: no such file, or the configuration is invalid.
-    """
-    return Config.read(file, overrides)
 
 
 def of_benchmarks(

@@ -6,6 +6,7 @@ than 5 % faster.
 """
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -80,10 +81,8 @@ def tune_calls(
     outcomes = []
     with Worker(timeout, seconds, modules) as worker:
         for number, call in enumerate(calls, 1):
-            tuned = choices.table(call.device).tuned
-            entries = {p: tuned.get(call.key._replace(policy=p)) for p in policies(call.device)}
-            if all(entries.values()) and not again:
-                kept = {policy: backend for policy, backend in entries.items() if backend}
+            kept = entries(call)
+            if kept and not again:
                 outcomes.append(Outcome(call, "kept", kept))
                 continue
             if budget is not None and time.monotonic() - started > budget:
@@ -93,6 +92,27 @@ def tune_calls(
             outcomes.append(_choose(call, worker.measure(call)))
     progress("")
     return outcomes
+
+
+def entries(call: Recorded) -> dict[str, str]:
+    """The backends that were chosen before, by policy; empty if one is missing."""
+    tuned = choices.table(call.device).tuned
+    keys = {policy: call.key._replace(policy=policy) for policy in policies(call.device)}
+    if not all(key in tuned for key in keys.values()):
+        return {}
+    return {policy: tuned[key] for policy, key in keys.items()}
+
+
+def dry_run(call: Recorded, as_json: bool = False) -> str:
+    """A line on a call: what "auto" takes now, and what would be measured."""
+    key = call.key
+    now, source = library.automatic(key.op, call.device, call.dtype, key, **call.facts)
+    measured = call.candidates()[0]
+    if as_json:
+        row = {"key": choices.key_as_json(key), "label": call.label, "auto": now, "source": source}
+        return json.dumps(row | {"candidates": measured})
+    about = f"{call.label + ': ' if call.label else ''}{key}"
+    return f"{key.op:22}{now:10} ({source}); candidates {', '.join(measured)}; {about}"
 
 
 def policies(device: str) -> list[str]:

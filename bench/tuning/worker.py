@@ -1,8 +1,11 @@
 """The process that checks and times backends: a wrong kernel may abort it, hang it or poison it.
 
-It reads requests as JSON lines on stdin and writes events as JSON lines on stdout: {"ready": true};
-for each request {"begin": backend} before a backend runs first, {"refused": backend, "reason": ...}
-if it fails or is wrong, and at last {"seconds": {backend: {"eager": ..., "graph": ...}}}.
+It imports everything, and forks: the fork serves requests, and another one follows if it ends. So a
+new start takes no time; a fork may use CUDA, since its parent never does. Requests are JSON lines
+on stdin, and events JSON lines on stdout: {"ready": pid} from each fork; for each request {"begin":
+backend} before a backend runs first, {"refused": backend, "reason": ...} if it fails or is wrong,
+and at last {"seconds": {backend: {"eager": ..., "graph": ...}}}. {"ended": status} says that a fork
+ended, as `os.waitstatus_to_exitcode` has it.
 """
 
 import argparse
@@ -25,7 +28,7 @@ from vidl.kernels import library
 
 
 def main() -> None:
-    """Serve requests until stdin ends."""
+    """Fork until stdin ends."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--import", dest="modules", action="append", default=[])
@@ -33,10 +36,21 @@ def main() -> None:
     # Whatever else prints goes to stderr.
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    torch.set_num_threads(args.threads)
     for name in args.modules:
         importlib.import_module(name)
-    _send(events, ready=True)
+    status = 1
+    while status != 0:
+        if (process := os.fork()) == 0:
+            torch.set_num_threads(args.threads)
+            _serve(events)
+            return
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        _send(events, ended=status)
+
+
+def _serve(events: TextIO) -> None:
+    """Serve requests until stdin ends."""
+    _send(events, ready=os.getpid())
     for line in sys.stdin:
         request = json.loads(line)
         call = Recorded.from_values(torch.load(request["file"], weights_only=True))
@@ -121,7 +135,7 @@ def _fault(
         values = _run(call, backend, arguments)
     except Exception as error:
         text = (str(error) or "no message").splitlines()[0]
-        return f"fails: {type(error).__name__}: {text}"
+        return f"fails: {type(error).__name__}: {text[:200]}"
     faults = []
     for name, x in values.items():
         if x.shape != true[name].shape:
