@@ -243,6 +243,14 @@ def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> s
     return None
 
 
+def check_backend(backend: str) -> None:
+    """Raise unless there is a backend of this name."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string, got {type(backend).__name__}")
+    if backend not in ("auto", "reference", *_suffixes):
+        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+
+
 def choose(
     backend: str,
     name: str,
@@ -258,14 +266,13 @@ def choose(
         device, dtype, facts: see `why_not`.
 
     Raises:
-        ValueError: there is no backend of that name.
+        TypeError, ValueError: there is no backend of that name.
         RuntimeError: the backend asked for cannot run here; the text lists every backend with the
             reason why it cannot.
     """
+    check_backend(backend)
     if backend == "auto":
         return automatic(name, device, dtype, key, **facts)[0]
-    if backend != "reference" and backend not in _suffixes:
-        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
     if why_not(backend, name, device, dtype, **facts) is not None:
         reasons = {b: why_not(b, name, device, dtype, **facts) for b in BACKENDS}
         raise RuntimeError(

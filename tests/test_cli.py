@@ -12,7 +12,7 @@ import torch
 
 import vidl
 from vidl import info
-from vidl.cli import EXTRAS, main
+from vidl.cli import EXTRAS, SPINS, main
 from vidl.data import video
 from vidl.kernels import library
 from vidl.training import Config
@@ -279,3 +279,25 @@ def test_a_closed_pipe_is_no_error(command):
     )
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "given, spins",
+    [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["default", "count", "policy"],
+)
+def test_waiting_threads_sleep_early(given, spins):
+    """As the OpenMP library of torch reports it; the user's own settings stay."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: x for name, x in os.environ.items() if name not in names} | given
+    done = subprocess.run(
+        [sys.executable, "-m", "vidl", "info"],
+        env=environment | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    reported = re.search(r"GOMP_SPINCOUNT = '(\w+)'", done.stderr)
+    if reported is None:
+        pytest.skip("this torch does not use libgomp")
+    assert reported[1] == spins if spins else reported[1] != SPINS

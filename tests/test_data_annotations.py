@@ -1,9 +1,11 @@
 """Annotation formats on small files in their published form, and the Arrow table."""
 
+import errno
 import json
 import pickle
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import pytest
@@ -296,7 +298,13 @@ WEBVID = "videoid,page_dir,name\n"
             "video_id as",
         ),
         ("csv", "a.csv", "video,caption\na.mp4,\n", "a.csv:2: need caption as a non-blank text"),
-        ("csv", "a.csv", "path,caption\n", "a.csv:1: need columns video, caption, got path, cap"),
+        ("csv", "a.csv", "file,caption\n", "a.csv:1: need one column video, image, file_name or p"),
+        ("csv", "a.csv", "video,path,text\n", "caption, text or question, got video, path, text;"),
+        ("csv", "a.csv", "path,label\na,b\n", "got path, label; name others with --format csv"),
+        ("csv", "a.csv", "", "question, got nothing"),
+        ("csv", "metadata.csv", "file_name,text\n,a\n", "metadata.csv:2: need file_name as a non"),
+        ("common", "metadata.jsonl", '\n{"file_name": 1}', "metadata.jsonl:2: need file_name as"),
+        ("common", "metadata.jsonl", '{"file_name": "a"}', "metadata.jsonl:1: missing key 'capt"),
     ],
 )
 def test_rows_never_vanish(tmp_path, format, name, content, message):
@@ -346,6 +354,111 @@ def test_tables_with_any_columns(tmp_path):
         rows("csv", tmp_path / "a.csv", columns={"label": "text"})
     with pytest.raises(BadAnnotation, match="a.csv:2: need start as a number, got 'a.mp4'"):
         rows("csv", tmp_path / "a.csv", columns=names | {"start": "path"})
+
+
+def test_columns_with_known_names(tmp_path):
+    wanted = [Row("a.mp4", captions=["a man"]), Row("b.PNG", kind="image", captions=["b"])]
+    for header in ("path,caption", "file_name,text"):
+        file = put(tmp_path, "a.csv", f"{header},label\na.mp4,a man,3\nb.PNG,b,4\n")
+        assert rows("csv", file) == wanted
+    text = "id,video,question,answer,start,end\n7,a.mp4,who?,me,1.5,2\n"
+    wanted = [Row("a.mp4", id="7", question="who?", answer="me", start=1.5, end=2)]
+    assert rows("csv", put(tmp_path, "b.csv", text)) == wanted
+    lines = '{"file_name": "a.mp4", "text": ["a", "b"]}\n{"file_name": "1.jpg", "text": "c"}'
+    wanted = [Row("a.mp4", captions=["a", "b"]), Row("1.jpg", kind="image", captions=["c"])]
+    assert rows("common", put(tmp_path, "metadata.jsonl", lines)) == wanted
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("metadata.csv", "file_name,text\na/1.mp4,one\n2.jpg,two\n"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a/1.mp4", "text": "one"}\n{"file_name": "2.jpg", "text": "two"}',
+        ),
+        (None, None),
+    ],
+)
+def test_folders(tmp_path, cache, name, content):
+    folder = tmp_path / "clips"
+    for file in ("a/1.mp4", "2.jpg", ".hidden.mp4", "a/.thumbnails/1.mp4", "notes.md"):
+        put(folder, file, "")
+    texts = {"metadata": content} if name else {"a/1.txt": "one\n", "2.txt": "two"}
+    for file, text in texts.items():
+        put(folder, name or file, text)
+    wanted = {
+        (f"{folder}/a/1.mp4", "video", ("one",)),
+        (f"{folder}/2.jpg", "image", ("two",)),
+    }
+    for given in (folder, str(tmp_path / "cl*"), *([folder / name] if name else [])):
+        loaded = annotations.load(given)
+        assert {(row.media, row.kind, row.captions) for row in loaded} == wanted
+        assert len(loaded) == 2
+    elsewhere = annotations.load((folder, tmp_path / "other"))
+    assert {row.media for row in elsewhere} == {
+        str(tmp_path / "other" / file) for file in ("a/1.mp4", "2.jpg")
+    }
+    # a changed folder is read again
+    put(folder, name or "2.txt", content.replace("two", "three") if name else "three")
+    assert {row.captions for row in annotations.load(folder)} == {("one",), ("three",)}
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({}, "clips: need metadata.csv or metadata.jsonl, or clips with texts beside them"),
+        ({"a.txt": "a"}, "clips: need metadata.csv or metadata.jsonl, or clips with texts"),
+        ({"metadata.csv": "", "metadata.jsonl": ""}, "metadata.csv and metadata.jsonl, got both"),
+        ({"a.mp4": ""}, "a.mp4: need its caption in a.txt beside it, or metadata.csv or metadata"),
+        ({"a.mp4": "", "a.txt": " \n"}, "a.txt:1: need a caption, got a blank text"),
+        ({"a.mp4": "", "a.txt": b"a\xff"}, "a.txt:1: need a text in UTF-8: "),
+        ({"a.mp4": "", "a.txt": "a", "b.mp4": ""}, "b.mp4: need its caption in b.txt"),
+        ({"metadata.csv": "file_name,text\na.mp4\n"}, "metadata.csv:2: need 2 columns, got 1"),
+    ],
+)
+def test_errors_of_folders(tmp_path, cache, files, message):
+    (tmp_path / "clips").mkdir()
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (tmp_path / "clips" / name).write_bytes(content)
+        else:
+            put(tmp_path / "clips", name, content)
+    with pytest.raises(ValueError) as caught:
+        annotations.load(tmp_path / "clips")
+    assert message in str(caught.value) and str(tmp_path / "clips") in str(caught.value)
+
+
+def test_texts_without_a_clip_are_named(tmp_path, cache):
+    for file in ("a.mp4", "a.txt", "b.txt"):
+        put(tmp_path / "clips", file, file)
+    with pytest.warns(UserWarning, match=r"1 texts without a clip are skipped, as .*b.txt"):
+        assert len(annotations.load(tmp_path / "clips")) == 1
+
+
+def test_globs(tmp_path, cache):
+    for n in range(3):
+        put(tmp_path, f"[part{n}].json", [{"video": f"{n}.mp4", "caption": "a"}])
+    put(tmp_path, "0.mp4", "")
+    names = [row.media for row in annotations.load(tmp_path / "*.json")]
+    assert names == [str(tmp_path / f"{n}.mp4") for n in range(3)]
+    assert len(annotations.load(tmp_path / "[[]part[01]].json")) == 2
+    assert len(annotations.load(tmp_path / "[part1].json")) == 1  # a file, not a glob
+    with pytest.raises(ValueError, match=r"need files that match .*\*.csv, got none"):
+        annotations.load(tmp_path / "*.csv")
+
+    command = ["data", "convert", str(tmp_path / "*.json")]
+    assert main([*command, str(tmp_path / "all.arrow")]) == 0
+    assert len(annotations.load(tmp_path / "all.arrow")) == 3
+    assert main(command) == 1  # no name for the table
+    put(tmp_path, "more/3.json", [{"video": "3.mp4", "caption": "a"}])
+    assert main(["data", "convert", str(tmp_path / "**/*.json"), str(tmp_path / "no.arrow")]) == 1
+    assert not (tmp_path / "no.arrow").exists()
 
 
 def test_missing_answers_are_an_error(tmp_path):
@@ -447,17 +560,51 @@ def test_tables_are_written_atomically(tmp_path):
     with pytest.raises(BadAnnotation):
         annotations.convert(file, tmp_path / "a.arrow")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="a.json: need annotations, got no rows"):
         annotations.convert(put(tmp_path, "a.json", "[]"), tmp_path / "a.arrow")
     with pytest.raises(ValueError, match="need a format among common, csv, webvid"):
         annotations.convert(file, tmp_path / "a.arrow", format="coco")
 
 
+def test_a_full_disk(tmp_path, monkeypatch):
+    """The error names the table, and nothing is left; an error of reading names what is read."""
+    file = put(tmp_path, "a.json", [{"video": "1.mp4", "caption": "a"}])
+
+    class Full:
+        def __init__(self, path, mode):
+            Path(path).write_bytes(b"some")
+
+        def __enter__(self):
+            raise OSError(errno.ENOSPC, "Error writing bytes to file. No space left on device")
+
+        def __exit__(self, *error):
+            raise AssertionError
+
+    for cached in (False, True):
+        folder = tmp_path / f"out{cached}"
+        monkeypatch.setenv("VIDL_CACHE", str(folder))
+        with monkeypatch.context() as patch:
+            patch.setattr(pyarrow, "OSFile", Full)
+            with pytest.raises(OSError, match="No space left on device") as caught:
+                annotations.load(file) if cached else annotations.convert(file, folder / "a.arrow")
+        assert caught.value.errno == errno.ENOSPC
+        assert Path(caught.value.filename).parent == folder
+        assert Path(caught.value.filename).suffix == ".arrow"
+        assert list(folder.iterdir()) == []
+    with pytest.raises(FileNotFoundError) as caught:
+        annotations.convert(tmp_path / "no.json", tmp_path / "a.arrow")
+    assert caught.value.filename == str(tmp_path / "no.json")
+    with pytest.raises(OSError) as caught:  # noqa: PT011  a folder is there
+        annotations.convert(file, folder)
+    assert caught.value.filename == str(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "outFalse", "outTrue"]
+
+
 def test_invalid_tables_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="b.arrow: need an Arrow file written by vidl"):
         annotations.load(put(tmp_path, "b.arrow", "no table"))
-    with pytest.raises(ValueError, match=r"c.csv: need .arrow, .json or .jsonl; else `vidl data"):
-        annotations.load(put(tmp_path, "c.csv", "a,b"))
+    with pytest.raises(ValueError, match=r"c.xml: need .arrow, .json, .* or a folder; else `vid"):
+        annotations.load(put(tmp_path, "c.xml", "a,b"))
 
 
 def test_workers_do_not_hold_the_rows(tmp_path):
@@ -493,6 +640,10 @@ def test_convert_command(tmp_path, capsys):
 
     assert main(["data", "convert", str(tmp_path / "no.json")]) == 1
     assert "no.json" in capsys.readouterr().err
+    assert (
+        main(["data", "convert", str(tmp_path / "msr.json"), "--media", str(tmp_path / "no")]) == 1
+    )
+    assert f"need the folder of the media, got {tmp_path}/no" in capsys.readouterr().err
 
     file = put(tmp_path, "own.csv", "path,text\na.mp4,a man\n")
     command = ["data", "convert", str(file), "--format", "csv", "--columns"]
@@ -500,7 +651,7 @@ def test_convert_command(tmp_path, capsys):
     assert annotations.load(tmp_path / "own.arrow")[0].captions == ("a man",)
     assert main([*command, "video=path,caption=texts"]) == 1
     assert "own.csv:1: need columns path, texts, got path, text" in capsys.readouterr().err
-    for wrong in ([*command, "path"], ["data", "convert", str(file), "--columns", "video=path"]):
+    for wrong in ([*command, "path"], [*command, "video=path", "--format", "common"]):
         with pytest.raises(SystemExit):
             main(wrong)
     assert "--columns is for --format csv, not common" in capsys.readouterr().err

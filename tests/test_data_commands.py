@@ -1,14 +1,17 @@
 """`vidl data check`, `preview` and `speed` on real clips."""
 
+import errno
 import json
+import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from clips import EXAMPLES
 
 from vidl.cli import main
-from vidl.data import video
+from vidl.data import parsing, video
 from vidl.data.progress import progress
 
 av = pytest.importorskip("av")
@@ -47,6 +50,18 @@ def test_check(annotated, capsys):
     assert "1 clips in 1 rows, 71 frames" in capsys.readouterr().out
 
 
+def test_check_of_folders_and_globs(annotated, capsys):
+    folder = annotated.parent / "clips"
+    table = "file_name,text\nworker.mp4,a man\nsign_eat.mp4,to eat\n"
+    (folder / "metadata.csv").write_text(table)
+    for names in (folder, folder / "metadata.csv", folder / "*.csv"):
+        assert main(["data", "check", str(names)]) == 0
+        assert "2 clips in 2 rows" in capsys.readouterr().out
+    (folder / "metadata.csv").unlink()
+    assert main(["data", "check", str(folder)]) == 1
+    assert "junk.mp4: need its caption in junk.txt beside it" in capsys.readouterr().err
+
+
 def test_check_names_truncated_clips(annotated, capsys, monkeypatch):
     facts = video.Facts(frames=10, seconds=1.0, declared=4.0, width=8, height=8)
     monkeypatch.setattr(video, "inspect", lambda name: facts)
@@ -58,6 +73,56 @@ def test_check_needs_annotations(tmp_path, capsys):
     (tmp_path / "a.json").write_text("[{}]")
     assert main(["data", "check", str(tmp_path / "a.json")]) == 1
     assert "vidl data: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["check", "preview", "speed", "convert"])
+def test_bad_annotations_are_one_line(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+    for suffix in ("json", "jsonl", "csv", "arrow", "xml"):
+        (tmp_path / f"empty.{suffix}").touch()
+        (tmp_path / f"noise.{suffix}").write_bytes(random.Random(0).randbytes(3000))
+        (tmp_path / f"folder.{suffix}").mkdir()
+    (tmp_path / "denied.json").touch()
+
+    def denied(name, *args, **options):
+        if str(name).endswith("denied.json"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(name))
+        return open(name, *args, **options)
+
+    monkeypatch.setattr(parsing, "open", denied, raising=False)  # root reads any file
+    names = [
+        f"{stem}.{s}" for stem in ("empty", "noise", "folder", "no") for s in ("json", "jsonl")
+    ]
+    names += [f"{stem}.{s}" for stem in ("empty", "noise", "folder", "no") for s in ("csv", "xml")]
+    names += ["empty.arrow", "noise.arrow", "folder.arrow", "no.arrow", "denied.json"]
+    for name in names:
+        assert main(["data", command, str(tmp_path / name)]) == 1, name
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("vidl data: ") and str(tmp_path / name) in line
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("command", ["check", "preview", "speed"])
+def test_without_a_decoder(annotated, monkeypatch, capsys, command):
+    monkeypatch.setattr(video, "why_not", lambda decoder: "libavcodec is missing")
+    assert main(["data", command, str(annotated)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vidl data: decoder ") and "pyav: libavcodec is missing" in line
+
+
+def test_a_picture_on_a_full_disk(annotated, monkeypatch, capsys):
+    def full(path, data):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    out = annotated.parent / "out" / "preview.png"
+    out.parent.mkdir()
+    assert main(["data", "preview", str(annotated), "--out", str(out)]) == 1
+    assert f"No space left on device: '{out}'" in capsys.readouterr().err
+    assert list(out.parent.iterdir()) == []
+    assert main(["data", "preview", str(annotated), "--out", "preview.txt"]) == 1
+    assert "need a picture such as preview.png, got preview.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options, strips", [([], 1), (["--mask-ratio", "0.75"], 2)])

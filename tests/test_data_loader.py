@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy
 import pytest
@@ -470,6 +471,15 @@ def test_shard_errors(shards, tmp_path):
         take(Loader(stream_of(shards, kind="image"), limit=1), 1)
     with pytest.raises(TooManyBroken, match="no sample from its shards.*no.tar"):
         take(Loader(stream_of([str(tmp_path / "no.tar")]), limit=1), 1)
+
+
+def test_globs_of_shards(shards):
+    folder = Path(shards[0]).parent
+    assert stream_of([str(folder / "*.tar")]).shards == sorted(map(str, shards))
+    with pytest.raises(ValueError, match=r"need files that match .*\*.tgz, got none"):
+        stream_of([str(folder / "*.tgz")])
+    url = "https://example.org/*.tar"  # a glob has no meaning there
+    assert stream_of([url]).shards == [url]
 
 
 def write_shard(file, samples):

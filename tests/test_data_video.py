@@ -368,9 +368,9 @@ def write_fuzzed(file, codec):
         container.mux(stream.encode())
 
 
-def write_long(file, codec, gop=120, count=300):
-    """Frame n of `write_video` has the brightness of n modulo 32."""
-    with av.open(str(file), "w") as container:
+def write_long(file, codec, gop=120, count=300, first=0, **options):
+    """Frame n of `write_video` has the brightness of first + n modulo 32."""
+    with av.open(str(file), "w", options=options) as container:
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
         stream.bit_rate = 4_000_000
@@ -378,7 +378,7 @@ def write_long(file, codec, gop=120, count=300):
         if codec == "libx264":
             stream.codec_context.options = {"sc_threshold": "0"}
         for number in range(count):
-            picture = numpy.full((16, 32, 3), STEP * (number % 32), numpy.uint8)
+            picture = numpy.full((16, 32, 3), STEP * ((first + number) % 32), numpy.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
         container.mux(stream.encode())
     return file
@@ -418,15 +418,61 @@ def test_parts_of_a_program_stream(folder):
             assert numpy.array_equal(picture.numpy(), frame.to_ndarray(format="rgb24")), number
 
 
-@pytest.mark.parametrize("suffix", ["ts", "mpg"])
-def test_joined_recordings_are_broken(folder, suffix):
-    codec = "libx264" if suffix == "ts" else "mpeg2video"
-    parts = [write_long(folder / f"{n}.{suffix}", codec, 20, 20 + n) for n in (5, 6)]
+def write_joined(folder, suffix, codec, counts, **options):
+    """Two recordings that differ at every time, and their bytes one after the other."""
+    parts = [
+        write_long(folder / f"part{n}.{suffix}", codec, 20, count, 16 * n, **options)
+        for n, count in enumerate(counts)
+    ]
     joined = folder / f"joined.{suffix}"
     joined.write_bytes(b"".join(part.read_bytes() for part in parts))
-    for read in (inspect, lambda file: read_clip(file, 10)):
+    return parts[0], joined
+
+
+@decoders
+@pytest.mark.parametrize("suffix", ["ts", "mpg"])
+def test_joined_recordings_are_broken(folder, suffix, decoder):
+    codec = "libx264" if suffix == "ts" else "mpeg2video"
+    _, joined = write_joined(folder, suffix, codec, (25, 26))
+    for read in (inspect, lambda file: read_clip(file, 10, decoder=decoder)):
         with pytest.raises(BrokenClip, match="joined recordings: times go back by 1.0 s in the f"):
             read(joined)
+
+
+@decoders
+@pytest.mark.parametrize(
+    "suffix, codec, options",
+    [
+        ("ts", "libx264", {}),
+        ("mpg", "mpeg2video", {}),
+        ("nut", "libx264", {}),
+        ("mkv", "libx264", {}),
+        ("ogg", "libvpx", {}),
+        ("mp4", "libx264", {"movflags": "frag_keyframe+empty_moov+default_base_moof"}),
+    ],
+)
+def test_parts_of_joined_recordings(folder, suffix, codec, options, decoder):
+    """They are parts of the first recording, or broken; torchcodec needs all times of a file."""
+    first, joined = write_joined(folder, suffix, codec, (1000, 1250), **options)
+    read = 0
+    for number in range(45):
+        part = {"start": 2.0 * number, "end": 2.0 * number + 0.5, "decoder": decoder}
+        with contextlib.suppress(BrokenClip):
+            shown = read_clip(joined, 2, **part)
+            assert torch.equal(shown, read_clip(first, 2, **part)), number
+            read += 1
+    assert read >= 15 or decoder == "torchcodec"
+    with pytest.raises(BrokenClip, match="joined recordings: times go back by"):
+        inspect(joined)
+
+
+def test_parts_of_a_file_without_an_index_take_little_memory(folder):
+    """The packets before the part are not kept."""
+    file = write_long(folder / "long.ts", "libx264", 20)
+    with video.open_container(file) as container:
+        stream = video.video_stream(container, None)
+        packets = video._packets(container, stream, 8, 9)
+    assert packets[0].is_keyframe and len(packets) <= 20 + 2 * 25
 
 
 def quadrants(size=(96, 48)):

@@ -270,3 +270,13 @@ def test_position_is_time_then_space():
     importlib.import_module("vidl.ops")
     schemas = [op.schema for op in library.OPS.values() if re.search(r"\bspace\b", op.schema)]
     assert schemas and all(re.search(r"\btime, .*\bspace\b", schema) for schema in schemas)
+
+
+def test_the_page_on_reliability_names_tests_that_exist():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
+    assert len(named) > 50 and len(named) == page.count("::")
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "promise" not in line]
+    assert all("::" in line for line in rows)

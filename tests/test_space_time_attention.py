@@ -409,7 +409,7 @@ ROWS = torch.zeros(8, 2, 32)
         (ValueError, r"\[num_queries, H, D\]", {"q": ROWS[:, :1]}),
         (TypeError, "one floating dtype", {"k": ROWS.half()}),
         (TypeError, "one floating dtype", {x: ROWS.int() for x in "qkv"}),
-        (ValueError, "one device", {"q": ROWS.to("meta")}),
+        (ValueError, "q on cpu", {"q": ROWS.to("meta")}),
         (ValueError, "8 queries and 8 keys", {"q": ROWS[:7]}),
         (ValueError, "return_scores", {"return_scores": "max"}),
         (ValueError, "backend", {"backend": "flash"}),

@@ -16,6 +16,10 @@ import vidl
 from vidl.bench import commands as bench_commands
 from vidl.bench.tuning import commands as tuning
 
+# How often an OpenMP thread that waits looks for work before it sleeps. By default it spins for
+# milliseconds, and takes the core from the thread that it waits for, if the cores are shared.
+SPINS = "1000"
+
 # Modules of the extras in pyproject.toml: the package that has the module, and the extra.
 EXTRAS = {
     "PIL": ("pillow", "data"), "av": ("av", "data"), "matplotlib": ("matplotlib", "bench"),
@@ -54,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 if all is well; 1 if the command reports a problem or needs a package
         that is not installed. Invalid arguments raise `SystemExit` with status 2, as argparse does.
     """
+    _limit_spinning()
     parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["bench"] and words[1:2] and words[1] in bench_commands.READERS:
@@ -74,6 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `vidl info | head`
         sys.stderr.close()
         return 0
+
+
+def _limit_spinning() -> None:
+    """Let OpenMP threads that wait sleep early; libgomp reads this when torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
@@ -98,11 +109,11 @@ def _report_errors(command: Command) -> Command:
             return command(parser, args)
         except Exception as error:
             from vidl.data.dataset import TooManyBroken
-            from vidl.data.video import BrokenClip
+            from vidl.data.video import BrokenClip, NoDecoder
             from vidl.training import Diverged
             from vidl.training.parallel import NoDevice
 
-            known = (TooManyBroken, BrokenClip, Diverged, NoDevice, ValueError, OSError)
+            known = (TooManyBroken, BrokenClip, NoDecoder, Diverged, NoDevice, ValueError, OSError)
             if not isinstance(error, known):
                 raise
             name = command.__name__.strip("_").split("_")[0]
@@ -236,17 +247,17 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         "convert",
         help="convert annotations of a known format to an Arrow table",
         description="Convert annotations to an Arrow table. Workers memory-map the table and share "
-        "its pages, so memory does not grow with the number of rows. Common JSON needs no "
-        "conversion: vidl converts it on first use.",
+        "its pages, so memory does not grow with the number of rows. What `vidl data check` "
+        "reads needs no conversion: vidl converts it on first use.",
     )
-    part.add_argument("file", type=Path, help="annotation file")
+    part.add_argument("file", type=Path, help="annotation file, folder, or glob of files")
     part.add_argument("out", type=Path, nargs="?", help="default: the same name with .arrow")
     part.add_argument(
         "--format",
-        default="common",
         help="common (JSON list of {video or image, caption}, also questions and multiple choice; "
-        "default), csv (see --columns), webvid (CSV), cc3m (TSV), msrvtt (JSON, or the CSV of the "
-        "1k-A test), didemo, activitynet (paragraphs), msrvtt-qa, activitynet-qa (*_q.json)",
+        "default), csv (see --columns; default for .csv, .tsv), webvid (CSV), cc3m (TSV), msrvtt "
+        "(JSON, or the CSV of the 1k-A test), didemo, activitynet (paragraphs), msrvtt-qa, "
+        "activitynet-qa (*_q.json)",
     )
     about = "folder of the clips; file names in the table get the suffixes of its files"
     part.add_argument("--media", type=Path, help=about)
@@ -256,8 +267,8 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         "--columns",
         metavar="FIELD=COLUMN,...",
         help="csv: columns of a CSV or TSV file with a header, e.g. video=path,caption=text; "
-        "fields: video or image, caption, question, answer, id, start, end (default: video and "
-        "caption)",
+        "fields: video or image, caption, question, answer, id, start, end (default: the columns "
+        "with these names, with file_name or path, and text)",
     )
     part.set_defaults(run=_data_convert)
 
@@ -305,7 +316,12 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_source(part: argparse.ArgumentParser) -> None:
-    part.add_argument("file", type=Path, help="annotations: common JSON or an Arrow table")
+    about = (
+        "annotations: common JSON, JSON lines, an Arrow table, CSV or TSV with columns such as "
+        "path,caption or file_name,text, a folder with metadata.csv or metadata.jsonl or with "
+        "a.txt beside a.mp4, or a quoted glob of these"
+    )
+    part.add_argument("file", type=Path, help=about)
     about = (
         "folder of the clips; default: clips/ beside clips.json if it exists, else the same folder"
     )
@@ -323,14 +339,15 @@ def _data_convert(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     msrvtt = args.format == "msrvtt"
     options: dict[str, Any] = {"split": args.split, "ids": args.ids} if msrvtt else {}
     if not options and (args.split or args.ids):
-        parser.error(f"--split and --ids are for --format msrvtt, not {args.format}")
+        parser.error(f"--split and --ids are for --format msrvtt, not {args.format or 'common'}")
     if args.columns is not None:
-        if args.format != "csv":
+        if args.format not in (None, "csv"):
             parser.error(f"--columns is for --format csv, not {args.format}")
         pairs = [pair.partition("=") for pair in args.columns.split(",")]
         if not all(field and column for field, _, column in pairs):
             parser.error(f"need --columns as FIELD=COLUMN,FIELD=COLUMN,..., got {args.columns!r}")
         options = {"columns": {field: column for field, _, column in pairs}}
+        args.format = "csv"
     from vidl.data import commands
 
     commands.convert(args.file, args.out, format=args.format, media=args.media, **options)
@@ -467,7 +484,8 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         "--data",
         type=Path,
         metavar="FILE",
-        help="annotations; default: the synthetic clips of a run on moving_shapes",
+        help="annotations as for `vidl data check`; default: the synthetic clips of a run on "
+        "moving_shapes",
     )
     add("--media", type=Path, help="folder of the clips; default: as for `vidl data check`")
     _add_outside(command)
@@ -488,6 +506,7 @@ def _eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     import torch
 
     from vidl.evaluation import Options
+    from vidl.files import replaced
     from vidl.training import parallel, runs
 
     if args.rerank and args.task != "retrieval":
@@ -507,7 +526,8 @@ def _eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         if ranks.first:
             print(result)
         if ranks.first and args.json is not None:
-            args.json.write_text(result.to_json() + "\n")
+            with replaced(args.json) as unfinished:
+                unfinished.write_text(result.to_json() + "\n")
     return 0
 
 

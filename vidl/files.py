@@ -23,7 +23,7 @@ def replaced(file: Path) -> Iterator[Path]:
     """
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with named(file):
+        with named(file, unfinished):
             yield unfinished
             unfinished.replace(file)
     finally:
@@ -31,9 +31,14 @@ def replaced(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def named(file: Path) -> Iterator[None]:
-    """A block that writes to `file`: an OSError names it, since Python's errors of write do not."""
+def named(file: Path, unfinished: Path | None = None) -> Iterator[None]:
+    """A block that writes to `file`: an OSError names it, since Python's errors of write do not.
+
+    An error that names another file than `unfinished`, as one that is read, is unchanged.
+    """
     try:
         yield
     except OSError as error:
+        if error.filename is not None and str(error.filename) != str(unfinished or file):
+            raise
         raise OSError(error.errno, error.strerror or str(error), str(file)) from error

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import choices, library
+from vidl.kernels.arguments import check_counts
 from vidl.kernels.patches import check_divides, check_normalisation, check_video
 
 from . import reference
@@ -76,6 +77,7 @@ def frame_difference(
         RuntimeError: a backend asked for by name cannot run here.
     """
     check_video(video)
+    check_counts("patch", patch, 3)
     check_divides(video, patch)
     scale = [] if std is None else check_normalisation(video, None, std)[1]
     dtype = torch.float32 if video.dtype == torch.uint8 else video.dtype

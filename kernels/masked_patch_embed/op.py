@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import choices, library
+from vidl.kernels.arguments import check_tensors
 from vidl.kernels.patches import (
     FLOATING,
     check_divides,
@@ -177,6 +178,7 @@ def masked_patch_embed(
         RuntimeError: a backend asked for by name cannot run here; or the kernel detects that an id
             or an offset is out of range (on CUDA as a device-side assertion).
     """
+    check_tensors(video=video, weight=weight)
     if weight.ndim == 4:
         weight = weight.unsqueeze(2)
     check_video(video)
@@ -235,8 +237,6 @@ def _check_weight(video: Tensor, weight: Tensor) -> None:
             f"need weight [C, {video.shape[1]}, t, h, w] or [C, {video.shape[1]}, h, w] for video "
             f"{tuple(video.shape)}, got {tuple(weight.shape)}"
         )
-    if weight.device != video.device:
-        raise ValueError(f"need weight on {video.device}, got {weight.device}")
 
 
 def _check_position(
@@ -249,6 +249,8 @@ def _check_position(
         "position for time": (time, (frames, C)),
         "position": (space, (patches, C)),
     }
+    given = {name: tensor for name, (tensor, _) in wanted.items()}
+    check_tensors(optional=tuple(wanted), weight=weight, **given)
     for name, (tensor, shape) in wanted.items():
         if tensor is None:
             continue
@@ -256,5 +258,3 @@ def _check_position(
             raise ValueError(f"need {name} {list(shape)}, got {tuple(tensor.shape)}")
         if tensor.dtype not in (weight.dtype, torch.float32):
             raise TypeError(f"need {name} in {weight.dtype} or float32, got {tensor.dtype}")
-        if tensor.device != weight.device:
-            raise ValueError(f"need {name} on {weight.device}, got {tensor.device}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import choices, library
+from vidl.kernels.arguments import check_count, check_flag, check_tensors, pair
 from vidl.kernels.patches import FLOATING, check_divides, check_ids, check_video, per_channel
 
 from . import reference
@@ -152,9 +153,11 @@ def masked_patch_loss(
         RuntimeError: a backend asked for by name cannot run here; or the kernel detects that an id
             or an offset is out of range (on CUDA as a device-side assertion).
     """
-    sides = patch_size if isinstance(patch_size, Sequence) else (patch_size, patch_size)
-    patch = (tubelet_size, *sides)
-    _check_options(patch, target, reduction)
+    check_options(patch_size, tubelet_size, target, norm_pix)
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    patch = (tubelet_size, *pair("patch_size", patch_size))
+    check_tensors(video=video, prediction=prediction)
     check_video(video)
     check_divides(video, patch)
     check_ids("ids_masked", video, ids_masked, cu_seqlens)
@@ -199,16 +202,15 @@ def _affine(
     return stds, means
 
 
-def _check_options(patch: Sequence[int], target: str, reduction: str) -> None:
-    if len(patch) != 3 or not all(isinstance(n, int) and n > 0 for n in patch):
-        raise ValueError(
-            "need a positive tubelet_size, and one or two positive numbers as patch_size, got "
-            f"{patch[0]} and {patch[1:]}"
-        )
+def check_options(
+    patch_size: int | Sequence[int], tubelet_size: int, target: Target, norm_pix: bool
+) -> None:
+    """What `MaskedPatchLoss` checks when it is built."""
+    pair("patch_size", patch_size)
+    check_count("tubelet_size", tubelet_size, 1)
     if target not in ("mae", "videomae"):
         raise ValueError(f"target must be 'mae' or 'videomae', got {target!r}")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    check_flag("norm_pix", norm_pix)
 
 
 def _check_prediction(
@@ -222,8 +224,6 @@ def _check_prediction(
             f"need prediction {list(shape)}, the pixels of patches {tuple(patch)} in "
             f"{video.shape[1]} channels, got {tuple(prediction.shape)}"
         )
-    if prediction.device != video.device:
-        raise ValueError(f"need prediction on {video.device}, got {prediction.device}")
     if video.requires_grad:
         raise ValueError("need a video without gradient (no gradient flows to it): detach it")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import choices, library
+from vidl.kernels.arguments import check_count, check_floating, check_shape, check_tensors, finite
 
 from . import reference
 
@@ -286,10 +287,9 @@ def kept_count(n: int, keep: float, rounding: Rounding = "ceil") -> int:
         ValueError: a number is out of range, or the rounding is unknown.
     """
     _check_options(rounding)
-    if n < 0:
-        raise ValueError(f"need n >= 0, got {n}")
-    if not 0 < keep <= 1:
-        raise ValueError(f"need a rate in (0, 1], got {keep}")
+    check_count("n", n)
+    if not 0 < finite("keep", keep) <= 1:
+        raise ValueError(f"need keep as a rate in (0, 1], got {keep}")
     return _round(n, keep, rounding, math.ceil, int, lambda count: min(n, max(1, count)))
 
 
@@ -325,8 +325,8 @@ def _packed_counts(
 ) -> tuple[Tensor, int]:
     """Where the kept tokens of each sample begin, [B + 1] int32, and their number."""
     B = cu_seqlens.shape[0] - 1
-    if num_kept is not None and num_kept < 0:
-        raise ValueError(f"need num_kept >= 0, got {num_kept}")
+    if num_kept is not None:
+        check_count("num_kept", num_kept)
     if not isinstance(keep, float):
         _count(2**31 - 1, keep, rounding)
         if num_kept not in (None, B * keep):
@@ -354,19 +354,15 @@ def _check_options(rounding: str, order: str = "index", fuse: str | None = None)
 def _check_tensors(
     x: Tensor, scores: Tensor, rank_by: Tensor | None, cu_seqlens: Tensor | None, prefix: int
 ) -> None:
+    optional = ("rank_by", "cu_seqlens")
+    check_tensors(optional, x=x, scores=scores, rank_by=rank_by, cu_seqlens=cu_seqlens)
     if x.dtype not in FLOATING:
         raise TypeError(f"need x in one of {FLOATING}, got {x.dtype}")
-    if prefix < 0:
-        raise ValueError(f"need prefix >= 0, got {prefix}")
-    for name, tensor in (("scores", scores), ("rank_by", rank_by)):
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
-            raise TypeError(f"need {name} in a floating dtype, got {tensor.dtype}")
-        if tensor.shape != scores.shape:
-            raise ValueError(f"need {name} {tuple(scores.shape)}, got {tuple(tensor.shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"need {name} on {x.device}, got {tensor.device}")
+    check_count("prefix", prefix)
+    check_floating(scores=scores)
+    if rank_by is not None:
+        check_floating(rank_by=rank_by)
+        check_shape("rank_by", rank_by, *scores.shape)
     nd = scores.ndim
     if cu_seqlens is None:
         expected = (*scores.shape[:-1], prefix + scores.shape[-1]) if nd else ()
@@ -385,5 +381,3 @@ def _check_tensors(
         raise TypeError(f"need cu_seqlens in int32, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"need cu_seqlens [B + 1], got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != x.device:
-        raise ValueError(f"need cu_seqlens on {x.device}, got {cu_seqlens.device}")

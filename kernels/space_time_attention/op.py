@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import choices, library
-from vidl.kernels.arguments import finite
+from vidl.kernels.arguments import check_flag, check_tensors, finite
 from vidl.kernels.groups import SCHEMA, Arguments, Groups
 
 from . import handover, reference
@@ -200,6 +200,7 @@ def space_time_attention(
             VIDL_DEBUG=1 in the environment every call checks the groups.
     """
     _check(q, k, v, groups, return_scores)
+    check_flag("return_lse", return_lse)
     dtype = library.autocast_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = q.shape[2] ** -0.5 if scale is None else finite("scale", scale)
@@ -246,22 +247,20 @@ def _key(
 def _check(q: Tensor, k: Tensor, v: Tensor, groups: Groups, return_scores: Scores | None) -> None:
     if not isinstance(groups, Groups):
         raise TypeError(f"need groups made by vidl.ops.Groups, got {type(groups).__name__}")
+    check_tensors(groups=groups.query_offsets, q=q, k=k, v=v)
     if q.ndim != 3 or k.ndim != 3 or v.shape != k.shape or q.shape[1:] != k.shape[1:]:
         raise ValueError(
             "need q [num_queries, H, D] and k, v [num_keys, H, D], got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"need one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if not q.device == k.device == v.device == groups.query_offsets.device:
-        raise ValueError(
-            f"need q, k, v and groups on one device, got {q.device}, {k.device}, {v.device} and "
-            f"{groups.query_offsets.device}"
+        raise TypeError(
+            f"need q, k and v in one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
         )
     if q.shape[0] != groups.num_queries or k.shape[0] != groups.num_keys:
         raise ValueError(
-            f"need {groups.num_queries} queries and {groups.num_keys} keys for these groups, "
-            f"got {q.shape[0]} and {k.shape[0]}"
+            f"need {groups.num_queries} queries and {groups.num_keys} keys in q and k for these "
+            f"groups, got {q.shape[0]} and {k.shape[0]}"
         )
     if return_scores not in (None, "cls", "mean"):
         raise ValueError(f"need return_scores None, 'cls' or 'mean', got {return_scores!r}")

@@ -7,8 +7,6 @@ pages that are read, once per machine. `vidl data convert` writes it, or vidl do
 import bisect
 import hashlib
 import itertools
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +16,9 @@ import numpy
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vidl.data.folders import annotations_of, captioned, contents, matching
 from vidl.data.formats import FORMATS, Row
-from vidl.files import cache_folder
+from vidl.files import cache_folder, replaced
 
 SCHEMA = pa.schema(
     [
@@ -37,7 +36,7 @@ SCHEMA = pa.schema(
 )
 ROWS_AT_A_TIME = 100_000
 # Increased when the same file gives other rows, so that cached tables are not used any more.
-READER = 2
+READER = 3
 # Files that FFmpeg would take for a URL or a protocol, and files outside the folder of the media.
 URL = r"^([A-Za-z][A-Za-z0-9+.-]+:|subfile,)"
 OUTSIDE = r"^[/~]|^\.\.$|^\.\./|/\.\./|/\.\.$"
@@ -92,7 +91,7 @@ class Annotations(Sequence[Row]):
 def _open(file: Path) -> pa.Table:
     try:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise ValueError(f"{file}: need an Arrow file written by vidl; {error}") from None
     if table.schema != SCHEMA:
         raise ValueError(f"{file}: need the columns {SCHEMA.names}, got {table.schema.names}")
@@ -124,16 +123,16 @@ def convert(
     file: str | Path,
     to: str | Path,
     *,
-    format: str = "common",
+    format: str | None = None,
     media: str | Path | None = None,
     **options: Any,
 ) -> int:
     """Convert an annotation file to an Arrow table, atomically.
 
     Args:
-        file: the annotations.
+        file: the annotations, or a glob of files in one folder.
         to: the Arrow file.
-        format: a key of `formats.FORMATS`.
+        format: a key of `formats.FORMATS`; default: the format that `load` takes the file for.
         media: folder of the media. If given, file names get the suffixes of its files: clips of
             DiDeMo and ActivityNet have the suffix they were downloaded with.
         options: options of the format's reader.
@@ -142,51 +141,68 @@ def convert(
         The number of rows.
 
     Raises:
-        ValueError: unknown format, or the file is invalid (`formats.BadAnnotation`).
+        ValueError: unknown format, the file is invalid (`formats.BadAnnotation`), or the files of a
+            glob are in several folders.
     """
-    if format not in FORMATS:
+    if format not in (None, *FORMATS):
         raise ValueError(f"need a format among {', '.join(FORMATS)}, got {format!r}")
-    rows = FORMATS[format](Path(file), **options)
+    files = [Path(name) for name in matching(file)]
+    if len(files) > 1 and (len({f.parent for f in files}) > 1 or any(f.is_dir() for f in files)):
+        raise ValueError(f"need files of one folder, got {', '.join(map(str, files))}")
+    read = _rows if format is None else FORMATS[format]
+    rows: Iterator[Row] = (row for part in files for row in read(part, **options))
     if media is not None:
+        if not Path(media).is_dir():
+            raise ValueError(f"need the folder of the media, got {media}")
         rows = _named_as_in(Path(media), rows)
-    return write(rows, to)
+    return write(_some(rows, file), to)
 
 
 def write(rows: Iterable[Row], to: str | Path) -> int:
-    """Write rows as an Arrow table, atomically; returns the number of rows."""
+    """Write rows as an Arrow table, atomically; returns the number of rows.
+
+    Raises:
+        OSError: the table cannot be written, as on a full disk; names it.
+        ValueError: there are no rows.
+    """
     to, rows, count = Path(to), iter(rows), 0
     to.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=to.parent, prefix=to.name, suffix=".part")
-    os.close(handle)
-    try:
-        with pa.OSFile(unfinished, "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+    with replaced(to) as unfinished:
+        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             while batch := list(itertools.islice(rows, ROWS_AT_A_TIME)):
                 columns = {name: [getattr(row, name) for row in batch] for name in SCHEMA.names}
                 writer.write(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
                 count += len(batch)
         if not count:
             raise ValueError(f"{to}: there are no rows to write")
-        os.chmod(unfinished, 0o644)
-        os.replace(unfinished, to)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
     return count
+
+
+def _some(rows: Iterable[Row], file: str | Path) -> Iterator[Row]:
+    """The rows of a file that must have some."""
+    count = 0
+    for row in rows:
+        count += 1
+        yield row
+    if not count:
+        raise ValueError(f"{file}: need annotations, got no rows")
 
 
 def load(
     *corpora: str | Path | tuple[str | Path, str | Path | None], outside: bool = False
 ) -> Annotations:
-    """Open annotation files; common JSON is converted to an Arrow table on first use.
+    """Open annotation files; all but Arrow files are converted to an Arrow table on first use.
 
     The table is stored in $VIDL_CACHE (default: ~/.cache/vidl). Its name depends on the path, size
-    and time of the file, so an edited file is converted again.
+    and time of the files, so an edited file is converted again.
 
     Args:
-        corpora: annotation files (Arrow or common JSON), or pairs of a file and the folder of its
-            media. Default folder: the first of these that has a file of the first rows: for
-            mine.json the folder `mine` beside it, the folder `clips` beside it, the folder of the
-            file. If none has, the first that exists.
+        corpora: annotations, or pairs of annotations and the folder of their media. Annotations are
+            an Arrow file, common JSON or JSON lines, a CSV or TSV file with the columns of
+            `formats.columns`, a folder with metadata.csv or metadata.jsonl or with a text beside
+            each clip, or a glob of any of these. Default folder of the media: the first of these
+            that has a file of the first rows: for mine.json the folder `mine` beside it, the folder
+            `clips` beside it, the folder of the file. If none has, the first that exists.
         outside: see `Annotations`.
 
     Returns:
@@ -197,14 +213,16 @@ def load(
     """
     parts = []
     for corpus in corpora:
-        file, media = corpus if isinstance(corpus, tuple) else (corpus, None)
-        file = Path(file)
-        table = _converted(file)
-        parts.append((table, _folder_beside(file, table) if media is None else media))
+        names, media = corpus if isinstance(corpus, tuple) else (corpus, None)
+        for file in map(Path, matching(names)):
+            table = _converted(file)
+            parts.append((table, _folder_beside(file, table) if media is None else media))
     return Annotations(parts, outside=outside)
 
 
 def _folder_beside(file: Path, table: Path) -> Path:
+    if file.is_dir():
+        return file
     beside = [file.with_suffix(""), file.parent / "clips", file.parent]
     folders = [folder for folder in beside if folder.is_dir()]
     names = _open(table).slice(0, 10).column("media").to_pylist()
@@ -212,17 +230,31 @@ def _folder_beside(file: Path, table: Path) -> Path:
     return next(held, folders[0])
 
 
+def _rows(file: Path) -> Iterator[Row]:
+    """The rows of a file or folder whose format its name says."""
+    file = annotations_of(file) if file.is_dir() else file
+    if file.is_dir():
+        return captioned(file)
+    if file.suffix in (".csv", ".tsv"):
+        return FORMATS["csv"](file)
+    if file.suffix in (".json", ".jsonl"):
+        return FORMATS["common"](file)
+    raise ValueError(
+        f"{file}: need .arrow, .json, .jsonl, .csv, .tsv or a folder; else `vidl data convert`"
+    )
+
+
 def _converted(file: Path) -> Path:
-    if file.suffix == ".arrow":
+    if file.suffix == ".arrow" and not file.is_dir():
         return file
-    if file.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"{file}: need .arrow, .json or .jsonl; else `vidl data convert` first")
-    facts = file.stat()
-    key = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {READER} {SCHEMA}"
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    read = annotations_of(file) if file.is_dir() else file
+    facts = [(str(f), f.stat()) for f in (contents(read) if read.is_dir() else [read])]
+    versions = [(name, fact.st_size, fact.st_mtime_ns) for name, fact in facts]
+    key = f"{read.resolve()} {versions} {READER} {SCHEMA}"
+    digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
     table = cache_folder() / f"{file.stem}-{digest}.arrow"
     if not table.exists():
-        convert(file, table)
+        write(_some(_rows(file), file), table)
     return table
 
 

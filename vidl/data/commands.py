@@ -1,5 +1,6 @@
 """The commands `vidl data convert | check | preview | speed`."""
 
+import io
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,17 +15,21 @@ from torch import Tensor
 from vidl.data import annotations, crops, video
 from vidl.data.cache import CachedClips
 from vidl.data.dataset import Clips, text_of
+from vidl.data.folders import matching
 from vidl.data.formats import Row
 from vidl.data.progress import progress
 from vidl.data.sampler import Key
 from vidl.data.video import BrokenClip
+from vidl.files import replaced
 
 
 def convert(
-    file: Path, to: Path | None, *, format: str, media: Path | None, **options: Any
+    file: Path, to: Path | None, *, format: str | None, media: Path | None, **options: Any
 ) -> Path:
     """Convert annotations to an Arrow table; returns its path."""
-    to = to or file.with_suffix(".arrow")
+    if to is None and matching(file) != [str(file)]:
+        raise ValueError(f"need the name of the table for the files {file}")
+    to = to or Path(f"{file.with_suffix('')}.arrow")
     begin = time.perf_counter()
     count = annotations.convert(file, to, format=format, media=media, **options)
     print(f"{to}: {count} rows in {time.perf_counter() - begin:.1f} s")
@@ -33,6 +38,7 @@ def convert(
 
 def check(file: Path, media: Path | None, *, workers: int, outside: bool = False) -> int:
     """Decode every clip of an annotation file and list broken clips; returns their number."""
+    video.choose_decoder("pyav")  # without it, every clip would be listed
     rows = annotations.load((file, media), outside=outside)
     # each clip once, in the order of the rows: with questions, a clip has several rows
     names = list(dict.fromkeys(row.media for row in progress(rows, "reading rows")))
@@ -85,6 +91,9 @@ def preview(
         raise ValueError(
             f"need a size that is a multiple of the patch size, got {size} and {patch}"
         )
+    form = Image.registered_extensions().get(to.suffix.lower())
+    if form not in Image.SAVE:
+        raise ValueError(f"need a picture such as preview.png, got {to}")
     rows = annotations.load((file, media), outside=outside)
     generator = torch.Generator().manual_seed(seed)
     strips, broken = [], 0
@@ -103,7 +112,10 @@ def preview(
             strips.append(_strip(hide(pictures, mask_ratio, patch, generator)))
     if not strips:
         raise ValueError(f"none of {broken} clips of {file} can be read")
-    Image.fromarray(torch.cat(strips).numpy()).save(to)
+    picture = io.BytesIO()
+    Image.fromarray(torch.cat(strips).numpy()).save(picture, form)
+    with replaced(to) as unfinished:
+        unfinished.write_bytes(picture.getvalue())
     print(f"wrote {to}")
     return broken
 

@@ -4,6 +4,7 @@ import functools
 import io
 import os
 import stat
+import struct
 from os import PathLike
 from typing import Any
 
@@ -63,6 +64,32 @@ def open_container(source: Source) -> Any:
         return av.open(file, options=options)
     except av.error.ArgumentError:  # FFmpeg's answer to a format that is not in the list
         raise ValueError("need a video or image, got text or a playlist") from None
+
+
+def has_index(container: Any) -> bool:
+    """Whether seeking is exact: FFmpeg reads an index of the frames, and does not guess.
+
+    Args:
+        container: from `open_container`; bytes count as without an index, as reading them is fast.
+    """
+    if container.file is not None:
+        return False
+    name = container.format.name
+    return name == "matroska,webm" or (name.startswith("mov,") and not _fragmented(container.name))
+
+
+def _fragmented(name: str) -> bool:
+    """Whether an MP4 file has fragments, which have no common index."""
+    at = 0
+    with open(name, "rb") as file:
+        while len(header := file.read(16)) == 16:
+            size, kind, long_size = struct.unpack(">I4sQ", header)
+            size = long_size if size == 1 else size
+            if kind == b"moof" or size < 8:  # 0: up to the end of the file
+                return bool(kind == b"moof")
+            at += size
+            file.seek(at)
+    return False
 
 
 @functools.cache

@@ -24,6 +24,14 @@ from vidl.data.parsing import (
 
 # What `columns` can read from a table.
 FIELDS = ("video", "image", "caption", "question", "answer", "id", "start", "end")
+# Other names of a file; the first one, with "text" for the caption, is that of Hugging Face.
+NAMES = ("file_name", "path")
+# Suffixes of files.
+VIDEOS = (
+    "mp4", "webm", "mkv", "avi", "mov", "m4v", "mpg", "mpeg", "ts", "flv", "ogv", "wmv", "3gp",
+    "gif",
+)  # fmt: skip
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 
 
 @dataclass(frozen=True)
@@ -50,13 +58,19 @@ class Row:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
+def kind_of(name: str) -> str:
+    """Whether a file is a video or an image, by its suffix."""
+    return "image" if name.rpartition(".")[2].lower() in IMAGES else "video"
+
+
 def common(file: Path) -> Iterator[Row]:
     """The JSON format of Singularity, VindLU and UMT; or one such object per line (.jsonl).
 
     A list of {"video" or "image": file, "caption": text or [text, ...]}; for questions
     {..., "question": text, "answer": text or [text]}; for multiple choice {..., "caption":
     [text, ...], "answer": index} or {..., "question": text, "options": [text, ...], "answer":
-    index}. Optional: "id" or "question_id", and "start" and "end" in seconds.
+    index}. Optional: "id" or "question_id", and "start" and "end" in seconds. A file may also be
+    named by "file_name" or "path", and a caption by "text", as in metadata.jsonl of Hugging Face.
     """
     if file.suffix == ".jsonl":
         entries = json_lines(file)
@@ -66,6 +80,11 @@ def common(file: Path) -> Iterator[Row]:
 
 
 def _common_row(entry: dict[str, Any]) -> Row:
+    name = next((name for name in NAMES if name in entry), None)
+    if name is not None and "video" not in entry and "image" not in entry:
+        entry = entry | {kind_of(text_field(entry, name)): entry[name]}
+    if "text" in entry and "caption" not in entry and "question" not in entry:
+        entry = entry | {"caption": entry["text"]}
     kind = "image" if "image" in entry else "video"
     # COCO lists several images of the same caption
     media = next(iter(texts_field(entry, kind)), None) if entry[kind] else None
@@ -104,18 +123,20 @@ def columns(file: Path, columns: Mapping[str, str] | None = None) -> Iterator[Ro
     Args:
         file: the annotations.
         columns: the column of each field: "video" or "image", "caption" or "question" and "answer",
-            and optionally "id", "start" and "end"; default: video and caption, with these names.
+            and optionally "id", "start" and "end"; default: the columns with these names, with
+            "file_name" or "path" for the file and "text" for the caption.
 
     Raises:
         ValueError: unknown fields.
     """
-    columns = dict(columns or {"video": "video", "caption": "caption"})
-    unknown = [field for field in columns if field not in FIELDS]
+    unknown = [field for field in columns or () if field not in FIELDS]
     if unknown:
         raise ValueError(f"need fields among {', '.join(FIELDS)}, got {', '.join(unknown)}")
+    delimiter = "\t" if file.suffix == ".tsv" else ","
+    names = dict(columns) if columns else _known_columns(file, delimiter)
 
     def row(values: dict[str, str]) -> Row:
-        entry: dict[str, Any] = {field: values[column] for field, column in columns.items()}
+        entry: dict[str, Any] = {field: values[column] for field, column in names.items()}
         for field in ("start", "end"):
             text = entry.pop(field, "").strip()
             if text:
@@ -127,8 +148,26 @@ def columns(file: Path, columns: Mapping[str, str] | None = None) -> Iterator[Ro
             del entry["id"]
         return _common_row(entry)
 
-    delimiter = "\t" if file.suffix == ".tsv" else ","
-    return checked(file, table(file, list(columns.values()), delimiter), row)
+    return checked(file, table(file, list(names.values()), delimiter), row)
+
+
+def _known_columns(file: Path, delimiter: str) -> dict[str, str]:
+    """The columns of a table whose names are those of fields.
+
+    Raises:
+        BadAnnotation: a file or a text has no such column, or a file has two.
+    """
+    _, header = next(lines(file, delimiter), (1, []))
+    media = [name for name in ("video", "image", *NAMES) if name in header]
+    if len(media) != 1 or not {"caption", "text", "question"} & set(header):
+        raise BadAnnotation(
+            file,
+            1,
+            f"need one column video, image, {' or '.join(NAMES)}, and a column caption, text or "
+            f"question, got {', '.join(header) or 'nothing'}; name others with --format csv "
+            "--columns video=...,caption=...",
+        )
+    return {name: name for name in (*FIELDS, *NAMES, "text") if name in header}
 
 
 def webvid(file: Path) -> Iterator[Row]:

@@ -15,13 +15,12 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vidl.data.dataset import IN_A_ROW, Batch, Clips, Sample, TooManyBroken, batch_of
-from vidl.data.formats import Row
+from vidl.data.folders import matching
+from vidl.data.formats import IMAGES, VIDEOS, Row
 from vidl.data.parsing import without_surrogates
 from vidl.data.sampler import Key
 from vidl.data.video import BrokenClip
 
-VIDEOS = ("mp4", "webm", "mkv", "avi", "mov")
-IMAGES = ("jpg", "jpeg", "png", "webp")
 # webdataset puts a URL into a shell command: only characters that end no quote.
 PROTOCOL, URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|-$"), re.compile(r"https?://[^\s'\"`\\]+")
 
@@ -40,7 +39,7 @@ class ShardStream(IterableDataset[Batch]):
     decoding the samples that were used.
 
     Args:
-        shards: files or http(s) URLs of the shards.
+        shards: files, globs of files or http(s) URLs of the shards.
         clips: the sample options: frames, size, crops, tokens; its rows are not used.
         batch_size: clips of a batch on one rank.
         kind: content of the shards: "video" or "image".
@@ -49,8 +48,8 @@ class ShardStream(IterableDataset[Batch]):
         world_size: number of ranks.
 
     Raises:
-        ValueError: there are fewer shards than workers of all ranks, or a shard is neither a file
-            nor an http(s) URL, such as "pipe:command".
+        ValueError: there are fewer shards than workers of all ranks, no file matches a glob, or a
+            shard is neither a file nor an http(s) URL, such as "pipe:command".
     """
 
     def __init__(
@@ -64,10 +63,13 @@ class ShardStream(IterableDataset[Batch]):
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.shards, self.clips, self.batch_size = sorted(map(str, shards)), clips, batch_size
-        for shard in self.shards:
-            if PROTOCOL.match(shard) and not URL.fullmatch(shard):
+        names: list[str] = []
+        for shard in map(str, shards):
+            remote = PROTOCOL.match(shard)
+            if remote and not URL.fullmatch(shard):
                 raise ValueError(f"need shards as files or http(s) URLs, got {shard!r}")
+            names += [shard] if remote else matching(shard)
+        self.shards, self.clips, self.batch_size = sorted(names), clips, batch_size
         self.kind, self.buffer = kind, buffer
         self.rank, self.world_size = rank, world_size
         self._places: dict[int, tuple[int, int]] = {}  # of each worker: epoch, samples read in it

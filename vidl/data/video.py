@@ -7,6 +7,7 @@ instant of each span is read. So variable frame rates and wrong frame counts do 
 import bisect
 import contextlib
 import functools
+import importlib.util
 import io
 import math
 import random
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidl.data.containers import Source, open_container, path_of, video_stream
+from vidl.data.containers import Source, has_index, open_container, path_of, video_stream
 from vidl.data.pictures import (
     MIRRORED,
     UPRIGHT,
@@ -36,9 +37,6 @@ DECODERS = ("pyav", "torchcodec")
 # Codecs whose decoder can skip a packet if no other frame refers to its frame.
 SKIPPING = ("h264", "hevc", "mpeg2video", "mpeg4")
 
-# Formats that are read from their begin: packets of AVI have no times, and those of MPEG program
-# streams have wrong times after seeking.
-UNSEEKABLE = ("avi", "mpeg")
 # Decoding times never decrease in one recording; seconds that rounding and damage may cause.
 JOINED = 0.25
 
@@ -57,6 +55,10 @@ class BrokenClip(RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+
+class NoDecoder(RuntimeError):
+    """No decoder of videos can run here."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def read_clip(
     Frames of an image, or of a video with fewer frames than requested, are repeated. A truncated
     video is read up to its end; `inspect` detects truncation. A truncated picture, text, a
     playlist, the cover picture of a sound file, and recordings that were joined with `cat` are
-    broken; a part of joined recordings is read if its times occur once in what is read.
+    broken; a part of the first of joined recordings can be read.
 
     Args:
         source: the name of a regular file (no URL), or the bytes of a file.
@@ -146,7 +148,7 @@ def read_clip(
 
     Raises:
         BrokenClip: the file cannot be read, does not have the part, or a frame is damaged.
-        ModuleNotFoundError, RuntimeError: the decoder cannot run here; see `choose_decoder`.
+        ModuleNotFoundError, NoDecoder: the decoder cannot run here; see `choose_decoder`.
         TypeError: the source is neither a file name nor bytes, or a number is something else.
         ValueError: frames < 1, `start` or `end` is not finite, or unknown decoder.
     """
@@ -308,23 +310,35 @@ def _pictures(
 def _packets(container: Any, stream: Any, start: float, end: float) -> list[Any]:
     """The packets of a part in file order, from a key frame shown at `start` or earlier."""
     origin, second = stream.start_time or 0, 1 / stream.time_base
-    begin, margin = origin + start * second, second  # frames are shown after their packets arrive
-    stop = origin + end * second + margin
-    # frames without times are counted from the first frame, so no seeking then
-    if start > 1 and stream.start_time is not None and container.format.name not in UNSEEKABLE:
-        # without an index FFmpeg seeks to any frame, so the next key frame may be after the start
+    begin, stop = origin + start * second, origin + (end + 1) * second  # shown after they arrive
+    # frames without times are counted from the first frame of the file
+    if start > 1 and stream.start_time is not None and container.format.name != "avi":
+        packets = _packets_from(container, stream, begin, stop)
+        if _timed(stream, packets):
+            return packets
+        container.seek(int(origin - second), stream=stream)
+    return _packets_here(container, stream, stop)
+
+
+def _packets_from(container: Any, stream: Any, begin: float, stop: float) -> list[Any]:
+    """The packets from the last key frame at `begin` or earlier, up to `stop`, in ticks."""
+    origin, margin = stream.start_time, 1 / stream.time_base
+    # Without an index, FFmpeg searches a time in the bytes of the file. In joined recordings it
+    # finds any of them, so such a file is read from its begin.
+    if has_index(container):
+        # FFmpeg may seek to a frame that is no key frame, and the next one may be after `begin`
         while begin - margin > origin:
             container.seek(int(begin - margin), stream=stream)
             packets = _packets_here(container, stream, stop)
             if packets and packets[0].pts is not None and packets[0].pts <= begin:
                 return packets
             margin *= 4
-        container.seek(int(origin - second), stream=stream)
-    return _packets_here(container, stream, stop)
+        container.seek(int(origin - 1 / stream.time_base), stream=stream)
+    return _packets_here(container, stream, stop, begin)
 
 
-def _packets_here(container: Any, stream: Any, stop: float) -> list[Any]:
-    """The packets from the next key frame up to a time in ticks."""
+def _packets_here(container: Any, stream: Any, stop: float, begin: float = -math.inf) -> list[Any]:
+    """The packets from the next key frame, or the last one at `begin`, up to `stop`, in ticks."""
     packets: list[Any] = []
     last, ended = -math.inf, True
     try:
@@ -341,6 +355,8 @@ def _packets_here(container: Any, stream: Any, stop: float) -> list[Any]:
                     break
             # the last packet of a truncated file is incomplete
             if packet.size and not packet.is_corrupt and (packets or packet.is_keyframe):
+                if packet.is_keyframe and packet.pts is not None and packet.pts <= begin:
+                    packets.clear()
                 packets.append(packet)
     except _Joined:
         raise
@@ -447,10 +463,12 @@ def _read_by_torchcodec(source: Source, part: Part, index: int | None) -> Tensor
 
 
 def _check_for_torchcodec(source: Source, index: int | None) -> None:
-    """Raise an error for what torchcodec shows wrongly: text, playlists, mirrored pictures."""
+    """Raise an error for what torchcodec shows wrongly: text, mirrored pictures, joined videos."""
     with open_container(source) as container:
         stream = video_stream(container, index)
-        packets = _packets(container, stream, 0, 0)
+        # torchcodec mixes the frames of joined recordings; the index of an MP4 file is of one
+        single = container.format.name.startswith("mov,") and has_index(container)
+        packets = _packets(container, stream, 0, 0 if single else math.inf)
         _, frame = next(_decode(stream, packets))
         exif = orientation_of_still(bytes(packets[0])) if is_still(container) else None
         if (exif or 1) != 1 or orientation_of(frame) in MIRRORED:
@@ -468,8 +486,8 @@ def choose_decoder(decoder: str = "auto") -> str:
 
     Raises:
         ValueError: unknown decoder.
-        ModuleNotFoundError: "auto", and PyAV is not installed.
-        RuntimeError: the decoder, or with "auto" every decoder, cannot run here; gives the reason.
+        ModuleNotFoundError: PyAV is needed and not installed.
+        NoDecoder: the decoder, or with "auto" every decoder, cannot run here; gives the reason.
     """
     if decoder != "auto" and decoder not in DECODERS:
         raise ValueError(f"need a decoder among {', '.join(DECODERS)} or auto, got {decoder!r}")
@@ -478,10 +496,10 @@ def choose_decoder(decoder: str = "auto") -> str:
     for name, reason in reasons.items():
         if reason is None:
             return name
-    if decoder == "auto":
-        import av  # noqa: F401  if it is not installed, the error names the package
+    if "pyav" in asked and importlib.util.find_spec("av") is None:
+        import av  # noqa: F401  the error names the package
     reasons = {name: why_not(name) for name in DECODERS}
-    raise RuntimeError(
+    raise NoDecoder(
         f"decoder {decoder!r} cannot run here: "
         + "; ".join(f"{name}: {reason or 'can'}" for name, reason in reasons.items())
     )

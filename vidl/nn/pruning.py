@@ -1,5 +1,6 @@
 """Token pruning: which tokens a layer drops, and where in the layer it drops them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -7,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from vidl.kernels.arguments import check_count, check_tensors, finite
 from vidl.kernels.groups import Groups
 from vidl.kernels.select_tokens import kept_count, select_tokens
 from vidl.kernels.select_tokens.op import Fuse, Order, Rounding, Selected
@@ -74,7 +76,9 @@ class Pruning:
                 "scores='similarity' cannot weight a fused token: need fuse=None, got "
                 f"{self.fuse!r}"
             )
-        self.kept(0)  # checks keep_rate and rounding
+        if not 0 < finite("keep_rate", self.keep_rate) <= 1:
+            raise ValueError(f"need keep_rate in (0, 1], got {self.keep_rate}")
+        self.kept(0)  # checks rounding
 
     def kept(self, n: int) -> int:
         """The number of tokens that stay, of n without the prefix."""
@@ -93,9 +97,17 @@ class Pruning:
             prefix: tokens at the front of each sample that always stay.
             options: `cu_seqlens`, `num_kept` and `backend` of `vidl.ops.select_tokens`.
         """
+        check_tensors(x=x, scores=scores)
+        rows = x.shape[:2] if x.ndim == 3 else x.shape[:1]
+        if x.ndim not in (2, 3) or scores.numel() != math.prod(rows):
+            raise ValueError(
+                "need x [B, N, C] or packed [total, C], and a score of each row in scores, got "
+                f"{tuple(x.shape)} and {tuple(scores.shape)}"
+            )
+        check_count("prefix", prefix)
         return select_tokens(
             x,
-            scores if x.ndim == 2 else scores.view(x.shape[:2])[:, prefix:],
+            scores if x.ndim == 2 else scores.view(rows)[:, prefix:],
             float(self.keep_rate),
             rounding=self.rounding,
             order=self.order or ("score" if self.when == "before_mlp" else "index"),
@@ -103,6 +115,11 @@ class Pruning:
             prefix=prefix,
             **options,
         )
+
+
+def check_pruning(pruning: Pruning | None) -> None:
+    if pruning is not None and not isinstance(pruning, Pruning):
+        raise TypeError(f"need pruning=Pruning(keep_rate, ...), got {pruning!r}")
 
 
 def run_layer(

@@ -51,7 +51,9 @@ class Data:
     source: Literal["clips", "shards", "moving_shapes"] = _field(
         "clips", "clips (annotation files), shards (webdataset) or moving_shapes (synthetic)"
     )
-    files: list[str] = _field([], "annotation files (.arrow, .json), or shards (.tar)")
+    files: list[str] = _field(
+        [], "annotations (.arrow, .json, .csv, folders), or shards (.tar); globs of them"
+    )
     media: str | None = _field(None, "folder of the clips; default: beside each annotation file")
     outside: bool = _field(
         False, "annotations may name files outside the folder of the clips; only if you trust them"
@@ -141,7 +143,7 @@ class Evaluation:
     """Retrieval during and after training; needs files unless data.source is moving_shapes."""
 
     every: int = _field(0, "steps between evaluations; 0: only at the end")
-    files: list[str] = _field([], "annotation files of the evaluation set")
+    files: list[str] = _field([], "annotations of the evaluation set, as in data.files")
     media: str | None = _field(None, "folder of its clips; default: beside each annotation file")
     rerank: int = _field(0, "re-rank so many top results with the fusion encoder; 0: none")
     pairs: int = _field(
