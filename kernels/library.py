@@ -12,8 +12,8 @@ import importlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,10 +24,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from vidl.kernels import choices
+
 BACKENDS = ("native", "triton", "torch", "reference")
 PYTORCH = ("torch", "reference")  # those written in PyTorch: any device, any floating dtype
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# The rule of "auto" where nothing was measured, for each device type: the first that can run.
+RULE = {"cpu": ("native", "torch")}
+RULE_ELSEWHERE = ("torch",)
 
 # Backends whose kernels are ops of their own, and the suffix of those ops.
 _suffixes = {"native": "", "triton": "_triton"}
@@ -47,9 +53,6 @@ class Op:
     # The fastest composition of PyTorch's operations: arguments and results as of `reference`.
     torch: Callable[..., Any] | None = None
     only_for_backward: int = 0  # so many results at the end serve `backward` alone
-    # Backends that "auto" tries before "torch", for each device type. A backend is listed once a
-    # committed result (bench/results/) from such a device shows that it is right and fastest.
-    auto: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"cpu": ("native",)})
     setup_context: Callable[..., None] | None = None  # as torch.library.register_autograd has it
     backward: Callable[..., Any] | None = None  # backward(<name>_bwd of this backend, ctx, *grads)
     # The reason why a backend cannot take arguments with these facts (see why_not), or None.
@@ -152,6 +155,8 @@ def run(name: str, backend: str, *args: Any, **needs: bool) -> Any:
         RuntimeError: an argument has a tangent of forward-mode AD, for a backend with kernels.
     """
     op = OPS[name]
+    if choices.recorder is not None and not torch.compiler.is_compiling():
+        choices.recorder.ran(name, args)
     if backend == "torch":
         assert op.torch is not None
         return op.torch(*args, **needs)
@@ -265,8 +270,19 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
 
 
-def choose(backend: str, name: str, device: str, dtype: torch.dtype, **facts: Any) -> str:
+def choose(
+    backend: str,
+    name: str,
+    device: str,
+    dtype: torch.dtype,
+    key: choices.Key | None = None,
+    **facts: Any,
+) -> str:
     """The backend to run the op `name` with; a backend asked for by name never falls back.
+
+    Args:
+        key: of the call, with which "auto" finds what was measured; None: by the rule alone.
+        device, dtype, facts: see `why_not`.
 
     Raises:
         TypeError, ValueError: there is no backend of that name.
@@ -275,8 +291,7 @@ def choose(backend: str, name: str, device: str, dtype: torch.dtype, **facts: An
     """
     check_backend(backend)
     if backend == "auto":
-        order = (*OPS[name].auto.get(device, ()), "torch")
-        return next(b for b in order if why_not(b, name, device, dtype, **facts) is None)
+        return automatic(name, device, dtype, key, **facts)[0]
     if why_not(backend, name, device, dtype, **facts) is not None:
         reasons = {b: why_not(b, name, device, dtype, **facts) for b in BACKENDS}
         raise RuntimeError(
@@ -284,6 +299,37 @@ def choose(backend: str, name: str, device: str, dtype: torch.dtype, **facts: An
             + "\n".join(f"  {b}: {reason or 'can run'}" for b, reason in reasons.items())
         )
     return backend
+
+
+def automatic(
+    name: str, device: str, dtype: torch.dtype, key: choices.Key | None = None, **facts: Any
+) -> tuple[str, str]:
+    """What "auto" takes, and why: "VIDL_BACKEND", "tuned", "shipped" or "rule".
+
+    The environment's VIDL_BACKEND counts as a backend asked for by name. An entry whose backend
+    cannot run here is a miss.
+
+    Raises:
+        ValueError, RuntimeError: VIDL_BACKEND is unknown or cannot run, see `choose`.
+    """
+    if choices.recorder is not None and not torch.compiler.is_compiling():
+        choices.recorder.chosen(key, facts)
+    for named in choices.lookup(device, None if key is None else tuple(key)).split():
+        source, backend = named.split("=", 1)
+        if source == "VIDL_BACKEND":
+            return choose(backend, name, device, dtype, **facts), source
+        known = backend in BACKENDS or backend in _suffixes
+        if known and why_not(backend, name, device, dtype, **facts) is None:
+            return backend, source
+    backend = by_rule(name, device, dtype, **facts)
+    choices.say_untuned(device, backend)
+    return backend, "rule"
+
+
+def by_rule(name: str, device: str, dtype: torch.dtype, **facts: Any) -> str:
+    """The backend where nothing was measured."""
+    order = RULE.get(device, RULE_ELSEWHERE)
+    return next(b for b in order if why_not(b, name, device, dtype, **facts) is None)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ import vidl
 from vidl import info
 from vidl.cli import EXTRAS, SPINS, main
 from vidl.data import video
-from vidl.kernels import library
+from vidl.kernels import choices, library
 from vidl.training import Config
 
 
@@ -48,6 +48,38 @@ def test_info_names_versions_build_devices_and_decoders():
     assert facts["cpu"]["model"] and facts["cpu"]["cores"] >= 1
     assert set(facts["decoders"]) == {"PyAV", "torchcodec"}
     assert len(facts["gpus"]) == torch.cuda.device_count()
+
+
+def test_info_says_what_auto_takes_and_from_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path))
+    monkeypatch.setattr(choices, "_tables", {})
+    key = choices.Key("select_tokens", (("rows", 3),), "float32", (), False)
+    choices.write("cpu", key, "reference")
+    choices.write("cpu", key._replace(gradient=True), "native")
+    facts = info.collect()
+    rows = {row["op"]: row for row in facts["choices"]["ops"] if row["device"] == "cpu"}
+    assert rows["select_tokens"]["tuned"] == {"reference": 1, "native": 1}
+    assert rows["frame_difference"]["tuned"] == {} == rows["select_tokens"]["shipped"]
+    assert all(row["rule"] in library.BACKENDS for row in rows.values())
+    assert "tuned native x 1, tuned reference x 1" in info.render(facts)
+    # an override that cannot run everywhere is shown, and is no error
+    monkeypatch.setenv("VIDL_BACKEND", "triton")
+    assert "VIDL_BACKEND=triton overrides it" in info.render(info.collect())
+
+
+def test_info_says_what_the_launcher_of_triton_needs(tmp_path, monkeypatch):
+    assert set(info.triton_needs()) == {"C compiler", "Python.h"}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(info.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert info.triton_needs() == {"C compiler": None, "Python.h": None}
+    (tmp_path / "Python.h").touch()
+    (tmp_path / "mycc").touch(mode=0o755)
+    monkeypatch.setenv("CC", "mycc -O1")
+    needs = info.triton_needs()
+    assert needs == {"C compiler": str(tmp_path / "mycc"), "Python.h": str(tmp_path / "Python.h")}
+    text = info.render(info.collect())
+    assert "launcher of Triton" in text and str(tmp_path / "mycc") in text
 
 
 def test_version(capsys):

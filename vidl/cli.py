@@ -14,6 +14,7 @@ from typing import Any
 
 import vidl
 from vidl.bench import commands as bench_commands
+from vidl.bench.tuning import commands as tuning
 
 # How often an OpenMP thread that waits looks for work before it sleeps. By default it spins for
 # milliseconds, and takes the core from the thread that it waits for, if the cores are shared.
@@ -399,6 +400,7 @@ def _add_configuration(command: argparse.ArgumentParser) -> None:
     add("-h", "--help", action=_HelpOnFields, help="show this help and every configuration field")
     add("--config", type=Path, metavar="FILE", help="YAML file of sections and their fields")
     add("overrides", nargs="*", metavar="SECTION.FIELD=VALUE", help="e.g. data.files=[a.json]")
+    tuning.add_option(command)
 
 
 class _HelpOnFields(argparse.Action):
@@ -422,6 +424,7 @@ def _pretrain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         config = Config.read(args.config, args.overrides)
     except ValueError as error:
         parser.error(str(error))
+    tuning.before_training(config, args.tune)
     pretrain(config)
     return 0
 
@@ -460,6 +463,7 @@ def _finetune(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         config = configuration(args.weights, args.config, args.overrides)
     except ValueError as error:
         parser.error(str(error))
+    tuning.before_training(config, args.tune)
     finetune(args.task, config, **({"answers": args.answers} if args.task == "qa" else {}))
     return 0
 

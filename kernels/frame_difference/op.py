@@ -8,12 +8,13 @@ A tubelet that shows no motion has difference 0 and needs no token of its own.
 Source: Run-Length Tokenization, arXiv 2411.05222, 3.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vidl.kernels import library
+from vidl.kernels import choices, library
 from vidl.kernels.arguments import check_counts
 from vidl.kernels.patches import check_divides, check_normalisation, check_video
 
@@ -82,5 +83,13 @@ def frame_difference(
     check_divides(video, patch)
     scale = [] if std is None else check_normalisation(video, None, std)[1]
     dtype = torch.float32 if video.dtype == torch.uint8 else video.dtype
-    backend = library.choose(backend, "frame_difference", video.device.type, dtype)
+    key = choices.key(
+        "frame_difference",
+        video.device.type,
+        dtype,
+        (),
+        {"rows": video.shape[0] * math.prod(_grid(video.shape, patch)), "pixels": math.prod(patch)},
+        bytes=video.dtype == torch.uint8,
+    )
+    backend = library.choose(backend, "frame_difference", video.device.type, dtype, key)
     return library.run("frame_difference", backend, video.detach(), list(patch), scale)

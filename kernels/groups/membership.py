@@ -114,6 +114,15 @@ class Groups:
         """G."""
         return self.query_offsets.shape[0] - 1
 
+    @property
+    def layout(self) -> str:
+        """ "equal", "packed" or "gathered" rows, or "shared" if a row of keys is in two groups."""
+        if self.entries is not None:
+            return "shared"
+        if self.query_rows is not None or self.key_rows is not None:
+            return "gathered"
+        return "equal" if self.uniform else "packed"
+
     def to(self, device: torch.device | str) -> "Groups":
         """The same groups on another device."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidl.kernels import library
+from vidl.kernels import choices, library
 from vidl.kernels.arguments import check_tensors
 from vidl.kernels.patches import (
     FLOATING,
@@ -194,7 +194,24 @@ def masked_patch_embed(
     time, space = _time_and_space(position)
     _check_position(video, weight, bias, time, space)
     args = (video, weight, bias, time, space, ids_keep, cu_seqlens, mean, std)
-    backend = library.choose(backend, "masked_patch_embed", video.device.type, weight.dtype)
+    device, dtype = video.device.type, weight.dtype
+    rows = video.shape[0] * num_patches(video.shape, weight.shape)
+    key = choices.key(
+        "masked_patch_embed",
+        device,
+        dtype,
+        (video, weight, bias, time, space),
+        {
+            "rows": rows if ids_keep is None else ids_keep.numel(),
+            "pixels": weight.shape[1:].numel(),
+            "width": weight.shape[0],
+        },
+        bytes=video.dtype == torch.uint8,
+        masked=ids_keep is not None,
+        packed=cu_seqlens is not None,
+        video_gradient=torch.is_grad_enabled() and video.requires_grad,
+    )
+    backend = library.choose(backend, "masked_patch_embed", device, dtype, key)
     return library.run("masked_patch_embed", backend, *args)
 
 

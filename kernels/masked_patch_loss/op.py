@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vidl.kernels import library
+from vidl.kernels import choices, library
 from vidl.kernels.arguments import check_count, check_flag, check_tensors, pair
 from vidl.kernels.patches import FLOATING, check_divides, check_ids, check_video, per_channel
 
@@ -169,7 +169,17 @@ def masked_patch_loss(
     scale, shift = _affine(video, target, mean, std)
     dtype = torch.float64 if video.dtype == torch.float64 else prediction.dtype
     facts = {"pixels": prediction.shape[-1], "channels": video.shape[1]}
-    backend = library.choose(backend, "masked_patch_loss", video.device.type, dtype, **facts)
+    key = choices.key(
+        "masked_patch_loss",
+        video.device.type,
+        dtype,
+        (prediction,),
+        {"rows": ids_masked.numel(), "pixels": prediction.shape[-1]},
+        bytes=video.dtype == torch.uint8,
+        statistics=statistics,
+        packed=cu_seqlens is not None,
+    )
+    backend = library.choose(backend, "masked_patch_loss", video.device.type, dtype, key, **facts)
     args = (prediction, video, ids_masked, cu_seqlens, list(patch), statistics, scale, shift, EPS)
     losses = library.run("masked_patch_loss", backend, *args)
     return losses if reduction == "none" else losses.sum() / max(losses.numel(), 1)

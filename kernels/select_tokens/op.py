@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vidl.kernels import library
+from vidl.kernels import choices, library
 from vidl.kernels.arguments import check_count, check_floating, check_shape, check_tensors, finite
 
 from . import pytorch, reference
@@ -215,8 +215,9 @@ def select_tokens(
     high = torch.promote_types(x.dtype, torch.float32)
     ranks = (scores if rank_by is None else rank_by).detach().to(high)
     weights = scores.to(high) if fuse else None
+    key = _key(x, scores, order, fuse, cu_seqlens)
     backend = library.choose(
-        backend, "select_tokens", x.device.type, x.dtype, rows=scores.shape[-1]
+        backend, "select_tokens", x.device.type, x.dtype, key, rows=scores.shape[-1]
     )
     run = functools.partial(library.run, "select_tokens", backend)
     if cu_seqlens is not None:
@@ -245,6 +246,26 @@ def select_tokens(
         ids.view(*batch, K),
         inverse.view(scores.shape),
         offsets,
+    )
+
+
+def _key(
+    x: Tensor, scores: Tensor, order: Order, fuse: Fuse | None, cu_seqlens: Tensor | None
+) -> choices.Key | None:
+    samples = 1 if cu_seqlens is None else max(cu_seqlens.shape[0] - 1, 1)
+    return choices.key(
+        "select_tokens",
+        x.device.type,
+        x.dtype,
+        (x, scores) if fuse else (x,),
+        {
+            "tokens": scores.shape[-1] // samples,  # of a sample; on average, if packed
+            "rows": scores.numel(),
+            "width": math.prod(x.shape[scores.ndim :]),
+        },
+        order=order,
+        fuse=fuse or "",
+        packed=cu_seqlens is not None,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from vidl.kernels import library
+from vidl.kernels import choices, library
 from vidl.kernels.arguments import check_flag, check_tensors, finite
 from vidl.kernels.groups import SCHEMA, Arguments, Groups
 
@@ -174,7 +174,7 @@ def space_time_attention(
     Args:
         q: [num_queries, H, D] float32 (not for "native" on CUDA), float16 or bfloat16; D is 32, 64,
             80, 96 or 128 (any, for "torch" and "reference"). The last dimension is contiguous, or
-            copied; the others have any stride: the slices of a fused [total, 3, H, D] buffer need no
+            copied; the others have any stride: slices of a fused [total, 3, H, D] buffer need no
             copy.
         k, v: [num_keys, H, D], the same dtype and device.
         groups: which queries attend to which keys.
@@ -206,13 +206,40 @@ def space_time_attention(
     dtype = library.autocast_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = q.shape[2] ** -0.5 if scale is None else finite("scale", scale)
+    key = _key(q, k, v, dtype, groups, return_lse, return_scores)
     chosen = library.choose(
-        backend, "space_time_attention", q.device.type, dtype, head_size=q.shape[2]
+        backend, "space_time_attention", q.device.type, dtype, key, head_size=q.shape[2]
     )
     args = (q, k, v, *groups.arguments(), scale, return_scores or "")
     out, lse, scores = library.run("space_time_attention", chosen, *args, lse=return_lse)
     results = [out, *([lse.detach()] if return_lse else []), *([scores] if return_scores else [])]
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def _key(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dtype: torch.dtype,
+    groups: Groups,
+    return_lse: bool,
+    return_scores: Scores | None,
+) -> choices.Key | None:
+    return choices.key(
+        "space_time_attention",
+        q.device.type,
+        dtype,
+        (q, k, v),
+        {
+            "queries": groups.max_queries,
+            "keys": groups.max_keys,
+            "rows": q.shape[0] * q.shape[1],
+        },
+        head_size=q.shape[2],
+        groups=groups.layout,
+        lse=return_lse,
+        scores=return_scores or "",
+    )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, groups: Groups, return_scores: Scores | None) -> None:

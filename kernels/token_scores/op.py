@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidl.kernels import library
+from vidl.kernels import choices, library
 from vidl.kernels.arguments import check_tensors, finite
 from vidl.kernels.groups import SCHEMA, Arguments, Groups
 
@@ -253,9 +253,22 @@ def _score(
     q, k, v = (tensors[name].to(dtype) if name in tensors else None for name in "qkv")
     if kind == "similarity":  # not differentiable
         k = tensors["k"].to(dtype).detach()
-    backend = library.choose(
-        backend, "token_scores", groups.query_offsets.device.type, dtype, head_size=head_size
+    device = groups.query_offsets.device.type
+    key = choices.key(
+        "token_scores",
+        device,
+        dtype,
+        (q, k, v),
+        {
+            "queries": groups.max_queries if kind == "mean" else 1,
+            "keys": groups.max_keys,
+            "rows": tensors["k"].shape[0] * tensors["k"].shape[1],
+        },
+        head_size=head_size,
+        groups=groups.layout,
+        kind=kind,
     )
+    backend = library.choose(backend, "token_scores", device, dtype, key, head_size=head_size)
     lse = None if lse is None else lse.detach().contiguous()
     return library.run("token_scores", backend, q, k, v, lse, *groups.arguments(), scale, kind)
 
