@@ -446,6 +446,20 @@ def test_groups_that_do_not_fit_are_caught(text, change):
         space_time_attention(ROWS, ROWS, ROWS, groups, backend="native")
 
 
+@pytest.mark.parametrize("op", [OP, "token_scores"])
+@pytest.mark.parametrize("name", ["query_offsets", "query_rows", "entry_offsets", "entries"])
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_the_registered_op_checks_its_lists(name, op, backend):
+    Where(backend, "cpu").skip_unless_runs(op)
+    groups = GROUPS["frames and a global token"]()
+    q, k, v = (x.detach() for x in fused(groups, 1, 32, torch.float32, "cpu"))
+    lists = groups.arguments()
+    lists = lists._replace(**{name: getattr(lists, name)[:-1]})
+    given = (v, *lists, 1.0, "") if op == OP else (None, None, *lists, 1.0, "mean")
+    with pytest.raises(RuntimeError, match=f"need {name} "):
+        library.kernel(op, backend)(q, k, *given)
+
+
 def test_debugging_checks_all_of_the_groups(monkeypatch):
     rows = torch.tensor([0, 0, 2, 3, 4, 5, 6, 7]).int()
     groups = Groups(**{**vars(SMALL), "query_rows": rows}, checked=True)
