@@ -229,12 +229,16 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t n = int64_t{blockIdx.x / column_blocks} * (kThreads / 32) + warp;
   const int64_t column = int64_t{blockIdx.x % column_blocks} * (32 * kColumns) + lane;
-  float sum[kColumns] = {};
+  // With Kahan's compensation: rounding errors would grow with the rows that show a patch.
+  float sum[kColumns] = {}, lost[kColumns] = {};
   const auto add = [&](int64_t m) {
 #pragma unroll
     for (int i = 0; i < kColumns; i++) {
       const int64_t c = column + 32 * i;
-      if (c < C) sum[i] += to_float(grad_out[m * C + c]);
+      if (c >= C) continue;
+      const float term = to_float(grad_out[m * C + c]) - lost[i], next = sum[i] + term;
+      lost[i] = (next - sum[i]) - term;
+      sum[i] = next;
     }
   };
   if (rows.ids == nullptr) {
