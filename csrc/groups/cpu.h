@@ -80,12 +80,13 @@ VIDL_VECTOR_INLINE RowOfWeights exponentiate(float* line, int64_t keys, int64_t 
 }
 
 // Adds terms to sums with Kahan's compensation: rounding errors would grow with the terms of one
-// sum. `lost` holds what rounding cut off, zeros at first.
+// sum. `lost` holds what rounding cut off, zeros at first; an infinite sum stays infinite.
 VIDL_VECTOR_INLINE void add_compensated(const float* terms, int64_t count, float* sums,
                                         float* lost) {
   for (int64_t j = 0; j < count; j++) {
     const float term = terms[j] - lost[j], sum = sums[j] + term;
-    lost[j] = (sum - sums[j]) - term;
+    const float rest = (sum - sums[j]) - term;
+    lost[j] = std::abs(rest) <= FLT_MAX ? rest : 0.0f;
     sums[j] = sum;
   }
 }

@@ -10,6 +10,7 @@
 //   unpack    reads grad_patches once, writes the clip once
 #undef NDEBUG  // device assertions guard the indices in release builds too
 #include <algorithm>
+#include <cfloat>
 #include <initializer_list>
 #include <type_traits>
 
@@ -229,7 +230,8 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t n = int64_t{blockIdx.x / column_blocks} * (kThreads / 32) + warp;
   const int64_t column = int64_t{blockIdx.x % column_blocks} * (32 * kColumns) + lane;
-  // With Kahan's compensation: rounding errors would grow with the rows that show a patch.
+  // With Kahan's compensation: rounding errors would grow with the rows that show a patch. An
+  // infinite sum stays infinite.
   float sum[kColumns] = {}, lost[kColumns] = {};
   const auto add = [&](int64_t m) {
 #pragma unroll
@@ -237,7 +239,8 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t c = column + 32 * i;
       if (c >= C) continue;
       const float term = to_float(grad_out[m * C + c]) - lost[i], next = sum[i] + term;
-      lost[i] = (next - sum[i]) - term;
+      const float rest = (next - sum[i]) - term;
+      lost[i] = fabsf(rest) <= FLT_MAX ? rest : 0.0f;
       sum[i] = next;
     }
   };

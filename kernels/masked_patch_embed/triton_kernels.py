@@ -203,10 +203,14 @@ def fold_kernel(
 
 @triton.jit
 def _add_compensated(term, total, lost):
-    """total + term and what rounding cut off, by Kahan: errors would grow with the terms."""
+    """total + term and what rounding cut off, by Kahan: errors would grow with the terms.
+
+    An infinite total stays infinite.
+    """
     term -= lost
     higher = total + term
-    return higher, (higher - total) - term
+    rest = (higher - total) - term
+    return higher, tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
 
 
 @triton.jit
