@@ -149,7 +149,7 @@ def run(name: str, backend: str, *args: Any) -> Any:
     """
     op = OPS[name]
     if choices.recorder is not None and not torch.compiler.is_compiling():
-        choices.recorder.ran(name, args)
+        choices.recorder.ran(name, args, {})
     if backend == "reference":
         assert op.reference is not None
         return op.reference(*args)

@@ -25,6 +25,7 @@ class Recorded:
         device: type of device.
         facts: of `library.why_not`.
         arguments: of the op; tensors as `describe` returns them.
+        needs: of `library.run`.
         label: where it comes from, for people.
         work: minimal bytes and FLOPs of each phase, where the benchmarks know them.
     """
@@ -33,6 +34,7 @@ class Recorded:
     device: str
     facts: dict[str, Any]
     arguments: list[Any]
+    needs: dict[str, bool] = field(default_factory=dict)
     label: str = ""
     work: list[tuple[int, int]] = field(default_factory=list)
 
@@ -74,6 +76,7 @@ class Recorded:
             "device": self.device,
             "facts": self.facts,
             "arguments": self.arguments,
+            "needs": self.needs,
             "work": self.work,
         }
 
@@ -87,7 +90,9 @@ class Recorded:
 def recorded(calls: dict[choices.Key, Recorded], label: str = "") -> Iterator[None]:
     """Add the first call of every key within the block to `calls`."""
 
-    def note(key: choices.Key, facts: dict[str, Any], arguments: Sequence[Any]) -> None:
+    def note(
+        key: choices.Key, facts: dict[str, Any], arguments: Sequence[Any], needs: dict[str, bool]
+    ) -> None:
         key = key._replace(policy="eager")  # both are measured together
         if key in calls:
             return
@@ -99,7 +104,7 @@ def recorded(calls: dict[choices.Key, Recorded], label: str = "") -> Iterator[No
                 for name, x in zip(names, arguments, strict=True)
             ]
         device = next(x.device.type for x in arguments if isinstance(x, Tensor))
-        calls[key] = Recorded(key, device, facts, described, label)
+        calls[key] = Recorded(key, device, facts, described, needs, label)
 
     with choices.recording(note):
         yield
@@ -167,9 +172,11 @@ def results(
     """
     schema = schema_of(call.key.op)
     with torch.set_grad_enabled(call.key.gradient):
-        outs = outputs(library.run(call.key.op, backend, *arguments))
+        outs = outputs(library.run(call.key.op, backend, *arguments, **call.needs))
     names = [returned.name or f"result {i}" for i, returned in enumerate(schema.returns)]
-    values = {name: x.detach() for name, x in zip(names, outs, strict=False)}
+    values = {
+        name: x.detach() for name, x in zip(names, outs, strict=False) if call.needs.get(name, True)
+    }
     if call.key.gradient:
         inputs = {
             argument.name: x
