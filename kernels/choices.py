@@ -243,9 +243,8 @@ def say_untuned(kind: str, backend: str) -> None:
         log.warning(f"vidl: using {backend} on {name}; `vidl tune` measures the kernels on it")
 
 
-# Called with the key of a call, the facts of `library.why_not`, and the arguments and needs of
-# `library.run`.
-Note = Callable[[Key, dict[str, Any], Sequence[Any], dict[str, bool]], None]
+# Called with the key of a call, the facts of `library.why_not`, and the op's arguments.
+Note = Callable[[Key, dict[str, Any], Sequence[Any]], None]
 
 
 class Recorder:
@@ -259,11 +258,11 @@ class Recorder:
         """A backend was chosen for a call, which follows."""
         self.last = (wanted, facts)
 
-    def ran(self, name: str, arguments: Sequence[Any], needs: dict[str, bool]) -> None:
+    def ran(self, name: str, arguments: Sequence[Any]) -> None:
         """An op runs: note it if its backend was chosen just before."""
         (wanted, facts), self.last = self.last, (None, {})
         if wanted is not None and wanted.op == name:
-            self.note(wanted, facts, arguments, needs)
+            self.note(wanted, facts, arguments)
 
 
 recorder: Recorder | None = None

@@ -1,9 +1,10 @@
 """Where ops meet PyTorch: schemas, the native library, and the choice of a backend.
 
 An op is declared once, in Python. C++ attaches to it by name (`csrc/`), Triton as an opaque op of
-its own; both share the fake kernel, the autograd formula and the FLOP formula. The backend
-"reference" is the op's definition in plain PyTorch, which PyTorch differentiates itself, any number
-of times and in both modes. The others have a first derivative in reverse mode, and refuse the rest.
+its own; both share the fake kernel, the autograd formula and the FLOP formula. They have a first
+derivative in reverse mode, and refuse the rest. Two backends are written in PyTorch, which
+differentiates them itself: "reference" is the op's definition, any number of times and in both
+modes; "torch" is the fastest composition of PyTorch's own operations that we know, on any device.
 """
 
 import functools
@@ -25,13 +26,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vidl.kernels import choices
 
-BACKENDS = ("native", "triton", "reference")
+BACKENDS = ("native", "triton", "torch", "reference")
+PYTORCH = ("torch", "reference")  # those written in PyTorch: any device, any floating dtype
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # The rule of "auto" where nothing was measured, for each device type: the first that can run.
-RULE = {"cpu": ("native", "torch", "reference")}
-RULE_ELSEWHERE = ("torch", "reference")
+RULE = {"cpu": ("native", "torch")}
+RULE_ELSEWHERE = ("torch",)
 
 # Backends whose kernels are ops of their own, and the suffix of those ops.
 _suffixes = {"native": "", "triton": "_triton"}
@@ -48,6 +50,8 @@ class Op:
     # The definition in plain PyTorch: the schema's arguments and results, without the last
     # `only_for_backward` results. None for the backward op of another.
     reference: Callable[..., Any] | None = None
+    # The fastest composition of PyTorch's operations: arguments and results as of `reference`.
+    torch: Callable[..., Any] | None = None
     only_for_backward: int = 0  # so many results at the end serve `backward` alone
     setup_context: Callable[..., None] | None = None  # as torch.library.register_autograd has it
     backward: Callable[..., Any] | None = None  # backward(<name>_bwd of this backend, ctx, *grads)
@@ -136,20 +140,26 @@ def kernel(name: str, backend: str) -> Callable[..., Any]:
     return getattr(torch.ops.vidl, name + _suffixes[backend]).default
 
 
-def run(name: str, backend: str, *args: Any) -> Any:
+def run(name: str, backend: str, *args: Any, **needs: bool) -> Any:
     """Run the op `name` on any backend.
+
+    Args:
+        needs: results of the schema that the caller needs or not; the backend "torch" leaves out
+            those that it would have to compute separately.
 
     Returns:
         The results of the schema without those that serve the backward pass alone: one tensor, or
         a tuple of several.
 
     Raises:
-        RuntimeError: an argument has a tangent of forward-mode AD, for another backend than
-            "reference".
+        RuntimeError: an argument has a tangent of forward-mode AD, for a backend with kernels.
     """
     op = OPS[name]
     if choices.recorder is not None and not torch.compiler.is_compiling():
-        choices.recorder.ran(name, args, {})
+        choices.recorder.ran(name, args)
+    if backend == "torch":
+        assert op.torch is not None
+        return op.torch(*args, **needs)
     if backend == "reference":
         assert op.reference is not None
         return op.reference(*args)
@@ -184,15 +194,24 @@ def _declare(op: Op, backend: str) -> None:
 
 
 def _call(op: Any, *args: Any) -> Any:
-    """Call an op that has no formula for forward-mode AD: PyTorch would drop the tangents."""
+    """Call an op, without the autograd layer of torch.library where no gradient is needed.
+
+    That layer is written in Python and takes as long as a small kernel. It also has no formula for
+    forward-mode AD, and would drop the tangents.
+    """
     if forward_ad._current_level >= 0:
         for x in args:
             if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
                 raise RuntimeError(
-                    f"{op._opname}: no forward-mode derivative: use backend='reference', or "
-                    "reverse mode"
+                    f"{op._opname}: no forward-mode derivative: use backend='torch' or "
+                    "'reference', or reverse mode"
                 )
-    return op(*args)
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return op(*args)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def _no_second_derivative(name: str, ctx: Any, *grads: Any) -> None:
@@ -214,7 +233,7 @@ def why_not(backend: str, name: str, device: str, dtype: torch.dtype, **facts: A
         dtype: of the computation.
         facts: the numbers that the op's own limits depend on.
     """
-    if backend == "reference":
+    if backend in PYTORCH:
         return None
     return _why_not_here(backend, name, device, dtype) or OPS[name].limits(
         backend, device=device, dtype=dtype, **facts
@@ -247,7 +266,7 @@ def check_backend(backend: str) -> None:
     """Raise unless there is a backend of this name."""
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string, got {type(backend).__name__}")
-    if backend not in ("auto", "reference", *_suffixes):
+    if backend not in ("auto", *PYTORCH, *_suffixes):
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
 
 
@@ -309,7 +328,7 @@ def automatic(
 
 def by_rule(name: str, device: str, dtype: torch.dtype, **facts: Any) -> str:
     """The backend where nothing was measured."""
-    order = [b for b in RULE.get(device, RULE_ELSEWHERE) if b in BACKENDS]
+    order = RULE.get(device, RULE_ELSEWHERE)
     return next(b for b in order if why_not(b, name, device, dtype, **facts) is None)
 
 

@@ -156,6 +156,16 @@ def test_large_patches_are_as_accurate_as_torch(target, norm_pix):
         assert_as_accurate(ours, low, true, torch.float32)
 
 
+@pytest.mark.parametrize("rows, numbers", [(4, 384), (5, 383)])
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_the_registered_op_checks_its_prediction(rows, numbers, backend):
+    Where(backend, "cpu").skip_unless_runs(OP)
+    _, clip, ids, _ = Case().inputs(torch.float32, "cpu")
+    options = ((2, 8, 8), "none", [1.0] * 3, [0.0] * 3, 1e-6)
+    with pytest.raises(RuntimeError, match="need a prediction"):
+        library.kernel(OP, backend)(torch.zeros(2, rows, numbers), clip, ids, None, *options)
+
+
 @pytest.mark.parametrize("name", ["MAE", "VideoMAE", "ragged", "no rows", "no rows ragged"])
 def test_mean(name, where):
     where.skip_unless_runs(OP)

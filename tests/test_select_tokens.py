@@ -499,6 +499,14 @@ def test_misuse_is_explained(error, text, change):
         select_tokens(**({"x": X, "scores": SCORES, "keep": 3} | change))
 
 
+@pytest.mark.parametrize("name", ["scores", "weights"])
+def test_the_triton_op_checks_its_numbers(name):
+    Where("triton", "cpu").skip_unless_runs(OP)
+    numbers = {"scores": SCORES, "weights": SCORES} | {name: SCORES[:, :5]}
+    with pytest.raises(RuntimeError, match=f"need {name} "):
+        library.kernel(OP, "triton")(X, *numbers.values(), None, None, 3, 0, "index", "sum")
+
+
 def test_a_backend_asked_for_never_falls_back():
     with pytest.raises(RuntimeError, match="native: .*\n  triton: .*\n  reference: can run"):
         select_tokens(X.double(), SCORES, 3, backend="native")

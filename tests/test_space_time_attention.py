@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from where import Where
 
 from vidl.kernels import library
-from vidl.kernels.space_time_attention import handover
 from vidl.ops import Groups, space_time_attention
 
 OP = "space_time_attention"
@@ -212,55 +211,6 @@ def test_equals_flex_attention():
     torch.testing.assert_close(out, expected[0].transpose(0, 1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["equal", "cross", "ragged", "frames"])
-@pytest.mark.parametrize("attention", [handover.sdpa, handover.varlen_attn, handover.flash_attn])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_other_implementations_agree(attention, name, device):
-    """The implementations that long groups are handed to; a second oracle for the definition."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
-    groups = GROUPS[name]().to(device)
-    if device == "cpu" and attention is not handover.sdpa:
-        pytest.skip("needs CUDA")
-    if attention is handover.flash_attn:
-        pytest.importorskip("flash_attn")
-    if attention is handover.sdpa and not (groups.uniform and groups.query_rows is None):
-        pytest.skip("needs equal groups")
-
-    def results(attend):
-        leaves = fused(groups, 2, 64, torch.float32, device)
-        leaves = [x.detach().requires_grad_() for x in leaves]
-        out = attend(*(x.bfloat16() if device == "cuda" else x for x in leaves))
-        return gradients(out.float(), leaves)
-
-    true = results(
-        lambda q, k, v: space_time_attention(q, k, v, groups, scale=0.2, backend="reference")
-    )
-    tolerance = 1e-4 if device == "cpu" else 3e-2
-    for ours, theirs in zip(results(lambda *x: attention(*x, groups, 0.2)), true, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-def test_long_groups_are_handed_over(monkeypatch):
-    q = torch.zeros(90, 1, 64)
-    joint, equal = Groups.joint(torch.tensor([0, 40, 90]).int(), 90, 50), Groups.equal(2, 45)
-    monkeypatch.setitem(handover.LONG, "cpu", 45)
-    assert handover.find(q, equal, "native") is handover.sdpa
-    assert handover.find(q, Groups.equal(3, 30), "native") is None
-    assert handover.find(q, Groups.equal(3, 30), "reference") is handover.sdpa
-    assert handover.find(q, Groups.equal(3, 0), "reference") is None
-    assert handover.find(q, joint, "native") is None  # there is none for packed groups on the CPU
-    assert handover.find(q, equal.with_global(), "native") is None  # keys that are shared
-
-    calls = []
-    monkeypatch.setattr(handover, "sdpa", lambda *args: calls.append(args) or args[0])
-    space_time_attention(q, q, q, equal)
-    assert len(calls) == 1
-    for options in ({"return_lse": True}, {"return_scores": "cls"}, {"backend": "reference"}):
-        space_time_attention(q, q, q, equal, **options)
-    assert len(calls) == 1
-
-
 @pytest.mark.parametrize("scale", [0.0, -0.2])
 def test_any_scale(scale, where):
     """A scale of zero makes all weights equal; a negative scale prefers the smallest logit."""
@@ -446,6 +396,20 @@ def test_groups_that_do_not_fit_are_caught(text, change):
         space_time_attention(ROWS, ROWS, ROWS, groups, backend="native")
 
 
+@pytest.mark.parametrize("op", [OP, "token_scores"])
+@pytest.mark.parametrize("name", ["query_offsets", "query_rows", "entry_offsets", "entries"])
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_the_registered_op_checks_its_lists(name, op, backend):
+    Where(backend, "cpu").skip_unless_runs(op)
+    groups = GROUPS["frames and a global token"]()
+    q, k, v = (x.detach() for x in fused(groups, 1, 32, torch.float32, "cpu"))
+    lists = groups.arguments()
+    lists = lists._replace(**{name: getattr(lists, name)[:-1]})
+    given = (v, *lists, 1.0, "") if op == OP else (None, None, *lists, 1.0, "mean")
+    with pytest.raises(RuntimeError, match=f"need {name} "):
+        library.kernel(op, backend)(q, k, *given)
+
+
 def test_debugging_checks_all_of_the_groups(monkeypatch):
     rows = torch.tensor([0, 0, 2, 3, 4, 5, 6, 7]).int()
     groups = Groups(**{**vars(SMALL), "query_rows": rows}, checked=True)
@@ -464,18 +428,26 @@ def test_the_scale_is_finite(scale, backend):
         space_time_attention(ROWS, ROWS, ROWS, SMALL, scale=torch.ones(()), backend=backend)
 
 
-def test_scores_of_many_queries_are_as_accurate_as_torch():
+def test_many_queries_are_as_accurate_as_torch():
+    """Numbers of one sign: rounding errors of long sums do not cancel."""
     Where("native", "cpu").skip_unless_runs(OP)
-    q, k, v = torch.randn(3, 4096, 1, 32).unbind()
+    x = [torch.rand(rows, 1, 32) for rows in (4096, 2736, 2736)]
 
-    def scores(dtype, backend):
-        x = (t.to(dtype) for t in (q * 0.5, k * 0.5, v))
-        return space_time_attention(
-            *x, Groups.equal(1, 4096), return_scores="mean", backend=backend
-        )[1]
+    def results(dtype, backend):
+        leaves = [t.to(dtype).requires_grad_() for t in x]
+        out, importance = space_time_attention(
+            *leaves, Groups.equal(1, 4096, keys=2736), return_scores="mean", backend=backend
+        )
+        grads = torch.autograd.grad((out, importance), leaves, (out.detach(), importance.detach()))
+        return [out, importance, *grads]
 
-    ours, low = scores(torch.float32, "native"), scores(torch.float32, "reference")
-    assert_as_accurate(ours, low, scores(torch.float64, "reference"), torch.float32)
+    for ours, low, true in zip(
+        results(torch.float32, "native"),
+        results(torch.float32, "reference"),
+        results(torch.float64, "reference"),
+        strict=True,
+    ):
+        assert_as_accurate(ours, low, true, torch.float32)
 
 
 def test_the_interpreter_is_refused_in_bfloat16():

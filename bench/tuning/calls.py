@@ -25,7 +25,6 @@ class Recorded:
         device: type of device.
         facts: of `library.why_not`.
         arguments: of the op; tensors as `describe` returns them.
-        needs: of `library.run`.
         label: where it comes from, for people.
         work: minimal bytes and FLOPs of each phase, where the benchmarks know them.
     """
@@ -34,7 +33,6 @@ class Recorded:
     device: str
     facts: dict[str, Any]
     arguments: list[Any]
-    needs: dict[str, bool] = field(default_factory=dict)
     label: str = ""
     work: list[tuple[int, int]] = field(default_factory=list)
 
@@ -43,11 +41,15 @@ class Recorded:
         dtype: torch.dtype = getattr(torch, self.key.dtype)
         return dtype
 
+    @property
+    def needs(self) -> dict[str, bool]:
+        """Of `library.run`: the results that the caller needed or not."""
+        return {name: value for name, value in self.key.facts if name == "lse"}
+
     def candidates(self) -> tuple[list[str], dict[str, str]]:
         """The backends to measure, the baseline first, and the reasons against the others.
 
-        The baseline is "torch", or "reference" where it cannot run; else nobody needs the time of
-        the definition.
+        The baseline is "torch"; nobody needs the time of the definition.
         """
         names, reasons = [], {}
         for backend in library.BACKENDS:
@@ -58,9 +60,7 @@ class Recorded:
                 names.append(backend)
             else:
                 reasons[backend] = reason
-        baseline = "torch" if "torch" in names else "reference"
-        names = [name for name in names if name not in ("reference", baseline)]
-        return [baseline, *names], reasons
+        return ["torch", *(name for name in names if name not in library.PYTORCH)], reasons
 
     def draw(self, seed: int = 0) -> list[Any]:
         """The arguments, with tensors that require gradients as leaves."""
@@ -76,7 +76,6 @@ class Recorded:
             "device": self.device,
             "facts": self.facts,
             "arguments": self.arguments,
-            "needs": self.needs,
             "work": self.work,
         }
 
@@ -90,9 +89,7 @@ class Recorded:
 def recorded(calls: dict[choices.Key, Recorded], label: str = "") -> Iterator[None]:
     """Add the first call of every key within the block to `calls`."""
 
-    def note(
-        key: choices.Key, facts: dict[str, Any], arguments: Sequence[Any], needs: dict[str, bool]
-    ) -> None:
+    def note(key: choices.Key, facts: dict[str, Any], arguments: Sequence[Any]) -> None:
         key = key._replace(policy="eager")  # both are measured together
         if key in calls:
             return
@@ -104,7 +101,7 @@ def recorded(calls: dict[choices.Key, Recorded], label: str = "") -> Iterator[No
                 for name, x in zip(names, arguments, strict=True)
             ]
         device = next(x.device.type for x in arguments if isinstance(x, Tensor))
-        calls[key] = Recorded(key, device, facts, described, needs, label)
+        calls[key] = Recorded(key, device, facts, described, label)
 
     with choices.recording(note):
         yield

@@ -45,6 +45,8 @@ library.define(
         fake=_fake,
         flops=_flops,
         reference=reference.frame_difference,
+        # The definition is also the fastest composition that we know.
+        torch=reference.frame_difference,
     )
 )
 
@@ -65,7 +67,7 @@ def frame_difference(
         std: C positive numbers that divide the pixels of a uint8 clip after division by 255;
             default 1. (A mean cancels in the difference.) A floating-point clip is taken as
             normalised.
-        backend: "auto", "native", "triton" or "reference".
+        backend: "auto", "native", "triton", "torch" or "reference".
 
     Returns:
         The scores [B, N] float32, N = T/t * H/h * W/w, in the order (time, row, column) of

@@ -94,6 +94,10 @@ class Groups:
     checked: InitVar[bool] = False
 
     def __post_init__(self, checked: bool) -> None:
+        for name in Arguments._fields:  # kernels read the lists as they lie in memory
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and not value.is_contiguous():
+                object.__setattr__(self, name, value.contiguous())
         if checked:
             return
         check_types(self)

@@ -22,7 +22,7 @@ from vidl.kernels.patches import (
     check_video,
 )
 
-from . import reference
+from . import pytorch, reference
 
 Position = Tensor | tuple[Tensor, Tensor]
 
@@ -95,10 +95,10 @@ def _backward(bwd: Callable[..., Any], ctx, grad_out: Tensor):
         sums = grad_position if need_position else grad_out.flatten(0, -2)
         grad_bias = sums.sum(0, dtype=torch.float32).to(bias[1])
     if need_time:
-        grad_time = grad_position.view(-1, *space[0]).sum(1).to(time[1])
+        grad_time = grad_position.view(time[0][0], *space[0]).sum(1).to(time[1])
     if need_space:
-        per_frame = grad_position if time is None else grad_position.view(-1, *space[0]).sum(0)
-        grad_space = per_frame.to(space[1])
+        by_frame = (1 if time is None else time[0][0], *space[0])
+        grad_space = grad_position.view(by_frame).sum(0).to(space[1])
     return (
         grad_video if need_video else None,
         grad_weight if need_weight else None,
@@ -130,6 +130,7 @@ library.define(
         fake=_fake,
         flops=_flops,
         reference=reference.masked_patch_embed,
+        torch=pytorch.masked_patch_embed,
         setup_context=_setup_context,
         backward=_backward,
     )
@@ -166,7 +167,7 @@ def masked_patch_embed(
         cu_seqlens: [B + 1] int32, where each sample begins in a packed `ids_keep`, from 0 to total.
         mean: C_in numbers, subtracted from the pixels of a uint8 clip after division by 255.
         std: C_in positive numbers that then divide them. Default: mean 0 and std 1.
-        backend: "auto", "native", "triton" or "reference".
+        backend: "auto", "native", "triton", "torch" or "reference".
 
     Returns:
         [B, K, C], [total, C] if packed, or [B, N, C] without `ids_keep`. Gradients flow to

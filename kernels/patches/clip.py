@@ -80,6 +80,13 @@ def check_normalisation(
     return [], []
 
 
+def cut(video: Tensor, patch: Sequence[int]) -> Tensor:
+    """The patches t, h, w of a clip, [B, T / t, H / h, W / w, C, t, h, w]; a view."""
+    t, h, w = patch
+    patches = video.unflatten(2, (-1, t)).unflatten(4, (-1, h)).unflatten(6, (-1, w))
+    return patches.permute(0, 2, 4, 6, 1, 3, 5, 7)
+
+
 def gather(
     name: str,
     video: Tensor,  # [B, C, T, H, W]
@@ -87,7 +94,7 @@ def gather(
     ids: Tensor | None,  # [B, K] or [total]; None: all
     cu_seqlens: Tensor | None,  # [B + 1]
 ) -> tuple[Tensor, Tensor]:
-    """Gather patches in plain PyTorch, for the references.
+    """Gather patches in plain PyTorch.
 
     Args:
         name: of the op and its ids, for the error message.
@@ -95,10 +102,7 @@ def gather(
     Returns:
         The patches [rows, C, t, h, w], and the id of each, [rows].
     """
-    t, h, w = patch
-    # [B, T / t, H / h, W / w, C, t, h, w]: a view, so that only the patches in `ids` are copied
-    patches = video.unflatten(2, (-1, t)).unflatten(4, (-1, h)).unflatten(6, (-1, w))
-    patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7)
+    patches = cut(video, patch)  # a view, so that only the patches in `ids` are copied
     slices, rows, columns = patches.shape[1:4]
     N = slices * rows * columns
     sample, ids = _rows(name, video.shape[0], N, ids, cu_seqlens, video.device)
@@ -128,3 +132,20 @@ def _rows(
     )
     row = torch.arange(total, device=device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:], row, right=True), ids
+
+
+_constants: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = {}
+
+
+def constants(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The numbers as a tensor, copied to the device once: a copy synchronises with the host."""
+    if torch.compiler.is_compiling():  # constants of the graph
+        return torch.tensor(values, device=device, dtype=dtype)
+    key = (tuple(values), device, dtype)
+    if key in _constants:
+        return _constants[key]
+    with torch.inference_mode(False):  # otherwise training could not use it later
+        tensor = torch.tensor(values, device=device, dtype=dtype)
+    if type(tensor) is Tensor:  # not the tensor of a FakeTensorMode
+        _constants[key] = tensor
+    return tensor

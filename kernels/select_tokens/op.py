@@ -17,7 +17,7 @@ from torch import Tensor
 from vidl.kernels import choices, library
 from vidl.kernels.arguments import check_count, check_floating, check_shape, check_tensors, finite
 
-from . import reference
+from . import pytorch, reference
 
 Rounding = Literal["ceil", "floor", "floor_min_one", "drop_floor"]
 Order = Literal["index", "score"]
@@ -146,6 +146,7 @@ library.define(
         fake=_fake,
         flops=_flops,
         reference=reference.select_tokens,
+        torch=pytorch.select_tokens,
         only_for_backward=2,
         limits=_limits,
         setup_context=_setup_context,
@@ -196,7 +197,7 @@ def select_tokens(
             `torch.compile(fullgraph=True)` raises an error.
         prefix: the number of tokens at the front of each sample (CLS) that have no score and are
             always kept, in front.
-        backend: "auto", "native", "triton" or "reference".
+        backend: "auto", "native", "triton", "torch" or "reference".
 
     Returns:
         `Selected`: tokens, ids_keep, inverse and cu_seqlens. Gradients of `tokens` flow to x and,
@@ -225,7 +226,7 @@ def select_tokens(
         tokens, ids, inverse, offsets = run(
             rows, ranks, weights, cu_seqlens, cu_kept, num_kept, prefix, order, fuse or ""
         )
-        return Selected(tokens.view(-1, *x.shape[1:]), ids, inverse, offsets)
+        return Selected(tokens.view(tokens.shape[0], *x.shape[1:]), ids, inverse, offsets)
 
     if num_kept is not None:
         raise ValueError(f"num_kept is for packed x with cu_seqlens, got {num_kept} without")

@@ -20,7 +20,7 @@ from vidl.kernels import choices, library
 from vidl.kernels.arguments import check_flag, check_tensors, finite
 from vidl.kernels.groups import SCHEMA, Arguments, Groups
 
-from . import handover, reference
+from . import pytorch, reference
 
 Scores = Literal["cls", "mean"]
 HEAD_SIZES = (32, 64, 80, 96, 128)
@@ -118,6 +118,7 @@ library.define(
         fake=_fake,
         flops=_flops,
         reference=reference.space_time_attention,
+        torch=pytorch.space_time_attention,
         limits=_limits,
         setup_context=_setup_context,
         backward=_backward,
@@ -172,8 +173,9 @@ def space_time_attention(
 
     Args:
         q: [num_queries, H, D] float32 (not for "native" on CUDA), float16 or bfloat16; D is 32, 64,
-            80, 96 or 128 (any, for "reference"). The last dimension is contiguous, the others have
-            any stride: the slices of a fused [total, 3, H, D] buffer need no copy.
+            80, 96 or 128 (any, for "torch" and "reference"). The last dimension is contiguous, or
+            copied; the others have any stride: slices of a fused [total, 3, H, D] buffer need no
+            copy.
         k, v: [num_keys, H, D], the same dtype and device.
         groups: which queries attend to which keys.
         scale: finite factor of the logits before the softmax; default 1 / sqrt(D).
@@ -183,10 +185,10 @@ def space_time_attention(
             float32, [E] in the order of the groups' entries (the rows of k if `groups.key_rows` is
             None). "cls": from the first query of its group; "mean": from all queries of its group,
             on average. Differentiable.
-        backend: "auto", "native", "triton" or "reference". If neither the log-sum-exp nor scores
-            are requested, "auto" may hand long groups to the attention of PyTorch or of flash-attn
-            (`find` in handover.py has the rule). Those are deterministic only under
-            `torch.use_deterministic_algorithms`, as far as PyTorch makes them so.
+        backend: "auto", "native", "triton", "torch" or "reference". "torch" calls the
+            attention of PyTorch or of flash-attn: deterministic only under
+            `torch.use_deterministic_algorithms`, as far as PyTorch makes them so, and
+            differentiable twice only under `sdpa_kernel(SDPBackend.MATH)`.
 
     Returns:
         The output [num_queries, H, D]; with options a tuple of the output, the log-sum-exp and the
@@ -208,12 +210,8 @@ def space_time_attention(
     chosen = library.choose(
         backend, "space_time_attention", q.device.type, dtype, key, head_size=q.shape[2]
     )
-    if backend == "auto" and not return_lse and not return_scores:
-        attention = handover.find(q, groups, chosen)
-        if attention is not None:
-            return attention(q, k, v, groups, scale)
     args = (q, k, v, *groups.arguments(), scale, return_scores or "")
-    out, lse, scores = library.run("space_time_attention", chosen, *args)
+    out, lse, scores = library.run("space_time_attention", chosen, *args, lse=return_lse)
     results = [out, *([lse.detach()] if return_lse else []), *([scores] if return_scores else [])]
     return results[0] if len(results) == 1 else tuple(results)
 

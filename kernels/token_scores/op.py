@@ -21,7 +21,7 @@ from vidl.kernels import choices, library
 from vidl.kernels.arguments import check_tensors, finite
 from vidl.kernels.groups import SCHEMA, Arguments, Groups
 
-from . import reference
+from . import pytorch, reference
 
 LARGEST_HEAD = 128
 
@@ -109,6 +109,7 @@ library.define(
         fake=_fake,
         flops=_flops,
         reference=reference.token_scores,
+        torch=pytorch.token_scores,
         only_for_backward=2,
         limits=_limits,
         setup_context=_setup_context,
@@ -135,7 +136,7 @@ def cls_attention_scores(
         k: [num_keys, H, D], the same dtype and device.
         groups: which queries attend to which keys, as for `space_time_attention`.
         scale: finite factor of the logits before the softmax; default 1 / sqrt(D).
-        backend: "auto", "native", "triton" or "reference".
+        backend: "auto", "native", "triton", "torch" or "reference".
 
     Returns:
         The scores, float32, [E] in the order of the groups' entries (the rows of k if

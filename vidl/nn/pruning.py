@@ -13,12 +13,7 @@ from vidl.kernels.groups import Groups
 from vidl.kernels.select_tokens import kept_count, select_tokens
 from vidl.kernels.select_tokens.op import Fuse, Order, Rounding, Selected
 from vidl.kernels.space_time_attention import space_time_attention
-from vidl.kernels.token_scores import (
-    cls_attention_scores,
-    key_similarity_scores,
-    mean_attention_scores,
-    value_weighted_scores,
-)
+from vidl.kernels.token_scores import key_similarity_scores, value_weighted_scores
 
 Scores = Literal["cls", "mean", "value", "similarity"]
 When = Literal["before_mlp", "after_mlp"]
@@ -160,7 +155,6 @@ def scored_attention(
     groups: Groups,
     scores: Scores | None,
     *,
-    separate: bool = False,
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
@@ -171,15 +165,13 @@ def scored_attention(
         k, v: [keys, H, D].
         groups: which queries attend to which keys; for `scores`, whole samples.
         scores: as in `Pruning`; None: the output only.
-        separate: compute "cls" and "mean" apart from the attention, so that the attention may run
-            in PyTorch's kernels, which do not return scores.
         scale, backend: as in `vidl.ops.space_time_attention`.
 
     Returns:
         The output, [queries, H, D], and the scores, [keys] float32, or None.
     """
     options: Any = {"scale": scale, "backend": backend}
-    if scores in ("cls", "mean") and not separate:
+    if scores in ("cls", "mean"):
         out, importance = space_time_attention(q, k, v, groups, return_scores=scores, **options)
         return out, importance
     out = space_time_attention(q, k, v, groups, **options)
@@ -187,11 +179,8 @@ def scored_attention(
         return out, None
     if scores == "similarity":
         return out, key_similarity_scores(k, groups, backend=backend)
-    if scores == "value":
-        # ATS leaves the class token out: with a value of zero it has no share of the scores.
-        is_first = torch.zeros(k.shape[0] + 1, dtype=torch.bool, device=k.device)
-        is_first = is_first.index_fill(0, groups.key_offsets[:-1].long(), True)[:-1]
-        v = v.masked_fill(is_first[:, None, None], 0)
-        return out, value_weighted_scores(q, k, v, groups, **options)
-    attention_scores = cls_attention_scores if scores == "cls" else mean_attention_scores
-    return out, attention_scores(q, k, groups, **options)
+    # ATS leaves the class token out: with a value of zero it has no share of the scores.
+    is_first = torch.zeros(k.shape[0] + 1, dtype=torch.bool, device=k.device)
+    is_first = is_first.index_fill(0, groups.key_offsets[:-1].long(), True)[:-1]
+    v = v.masked_fill(is_first[:, None, None], 0)
+    return out, value_weighted_scores(q, k, v, groups, **options)
