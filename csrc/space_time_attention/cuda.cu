@@ -58,16 +58,6 @@ __global__ void __launch_bounds__(kSumThreads)
   *reinterpret_cast<uint32_t*>(static_cast<T*>(b.grad_v) + to) = pack2<T>(v.x, v.y);
 }
 
-template <class... P, class... A>
-int start(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
-          const A&... args) {
-  constexpr int kInvalidConfiguration = 9;  // cudaErrorInvalidConfiguration
-  if (blocks == 0) return 0;
-  if (blocks > INT32_MAX) return kInvalidConfiguration;
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
-                static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream), args...);
-}
-
 constexpr int64_t div_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // Blocks of threads for the members of all groups, and of every group; 0: see find_work().
@@ -93,8 +83,8 @@ int forward(const SpaceTimeAttention& a, const Forward& f, void* stream) {
   const Size size = forward_size(groups.max_queries, groups.max_keys);
   int error = 0;
   if (size == Size::kPacked) {
-    error = start(packed_forward_kernel<T, D>, packed_blocks(groups, a.H), 32 * kPackedWarps,
-                  kPackedWarps * 3 * 16 * kRow, stream, a, f);
+    error = launch(packed_forward_kernel<T, D>, packed_blocks(groups, a.H), 32 * kPackedWarps,
+                   kPackedWarps * 3 * 16 * kRow, stream, a, f);
   } else if (size != Size::kBlocked) {
     const int64_t keys = round_up_16(groups.max_keys);
     const int64_t squares = round_up_16(groups.max_queries) / 16;
@@ -103,20 +93,20 @@ int forward(const SpaceTimeAttention& a, const Forward& f, void* stream) {
     const auto kernel = keys <= 64    ? whole_forward_kernel<T, D, 4>
                         : keys <= 128 ? whole_forward_kernel<T, D, 8>
                                       : whole_forward_kernel<T, D, 16>;
-    error = start(kernel, groups.G * a.H, static_cast<int>(32 * warps), bytes, stream, a, f);
+    error = launch(kernel, groups.G * a.H, 32 * warps, bytes, stream, a, f);
   } else {
     const Blocks blocks = blocks_of(a, groups.max_queries, groups.num_queries);
     const Blocks key_blocks = blocks_of(a, groups.max_keys, groups.E);
-    error = start(blocked_forward_kernel<T, D>, blocks.all, kBlockThreads, 5 * kBlock * kRow,
-                  stream, a, f, blocks.of_group);
+    error = launch(blocked_forward_kernel<T, D>, blocks.all, kBlockThreads, 5 * kBlock * kRow,
+                   stream, a, f, blocks.of_group);
     if (error == 0 && f.scores != nullptr) {
-      error = start(blocked_scores_kernel<T, D>, key_blocks.all, kBlockThreads, 5 * kBlock * kRow,
-                    stream, a, f, key_blocks.of_group);
+      error = launch(blocked_scores_kernel<T, D>, key_blocks.all, kBlockThreads, 5 * kBlock * kRow,
+                     stream, a, f, key_blocks.of_group);
     }
   }
   if (error != 0 || f.scores == nullptr) return error;
-  return start(mean_scores_kernel, div_up(groups.E, kSumThreads), kSumThreads, 0, stream, f, a.H,
-               groups.E);
+  return launch(mean_scores_kernel, div_up(groups.E, kSumThreads), kSumThreads, 0, stream, f, a.H,
+                groups.E);
 }
 
 template <class T, int D>
@@ -128,33 +118,33 @@ int backward(const SpaceTimeAttention& a, const Backward& b, void* stream) {
   const int64_t most = queries > keys ? queries : keys;
   int error = 0;
   if (size == Size::kPacked) {
-    error = start(packed_backward_kernel<T, D>, packed_blocks(groups, a.H), 32 * kPackedWarps,
-                  kPackedWarps * 4 * 16 * kRow, stream, a, b);
+    error = launch(packed_backward_kernel<T, D>, packed_blocks(groups, a.H), 32 * kPackedWarps,
+                   kPackedWarps * 4 * 16 * kRow, stream, a, b);
   } else if (size == Size::kWhole) {
     const int64_t tiles = 2 * keys * kRow, weights = 2 * queries * (keys + 8) * sizeof(T);
     const int64_t bytes = 2 * queries * kRow + (tiles > weights ? tiles : weights);
     const auto kernel =
         most <= 64 ? whole_backward_kernel<T, D, 4> : whole_backward_kernel<T, D, 8>;
-    error = start(kernel, groups.G * a.H, static_cast<int>(2 * most), bytes, stream, a, b);
+    error = launch(kernel, groups.G * a.H, 2 * most, bytes, stream, a, b);
   } else if (size == Size::kWide) {
     if constexpr (D <= 64) {
-      error = start(wide_backward_kernel<T, D>, groups.G * a.H, static_cast<int>(2 * most),
-                    WideGroup<T, D>::bytes(queries, keys), stream, a, b);
+      error = launch(wide_backward_kernel<T, D>, groups.G * a.H, 2 * most,
+                     WideGroup<T, D>::bytes(queries, keys), stream, a, b);
     }
   } else {
     const Blocks query_blocks = blocks_of(a, groups.max_queries, groups.num_queries);
     const Blocks key_blocks = blocks_of(a, groups.max_keys, groups.E);
-    error = start(query_backward_kernel<T, D>, query_blocks.all, kBlockThreads, 6 * kBlock * kRow,
-                  stream, a, b, query_blocks.of_group);
+    error = launch(query_backward_kernel<T, D>, query_blocks.all, kBlockThreads, 6 * kBlock * kRow,
+                   stream, a, b, query_blocks.of_group);
     if (error == 0) {
-      error = start(key_backward_kernel<T, D>, key_blocks.all, kBlockThreads, 6 * kBlock * kRow,
-                    stream, a, b, key_blocks.of_group);
+      error = launch(key_backward_kernel<T, D>, key_blocks.all, kBlockThreads, 6 * kBlock * kRow,
+                     stream, a, b, key_blocks.of_group);
     }
   }
   if (error != 0 || groups.entry_offsets == nullptr) return error;
   const int64_t pairs = groups.num_keys * a.H * D / 2;
-  return start(sum_entries_kernel<T>, div_up(pairs, kSumThreads), kSumThreads, 0, stream, groups, b,
-               a.H * int64_t{D});
+  return launch(sum_entries_kernel<T>, div_up(pairs, kSumThreads), kSumThreads, 0, stream, groups,
+                b, a.H * int64_t{D});
 }
 
 template <int... kSizes>
