@@ -10,6 +10,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -235,7 +236,64 @@ def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> s
         return f"no {device} kernel was built ({LOAD_ERROR or 'see `vidl info`'})"
     if device not in DEVICES:
         return f"there are no kernels for {device}"
+    if device == "cuda" and (gpu := current_gpu()) is not None:
+        return _why_not_on(gpu, backend)
     return None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice of kernels for an NVIDIA GPU depends on."""
+
+    capability: tuple[int, int]
+    shared_memory: int  # bytes that a block of threads can have
+
+
+def current_gpu() -> Gpu | None:
+    """The current NVIDIA GPU, or None without one."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return None
+    return _gpu(torch.cuda.current_device())
+
+
+@functools.cache
+def _gpu(index: int) -> Gpu:
+    card = torch.cuda.get_device_properties(index)
+    return Gpu((card.major, card.minor), card.shared_memory_per_block_optin)
+
+
+@torch.compiler.assume_constant_result
+def shared_memory() -> int | None:
+    """The bytes of shared memory that a block can have on the current NVIDIA GPU, or None."""
+    gpu = current_gpu()
+    return None if gpu is None else gpu.shared_memory
+
+
+def _why_not_on(gpu: Gpu, backend: str) -> str | None:
+    given = "this GPU has {}.{}".format(*gpu.capability)
+    if gpu.capability < (8, 0):
+        return f"its kernels need compute capability 8.0 or later, {given}"
+    built = str(build_record().get("cuda_architectures") or "")
+    if backend == "native" and not _runs(built, gpu.capability):
+        return f"its kernels were built for compute capability {built}, {given}"
+    return None
+
+
+def _runs(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs kernels built for these architectures, in CMake's notation.
+
+    Machine code (80-real, and a part of 80) runs on later GPUs of the same major version, PTX
+    (80-virtual, and a part of 80) on all later ones.
+    """
+    parts = [re.fullmatch(r"(\d+)(\d)(-real|-virtual)?", x) for x in architectures.split(";")]
+    if None in parts:  # names as "all", or features of one GPU only: let CUDA say
+        return True
+    major = capability[0]
+    return any(
+        (int(part[1]), int(part[2])) <= capability and (int(part[1]) == major or part[3] != "-real")
+        for part in parts
+        if part is not None
+    )
 
 
 def choose(backend: str, name: str, device: str, dtype: torch.dtype, **facts: Any) -> str:

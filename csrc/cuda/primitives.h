@@ -316,6 +316,15 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// The bytes of shared memory, static and dynamic together, that a block of this GPU can have. 0
+// after an error, which the next launch returns.
+inline int64_t most_shared_bytes() {
+  int device = 0, most = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  const cudaDeviceAttr limit = cudaDevAttrMaxSharedMemoryPerBlockOptin;
+  return cudaDeviceGetAttribute(&most, limit, device) == cudaSuccess ? most : 0;
+}
+
 // A kernel gets more than 48 KB of shared memory, static and dynamic together, only if it asked for
 // it. This asks for all that the device has, once per kernel and device.
 inline cudaError_t allow_shared_memory(const void* kernel) {

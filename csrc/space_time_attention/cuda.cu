@@ -76,20 +76,25 @@ int64_t packed_blocks(const Groups& groups, int64_t H) {
   return slot == 0 ? 0 : div_up(div_up(groups.G, 16 / slot) * H, kPackedWarps);
 }
 
+// `size`, or the class for any length if its blocks, of so many bytes, do not fit into this GPU.
+Size fitting(Size size, int64_t bytes) {
+  return size == Size::kPacked || bytes <= most_shared_bytes() ? size : Size::kBlocked;
+}
+
 template <class T, int D>
 int forward(const SpaceTimeAttention& a, const Forward& f, void* stream) {
   constexpr int64_t kRow = kStride<D> * sizeof(T);
   const Groups& groups = a.groups;
-  const Size size = forward_size(groups.max_queries, groups.max_keys);
+  const int64_t keys = round_up_16(groups.max_keys);
+  const int64_t squares = round_up_16(groups.max_queries) / 16;
+  const int64_t warps = std::clamp<int64_t>(squares, 1, kForwardWarps);
+  const int64_t bytes = (2 * keys + 16 * warps) * kRow + warps * keys * sizeof(float);
+  const Size size = fitting(size_of(groups.max_queries, groups.max_keys), bytes);
   int error = 0;
   if (size == Size::kPacked) {
     error = launch(packed_forward_kernel<T, D>, packed_blocks(groups, a.H), 32 * kPackedWarps,
                    kPackedWarps * 3 * 16 * kRow, stream, a, f);
   } else if (size != Size::kBlocked) {
-    const int64_t keys = round_up_16(groups.max_keys);
-    const int64_t squares = round_up_16(groups.max_queries) / 16;
-    const int64_t warps = squares < 1 ? 1 : squares < kForwardWarps ? squares : kForwardWarps;
-    const int64_t bytes = (2 * keys + 16 * warps) * kRow + warps * keys * sizeof(float);
     const auto kernel = keys <= 64    ? whole_forward_kernel<T, D, 4>
                         : keys <= 128 ? whole_forward_kernel<T, D, 8>
                                       : whole_forward_kernel<T, D, 16>;
@@ -113,23 +118,25 @@ template <class T, int D>
 int backward(const SpaceTimeAttention& a, const Backward& b, void* stream) {
   constexpr int64_t kRow = kStride<D> * sizeof(T);
   const Groups& groups = a.groups;
-  const Size size = backward_size(groups.max_queries, groups.max_keys, D);
   const int64_t queries = round_up_16(groups.max_queries), keys = round_up_16(groups.max_keys);
   const int64_t most = queries > keys ? queries : keys;
+  const Size by_length = size_of(groups.max_queries, groups.max_keys);
+  const int64_t bytes = by_length == Size::kWide ? WideGroup<T, D>::bytes(queries, keys)
+                                                 : whole_backward_bytes<T, D>(queries, keys);
+  // Wide kernels exist up to D = 64, with which four tensors of 256 rows fit into sm_80.
+  const bool wide = by_length == Size::kWide && D > 64;
+  const Size size = wide ? Size::kBlocked : fitting(by_length, bytes);
   int error = 0;
   if (size == Size::kPacked) {
     error = launch(packed_backward_kernel<T, D>, packed_blocks(groups, a.H), 32 * kPackedWarps,
                    kPackedWarps * 4 * 16 * kRow, stream, a, b);
   } else if (size == Size::kWhole) {
-    const int64_t tiles = 2 * keys * kRow, weights = 2 * queries * (keys + 8) * sizeof(T);
-    const int64_t bytes = 2 * queries * kRow + (tiles > weights ? tiles : weights);
     const auto kernel =
         most <= 64 ? whole_backward_kernel<T, D, 4> : whole_backward_kernel<T, D, 8>;
     error = launch(kernel, groups.G * a.H, 2 * most, bytes, stream, a, b);
   } else if (size == Size::kWide) {
     if constexpr (D <= 64) {
-      error = launch(wide_backward_kernel<T, D>, groups.G * a.H, 2 * most,
-                     WideGroup<T, D>::bytes(queries, keys), stream, a, b);
+      error = launch(wide_backward_kernel<T, D>, groups.G * a.H, 2 * most, bytes, stream, a, b);
     }
   } else {
     const Blocks query_blocks = blocks_of(a, groups.max_queries, groups.num_queries);
