@@ -1,4 +1,4 @@
-"""The commands `vidl savings` and `vidl bench compare|report|summary`.
+"""The commands `vidl tune`, `vidl savings` and `vidl bench compare|report|summary`.
 
 `vidl bench` itself is in vidl/cli.py. Imports are inside the functions, so that `vidl --help`
 stays fast.
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vidl.bench.tuning import commands as tuning
+
 # `vidl bench WORD` with one of these words is a command of its own.
 READERS = ("compare", "report", "summary")
 
@@ -20,6 +22,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     _add_report(commands)
     _add_summary(commands)
     _add_savings(commands)
+    tuning.add(commands)
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
@@ -160,6 +163,7 @@ def _add_savings(commands: argparse._SubParsersAction) -> None:
     add("--json", action="store_true", help="print JSON lines instead of tables")
     about = "append JSON lines to DIR/<device>/<op>.jsonl; default DIR: bench/results"
     add("--write", nargs="?", const="", metavar="DIR", help=about)
+    tuning.add_option(command)
     command.set_defaults(run=_savings)
 
 
@@ -189,15 +193,26 @@ def _savings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    if args.dry_run and args.scaling:
-        print("\n".join(f"{p.axis} {p.value:g}: {p.tokens} tokens" for p in scaling.points(plan)))
-    elif args.dry_run:
-        print("\n".join(savings.dry_run(plan)))
-    elif args.scaling:
+    if args.dry_run:
+        lines = savings.dry_run(plan)
+        if args.scaling:
+            lines = (f"{p.axis} {p.value:g}: {p.tokens} tokens" for p in scaling.points(plan))
+        print("\n".join(lines))
+        return 0
+    _before(plan, args.tune)
+    if args.scaling:
         return _print(args, scaling.run(plan, write), scaling.table)
-    else:
-        return _print(args, savings.run(plan, write), summary.table)
-    return 0
+    return _print(args, savings.run(plan, write), summary.table)
+
+
+def _before(plan: Any, wanted: bool | None) -> None:
+    from vidl.bench.tuning import sources
+
+    def calls() -> Any:
+        sizes = {"batch": plan.batch, "device": plan.device}
+        return sources.of_recipe(plan.name, plan.preset, plan.overrides, **sizes)
+
+    tuning.before_run(calls, plan.device, wanted)
 
 
 def _quality(parser: argparse.ArgumentParser, args: argparse.Namespace, write: Any) -> int:

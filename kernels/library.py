@@ -1,19 +1,19 @@
 """Where ops meet PyTorch: schemas, the native library, and the choice of a backend.
 
 An op is declared once, in Python. C++ attaches to it by name (`csrc/`), Triton as an opaque op of
-its own; both share the fake kernel, the autograd formula and the FLOP formula. The backend
-"reference" is the op's definition in plain PyTorch, which PyTorch differentiates itself, any number
-of times and in both modes. The others have a first derivative in reverse mode, and refuse the rest.
+its own; both share the fake kernel, the autograd formula and the FLOP formula. They have a first
+derivative in reverse mode, and refuse the rest. Two backends are written in PyTorch, which
+differentiates them itself: "reference" is the op's definition, any number of times and in both
+modes; "torch" is the fastest composition of PyTorch's own operations that we know, on any device.
 """
 
 import functools
 import importlib
 import json
 import os
-import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,9 +24,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-BACKENDS = ("native", "triton", "reference")
+from vidl.kernels import choices, gpu
+
+BACKENDS = ("native", "triton", "torch", "reference")
+PYTORCH = ("torch", "reference")  # those written in PyTorch: any device, any floating dtype
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# The rule of "auto" where nothing was measured, for each device type: the first that can run.
+RULE = {"cpu": ("native", "torch")}
+RULE_ELSEWHERE = ("torch",)
 
 # Backends whose kernels are ops of their own, and the suffix of those ops.
 _suffixes = {"native": "", "triton": "_triton"}
@@ -43,10 +50,9 @@ class Op:
     # The definition in plain PyTorch: the schema's arguments and results, without the last
     # `only_for_backward` results. None for the backward op of another.
     reference: Callable[..., Any] | None = None
+    # The fastest composition of PyTorch's operations: arguments and results as of `reference`.
+    torch: Callable[..., Any] | None = None
     only_for_backward: int = 0  # so many results at the end serve `backward` alone
-    # Backends that "auto" tries before "reference", for each device type. A backend is listed once
-    # a committed result (bench/results/) from such a device shows that it is right and fastest.
-    auto: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"cpu": ("native",)})
     setup_context: Callable[..., None] | None = None  # as torch.library.register_autograd has it
     backward: Callable[..., Any] | None = None  # backward(<name>_bwd of this backend, ctx, *grads)
     # The reason why a backend cannot take arguments with these facts (see why_not), or None.
@@ -134,18 +140,26 @@ def kernel(name: str, backend: str) -> Callable[..., Any]:
     return getattr(torch.ops.vidl, name + _suffixes[backend]).default
 
 
-def run(name: str, backend: str, *args: Any) -> Any:
+def run(name: str, backend: str, *args: Any, **needs: bool) -> Any:
     """Run the op `name` on any backend.
+
+    Args:
+        needs: results of the schema that the caller needs or not; the backend "torch" leaves out
+            those that it would have to compute separately.
 
     Returns:
         The results of the schema without those that serve the backward pass alone: one tensor, or
         a tuple of several.
 
     Raises:
-        RuntimeError: an argument has a tangent of forward-mode AD, for another backend than
-            "reference".
+        RuntimeError: an argument has a tangent of forward-mode AD, for a backend with kernels.
     """
     op = OPS[name]
+    if choices.recorder is not None and not torch.compiler.is_compiling():
+        choices.recorder.ran(name, args)
+    if backend == "torch":
+        assert op.torch is not None
+        return op.torch(*args, **needs)
     if backend == "reference":
         assert op.reference is not None
         return op.reference(*args)
@@ -180,15 +194,24 @@ def _declare(op: Op, backend: str) -> None:
 
 
 def _call(op: Any, *args: Any) -> Any:
-    """Call an op that has no formula for forward-mode AD: PyTorch would drop the tangents."""
+    """Call an op, without the autograd layer of torch.library where no gradient is needed.
+
+    That layer is written in Python and takes as long as a small kernel. It also has no formula for
+    forward-mode AD, and would drop the tangents.
+    """
     if forward_ad._current_level >= 0:
         for x in args:
             if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
                 raise RuntimeError(
-                    f"{op._opname}: no forward-mode derivative: use backend='reference', or "
-                    "reverse mode"
+                    f"{op._opname}: no forward-mode derivative: use backend='torch' or "
+                    "'reference', or reverse mode"
                 )
-    return op(*args)
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return op(*args)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def _no_second_derivative(name: str, ctx: Any, *grads: Any) -> None:
@@ -210,7 +233,7 @@ def why_not(backend: str, name: str, device: str, dtype: torch.dtype, **facts: A
         dtype: of the computation.
         facts: the numbers that the op's own limits depend on.
     """
-    if backend == "reference":
+    if backend in PYTORCH:
         return None
     return _why_not_here(backend, name, device, dtype) or OPS[name].limits(
         backend, device=device, dtype=dtype, **facts
@@ -236,79 +259,42 @@ def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> s
         return f"no {device} kernel was built ({LOAD_ERROR or 'see `vidl info`'})"
     if device not in DEVICES:
         return f"there are no kernels for {device}"
-    if device == "cuda" and (gpu := current_gpu()) is not None:
-        return _why_not_on(gpu, backend)
+    if device == "cuda" and (card := gpu.current()) is not None:
+        built = str(build_record().get("cuda_architectures") or "")
+        return card.why_not(built if backend == "native" else "")
     return None
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What the choice of kernels for an NVIDIA GPU depends on."""
-
-    capability: tuple[int, int]
-    shared_memory: int  # bytes that a block of threads can have
-
-
-def current_gpu() -> Gpu | None:
-    """The current NVIDIA GPU, or None without one."""
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return None
-    return _gpu(torch.cuda.current_device())
+def check_backend(backend: str) -> None:
+    """Raise unless there is a backend of this name."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string, got {type(backend).__name__}")
+    if backend not in ("auto", *PYTORCH, *_suffixes):
+        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
 
 
-@functools.cache
-def _gpu(index: int) -> Gpu:
-    card = torch.cuda.get_device_properties(index)
-    return Gpu((card.major, card.minor), card.shared_memory_per_block_optin)
-
-
-@torch.compiler.assume_constant_result
-def shared_memory() -> int | None:
-    """The bytes of shared memory that a block can have on the current NVIDIA GPU, or None."""
-    gpu = current_gpu()
-    return None if gpu is None else gpu.shared_memory
-
-
-def _why_not_on(gpu: Gpu, backend: str) -> str | None:
-    given = "this GPU has {}.{}".format(*gpu.capability)
-    if gpu.capability < (8, 0):
-        return f"its kernels need compute capability 8.0 or later, {given}"
-    built = str(build_record().get("cuda_architectures") or "")
-    if backend == "native" and not _runs(built, gpu.capability):
-        return f"its kernels were built for compute capability {built}, {given}"
-    return None
-
-
-def _runs(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether a GPU runs kernels built for these architectures, in CMake's notation.
-
-    Machine code (80-real, and a part of 80) runs on later GPUs of the same major version, PTX
-    (80-virtual, and a part of 80) on all later ones.
-    """
-    parts = [re.fullmatch(r"(\d+)(\d)(-real|-virtual)?", x) for x in architectures.split(";")]
-    if None in parts:  # names as "all", or features of one GPU only: let CUDA say
-        return True
-    major = capability[0]
-    return any(
-        (int(part[1]), int(part[2])) <= capability and (int(part[1]) == major or part[3] != "-real")
-        for part in parts
-        if part is not None
-    )
-
-
-def choose(backend: str, name: str, device: str, dtype: torch.dtype, **facts: Any) -> str:
+def choose(
+    backend: str,
+    name: str,
+    device: str,
+    dtype: torch.dtype,
+    key: choices.Key | None = None,
+    **facts: Any,
+) -> str:
     """The backend to run the op `name` with; a backend asked for by name never falls back.
 
+    Args:
+        key: of the call, with which "auto" finds what was measured; None: by the rule alone.
+        device, dtype, facts: see `why_not`.
+
     Raises:
-        ValueError: there is no backend of that name.
+        TypeError, ValueError: there is no backend of that name.
         RuntimeError: the backend asked for cannot run here; the text lists every backend with the
             reason why it cannot.
     """
+    check_backend(backend)
     if backend == "auto":
-        order = (*OPS[name].auto.get(device, ()), "reference")
-        return next(b for b in order if why_not(b, name, device, dtype, **facts) is None)
-    if backend != "reference" and backend not in _suffixes:
-        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+        return automatic(name, device, dtype, key, **facts)[0]
     if why_not(backend, name, device, dtype, **facts) is not None:
         reasons = {b: why_not(b, name, device, dtype, **facts) for b in BACKENDS}
         raise RuntimeError(
@@ -316,6 +302,37 @@ def choose(backend: str, name: str, device: str, dtype: torch.dtype, **facts: An
             + "\n".join(f"  {b}: {reason or 'can run'}" for b, reason in reasons.items())
         )
     return backend
+
+
+def automatic(
+    name: str, device: str, dtype: torch.dtype, key: choices.Key | None = None, **facts: Any
+) -> tuple[str, str]:
+    """What "auto" takes, and why: "VIDL_BACKEND", "tuned", "shipped" or "rule".
+
+    The environment's VIDL_BACKEND counts as a backend asked for by name. An entry whose backend
+    cannot run here is a miss.
+
+    Raises:
+        ValueError, RuntimeError: VIDL_BACKEND is unknown or cannot run, see `choose`.
+    """
+    if choices.recorder is not None and not torch.compiler.is_compiling():
+        choices.recorder.chosen(key, facts)
+    for named in choices.lookup(device, None if key is None else tuple(key)).split():
+        source, backend = named.split("=", 1)
+        if source == "VIDL_BACKEND":
+            return choose(backend, name, device, dtype, **facts), source
+        known = backend in BACKENDS or backend in _suffixes
+        if known and why_not(backend, name, device, dtype, **facts) is None:
+            return backend, source
+    backend = by_rule(name, device, dtype, **facts)
+    choices.say_untuned(device, backend)
+    return backend, "rule"
+
+
+def by_rule(name: str, device: str, dtype: torch.dtype, **facts: Any) -> str:
+    """The backend where nothing was measured."""
+    order = RULE.get(device, RULE_ELSEWHERE)
+    return next(b for b in order if why_not(b, name, device, dtype, **facts) is None)
 
 
 def _short(dtype: torch.dtype) -> str:

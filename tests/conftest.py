@@ -1,6 +1,9 @@
 """Every op is tested with all backends, devices and dtypes, and with uninitialized memory = NaN."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from importlib.util import find_spec
 
 import pytest
@@ -8,6 +11,11 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
+# What the user tuned must not choose the backends of the tests; workers inherit the folder.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["VIDL_CACHE"] = tempfile.mkdtemp(prefix="vidl-tests-")
+    atexit.register(shutil.rmtree, os.environ["VIDL_CACHE"], ignore_errors=True)
+os.environ.pop("VIDL_BACKEND", None)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
 
 # Workers of pytest-xdist share the cores: with more threads than cores they would spin and wait.

@@ -82,7 +82,7 @@ def test_baselines_may_have_gradients_of_scores_in_the_dtype_of_the_case():
     small = cases.Case("select_tokens", "small", sizes, torch.bfloat16, "cpu")
     trials = check(small)
     baselines = [t for t in trials if t.candidate.kind == "baseline" and t.status != "cannot run"]
-    assert len(baselines) == 9 and all(t.status == "ok" for t in baselines)
+    assert len(baselines) == 10 and all(t.status == "ok" for t in baselines)
     assert max(t.errors["scores"] for t in baselines) > 1e-3  # which ours must not have
     ours = dataclasses.replace(baselines[0].candidate, kind="ours")
     assert check(small, [ours])[0].status == "wrong"

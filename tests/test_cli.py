@@ -12,9 +12,9 @@ import torch
 
 import vidl
 from vidl import info
-from vidl.cli import EXTRAS, main
+from vidl.cli import EXTRAS, SPINS, main
 from vidl.data import video
-from vidl.kernels import library
+from vidl.kernels import choices, library
 from vidl.training import Config
 
 
@@ -48,6 +48,38 @@ def test_info_names_versions_build_devices_and_decoders():
     assert facts["cpu"]["model"] and facts["cpu"]["cores"] >= 1
     assert set(facts["decoders"]) == {"PyAV", "torchcodec"}
     assert len(facts["gpus"]) == torch.cuda.device_count()
+
+
+def test_info_says_what_auto_takes_and_from_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path))
+    monkeypatch.setattr(choices, "_tables", {})
+    key = choices.Key("select_tokens", (("rows", 3),), "float32", (), False)
+    choices.write("cpu", key, "reference")
+    choices.write("cpu", key._replace(gradient=True), "native")
+    facts = info.collect()
+    rows = {row["op"]: row for row in facts["choices"]["ops"] if row["device"] == "cpu"}
+    assert rows["select_tokens"]["tuned"] == {"reference": 1, "native": 1}
+    assert rows["frame_difference"]["tuned"] == {} == rows["select_tokens"]["shipped"]
+    assert all(row["rule"] in library.BACKENDS for row in rows.values())
+    assert "tuned native x 1, tuned reference x 1" in info.render(facts)
+    # an override that cannot run everywhere is shown, and is no error
+    monkeypatch.setenv("VIDL_BACKEND", "triton")
+    assert "VIDL_BACKEND=triton overrides it" in info.render(info.collect())
+
+
+def test_info_says_what_the_launcher_of_triton_needs(tmp_path, monkeypatch):
+    assert set(info.triton_needs()) == {"C compiler", "Python.h"}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(info.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert info.triton_needs() == {"C compiler": None, "Python.h": None}
+    (tmp_path / "Python.h").touch()
+    (tmp_path / "mycc").touch(mode=0o755)
+    monkeypatch.setenv("CC", "mycc -O1")
+    needs = info.triton_needs()
+    assert needs == {"C compiler": str(tmp_path / "mycc"), "Python.h": str(tmp_path / "Python.h")}
+    text = info.render(info.collect())
+    assert "launcher of Triton" in text and str(tmp_path / "mycc") in text
 
 
 def test_version(capsys):
@@ -279,3 +311,25 @@ def test_a_closed_pipe_is_no_error(command):
     )
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "given, spins",
+    [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["default", "count", "policy"],
+)
+def test_waiting_threads_sleep_early(given, spins):
+    """As the OpenMP library of torch reports it; the user's own settings stay."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: x for name, x in os.environ.items() if name not in names} | given
+    done = subprocess.run(
+        [sys.executable, "-m", "vidl", "info"],
+        env=environment | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    reported = re.search(r"GOMP_SPINCOUNT = '(\w+)'", done.stderr)
+    if reported is None:
+        pytest.skip("this torch does not use libgomp")
+    assert reported[1] == spins if spins else reported[1] != SPINS

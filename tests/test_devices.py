@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vidl.kernels import library
+from vidl.kernels import gpu, library
 
 SHARED = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (12, 0): 99}
 
@@ -17,8 +17,8 @@ def card(monkeypatch):
     monkeypatch.setattr(library, "interpreting", lambda: False)
 
     def make(capability, architectures="80-real;90"):
-        gpu = library.Gpu(capability, SHARED[capability] * 1024)
-        monkeypatch.setattr(library, "current_gpu", lambda: gpu)
+        card = gpu.Gpu(capability, SHARED[capability] * 1024)
+        monkeypatch.setattr(gpu, "current", lambda: card)
         monkeypatch.setattr(library, "build_record", lambda: {"cuda_architectures": architectures})
 
     return make
@@ -33,7 +33,7 @@ def test_older_gpus_get_a_reason(op, card):
     for backend in ("native", "triton"):
         reason = library.why_not(backend, op, "cuda", torch.float16)
         assert reason == "its kernels need compute capability 8.0 or later, this GPU has 7.5"
-    assert library.choose("auto", op, "cuda", torch.float16) == "reference"
+    assert library.choose("auto", op, "cuda", torch.float16) == "torch"
     with pytest.raises(RuntimeError, match=r"need compute capability 8\.0"):
         library.choose("native", op, "cuda", torch.float16)
 
@@ -85,4 +85,4 @@ def test_heads_of_attention_must_fit_into_shared_memory(capability, card):
 
 def test_without_a_gpu_there_is_nothing_to_ask(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert library.current_gpu() is None and library.shared_memory() is None
+    assert gpu.current() is None and gpu.shared_memory() is None

@@ -459,7 +459,7 @@ MISUSE = {
     "more kept than there are": (ValueError, r"\[1, 6\]", {"keep": 7}),
     "a rate of zero": (ValueError, r"\(0, 1\]", {"keep": 0.0}),
     "a rate above one": (ValueError, r"\(0, 1\]", {"keep": 1.5}),
-    "a rate that is no number": (ValueError, r"\(0, 1\]", {"keep": NAN}),
+    "a rate that is no number": (ValueError, "finite keep", {"keep": NAN}),
     "keep as a bool": (TypeError, "count", {"keep": True}),
     "keep as a tensor": (TypeError, "count", {"keep": torch.tensor(3)}),
     "an unknown rounding": (ValueError, "rounding", {"rounding": "round"}),

@@ -22,6 +22,8 @@ from vidl.data.cache import CachedClips
 from vidl.data.sampler import Key
 from vidl.data.text import load_tokenizer, train_tokenizer
 from vidl.files import replaced
+from vidl.kernels import choices
+from vidl.kernels.choices import Table
 from vidl.training import Config, Diverged, checkpoints, optimizer, pretrain
 from vidl.training.config import Schedule, explain
 from vidl.training.lock import locked
@@ -287,6 +289,39 @@ def test_a_run_resumes_exactly(options, tmp_path):
     assert same_weights(tmp_path / "broken", tmp_path / "whole")
     with pytest.raises(ValueError, match="another optimizer.lr"):
         train(tmp_path / "broken", options, *more, "optimizer.lr=1")
+
+
+def test_a_resumed_run_keeps_its_choices(tmp_path, monkeypatch):
+    """Backends differ in the last bits: what is tuned later must not change a run."""
+    monkeypatch.setattr(choices, "_tables", {})
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path / "cache"))
+    keys = []
+    with choices.recording(lambda key, *call: keys.append(key)):
+        train(tmp_path / "whole", SMAUG)
+    ops_of_run = {key.op for key in keys}
+    assert {"space_time_attention", "select_tokens", "masked_patch_embed"} <= ops_of_run
+
+    def stop(training):
+        if training.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    folder = tmp_path / "resumed"
+    train(folder, SMAUG, "evaluation.every=4", evaluate=stop)
+    assert Table.from_json(json.loads((folder / "choices.json").read_text())) == Table()
+    for key in set(keys):
+        choices.write("cpu", key, "reference")
+    train(folder, SMAUG, "evaluation.every=4", evaluate=stop)
+    assert same_weights(tmp_path / "whole", folder)
+    assert Table.from_json(json.loads((folder / "choices.json").read_text())) == Table()
+    train(tmp_path / "later", SMAUG)
+    assert not same_weights(tmp_path / "whole", tmp_path / "later")  # the entries matter
+    kept = Table.from_json(json.loads((tmp_path / "later/choices.json").read_text()))
+    assert kept.tuned == dict.fromkeys(keys, "reference")
+
+    (folder / "choices.json").write_text("{}")
+    with pytest.raises(ValueError, match="choices.json is damaged"):
+        train(folder, SMAUG, "evaluation.every=4", evaluate=stop)
 
 
 def test_files_of_a_run(tmp_path, capsys):

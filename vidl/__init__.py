@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vidl.bench.tuning.tune import tune as tune
+    from vidl.bench.tuning.tune import tuning as tuning
     from vidl.swapping import mask as mask
     from vidl.swapping import prune as prune
     from vidl.swapping import swap as swap
@@ -10,13 +12,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-SWAPPING = ("mask", "prune", "swap", "unswap")
+# Where the names of the package are, so that `import vidl` does not import torch.
+LAZY = {
+    **{name: ("vidl.swapping", name) for name in ("mask", "prune", "swap", "unswap")},
+    "tune": ("vidl.bench.tuning.tune", "tune"),
+    "tuning": ("vidl.bench.tuning.tune", "tuning"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    # So that `import vidl` does not import torch.
-    if name in SWAPPING:
-        from vidl import swapping
+    if name in LAZY:
+        from importlib import import_module
 
-        return getattr(swapping, name)
+        module, attribute = LAZY[name]
+        return getattr(import_module(module), attribute)
     raise AttributeError(f"module 'vidl' has no attribute {name!r}")

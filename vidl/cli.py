@@ -14,6 +14,11 @@ from typing import Any
 
 import vidl
 from vidl.bench import commands as bench_commands
+from vidl.bench.tuning import commands as tuning
+
+# How often an OpenMP thread that waits looks for work before it sleeps. By default it spins for
+# milliseconds, and takes the core from the thread that it waits for, if the cores are shared.
+SPINS = "1000"
 
 # Modules of the extras in pyproject.toml: the package that has the module, and the extra.
 EXTRAS = {
@@ -53,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 if all is well; 1 if the command reports a problem or needs a package
         that is not installed. Invalid arguments raise `SystemExit` with status 2, as argparse does.
     """
+    _limit_spinning()
     parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["bench"] and words[1:2] and words[1] in bench_commands.READERS:
@@ -73,6 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `vidl info | head`
         sys.stderr.close()
         return 0
+
+
+def _limit_spinning() -> None:
+    """Let OpenMP threads that wait sleep early; libgomp reads this when torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
@@ -388,6 +400,7 @@ def _add_configuration(command: argparse.ArgumentParser) -> None:
     add("-h", "--help", action=_HelpOnFields, help="show this help and every configuration field")
     add("--config", type=Path, metavar="FILE", help="YAML file of sections and their fields")
     add("overrides", nargs="*", metavar="SECTION.FIELD=VALUE", help="e.g. data.files=[a.json]")
+    tuning.add_option(command)
 
 
 class _HelpOnFields(argparse.Action):
@@ -411,6 +424,7 @@ def _pretrain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         config = Config.read(args.config, args.overrides)
     except ValueError as error:
         parser.error(str(error))
+    tuning.before_training(config, args.tune)
     pretrain(config)
     return 0
 
@@ -449,6 +463,7 @@ def _finetune(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         config = configuration(args.weights, args.config, args.overrides)
     except ValueError as error:
         parser.error(str(error))
+    tuning.before_training(config, args.tune)
     finetune(args.task, config, **({"answers": args.answers} if args.task == "qa" else {}))
     return 0
 

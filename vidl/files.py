@@ -1,9 +1,15 @@
-"""Files that are written whole or not at all, with errors that name them."""
+"""Files that are written whole or not at all, with errors that name them; the cache folder."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """$VIDL_CACHE, or vidl/ in $XDG_CACHE_HOME (default ~/.cache): what can be made again."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("VIDL_CACHE") or Path(base) / "vidl")
 
 
 @contextmanager

@@ -6,6 +6,10 @@
 import os
 import platform
 import re
+import shlex
+import shutil
+import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +20,7 @@ import torch
 import vidl
 import vidl.ops  # noqa: F401  declares the ops
 from vidl.data import video
-from vidl.kernels import library
+from vidl.kernels import choices, device, library
 
 PACKAGES = ("triton", "numpy", "timm", "transformers", "xformers", "flash_attn", "av", "pyarrow")
 # The flags of a CPU that decide which matrix units PyTorch and our kernels use.
@@ -30,15 +34,18 @@ def collect() -> dict[str, Any]:
     """Everything that `vidl info` prints, as lists, dicts, strings and numbers.
 
     Returns:
-        "versions", "build" (see `library.build_record`), "cpu", "gpus", "decoders" and "ops": one
-        row for each op, device and backend; its "reason" is None if the backend can run.
+        "versions", "build" (see `library.build_record`), "triton_needs", "cpu", "gpus", "decoders",
+        "choices" (see `chosen`) and "ops": one row for each op, device and backend; its "reason" is
+        None if the backend can run.
     """
     return {
         "versions": versions(),
         "build": library.build_record() | {"loads": library.LOAD_ERROR is None},
+        "triton_needs": triton_needs(),
         "cpu": cpu(),
         "gpus": gpus(),
         "decoders": decoders(),
+        "choices": chosen(),
         "ops": list(backends()),
     }
 
@@ -59,15 +66,23 @@ def versions() -> dict[str, str | None]:
     return packages
 
 
+def triton_needs() -> dict[str, str | None]:
+    """The C compiler and the header with which Triton builds its launcher; None if missing."""
+    names = [*shlex.split(os.environ.get("CC", ""))[:1], "gcc", "clang", "cc"]
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return {
+        "C compiler": next(filter(None, map(shutil.which, names)), None),
+        "Python.h": str(header) if header.is_file() else None,
+    }
+
+
 def cpu() -> dict[str, Any]:
     """Model, usable cores, threads and instruction sets of the CPU, and those that PyTorch uses."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*: (.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*: (.+)$", device.cpu_facts(), re.MULTILINE)
     has = set(flags[1].split()) if flags else set()
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     return {
-        "model": model[1].strip() if model else platform.processor() or platform.machine(),
+        "model": device.cpu_model(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": [flag for flag in ISA if flag in has],
@@ -76,12 +91,10 @@ def cpu() -> dict[str, Any]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Name, memory in bytes, compute capability and driver of every CUDA device."""
+    """Name, memory in bytes, capability, driver and limits of every CUDA device."""
     rows: list[dict[str, Any]] = []
     if not torch.cuda.is_available():
         return rows
-    notes = Path("/proc/driver/nvidia/version")
-    driver = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", notes.read_text() if notes.exists() else "")
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         rows.append(
@@ -89,8 +102,8 @@ def gpus() -> list[dict[str, Any]]:
                 "name": card.name,
                 "memory": card.total_memory,
                 "capability": f"{card.major}.{card.minor}",
-                "multiprocessors": card.multi_processor_count,
-                "driver": driver[0] if driver else None,
+                "driver": device.driver(),
+                **device.limits(card),
             }
         )
     return rows
@@ -102,21 +115,48 @@ def decoders() -> dict[str, str | None]:
     return {names.get(decoder, decoder): video.why_not(decoder) for decoder in video.DECODERS}
 
 
+def chosen() -> dict[str, Any]:
+    """What backend "auto" takes on each device of this machine, and from where.
+
+    Returns:
+        "VIDL_BACKEND" (str or None), which overrides the rest; "folder" of the entries of each
+        device; and "ops": for each op and device the backend by the "rule", and the numbers of
+        "tuned" and "shipped" entries of each backend, which precede the rule for their sizes.
+    """
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    rows = []
+    for kind in kinds:
+        table = choices.table(kind)
+        for name in op_names():
+            row: dict[str, Any] = {"op": name, "device": kind}
+            row["rule"] = library.by_rule(name, kind, _usual(kind))
+            for source, part in (("tuned", table.tuned), ("shipped", table.shipped)):
+                row[source] = dict(Counter(b for key, b in part.items() if key.op == name))
+            rows.append(row)
+    folders = {kind: str(choices.folder(kind)) for kind in kinds}
+    return {"VIDL_BACKEND": os.environ.get("VIDL_BACKEND"), "folder": folders, "ops": rows}
+
+
+def _usual(kind: str) -> torch.dtype:
+    """The dtype of training on a device."""
+    return torch.bfloat16 if kind == "cuda" else torch.float32
+
+
 def backends() -> Iterator[dict[str, Any]]:
     """One row for each op, device and backend: its dtypes, or the reason why it cannot run."""
     for name in op_names():
-        for device in ("cpu", "cuda"):
+        for kind in ("cpu", "cuda"):
             missing = None
-            if device == "cuda" and not torch.cuda.is_available():
+            if kind == "cuda" and not torch.cuda.is_available():
                 missing = "no CUDA device"
-            auto = None if missing else library.choose("auto", name, device, torch.float32)
+            auto = None if missing else library.by_rule(name, kind, _usual(kind))
             for backend in library.BACKENDS:
-                reasons = {d: library.why_not(backend, name, device, d) for d in library.DTYPES}
+                reasons = {d: library.why_not(backend, name, kind, d) for d in library.DTYPES}
                 dtypes = [str(d).removeprefix("torch.") for d, why in reasons.items() if not why]
                 unfit = None if dtypes else next(iter(reasons.values()))
                 yield {
                     "op": name,
-                    "device": device,
+                    "device": kind,
                     "backend": backend,
                     "reason": missing or unfit,
                     "dtypes": [] if missing else dtypes,
@@ -143,6 +183,9 @@ def render(facts: dict[str, Any]) -> str:
         if value not in (None, "", [], {})
     ]
 
+    lines += ["", "launcher of Triton"]
+    lines += [f"  {name:16} {value or 'missing'}" for name, value in facts["triton_needs"].items()]
+
     cpu = facts["cpu"]
     lines += ["", "devices", f"  cpu              {cpu['model']}, {cpu['cores']} cores"]
     lines += [f"  {'':16} {cpu['threads']} threads, PyTorch uses {cpu['torch_capability']}"]
@@ -150,7 +193,10 @@ def render(facts: dict[str, Any]) -> str:
     for index, gpu in enumerate(facts["gpus"]):
         lines += [
             f"  cuda:{index:<11} {gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB, "
-            f"capability {gpu['capability']}, driver {gpu['driver'] or 'unknown'}"
+            f"capability {gpu['capability']}, driver {gpu['driver'] or 'unknown'}",
+            f"  {'':16} {gpu['multiprocessors']} multiprocessors, L2 "
+            f"{gpu['l2_bytes'] / 2**20:.0f} MiB, shared memory of a block at most "
+            f"{gpu['shared_memory_bytes'] / 2**10:.0f} KiB",
         ]
     if not facts["gpus"]:
         lines += ["  cuda             no CUDA device"]
@@ -158,7 +204,9 @@ def render(facts: dict[str, Any]) -> str:
     lines += ["", "video decoders"]
     lines += [f"  {name:16} {why or 'decodes'}" for name, why in facts["decoders"].items()]
 
-    lines += ["", "ops (* is what backend='auto' picks)"]
+    lines += ["", *_render_choices(facts["choices"])]
+
+    lines += ["", "ops (* is what backend='auto' takes by the rule)"]
     last = None
     for row in facts["ops"]:
         if row["op"] != last:
@@ -168,3 +216,18 @@ def render(facts: dict[str, Any]) -> str:
         mark = "*" if row["auto"] else " "
         lines += [f"    {row['device']:5} {row['backend']:10}{mark} {state}"]
     return "\n".join(lines)
+
+
+def _render_choices(facts: dict[str, Any]) -> list[str]:
+    lines = ["backend='auto' (`vidl tune` measures; entries precede the rule for their sizes)"]
+    if facts["VIDL_BACKEND"]:
+        lines.append(f"  VIDL_BACKEND={facts['VIDL_BACKEND']} overrides it")
+    for row in facts["ops"]:
+        counts = [
+            f"{source} {backend} x {count}"
+            for source in ("tuned", "shipped")
+            for backend, count in sorted(row[source].items())
+        ]
+        entries = ", ".join(counts) or "no entries"
+        lines.append(f"  {row['op']:22}{row['device']:5} rule {row['rule']:10} {entries}")
+    return lines + [f"  entries for {kind}: {path}" for kind, path in facts["folder"].items()]

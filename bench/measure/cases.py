@@ -53,6 +53,8 @@ def ours(
 ) -> list[Candidate]:
     """A candidate for every backend except the reference: `call(inputs, backend=...)`.
 
+    The backend "torch" is PyTorch's own: it counts as a baseline.
+
     Args:
         op: the op or ops that `call` uses.
     """
@@ -66,7 +68,8 @@ def ours(
         if backend == "triton" and library.interpreting():
             reason = "TRITON_INTERPRET=1 is set: the interpreter is not timed"
         run = functools.partial(call, backend=backend)
-        candidates.append(Candidate(f"vidl {backend}", "ours", run, reason=reason))
+        name, kind = ("torch", "baseline") if backend == "torch" else (f"vidl {backend}", "ours")
+        candidates.append(Candidate(name, kind, run, reason=reason))
     return candidates
 
 

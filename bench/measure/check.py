@@ -72,20 +72,48 @@ def _compare(
     trial = Trial(candidate, "ok")
     wrong = []
     for name, result in results.items():
-        largest = max(float(true[name].abs().max()), torch.finfo(torch.float32).tiny)
-        off, own = (
-            float((x.to(true[name].dtype) - true[name]).abs().max()) for x in (result, plain[name])
+        off, own, fault = compare(
+            name, result, true[name], plain[name], SLACK[candidate.kind], coarsest
         )
         if math.isfinite(off):  # JSON has no NaN and no infinity
-            trial.errors[name] = off / largest
-        trial.torch_errors[name] = own / largest
-        rounding = torch.finfo(coarsest or plain[name].dtype).eps * largest
-        allowed = SLACK[candidate.kind] * own + rounding
-        if not off <= allowed:  # rather than `>`: NaN is wrong
-            wrong.append(f"{name} is off by {off:.2g}; PyTorch by {own:.2g}, allowed {allowed:.2g}")
+            trial.errors[name] = off
+        trial.torch_errors[name] = own
+        wrong += [] if fault is None else [fault]
     if wrong:
         trial.status, trial.reason = "wrong", "; ".join(wrong)
     return trial
+
+
+def compare(
+    name: str,
+    result: Tensor,
+    true: Tensor,
+    plain: Tensor,
+    slack: float = SLACK["ours"],
+    coarsest: torch.dtype | None = None,
+) -> tuple[float, float, str | None]:
+    """Compare a result with the float64 one, by the error of the reference in the same dtype.
+
+    Args:
+        name: of the result, for the message.
+        plain: the result of the reference.
+        slack: the allowed multiple of its error.
+        coarsest: the dtype of the allowed rounding; default: that of `plain`.
+
+    Returns:
+        The errors of both, relative to the largest element, and the fault, or None.
+    """
+    largest = max(float(true[true.isfinite()].abs().max()), torch.finfo(torch.float32).tiny)
+    # Equal infinities, as in the log-sum-exp of an empty group, have a difference of NaN.
+    off, own = (
+        float(torch.where(x == true, 0.0, x - true).abs().max())
+        for x in (result.to(true.dtype), plain.to(true.dtype))
+    )
+    rounding = torch.finfo(coarsest or plain.dtype).eps * largest
+    allowed, fault = slack * own + rounding, None
+    if not off <= allowed:  # rather than `>`: NaN is wrong
+        fault = f"{name} is off by {off:.2g}; PyTorch by {own:.2g}, allowed {allowed:.2g}"
+    return off / largest, own / largest, fault
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:

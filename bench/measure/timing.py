@@ -39,7 +39,8 @@ def measure(
 ) -> dict[str, Times]:
     """Time each candidate for about a second (CUDA: a third), or a tenth of that if `quick`."""
     inputs = [case.make()]
-    inputs += [map_tensors(Tensor.clone, inputs[0]) for _ in range(_rotation(case) - 1)]
+    sets = rotation(case.work("forward")[0].size, case.device)
+    inputs += [map_tensors(Tensor.clone, inputs[0]) for _ in range(sets - 1)]
     calls = {c.name: [caller(c, case, x, mode) for x in inputs] for c in candidates}
     times = interleave(calls, case.device, quick)
     if case.device == "cpu":
@@ -48,15 +49,18 @@ def measure(
     return times
 
 
-def interleave(calls: dict[str, list[Call]], device: str, quick: bool = False) -> dict[str, Times]:
+def interleave(
+    calls: dict[str, list[Call]], device: str, quick: bool = False, seconds: float = 1.0
+) -> dict[str, Times]:
     """Time the named calls interleaved, so that drift of the machine affects all alike.
 
     Args:
         calls: by name, calls of the same work on several sets of inputs.
         device: "cpu" or "cuda".
+        seconds: for each name, of which CUDA uses a third; `quick` uses a tenth of a second.
     """
     prepare = _prepare_cuda if device == "cuda" else _prepare_cpu
-    budget, fewest, most = (0.1, 2, 10) if quick else (1.0, 5, 100)
+    budget, fewest, most = (0.1, 2, 10) if quick else (seconds, 5, 100)
     if device == "cuda":  # a sample is many calls
         budget /= 3
     times = {name: Times() for name in calls}
@@ -86,10 +90,9 @@ def caller(candidate: Candidate, case: Case, inputs: Inputs, mode: str) -> Call:
     return lambda: torch.autograd.grad(candidate.run(inputs), parameters, inputs.grad)
 
 
-def _rotation(case: Case) -> int:
+def rotation(size: int, device: str) -> int:
     """The number of input sets that exceed twice the last-level cache, at most 16."""
-    one = case.work("forward")[0].size
-    return min(16, math.ceil(2 * hardware.last_level_cache(case.device) / one))
+    return min(16, math.ceil(2 * hardware.last_level_cache(device) / max(size, 1)))
 
 
 def _prepare_cpu(calls: list[Call], times: Times) -> dict[str, Sampler]:

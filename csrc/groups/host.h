@@ -117,8 +117,8 @@ inline Tensor grad_of_keys(const Groups& groups, const Tensor& x) {
 }
 
 inline Strided strided(const std::string& op, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 3 && (x.stride(2) == 1 || x.size(2) <= 1), op, ": need ", name,
-                  " [rows, H, D] with a contiguous D");
+  STD_TORCH_CHECK(x.dim() == 3 && (x.stride(2) == 1 || x.size(2) <= 1 || x.numel() == 0), op,
+                  ": need ", name, " [rows, H, D] with a contiguous D");
   return {x.data_ptr(), x.stride(0), x.stride(1)};
 }
 

@@ -25,10 +25,12 @@ using torch::stable::get_num_threads;
 using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
-const int32_t* offsets_of(const OptionalTensor& x, const char* name) {
+// The offsets of the samples; x becomes contiguous.
+const int32_t* offsets_of(OptionalTensor& x, const char* name) {
   if (!x) return nullptr;
-  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Int && x->is_contiguous() && x->dim() == 1,
-                  "select_tokens: need ", name, " [B + 1] in int32, contiguous");
+  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Int && x->dim() == 1, "select_tokens: need ",
+                  name, " [B + 1] in int32");
+  x = torch::stable::contiguous(*x);
   return x->const_data_ptr<int32_t>();
 }
 
@@ -186,7 +188,8 @@ struct Cpu {
     const int64_t size = itemsize(samples.dtype), bytes = samples.C * size;
     const char* const from = static_cast<const char*>(x.data);
     char* const tokens = static_cast<char*>(out.tokens);
-    parallel_for(0, count, grain(bytes), [&](int64_t first, int64_t last) {
+    // Without channels the pointers may be null, which memcpy does not allow.
+    parallel_for(0, bytes > 0 ? count : 0, grain(bytes), [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; row++) {
         if (sources[row] < 0) continue;
         std::memcpy(tokens + row * bytes, from + sources[row] * size, bytes);
@@ -350,8 +353,9 @@ std::tuple<Tensor, Tensor> select_tokens_bwd(Tensor grad_tokens, OptionalTensor 
   Tensor grad_weights = need_weights ? new_empty(inverse, inverse.sizes(), ScalarType::Float)
                                      : new_empty(inverse, {0}, ScalarType::Float);
   const bool divides = fuse == "mean";
+  OptionalTensor ends = offsets;
   const SelectionGrad grad = {grad_tokens.data_ptr(), inverse.const_data_ptr<int64_t>(),
-                              offsets_of(offsets, "offsets"), floats(mean, divides),
+                              offsets_of(ends, "offsets"), floats(mean, divides),
                               floats(mass, divides)};
   Device::backward(samples, grad, need_weights ? rows : TokenRows{}, numbers_of(weights, packed),
                    need_x ? grad_x.data_ptr() : nullptr, floats(grad_weights, need_weights),

@@ -28,7 +28,10 @@ constexpr const char* kOp = "space_time_attention";
 #include "cpu/levels.h"
 
 struct Cpu {
-  static Tensor readable(const Tensor& x) { return x; }
+  // x, or a copy of it if the channels of a head are not neighbours.
+  static Tensor readable(const Tensor& x) {
+    return x.dim() == 3 && x.stride(2) != 1 ? torch::stable::contiguous(x) : x;
+  }
 
   static void check(const SpaceTimeAttention& a) { check_lists(kOp, a.groups); }
 
@@ -60,10 +63,10 @@ struct Cpu {
 
 #if defined(VIDL_CUDA) || defined(VIDL_EMULATED)
 struct Cuda {
-  // x, or a copy of it whose rows begin at multiples of 16 bytes.
+  // x, or a contiguous copy of it if a row has gaps or does not begin at a multiple of 16 bytes.
   static Tensor readable(const Tensor& x) {
     const bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 &&
-                         x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0;
+                         x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 && x.stride(2) == 1;
     if (aligned || x.numel() == 0) return x;
     Tensor copy = new_empty(x, {x.size(0), x.size(1), x.size(2)});
     torch::stable::copy_(copy, x);

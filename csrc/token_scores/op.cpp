@@ -189,12 +189,14 @@ template <class T>
 void values_back(const TokenScores& s, const float* norms, const float* grad_lengths, T* grad_v) {
   const Groups& groups = s.groups;
   const auto write = [&](int64_t row, float grad) {
-    const float factor = norms[row] == 0.0f ? 0.0f : grad / norms[row];
+    // A row of no group may be NaN, and its gradient is zero.
+    const bool zero = norms[row] == 0.0f || grad == 0.0f;
+    const float factor = zero ? 0.0f : grad / norms[row];
     for (int64_t h = 0; h < s.H; h++) {
       const T* const from = static_cast<const T*>(s.v.data) + row * s.v.row + h * s.v.head;
       T* const to = grad_v + (row * s.H + h) * s.D;
       for (int64_t d = 0; d < s.D; d++) {
-        to[d] = static_cast<T>(static_cast<float>(from[d]) * factor);
+        to[d] = static_cast<T>(zero ? 0.0f : static_cast<float>(from[d]) * factor);
       }
     }
   };

@@ -8,12 +8,14 @@ A tubelet that shows no motion has difference 0 and needs no token of its own.
 Source: Run-Length Tokenization, arXiv 2411.05222, 3.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vidl.kernels import library
+from vidl.kernels import choices, library
+from vidl.kernels.arguments import check_counts
 from vidl.kernels.patches import check_divides, check_normalisation, check_video
 
 from . import reference
@@ -43,6 +45,8 @@ library.define(
         fake=_fake,
         flops=_flops,
         reference=reference.frame_difference,
+        # The definition is also the fastest composition that we know.
+        torch=reference.frame_difference,
     )
 )
 
@@ -63,7 +67,7 @@ def frame_difference(
         std: C positive numbers that divide the pixels of a uint8 clip after division by 255;
             default 1. (A mean cancels in the difference.) A floating-point clip is taken as
             normalised.
-        backend: "auto", "native", "triton" or "reference".
+        backend: "auto", "native", "triton", "torch" or "reference".
 
     Returns:
         The scores [B, N] float32, N = T/t * H/h * W/w, in the order (time, row, column) of
@@ -75,8 +79,17 @@ def frame_difference(
         RuntimeError: a backend asked for by name cannot run here.
     """
     check_video(video)
+    check_counts("patch", patch, 3)
     check_divides(video, patch)
     scale = [] if std is None else check_normalisation(video, None, std)[1]
     dtype = torch.float32 if video.dtype == torch.uint8 else video.dtype
-    backend = library.choose(backend, "frame_difference", video.device.type, dtype)
+    key = choices.key(
+        "frame_difference",
+        video.device.type,
+        dtype,
+        (),
+        {"rows": video.shape[0] * math.prod(_grid(video.shape, patch)), "pixels": math.prod(patch)},
+        bytes=video.dtype == torch.uint8,
+    )
+    backend = library.choose(backend, "frame_difference", video.device.type, dtype, key)
     return library.run("frame_difference", backend, video.detach(), list(patch), scale)

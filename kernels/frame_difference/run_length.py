@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vidl.kernels.arguments import finite
+from vidl.kernels.arguments import check_count, check_floating, check_tensors, finite
 
 
 class RunLengths(NamedTuple):
@@ -47,13 +47,19 @@ def run_length_ids(
 
     Source: Run-Length Tokenization, arXiv 2411.05222, 3.
     """
-    if differences.ndim != 2 or slices < 1 or differences.shape[1] % slices:
+    check_tensors(differences=differences)
+    check_floating(differences=differences)
+    check_count("slices", slices, 1)
+    if differences.ndim != 2 or differences.shape[1] % slices:
         raise ValueError(
             f"need differences [B, N] with N a multiple of the slices, "
             f"got {tuple(differences.shape)} and {slices}"
         )
     threshold = finite("threshold", threshold)
     N = differences.shape[1]
+    for name, count in (("keep", keep), ("total", total)):
+        if count is not None:
+            check_count(name, count)
     if keep is not None:
         if not 0 <= keep <= N or total is not None:
             raise ValueError(f"need keep in 0 to {N}, and no total, got {keep} and {total}")

@@ -94,6 +94,10 @@ class Groups:
     checked: InitVar[bool] = False
 
     def __post_init__(self, checked: bool) -> None:
+        for name in Arguments._fields:  # kernels read the lists as they lie in memory
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and not value.is_contiguous():
+                object.__setattr__(self, name, value.contiguous())
         if checked:
             return
         check_types(self)
@@ -109,6 +113,15 @@ class Groups:
     def num_groups(self) -> int:
         """G."""
         return self.query_offsets.shape[0] - 1
+
+    @property
+    def layout(self) -> str:
+        """ "equal", "packed" or "gathered" rows, or "shared" if a row of keys is in two groups."""
+        if self.entries is not None:
+            return "shared"
+        if self.query_rows is not None or self.key_rows is not None:
+            return "gathered"
+        return "equal" if self.uniform else "packed"
 
     def to(self, device: torch.device | str) -> "Groups":
         """The same groups on another device."""

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidl.kernels import library
+from vidl.kernels import choices, library
+from vidl.kernels.arguments import check_tensors
 from vidl.kernels.patches import (
     FLOATING,
     check_divides,
@@ -21,7 +22,7 @@ from vidl.kernels.patches import (
     check_video,
 )
 
-from . import reference
+from . import pytorch, reference
 
 Position = Tensor | tuple[Tensor, Tensor]
 
@@ -94,10 +95,10 @@ def _backward(bwd: Callable[..., Any], ctx, grad_out: Tensor):
         sums = grad_position if need_position else grad_out.flatten(0, -2)
         grad_bias = sums.sum(0, dtype=torch.float32).to(bias[1])
     if need_time:
-        grad_time = grad_position.view(-1, *space[0]).sum(1).to(time[1])
+        grad_time = grad_position.view(time[0][0], *space[0]).sum(1).to(time[1])
     if need_space:
-        per_frame = grad_position if time is None else grad_position.view(-1, *space[0]).sum(0)
-        grad_space = per_frame.to(space[1])
+        by_frame = (1 if time is None else time[0][0], *space[0])
+        grad_space = grad_position.view(by_frame).sum(0).to(space[1])
     return (
         grad_video if need_video else None,
         grad_weight if need_weight else None,
@@ -129,6 +130,7 @@ library.define(
         fake=_fake,
         flops=_flops,
         reference=reference.masked_patch_embed,
+        torch=pytorch.masked_patch_embed,
         setup_context=_setup_context,
         backward=_backward,
     )
@@ -165,7 +167,7 @@ def masked_patch_embed(
         cu_seqlens: [B + 1] int32, where each sample begins in a packed `ids_keep`, from 0 to total.
         mean: C_in numbers, subtracted from the pixels of a uint8 clip after division by 255.
         std: C_in positive numbers that then divide them. Default: mean 0 and std 1.
-        backend: "auto", "native", "triton" or "reference".
+        backend: "auto", "native", "triton", "torch" or "reference".
 
     Returns:
         [B, K, C], [total, C] if packed, or [B, N, C] without `ids_keep`. Gradients flow to
@@ -177,6 +179,7 @@ def masked_patch_embed(
         RuntimeError: a backend asked for by name cannot run here; or the kernel detects that an id
             or an offset is out of range (on CUDA as a device-side assertion).
     """
+    check_tensors(video=video, weight=weight)
     if weight.ndim == 4:
         weight = weight.unsqueeze(2)
     check_video(video)
@@ -191,7 +194,24 @@ def masked_patch_embed(
     time, space = _time_and_space(position)
     _check_position(video, weight, bias, time, space)
     args = (video, weight, bias, time, space, ids_keep, cu_seqlens, mean, std)
-    backend = library.choose(backend, "masked_patch_embed", video.device.type, weight.dtype)
+    device, dtype = video.device.type, weight.dtype
+    rows = video.shape[0] * num_patches(video.shape, weight.shape)
+    key = choices.key(
+        "masked_patch_embed",
+        device,
+        dtype,
+        (video, weight, bias, time, space),
+        {
+            "rows": rows if ids_keep is None else ids_keep.numel(),
+            "pixels": weight.shape[1:].numel(),
+            "width": weight.shape[0],
+        },
+        bytes=video.dtype == torch.uint8,
+        masked=ids_keep is not None,
+        packed=cu_seqlens is not None,
+        video_gradient=torch.is_grad_enabled() and video.requires_grad,
+    )
+    backend = library.choose(backend, "masked_patch_embed", device, dtype, key)
     return library.run("masked_patch_embed", backend, *args)
 
 
@@ -218,8 +238,6 @@ def _check_weight(video: Tensor, weight: Tensor) -> None:
             f"need weight [C, {video.shape[1]}, t, h, w] or [C, {video.shape[1]}, h, w] for video "
             f"{tuple(video.shape)}, got {tuple(weight.shape)}"
         )
-    if weight.device != video.device:
-        raise ValueError(f"need weight on {video.device}, got {weight.device}")
 
 
 def _check_position(
@@ -232,6 +250,8 @@ def _check_position(
         "position for time": (time, (frames, C)),
         "position": (space, (patches, C)),
     }
+    given = {name: tensor for name, (tensor, _) in wanted.items()}
+    check_tensors(optional=tuple(wanted), weight=weight, **given)
     for name, (tensor, shape) in wanted.items():
         if tensor is None:
             continue
@@ -239,5 +259,3 @@ def _check_position(
             raise ValueError(f"need {name} {list(shape)}, got {tuple(tensor.shape)}")
         if tensor.dtype not in (weight.dtype, torch.float32):
             raise TypeError(f"need {name} in {weight.dtype} or float32, got {tensor.dtype}")
-        if tensor.device != weight.device:
-            raise ValueError(f"need {name} on {weight.device}, got {tensor.device}")

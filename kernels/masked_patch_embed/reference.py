@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from vidl.kernels.patches import gather
+from vidl.kernels.patches import constants, gather
 
 
 def masked_patch_embed(
@@ -28,8 +28,8 @@ def masked_patch_embed(
     if len(mean):
         per_channel = (-1, 1, 1, 1)
         high = weight.dtype if weight.dtype == torch.float64 else torch.float32
-        shift = torch.tensor(mean, dtype=high, device=video.device).view(per_channel)
-        scale = torch.tensor(std, dtype=high, device=video.device).view(per_channel)
+        shift = constants(mean, video.device, high).view(per_channel)
+        scale = constants(std, video.device, high).view(per_channel)
         visible = (visible.to(high) / 255 - shift) / scale
 
     out = torch.nn.functional.linear(

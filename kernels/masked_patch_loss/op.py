@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vidl.kernels import library
+from vidl.kernels import choices, library
+from vidl.kernels.arguments import check_count, check_flag, check_tensors, pair
 from vidl.kernels.patches import FLOATING, check_divides, check_ids, check_video, per_channel
 
 from . import reference
@@ -84,6 +85,8 @@ library.define(
         fake=_fake,
         flops=_no_flops,
         reference=reference.masked_patch_loss,
+        # The definition is also the fastest composition that we know.
+        torch=reference.masked_patch_loss,
         only_for_backward=1,
         setup_context=_setup_context,
         backward=_backward,
@@ -138,7 +141,7 @@ def masked_patch_loss(
             to a uint8 clip, and takes a floating-point clip as normalised; "videomae" inverts it in
             a floating-point clip, and ignores it for a uint8 clip.
         reduction: "mean", or "none" for the loss of each patch.
-        backend: "auto", "native", "triton" or "reference".
+        backend: "auto", "native", "triton", "torch" or "reference".
 
     Returns:
         The mean over all pixels of all masked patches of the batch, a float32 scalar: zero, with
@@ -152,9 +155,11 @@ def masked_patch_loss(
         RuntimeError: a backend asked for by name cannot run here; or the kernel detects that an id
             or an offset is out of range (on CUDA as a device-side assertion).
     """
-    sides = patch_size if isinstance(patch_size, Sequence) else (patch_size, patch_size)
-    patch = (tubelet_size, *sides)
-    _check_options(patch, target, reduction)
+    check_options(patch_size, tubelet_size, target, norm_pix)
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    patch = (tubelet_size, *pair("patch_size", patch_size))
+    check_tensors(video=video, prediction=prediction)
     check_video(video)
     check_divides(video, patch)
     check_ids("ids_masked", video, ids_masked, cu_seqlens)
@@ -164,7 +169,17 @@ def masked_patch_loss(
     scale, shift = _affine(video, target, mean, std)
     dtype = torch.float64 if video.dtype == torch.float64 else prediction.dtype
     facts = {"pixels": prediction.shape[-1], "channels": video.shape[1]}
-    backend = library.choose(backend, "masked_patch_loss", video.device.type, dtype, **facts)
+    key = choices.key(
+        "masked_patch_loss",
+        video.device.type,
+        dtype,
+        (prediction,),
+        {"rows": ids_masked.numel(), "pixels": prediction.shape[-1]},
+        bytes=video.dtype == torch.uint8,
+        statistics=statistics,
+        packed=cu_seqlens is not None,
+    )
+    backend = library.choose(backend, "masked_patch_loss", video.device.type, dtype, key, **facts)
     args = (prediction, video, ids_masked, cu_seqlens, list(patch), statistics, scale, shift, EPS)
     losses = library.run("masked_patch_loss", backend, *args)
     return losses if reduction == "none" else losses.sum() / max(losses.numel(), 1)
@@ -189,16 +204,15 @@ def _affine(
     return stds, means
 
 
-def _check_options(patch: Sequence[int], target: str, reduction: str) -> None:
-    if len(patch) != 3 or not all(isinstance(n, int) and n > 0 for n in patch):
-        raise ValueError(
-            "need a positive tubelet_size, and one or two positive numbers as patch_size, got "
-            f"{patch[0]} and {patch[1:]}"
-        )
+def check_options(
+    patch_size: int | Sequence[int], tubelet_size: int, target: Target, norm_pix: bool
+) -> None:
+    """What `MaskedPatchLoss` checks when it is built."""
+    pair("patch_size", patch_size)
+    check_count("tubelet_size", tubelet_size, 1)
     if target not in ("mae", "videomae"):
         raise ValueError(f"target must be 'mae' or 'videomae', got {target!r}")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    check_flag("norm_pix", norm_pix)
 
 
 def _check_prediction(
@@ -212,8 +226,6 @@ def _check_prediction(
             f"need prediction {list(shape)}, the pixels of patches {tuple(patch)} in "
             f"{video.shape[1]} channels, got {tuple(prediction.shape)}"
         )
-    if prediction.device != video.device:
-        raise ValueError(f"need prediction on {video.device}, got {prediction.device}")
     if video.requires_grad:
         raise ValueError("need a video without gradient (no gradient flows to it): detach it")
 

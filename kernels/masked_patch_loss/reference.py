@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vidl.kernels.patches import gather
+from vidl.kernels.patches import constants, gather
 
 
 def masked_patch_loss(
@@ -23,8 +23,7 @@ def masked_patch_loss(
     high = torch.float64 if torch.float64 in (prediction.dtype, video.dtype) else torch.float32
     pixels, _ = gather("masked_patch_loss: ids_masked", video, patch, ids_masked, cu_seqlens)
     pixels = pixels.to(high).permute(0, 2, 3, 4, 1).flatten(1, 3)  # [rows, t * h * w, C]
-    affine = torch.tensor([*scale, *shift], dtype=high, device=video.device)
-    a, b = affine.unflatten(0, (2, -1))
+    a, b = (constants(x, video.device, high) for x in (scale, shift))
     target = pixels * a + b
     if statistics == "patch":
         var, mean = torch.var_mean(target, (1, 2), keepdim=True)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import library
-from vidl.kernels.arguments import finite
+from vidl.kernels.arguments import check_tensors, numbers
 
 FLOATING = (*library.DTYPES, torch.float64)  # float64 only for the references
 
 
 def check_video(video: Tensor) -> None:
     """A clip is [B, C, T, H, W] with a channel or more, in uint8 or floating point."""
+    check_tensors(video=video)
     if video.ndim != 5 or video.shape[1] == 0:
         raise ValueError(f"need video [B, C, T, H, W] with C > 0, got {tuple(video.shape)}")
     if video.dtype not in (torch.uint8, *FLOATING):
@@ -25,18 +26,19 @@ def check_video(video: Tensor) -> None:
 
 def check_divides(video: Tensor, patch: Sequence[int]) -> None:
     """Patches t, h, w divide T, H, W of the clip."""
-    sizes = video.shape[2:]
-    if len(patch) != 3 or any(p <= 0 or n % p for n, p in zip(sizes, patch, strict=True)):
-        raise ValueError(f"need T, H, W that the patch {tuple(patch)} divides, got {tuple(sizes)}")
+    if any(p <= 0 or n % p for n, p in zip(video.shape[2:], patch, strict=True)):
+        raise ValueError(
+            f"need video [B, C, T, H, W] with T, H, W that the patch {tuple(patch)} divides, got "
+            f"{tuple(video.shape)}"
+        )
 
 
 def check_ids(name: str, video: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> None:
     """Ids are [B, K], or packed [total] with offsets [B + 1], on the device of the clip."""
+    check_tensors(optional=("cu_seqlens",), **{"video": video, name: ids, "cu_seqlens": cu_seqlens})
     B = video.shape[0]
     if ids.dtype != torch.int64:
         raise TypeError(f"need {name} in int64, got {ids.dtype}")
-    if ids.device != video.device:
-        raise ValueError(f"need {name} on {video.device}, got {ids.device}")
     if cu_seqlens is None:
         if ids.ndim != 2 or ids.shape[0] != B:
             raise ValueError(
@@ -49,19 +51,17 @@ def check_ids(name: str, video: Tensor, ids: Tensor, cu_seqlens: Tensor | None) 
         raise TypeError(f"need cu_seqlens in int32, got {cu_seqlens.dtype}")
     if cu_seqlens.shape != (B + 1,):
         raise ValueError(f"need cu_seqlens [{B + 1}], got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != video.device:
-        raise ValueError(f"need cu_seqlens on {video.device}, got {cu_seqlens.device}")
 
 
 def per_channel(
-    C: int, mean: Sequence[float] | None, std: Sequence[float] | None
+    C: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> tuple[list[float], list[float]]:
     """The mean and the standard deviation of each channel; by default 0 and 1."""
-    mean = [0.0] * C if mean is None else [finite("mean", m) for m in mean]
-    std = [1.0] * C if std is None else [finite("std", s) for s in std]
-    for name, numbers in (("mean", mean), ("std", std)):
-        if len(numbers) != C:
-            raise ValueError(f"need {C} numbers in {name}, got {len(numbers)}")
+    mean = [0.0] * C if mean is None else numbers("mean", mean)
+    std = [1.0] * C if std is None else numbers("std", std)
+    for name, given in (("mean", mean), ("std", std)):
+        if len(given) != C:
+            raise ValueError(f"need {C} numbers in {name}, got {len(given)}")
     if not all(s > 0 for s in std):
         raise ValueError(f"need positive numbers in std, got {std}")
     return mean, std
@@ -80,6 +80,13 @@ def check_normalisation(
     return [], []
 
 
+def cut(video: Tensor, patch: Sequence[int]) -> Tensor:
+    """The patches t, h, w of a clip, [B, T / t, H / h, W / w, C, t, h, w]; a view."""
+    t, h, w = patch
+    patches = video.unflatten(2, (-1, t)).unflatten(4, (-1, h)).unflatten(6, (-1, w))
+    return patches.permute(0, 2, 4, 6, 1, 3, 5, 7)
+
+
 def gather(
     name: str,
     video: Tensor,  # [B, C, T, H, W]
@@ -87,7 +94,7 @@ def gather(
     ids: Tensor | None,  # [B, K] or [total]; None: all
     cu_seqlens: Tensor | None,  # [B + 1]
 ) -> tuple[Tensor, Tensor]:
-    """Gather patches in plain PyTorch, for the references.
+    """Gather patches in plain PyTorch.
 
     Args:
         name: of the op and its ids, for the error message.
@@ -95,10 +102,7 @@ def gather(
     Returns:
         The patches [rows, C, t, h, w], and the id of each, [rows].
     """
-    t, h, w = patch
-    # [B, T / t, H / h, W / w, C, t, h, w]: a view, so that only the patches in `ids` are copied
-    patches = video.unflatten(2, (-1, t)).unflatten(4, (-1, h)).unflatten(6, (-1, w))
-    patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7)
+    patches = cut(video, patch)  # a view, so that only the patches in `ids` are copied
     slices, rows, columns = patches.shape[1:4]
     N = slices * rows * columns
     sample, ids = _rows(name, video.shape[0], N, ids, cu_seqlens, video.device)
@@ -128,3 +132,20 @@ def _rows(
     )
     row = torch.arange(total, device=device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:], row, right=True), ids
+
+
+_constants: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = {}
+
+
+def constants(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The numbers as a tensor, copied to the device once: a copy synchronises with the host."""
+    if torch.compiler.is_compiling():  # constants of the graph
+        return torch.tensor(values, device=device, dtype=dtype)
+    key = (tuple(values), device, dtype)
+    if key in _constants:
+        return _constants[key]
+    with torch.inference_mode(False):  # otherwise training could not use it later
+        tensor = torch.tensor(values, device=device, dtype=dtype)
+    if type(tensor) is Tensor:  # not the tensor of a FakeTensorMode
+        _constants[key] = tensor
+    return tensor

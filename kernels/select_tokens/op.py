@@ -14,9 +14,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vidl.kernels import library
+from vidl.kernels import choices, library
+from vidl.kernels.arguments import check_count, check_floating, check_shape, check_tensors, finite
 
-from . import reference
+from . import pytorch, reference
 
 Rounding = Literal["ceil", "floor", "floor_min_one", "drop_floor"]
 Order = Literal["index", "score"]
@@ -145,6 +146,7 @@ library.define(
         fake=_fake,
         flops=_flops,
         reference=reference.select_tokens,
+        torch=pytorch.select_tokens,
         only_for_backward=2,
         limits=_limits,
         setup_context=_setup_context,
@@ -195,7 +197,7 @@ def select_tokens(
             `torch.compile(fullgraph=True)` raises an error.
         prefix: the number of tokens at the front of each sample (CLS) that have no score and are
             always kept, in front.
-        backend: "auto", "native", "triton" or "reference".
+        backend: "auto", "native", "triton", "torch" or "reference".
 
     Returns:
         `Selected`: tokens, ids_keep, inverse and cu_seqlens. Gradients of `tokens` flow to x and,
@@ -213,8 +215,9 @@ def select_tokens(
     high = torch.promote_types(x.dtype, torch.float32)
     ranks = (scores if rank_by is None else rank_by).detach().to(high)
     weights = scores.to(high) if fuse else None
+    key = _key(x, scores, order, fuse, cu_seqlens)
     backend = library.choose(
-        backend, "select_tokens", x.device.type, x.dtype, rows=scores.shape[-1]
+        backend, "select_tokens", x.device.type, x.dtype, key, rows=scores.shape[-1]
     )
     run = functools.partial(library.run, "select_tokens", backend)
     if cu_seqlens is not None:
@@ -223,7 +226,7 @@ def select_tokens(
         tokens, ids, inverse, offsets = run(
             rows, ranks, weights, cu_seqlens, cu_kept, num_kept, prefix, order, fuse or ""
         )
-        return Selected(tokens.view(-1, *x.shape[1:]), ids, inverse, offsets)
+        return Selected(tokens.view(tokens.shape[0], *x.shape[1:]), ids, inverse, offsets)
 
     if num_kept is not None:
         raise ValueError(f"num_kept is for packed x with cu_seqlens, got {num_kept} without")
@@ -246,6 +249,26 @@ def select_tokens(
     )
 
 
+def _key(
+    x: Tensor, scores: Tensor, order: Order, fuse: Fuse | None, cu_seqlens: Tensor | None
+) -> choices.Key | None:
+    samples = 1 if cu_seqlens is None else max(cu_seqlens.shape[0] - 1, 1)
+    return choices.key(
+        "select_tokens",
+        x.device.type,
+        x.dtype,
+        (x, scores) if fuse else (x,),
+        {
+            "tokens": scores.shape[-1] // samples,  # of a sample; on average, if packed
+            "rows": scores.numel(),
+            "width": math.prod(x.shape[scores.ndim :]),
+        },
+        order=order,
+        fuse=fuse or "",
+        packed=cu_seqlens is not None,
+    )
+
+
 def kept_count(n: int, keep: float, rounding: Rounding = "ceil") -> int:
     """The number of tokens that a rate keeps of `n`, exactly as the sources compute it.
 
@@ -265,10 +288,9 @@ def kept_count(n: int, keep: float, rounding: Rounding = "ceil") -> int:
         ValueError: a number is out of range, or the rounding is unknown.
     """
     _check_options(rounding)
-    if n < 0:
-        raise ValueError(f"need n >= 0, got {n}")
-    if not 0 < keep <= 1:
-        raise ValueError(f"need a rate in (0, 1], got {keep}")
+    check_count("n", n)
+    if not 0 < finite("keep", keep) <= 1:
+        raise ValueError(f"need keep as a rate in (0, 1], got {keep}")
     return _round(n, keep, rounding, math.ceil, int, lambda count: min(n, max(1, count)))
 
 
@@ -304,8 +326,8 @@ def _packed_counts(
 ) -> tuple[Tensor, int]:
     """Where the kept tokens of each sample begin, [B + 1] int32, and their number."""
     B = cu_seqlens.shape[0] - 1
-    if num_kept is not None and num_kept < 0:
-        raise ValueError(f"need num_kept >= 0, got {num_kept}")
+    if num_kept is not None:
+        check_count("num_kept", num_kept)
     if not isinstance(keep, float):
         _count(2**31 - 1, keep, rounding)
         if num_kept not in (None, B * keep):
@@ -333,19 +355,15 @@ def _check_options(rounding: str, order: str = "index", fuse: str | None = None)
 def _check_tensors(
     x: Tensor, scores: Tensor, rank_by: Tensor | None, cu_seqlens: Tensor | None, prefix: int
 ) -> None:
+    optional = ("rank_by", "cu_seqlens")
+    check_tensors(optional, x=x, scores=scores, rank_by=rank_by, cu_seqlens=cu_seqlens)
     if x.dtype not in FLOATING:
         raise TypeError(f"need x in one of {FLOATING}, got {x.dtype}")
-    if prefix < 0:
-        raise ValueError(f"need prefix >= 0, got {prefix}")
-    for name, tensor in (("scores", scores), ("rank_by", rank_by)):
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
-            raise TypeError(f"need {name} in a floating dtype, got {tensor.dtype}")
-        if tensor.shape != scores.shape:
-            raise ValueError(f"need {name} {tuple(scores.shape)}, got {tuple(tensor.shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"need {name} on {x.device}, got {tensor.device}")
+    check_count("prefix", prefix)
+    check_floating(scores=scores)
+    if rank_by is not None:
+        check_floating(rank_by=rank_by)
+        check_shape("rank_by", rank_by, *scores.shape)
     nd = scores.ndim
     if cu_seqlens is None:
         expected = (*scores.shape[:-1], prefix + scores.shape[-1]) if nd else ()
@@ -364,5 +382,3 @@ def _check_tensors(
         raise TypeError(f"need cu_seqlens in int32, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"need cu_seqlens [B + 1], got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != x.device:
-        raise ValueError(f"need cu_seqlens on {x.device}, got {cu_seqlens.device}")

@@ -28,7 +28,7 @@ def select_tokens(
     ranks = F.pad(ranks, (prefix, 0))
     weights = weights if weights is None else F.pad(weights, (prefix, 0)).reshape(-1)
     tokens, ids, inverse, offsets = _packed(
-        x.reshape(-1, C), ranks.reshape(-1), weights,
+        x.reshape(B * (prefix + N), C), ranks.reshape(-1), weights,
         step * (prefix + N), step * keep, B * keep, prefix, order, fuse,
     )  # fmt: skip
     tokens = tokens.view(B, prefix + keep + (1 if fuse else 0), C)
@@ -52,11 +52,9 @@ def _packed(
     sample = torch.searchsorted(cu_seqlens[1:], row.to(cu_seqlens.dtype), right=True)
     inside = row - cu_seqlens[sample]
 
-    # Best first: the prefix, then numbers, then NaN. Stable sorts leave ties in their order.
-    number = torch.where(ranks.isnan(), float("-inf"), torch.where(ranks == 0, 0, ranks))
-    best = torch.argsort(number, descending=True, stable=True)
-    level = torch.where(inside < prefix, 0, 1 + ranks.isnan())
-    best = best[torch.argsort(level[best], stable=True)]
+    # Best first: the prefix, then numbers, then NaN, which an ascending sort has at its end. Stable
+    # sorts leave ties in their order.
+    best = torch.argsort(torch.where(inside < prefix, float("-inf"), -ranks), stable=True)
     best = best[torch.argsort(sample[best], stable=True)]
     rank = torch.empty_like(row).scatter(0, best, row) - cu_seqlens[sample]
     # The prefix keeps its order: its scores do not count.

@@ -405,7 +405,7 @@ def select_tokens_bwd(
         TILE // 2 if need_weights else TILE
     )  # products need registers too
     # One program sums over all columns.
-    columns = triton.cdiv(C, block_c) * block_c if need_weights else COLUMNS
+    columns = max(triton.cdiv(C, block_c), 1) * block_c if need_weights else COLUMNS
     chunks = samples.chunks(columns)
     divides = fuse == "mean"
     with on_device(grad_tokens):

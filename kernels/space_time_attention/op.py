@@ -16,11 +16,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from vidl.kernels import library
-from vidl.kernels.arguments import finite
+from vidl.kernels import choices, gpu, library
+from vidl.kernels.arguments import check_flag, check_tensors, finite
 from vidl.kernels.groups import SCHEMA, Arguments, Groups
 
-from . import handover, reference
+from . import pytorch, reference
 
 Scores = Literal["cls", "mean"]
 HEAD_SIZES = (32, 64, 80, 96, 128)
@@ -31,7 +31,7 @@ def _limits(backend: str, device: str, dtype: torch.dtype, head_size: int = 64) 
         return f"head sizes are {', '.join(map(str, HEAD_SIZES))}, not {head_size}"
     if backend != "triton" and (backend, device) != ("native", "cpu") and dtype == torch.float32:
         return "its CUDA kernels multiply in float16 and bfloat16 only"
-    if (backend, device) == ("native", "cuda") and (given := library.shared_memory()) is not None:
+    if (backend, device) == ("native", "cuda") and (given := gpu.shared_memory()) is not None:
         # The backward of long groups (blocked.h): six tiles of 64 rows, and the log-sum-exp and
         # delta of two tiles of queries. All other kernels have one that needs less.
         needed = 6 * 64 * (head_size + 8) * 2 + 4 * 64 * 4
@@ -127,6 +127,7 @@ library.define(
         fake=_fake,
         flops=_flops,
         reference=reference.space_time_attention,
+        torch=pytorch.space_time_attention,
         limits=_limits,
         setup_context=_setup_context,
         backward=_backward,
@@ -181,8 +182,9 @@ def space_time_attention(
 
     Args:
         q: [num_queries, H, D] float32 (not for "native" on CUDA), float16 or bfloat16; D is 32, 64,
-            80, 96 or 128 (any, for "reference"). The last dimension is contiguous, the others have
-            any stride: the slices of a fused [total, 3, H, D] buffer need no copy.
+            80, 96 or 128 (any, for "torch" and "reference"). The last dimension is contiguous, or
+            copied; the others have any stride: slices of a fused [total, 3, H, D] buffer need no
+            copy.
         k, v: [num_keys, H, D], the same dtype and device.
         groups: which queries attend to which keys.
         scale: finite factor of the logits before the softmax; default 1 / sqrt(D).
@@ -192,10 +194,10 @@ def space_time_attention(
             float32, [E] in the order of the groups' entries (the rows of k if `groups.key_rows` is
             None). "cls": from the first query of its group; "mean": from all queries of its group,
             on average. Differentiable.
-        backend: "auto", "native", "triton" or "reference". If neither the log-sum-exp nor scores
-            are requested, "auto" may hand long groups to the attention of PyTorch or of flash-attn
-            (`find` in handover.py has the rule). Those are deterministic only under
-            `torch.use_deterministic_algorithms`, as far as PyTorch makes them so.
+        backend: "auto", "native", "triton", "torch" or "reference". "torch" calls the
+            attention of PyTorch or of flash-attn: deterministic only under
+            `torch.use_deterministic_algorithms`, as far as PyTorch makes them so, and
+            differentiable twice only under `sdpa_kernel(SDPBackend.MATH)`.
 
     Returns:
         The output [num_queries, H, D]; with options a tuple of the output, the log-sum-exp and the
@@ -209,41 +211,63 @@ def space_time_attention(
             VIDL_DEBUG=1 in the environment every call checks the groups.
     """
     _check(q, k, v, groups, return_scores)
+    check_flag("return_lse", return_lse)
     dtype = library.autocast_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = q.shape[2] ** -0.5 if scale is None else finite("scale", scale)
+    key = _key(q, k, v, dtype, groups, return_lse, return_scores)
     chosen = library.choose(
-        backend, "space_time_attention", q.device.type, dtype, head_size=q.shape[2]
+        backend, "space_time_attention", q.device.type, dtype, key, head_size=q.shape[2]
     )
-    if backend == "auto" and not return_lse and not return_scores:
-        attention = handover.find(q, groups, chosen)
-        if attention is not None:
-            return attention(q, k, v, groups, scale)
     args = (q, k, v, *groups.arguments(), scale, return_scores or "")
-    out, lse, scores = library.run("space_time_attention", chosen, *args)
+    out, lse, scores = library.run("space_time_attention", chosen, *args, lse=return_lse)
     results = [out, *([lse.detach()] if return_lse else []), *([scores] if return_scores else [])]
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def _key(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dtype: torch.dtype,
+    groups: Groups,
+    return_lse: bool,
+    return_scores: Scores | None,
+) -> choices.Key | None:
+    return choices.key(
+        "space_time_attention",
+        q.device.type,
+        dtype,
+        (q, k, v),
+        {
+            "queries": groups.max_queries,
+            "keys": groups.max_keys,
+            "rows": q.shape[0] * q.shape[1],
+        },
+        head_size=q.shape[2],
+        groups=groups.layout,
+        lse=return_lse,
+        scores=return_scores or "",
+    )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, groups: Groups, return_scores: Scores | None) -> None:
     if not isinstance(groups, Groups):
         raise TypeError(f"need groups made by vidl.ops.Groups, got {type(groups).__name__}")
+    check_tensors(groups=groups.query_offsets, q=q, k=k, v=v)
     if q.ndim != 3 or k.ndim != 3 or v.shape != k.shape or q.shape[1:] != k.shape[1:]:
         raise ValueError(
             "need q [num_queries, H, D] and k, v [num_keys, H, D], got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"need one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if not q.device == k.device == v.device == groups.query_offsets.device:
-        raise ValueError(
-            f"need q, k, v and groups on one device, got {q.device}, {k.device}, {v.device} and "
-            f"{groups.query_offsets.device}"
+        raise TypeError(
+            f"need q, k and v in one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
         )
     if q.shape[0] != groups.num_queries or k.shape[0] != groups.num_keys:
         raise ValueError(
-            f"need {groups.num_queries} queries and {groups.num_keys} keys for these groups, "
-            f"got {q.shape[0]} and {k.shape[0]}"
+            f"need {groups.num_queries} queries and {groups.num_keys} keys in q and k for these "
+            f"groups, got {q.shape[0]} and {k.shape[0]}"
         )
     if return_scores not in (None, "cls", "mean"):
         raise ValueError(f"need return_scores None, 'cls' or 'mean', got {return_scores!r}")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vidl.kernels.arguments import check_tensors
 from vidl.kernels.groups import Groups, prepend_row
 
 
@@ -27,6 +28,8 @@ class ReplicatedGlobal:
     """
 
     def __init__(self, groups: Groups) -> None:
+        if not isinstance(groups, Groups):
+            raise TypeError(f"need groups made by vidl.ops.Groups, got {type(groups).__name__}")
         if groups.row_offsets is None or groups.num_queries != groups.num_keys:
             raise ValueError("need groups of self-attention with row_offsets")
         B, G, total = groups.row_offsets.shape[0] - 1, groups.num_groups, groups.num_queries
@@ -77,7 +80,7 @@ class ReplicatedGlobal:
         Returns:
             [B x groups of a sample + tokens, ...], each sample's replicas before its other rows.
         """
-        _check_rows(x, self.num_samples + self.token_rows.shape[0])
+        self._check_rows(x, self.num_samples + self.token_rows.shape[0])
         replicas = x.index_select(0, self.global_rows)[:, None]
         replicas = replicas.expand(-1, self.replicas, *x.shape[1:]).flatten(0, 1)
         rows = torch.cat([replicas, x.index_select(0, self.token_rows)])
@@ -85,18 +88,18 @@ class ReplicatedGlobal:
 
     def average(self, x: Tensor) -> Tensor:
         """Undo `replicate`: the mean of a sample's replicas becomes its global token."""
-        _check_rows(x, self.groups.num_queries)
+        self._check_rows(x, self.groups.num_queries)
         replicas = x.index_select(0, self.replica_rows)
         means = replicas.unflatten(0, (self.num_samples, self.replicas)).mean(1)
         rows = torch.cat([means, x.index_select(0, self.new_rows)])
         return _place(rows, torch.cat([self.global_rows, self.token_rows]))
 
+    def _check_rows(self, x: Tensor, rows: int) -> None:
+        check_tensors(x=x, groups=self.groups.query_offsets)
+        if x.ndim < 1 or x.shape[0] != rows:
+            raise ValueError(f"need {rows} rows of x for these groups, got {tuple(x.shape)}")
+
 
 def _place(x: Tensor, rows: Tensor) -> Tensor:
     """Move x[i] to row `rows[i]`, by a gather with the inverse: its gradient is a gather too."""
     return x.index_select(0, torch.argsort(rows))
-
-
-def _check_rows(x: Tensor, rows: int) -> None:
-    if x.ndim < 1 or x.shape[0] != rows:
-        raise ValueError(f"need {rows} rows for these groups, got {tuple(x.shape)}")

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidl.kernels import library
-from vidl.kernels.arguments import finite
+from vidl.kernels import choices, library
+from vidl.kernels.arguments import check_tensors, finite
 from vidl.kernels.groups import SCHEMA, Arguments, Groups
 
-from . import reference
+from . import pytorch, reference
 
 LARGEST_HEAD = 128
 
@@ -109,6 +109,7 @@ library.define(
         fake=_fake,
         flops=_flops,
         reference=reference.token_scores,
+        torch=pytorch.token_scores,
         only_for_backward=2,
         limits=_limits,
         setup_context=_setup_context,
@@ -135,7 +136,7 @@ def cls_attention_scores(
         k: [num_keys, H, D], the same dtype and device.
         groups: which queries attend to which keys, as for `space_time_attention`.
         scale: finite factor of the logits before the softmax; default 1 / sqrt(D).
-        backend: "auto", "native", "triton" or "reference".
+        backend: "auto", "native", "triton", "torch" or "reference".
 
     Returns:
         The scores, float32, [E] in the order of the groups' entries (the rows of k if
@@ -235,7 +236,7 @@ def key_similarity_scores(k: Tensor, groups: Groups, *, backend: str = "auto") -
 
     Source: ToMe, arXiv 2210.09461, 3.
     """
-    return _score("similarity", groups, backend, k=k.detach())
+    return _score("similarity", groups, backend, k=k)
 
 
 def _score(
@@ -248,11 +249,26 @@ def _score(
 ) -> Tensor:
     _check(groups, tensors, lse)
     dtype, head_size = library.autocast_dtype(tensors["k"]), tensors["k"].shape[2]
-    q, k, v = (tensors[name].to(dtype) if name in tensors else None for name in "qkv")
-    backend = library.choose(
-        backend, "token_scores", groups.query_offsets.device.type, dtype, head_size=head_size
-    )
     scale = head_size**-0.5 if scale is None else finite("scale", scale)
+    q, k, v = (tensors[name].to(dtype) if name in tensors else None for name in "qkv")
+    if kind == "similarity":  # not differentiable
+        k = tensors["k"].to(dtype).detach()
+    device = groups.query_offsets.device.type
+    key = choices.key(
+        "token_scores",
+        device,
+        dtype,
+        (q, k, v),
+        {
+            "queries": groups.max_queries if kind == "mean" else 1,
+            "keys": groups.max_keys,
+            "rows": tensors["k"].shape[0] * tensors["k"].shape[1],
+        },
+        head_size=head_size,
+        groups=groups.layout,
+        kind=kind,
+    )
+    backend = library.choose(backend, "token_scores", device, dtype, key, head_size=head_size)
     lse = None if lse is None else lse.detach().contiguous()
     return library.run("token_scores", backend, q, k, v, lse, *groups.arguments(), scale, kind)
 
@@ -260,6 +276,7 @@ def _score(
 def _check(groups: Groups, tensors: dict[str, Tensor], lse: Tensor | None) -> None:
     if not isinstance(groups, Groups):
         raise TypeError(f"need groups made by vidl.ops.Groups, got {type(groups).__name__}")
+    check_tensors(optional=("lse",), groups=groups.query_offsets, **tensors, lse=lse)
     k = tensors["k"]
     if any(x.ndim != 3 or x.shape[1:] != k.shape[1:] for x in tensors.values()):
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
@@ -267,12 +284,9 @@ def _check(groups: Groups, tensors: dict[str, Tensor], lse: Tensor | None) -> No
     if not k.is_floating_point() or any(x.dtype != k.dtype for x in tensors.values()):
         dtypes = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
         raise TypeError(f"need one floating dtype, got {dtypes}")
-    device = groups.query_offsets.device
-    for name, x in (*tensors.items(), *([] if lse is None else [("lse", lse)])):
-        if x.device != device:
-            raise ValueError(f"need {name} on {device} as the groups are, got {x.device}")
+    for name, x in tensors.items():
         rows = groups.num_queries if name == "q" else groups.num_keys
-        if name != "lse" and x.shape[0] != rows:
+        if x.shape[0] != rows:
             raise ValueError(f"need {name} of {rows} rows for these groups, got {x.shape[0]}")
     if lse is not None:
         if lse.shape != (k.shape[1], groups.num_queries):

@@ -29,7 +29,9 @@ def token_scores(
         importance = _attention(q, k, lse, queries, keys, scale)
     if kind == "value":
         assert v is not None
-        importance = importance * keys.pad(torch.linalg.vector_norm(v, dim=(1, 2), dtype=high))
+        # Padded first: the gradient of the norm of a row of no group, which may be NaN, is zero.
+        norms = torch.linalg.vector_norm(keys.pad(v), dim=(2, 3), dtype=high)
+        importance = importance * norms
         total = importance.sum(1, keepdim=True)
         importance = importance / torch.where(total == 0, 1, total)
     return keys.unpad(importance, groups.num_entries(k.shape[0]))

@@ -364,5 +364,7 @@ def value_back(
     if call.shared:
         entry_norms, grad_norms = grad_norms, call.empty(call.num_keys)
         sum_entries(call, [entry_norms[:, None]], [grad_norms[:, None]])
-    factor = torch.where(norms == 0, 0, grad_norms / norms)
-    return grad_attention, (v * factor[:, None, None]).to(v.dtype).contiguous()
+    factor = torch.where((norms == 0) | (grad_norms == 0), 0, grad_norms / norms)
+    # A row of no group may be NaN, and its gradient is zero.
+    grad_v = torch.where(factor[:, None, None] == 0, 0, v * factor[:, None, None])
+    return grad_attention, grad_v.to(v.dtype).contiguous()

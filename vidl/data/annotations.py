@@ -7,7 +7,6 @@ pages that are read, once per machine. `vidl data convert` writes it, or vidl do
 import bisect
 import hashlib
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import pyarrow.compute as pc
 
 from vidl.data.folders import annotations_of, captioned, contents, matching
 from vidl.data.formats import FORMATS, Row
-from vidl.files import replaced
+from vidl.files import cache_folder, replaced
 
 SCHEMA = pa.schema(
     [
@@ -253,8 +252,7 @@ def _converted(file: Path) -> Path:
     versions = [(name, fact.st_size, fact.st_mtime_ns) for name, fact in facts]
     key = f"{read.resolve()} {versions} {READER} {SCHEMA}"
     digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
-    folder = Path(os.environ.get("VIDL_CACHE") or Path.home() / ".cache/vidl")
-    table = folder / f"{file.stem}-{digest}.arrow"
+    table = cache_folder() / f"{file.stem}-{digest}.arrow"
     if not table.exists():
         write(_some(_rows(file), file), table)
     return table

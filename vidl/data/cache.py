@@ -12,7 +12,7 @@ from torch import Tensor
 from vidl.data import crops, video
 from vidl.data.dataset import Clips
 from vidl.data.formats import Row
-from vidl.files import replaced
+from vidl.files import cache_folder, replaced
 
 # Cached frames per frame of a sample, and their short side as a multiple of the sample's size: a
 # random crop of half the area is then still sharp.
@@ -51,7 +51,7 @@ class CachedClips(Clips):
             self.size, self.decoder, READER,
         )  # fmt: skip
         name = hashlib.sha256(str(key).encode()).hexdigest()[:24]
-        folder = Path(os.environ.get("VIDL_CACHE") or Path.home() / ".cache/vidl") / "clips"
+        folder = cache_folder() / "clips"
         file = folder / f"{name}.npy"
         if not file.exists():
             pictures = video.read_clip(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidl.kernels.arguments import check_count, check_dtype, check_shape, check_tensors
+
 Word = Any  # an int or an int64 tensor: the same arithmetic on the host and on the device
 
 BITS = 0xFFFFFFFF
@@ -70,19 +72,18 @@ def _mix(x: Word) -> Word:
 
 
 def _check(seed: int, step: int | Tensor, samples: Tensor, n: int, stream: int) -> None:
-    if samples.dtype != torch.int64:
-        raise TypeError(f"need samples in int64, got {samples.dtype}")
-    if samples.ndim != 1:
-        raise ValueError(f"need samples [B], got {tuple(samples.shape)}")
+    check_tensors(samples=samples)
+    check_dtype("samples", samples, torch.int64)
+    check_shape("samples", samples, "B")
     if isinstance(step, Tensor):
-        if step.dtype != torch.int64:
-            raise TypeError(f"need step in int64, got {step.dtype}")
+        check_dtype("step", step, torch.int64)
         if step.ndim != 0 or step.device != samples.device:
             raise ValueError(
                 f"need a scalar step on {samples.device}, got {tuple(step.shape)} on {step.device}"
             )
-    elif step < 0:
-        raise ValueError(f"need step >= 0, got {step}")
+    else:
+        check_count("step", step)
     for name, number in (("seed", seed), ("n", n), ("stream", stream)):
-        if not 0 <= number < 2**63:
+        check_count(name, number)
+        if number >= 2**63:
             raise ValueError(f"need {name} in [0, 2^63), got {number}")

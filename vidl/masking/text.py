@@ -5,13 +5,14 @@ its split over ranks.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from vidl.kernels.arguments import check_count, check_dtype, check_tensors, finite
 from vidl.masking.draws import uniform
 
 Replace = Literal["bert", "mask"]
@@ -30,11 +31,27 @@ class Vocabulary:
         size: number of tokens.
         mask: id of [MASK].
         special: ids that are never masked: [PAD], [UNK], [CLS], [SEP], [MASK].
+
+    Raises:
+        TypeError, ValueError: a number is not an int, or is out of range.
     """
 
     size: int = 30522
     mask: int = 103
     special: tuple[int, ...] = (0, 100, 101, 102, 103)
+
+    def __post_init__(self) -> None:
+        check_count("size", self.size, 1)
+        check_count("mask", self.mask)
+        if self.mask >= self.size:
+            raise ValueError(f"need mask in [0, {self.size}), got {self.mask}")
+        if not isinstance(self.special, (tuple, list)):
+            raise TypeError(f"need special as a tuple of ids, got {self.special!r}")
+        for special in self.special:
+            check_count("special", special)
+
+
+UNCASED = Vocabulary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +110,11 @@ def mask_words(
         TypeError: `ids` is not int64.
         ValueError: a shape, a number or an option is wrong.
     """
-    vocabulary = vocabulary or Vocabulary()
+    vocabulary = UNCASED if vocabulary is None else vocabulary
     _check(samples, ids, attention_mask, mask_ratio, replace, word_starts, vocabulary)
+    check_count("stream", stream)
+    if most is not None:
+        check_count("most", most)
     L = ids.shape[1]
 
     def draw(use: int) -> Tensor:
@@ -132,6 +152,8 @@ def most_hidden(words: int, mask_ratio: float) -> int:
     It does not depend on the draw, so shapes are static. Ratios from 0.15 exceed it less than once
     in 10^10 batches; with whole words of three pieces each, once in 20,000.
     """
+    check_count("words", words)
+    _check_ratio(mask_ratio)
     spread = math.sqrt(words * mask_ratio * (1 - mask_ratio))
     return min(words, math.ceil(words * mask_ratio + 8 * spread))
 
@@ -145,6 +167,10 @@ def continuations(words: Sequence[str]) -> Tensor:
     Returns:
         [len(words)] bool.
     """
+    if isinstance(words, str) or not isinstance(words, Iterable):
+        raise TypeError(f"need words as a list of str, got {type(words).__name__}")
+    if not all(isinstance(word, str) for word in words):
+        raise TypeError("need words as a list of str, got other types in it")
     return torch.tensor([word.startswith("##") for word in words], dtype=torch.bool)
 
 
@@ -157,8 +183,9 @@ def _check(
     word_starts: Tensor | None,
     vocabulary: Vocabulary,
 ) -> None:
-    if ids.dtype != torch.int64:
-        raise TypeError(f"need ids in int64, got {ids.dtype}")
+    tensors = dict(samples=samples, ids=ids, attention_mask=attention_mask)
+    check_tensors(optional=("word_starts",), **tensors, word_starts=word_starts)
+    check_dtype("ids", ids, torch.int64)
     if ids.ndim != 2 or attention_mask.shape != ids.shape:
         raise ValueError(
             "need ids and attention_mask [B, L], got "
@@ -173,9 +200,13 @@ def _check(
             f"need word_starts {tuple(ids.shape)} in bool, got {tuple(word_starts.shape)} in "
             f"{word_starts.dtype}"
         )
-    if not 0 <= mask_ratio <= 1:
-        raise ValueError(f"need mask_ratio in [0, 1], got {mask_ratio}")
+    _check_ratio(mask_ratio)
     if replace not in ("bert", "mask"):
         raise ValueError(f"need replace 'bert' or 'mask', got {replace!r}")
-    if not 0 <= vocabulary.mask < vocabulary.size:
-        raise ValueError(f"need vocabulary.mask in [0, {vocabulary.size}), got {vocabulary.mask}")
+    if not isinstance(vocabulary, Vocabulary):
+        raise TypeError(f"need vocabulary as a Vocabulary, got {type(vocabulary).__name__}")
+
+
+def _check_ratio(mask_ratio: float) -> None:
+    if not 0 <= finite("mask_ratio", mask_ratio) <= 1:
+        raise ValueError(f"need mask_ratio in [0, 1], got {mask_ratio}")

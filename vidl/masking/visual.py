@@ -7,6 +7,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from vidl.kernels.arguments import (
+    check_counts,
+    check_floating,
+    check_shape,
+    check_tensors,
+    finite,
+)
 from vidl.kernels.groups import Grid
 from vidl.kernels.select_tokens import kept_count
 from vidl.kernels.select_tokens.op import Rounding
@@ -107,9 +114,8 @@ def visual_mask(
     """
     if kind not in get_args(VisualKind):
         raise ValueError(f"need kind among {', '.join(get_args(VisualKind))}, got {kind!r}")
-    if len(grid) != 3 or any(n < 1 for n in grid):
-        raise ValueError(f"need a grid of frames, rows and columns, got {grid}")
-    if not 0 <= mask_ratio < 1:
+    check_counts("grid", grid, 3)
+    if not 0 <= finite("mask_ratio", mask_ratio) < 1:
         raise ValueError(f"need mask_ratio in [0, 1), got {mask_ratio}")
     (T, H, W), N = grid, math.prod(grid)
     # Patches among which one share is masked: those of a frame or of the whole clip.
@@ -131,7 +137,11 @@ def replace_masked(tokens: Tensor, mask: VisualMask, mask_token: Tensor) -> Tens
 
     Call it before the position embedding is added. Source: BEiT, arXiv 2106.08254, 2.3.
     """
-    _check_tokens(tokens, mask)
+    check_mask(mask)
+    check_tensors(tokens=tokens, mask_token=mask_token, mask=mask.ids_mask)
+    check_floating(tokens=tokens, mask_token=mask_token)
+    check_shape("tokens", tokens, mask.ids_mask.shape[0], math.prod(mask.grid), "C")
+    check_shape("mask_token", mask_token, tokens.shape[2])
     return torch.where(mask.masked()[..., None], mask_token.to(tokens.dtype), tokens)
 
 
@@ -144,8 +154,11 @@ def zero_masked(video: Tensor, mask: VisualMask) -> Tensor:
     Raises:
         ValueError: the clip does not divide into the mask's grid.
     """
+    check_mask(mask)
+    check_tensors(video=video, mask=mask.ids_mask)
     T, H, W = mask.grid
-    if video.ndim != 5 or any(n % m for n, m in zip(video.shape[2:], mask.grid, strict=True)):
+    check_shape("video", video, mask.ids_mask.shape[0], "C", "T", "H", "W")
+    if any(n % m for n, m in zip(video.shape[2:], mask.grid, strict=True)):
         raise ValueError(
             f"need video [B, C, T, H, W] that divides into {mask.grid} patches, got "
             f"{tuple(video.shape)}"
@@ -185,7 +198,7 @@ def _first_cuboid(
     return torch.where(covered, index, count).amin(1)
 
 
-def _check_tokens(tokens: Tensor, mask: VisualMask) -> None:
-    shape = (mask.ids_keep.shape[0], math.prod(mask.grid))
-    if tokens.ndim != 3 or tokens.shape[:2] != shape:
-        raise ValueError(f"need tokens [{shape[0]}, {shape[1]}, C], got {tuple(tokens.shape)}")
+def check_mask(mask: VisualMask) -> None:
+    """Raise unless `mask` is a `VisualMask`."""
+    if not isinstance(mask, VisualMask):
+        raise TypeError(f"need mask as a VisualMask, got {type(mask).__name__}")

@@ -44,10 +44,10 @@ def recipe(name: str, preset: str = "base", **overrides: Any) -> Recipe:
     Raises:
         ValueError: unknown model, preset or field, or the fields do not fit together.
     """
-    if name not in MODELS:
-        raise ValueError(f"need a model among {', '.join(MODELS)}, got {name!r}")
+    if name not in tuple(MODELS):
+        raise ValueError(f"name: need a model among {', '.join(MODELS)}, got {name!r}")
     presets = MODELS[name][1]
-    if preset not in presets:
+    if preset not in tuple(presets):
         raise ValueError(f"need a preset among {', '.join(presets)}, got {preset!r}")
     hints = get_type_hints(type(presets[preset]))
     return dataclasses.replace(presets[preset], **convert(overrides, hints, of=name))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidl.kernels.arguments import check_count, check_dtype, check_shape, check_tensors
 from vidl.masking import VisualMask
 from vidl.models.smaug import Smaug
 
@@ -38,6 +39,10 @@ class Answering(nn.Module):
             raise ValueError(
                 f"need a model with fusion layers to answer, got {type(model).__name__}"
             )
+        if isinstance(answers, str) or not isinstance(answers, Sequence):
+            raise TypeError(f"need answers as a list of str, got {type(answers).__name__}")
+        if not all(isinstance(answer, str) for answer in answers):
+            raise TypeError(f"need answers as a list of str, got {list(answers)[:5]}")
         if not answers or len(set(answers)) < len(answers):
             raise ValueError(f"need answers that differ, got {len(answers)}: {list(answers)[:5]}")
         self.model, self.recipe, self.answers = model, model.recipe, list(answers)
@@ -77,8 +82,12 @@ class Answering(nn.Module):
         Returns:
             "loss" and "qa", the same float32 scalar.
         """
+        self.model.check_batch(video, ids, attention_mask, samples, clip_ids)
         if answers is None:
             answers = ids.new_zeros(ids.shape[0])
+        check_tensors(ids=ids, answers=answers)
+        check_dtype("answers", answers, torch.int64)
+        check_shape("answers", answers, ids.shape[0])
         clips = self.encode_clips(video, self.recipe.visual_mask(samples, step))
         text = self.encode_text(ids, attention_mask, words=words)
         logits = self.answer(clips, text, attention_mask, words=words)
@@ -119,6 +128,7 @@ class Answering(nn.Module):
 
     def numbers(self, answers: Iterable[str | None]) -> Tensor:
         """The classes of these answers, [B] int64; -1: unknown."""
+        answers = _checked(answers)
         return torch.tensor([self._numbers.get(answer or "", UNKNOWN) for answer in answers])
 
     @contextmanager
@@ -139,7 +149,18 @@ def frequent_answers(answers: Iterable[str | None], most: int) -> list[str]:
     Raises:
         ValueError: there are no answers, or most < 1.
     """
-    counts = Counter(answer for answer in answers if answer)
-    if most < 1 or not counts:
-        raise ValueError(f"need answers and most >= 1, got {len(counts)} answers and most={most}")
+    check_count("most", most, 1)
+    counts = Counter(answer for answer in _checked(answers) if answer)
+    if not counts:
+        raise ValueError("need answers, got none")
     return sorted(counts, key=lambda answer: (-counts[answer], answer))[:most]
+
+
+def _checked(answers: Iterable[str | None]) -> list[str | None]:
+    if isinstance(answers, str) or not isinstance(answers, Iterable):
+        raise TypeError(f"need answers as a list of str or None, got {type(answers).__name__}")
+    answers = list(answers)
+    for answer in answers:
+        if answer is not None and not isinstance(answer, str):
+            raise TypeError(f"need answers as a list of str or None, got {answer!r} in it")
+    return answers

@@ -3,12 +3,12 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from vidl.files import replaced
-from vidl.models.two_towers import TwoTowers
+from vidl.models.two_towers import TwoTowers, check_model
 from vidl.nn import Bert
 from vidl.nn.bert import EPS
 from vidl.nn.divided import TIME
@@ -33,6 +33,7 @@ def vision_weights(model: TwoTowers) -> dict[str, Tensor]:
     For `vidl.nn.ViT` these are all weights: without mask and pruning, timm computes the same. For
     `vidl.nn.SpaceTimeTransformer` these are the spatial layers.
     """
+    check_model(model)
     state = model.vision.state_dict()
     return {name: x for name, x in state.items() if not any(part in name for part in TIME)}
 
@@ -42,6 +43,7 @@ def text_weights(model: TwoTowers) -> dict[str, Tensor]:
 
     Without segments, under those of `DistilBertModel`. Fusion layers and heads are left out.
     """
+    check_model(model)
     text = model.text
     fusion = tuple(
         f"encoder.layer.{text.text_layers + layer}." for layer in range(text.fusion_layers)
@@ -55,6 +57,7 @@ def text_weights(model: TwoTowers) -> dict[str, Tensor]:
 
 def text_config(model: TwoTowers) -> dict[str, Any]:
     """The config.json for `text_weights`, as transformers reads it."""
+    check_model(model)
     text = model.text
     recipe, embeddings = model.recipe, text.embeddings
     first: Any = text.encoder.layer[0]  # type: ignore[index]
@@ -87,6 +90,7 @@ def vision_options(model: TwoTowers) -> dict[str, Any]:
     Raises:
         ValueError: tubelet_size > 1, which timm's `VisionTransformer` does not support.
     """
+    check_model(model)
     r = model.recipe
     if r.tubelet_size > 1:
         raise ValueError(
@@ -120,6 +124,7 @@ def vision_config(model: TwoTowers) -> dict[str, Any]:
 
 def tokenizer_config(model: TwoTowers) -> dict[str, Any]:
     """The tokenizer_config.json beside tokenizer.json, as transformers reads it."""
+    check_model(model)
     inputs = ["input_ids", "attention_mask"]
     if _has_segments(model.text):
         inputs.insert(1, "token_type_ids")
@@ -130,6 +135,7 @@ def tokenizer_config(model: TwoTowers) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What `export` needs of a `vidl.data.text.Tokenizer`."""
 
@@ -161,8 +167,13 @@ def export(model: TwoTowers, folder: str | Path, tokenizer: Tokenizer) -> list[P
             `vision_options`; nothing is written.
         OSError: a file cannot be written; names it.
     """
+    check_model(model)
     from safetensors.torch import save as to_bytes
 
+    if not isinstance(folder, (str, Path)):
+        raise TypeError(f"need folder as a path, got {type(folder).__name__}")
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"need tokenizer as a Tokenizer, got {type(tokenizer).__name__}")
     known = model.recipe.vocabulary.size
     if len(tokenizer) > known:
         raise ValueError(f"need a tokenizer of at most {known} tokens, got {len(tokenizer)}")

@@ -72,6 +72,8 @@ class Mac(TwoTowers):
 
     def __init__(self, recipe: MacRecipe) -> None:
         super().__init__()
+        if not isinstance(recipe, MacRecipe):
+            raise TypeError(f"need recipe as a MacRecipe, got {type(recipe).__name__}")
         self.recipe = r = recipe
         self.vision = SpaceTimeTransformer(
             r.image_size, r.patch_size, embed_dim=r.width, depth=r.depth, num_heads=r.heads,
@@ -100,6 +102,7 @@ class Mac(TwoTowers):
 
         Arguments and errors are those of `TwoTowers`.
         """
+        self.check_batch(video, ids, attention_mask, samples, clip_ids)
         r = self.recipe
         v = self.embed_clips(video, r.visual_mask(samples, step))
         hidden = mask_words(
@@ -112,4 +115,5 @@ class Mac(TwoTowers):
 
     def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
         """CLS and the tokens of the visible patches, [B, 1 + K, C]."""
+        self.check_clips(video, mask)
         return self.vision(video, None if mask is None else mask.ids_keep)

@@ -2,18 +2,24 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import Tensor
 
 from vidl.kernels.groups import Grid
+from vidl.kernels.library import check_backend
+from vidl.kernels.patches import per_channel
 from vidl.kernels.select_tokens import kept_count
 from vidl.masking import VisualKind, VisualMask, Vocabulary, visual_mask
+from vidl.overrides import convert
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Sizes and masks.
+
+    Values are converted to the types of their fields as on the command line: a list becomes a
+    tuple, 3.0 the integer 3.
 
     Attributes:
         frames, image_size, patch_size: number and size of the frames, and of their patches.
@@ -33,7 +39,7 @@ class Recipe:
         backend: backend of all ops; see `vidl info`.
 
     Raises:
-        ValueError: values are out of range or inconsistent.
+        TypeError, ValueError: values are of other types, out of range or inconsistent.
     """
 
     frames: int = 4
@@ -60,10 +66,15 @@ class Recipe:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
+        for name, value in convert(vars(self), kinds, of=type(self).__name__).items():
+            object.__setattr__(self, name, value)
         sizes = ("frames", "image_size", "patch_size", "tubelet_size")
-        for name in (*sizes, "width", "heads", "text_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"need {name} >= 1, got {getattr(self, name)}")
+        positive = (*sizes, "width", "heads", "text_width", "text_heads", "embed_dim")
+        self._at_least(1, *positive)
+        self._at_least(0, "depth", "text_layers", "seed")
+        check_backend(self.backend)
+        per_channel(3, self.mean, self.std)  # checks them
         for whole, part in (
             ("image_size", "patch_size"), ("frames", "tubelet_size"), ("width", "heads"),
             ("text_width", "text_heads"),
@@ -77,6 +88,15 @@ class Recipe:
             raise ValueError(f"need mask_ratio in [0, 1), got {self.mask_ratio}")
         if not 0 <= self.word_ratio <= 1:
             raise ValueError(f"need word_ratio in [0, 1], got {self.word_ratio}")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"need dropout in [0, 1], got {self.dropout}")
+        if self.temperature <= 0:
+            raise ValueError(f"need temperature > 0, got {self.temperature}")
+
+    def _at_least(self, least: int, *fields: str) -> None:
+        for name in fields:
+            if getattr(self, name) < least:
+                raise ValueError(f"need {name} >= {least}, got {getattr(self, name)}")
 
     @property
     def grid(self) -> Grid:

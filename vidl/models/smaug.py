@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vidl.kernels.arguments import check_dtype, check_floating, check_shape, check_tensors
 from vidl.kernels.select_tokens import kept_count
 from vidl.kernels.select_tokens.op import Fuse
 from vidl.masking import VisualMask, mask_words
@@ -75,6 +76,8 @@ class SmaugRecipe(Recipe):
             raise ValueError(
                 f"need mask 'frame' or 'tube' (frames keep equally many patches), got {self.mask!r}"
             )
+        self._at_least(1, "decoder_width", "decoder_heads")
+        self._at_least(0, "decoder_depth", "fusion_layers", "vtc", "vtm", "mlm", "mvm")
         if wrong := [layer for layer in self.prune_layers if not 0 <= layer < self.depth]:
             raise ValueError(f"need prune_layers in [0, {self.depth}), the depth, got {wrong}")
         if not 0 < self.keep_rate <= 1:
@@ -133,6 +136,8 @@ class Smaug(TwoTowers):
 
     def __init__(self, recipe: SmaugRecipe) -> None:
         super().__init__()
+        if not isinstance(recipe, SmaugRecipe):
+            raise TypeError(f"need recipe as a SmaugRecipe, got {type(recipe).__name__}")
         self.recipe = r = recipe
         self.vision = ViT(
             r.image_size, r.patch_size, embed_dim=r.width, depth=r.depth, num_heads=r.heads,
@@ -176,6 +181,7 @@ class Smaug(TwoTowers):
 
         Arguments and errors are those of `TwoTowers`.
         """
+        self.check_batch(video, ids, attention_mask, samples, clip_ids)
         r = self.recipe
         mask = r.visual_mask(samples, step)
         frames = self.encode_frames(video, mask)
@@ -216,6 +222,7 @@ class Smaug(TwoTowers):
 
     def encode_frames(self, video: Tensor, mask: VisualMask | None = None) -> Frames:
         """The encoder's output for each frame; mask None: all patches are visible."""
+        self.check_clips(video, mask)
         before = self.recipe.frame_time == "before"
         time = self.time[: video.shape[2] // self.recipe.tubelet_size] if before else None
         return self.vision(video, None if mask is None else mask.ids_keep, time)
@@ -243,6 +250,18 @@ class Smaug(TwoTowers):
             partner: the clip of each caption, [S] int64; None: caption b has clip b (S = B).
             words: an upper bound of the words in the captions; see `vidl.nn.Bert`.
         """
+        tensors = dict(clips=clips, text=text, attention_mask=attention_mask, partner=partner)
+        check_tensors(("attention_mask", "partner"), **tensors)
+        check_floating(clips=clips, text=text)
+        check_shape("clips", clips, "B", "T", "N", self.recipe.width)
+        check_shape("text", text, "S", "L", self.recipe.text_width)
+        if partner is not None:
+            check_dtype("partner", partner, torch.int64)
+            check_shape("partner", partner, text.shape[0])
+        elif clips.shape[0] != text.shape[0]:
+            raise ValueError(
+                f"need partner for {text.shape[0]} captions in text and {clips.shape[0]} clips"
+            )
         clips = clips if partner is None else clips[partner]
         selected = self.selector(clips[:, :, 0], text[:, 0], clips)
         return self.text.fuse(text, attention_mask, selected.tokens.flatten(1, 2), words=words)

@@ -17,6 +17,9 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from vidl.kernels.arguments import check_count
+from vidl.models.two_towers import check_model
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -101,8 +104,12 @@ def summarize(model: Any, *, batch: int = 2, words: int = 32, steps: int = 0) ->
     Raises:
         ValueError: a number is out of range.
     """
-    if batch < 2 or words < 1 or steps < 0:
-        raise ValueError(f"need batch >= 2, words >= 1, steps >= 0, got {batch}, {words}, {steps}")
+    check_model(model)
+    check_count("batch", batch, 2)
+    check_count("words", words, 1)
+    check_count("steps", steps)
+    if words > (longest := model.text.embeddings.max_positions):
+        raise ValueError(f"need words <= {longest}, the longest caption, got {words}")
     device = next(model.parameters()).device
     variants = {name: type(model)(r).to(device) for name, r in model.recipe.variants().items()}
     costs = {name: _count(variant, batch, words) for name, variant in variants.items()}

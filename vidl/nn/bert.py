@@ -9,8 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidl.kernels.arguments import (
+    check_count,
+    check_dtype,
+    check_flag,
+    check_floating,
+    check_shape,
+    check_tensors,
+)
 from vidl.kernels.groups import Groups
+from vidl.kernels.library import check_backend
 from vidl.kernels.space_time_attention import space_time_attention
+from vidl.nn.arguments import check_dropout, check_heads, check_state
 from vidl.nn.captions import Captions
 from vidl.nn.checkpoints import load_or_explain
 
@@ -66,9 +76,19 @@ class Bert(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if num_heads < 1 or width % num_heads:
-            raise ValueError(f"need width as a multiple of num_heads={num_heads}, got {width}")
-        if text_layers < 0 or fusion_layers < 0 or text_layers + fusion_layers < 1:
+        check_heads("width", width, num_heads)
+        for name, count, least in (
+            ("vocab_size", vocab_size, 1), ("text_layers", text_layers, 0),
+            ("fusion_layers", fusion_layers, 0), ("mlp_width", mlp_width, 1),
+            ("visual_width", visual_width, 1), ("max_positions", max_positions, 1),
+            ("token_types", token_types, 0),
+        ):  # fmt: skip
+            if count is not None or name not in ("mlp_width", "visual_width"):
+                check_count(name, count, least)  # type: ignore[arg-type]
+        check_dropout(dropout)
+        check_flag("mlm_head", mlm_head)
+        check_backend(backend)
+        if text_layers + fusion_layers < 1:
             raise ValueError(
                 f"need at least one layer, got text_layers={text_layers} and "
                 f"fusion_layers={fusion_layers}"
@@ -104,6 +124,10 @@ class Bert(nn.Module):
         Raises:
             ValueError: shapes do not fit, or captions are longer than `max_positions`.
         """
+        words_of: Any = self.embeddings.word_embeddings.weight
+        optional = ("attention_mask",)
+        check_tensors(optional, ids=ids, attention_mask=attention_mask, model=words_of)
+        check_dtype("ids", ids, torch.int64)
         if ids.ndim != 2 or ids.shape[1] > self.embeddings.max_positions:
             raise ValueError(
                 f"need ids [B, L], L at most {self.embeddings.max_positions}, got "
@@ -150,6 +174,10 @@ class Bert(nn.Module):
         Raises:
             ValueError: shapes do not fit, or there are no fusion layers.
         """
+        tensors = dict(text=text, attention_mask=attention_mask, visual=visual)
+        optional = ("attention_mask", "partner", "cu_visual")
+        check_tensors(optional, **tensors, partner=partner, cu_visual=cu_visual)
+        check_floating(text=text, visual=visual)
         self._check_fuse(text, visual, partner, cu_visual, max_visual)
         captions = Captions(text, attention_mask, words)
         if cu_visual is None:
@@ -182,6 +210,11 @@ class Bert(nn.Module):
         if not hasattr(self, "cls"):
             raise ValueError("need Bert(mlm_head=True) to predict words")
         head: Any = self.cls
+        check_tensors(hidden=hidden, positions=positions, model=head.predictions.bias)
+        check_floating(hidden=hidden)
+        check_shape("hidden", hidden, "B", "L", self.width)
+        check_dtype("positions", positions, torch.int64)
+        check_shape("positions", positions, "M")
         rows = hidden.flatten(0, 1).index_select(0, positions)
         return head.predictions(rows, self.embeddings.word_embeddings.weight)
 
@@ -196,6 +229,7 @@ class Bert(nn.Module):
             ValueError: weights are missing, unexpected or of another shape (all are named), or the
                 checkpoint's output layer is not its word embedding.
         """
+        check_state(state_dict)
         weights = {_own_name(name): weight for name, weight in state_dict.items()}
         skipped = ["pooler.", "cls.seq_relationship.", "embeddings.position_ids"]
         skipped += [] if hasattr(self, "cls") else ["cls."]
@@ -226,11 +260,15 @@ class Bert(nn.Module):
     ) -> None:
         if not self.fusion_layers:
             raise ValueError("need Bert(fusion_layers=...) with at least 1 layer to fuse")
-        if text.ndim != 3 or text.shape[2] != self.width:
-            raise ValueError(f"need text [B, L, {self.width}], got {tuple(text.shape)}")
+        check_shape("text", text, "B", "L", self.width)
         if (cu_visual is None) != (max_visual is None):
             raise ValueError("need cu_visual and max_visual together, for packed visual tokens")
         packed = cu_visual is not None
+        if cu_visual is not None:
+            check_dtype("cu_visual", cu_visual, torch.int32)
+            check_shape("cu_visual", cu_visual, "S + 1")
+        if max_visual is not None:
+            check_count("max_visual", max_visual)
         if visual.ndim != 3 - packed or visual.shape[-1] != self.visual_width:
             raise ValueError(
                 f"need visual [S, N, {self.visual_width}], or [total, {self.visual_width}] with "
@@ -239,9 +277,10 @@ class Bert(nn.Module):
         B = text.shape[0]
         clips = visual.shape[0] if cu_visual is None else cu_visual.shape[0] - 1
         if partner is None and clips != B:
-            raise ValueError(f"need partner for {B} captions and {clips} clips")
-        if partner is not None and partner.shape != (B,):
-            raise ValueError(f"need partner [{B}], got {tuple(partner.shape)}")
+            raise ValueError(f"need partner for {B} captions in text and {clips} clips in visual")
+        if partner is not None:
+            check_dtype("partner", partner, torch.int64)
+            check_shape("partner", partner, B)
 
 
 class _Embeddings(nn.Module):

@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidl.kernels.arguments import (
+    check_count,
+    check_flag,
+    check_floating,
+    check_tensors,
+    finite,
+)
 from vidl.kernels.groups import Groups
+from vidl.kernels.library import check_backend
 from vidl.kernels.select_tokens.op import Selected
-from vidl.nn.pruning import Pruning, Scores, run_layer, scored_attention
+from vidl.nn.arguments import check_groups, check_layer
+from vidl.nn.pruning import Pruning, Scores, check_pruning, run_layer, scored_attention
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # as in timm's ViT
 
@@ -51,6 +60,10 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_layer(dim, num_heads, mlp_ratio, qkv_bias, act_layer, norm_layer, backend)
+        check_pruning(pruning)
+        if init_values is not None:
+            finite("init_values", init_values)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = norm_layer(dim, **options)
         self.attn: nn.Module = Attention(dim, num_heads, qkv_bias, **options)
@@ -60,7 +73,7 @@ class Block(nn.Module):
         self.mlp: nn.Module = Mlp(dim, int(dim * mlp_ratio), act_layer, **options)
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values, **options)
         self.drop_path2: nn.Module = nn.Identity()
-        self.pruning, self.backend = pruning, backend
+        self.dim, self.pruning, self.backend = dim, pruning, backend
 
     @classmethod
     def from_block(
@@ -76,7 +89,7 @@ class Block(nn.Module):
         attention: Any = getattr(block, "attn", None)
         if type(block).__name__ != "Block" or type(attention).__name__ != "Attention":
             raise TypeError(
-                "need timm's vision_transformer.Block with its Attention, got "
+                "need block as timm's vision_transformer.Block with its Attention, got "
                 f"{type(block).__name__} with {type(attention).__name__}"
             )
         known = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
@@ -86,10 +99,13 @@ class Block(nn.Module):
             raise ValueError(f"cannot compute attention with {sorted(children - known) + own}")
         if attention.attn_drop.p > 0:
             raise ValueError(f"cannot drop out attention, got attn_drop={attention.attn_drop.p}")
+        check_backend(backend)
+        check_pruning(pruning)
         converted = cls.__new__(cls)
         nn.Module.__init__(converted)
         for name, child in block.named_children():
             setattr(converted, name, child)
+        converted.dim = attention.qkv.in_features
         converted.pruning, converted.backend = pruning, backend
         return converted.train(block.training)
 
@@ -124,6 +140,9 @@ class Block(nn.Module):
                 these rows; or x should be pruned, but the groups are not whole samples.
         """
         self._check(x, groups)
+        check_flag("return_ids", return_ids)
+        if num_kept is not None:
+            check_count("num_kept", num_kept)
         packed = groups is not None
         if groups is None:
             groups = Groups.equal(x.shape[0], x.shape[1], device=x.device)
@@ -155,14 +174,15 @@ class Block(nn.Module):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def _check(self, x: Tensor, groups: Groups | None) -> None:
-        if groups is None:
-            if x.ndim != 3 or x.shape[1] < 1:
-                raise ValueError(f"need x [B, N, C] with CLS first, got {tuple(x.shape)}")
-        elif x.ndim != 2 or not x.shape[0] == groups.num_queries == groups.num_keys:
-            raise ValueError(
-                f"need x [total, C] with groups of its rows, got {tuple(x.shape)} with groups of "
-                f"{groups.num_queries} queries and {groups.num_keys} keys"
-            )
+        projection: Any = self.attn.qkv
+        check_tensors(x=x, model=projection.weight)
+        check_floating(x=x)
+        if groups is not None:
+            check_groups("groups", groups, x)
+        elif x.ndim != 3 or x.shape[1] < 1:
+            raise ValueError(f"need x [B, N, C] with CLS first, or groups, got {tuple(x.shape)}")
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"need x of {self.dim} channels, got {tuple(x.shape)}")
 
     def extra_repr(self) -> str:
         return f"pruning={self.pruning}, backend={self.backend!r}"
@@ -211,8 +231,6 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, **options: Any) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"need dim as a multiple of num_heads, got {dim} and {num_heads}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **options)
         self.proj = nn.Linear(dim, dim, **options)

@@ -3,6 +3,13 @@
 import torch
 from torch import Tensor
 
+from vidl.kernels.arguments import (
+    check_count,
+    check_dtype,
+    check_flag,
+    check_shape,
+    check_tensors,
+)
 from vidl.kernels.groups import Groups, group_of
 
 
@@ -31,10 +38,16 @@ class Captions:
     def __init__(
         self, padded: Tensor, attention_mask: Tensor | None = None, words: int | None = None
     ) -> None:
+        optional = ("attention_mask",)
+        check_tensors(optional, padded=padded, attention_mask=attention_mask)
+        if padded.ndim < 2:
+            raise ValueError(f"need padded [B, L, ...], got {tuple(padded.shape)}")
         self.batch, self.length = padded.shape[:2]
         self.device = padded.device
         self.rows = self.batch * self.length
-        if words is not None and not 0 <= words <= self.rows:
+        if words is not None:
+            check_count("words", words)
+        if words is not None and words > self.rows:
             raise ValueError(f"need words from 0 to {self.rows} (B * L), got {words}")
         self.order: Tensor | None = None  # [rows], the position in [B * L] of each packed row
         if attention_mask is not None:
@@ -43,15 +56,7 @@ class Captions:
             raise ValueError(f"need an attention_mask if words={words} is not B * L={self.rows}")
 
     def _read(self, attention_mask: Tensor, words: int | None) -> None:
-        if attention_mask.shape != (self.batch, self.length):
-            raise ValueError(
-                f"need an attention_mask [{self.batch}, {self.length}], got "
-                f"{tuple(attention_mask.shape)}"
-            )
-        if attention_mask.device != self.device:
-            raise ValueError(
-                f"need attention_mask on {self.device}, got it on {attention_mask.device}"
-            )
+        check_shape("attention_mask", attention_mask, self.batch, self.length)
         mask = attention_mask != 0
         sizes = mask.sum(1, dtype=torch.int32)
         self.total = sizes.sum(dtype=torch.int32)
@@ -72,16 +77,26 @@ class Captions:
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, L, ...] to [rows, ...]."""
+        self._check(x)
+        if x.shape[:2] != (self.batch, self.length):
+            raise ValueError(f"need x [{self.batch}, {self.length}, ...], got {tuple(x.shape)}")
         x = x.flatten(0, 1)
         return x if self.order is None else x.index_select(0, self.order)
 
     def unpack(self, x: Tensor) -> Tensor:
         """[rows, C] to [B, L, C], with zeros at padding."""
+        self._check(x)
+        check_shape("x", x, self.rows, "C")
         if self.order is not None:
             beyond = torch.arange(self.rows, device=x.device) >= self.total
             x = x.masked_fill(beyond[:, None], 0)
             x = x.new_zeros(self.batch * self.length, x.shape[1]).index_copy(0, self.order, x)
         return x.unflatten(0, (self.batch, self.length))
+
+    def _check(self, x: Tensor) -> None:
+        check_tensors(x=x)
+        if x.device != self.device:
+            raise ValueError(f"need x on {self.device} as the captions are, got {x.device}")
 
     def columns(self) -> Tensor:
         """The position of each packed row in its padded caption, [rows] int64."""
@@ -107,6 +122,15 @@ class Captions:
                 and a sequence may have none. None: caption b attends to sequence b.
             equal: whether every sequence has exactly `max_keys` keys.
         """
+        check_tensors(optional=("partner",), cu_keys=cu_keys, partner=partner)
+        check_dtype("cu_keys", cu_keys, torch.int32)
+        check_shape("cu_keys", cu_keys, "S + 1")
+        check_count("num_keys", num_keys)
+        check_count("max_keys", max_keys)
+        check_flag("equal", equal)
+        if partner is not None:
+            check_dtype("partner", partner, torch.int64)
+            check_shape("partner", partner, self.batch)
         if self.order is None:
             steps = torch.arange(self.batch + 1, dtype=torch.int32, device=self.device)
             offsets, tails = steps * self.length, 0

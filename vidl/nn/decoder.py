@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidl.kernels.arguments import (
+    check_count,
+    check_counts,
+    check_dtype,
+    check_flag,
+    check_floating,
+    check_tensors,
+    pair,
+)
 from vidl.kernels.groups import Grid
+from vidl.nn.arguments import check_layer
 from vidl.nn.block import LAYER_NORM, Block
 from vidl.nn.vit import initialise
 
@@ -65,9 +75,15 @@ class MaeDecoder(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if prefix < 0:
-            raise ValueError(f"need prefix >= 0, got {prefix}")
-        patch = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        check_layer(dim, num_heads, mlp_ratio, qkv_bias, nn.GELU, norm_layer, backend)
+        check_counts("grid", grid, 3)
+        for name, count, least in (
+            ("encoder_dim", encoder_dim, 1), ("in_chans", in_chans, 1), ("depth", depth, 0),
+            ("tubelet_size", tubelet_size, 1), ("prefix", prefix, 0),
+        ):  # fmt: skip
+            check_count(name, count, least)
+        check_flag("embed_bias", embed_bias)
+        patch = pair("patch_size", patch_size)
         self.grid, self.prefix, self.encoder_dim = grid, prefix, encoder_dim
         self.decoder_embed = nn.Linear(encoder_dim, dim, bias=embed_bias)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -97,8 +113,16 @@ class MaeDecoder(nn.Module):
         Raises:
             ValueError: the shapes do not fit.
         """
+        check_tensors(tokens=tokens, ids_keep=ids_keep, ids_mask=ids_mask, model=self.mask_token)
+        check_floating(tokens=tokens)
+        check_dtype("ids_keep", ids_keep, torch.int64)
+        check_dtype("ids_mask", ids_mask, torch.int64)
         B, K = ids_keep.shape if ids_keep.ndim == 2 else (-1, -1)
-        if ids_mask.ndim != 2 or tokens.shape != (B, self.prefix + K, self.encoder_dim):
+        if (
+            ids_mask.ndim != 2
+            or ids_mask.shape[0] != B
+            or tokens.shape != (B, self.prefix + K, self.encoder_dim)
+        ):
             raise ValueError(
                 f"need tokens [B, {self.prefix} + K, {self.encoder_dim}], ids_keep [B, K] and "
                 f"ids_mask [B, M], got {tuple(tokens.shape)}, {tuple(ids_keep.shape)} and "
@@ -121,8 +145,6 @@ def _position(grid: Grid, dim: int, prefix: int, kind: str) -> nn.Parameter:
     if kind not in get_args(DecoderPosition):
         names = ", ".join(get_args(DecoderPosition))
         raise ValueError(f"need position among {names}, got {kind!r}")
-    if len(grid) != 3 or any(n < 1 for n in grid):
-        raise ValueError(f"need a grid of frames, rows and columns, got {grid}")
     N = math.prod(grid)
     if kind == "learned":
         return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, prefix + N, dim), std=0.02))

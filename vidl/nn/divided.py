@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidl.kernels.arguments import check_count, check_floating, check_shape, check_tensors
 from vidl.kernels.groups import Groups
+from vidl.nn.arguments import check_groups, check_layer, check_state
 from vidl.nn.block import LAYER_NORM, Attention, Mlp, attend
 from vidl.nn.checkpoints import load_or_explain
 from vidl.nn.patch_embed import MaskedPatchEmbed
@@ -43,6 +45,8 @@ class DividedBlock(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_layer(dim, num_heads, mlp_ratio, qkv_bias, act_layer, norm_layer, backend)
+        self.dim = dim
         self.norm1, self.norm2, self.norm3 = (norm_layer(dim) for _ in range(3))
         self.attn = Attention(dim, num_heads, qkv_bias)
         self.timeattn = Attention(dim, num_heads, qkv_bias)
@@ -73,6 +77,11 @@ class DividedBlock(nn.Module):
         Returns:
             [total, C].
         """
+        check_tensors(x=x)
+        check_floating(x=x)
+        check_shape("x", x, "total", self.dim)
+        check_groups("space", space, x)
+        check_groups("time", time, x)
         through_time, _ = attend(self.timeattn, self.norm3(x), time, None, self.backend)
         in_space, _ = attend(self.attn, self.norm1(x + through_time), space, None, self.backend)
         x = x + in_space
@@ -133,8 +142,10 @@ class SpaceTimeTransformer(nn.Module):
         super().__init__()
         if time not in get_args(TimeGroups):
             raise ValueError(f"need time among {', '.join(get_args(TimeGroups))}, got {time!r}")
-        if num_frames < 1:
-            raise ValueError(f"need num_frames >= 1, got {num_frames}")
+        check_count("num_frames", num_frames, 1)
+        check_count("depth", depth)
+        layer: Any = (num_heads, mlp_ratio, qkv_bias, act_layer, norm_layer, backend)
+        check_layer(embed_dim, *layer, width="embed_dim")
         self.grid = grid_of(img_size, patch_size)
         self.embed_dim, self.num_frames, self.time = embed_dim, num_frames, time
         self.patch_embed = MaskedPatchEmbed(
@@ -170,11 +181,12 @@ class SpaceTimeTransformer(nn.Module):
             RuntimeError: with time "slot", frames differ in their number of visible patches (on
                 CUDA as a device-side assertion).
         """
+        check_tensors(("ids_keep",), video=video, ids_keep=ids_keep, model=self.cls_token)
         if video.ndim == 4:
             video = video.unsqueeze(2)
         B, T = video.shape[0], frames_of(video, ids_keep, self.grid, self.patch_embed)
         if self.num_frames < T:
-            raise ValueError(f"need at most num_frames={self.num_frames} frames, got {T}")
+            raise ValueError(f"need video of at most num_frames={self.num_frames} frames, got {T}")
         position = (self.temporal_embed[0, :T], self.pos_embed[0, 1:])
         x = self.patch_embed(video, ids_keep, position=position)  # [B, K, C]
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
@@ -234,6 +246,7 @@ class SpaceTimeTransformer(nn.Module):
         """
         if frames not in ("zeros", "interpolate"):
             raise ValueError(f"need frames 'zeros' or 'interpolate', got {frames!r}")
+        check_state(state_dict)
         state, skipped = encoder_weights(state_dict, self)
         own = [name for name in self.state_dict() if any(part in name for part in TIME)]
         image = not any(name in state for name in own)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vidl.kernels.arguments import check_count, check_floating, check_shape, check_tensors
+from vidl.kernels.library import check_backend
 from vidl.kernels.select_tokens import select_tokens
 
 
@@ -56,12 +58,21 @@ class FrameSelector(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if not 1 <= keep <= num_frames:
+        for name, count in (
+            ("visual_dim", visual_dim), ("text_dim", text_dim), ("keep", keep),
+            ("num_frames", num_frames),
+        ):  # fmt: skip
+            check_count(name, count, 1)
+        if hidden_dim is not None:
+            check_count("hidden_dim", hidden_dim, 1)
+        check_backend(backend)
+        if keep > num_frames:
             raise ValueError(
                 f"need keep in [1, {num_frames}], the number of frames, got {keep}: sample more "
                 "frames or keep fewer"
             )
         hidden = hidden_dim or visual_dim
+        self.visual_dim, self.text_dim = visual_dim, text_dim
         self.keep, self.backend = keep, backend
         self.fc1 = nn.Linear(visual_dim + text_dim, hidden)
         self.act = nn.GELU()
@@ -81,12 +92,14 @@ class FrameSelector(nn.Module):
         Raises:
             ValueError: the shapes do not fit, or a clip has fewer than `keep` frames.
         """
+        check_tensors(frames=frames, text=text, tokens=tokens, model=self.fc2.weight)
+        check_floating(frames=frames, text=text, tokens=tokens)
+        check_shape("frames", frames, "B", "T", self.visual_dim)
         B, T = frames.shape[:2]
-        if frames.ndim != 3 or text.ndim != 2 or tokens.ndim != 4 or len(text) != B:
-            raise ValueError(
-                "need frames [B, T, C], text [B, C] and tokens [B, T, N, C], got "
-                f"{tuple(frames.shape)}, {tuple(text.shape)} and {tuple(tokens.shape)}"
-            )
+        check_shape("text", text, B, self.text_dim)
+        check_shape("tokens", tokens, B, T, "N", "C")
+        if self.keep > T:
+            raise ValueError(f"need frames [B, T, C] with T >= keep={self.keep}, got T = {T}")
         both = torch.cat([frames, text[:, None].expand(-1, T, -1)], -1)
         scores = self.fc2(self.act(self.fc1(both))).squeeze(-1)
         high = torch.promote_types(scores.dtype, torch.float32)

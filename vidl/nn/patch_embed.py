@@ -6,9 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidl.kernels.arguments import check_count, check_flag, check_tensors, pair
+from vidl.kernels.library import check_backend
 from vidl.kernels.masked_patch_embed import masked_patch_embed
 from vidl.kernels.masked_patch_embed.op import Position
-from vidl.kernels.patches import check_ids, check_normalisation, check_video, gather
+from vidl.kernels.patches import (
+    check_ids,
+    check_normalisation,
+    check_video,
+    gather,
+    per_channel,
+)
 
 
 class MaskedPatchEmbed(nn.Module):
@@ -47,7 +55,14 @@ class MaskedPatchEmbed(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        h, w = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        h, w = pair("patch_size", patch_size)
+        check_count("in_chans", in_chans, 1)
+        check_count("embed_dim", embed_dim, 1)
+        if tubelet_size is not None:
+            check_count("tubelet_size", tubelet_size, 1)
+        check_flag("bias", bias)
+        check_backend(backend)
+        per_channel(in_chans, mean, std)  # checks them
         options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.proj: nn.Conv2d | nn.Conv3d
         if tubelet_size is None:
@@ -74,11 +89,11 @@ class MaskedPatchEmbed(nn.Module):
             ValueError: `conv` has overlapping patches, padding, dilation or groups.
         """
         if not isinstance(conv, nn.Conv2d | nn.Conv3d):
-            raise TypeError(f"need nn.Conv2d or nn.Conv3d, got {type(conv).__name__}")
+            raise TypeError(f"need conv as nn.Conv2d or nn.Conv3d, got {type(conv).__name__}")
         if not cuts_patches(conv):
             raise ValueError(
-                "need a convolution whose stride is its kernel_size, without padding, dilation or "
-                f"groups, got {conv}"
+                "need conv whose stride is its kernel_size, without padding, dilation or groups, "
+                f"got {conv}"
             )
         *t, h, w = conv.kernel_size
         embedding = cls(
@@ -111,6 +126,7 @@ class MaskedPatchEmbed(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as `vidl.ops.masked_patch_embed`.
         """
+        check_tensors(video=video)
         if video.ndim == 4 and takes_images(self.proj):
             video = video.unsqueeze(2)
         uint8 = video.dtype == torch.uint8

@@ -1,5 +1,6 @@
 """Token pruning: which tokens a layer drops, and where in the layer it drops them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -7,16 +8,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from vidl.kernels.arguments import check_count, check_tensors, finite
 from vidl.kernels.groups import Groups
 from vidl.kernels.select_tokens import kept_count, select_tokens
 from vidl.kernels.select_tokens.op import Fuse, Order, Rounding, Selected
 from vidl.kernels.space_time_attention import space_time_attention
-from vidl.kernels.token_scores import (
-    cls_attention_scores,
-    key_similarity_scores,
-    mean_attention_scores,
-    value_weighted_scores,
-)
+from vidl.kernels.token_scores import key_similarity_scores, value_weighted_scores
 
 Scores = Literal["cls", "mean", "value", "similarity"]
 When = Literal["before_mlp", "after_mlp"]
@@ -74,7 +71,9 @@ class Pruning:
                 "scores='similarity' cannot weight a fused token: need fuse=None, got "
                 f"{self.fuse!r}"
             )
-        self.kept(0)  # checks keep_rate and rounding
+        if not 0 < finite("keep_rate", self.keep_rate) <= 1:
+            raise ValueError(f"need keep_rate in (0, 1], got {self.keep_rate}")
+        self.kept(0)  # checks rounding
 
     def kept(self, n: int) -> int:
         """The number of tokens that stay, of n without the prefix."""
@@ -93,9 +92,17 @@ class Pruning:
             prefix: tokens at the front of each sample that always stay.
             options: `cu_seqlens`, `num_kept` and `backend` of `vidl.ops.select_tokens`.
         """
+        check_tensors(x=x, scores=scores)
+        rows = x.shape[:2] if x.ndim == 3 else x.shape[:1]
+        if x.ndim not in (2, 3) or scores.numel() != math.prod(rows):
+            raise ValueError(
+                "need x [B, N, C] or packed [total, C], and a score of each row in scores, got "
+                f"{tuple(x.shape)} and {tuple(scores.shape)}"
+            )
+        check_count("prefix", prefix)
         return select_tokens(
             x,
-            scores if x.ndim == 2 else scores.view(x.shape[:2])[:, prefix:],
+            scores if x.ndim == 2 else scores.view(rows)[:, prefix:],
             float(self.keep_rate),
             rounding=self.rounding,
             order=self.order or ("score" if self.when == "before_mlp" else "index"),
@@ -103,6 +110,11 @@ class Pruning:
             prefix=prefix,
             **options,
         )
+
+
+def check_pruning(pruning: Pruning | None) -> None:
+    if pruning is not None and not isinstance(pruning, Pruning):
+        raise TypeError(f"need pruning=Pruning(keep_rate, ...), got {pruning!r}")
 
 
 def run_layer(
@@ -143,7 +155,6 @@ def scored_attention(
     groups: Groups,
     scores: Scores | None,
     *,
-    separate: bool = False,
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
@@ -154,15 +165,13 @@ def scored_attention(
         k, v: [keys, H, D].
         groups: which queries attend to which keys; for `scores`, whole samples.
         scores: as in `Pruning`; None: the output only.
-        separate: compute "cls" and "mean" apart from the attention, so that the attention may run
-            in PyTorch's kernels, which do not return scores.
         scale, backend: as in `vidl.ops.space_time_attention`.
 
     Returns:
         The output, [queries, H, D], and the scores, [keys] float32, or None.
     """
     options: Any = {"scale": scale, "backend": backend}
-    if scores in ("cls", "mean") and not separate:
+    if scores in ("cls", "mean"):
         out, importance = space_time_attention(q, k, v, groups, return_scores=scores, **options)
         return out, importance
     out = space_time_attention(q, k, v, groups, **options)
@@ -170,11 +179,8 @@ def scored_attention(
         return out, None
     if scores == "similarity":
         return out, key_similarity_scores(k, groups, backend=backend)
-    if scores == "value":
-        # ATS leaves the class token out: with a value of zero it has no share of the scores.
-        is_first = torch.zeros(k.shape[0] + 1, dtype=torch.bool, device=k.device)
-        is_first = is_first.index_fill(0, groups.key_offsets[:-1].long(), True)[:-1]
-        v = v.masked_fill(is_first[:, None, None], 0)
-        return out, value_weighted_scores(q, k, v, groups, **options)
-    attention_scores = cls_attention_scores if scores == "cls" else mean_attention_scores
-    return out, attention_scores(q, k, groups, **options)
+    # ATS leaves the class token out: with a value of zero it has no share of the scores.
+    is_first = torch.zeros(k.shape[0] + 1, dtype=torch.bool, device=k.device)
+    is_first = is_first.index_fill(0, groups.key_offsets[:-1].long(), True)[:-1]
+    v = v.masked_fill(is_first[:, None, None], 0)
+    return out, value_weighted_scores(q, k, v, groups, **options)

@@ -8,10 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidl.kernels.arguments import (
+    check_count,
+    check_dtype,
+    check_flag,
+    check_floating,
+    check_shape,
+    check_tensors,
+    finite,
+    pair,
+)
+from vidl.nn.arguments import check_layer, check_state
 from vidl.nn.block import LAYER_NORM, Block
 from vidl.nn.checkpoints import load_or_explain, resample_position, timm_names
 from vidl.nn.patch_embed import MaskedPatchEmbed
-from vidl.nn.pruning import Pruning
+from vidl.nn.pruning import Pruning, check_pruning
 
 # Parts of published checkpoints outside the encoder: classifiers, MAE's decoder, CLIP's projection,
 # and the index buffers of Hugging Face.
@@ -88,6 +99,18 @@ class ViT(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid_of(img_size, patch_size)
+        check_count("depth", depth)
+        layer: Any = (num_heads, mlp_ratio, qkv_bias, act_layer, norm_layer, backend)
+        check_layer(embed_dim, *layer, width="embed_dim")
+        check_flag("pre_norm", pre_norm)
+        check_pruning(pruning)
+        if init_values is not None:
+            finite("init_values", init_values)
+        if not isinstance(prune_layers, (tuple, list)):
+            raise TypeError(f"need prune_layers as a list of ints, got {prune_layers!r}")
+        for layer in prune_layers:
+            if isinstance(layer, bool) or not isinstance(layer, int):
+                raise TypeError(f"need prune_layers as a list of ints, got {prune_layers!r}")
         if wrong := sorted(layer for layer in prune_layers if not 0 <= layer < depth):
             raise ValueError(f"need prune_layers in [0, {depth}), the depth, got {wrong}")
         if prune_layers and pruning is None:
@@ -129,11 +152,14 @@ class ViT(nn.Module):
             RuntimeError: frames differ in their number of visible patches (on CUDA as a device-side
                 assertion).
         """
+        optional = ("ids_keep", "time")
+        check_tensors(optional, video=video, ids_keep=ids_keep, time=time, model=self.cls_token)
         if video.ndim == 4:
             video = video.unsqueeze(2)
         T, patches = frames_of(video, ids_keep, self.grid, self.patch_embed), self.pos_embed[0, 1:]
-        if time is not None and time.shape != (T, self.embed_dim):
-            raise ValueError(f"need time [{T}, {self.embed_dim}], got {tuple(time.shape)}")
+        if time is not None:
+            check_floating(time=time)
+            check_shape("time", time, T, self.embed_dim)
         if time is None and T > 1:
             time = patches.new_zeros(T, self.embed_dim)
         position = patches if time is None else (time, patches)
@@ -184,6 +210,7 @@ class ViT(nn.Module):
         Raises:
             ValueError: other weights are missing, unexpected, or of another shape (all are named).
         """
+        check_state(state_dict)
         state, skipped = encoder_weights(state_dict, self)
         load_or_explain(self, state)
         return skipped
@@ -191,9 +218,8 @@ class ViT(nn.Module):
 
 def grid_of(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of patches in a frame."""
-    size = (img_size, img_size) if isinstance(img_size, int) else img_size
-    patch = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    if any(n < 1 for n in (*size, *patch)) or size[0] % patch[0] or size[1] % patch[1]:
+    size, patch = pair("img_size", img_size), pair("patch_size", patch_size)
+    if size[0] % patch[0] or size[1] % patch[1]:
         raise ValueError(f"need img_size as a multiple of patch_size, got {img_size}, {patch_size}")
     return size[0] // patch[0], size[1] // patch[1]
 
@@ -211,9 +237,10 @@ def frames_of(
         )
     B, t = video.shape[0], math.prod(tubelet)
     if video.shape[2] % t:
-        raise ValueError(f"need frames in whole tubelets of {t}, got {video.shape[2]} frames")
-    if ids_keep is not None and (ids_keep.ndim != 2 or ids_keep.shape[0] != B):
-        raise ValueError(f"need ids_keep [{B}, K], got {tuple(ids_keep.shape)}")
+        raise ValueError(f"need video in whole tubelets of {t} frames, got {video.shape[2]} frames")
+    if ids_keep is not None:
+        check_dtype("ids_keep", ids_keep, torch.int64)
+        check_shape("ids_keep", ids_keep, B, "K")
     return video.shape[2] // t
 
 
@@ -225,7 +252,7 @@ def frame_ids(
         return torch.arange(patches, device=device).expand(B * T, patches)
     if ids_keep.shape[1] % T:
         raise ValueError(
-            f"need the same number of visible patches in each of {T} frames, got "
+            f"need the same number of visible patches in each of {T} frames in ids_keep, got "
             f"{ids_keep.shape[1]} in total"
         )
     ids = ids_keep.reshape(B, T, ids_keep.shape[1] // T)

@@ -7,6 +7,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidl.kernels.arguments import (
+    check_dtype,
+    check_flag,
+    check_floating,
+    check_shape,
+    check_tensors,
+    finite,
+    numbers,
+)
+
 
 class ContrastiveLoss(nn.Module):
     """Symmetric cross-entropy (InfoNCE) over the similarities of clips and captions.
@@ -44,11 +54,18 @@ class ContrastiveLoss(nn.Module):
         gather: bool = False,
     ) -> None:
         super().__init__()
-        low, high = bounds
+        if len(limits := numbers("bounds", bounds)) != 2:
+            raise ValueError(f"need bounds (low, high), got {bounds}")
+        (low, high), temperature = limits, finite("temperature", temperature)
         if not 0 < low <= temperature <= high:
-            raise ValueError(f"need 0 < low <= temperature <= high, got {bounds} and {temperature}")
+            raise ValueError(
+                f"need 0 < low <= temperature <= high, got bounds {bounds} and temperature "
+                f"{temperature}"
+            )
         if form not in ("mean", "sum"):
             raise ValueError(f"need form 'mean' or 'sum', got {form!r}")
+        check_flag("learned", learned)
+        check_flag("gather", gather)
         self.bounds, self.form, self.gather = bounds, form, gather
         # One-dimensional: FSDP2 cannot shard scalars.
         value = torch.tensor([temperature])
@@ -75,7 +92,8 @@ class ContrastiveLoss(nn.Module):
         _check(video, text, clip_ids)
         if video.shape[0] != text.shape[0]:
             raise ValueError(
-                f"need a caption for each clip, got {tuple(video.shape)} and {tuple(text.shape)}"
+                "need a caption for each clip, got video and text of shapes "
+                f"{tuple(video.shape)} and {tuple(text.shape)}"
             )
         if isinstance(self.temperature, nn.Parameter) and self.training:
             with torch.no_grad():
@@ -134,6 +152,9 @@ def gather_with_gradient(x: Tensor) -> Tensor:
     Returns:
         [ranks * B, ...].
     """
+    check_tensors(x=x)
+    if x.ndim == 0:
+        raise ValueError("need x [B, ...], got a scalar")
     return x if rank_and_size()[1] == 1 else _Gather.apply(x)
 
 
@@ -172,10 +193,13 @@ def _direction(x: Tensor) -> Tensor:
 
 
 def _check(video: Tensor, text: Tensor, clip_ids: Tensor | None = None) -> None:
+    check_tensors(optional=("clip_ids",), video=video, text=text, clip_ids=clip_ids)
+    check_floating(video=video, text=text)
     if video.ndim not in (2, 3) or text.ndim != 2 or video.shape[-1] != text.shape[1]:
         raise ValueError(
             "need video [B, C] or [B, T, C] and text [B, C], got "
             f"{tuple(video.shape)} and {tuple(text.shape)}"
         )
-    if clip_ids is not None and clip_ids.shape != text.shape[:1]:
-        raise ValueError(f"need clip_ids [{text.shape[0]}], got {tuple(clip_ids.shape)}")
+    if clip_ids is not None:
+        check_dtype("clip_ids", clip_ids, torch.int64)
+        check_shape("clip_ids", clip_ids, text.shape[0])

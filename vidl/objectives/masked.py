@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidl.kernels.arguments import check_dtype, check_floating, check_tensors, numbers
+from vidl.kernels.library import check_backend
 from vidl.kernels.masked_patch_loss import masked_patch_loss
-from vidl.kernels.masked_patch_loss.op import Target
+from vidl.kernels.masked_patch_loss.op import Target, check_options
+from vidl.kernels.patches import per_channel
 
 
 def masked_word_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -25,6 +28,9 @@ def masked_word_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
     """
+    check_tensors(logits=logits, labels=labels)
+    check_floating(logits=logits)
+    check_dtype("labels", labels, torch.int64)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"need logits [M, words], labels [M], got {tuple(logits.shape)}, {tuple(labels.shape)}"
@@ -56,6 +62,11 @@ class MaskedPatchLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_options(patch_size, tubelet_size, target, norm_pix)
+        check_backend(backend)
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None:
+                per_channel(len(numbers(name, values)), **{name: values})
         self.options: dict[str, Any] = {
             "patch_size": patch_size,
             "tubelet_size": tubelet_size,
@@ -79,6 +90,13 @@ class MaskedPatchLoss(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: see `vidl.ops.masked_patch_loss`.
         """
+        check_tensors(prediction=prediction, video=video, ids_mask=ids_mask)
+        check_dtype("ids_mask", ids_mask, torch.int64)
+        if ids_mask.ndim != 2 or ids_mask.shape != prediction.shape[:2]:
+            raise ValueError(
+                f"need ids_mask [B, M] and prediction [B, M, pixels], got {tuple(ids_mask.shape)} "
+                f"and {tuple(prediction.shape)}"
+            )
         # A floating-point clip is already normalised, as the target "mae" needs it.
         known = video.dtype == torch.uint8 or self.options["target"] == "videomae"
         mean, std = (self.mean, self.std) if known else (None, None)

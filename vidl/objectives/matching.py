@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidl.kernels.arguments import check_dtype, check_floating, check_shape, check_tensors
 from vidl.masking.draws import uniform
 
 # Streams of `uniform` for negative captions and negative clips; callers do not use them.
@@ -59,7 +60,10 @@ def hard_negatives(
     Raises:
         ValueError: the shapes do not fit, or there is only one sample.
     """
-    B = similarity.shape[0]
+    tensors = dict(samples=samples, similarity=similarity)
+    check_tensors(optional=("clip_ids",), **tensors, clip_ids=clip_ids)
+    check_floating(similarity=similarity)
+    B = similarity.shape[0] if similarity.ndim else 0
     if similarity.shape != (B, B) or samples.shape != (B,):
         raise ValueError(
             "need similarity [B, B] and samples [B], got "
@@ -69,6 +73,8 @@ def hard_negatives(
         raise ValueError("need at least 2 samples to find negatives, got 1")
     if clip_ids is None:
         clip_ids = torch.arange(B, device=similarity.device)
+    check_dtype("clip_ids", clip_ids, torch.int64)
+    check_shape("clip_ids", clip_ids, B)
     matched = clip_ids[:, None] == clip_ids
 
     def drawn(logits: Tensor, stream: int) -> Tensor:
@@ -94,7 +100,11 @@ def matching_loss(logits: Tensor, negatives: Negatives) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
     """
+    if not isinstance(negatives, Negatives):
+        raise TypeError(f"need negatives as Negatives, got {type(negatives).__name__}")
     exist = negatives.exist
+    check_tensors(logits=logits, negatives=exist)
+    check_floating(logits=logits)
     if logits.shape != (3 * exist.shape[0], 2):
         raise ValueError(f"need logits [{3 * exist.shape[0]}, 2], got {tuple(logits.shape)}")
     ignored = torch.where(exist, 0, -100)

@@ -5,21 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vidl.kernels import library
-
 
 def check_model(model: Any) -> None:
     """Raise unless `model` is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: need a torch.nn.Module, got {type(model).__name__}")
-
-
-def check_backend(backend: Any) -> None:
-    """Raise unless `backend` is the name of one."""
-    if not isinstance(backend, str):
-        raise TypeError(f"backend must be a string, got {type(backend).__name__}")
-    if backend not in ("auto", *library.BACKENDS):
-        raise ValueError(f"backend must be 'auto' or one of {library.BACKENDS}, got {backend!r}")
 
 
 def check_number(name: str, number: Any) -> None:

@@ -41,17 +41,8 @@ def attend(
         groups = equal_groups(B, N, M, q.device)
     # Norms of q and k return float32 under autocast.
     q, k, v = (x.to(v.dtype).flatten(0, 1) for x in (q, k, v))
-    separate = scores is not None and backend == "auto" and stays(q)
-    options: Any = {"separate": separate, "scale": scale, "backend": backend}
-    out, importance = scored_attention(q, k, v, groups, scores, **options)
+    out, importance = scored_attention(q, k, v, groups, scores, scale=scale, backend=backend)
     return out.view(B, N, -1), None if importance is None else importance.view(B, M)
-
-
-def stays(q: Tensor) -> bool:
-    """Whether backend "auto" runs the attention of q, [queries, H, D], in PyTorch's kernels."""
-    device, dtype = q.device.type, library.autocast_dtype(q)
-    chosen = library.choose("auto", "space_time_attention", device, dtype, head_size=q.shape[2])
-    return chosen == "reference"
 
 
 def cached(build: Callable[..., Groups]) -> Callable[..., Groups]:
@@ -89,7 +80,7 @@ def speed(device: torch.device, dtype: torch.dtype, head_size: int, backend: str
     if backend != "auto":
         return ""
     op = "space_time_attention"
-    if library.choose(backend, op, device.type, dtype, head_size=head_size) != "reference":
+    if library.choose(backend, op, device.type, dtype, head_size=head_size) not in library.PYTORCH:
         return ""
     reason = library.why_not("native", op, device.type, dtype, head_size=head_size)
     if reason is None:

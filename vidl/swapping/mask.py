@@ -2,8 +2,9 @@
 
 from torch import nn
 
+from vidl.kernels.library import check_backend
 from vidl.swapping import registry
-from vidl.swapping.arguments import check_backend, check_model, check_number
+from vidl.swapping.arguments import check_model, check_number
 from vidl.swapping.registry import full_name
 from vidl.swapping.report import Change, Report, summary
 from vidl.swapping.swap import restore, swap, swapped_modules

@@ -23,7 +23,7 @@ def why_not(projection: nn.Module) -> str | None:
 def stays(backend: str, device: str, dtype: torch.dtype) -> bool:
     """Whether `backend` keeps PyTorch's convolution, because it is faster on this device."""
     chosen = library.choose(backend, "masked_patch_embed", device, dtype)
-    return backend == "auto" and chosen == "reference"
+    return backend == "auto" and chosen in library.PYTORCH
 
 
 def speed(projection: nn.Conv2d, backend: str) -> str:

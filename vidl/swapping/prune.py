@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from vidl.kernels.library import check_backend
 from vidl.kernels.select_tokens.op import Fuse, Rounding, Selected
 from vidl.nn.pruning import Pruning, Scores, When, run_layer
 from vidl.swapping import registry
-from vidl.swapping.arguments import check_backend, check_model, check_number, layer_indices
+from vidl.swapping.arguments import check_model, check_number, layer_indices
 from vidl.swapping.registry import Tower, full_name, original, remember, state_of
 from vidl.swapping.report import Change, Report
 from vidl.swapping.swap import restore, swap, swapped_modules

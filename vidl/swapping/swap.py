@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from vidl.kernels.library import check_backend
 from vidl.swapping import registry
-from vidl.swapping.arguments import check_backend, check_model
+from vidl.swapping.arguments import check_model
 from vidl.swapping.registry import REMEMBERED, Rule, full_name, own_forward, remember, state_of
 from vidl.swapping.report import Change, Report, summary
 

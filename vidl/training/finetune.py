@@ -13,6 +13,7 @@ from vidl.files import replaced
 from vidl.models import Answering, frequent_answers
 from vidl.training import parallel, sources
 from vidl.training.config import Config
+from vidl.training.frozen import frozen
 from vidl.training.lock import locked
 from vidl.training.loop import Training
 from vidl.training.runs import ANSWERS, folder_of
@@ -76,7 +77,8 @@ def finetune(task: str, config: Config, *, answers: int = 1500) -> dict[str, Any
     """
     if task not in TASKS:
         raise ValueError(f"need a task among {', '.join(TASKS)}, got {task!r}")
-    with parallel.ranks(config.run.device) as ranks, locked(Path(config.run.folder), ranks):
+    folder = Path(config.run.folder)
+    with parallel.ranks(config.run.device) as ranks, locked(folder, ranks), frozen(folder, ranks):
         if task == "retrieval":
             return Training(config, ranks).run()
         return Questions(config, ranks, answers).run()

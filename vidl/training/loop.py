@@ -22,6 +22,8 @@ from vidl.models.summary import example
 from vidl.nn.checkpoints import load_or_explain
 from vidl.training import checkpoints, measures, optimizer, parallel, sources
 from vidl.training.config import Config
+from vidl.training.frozen import frozen
+from vidl.training.frozen import save as save_choices
 from vidl.training.inputs import arguments
 from vidl.training.lock import locked
 from vidl.training.progress import Progress
@@ -58,7 +60,8 @@ def pretrain(config: Config, evaluate: Evaluate | None = None) -> dict[str, Any]
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    with parallel.ranks(config.run.device) as ranks, locked(Path(config.run.folder), ranks):
+    folder = Path(config.run.folder)
+    with parallel.ranks(config.run.device) as ranks, locked(folder, ranks), frozen(folder, ranks):
         return Training(config, ranks, evaluate).run()
 
 
@@ -130,6 +133,7 @@ class Training:
                 self.abandoned = checkpoints.abandon(self.folder, resume)
             once = dataclasses.replace(self.config.run, resume=None)
             dataclasses.replace(self.config, run=once).save(self.folder / "config.yaml")
+            save_choices(self.folder, self.ranks)
         self.ranks.wait()
 
     def _model(self) -> Any:

@@ -18,7 +18,7 @@ from transformers.utils import output_capturing
 
 from vidl.kernels import library
 from vidl.kernels.groups import Groups
-from vidl.kernels.space_time_attention import handover, space_time_attention
+from vidl.kernels.space_time_attention import pytorch, space_time_attention
 from vidl.swapping.attention import equal_groups, speed, tracing
 from vidl.swapping.registry import Family, full_name, remember, state_of
 from vidl.swapping.report import Change
@@ -230,12 +230,14 @@ def _groups_for(mask: Visible | Groups | Tensor | None, query: Tensor, key: Tens
 
 
 def _faster(query: Tensor, groups: Groups, module: nn.Module) -> bool:
-    """False if only the reference could run, which pads groups and stores the weights."""
+    """False if PyTorch's attention would run on padded groups here as well."""
+    if _backend(module) != "auto":
+        return True
     facts: dict[str, Any] = {"device": query.device.type, "head_size": query.shape[3]}
     dtype = library.autocast_dtype(query)
     chosen = library.choose("auto", "space_time_attention", dtype=dtype, **facts)
-    named = _backend(module) != "auto"
-    return named or chosen != "reference" or handover.find(query, groups, chosen) is not None
+    packed = not groups.uniform and pytorch.packed_attention(query) is not None
+    return chosen not in library.PYTORCH or packed
 
 
 def _backend(module: nn.Module) -> str:

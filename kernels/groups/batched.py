@@ -1,0 +1,132 @@
+"""The members of each group as a batch: for compositions of PyTorch's own operations.
+
+Unlike `Padded`, nothing is copied where the groups are equal and the rows in their order, and
+padding is written once by row. So the gradients need no sums, but for rows in several groups.
+"""
+
+import torch
+from torch import Tensor
+
+from .membership import Arguments, group_of
+
+
+class Batched:
+    """The queries, or the keys, of each group as a batch [G, longest, ...].
+
+    Args:
+        offsets: [G + 1], where the members of each group begin in the list of all members.
+        rows: the row of each member; None if member i is row i.
+        longest: an upper bound of the members of a group.
+        count: the number of all members.
+        repeated: whether a row may be a member of several groups.
+    """
+
+    def __init__(
+        self, offsets: Tensor, rows: Tensor | None, longest: int, count: int, repeated: bool = False
+    ) -> None:
+        self.offsets, self.rows, self.repeated = offsets, rows, repeated
+        # At least one member, of zeros: an operation over nothing is an error or NaN.
+        self.shape = (offsets.shape[0] - 1, max(longest, 1))
+        # All groups have exactly `longest` members if so many fill them.
+        self.equal = longest > 0 and self.shape[0] * longest == count
+        self.slot: Tensor | None = None  # of every member in the flat batch
+        if not self.equal:
+            group = group_of(offsets, count)
+            member = torch.arange(count, device=offsets.device)
+            self.slot = group * self.shape[1] + member - offsets[group]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[rows, ...] to the list of all members [count, ...]."""
+        if self.rows is None:
+            return x
+        # The gradient of index_select adds in any order on CUDA; that of an index sorts first.
+        return x[self.rows] if self.repeated else x.index_select(0, self.rows)
+
+    def batch(self, x: Tensor) -> Tensor:
+        """[rows, ...] to [G, longest, ...], with zeros beyond a group's end."""
+        x = self.gather(x)
+        if self.slot is not None:
+            x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, self.slot, x)
+        return x.unflatten(0, self.shape)
+
+    def members(self, x: Tensor) -> Tensor:
+        """[G, longest, ...] to the list of all members [count, ...]."""
+        x = x.flatten(0, 1)
+        return x if self.slot is None else x.index_select(0, self.slot)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """[G, longest, ...] to [rows, ...]; every row is a member once."""
+        return self.put_back(self.members(x))
+
+    def put_back(self, x: Tensor) -> Tensor:
+        """The list of all members [count, ...] to [rows, ...]; every row is a member once."""
+        return x if self.rows is None else torch.empty_like(x).index_copy(0, self.rows.long(), x)
+
+    def mask(self) -> Tensor | None:
+        """Which members exist, [G, longest]; the first of an empty group as well. None: all do."""
+        if self.equal:
+            return None
+        place = torch.arange(self.shape[1], device=self.offsets.device)
+        return place < self.offsets.diff().clamp(min=1)[:, None]
+
+    def first(self, x: Tensor) -> Tensor:
+        """The first member of each group, [G, 1, ...]; zeros for an empty group."""
+        if self.equal:
+            return self.batch(x)[:, :1]
+        x = self.gather(x)
+        if x.shape[0] == 0:
+            return x.new_zeros(self.shape[0], 1, *x.shape[1:])
+        first = x.index_select(0, self.offsets[:-1].clamp(max=x.shape[0] - 1))[:, None]
+        return first.masked_fill(self.empty()[(...,) + (None,) * x.ndim], 0)
+
+    def empty(self) -> Tensor:
+        """Which groups have no members, [G]."""
+        return self.offsets.diff() == 0
+
+
+def batched(groups: Arguments, num_queries: int, num_keys: int) -> tuple[Batched, Batched]:
+    """The queries and the keys of the groups."""
+    queries = Batched(groups.query_offsets, groups.query_rows, groups.max_queries, num_queries)
+    entries, repeated = groups.num_entries(num_keys), groups.entries is not None
+    keys = Batched(groups.key_offsets, groups.key_rows, groups.max_keys, entries, repeated)
+    return queries, keys
+
+
+def logits_of(q: Tensor, k: Tensor, keys: Batched, scale: float) -> Tensor:
+    """The logits of q [G, n, H, D] and k [G, longest, H, D]: [G, H, n, longest] in float32.
+
+    They are -inf beyond the end of a group, but for the first key of an empty group.
+    """
+    high = torch.promote_types(k.dtype, torch.float32)
+    logits = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).to(high) * scale
+    mask = keys.mask()
+    return logits if mask is None else logits.masked_fill(~mask[:, None, None], float("-inf"))
+
+
+def cls_attention(q: Tensor, k: Tensor, queries: Batched, keys: Batched, scale: float) -> Tensor:
+    """The attention of the first query of each group, averaged over heads.
+
+    Args:
+        q: [num_queries, H, D].
+        k: the keys as a batch, [G, longest, H, D].
+
+    Returns:
+        [G, longest] in float32; zeros without queries.
+    """
+    weights = logits_of(queries.first(q), k, keys, scale).softmax(-1).mean((1, 2))
+    return weights if queries.equal else weights.masked_fill(queries.empty()[:, None], 0)
+
+
+def mean_attention(weights: Tensor, queries: Batched) -> Tensor:
+    """The attention that each key receives, averaged over heads and queries: [G, longest].
+
+    Args:
+        weights: [G, H, longest queries, longest keys].
+    """
+    mask = queries.mask()
+    if mask is None:
+        return weights.mean((1, 2))
+    # The mask has a query in an empty group too: its weights do not count.
+    real = mask & ~queries.empty()[:, None]
+    total = torch.where(real[:, None, :, None], weights, 0).sum(2).mean(1)
+    return total / real.sum(1, keepdim=True).clamp(min=1)

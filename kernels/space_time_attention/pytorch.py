@@ -1,0 +1,137 @@
+"""space_time_attention by PyTorch's own attention, or that of flash-attn."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from vidl.kernels import library
+from vidl.kernels.groups import (
+    Arguments,
+    Batched,
+    batched,
+    cls_attention,
+    logits_of,
+    mean_attention,
+)
+
+# A batch of more fails on CUDA (pytorch #146704).
+LARGEST_BATCH = 65535
+HALF = (torch.float16, torch.bfloat16)
+
+
+def space_time_attention(
+    q: Tensor,  # [num_queries, H, D]
+    k: Tensor,  # [num_keys, H, D]
+    v: Tensor,  # [num_keys, H, D]
+    *rest: Any,  # the arguments of the groups, scale, scores
+    lse: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention for packed sequences on CUDA; otherwise SDPA of a batch of groups.
+
+    Scores of all queries need the weights; those of the first query are a product of its own.
+
+    Args:
+        lse: whether the log-sum-exp is needed: it takes the logits, which SDPA does not return.
+
+    Returns:
+        The output [num_queries, H, D], the log-sum-exp [H, num_queries] or [0], the scores [E] or
+        [0].
+    """
+    *arguments, scale, scores = rest
+    groups = Arguments(*arguments)
+    queries, keys = batched(groups, q.shape[0], k.shape[0])
+    high = torch.promote_types(q.dtype, torch.float32)
+    importance = log_sum = q.new_empty(0, dtype=high)
+    unequal = not (queries.equal and keys.equal)
+    if unequal and not lse and not scores and (call := packed_attention(q)):
+        packed = call(queries.gather(q), keys.gather(k), keys.gather(v), groups, scale)
+        return queries.put_back(packed), log_sum, importance
+
+    first = q
+    q, k, v = queries.batch(q), keys.batch(k), keys.batch(v)  # [G, longest, H, D]
+    if not keys.equal:  # 0 x infinity is NaN
+        q = q.masked_fill(keys.empty()[:, None, None, None], 0)
+    if scores == "mean":
+        logits = logits_of(q, k, keys, scale)
+        weights = logits.softmax(-1)
+        out = (weights.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
+        importance = keys.members(mean_attention(weights, queries))
+    else:
+        out = _sdpa(q, k, v, keys, scale)
+        if scores:
+            importance = keys.members(cls_attention(first, k, queries, keys, scale))
+    if lse:
+        with torch.no_grad():
+            logits = logits if scores == "mean" else logits_of(q, k, keys, scale)
+            log_sum = logits.logsumexp(-1).transpose(1, 2)  # [G, longest, H]
+            if not keys.equal:
+                log_sum = log_sum.masked_fill(keys.empty()[:, None, None], float("-inf"))
+            log_sum = queries.scatter(log_sum).T.contiguous()
+    return queries.scatter(out), log_sum, importance
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, keys: Batched, scale: float) -> Tensor:
+    """PyTorch's choice of cuDNN, flash, memory-efficient or plain attention."""
+    mask = keys.mask()
+    mask = None if mask is None else mask[:, None, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if _has_tangent(q, k, v):  # the fused kernels of SDPA have no forward-mode derivative
+        logits = (q @ k.mT) * scale
+        logits = logits if mask is None else logits.masked_fill(~mask, float("-inf"))
+        return (logits.softmax(-1) @ v).transpose(1, 2)
+    outs = []
+    for start in range(0, max(q.shape[0], 1), LARGEST_BATCH):
+        part = slice(start, start + LARGEST_BATCH)
+        some = None if mask is None else mask[part]
+        outs.append(F.scaled_dot_product_attention(q[part], k[part], v[part], some, scale=scale))
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).transpose(1, 2)
+
+
+def _has_tangent(*tensors: Tensor) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+Packed = Callable[[Tensor, Tensor, Tensor, Arguments, float], Tensor]
+
+
+def packed_attention(q: Tensor) -> Packed | None:
+    """The attention for packed sequences that can run for queries [..., D] like q, if any."""
+    D = q.shape[-1]
+    if not q.is_cuda or D % 8 or D > 256 or library.autocast_dtype(q) not in HALF:
+        return None
+    if _provides("flash_attn", "flash_attn_varlen_func"):
+        return _flash_attn
+    return _varlen_attn if _provides("torch.nn.attention.varlen", "varlen_attn") else None
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, groups: Arguments, scale: float) -> Tensor:
+    call: Any = importlib.import_module("flash_attn").flash_attn_varlen_func
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    sizes = (groups.query_offsets, groups.key_offsets, groups.max_queries, groups.max_keys)
+    out: Tensor = call(q, k, v, *sizes, softmax_scale=scale, deterministic=deterministic)
+    return out
+
+
+def _varlen_attn(q: Tensor, k: Tensor, v: Tensor, groups: Arguments, scale: float) -> Tensor:
+    call: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    sizes = (groups.query_offsets, groups.key_offsets, groups.max_queries, groups.max_keys)
+    out: Tensor = call(q, k, v, *sizes, scale=scale)
+    return out
+
+
+@torch.compiler.assume_constant_result  # so that torch.compile need not trace it
+@functools.cache
+def _provides(module: str, name: str) -> bool:
+    # The function, not the package: a wheel of FlashAttention 4 has only flash_attn.cute.
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except ImportError:
+        return False
