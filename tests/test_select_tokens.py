@@ -143,7 +143,9 @@ def test_the_order_is_total(backend):
             assert sorted(inverse) == [-1] * (N - K) + list(range(K))
 
 
-@pytest.mark.parametrize("N, order", [(1030, "index"), (1568, "score"), (5000, "index")])
+@pytest.mark.parametrize(
+    "N, order", [(1030, "index"), (1568, "score"), (5000, "index"), (12_000, "index")]
+)
 def test_long_samples(N, order, where):
     where.skip_unless_runs(OP)
     if where.backend == "triton" and where.device == "cpu" and N > 1030:
