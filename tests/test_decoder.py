@@ -142,7 +142,7 @@ def test_misuse_is_explained():
     with pytest.raises(ValueError, match="one frame"):
         MaeDecoder(GRID, **SMALL)
     with pytest.raises(ValueError, match="even dim"):
-        MaeDecoder(GRID, **(SMALL | dict(dim=63)), position="sincos_1d")
+        MaeDecoder(GRID, **(SMALL | dict(dim=63, num_heads=3)), position="sincos_1d")
     with pytest.raises(ValueError, match="grid"):
         MaeDecoder((4, 4), **SMALL)
     with pytest.raises(ValueError, match="prefix"):

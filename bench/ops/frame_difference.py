@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidl.bench.measure.cases import Candidate, Work, compiled, ours
+from vidl.bench.measure.cases import OVERHEAD, Candidate, Work, compiled, ours
 from vidl.bench.ops.clips import Clips, sizes
 from vidl.kernels.frame_difference.op import frame_difference
 
@@ -24,6 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "VideoMAE, 16 frames": sizes(64, 4, T=16, tubelet_size=2) | _CLIPS,
     "RLT, 64 frames": sizes(16, 1, T=64, tubelet_size=2) | _CLIPS,
     "8 frames, one a token": sizes(64, 4, T=8) | _CLIPS,
+    OVERHEAD: sizes(1, 1, T=4, tubelet_size=2) | _CLIPS | dict(image_size=32),
     "16 frames, channels last": sizes(64, 4, T=16, tubelet_size=2) | dict(stored="BTHWC"),
 }
 PARAMETERS = ()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidl.bench.measure.cases import Candidate, Work, compiled, ours, short
+from vidl.bench.measure.cases import OVERHEAD, Candidate, Work, compiled, ours, short
 from vidl.bench.ops.clips import MEAN, STD, Clips, sizes
 from vidl.kernels.masked_patch_embed.op import masked_patch_embed
 
@@ -24,13 +24,14 @@ OP = "masked_patch_embed"
 _SMAUG = sizes(64, 8, T=4) | dict(C=768)
 _VIDEOMAE = sizes(64, 2, T=16, tubelet_size=2) | dict(C=768)
 _FLIP = sizes(256, 8, T=1, patch_size=14) | dict(C=1024)
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "G1 SMAUG ViT-B/16, mask 0.65": _SMAUG | dict(kept=68),
     "G1 SMAUG ViT-B/16, mask 0.9": _SMAUG | dict(kept=20),
     "G1 SMAUG ViT-B/16, dense": _SMAUG | dict(kept=None),
     "G2 VideoMAE-B, mask 0.9": _VIDEOMAE | dict(kept=20),
     "G2 VideoMAE-B, mask 0.65": _VIDEOMAE | dict(kept=68),
     "G2 VideoMAE-B, dense": _VIDEOMAE | dict(kept=None),
+    OVERHEAD: sizes(1, 1, T=1) | dict(image_size=32, C=64, kept=2),
     "G4 FLIP ViT-L/14, mask 0.5": _FLIP | dict(kept=128),
 }
 PARAMETERS = ("weight", "bias", "position")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidl.bench.measure.cases import Candidate, Work, compiled, ours
+from vidl.bench.measure.cases import OVERHEAD, Candidate, Work, compiled, ours
 from vidl.bench.ops.clips import MEAN, STD, Clips, sizes
 from vidl.kernels.masked_patch_loss.op import Target, masked_patch_loss
 
@@ -26,6 +26,7 @@ SHAPES = {
     | dict(masked=176, target="videomae"),
     "SMAUG, 4 frames, mask 0.65": sizes(64, 8, T=4) | dict(masked=128, target="mae"),
     "MAE, mask 0.75": sizes(256, 16, T=1) | dict(masked=147, target="mae"),
+    OVERHEAD: sizes(1, 1, T=1) | dict(image_size=32, masked=2, target="mae"),
 }
 PARAMETERS = ("prediction",)
 

@@ -22,7 +22,7 @@ from vidl.kernels.select_tokens import kept_count, select_tokens
 from vidl.kernels.space_time_attention import space_time_attention
 
 OPS = ("space_time_attention", "select_tokens")
-SHAPES = layer_shapes((8, 2, 8, 1), H=12, D=64)
+SHAPES = layer_shapes((8, 2, 8, 1, 1), H=12, D=64)
 PARAMETERS = ("qkv", "x")
 
 

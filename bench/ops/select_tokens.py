@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidl.bench.measure.cases import Candidate, Work, compiled, ours
+from vidl.bench.measure.cases import OVERHEAD, Candidate, Work, compiled, ours
 from vidl.kernels.select_tokens.op import kept_count, select_tokens
 
 OP = "select_tokens"
@@ -25,6 +25,7 @@ _LAYERS = {
     "P1f SMAUG joint, keep 0.5": (64, 785, 0.5),
     "P2 frames of 197, keep 0.7": (256, 197, 0.7),
     "P3 VideoMAE clip, keep 0.5": (64, 1568, 0.5),
+    OVERHEAD: (1, 17, 0.5),
 }
 
 
@@ -37,7 +38,7 @@ def layer_shapes(cpu: Sequence[int], **sizes: int) -> dict[str, dict[str, Any]]:
     }
 
 
-SHAPES = layer_shapes((16, 8, 32, 4), C=768)
+SHAPES = layer_shapes((16, 8, 32, 4, 1), C=768)
 PARAMETERS = ("x", "scores")
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vidl.bench.measure.cases import Candidate, Work, ours
+from vidl.bench.measure.cases import OVERHEAD, Candidate, Work, ours
 from vidl.bench.ops.layouts import Layout, Windows, layout_of
 from vidl.kernels.groups import Grid
 from vidl.kernels.space_time_attention.op import Scores, space_time_attention
@@ -51,6 +51,7 @@ SHAPES = {
     "A9 window 2x7x7": _windows(64, 1, (8, 14, 14), (2, 7, 7)),
     "A10 joint, half pruned": _windows(64, 2, (1, 1, 393), (1, 1, 393)),
     "A11 frames of 50": _windows(64, 8, (4, 1, 50), (1, 1, 50)),
+    OVERHEAD: _windows(1, 1, (1, 1, 16), (1, 1, 16), H=1),
     "ragged, 40 to 100": _shape(8, 1, "ragged", groups=32, shortest=40, longest=100),
     "Frozen divided, 4 frames": _shape(64, 8, "divided", frames=4, size=69),
 }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidl.bench.measure.cases import Candidate, Work, compiled, ours
+from vidl.bench.measure.cases import OVERHEAD, Candidate, Work, compiled, ours
 from vidl.kernels.groups import Groups
 from vidl.kernels.token_scores import (
     cls_attention_scores,
@@ -30,6 +30,7 @@ _SAMPLES = {
     "P1f SMAUG joint": dict(B={"cuda": 64, "cpu": 4}, N=785),
     "P2 frames": dict(B={"cuda": 256, "cpu": 16}, N=197),
     "P3 VideoMAE, no mask": dict(B={"cuda": 64, "cpu": 1}, N=1568),
+    OVERHEAD: dict(B={"cuda": 1, "cpu": 1}, N=16),
 }
 SHAPES: dict[str, dict[str, Any]] = {
     f"{name}, {kind}": sizes | dict(H=12, D=64, kind=kind)

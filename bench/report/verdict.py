@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Iterable, Sequence
 
+from vidl.bench.measure.cases import OVERHEAD
 from vidl.bench.report import digest
 from vidl.bench.report.digest import MODES, Comparison, Device, times
 from vidl.bench.report.records import Record, newest
@@ -110,7 +111,11 @@ def verdict(devices: Sequence[Device], records: Iterable[Record]) -> str:
 def _device(device: Device) -> list[str]:
     rows = digest.comparisons(device)
     slower = [c for c in rows if c.speedup is not None and c.speedup < LEAST_SPEEDUP]
-    far = [c for c in rows if c.best["share_of_limit"] < least_share(c.op)]
+    far = [
+        c
+        for c in rows
+        if not c.shape.startswith(OVERHEAD) and c.best["share_of_limit"] < least_share(c.op)
+    ]
     lines = ["", f"{device.title}: {len(rows)} measurements of vidl, all compared before timing"]
     lines += [f"  {len(slower)} slower than a baseline"]
     lines += [f"    {_name(c)}: {times(c.speedup or 0)} ({c.best.get('strongest_baseline')})"
