@@ -165,6 +165,11 @@ def test_calls_by_name_are_not_recorded():
     assert not calls_of(lambda: ops.select_tokens(x, scores, 4, backend="native"))
 
 
+def test_calls_of_a_captured_graph_are_not_recorded(monkeypatch):
+    monkeypatch.setattr(choices, "_policy", lambda kind: "graph")
+    assert not calls_of(select)
+
+
 def test_calls_of_a_recipe():
     calls = sources.of_recipe("smaug", "tiny", {"mask_ratio": 0.5}, batch=2, device="cpu")
     recorded_ops = {"masked_patch_embed", "masked_patch_loss", "select_tokens"}
@@ -225,6 +230,15 @@ def test_the_command_names_mistakes(words, message, capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(["tune", *words])
     assert error.value.code == 2 and re.search(message, capsys.readouterr().err)
+
+
+def test_an_override_and_tuning_exclude_each_other(measured, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VIDL_BACKEND", "native")
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "mac", "--preset", "tiny"])
+    assert "unset VIDL_BACKEND=native: it overrides what is measured" in capsys.readouterr().err
+    commands.before_training(configuration(tmp_path / "run"), True)
+    assert not measured
 
 
 class Model(nn.Module):
