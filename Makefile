@@ -1,7 +1,7 @@
 # The commands of a contributor. Each target installs what it needs into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-torch lint format bench gpu docs clean
+.PHONY: help demo test test-slow test-torch lint format bench gpu gpu-build docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -97,8 +97,9 @@ $(VENV)/bin/uv $(TORCH_VENV)/bin/uv:
 	@$(PYTHON) -m venv $(@:/bin/uv=)
 	@$(@D)/python -m pip install --quiet --disable-pip-version-check uv
 
-# For a machine with a GPU. Needs no network if torch, pytest, cmake, ninja and nvcc are installed.
-gpu: ## build with CUDA, test, benchmark and report; RESULTS=folder
+# For a machine with a GPU. Needs no network if torch, pytest, cmake, ninja and nvcc are installed, and
+# no compiler if the library of `make gpu-build` fits.
+gpu: ## build with CUDA, test, tune, benchmark and report; RESULTS=folder
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then python=$(PYTHON); \
 	elif ! compgen -G '/dev/nvidia[0-9]*' >/dev/null && ! nvidia-smi -L >/dev/null 2>&1; then \
 	  echo "vidl: make gpu needs an NVIDIA GPU, and this machine has none" >&2; exit 1; \
@@ -106,44 +107,88 @@ gpu: ## build with CUDA, test, benchmark and report; RESULTS=folder
 	$(MAKE) --no-print-directory gpu-run GPU_PYTHON="$$python"
 
 .PHONY: gpu-run
-gpu-run: export PATH := $(PATH):$(CURDIR)/$(VENV)/bin
 gpu-run:
 	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
 	  f"vidl: make gpu needs an NVIDIA GPU, and torch {torch.__version__} sees none")'
-	@# CMake rejects a build folder of another copy of the sources.
-	@grep -qs 'CMAKE_HOME_DIRECTORY:INTERNAL=$(CURDIR)$$' build/cmake-gpu/CMakeCache.txt \
-	  || rm -rf build/cmake-gpu
-	cmake -S . -B build/cmake-gpu $(if $(shell command -v ninja),-G Ninja) -DVIDL_CUDA=ON \
-	  -DPython3_EXECUTABLE="$$(command -v $(GPU_PYTHON))" \
-	  -DCMAKE_CUDA_ARCHITECTURES="$(or $(CMAKE_CUDA_ARCHITECTURES),$(CUDAARCHS),90)"
-	cmake --build build/cmake-gpu --parallel
-	cmake --install build/cmake-gpu --prefix vidl
+	@$(MAKE) --no-print-directory gpu-library GPU_PYTHON="$(GPU_PYTHON)"
 	@$(MAKE) --no-print-directory gpu-steps GPU_PYTHON="$(GPU_PYTHON)" GPU_BEGAN=$(GPU_BEGAN)
 
-# GPU_SECONDS is divided among the steps: at most 150 s for tests, 2 x 60 s for savings, and the rest
-# for the ops. Results are written as they are measured, so an interrupted run keeps them. Later steps
-# run even if an earlier one fails.
+# The library for GPUs and its key, which holds what it was built from: the sources, the version of
+# torch and the architectures.
+GPU_PREBUILT ?= build/gpu
+GPU_CMAKE ?= build/cmake-gpu
+GPU_PREFIX ?= vidl
+GPU_ARCHITECTURES := $(or $(CMAKE_CUDA_ARCHITECTURES),$(CUDAARCHS),90)
+gpu_key = { cat $(sort $(SOURCES)); echo "$(GPU_ARCHITECTURES)"; \
+  $(GPU_PYTHON) -c 'import torch; print(torch.__version__)'; } | sha256sum | cut -d ' ' -f 1
+
+gpu-build: ## build the library of `make gpu` in build/gpu, on a machine with nvcc but no GPU
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then python=$(PYTHON); \
+	else $(MAKE) --no-print-directory $(DEPS) && python=$(VENV)/bin/python; fi && \
+	$(MAKE) --no-print-directory gpu-prebuild GPU_PYTHON="$$python"
+
+# The key is written last: an interrupted build has none.
+.PHONY: gpu-prebuild gpu-library gpu-compile
+gpu-prebuild:
+	@mkdir -p $(GPU_PREBUILT) && rm -f $(GPU_PREBUILT)/key && key=$$($(gpu_key)) && \
+	$(MAKE) --no-print-directory gpu-compile GPU_PYTHON="$(GPU_PYTHON)" \
+	  GPU_PREFIX=$(GPU_PREBUILT) && echo "$$key" > $(GPU_PREBUILT)/key
+
+gpu-library:
+	@if [ ! -e $(GPU_PREBUILT)/key ]; then fits=false; \
+	elif [ "$$(cat $(GPU_PREBUILT)/key)" != "$$($(gpu_key))" ]; then fits=false; \
+	  echo "vidl: $(GPU_PREBUILT) is of other sources, another torch or other architectures"; \
+	else cp $(GPU_PREBUILT)/_C.so $(GPU_PREBUILT)/_build.json $(GPU_PREFIX) && \
+	  if $(GPU_PYTHON) -c 'import sys; from vidl.kernels import library; sys.exit(library.LOAD_ERROR)'; \
+	  then fits=true; echo "vidl: took the library of $(GPU_PREBUILT)"; else fits=false; fi; fi; \
+	$$fits || $(MAKE) --no-print-directory gpu-compile GPU_PYTHON="$(GPU_PYTHON)"
+
+gpu-compile: export PATH := $(PATH):$(CURDIR)/$(VENV)/bin
+gpu-compile:
+	@# CMake rejects a build folder of another copy of the sources.
+	@grep -qs 'CMAKE_HOME_DIRECTORY:INTERNAL=$(CURDIR)$$' $(GPU_CMAKE)/CMakeCache.txt \
+	  || rm -rf $(GPU_CMAKE)
+	cmake -S . -B $(GPU_CMAKE) $(if $(shell command -v ninja),-G Ninja) -DVIDL_CUDA=ON \
+	  -DPython3_EXECUTABLE="$$(command -v $(GPU_PYTHON))" \
+	  -DCMAKE_CUDA_ARCHITECTURES="$(GPU_ARCHITECTURES)"
+	cmake --build $(GPU_CMAKE) --parallel
+	cmake --install $(GPU_CMAKE) --prefix $(GPU_PREFIX)
+
+# GPU_SECONDS is divided among the steps: a smoke set of tests, then the choice of backends, the ops,
+# the savings, and the other tests until the end: those beyond VIDL_TEST_UNTIL are skipped. Results
+# are written as they are measured, and SIGINT lets a command that is cut off sum up, so an
+# interrupted run loses nothing. Later steps run even if an earlier one fails.
 .PHONY: gpu-steps
 GPU_SECONDS ?= 480
 GPU_BEGAN := $(or $(GPU_BEGAN),$(shell date +%s))
-# "auto" is plain PyTorch on a GPU until a result of that GPU is committed.
 GPU_BACKEND ?= native
-SAVINGS := backend=$(GPU_BACKEND) --device cuda --preset base --steps 20 --budget 30 --write $(RESULTS)
+SAVINGS := backend=$(GPU_BACKEND) --device cuda --preset base --steps 20 --budget 30 --no-tune \
+  --write $(RESULTS)
 gpu-steps:
 	@said=""; status=0; began=$$(date -u +%Y-%m-%dT%H:%M:%S); \
 	left() { echo $$(( $(GPU_BEGAN) + $(GPU_SECONDS) - $$(date +%s) - $$1 )); }; \
 	least() { echo $$(( $$1 < $$2 ? $$1 : $$2 )); }; \
 	step() { \
-	  local name="$$1" seconds="$$2" result=passed; shift 2; \
+	  local name="$$1" seconds="$$2" result=passed code=0; shift 2; \
 	  echo "==> $$name, at most $$seconds s: $$*"; \
 	  if [ "$$seconds" -le 0 ]; then result="no time left"; \
-	  elif timeout -k 10 "$$seconds" "$$@"; then :; \
-	  else result="failed, or cut off after $$seconds s"; fi; \
+	  else \
+	    VIDL_TEST_UNTIL=$$(( $$(date +%s) + seconds * 9 / 10 )) \
+	      timeout -s INT -k 10 "$$seconds" "$$@" || code=$$?; \
+	    case $$code in 0) ;; 124|137) result="cut off after $$seconds s";; *) result=failed;; esac; \
+	  fi; \
 	  [ "$$result" = passed ] || status=1; said+="  $$name: $$result"$$'\n'; }; \
 	vidl="$(GPU_PYTHON) -m vidl"; \
-	step "GPU tests" $$(least 150 $$(left 200)) $(GPU_PYTHON) -m pytest -m gpu -r fEs $(ARGS); \
-	step "ops" $$(left 130) $$vidl bench --device cuda --budget $$(left 160) --write $(RESULTS); \
-	step "savings of SMAUG" $$(least 60 $$(left 65)) $$vidl savings smaug $(SAVINGS); \
-	step "savings of MAC" $$(least 60 $$(left 5)) $$vidl savings mac $(SAVINGS); \
+	tests="$(GPU_PYTHON) -m pytest -r fEs $(GPU_WORKERS) $(ARGS)"; \
+	step "smoke tests" $$(least 90 $$(left 200)) $$tests -m gpu_smoke $(OP_TESTS); \
+	step "tuning" $$(least 90 $$(left 200)) $$vidl tune --device cuda --budget $$(least 60 $$(left 230)); \
+	step "ops" $$(left 180) $$vidl bench --device cuda --budget $$(left 210) --write $(RESULTS); \
+	step "savings of SMAUG" $$(least 60 $$(left 115)) $$vidl savings smaug $(SAVINGS); \
+	step "savings of MAC" $$(least 60 $$(left 55)) $$vidl savings mac $(SAVINGS); \
+	step "other GPU tests" $$(left 5) $$tests -m 'gpu and not gpu_smoke'; \
 	$$vidl bench summary $(RESULTS) --device cuda --since $$began || status=1; \
 	echo; printf '%s' "$$said"; exit $$status
+
+OP_TESTS := $(patsubst kernels/%/op.py,tests/test_%.py,$(wildcard kernels/*/op.py))
+# Triton compiles for seconds a test: several processes compile at once, if pytest-xdist is there.
+GPU_WORKERS ?= $(shell $(GPU_PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)

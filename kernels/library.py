@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from vidl.kernels import choices
+from vidl.kernels import choices, gpu
 
 BACKENDS = ("native", "triton", "torch", "reference")
 PYTORCH = ("torch", "reference")  # those written in PyTorch: any device, any floating dtype
@@ -259,6 +259,9 @@ def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> s
         return f"no {device} kernel was built ({LOAD_ERROR or 'see `vidl info`'})"
     if device not in DEVICES:
         return f"there are no kernels for {device}"
+    if device == "cuda" and (card := gpu.current()) is not None:
+        built = str(build_record().get("cuda_architectures") or "")
+        return card.why_not(built if backend == "native" else "")
     return None
 
 

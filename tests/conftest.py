@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -31,6 +32,35 @@ from vidl import ops  # noqa: E402, F401  (declares every op)
 
 # A machine with a GPU may have no package but torch.
 collect_ignore_glob = [] if find_spec("numpy") else ["test_data_*.py"]
+
+# The GPU tests that `make gpu` runs first: one test of every op, with each backend and dtype there,
+# forward and backward. Attention has one for each class of sizes.
+SMOKE = {
+    "test_frame_difference": {"test_as_accurate_as_torch": ["float-BCTHW-tubelets"]},
+    "test_masked_patch_embed": {"test_as_accurate_as_torch": ["tubelets"]},
+    "test_masked_patch_loss": {"test_as_accurate_as_torch": ["VideoMAE"]},
+    "test_select_tokens": {"test_as_accurate_as_torch": ["packed EViT"]},
+    "test_space_time_attention": {
+        "test_as_accurate_as_torch": ["eight rows-cls", "frames and a global token-mean"],
+        "test_head_sizes_of_long_groups": ["64"],
+    },
+    "test_token_scores": {"test_as_accurate_as_torch": ["frames-mean"]},
+}
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        smoke = SMOKE.get(item.path.stem, {}).get(getattr(item, "originalname", ""), [])
+        ends = tuple(f"-cuda-{case}]" for case in smoke)
+        if item.get_closest_marker("gpu") and item.name.endswith(ends):
+            item.add_marker(pytest.mark.gpu_smoke)
+
+
+def pytest_runtest_setup(item) -> None:
+    """Skip what `make gpu` has no time for: pytest then ends by itself, and lists what failed."""
+    if time.time() > float(os.environ.get("VIDL_TEST_UNTIL", "inf")):
+        pytest.skip("no time left")
+
 
 PLACES = [
     *(pytest.param(Where(b, "cpu"), id=f"{b}-cpu") for b in ("native", "triton", "emulated")),

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from vidl.bench.report import verdict
 from vidl.cli import main
 
 ROOT = Path(__file__).parents[1]
+OPS = sorted(file.parent.name for file in ROOT.glob("kernels/*/op.py"))
 
 
 def write(folder, *records):
@@ -83,57 +85,128 @@ def test_a_budget_ends_a_run_and_lists_what_was_not_measured(monkeypatch, capsys
     assert "5 s are over; not measured: masked_patch_loss · SMAUG" in text
 
 
-FAKE = """#!/bin/sh
+# Stands for Python with a GPU: notes its calls, fails in the tests if told to, and says its torch.
+PYTHON = """#!/bin/sh
 echo "$*" >> "$LOG"
 case "$*" in
   "-m pytest"*) exit $TESTS ;;
-  *"vidl savings"*) exit 0 ;;
   *"bench summary"*) echo "the summary" ;;
+  *torch.__version__*) echo "$TORCH" ;;
 esac
+"""
+# Stands for CMake: installs two files.
+CMAKE = """#!/bin/sh
+echo "cmake $*" >> "$LOG"
+case "$*" in *--install*) touch "$4/_C.so" "$4/_build.json" ;; esac
 """
 
 
 @pytest.fixture
 def make(tmp_path):
+    """A function that runs a target of the Makefile and returns the process and its calls."""
     if shutil.which("make") is None:
         pytest.skip("no make")
-    python, log = tmp_path / "python", tmp_path / "log"
-    python.write_text(FAKE)
-    python.chmod(0o755)
+    log = tmp_path / "log"
+    for name, text in {"python": PYTHON, "cmake": CMAKE}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "vidl").mkdir()
 
-    def run(tests=0, spent=0):
-        began = int(time.time()) - spent
+    def run(target, tests=0, spent=0, torch="2.11.0"):
         log.write_text("")
-        command = ["make", "-s", "gpu-steps", f"GPU_PYTHON={python}", f"GPU_BEGAN={began}"]
-        environment = os.environ | {"LOG": str(log), "TESTS": str(tests)}
-        command += [f"RESULTS={tmp_path}"]
+        facts = {"LOG": str(log), "TESTS": str(tests), "TORCH": torch}
+        facts["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+        python = tmp_path / "python"
+        command = ["make", "-s", target, f"PYTHON={python}", f"GPU_PYTHON={python}"]
+        command += [f"GPU_BEGAN={int(time.time()) - spent}", f"RESULTS={tmp_path}"]
+        folders = {"GPU_PREBUILT": "gpu", "GPU_PREFIX": "vidl", "GPU_CMAKE": "cmake-gpu"}
+        command += [f"{name}={tmp_path / folder}" for name, folder in folders.items()]
+        environment = os.environ | facts
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        return done, log.read_text().splitlines()
+        calls = [line for line in log.read_text().splitlines() if line.startswith(("-m", "cmake"))]
+        return done, calls
 
     return run
 
 
+STEPS_OF_MAKE = {
+    "smoke tests": "pytest -r fEs -m gpu_smoke tests/",
+    "tuning": "vidl tune --device cuda --budget",
+    "ops": "vidl bench --device cuda --budget",
+    "savings of SMAUG": "vidl savings smaug backend=native",
+    "savings of MAC": "vidl savings mac backend=native",
+    "other GPU tests": "pytest -r fEs -m gpu and not gpu_smoke",
+}
+
+
 def test_make_gpu_runs_every_step_and_sums_up(make, tmp_path):
-    done, calls = make()
+    done, calls = make("gpu-steps")
     assert done.returncode == 0, done.stdout + done.stderr
-    words = ["pytest -m gpu", "vidl bench --device cuda --budget", "vidl savings smaug",
-             "vidl savings mac", "vidl bench summary"]  # fmt: skip
-    assert [w in c for w, c in zip(words, calls, strict=True)] == [True] * 5, calls
-    assert all(f"--write {tmp_path}" in call for call in calls[1:4])
-    assert all("backend=native" in call for call in calls[2:4])
+    words = [*STEPS_OF_MAKE.values(), "vidl bench summary"]
+    assert [w in c for w, c in zip(words, calls, strict=True)] == [True] * 7, calls
+    assert all(f"--write {tmp_path}" in call for call in calls[2:5])
     assert "the summary" in done.stdout
-    for name in ("GPU tests", "ops", "savings of SMAUG", "savings of MAC"):
-        assert f"  {name}: passed" in done.stdout
+    assert all(f"  {name}: passed" in done.stdout for name in STEPS_OF_MAKE)
 
 
 def test_make_gpu_goes_on_after_a_failure_and_fails(make):
-    done, calls = make(tests=1)
-    assert done.returncode != 0 and len(calls) == 5
-    assert "  GPU tests: failed" in done.stdout and "  ops: passed" in done.stdout
+    done, calls = make("gpu-steps", tests=1)
+    assert done.returncode != 0 and len(calls) == 7
+    assert "  smoke tests: failed" in done.stdout and "  ops: passed" in done.stdout
+    assert "  other GPU tests: failed" in done.stdout
 
 
 def test_make_gpu_skips_steps_without_time(make):
-    done, calls = make(spent=470)
+    done, calls = make("gpu-steps", spent=420)
     assert done.returncode != 0
-    assert "  GPU tests: no time left" in done.stdout and "  ops: no time left" in done.stdout
+    for name in ("smoke tests", "tuning", "ops", "savings of SMAUG"):
+        assert f"  {name}: no time left" in done.stdout
+    assert "  other GPU tests: passed" in done.stdout
     assert [c for c in calls if "savings mac" in c] and "summary" in calls[-1]
+
+
+def test_make_gpu_takes_a_library_that_was_built_elsewhere_if_it_fits(make, tmp_path):
+    """The whole sequence: build for a GPU without one, then run with it, with fake commands."""
+    done, calls = make("gpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(calls) == 10 and "-DCMAKE_CUDA_ARCHITECTURES=90" in calls[0]
+    assert calls[2] == f"cmake --install {tmp_path}/cmake-gpu --prefix {tmp_path}/vidl"
+
+    done, calls = make("gpu-build")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert calls[2] == f"cmake --install {tmp_path}/cmake-gpu --prefix {tmp_path}/gpu"
+    assert {file.name for file in (tmp_path / "gpu").iterdir()} == {"_C.so", "_build.json", "key"}
+
+    (tmp_path / "gpu/_C.so").write_text("from elsewhere")
+    done, calls = make("gpu")
+    assert done.returncode == 0 and len(calls) == 7 and "took the library of" in done.stdout
+    assert (tmp_path / "vidl/_C.so").read_text() == "from elsewhere"
+
+    done, calls = make("gpu", torch="2.12.0")
+    assert done.returncode == 0 and len(calls) == 10 and "another torch" in done.stdout
+
+
+def test_the_smoke_tests_are_one_of_each_kind():
+    """Every op, backend and dtype; those without a kernel for the GPU are skipped there."""
+    files = [f"tests/test_{op}.py" for op in OPS]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-q", "--collect-only"]
+    done = subprocess.run(
+        [*command, "-m", "gpu_smoke", *files], cwd=ROOT, capture_output=True, text=True
+    )
+    tests = [line for line in done.stdout.splitlines() if "::" in line]
+    kinds = {(test.split("::")[0], *test.split("[")[1].split("-")[:3]) for test in tests}
+    dtypes, backends = ("f32", "f16", "bf16"), ("native", "triton")
+    assert kinds == {(f, d, b, "cuda") for f in files for d in dtypes for b in backends}
+    assert 30 < len(tests) < 60
+
+
+def test_tests_beyond_the_time_are_skipped(request, monkeypatch):
+    plugins = request.config.pluginmanager.get_plugins()
+    (conftest,) = (
+        p for p in plugins if getattr(p, "__file__", "") == str(ROOT / "tests/conftest.py")
+    )
+    monkeypatch.setenv("VIDL_TEST_UNTIL", str(int(time.time()) + 1000))
+    conftest.pytest_runtest_setup(request.node)
+    monkeypatch.setenv("VIDL_TEST_UNTIL", str(int(time.time()) - 1))
+    with pytest.raises(pytest.skip.Exception, match="no time left"):
+        conftest.pytest_runtest_setup(request.node)

@@ -143,7 +143,9 @@ def test_the_order_is_total(backend):
             assert sorted(inverse) == [-1] * (N - K) + list(range(K))
 
 
-@pytest.mark.parametrize("N, order", [(1030, "index"), (1568, "score"), (5000, "index")])
+@pytest.mark.parametrize(
+    "N, order", [(1030, "index"), (1568, "score"), (5000, "index"), (12_000, "index")]
+)
 def test_long_samples(N, order, where):
     where.skip_unless_runs(OP)
     if where.backend == "triton" and where.device == "cpu" and N > 1030:
@@ -500,15 +502,16 @@ def test_misuse_is_explained(error, text, change):
 
 
 @pytest.mark.parametrize("name", ["scores", "weights"])
-def test_the_triton_op_checks_its_numbers(name):
-    Where("triton", "cpu").skip_unless_runs(OP)
+def test_the_registered_op_checks_its_numbers(name, where):
+    where.skip_unless_runs(OP)
     numbers = {"scores": SCORES, "weights": SCORES} | {name: SCORES[:, :5]}
+    tensors = [x.to(where.device) for x in (X, *numbers.values())]
     with pytest.raises(RuntimeError, match=f"need {name} "):
-        library.kernel(OP, "triton")(X, *numbers.values(), None, None, 3, 0, "index", "sum")
+        library.kernel(OP, where.backend)(*tensors, None, None, 3, 0, "index", "sum")
 
 
 def test_a_backend_asked_for_never_falls_back():
-    with pytest.raises(RuntimeError, match="native: .*\n  triton: .*\n  reference: can run"):
+    with pytest.raises(RuntimeError, match="native: .*\n  triton: .*\n  torch: can run"):
         select_tokens(X.double(), SCORES, 3, backend="native")
     assert select_tokens(X.double(), SCORES, 3).tokens.dtype == torch.float64
 

@@ -85,6 +85,23 @@ def test_head_sizes_of_long_groups(D, dtype, where):
     assert_right(dtype, *(list(precisions(x, 1, D, dtype, where, "mean")) for x in layouts))
 
 
+@pytest.mark.parametrize(
+    "D, sizes",
+    [
+        (64, [(128, 128), (160, 150), (20, 256), (256, 20)]),
+        (96, [(112, 112), (128, 120), (17, 256), (256, 17)]),
+    ],
+)
+def test_blocks_of_less_shared_memory(D, sizes, monkeypatch):
+    """sm_86, 89 and 120 have 99 KB a block: a class of kernels that needs more is not chosen."""
+    monkeypatch.setenv("CUDA_ON_CPU_MAX_SHARED", str(99 * 1024))
+    where = Where("emulated", "cpu")
+    where.skip_unless_runs(OP, torch.bfloat16)
+    layouts = [Groups.equal(1, queries, keys=keys) for queries, keys in sizes]
+    results = (list(precisions(x, 1, D, torch.bfloat16, where, "mean")) for x in layouts)
+    assert_right(torch.bfloat16, *results)
+
+
 @pytest.mark.parametrize("size", [1, 17, 130, 260])
 def test_more_groups_than_a_grid_has_rows(size, where):
     """66,000 groups, all with members, or only the last one."""

@@ -6,6 +6,9 @@
 // of a warp must call the collective ones (ldmatrix, movmatrix, mma) together.
 #pragma once
 #include <cstdint>
+#include <mutex>
+#include <set>
+#include <utility>
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -313,17 +316,54 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-#ifdef __CUDACC__  // the emulator has a launch() of its own
-template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
-                   cudaStream_t stream, A&&... args) {
-  if (shared_bytes > 48 * 1024) {
-    cudaError_t e =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-    if (e != cudaSuccess) return e;
-  }
-  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<P>(args)...);
-  return cudaGetLastError();
+// The bytes of shared memory, static and dynamic together, that a block of this GPU can have. 0
+// after an error, which the next launch returns.
+inline int64_t most_shared_bytes() {
+  int device = 0, most = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  const cudaDeviceAttr limit = cudaDevAttrMaxSharedMemoryPerBlockOptin;
+  return cudaDeviceGetAttribute(&most, limit, device) == cudaSuccess ? most : 0;
 }
+
+// A kernel gets more than 48 KB of shared memory, static and dynamic together, only if it asked for
+// it. This asks for all that the device has, once per kernel and device.
+inline cudaError_t allow_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  cudaFuncAttributes own = {};
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) != 0) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&own, kernel);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 most - static_cast<int>(own.sharedSizeBytes));
+  }
+  if (error == cudaSuccess) allowed.emplace(kernel, device);
+  return error;
+}
+
+// Starts a kernel on a one-dimensional grid; without blocks there is nothing to do.
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), int64_t blocks, int64_t threads, int64_t shared_bytes,
+                   void* stream, A&&... args) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks < 0 || blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (shared_bytes > 0) {
+    const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel));
+    if (error != cudaSuccess) return error;
+  }
+  const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
+#ifdef __CUDACC__
+  kernel<<<grid, block, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)>>>(
+      static_cast<P>(args)...);
+  return cudaGetLastError();
+#else
+  static_cast<void>(stream);
+  return cuda_on_cpu::launch(kernel, grid, block, static_cast<size_t>(shared_bytes),
+                             static_cast<P>(args)...);
 #endif
+}

@@ -269,16 +269,15 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-int pack(const Packing& task, T* patches, T* out, cudaStream_t stream) {
+int pack(const Packing& task, T* patches, T* out, void* stream) {
   const int64_t itemsize = task.clip.dtype == Dtype::kUInt8 ? 1 : 4;
   const int64_t bytes = task.clip.C * task.walk.pitch * itemsize;
   const bool fits = bytes <= kSharedBytes;
   const int64_t most = fits ? kSharedBytes / std::max<int64_t>(bytes, 1) : kThreads / 32;
   const int64_t warps = std::min<int64_t>(most, kThreads / 32);
-  const dim3 grid(static_cast<unsigned>((task.rows.total + warps - 1) / warps));
-  const dim3 block(static_cast<unsigned>(32 * warps));
+  const int64_t blocks = (task.rows.total + warps - 1) / warps;
   const auto start = [&](auto kernel, int64_t shared) {
-    return launch(kernel, grid, block, static_cast<size_t>(shared), stream, task, patches, out);
+    return launch(kernel, blocks, 32 * warps, shared, stream, task, patches, out);
   };
   if (!fits) return start(pack_large_kernel<T>, 0);
   if (itemsize == 1) return start(pack_kernel<uint8_t, T>, warps * bytes);
@@ -302,12 +301,10 @@ using vidl::Rows;
 int vidl_masked_patch_embed_fold_cuda(const void* weight, Dtype dtype, const float* bias,
                                       void* weight_out, float* bias_out, int64_t C, int64_t numbers,
                                       int32_t C_in, const Affine* affine, void* stream) {
-  if (C == 0) return 0;
   return vidl::with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return launch(vidl::fold_kernel<T>, dim3(static_cast<unsigned>(C)), dim3(vidl::kThreads), 0,
-                  static_cast<cudaStream_t>(stream), static_cast<const T*>(weight), bias,
-                  static_cast<T*>(weight_out), bias_out, numbers,
+    return launch(vidl::fold_kernel<T>, C, vidl::kThreads, 0, stream, static_cast<const T*>(weight),
+                  bias, static_cast<T*>(weight_out), bias_out, numbers,
                   static_cast<int32_t>(numbers / C_in), *affine);
   });
 }
@@ -329,19 +326,16 @@ int vidl_masked_patch_embed_pack_cuda(const Clip* clip, const Rows* rows, const 
         pixels % kWide == 0 && vidl::multiples_of_16({patches}),
         position->C % kWide == 0 &&
             vidl::multiples_of_16({position->bias, position->space, position->time, out})};
-    return vidl::pack(task, static_cast<T*>(patches), static_cast<T*>(out),
-                      static_cast<cudaStream_t>(stream));
+    return vidl::pack(task, static_cast<T*>(patches), static_cast<T*>(out), stream);
   });
 }
 
 int vidl_masked_patch_embed_unpack_cuda(const void* grad_patches, Dtype dtype, const Clip* clip,
                                         const Rows* rows, void* video, void* stream) {
   const int64_t blocks = rows->B * rows->N;
-  if (blocks == 0) return 0;
   return vidl::with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return launch(vidl::unpack_kernel<T>, dim3(static_cast<unsigned>(blocks)),
-                  dim3(vidl::kUnpackThreads), 0, static_cast<cudaStream_t>(stream),
+    return launch(vidl::unpack_kernel<T>, blocks, vidl::kUnpackThreads, 0, stream,
                   static_cast<const T*>(grad_patches), *clip, *rows, video);
   });
 }
@@ -351,11 +345,9 @@ int vidl_masked_patch_embed_position_grad_cuda(const void* grad_out, Dtype dtype
   const int64_t column_blocks = (C + 32 * vidl::kColumns - 1) / (32 * vidl::kColumns);
   const int64_t patches = vidl::kThreads / 32;
   const int64_t blocks = (rows->N + patches - 1) / patches * column_blocks;
-  if (blocks == 0) return 0;
   return vidl::with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return launch(vidl::position_grad_kernel<T>, dim3(static_cast<unsigned>(blocks)),
-                  dim3(vidl::kThreads), 0, static_cast<cudaStream_t>(stream),
+    return launch(vidl::position_grad_kernel<T>, blocks, vidl::kThreads, 0, stream,
                   static_cast<const T*>(grad_out), *rows, grad_position, C,
                   static_cast<unsigned>(column_blocks));
   });

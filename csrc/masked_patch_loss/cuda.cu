@@ -354,9 +354,7 @@ int start(K kernel, const Task& task, int64_t bytes, void* stream, A... argument
   const int64_t warps = std::min<int64_t>(std::max<int64_t>(kSharedBytes / bytes, 1), kMaxWarps);
   // One block even without rows: it checks the offsets.
   const int64_t blocks = std::max<int64_t>((task.rows.total + warps - 1) / warps, 1);
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)),
-                dim3(static_cast<unsigned>(warps * 32)), static_cast<size_t>(warps * bytes),
-                static_cast<cudaStream_t>(stream), task, arguments...);
+  return launch(kernel, blocks, warps * 32, warps * bytes, stream, task, arguments...);
 }
 
 }  // namespace

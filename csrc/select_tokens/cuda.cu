@@ -601,9 +601,8 @@ int select_with(const Samples& s, const TokenRows& x, const Numbers& ranks, cons
     if (items * plan.chunks >= kManyBlocks || plan.rows == kLeastRows) break;
   }
   const int64_t blocks = s.B * plan.slices + items * plan.chunks;
-  return launch(select_kernel<T, kVec>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-                plan.cached * sizeof(uint32_t), static_cast<cudaStream_t>(stream), s, plan, x,
-                ranks, weights, by_score, out);
+  return launch(select_kernel<T, kVec>, blocks, kThreads, plan.cached * sizeof(uint32_t), stream, s,
+                plan, x, ranks, weights, by_score, out);
 }
 
 template <class T, int kVec>
@@ -611,8 +610,7 @@ int select_backward_with(const Samples& s, const SelectionGrad& grad, const Toke
                          const Numbers& weights, void* grad_x, float* grad_weights, void* stream) {
   const int threads = s.C > int64_t{kChunk} * kVec ? kThreads : 32;
   const int64_t blocks = divide_up(s.total, kThreads / threads);
-  return launch(select_backward_kernel<T, kVec>, dim3(static_cast<unsigned>(blocks)),
-                dim3(kThreads), 0, static_cast<cudaStream_t>(stream), s, grad, x, weights,
+  return launch(select_backward_kernel<T, kVec>, blocks, kThreads, 0, stream, s, grad, x, weights,
                 static_cast<T*>(grad_x), grad_weights, threads);
 }
 

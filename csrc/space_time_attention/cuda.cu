@@ -1,161 +1,36 @@
 // space_time_attention on the tensor cores of sm_80 and later, forward and backward. Every size
-// class has its file (packed.h, whole.h, wide.h, blocked.h); interface.h chooses the class of a
-// call. Schema: kernels/space_time_attention/op.py.
+// class has its file (packed.h, whole.h, wide.h, blocked.h); launch.h chooses the class of a call.
+// Schema: kernels/space_time_attention/op.py.
 //
 // Rows are gathered as they are loaded. A row beyond the end of its group is never read but counts
 // as zeros, so that NaN in the neighbouring group has no effect. There are no atomic additions: a
 // key of several groups gets one gradient per entry, and a last kernel sums them in order.
-//
-// Limits: see the files of the classes. The two kernels of this file are limited by bytes: the mean
-// of the scores over the heads reads 4 H E and writes 4 E bytes, the sum over the entries reads
-// 8 E H D and writes 4 num_keys H D.
 #undef NDEBUG  // device assertions guard the indices in release builds too
-#include <algorithm>
 #include <type_traits>
 
-#include "space_time_attention/blocked.h"
-#include "space_time_attention/packed.h"
-#include "space_time_attention/whole.h"
-#include "space_time_attention/wide.h"
+#include "cuda/primitives.h"
+#include "space_time_attention/interface.h"
 
 #ifndef VIDL_HEAD_SIZES  // tests with sanitizers or nvcc compile fewer
 #define VIDL_HEAD_SIZES 32, 64, 80, 96, 128
 #endif
 
 namespace vidl {
+
+template <class T, int D>
+int forward(const SpaceTimeAttention& a, const Forward& f, void* stream);
+template <class T, int D>
+int backward(const SpaceTimeAttention& a, const Backward& b, void* stream);
+
+}  // namespace vidl
+
+// CMakeLists.txt compiles every dtype and head size in a translation unit of its own, in parallel.
+#ifndef VIDL_SPLIT
+#include "space_time_attention/launch.h"
+#endif
+
+namespace vidl {
 namespace {
-
-constexpr int kSumThreads = 256;
-
-__global__ void __launch_bounds__(kSumThreads) mean_scores_kernel(Forward f, int64_t H, int64_t E) {
-  const int64_t e = blockIdx.x * int64_t{kSumThreads} + threadIdx.x;
-  if (e >= E) return;
-  float sum = 0.0f;
-  for (int64_t h = 0; h < H; h++) sum += f.scores[h * E + e];
-  f.mean_scores[e] = sum / static_cast<float>(H);
-}
-
-// A thread sums two neighbouring channels of a row of keys and values.
-template <class T>
-__global__ void __launch_bounds__(kSumThreads)
-    sum_entries_kernel(Groups groups, Backward b, int64_t channels) {
-  const int64_t i = blockIdx.x * int64_t{kSumThreads} + threadIdx.x;
-  const int64_t row = i / (channels / 2), channel = i % (channels / 2) * 2;
-  if (row >= groups.num_keys) return;
-  const int begin = groups.entry_offsets[row], end = groups.entry_offsets[row + 1];
-  assert(begin >= 0 && begin <= end && end <= groups.E);  // entry_offsets must ascend from 0 to E
-  float2 k = make_float2(0.0f, 0.0f), v = k;
-  for (int n = begin; n < end; n++) {
-    const int64_t entry = groups.entries[n];
-    assert(entry >= 0 && entry < groups.E);  // entries are out of range
-    const int64_t at = entry * channels + channel;
-    const float2 more_k = *reinterpret_cast<const float2*>(b.entry_grad_k + at);
-    const float2 more_v = *reinterpret_cast<const float2*>(b.entry_grad_v + at);
-    k.x += more_k.x, k.y += more_k.y, v.x += more_v.x, v.y += more_v.y;
-  }
-  const int64_t to = row * channels + channel;
-  *reinterpret_cast<uint32_t*>(static_cast<T*>(b.grad_k) + to) = pack2<T>(k.x, k.y);
-  *reinterpret_cast<uint32_t*>(static_cast<T*>(b.grad_v) + to) = pack2<T>(v.x, v.y);
-}
-
-template <class... P, class... A>
-int start(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
-          const A&... args) {
-  constexpr int kInvalidConfiguration = 9;  // cudaErrorInvalidConfiguration
-  if (blocks == 0) return 0;
-  if (blocks > INT32_MAX) return kInvalidConfiguration;
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
-                static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream), args...);
-}
-
-constexpr int64_t div_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-// Blocks of threads for the members of all groups, and of every group; 0: see find_work().
-struct Blocks {
-  int64_t all, of_group;
-};
-Blocks blocks_of(const SpaceTimeAttention& a, int64_t longest, int64_t members) {
-  const int64_t G = a.groups.G, of_group = div_up(longest, kBlock), fewest = members / kBlock + G;
-  if (G * of_group <= 2 * fewest) return {G * of_group * a.H, of_group};
-  return {fewest * a.H, 0};
-}
-
-// Blocks of threads for groups that are packed into warps.
-int64_t packed_blocks(const Groups& groups, int64_t H) {
-  const int64_t slot = std::max(groups.max_queries, groups.max_keys);
-  return slot == 0 ? 0 : div_up(div_up(groups.G, 16 / slot) * H, kPackedWarps);
-}
-
-template <class T, int D>
-int forward(const SpaceTimeAttention& a, const Forward& f, void* stream) {
-  constexpr int64_t kRow = kStride<D> * sizeof(T);
-  const Groups& groups = a.groups;
-  const Size size = forward_size(groups.max_queries, groups.max_keys);
-  int error = 0;
-  if (size == Size::kPacked) {
-    error = start(packed_forward_kernel<T, D>, packed_blocks(groups, a.H), 32 * kPackedWarps,
-                  kPackedWarps * 3 * 16 * kRow, stream, a, f);
-  } else if (size != Size::kBlocked) {
-    const int64_t keys = round_up_16(groups.max_keys);
-    const int64_t squares = round_up_16(groups.max_queries) / 16;
-    const int64_t warps = squares < 1 ? 1 : squares < kForwardWarps ? squares : kForwardWarps;
-    const int64_t bytes = (2 * keys + 16 * warps) * kRow + warps * keys * sizeof(float);
-    const auto kernel = keys <= 64    ? whole_forward_kernel<T, D, 4>
-                        : keys <= 128 ? whole_forward_kernel<T, D, 8>
-                                      : whole_forward_kernel<T, D, 16>;
-    error = start(kernel, groups.G * a.H, static_cast<int>(32 * warps), bytes, stream, a, f);
-  } else {
-    const Blocks blocks = blocks_of(a, groups.max_queries, groups.num_queries);
-    const Blocks key_blocks = blocks_of(a, groups.max_keys, groups.E);
-    error = start(blocked_forward_kernel<T, D>, blocks.all, kBlockThreads, 5 * kBlock * kRow,
-                  stream, a, f, blocks.of_group);
-    if (error == 0 && f.scores != nullptr) {
-      error = start(blocked_scores_kernel<T, D>, key_blocks.all, kBlockThreads, 5 * kBlock * kRow,
-                    stream, a, f, key_blocks.of_group);
-    }
-  }
-  if (error != 0 || f.scores == nullptr) return error;
-  return start(mean_scores_kernel, div_up(groups.E, kSumThreads), kSumThreads, 0, stream, f, a.H,
-               groups.E);
-}
-
-template <class T, int D>
-int backward(const SpaceTimeAttention& a, const Backward& b, void* stream) {
-  constexpr int64_t kRow = kStride<D> * sizeof(T);
-  const Groups& groups = a.groups;
-  const Size size = backward_size(groups.max_queries, groups.max_keys, D);
-  const int64_t queries = round_up_16(groups.max_queries), keys = round_up_16(groups.max_keys);
-  const int64_t most = queries > keys ? queries : keys;
-  int error = 0;
-  if (size == Size::kPacked) {
-    error = start(packed_backward_kernel<T, D>, packed_blocks(groups, a.H), 32 * kPackedWarps,
-                  kPackedWarps * 4 * 16 * kRow, stream, a, b);
-  } else if (size == Size::kWhole) {
-    const int64_t tiles = 2 * keys * kRow, weights = 2 * queries * (keys + 8) * sizeof(T);
-    const int64_t bytes = 2 * queries * kRow + (tiles > weights ? tiles : weights);
-    const auto kernel =
-        most <= 64 ? whole_backward_kernel<T, D, 4> : whole_backward_kernel<T, D, 8>;
-    error = start(kernel, groups.G * a.H, static_cast<int>(2 * most), bytes, stream, a, b);
-  } else if (size == Size::kWide) {
-    if constexpr (D <= 64) {
-      error = start(wide_backward_kernel<T, D>, groups.G * a.H, static_cast<int>(2 * most),
-                    WideGroup<T, D>::bytes(queries, keys), stream, a, b);
-    }
-  } else {
-    const Blocks query_blocks = blocks_of(a, groups.max_queries, groups.num_queries);
-    const Blocks key_blocks = blocks_of(a, groups.max_keys, groups.E);
-    error = start(query_backward_kernel<T, D>, query_blocks.all, kBlockThreads, 6 * kBlock * kRow,
-                  stream, a, b, query_blocks.of_group);
-    if (error == 0) {
-      error = start(key_backward_kernel<T, D>, key_blocks.all, kBlockThreads, 6 * kBlock * kRow,
-                    stream, a, b, key_blocks.of_group);
-    }
-  }
-  if (error != 0 || groups.entry_offsets == nullptr) return error;
-  const int64_t pairs = groups.num_keys * a.H * D / 2;
-  return start(sum_entries_kernel<T>, div_up(pairs, kSumThreads), kSumThreads, 0, stream, groups, b,
-               a.H * int64_t{D});
-}
 
 template <int... kSizes>
 struct HeadSizes {

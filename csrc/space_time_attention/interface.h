@@ -32,7 +32,7 @@ struct Backward {
   float* delta;                        // [H, num_queries], for the kernels of long groups
 };
 
-// Which CUDA kernels a call launches, by its longest group.
+// Which CUDA kernels a call launches, by its longest group and the shared memory of a block.
 enum class Size {
   kPacked,   // at most 16 queries and keys: a warp computes the groups that fit into 16 rows
   kWhole,    // at most 128: a block computes a group, and every warp whole rows of weights
@@ -40,17 +40,12 @@ enum class Size {
   kBlocked,  // any length: blocks of queries meet blocks of keys
 };
 
-constexpr Size forward_size(int64_t max_queries, int64_t max_keys) {
+constexpr Size size_of(int64_t max_queries, int64_t max_keys) {
   const int64_t longest = max_queries > max_keys ? max_queries : max_keys;
   return longest <= 16    ? Size::kPacked
          : longest <= 128 ? Size::kWhole
          : longest <= 256 ? Size::kWide
                           : Size::kBlocked;
-}
-// The rows of a wide group, of four tensors, fit into the shared memory of a block up to D = 64.
-constexpr Size backward_size(int64_t max_queries, int64_t max_keys, int64_t D) {
-  const Size size = forward_size(max_queries, max_keys);
-  return size == Size::kWide && D > 64 ? Size::kBlocked : size;
 }
 
 }  // namespace vidl

@@ -146,13 +146,12 @@ std::tuple<Tensor, Tensor, Tensor> space_time_attention_bwd(Tensor grad_out,
                   "_bwd: need grad_scores [E] for ", a.groups.E, " entries");
   const bool shared = a.groups.entry_offsets != nullptr;
   const int64_t entries = shared ? a.groups.E : 0;
-  const bool blocked = backward_size(groups.max_queries, groups.max_keys, a.D) == Size::kBlocked;
   Tensor grad_q = new_empty(q, {num_queries, a.H, a.D});
   Tensor grad_k = grad_of_keys(a.groups, k);
   Tensor grad_v = grad_of_keys(a.groups, v);
   Tensor entry_grad_k = new_empty(k, {entries, a.H, a.D}, ScalarType::Float);
   Tensor entry_grad_v = new_empty(k, {entries, a.H, a.D}, ScalarType::Float);
-  Tensor delta = new_empty(q, {a.H, blocked ? num_queries : 0}, ScalarType::Float);
+  Tensor delta = new_empty(q, {a.H, num_queries}, ScalarType::Float);
   const Backward b = {grad_out.data_ptr(),
                       out.data_ptr(),
                       static_cast<const float*>(lse.data_ptr()),

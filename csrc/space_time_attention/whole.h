@@ -83,6 +83,14 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kSquares == 4 && D <= 64 ?
   }
 }
 
+// The shared memory of a block, for the whole numbers of squares of the longest group.
+template <class T, int D>
+int64_t whole_backward_bytes(int64_t queries, int64_t keys) {
+  constexpr int64_t kRow = kStride<D> * sizeof(T);
+  const int64_t tiles = 2 * keys * kRow, weights = 2 * queries * (keys + 8) * sizeof(T);
+  return 2 * queries * kRow + (tiles > weights ? tiles : weights);
+}
+
 // There is a warp for every 16 queries and 16 keys. It computes its queries first, then its keys.
 template <class T, int D, int kSquares>
 __global__ void __launch_bounds__(32 * kSquares)

@@ -53,6 +53,7 @@ __device__ __forceinline__ void prepare_queries(const SpaceTimeAttention& a, con
                                    : INFINITY;
   }
   if (b.grad_scores != nullptr && (a.scores == Scores::kMean || first == 0)) {
+    const float scale = a.scale * kLog2E;
     Rows16<D> rows;
     rows.load(group.q + first * kStride<D>);
     for (int n = 0; n < keys.count; n += 16) {
@@ -62,7 +63,7 @@ __device__ __forceinline__ void prepare_queries(const SpaceTimeAttention& a, con
       for (int e = 0; e < 8; e++) {
         const int key = n + column_of_lane(e / 4) + e % 2, i = e / 2 % 2;
         if (key >= keys.count) continue;
-        const float weight = exp2_approx(weights[e / 4][e % 4] * (a.scale * kLog2E) - lse[i]);
+        const float weight = exp2_approx(weights[e / 4][e % 4] * scale - lse[i]);
         more[i] += weight * b.grad_scores[keys.first + key];
       }
     }
@@ -100,12 +101,16 @@ __global__ void __launch_bounds__(2 * kWideRows)
   __syncthreads();  // every query's delta is there
 
   const bool has_keys = start < keys.count;
-  // Loaded at every use: registers are scarce here.
-  const auto grad_score = [&](int key) {
-    if (b.grad_scores == nullptr || key >= keys.count) return 0.0f;
+  const float scale = a.scale * kLog2E;
+  float grad_score[2] = {};  // of the lane's keys
+  if (b.grad_scores != nullptr) {
     const float share = share_of(a.scores, 0, queries.count) / static_cast<float>(a.H);
-    return b.grad_scores[keys.first + key] * share;
-  };
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int key = start + row_of_lane(i);
+      if (key < keys.count) grad_score[i] = b.grad_scores[keys.first + key] * share;
+    }
+  }
   Square grad_k[D / 16], grad_v[D / 16];
   clear<D>(grad_k);
   clear<D>(grad_v);
@@ -123,10 +128,9 @@ __global__ void __launch_bounds__(2 * kWideRows)
         float& weight = weights[e / 4][e % 4];
         float& x = grads[e / 4][e % 4];
         const float2 known = group.known[column];
-        weight = exp2_approx(weight * (a.scale * kLog2E) - known.x);
-        const int key = start + row_of_lane(i);
-        if (key >= keys.count) weight = 0.0f;
-        if (a.scores == Scores::kMean || column == 0) x += grad_score(key);
+        weight = exp2_approx(weight * scale - known.x);
+        if (start + row_of_lane(i) >= keys.count) weight = 0.0f;
+        if (a.scores == Scores::kMean || column == 0) x += grad_score[i];
         x = weight * (x - known.y);
       }
       uint32_t packed[4];

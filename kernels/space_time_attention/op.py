@@ -16,7 +16,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from vidl.kernels import choices, library
+from vidl.kernels import choices, gpu, library
 from vidl.kernels.arguments import check_flag, check_tensors, finite
 from vidl.kernels.groups import SCHEMA, Arguments, Groups
 
@@ -31,6 +31,15 @@ def _limits(backend: str, device: str, dtype: torch.dtype, head_size: int = 64) 
         return f"head sizes are {', '.join(map(str, HEAD_SIZES))}, not {head_size}"
     if backend != "triton" and (backend, device) != ("native", "cpu") and dtype == torch.float32:
         return "its CUDA kernels multiply in float16 and bfloat16 only"
+    if (backend, device) == ("native", "cuda") and (given := gpu.shared_memory()) is not None:
+        # The backward of long groups (blocked.h): six tiles of 64 rows, and the log-sum-exp and
+        # delta of two tiles of queries. All other kernels have one that needs less.
+        needed = 6 * 64 * (head_size + 8) * 2 + 4 * 64 * 4
+        if needed > given:
+            return (
+                f"heads of {head_size} need {needed} bytes of shared memory for a block, this GPU "
+                f"has {given}"
+            )
     return None
 
 

@@ -125,8 +125,16 @@ inline constinit thread_local dim3 blockDim{}, gridDim{};
 inline constexpr int warpSize = 32;
 
 typedef struct CUstream_st* cudaStream_t;
-enum cudaError_t { cudaSuccess = 0 };
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+};
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
 
 namespace cuda_on_cpu {
 
@@ -141,8 +149,6 @@ struct Options {
   uint64_t seed =
       env("CUDA_ON_CPU_SEED", 1);  // 0: blocks and threads run in index order; else shuffled
   uint64_t workers = env("CUDA_ON_CPU_WORKERS", 0);  // OS threads that run blocks; 0: one per core
-  uint64_t max_shared =
-      env("CUDA_ON_CPU_MAX_SHARED", 227 * 1024);          // bytes per block; 163 KiB on sm_80
   uint64_t stack = env("CUDA_ON_CPU_STACK", 256 * 1024);  // bytes per fiber, mapped lazily
 
   static uint64_t env(const char* name, uint64_t otherwise) {
@@ -154,6 +160,11 @@ inline Options& options() {
   static Options o;
   return o;
 }
+// The bytes of shared memory of a block of a kernel that asked for them: 227 KB on sm_90, 163 on
+// sm_80, 99 on sm_86. Read at every launch.
+inline size_t max_shared() { return Options::env("CUDA_ON_CPU_MAX_SHARED", 227 * 1024); }
+// What a kernel has that did not ask.
+constexpr size_t kFreeShared = 48 * 1024;
 
 struct Rng {  // splitmix64
   uint64_t state;
@@ -272,8 +283,8 @@ struct Launch {
   void (*invoke)(void*);
   void* args;
   dim3 grid, block;
-  size_t shared;
-  char begun = 0, ended = 0;  // for TSan: before every block, and after every block
+  size_t shared, most_shared;  // dynamic; static and dynamic that it may have
+  char begun = 0, ended = 0;   // for TSan: before every block, and after every block
 };
 
 struct Block;
@@ -519,9 +530,9 @@ struct Block {
   // Shared memory: [canary] array [canary] array [canary] ...
   char* add_array(const void* tag, size_t bytes, const char* name, Site site) {
     size_t end = (arena_used + bytes + guard + 127) / 128 * 128;
-    if ((shared_used += bytes) > options().max_shared || end > arena_bytes)
-      fail(std::string("shared memory of ") + std::to_string(shared_used) +
-           " bytes is more than a block has");
+    if ((shared_used += bytes) > launch->most_shared || end > arena_bytes)
+      fail("shared memory of " + std::to_string(shared_used) + " bytes is more than the " +
+           std::to_string(launch->most_shared) + " bytes that a block of this kernel has");
     char* data = arena + arena_used;
     std::memset(data, 0xFF, bytes);
     std::memset(data + bytes, canary, arena + end - data - bytes);
@@ -817,11 +828,16 @@ inline void note_launch(const char* file, const void* kernel, dim3 b, size_t sha
   std::fclose(out);
 }
 
-}  // namespace cuda_on_cpu
+// The dynamic shared memory that kernels asked for.
+inline size_t& asked_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::map<const void*, size_t> asked;
+  const std::lock_guard lock(mutex);
+  return asked[kernel];
+}
 
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-                   A&&... args) {
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A&&... args) {
   struct Call {
     void (*kernel)(P...);
     std::tuple<P...> args;
@@ -829,9 +845,35 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   auto invoke = [](void* p) {
     std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->args);
   };
+  const void* const address = reinterpret_cast<const void*>(kernel);
   if (const char* file = std::getenv("CUDA_ON_CPU_LAUNCHES")) {
-    cuda_on_cpu::note_launch(file, reinterpret_cast<const void*>(kernel), block, shared_bytes);
+    note_launch(file, address, block, shared_bytes);
   }
-  cuda_on_cpu::run_grid({invoke, &call, grid, block, shared_bytes});
+  const size_t most = asked_shared(address) == 0 ? kFreeShared : max_shared();
+  run_grid({invoke, &call, grid, block, shared_bytes, most});
+  return cudaSuccess;
+}
+
+}  // namespace cuda_on_cpu
+
+// The parts of the CUDA runtime that launch() of cuda/primitives.h calls.
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = static_cast<int>(cuda_on_cpu::max_shared());
+  return cudaSuccess;
+}
+// The emulator knows a static array only once a block has declared it.
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {};
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || static_cast<size_t>(bytes) > cuda_on_cpu::max_shared()) {
+    return cudaErrorInvalidValue;
+  }
+  cuda_on_cpu::asked_shared(kernel) = static_cast<size_t>(bytes);
   return cudaSuccess;
 }

@@ -93,6 +93,7 @@ __global__ void misuse(const float* in, int bug) {
   if (bug == 6 && threadIdx.x == 7) __trap();
 }
 __global__ void nothing() {}
+__global__ void never_asked() {}
 
 int main(int argc, char**) {
   alignas(16) static float in[512], out[512];
@@ -179,8 +180,10 @@ int main(int argc, char**) {
     CHECK(raises("assertion failed: threadIdx.x != 7",
                  [&] { launch(misuse, 1, 32, 0, nullptr, in, 5); }));
     CHECK(raises("thread (7,0,0): __trap", [&] { launch(misuse, 1, 32, 0, nullptr, in, 6); }));
-    CHECK(raises("more than a block has", [] { launch(nothing, 1, 32, 300000, nullptr); }));
-    CHECK(raises("bad grid", [] { launch(nothing, 0, 32, 0, nullptr); }));
+    CHECK(raises("more than the 232448 bytes", [] { launch(nothing, 1, 32, 300000, nullptr); }));
+    CHECK(raises("more than the 49152 bytes",
+                 [] { cuda_on_cpu::launch(never_asked, 1, 32, 49153); }));
+    CHECK(raises("bad grid", [] { cuda_on_cpu::launch(nothing, 0, 32, 0); }));
     CHECK(raises("bad block", [] { launch(nothing, 1, 2048, 0, nullptr); }));
     return true;
   });

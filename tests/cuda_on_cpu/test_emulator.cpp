@@ -190,8 +190,27 @@ __global__ void pipeline(const float* in, float* out,
   }
 }
 
+__global__ void much_shared(int* last) {  // 1 KB of static and 48 KB of dynamic shared memory
+  SHARED(int, own, [256]);
+  DYNAMIC_SHARED(int, more);
+  own[threadIdx.x] = more[384 * threadIdx.x] = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  if (threadIdx.x == 0) *last = own[31] + more[384 * 31];
+}
+void limits_of_a_launch() {
+  int last = 0;
+  CHECK(launch(much_shared, 1, 32, 48 * 1024, nullptr, &last) == cudaSuccess && last == 62);
+  // A grid has 2^31 - 1 blocks at most; the kernel must not start on a truncated number of them.
+  const int64_t too_many = int64_t{1} << 31;
+  for (int64_t blocks : {too_many, 2 * too_many + 1, int64_t{-1}}) {
+    CHECK(launch(partial_warp, blocks, 32, 0, nullptr, nullptr) == cudaErrorInvalidConfiguration);
+  }
+  CHECK(launch(partial_warp, 0, 32, 0, nullptr, nullptr) == cudaSuccess);
+}
+
 int main() {
   conversions();
+  limits_of_a_launch();
   check_fragments<bf16>();
   check_fragments<fp16>();
   count_seeds(20, [] {
@@ -205,8 +224,8 @@ int main() {
     int counter = 0;
     float sum = 0;
     unsigned long long largest = 0;
-    launch(count_blocks, dim3(1, 10), dim3(8, 4, 2), 0, nullptr, &counter, &sum, &largest,
-           where.data());
+    cuda_on_cpu::launch(count_blocks, dim3(1, 10), dim3(8, 4, 2), 0, &counter, &sum, &largest,
+                        where.data());
     CHECK(counter == 640 && sum == 320.0f && largest == (1ull << 40) + 63);
     for (int i = 0; i < 640; i++) CHECK(where[i] == i);
     std::vector<float> in(8 * 128), copied(8 * 128);

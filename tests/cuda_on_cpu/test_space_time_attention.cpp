@@ -137,8 +137,7 @@ struct Problem {
   void run() {
     const SpaceTimeAttention a = attention();
     const bool scored = c.scores != Scores::kNone;
-    const bool blocked =
-        vidl::forward_size(a.groups.max_queries, a.groups.max_keys) == Size::kBlocked;
+    const bool blocked = vidl::size_of(a.groups.max_queries, a.groups.max_keys) == Size::kBlocked;
     const Forward f = {out.data(), lse.floats(), scored ? scores.floats() : nullptr,
                        scored ? mean_scores.floats() : nullptr};
     std::vector<Tensor*> outputs = {&out};

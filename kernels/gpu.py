@@ -1,0 +1,66 @@
+"""Which kernels the current GPU can run: its compute capability and shared memory."""
+
+import functools
+import re
+from dataclasses import dataclass
+
+import torch
+
+LEAST = (8, 0)  # the tensor-core instructions and asynchronous copies of the kernels
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice of kernels for an NVIDIA GPU depends on."""
+
+    capability: tuple[int, int]
+    shared_memory: int  # bytes that a block of threads can have
+
+    def why_not(self, built: str) -> str | None:
+        """The reason why this GPU cannot run kernels, or None if it can.
+
+        Args:
+            built: the architectures of the kernels in CMake's notation; "": compiled when they run.
+        """
+        given = "this GPU has {}.{}".format(*self.capability)
+        if self.capability < LEAST:
+            return f"its kernels need compute capability {LEAST[0]}.{LEAST[1]} or later, {given}"
+        if not self.runs(built):
+            return f"its kernels were built for compute capability {built}, {given}"
+        return None
+
+    def runs(self, architectures: str) -> bool:
+        """Whether this GPU runs kernels that were built for these architectures.
+
+        Machine code (80-real, and a part of 80) runs on later GPUs of the same major version, PTX
+        (80-virtual, and a part of 80) on all later ones.
+        """
+        parts = [re.fullmatch(r"(\d+)(\d)(-real|-virtual)?", x) for x in architectures.split(";")]
+        if None in parts:  # names as "all", or features of one GPU only: let CUDA say
+            return True
+        return any(
+            (int(part[1]), int(part[2])) <= self.capability
+            and (int(part[1]) == self.capability[0] or part[3] != "-real")
+            for part in parts
+            if part is not None
+        )
+
+
+def current() -> Gpu | None:
+    """The current NVIDIA GPU, or None without one."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return None
+    return _gpu(torch.cuda.current_device())
+
+
+@functools.cache
+def _gpu(index: int) -> Gpu:
+    card = torch.cuda.get_device_properties(index)
+    return Gpu((card.major, card.minor), card.shared_memory_per_block_optin)
+
+
+@torch.compiler.assume_constant_result  # so that torch.compile need not trace it
+def shared_memory() -> int | None:
+    """The bytes of shared memory that a block can have on the current NVIDIA GPU, or None."""
+    card = current()
+    return None if card is None else card.shared_memory
