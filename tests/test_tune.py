@@ -14,7 +14,9 @@ from torch import nn
 
 import vidl
 from vidl import cli, ops
+from vidl.bench import commands as bench_commands
 from vidl.bench.measure import hardware
+from vidl.bench.training import savings
 from vidl.bench.tuning import commands, sources, tune, worker
 from vidl.bench.tuning.calls import Recorded, recorded
 from vidl.bench.tuning.process import Measured, Worker
@@ -312,6 +314,14 @@ def test_a_run_tunes_what_it_needs_once(measured, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(frozen, "resumes", lambda folder: True)  # keeps its choices
     commands.before_training(config, True)
     assert len(measured) == count
+
+
+def test_savings_tune_the_sparse_model(measured, capsys):
+    plan = savings.plan("mac", "tiny", batch=2, device="cpu")
+    bench_commands._before(plan, None)
+    assert not measured
+    bench_commands._before(plan, True)
+    assert {call.label for call in measured} == {"mac"} and "--no-tune" in capsys.readouterr().err
 
 
 def test_commands_offer_it():
