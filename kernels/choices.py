@@ -314,7 +314,10 @@ def _entry(values: dict[str, Any]) -> tuple[Key, str]:
 
 def _read_tuned(kind: str) -> dict[Key, str]:
     """The user's entries; a damaged file is no entry."""
-    if not (cache_folder() / "choices").is_dir():  # nothing was ever tuned
+    try:
+        if not (cache_folder() / "choices").is_dir():  # nothing was ever tuned
+            return {}
+    except (OSError, RuntimeError):  # a user without a home, or who may not read it
         return {}
     entries = {}
     for file in sorted(folder(kind).glob("*.json")):
