@@ -210,6 +210,12 @@ def share(kind: str) -> Table:
     return Table.from_json(values[0])
 
 
+def forced() -> str | None:
+    """The backend that the environment names for all calls with "auto"."""
+    backend = os.environ.get("VIDL_BACKEND")
+    return None if backend in ("", "auto") else backend
+
+
 @torch.compiler.assume_constant_result  # so that torch.compile need not trace it
 def lookup(kind: str, wanted: tuple[Any, ...] | None) -> str:
     """The backends that the environment, or else the entries, name for a call.
@@ -221,9 +227,8 @@ def lookup(kind: str, wanted: tuple[Any, ...] | None) -> str:
         Words such as "VIDL_BACKEND=native", or "tuned=native shipped=triton"; the best first. (A
         string, since torch.compile takes a list for an input of the graph.)
     """
-    forced = os.environ.get("VIDL_BACKEND", "auto")
-    if forced not in ("", "auto"):
-        return f"VIDL_BACKEND={forced}"
+    if backend := forced():
+        return f"VIDL_BACKEND={backend}"
     if wanted is None:
         return ""
     return " ".join(f"{source}={backend}" for source, backend in table(kind).get(wanted).items())
@@ -309,7 +314,10 @@ def _entry(values: dict[str, Any]) -> tuple[Key, str]:
 
 def _read_tuned(kind: str) -> dict[Key, str]:
     """The user's entries; a damaged file is no entry."""
-    if not (cache_folder() / "choices").is_dir():  # nothing was ever tuned
+    try:
+        if not (cache_folder() / "choices").is_dir():  # nothing was ever tuned
+            return {}
+    except (OSError, RuntimeError):  # a user without a home, or who may not read it
         return {}
     entries = {}
     for file in sorted(folder(kind).glob("*.json")):

@@ -160,6 +160,15 @@ def test_a_damaged_file_is_a_miss(monkeypatch):
         assert chosen(other) == ("reference", "tuned")  # without a second warning
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no home"), PermissionError()], ids=repr)
+def test_without_a_cache_folder_there_are_no_entries(error, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(choices, "cache_folder", fail)
+    assert chosen() == ("native", "rule")
+
+
 def test_a_full_disk_names_the_file(monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")

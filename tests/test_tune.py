@@ -14,7 +14,9 @@ from torch import nn
 
 import vidl
 from vidl import cli, ops
+from vidl.bench import commands as bench_commands
 from vidl.bench.measure import hardware
+from vidl.bench.training import savings
 from vidl.bench.tuning import commands, sources, tune, worker
 from vidl.bench.tuning.calls import Recorded, recorded
 from vidl.bench.tuning.process import Measured, Worker
@@ -132,7 +134,8 @@ def test_a_full_disk_does_not_stop_it(measured, monkeypatch, capsys):
     assert [outcome.status for outcome in outcomes] == ["tuned", "tuned"]
     assert all(taken(call)[1] == "tuned" for call in calls)
     said = capsys.readouterr().err
-    assert f"cannot store {choices.folder('cpu')}" in said and "No space left" in said
+    assert said.count("cannot store a choice, which holds for this process only") == 2
+    assert f"No space left on device: '{choices.folder('cpu')}" in said
 
 
 def test_arguments_are_drawn_like_the_recorded_ones(tmp_path):
@@ -163,6 +166,11 @@ def test_a_log_sum_exp_is_computed_again():
 def test_calls_by_name_are_not_recorded():
     x, scores = torch.randn(2, 9, 16), torch.rand(2, 9)
     assert not calls_of(lambda: ops.select_tokens(x, scores, 4, backend="native"))
+
+
+def test_calls_of_a_captured_graph_are_not_recorded(monkeypatch):
+    monkeypatch.setattr(choices, "_policy", lambda kind: "graph")
+    assert not calls_of(select)
 
 
 def test_calls_of_a_recipe():
@@ -225,6 +233,15 @@ def test_the_command_names_mistakes(words, message, capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(["tune", *words])
     assert error.value.code == 2 and re.search(message, capsys.readouterr().err)
+
+
+def test_an_override_and_tuning_exclude_each_other(measured, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VIDL_BACKEND", "native")
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "mac", "--preset", "tiny"])
+    assert "unset VIDL_BACKEND=native: it overrides what is measured" in capsys.readouterr().err
+    commands.before_training(configuration(tmp_path / "run"), True)
+    assert not measured
 
 
 class Model(nn.Module):
@@ -298,6 +315,14 @@ def test_a_run_tunes_what_it_needs_once(measured, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(frozen, "resumes", lambda folder: True)  # keeps its choices
     commands.before_training(config, True)
     assert len(measured) == count
+
+
+def test_savings_tune_the_sparse_model(measured, capsys):
+    plan = savings.plan("mac", "tiny", batch=2, device="cpu")
+    bench_commands._before(plan, None)
+    assert not measured
+    bench_commands._before(plan, True)
+    assert {call.label for call in measured} == {"mac"} and "--no-tune" in capsys.readouterr().err
 
 
 def test_commands_offer_it():

@@ -134,7 +134,7 @@ def chosen() -> dict[str, Any]:
                 row[source] = dict(Counter(b for key, b in part.items() if key.op == name))
             rows.append(row)
     folders = {kind: str(choices.folder(kind)) for kind in kinds}
-    return {"VIDL_BACKEND": os.environ.get("VIDL_BACKEND"), "folder": folders, "ops": rows}
+    return {"VIDL_BACKEND": choices.forced(), "folder": folders, "ops": rows}
 
 
 def _usual(kind: str) -> torch.dtype:

@@ -90,8 +90,8 @@ def recorded(calls: dict[choices.Key, Recorded], label: str = "") -> Iterator[No
     """Add the first call of every key within the block to `calls`."""
 
     def note(key: choices.Key, facts: dict[str, Any], arguments: Sequence[Any]) -> None:
-        key = key._replace(policy="eager")  # both are measured together
-        if key in calls:
+        # Reading a tensor would end the capture of a graph; both policies are measured together.
+        if key.policy == "graph" or key in calls:
             return
         names = (argument.name for argument in schema_of(key.op).arguments)
         with torch.no_grad():

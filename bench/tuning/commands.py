@@ -47,7 +47,10 @@ def _tune(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     import torch
 
     from vidl.bench.tuning import tune
+    from vidl.kernels import choices
 
+    if choices.forced():
+        parser.error(f"unset VIDL_BACKEND={choices.forced()}: it overrides what is measured")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("need a GPU for --device cuda, torch sees none; choose --device cpu")
@@ -138,8 +141,10 @@ def before_run(calls: Callable[[], "Calls"], device: str, wanted: bool | None) -
     """
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
-        return  # the run says so
+    from vidl.kernels import choices
+
+    if choices.forced() or (device == "cuda" and not torch.cuda.is_available()):
+        return  # of a missing GPU the run says so
     if not (device == "cuda" if wanted is None else wanted) or os.environ.get("RANK", "0") != "0":
         return
     from vidl.bench.tuning import tune

@@ -137,8 +137,8 @@ def _choose(call: Recorded, measured: Measured) -> Outcome:
         key = call.key._replace(policy=policy)
         try:
             choices.write(call.device, key, backend, seconds=known, refused=measured.refused)
-        except OSError as error:
-            _say(f"cannot store {error.filename}: {error.strerror}; the choice is for this process")
+        except (OSError, RuntimeError) as error:  # a full disk; a user without a home
+            _say(f"cannot store a choice, which holds for this process only: {error}")
     if not outcome.chosen:
         outcome.status = "failed"
     return outcome
