@@ -76,6 +76,11 @@ def numbers(name: str, values: Iterable[float]) -> list[float]:
     return [finite(name, value) for value in values]
 
 
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype; without a call of PyTorch, which takes a microsecond, where it has it."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def check_count(name: str, value: int, least: int = 0) -> None:
     """A count is an int, `least` or more."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

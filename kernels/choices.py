@@ -55,6 +55,19 @@ class Key(NamedTuple):
         return ", ".join([*sizes, *facts, self.dtype, mode])
 
 
+def asked(backend: str, kind: str) -> bool:
+    """Whether a call looks for an entry: only then does it need its key.
+
+    That is so for "auto" with entries for this device, and while calls are recorded.
+
+    Args:
+        kind: the type of device, as in "cuda".
+    """
+    if backend != "auto":
+        return False
+    return recorder is not None or torch.compiler.is_compiling() or bool(table(kind))
+
+
 def key(
     op: str,
     kind: str,
@@ -64,10 +77,9 @@ def key(
     /,
     **facts: Any,
 ) -> Key | None:
-    """The key of a call; None if no lookup can use it.
+    """The key of a call; None if a number is a symbol of torch.compile.
 
-    That is so without any entries, and if a number is a symbol of torch.compile: a lookup would
-    compile again for another number.
+    A lookup would then compile again for another number.
 
     Args:
         kind: the type of device, as in "cuda".
@@ -80,8 +92,6 @@ def key(
         symbolic = not all(not isinstance(x, int) or has_static_value(x) for x in numbers)
     else:
         symbolic = any(isinstance(x, torch.SymInt) for x in numbers)
-        if recorder is None and not table(kind):
-            return None
     if symbolic:
         return None
     gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -131,6 +131,7 @@ def define(op: Op) -> None:
 def add_backend(backend: str) -> None:
     """Declare every op again for a backend that tests provide (the emulated CUDA kernels)."""
     _suffixes[backend] = f"_{backend}"
+    _has_kernel.cache_clear()
     for op in OPS.values():
         _declare(op, backend)
 
@@ -253,9 +254,7 @@ def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> s
             return "Triton kernels run on CUDA tensors (on the CPU only under TRITON_INTERPRET=1)"
         if device == "cpu" and dtype == torch.bfloat16:
             return "Triton's interpreter computes wrongly in bfloat16"
-    elif not torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"vidl::{name}{_suffixes[backend]}", device.upper()
-    ):
+    elif not _has_kernel(f"vidl::{name}{_suffixes[backend]}", device):
         return f"no {device} kernel was built ({LOAD_ERROR or 'see `vidl info`'})"
     if device not in DEVICES:
         return f"there are no kernels for {device}"
@@ -265,11 +264,17 @@ def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> s
     return None
 
 
+@functools.cache  # every call asks
+def _has_kernel(op: str, device: str) -> bool:
+    known: bool = torch._C._dispatch_has_kernel_for_dispatch_key(op, device.upper())
+    return known
+
+
 def check_backend(backend: str) -> None:
     """Raise unless there is a backend of this name."""
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string, got {type(backend).__name__}")
-    if backend not in ("auto", *PYTORCH, *_suffixes):
+    if not (backend == "auto" or backend in PYTORCH or backend in _suffixes):
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
 
 
@@ -292,9 +297,9 @@ def choose(
         RuntimeError: the backend asked for cannot run here; the text lists every backend with the
             reason why it cannot.
     """
-    check_backend(backend)
     if backend == "auto":
         return automatic(name, device, dtype, key, **facts)[0]
+    check_backend(backend)
     if why_not(backend, name, device, dtype, **facts) is not None:
         reasons = {b: why_not(b, name, device, dtype, **facts) for b in BACKENDS}
         raise RuntimeError(
@@ -331,8 +336,11 @@ def automatic(
 
 def by_rule(name: str, device: str, dtype: torch.dtype, **facts: Any) -> str:
     """The backend where nothing was measured."""
-    order = RULE.get(device, RULE_ELSEWHERE)
-    return next(b for b in order if why_not(b, name, device, dtype, **facts) is None)
+    *kernels, composition = RULE.get(device, RULE_ELSEWHERE)
+    for backend in kernels:
+        if why_not(backend, name, device, dtype, **facts) is None:
+            return backend
+    return composition  # it runs everywhere
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -210,21 +210,23 @@ def choose(
 ) -> str:
     """The backend of a call: see `library.choose`."""
     rows = video.shape[0] * num_patches(video.shape, weight.shape)
-    key = choices.key(
-        "masked_patch_embed",
-        video.device.type,
-        weight.dtype,
-        (video, weight, bias, time, space),
-        {
-            "rows": rows if ids_keep is None else ids_keep.numel(),
-            "pixels": weight.shape[1:].numel(),
-            "width": weight.shape[0],
-        },
-        bytes=video.dtype == torch.uint8,
-        masked=ids_keep is not None,
-        packed=cu_seqlens is not None,
-        video_gradient=torch.is_grad_enabled() and video.requires_grad,
-    )
+    key = None
+    if choices.asked(backend, video.device.type):
+        key = choices.key(
+            "masked_patch_embed",
+            video.device.type,
+            weight.dtype,
+            (video, weight, bias, time, space),
+            {
+                "rows": rows if ids_keep is None else ids_keep.numel(),
+                "pixels": weight.shape[1:].numel(),
+                "width": weight.shape[0],
+            },
+            bytes=video.dtype == torch.uint8,
+            masked=ids_keep is not None,
+            packed=cu_seqlens is not None,
+            video_gradient=torch.is_grad_enabled() and video.requires_grad,
+        )
     return library.choose(backend, "masked_patch_embed", video.device.type, weight.dtype, key)
 
 

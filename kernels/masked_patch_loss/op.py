@@ -169,16 +169,18 @@ def masked_patch_loss(
     scale, shift = _affine(video, target, mean, std)
     dtype = torch.float64 if video.dtype == torch.float64 else prediction.dtype
     facts = {"pixels": prediction.shape[-1], "channels": video.shape[1]}
-    key = choices.key(
-        "masked_patch_loss",
-        video.device.type,
-        dtype,
-        (prediction,),
-        {"rows": ids_masked.numel(), "pixels": prediction.shape[-1]},
-        bytes=video.dtype == torch.uint8,
-        statistics=statistics,
-        packed=cu_seqlens is not None,
-    )
+    key = None
+    if choices.asked(backend, video.device.type):
+        key = choices.key(
+            "masked_patch_loss",
+            video.device.type,
+            dtype,
+            (prediction,),
+            {"rows": ids_masked.numel(), "pixels": prediction.shape[-1]},
+            bytes=video.dtype == torch.uint8,
+            statistics=statistics,
+            packed=cu_seqlens is not None,
+        )
     backend = library.choose(backend, "masked_patch_loss", video.device.type, dtype, key, **facts)
     args = (prediction, video, ids_masked, cu_seqlens, list(patch), statistics, scale, shift, EPS)
     losses = library.run("masked_patch_loss", backend, *args)

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import choices, library
-from vidl.kernels.arguments import check_count, check_floating, check_shape, check_tensors, finite
+from vidl.kernels.arguments import (
+    check_count,
+    check_floating,
+    check_shape,
+    check_tensors,
+    finite,
+    in_dtype,
+)
 
 from . import pytorch, reference
 
@@ -213,9 +220,11 @@ def select_tokens(
     _check_options(rounding, order, fuse)
     _check_tensors(x, scores, rank_by, cu_seqlens, prefix)
     high = torch.promote_types(x.dtype, torch.float32)
-    ranks = (scores if rank_by is None else rank_by).detach().to(high)
-    weights = scores.to(high) if fuse else None
-    key = _key(x, scores, order, fuse, cu_seqlens)
+    ranks = in_dtype((scores if rank_by is None else rank_by).detach(), high)
+    weights = in_dtype(scores, high) if fuse else None
+    key = None
+    if choices.asked(backend, x.device.type):
+        key = _key(x, scores, order, fuse, cu_seqlens)
     backend = library.choose(
         backend, "select_tokens", x.device.type, x.dtype, key, rows=scores.shape[-1]
     )
@@ -234,12 +243,21 @@ def select_tokens(
     rest = x.shape[scores.ndim :]
     K = _count(N, keep, rounding)
     B = math.prod(batch)
-    samples = x.reshape(B, prefix + N, math.prod(rest))
-    weights = weights if weights is None else weights.reshape(B, N)
+    plain = scores.ndim == 2 and x.ndim == 3  # a view takes one or two microseconds
+    samples = x if plain else x.reshape(B, prefix + N, math.prod(rest))
+    weights = weights if plain or weights is None else weights.reshape(B, N)
     tokens, ids, inverse, offsets = run(
-        samples, ranks.reshape(B, N), weights, None, None, K, prefix, order, fuse or ""
+        samples,
+        ranks if plain else ranks.reshape(B, N),
+        weights,
+        None,
+        None,
+        K,
+        prefix,
+        order,
+        fuse or "",
     )
-    if scores.ndim == 2 and x.ndim == 3:  # as they are: a view takes one or two microseconds
+    if plain:
         return Selected(tokens, ids, inverse, offsets)
     return Selected(
         tokens.view(*batch, prefix + K + (1 if fuse else 0), *rest),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import choices, gpu, library
-from vidl.kernels.arguments import check_flag, check_tensors, finite
+from vidl.kernels.arguments import check_flag, check_tensors, finite, in_dtype
 from vidl.kernels.groups import SCHEMA, Arguments, Groups
 
 from . import pytorch, reference
@@ -213,7 +213,7 @@ def space_time_attention(
     _check(q, k, v, groups, return_scores)
     check_flag("return_lse", return_lse)
     dtype = library.autocast_dtype(q)
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = (in_dtype(x, dtype) for x in (q, k, v))
     scale = q.shape[2] ** -0.5 if scale is None else finite("scale", scale)
     chosen = choose(backend, q, k, v, groups, return_lse, return_scores)
     args = (q, k, v, *groups.arguments(), scale, return_scores or "")
@@ -232,21 +232,23 @@ def choose(
     return_scores: Scores | None = None,
 ) -> str:
     """The backend of a call: see `library.choose`."""
-    key = choices.key(
-        "space_time_attention",
-        q.device.type,
-        q.dtype,
-        (q, k, v),
-        {
-            "queries": groups.max_queries,
-            "keys": groups.max_keys,
-            "rows": q.shape[0] * q.shape[1],
-        },
-        head_size=q.shape[2],
-        groups=groups.layout,
-        lse=return_lse,
-        scores=return_scores or "",
-    )
+    key = None
+    if choices.asked(backend, q.device.type):
+        key = choices.key(
+            "space_time_attention",
+            q.device.type,
+            q.dtype,
+            (q, k, v),
+            {
+                "queries": groups.max_queries,
+                "keys": groups.max_keys,
+                "rows": q.shape[0] * q.shape[1],
+            },
+            head_size=q.shape[2],
+            groups=groups.layout,
+            lse=return_lse,
+            scores=return_scores or "",
+        )
     return library.choose(
         backend, "space_time_attention", q.device.type, q.dtype, key, head_size=q.shape[2]
     )

@@ -254,20 +254,22 @@ def _score(
     if kind == "similarity":  # not differentiable
         k = tensors["k"].to(dtype).detach()
     device = groups.query_offsets.device.type
-    key = choices.key(
-        "token_scores",
-        device,
-        dtype,
-        (q, k, v),
-        {
-            "queries": groups.max_queries if kind == "mean" else 1,
-            "keys": groups.max_keys,
-            "rows": tensors["k"].shape[0] * tensors["k"].shape[1],
-        },
-        head_size=head_size,
-        groups=groups.layout,
-        kind=kind,
-    )
+    key = None
+    if choices.asked(backend, device):
+        key = choices.key(
+            "token_scores",
+            device,
+            dtype,
+            (q, k, v),
+            {
+                "queries": groups.max_queries if kind == "mean" else 1,
+                "keys": groups.max_keys,
+                "rows": tensors["k"].shape[0] * tensors["k"].shape[1],
+            },
+            head_size=head_size,
+            groups=groups.layout,
+            kind=kind,
+        )
     backend = library.choose(backend, "token_scores", device, dtype, key, head_size=head_size)
     lse = None if lse is None else lse.detach().contiguous()
     return library.run("token_scores", backend, q, k, v, lse, *groups.arguments(), scale, kind)
