@@ -399,7 +399,7 @@ def test_questions_are_learned_and_answered():
 
 def test_answers():
     assert models.frequent_answers(["b", "a", "c", "c", None, ""], 2) == ["c", "a"]
-    with pytest.raises(ValueError, match="need answers and most >= 1"):
+    with pytest.raises(ValueError, match="need answers|need most"):
         models.frequent_answers([None], 3)
     with pytest.raises(ValueError, match="need a model with fusion layers to answer, got Mac"):
         models.Answering(tiny("mac"), ["yes"])
