@@ -184,6 +184,12 @@ BUGS = {
             "",
         ),
         "the last entry of a row is forgotten": ("n < end; n++", "n < end - 1; n++"),
+        "rows out of range are read": ("within(rows[first + i], total - 1)", "rows[first + i]"),
+        "a group is longer than its bound": ("within(end - begin, longest)", "end - begin"),
+        "entries out of range are read": (
+            "within(groups.entries[n], groups.E - 1) * channels",
+            "int64_t{groups.entries[n]} * channels",
+        ),
     },
 }
 RACES = ["syncthreads", "syncwarp", "two_blocks", "two_warps"]

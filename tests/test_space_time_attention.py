@@ -427,6 +427,24 @@ def test_the_registered_op_checks_its_lists(name, op, backend):
         library.kernel(op, backend)(q, k, *given)
 
 
+@pytest.mark.parametrize("size", [5, 40, 140, 270])  # of every class of kernels
+def test_cuda_kernels_limit_what_is_out_of_range(size):
+    """Rows of groups that nobody checked: the NaN around q, k and v is not read."""
+    Where("emulated", "cpu").skip_unless_runs(OP, torch.bfloat16)
+    rows = torch.arange(2 * size, dtype=torch.int32)
+    rows[::3], rows[1::3] = -1, 2 * size
+    offsets = torch.tensor([0, 3 * size, 2 * size]).int()
+    sizes = {"max_queries": size, "max_keys": size, "num_queries": 2 * size, "num_keys": 2 * size}
+    groups = Groups(offsets, offsets, rows, rows, **sizes, checked=True)
+    leaves = [x.detach().requires_grad_() for x in fused(groups, 1, 64, torch.bfloat16, "cpu")]
+    out, scores = space_time_attention(*leaves, groups, return_scores="mean", backend="emulated")
+    written = rows[:size].clamp(0, 2 * size - 1).unique()  # the second group has no members left
+    grads = torch.autograd.grad(out[written].float().sum() + scores[:size].sum(), leaves)
+    assert (
+        all(x[written].isfinite().all() for x in (out, *grads)) and scores[:size].isfinite().all()
+    )
+
+
 def test_debugging_checks_all_of_the_groups(monkeypatch):
     rows = torch.tensor([0, 0, 2, 3, 4, 5, 6, 7]).int()
     groups = Groups(**{**vars(SMALL), "query_rows": rows}, checked=True)

@@ -6,8 +6,8 @@
 // of a warp must call the collective ones (ldmatrix, movmatrix, mma) together.
 #pragma once
 #include <cstdint>
+#include <map>
 #include <mutex>
-#include <set>
 #include <utility>
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -327,22 +327,26 @@ inline int64_t most_shared_bytes() {
 
 // A kernel gets more than 48 KB of shared memory, static and dynamic together, only if it asked for
 // it. This asks for all that the device has, once per kernel and device.
-inline cudaError_t allow_shared_memory(const void* kernel) {
+inline cudaError_t allow_shared_memory(const void* kernel, int64_t dynamic) {
   static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> allowed;
+  static std::map<std::pair<const void*, int>, int64_t> allowed;
   int device = 0, most = 0;
   cudaFuncAttributes own = {};
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({kernel, device}) != 0) return cudaSuccess;
+  int64_t& bytes = allowed[{kernel, device}];
+  if (dynamic <= bytes) return cudaSuccess;
   error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&own, kernel);
   if (error == cudaSuccess) {
+    const int64_t left = most - static_cast<int64_t>(own.sharedSizeBytes);
+    const int64_t ask = left > dynamic ? left : dynamic;
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 most - static_cast<int>(own.sharedSizeBytes));
+                                 static_cast<int>(ask));
+    if (error == cudaSuccess) bytes = ask;
   }
-  if (error == cudaSuccess) allowed.emplace(kernel, device);
+  if (error != cudaSuccess) cudaGetLastError();  // else the next launch would return it
   return error;
 }
 
@@ -353,7 +357,8 @@ cudaError_t launch(void (*kernel)(P...), int64_t blocks, int64_t threads, int64_
   if (blocks == 0) return cudaSuccess;
   if (blocks < 0 || blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared_bytes > 0) {
-    const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel));
+    const void* const address = reinterpret_cast<const void*>(kernel);
+    const cudaError_t error = allow_shared_memory(address, shared_bytes);
     if (error != cudaSuccess) return error;
   }
   const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));

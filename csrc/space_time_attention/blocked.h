@@ -34,7 +34,8 @@ __device__ __forceinline__ Work find_work(const int32_t* offsets, const SpaceTim
     const int64_t middle = (low + high) / 2;
     (offsets[middle] / kBlock + middle <= item ? low : high) = middle;
   }
-  return {low, h, static_cast<int>(item - low - offsets[low] / kBlock) * kBlock};
+  const int64_t start = (item - low - offsets[low] / kBlock) * kBlock;
+  return {low, h, start < 0 || start > INT32_MAX ? INT32_MAX : static_cast<int>(start)};
 }
 
 // Loads the rows of x, and of y unless it is null, block by block into two pairs of tiles, and
@@ -68,7 +69,6 @@ template <class T, int D>
 __global__ void __launch_bounds__(kBlockThreads)
     blocked_forward_kernel(SpaceTimeAttention a, Forward f, int64_t blocks) {
   DYNAMIC_SHARED(T, memory);
-  check_ends(a.groups);
   const Work work = find_work(a.groups.query_offsets, a, blocks);
   const Members queries = queries_of(a.groups, work.g), keys = keys_of(a.groups, work.g);
   if (work.start >= queries.count) return;
@@ -127,7 +127,6 @@ template <class T, int D>
 __global__ void __launch_bounds__(kBlockThreads, 4)
     blocked_scores_kernel(SpaceTimeAttention a, Forward f, int64_t blocks) {
   DYNAMIC_SHARED(T, memory);
-  check_ends(a.groups);
   const Work work = find_work(a.groups.key_offsets, a, blocks);
   Members queries = queries_of(a.groups, work.g);
   const Members keys = keys_of(a.groups, work.g);
@@ -175,7 +174,6 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
     query_backward_kernel(SpaceTimeAttention a, Backward b, int64_t blocks) {
   constexpr int kTile = kBlock * kStride<D>;
   DYNAMIC_SHARED(T, memory);
-  check_ends(a.groups);
   const Work work = find_work(a.groups.query_offsets, a, blocks);
   const Members queries = queries_of(a.groups, work.g), keys = keys_of(a.groups, work.g);
   if (work.start >= queries.count) return;
@@ -274,7 +272,6 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   DYNAMIC_SHARED(T, memory);
   SHARED(float, lse, [2][kBlock]);  // of the queries in the two buffers
   SHARED(float, delta, [2][kBlock]);
-  check_ends(a.groups);
   const Work work = find_work(a.groups.key_offsets, a, blocks);
   const Members queries = queries_of(a.groups, work.g), keys = keys_of(a.groups, work.g);
   if (work.start >= keys.count) return;

@@ -5,7 +5,6 @@
 // Rows are gathered as they are loaded. A row beyond the end of its group is never read but counts
 // as zeros, so that NaN in the neighbouring group has no effect. There are no atomic additions: a
 // key of several groups gets one gradient per entry, and a last kernel sums them in order.
-#undef NDEBUG  // device assertions guard the indices in release builds too
 #include <type_traits>
 
 #include "cuda/primitives.h"

@@ -200,6 +200,7 @@ __global__ void much_shared(int* last) {  // 1 KB of static and 48 KB of dynamic
 void limits_of_a_launch() {
   int last = 0;
   CHECK(launch(much_shared, 1, 32, 48 * 1024, nullptr, &last) == cudaSuccess && last == 62);
+  CHECK(launch(much_shared, 1, 32, 228 * 1024, nullptr, &last) == cudaErrorInvalidValue);
   // A grid has 2^31 - 1 blocks at most; the kernel must not start on a truncated number of them.
   const int64_t too_many = int64_t{1} << 31;
   for (int64_t blocks : {too_many, 2 * too_many + 1, int64_t{-1}}) {
