@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from vidl.files import cache_folder, replaced
 from vidl.kernels import device
+from vidl.kernels.constant import assume_constant
 
 # A JSON object from the name of a device to its entries, made from committed measurements.
 SHIPPED = Path(__file__).with_name("shipped.json")
@@ -89,6 +89,9 @@ def key(
     """
     numbers = (*sizes.values(), *facts.values())
     if torch.compiler.is_compiling():
+        # Not above: it takes a second, and needs sympy.
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
         symbolic = not all(not isinstance(x, int) or has_static_value(x) for x in numbers)
     else:
         symbolic = any(isinstance(x, torch.SymInt) for x in numbers)
@@ -226,7 +229,7 @@ def forced() -> str | None:
     return None if backend in ("", "auto") else backend
 
 
-@torch.compiler.assume_constant_result  # so that torch.compile need not trace it
+@assume_constant
 def lookup(kind: str, wanted: tuple[Any, ...] | None) -> str:
     """The backends that the environment, or else the entries, name for a call.
 
@@ -244,7 +247,7 @@ def lookup(kind: str, wanted: tuple[Any, ...] | None) -> str:
     return " ".join(f"{source}={backend}" for source, backend in table(kind).get(wanted).items())
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def say_untuned(kind: str, backend: str) -> None:
     """Say once for each GPU without entries that nothing was measured on it."""
     if kind != "cuda" or not device.exists(kind):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vidl.kernels.constant import assume_constant
+
 LEAST = (8, 0)  # the tensor-core instructions and asynchronous copies of the kernels
 
 
@@ -59,7 +61,7 @@ def _gpu(index: int) -> Gpu:
     return Gpu((card.major, card.minor), card.shared_memory_per_block_optin)
 
 
-@torch.compiler.assume_constant_result  # so that torch.compile need not trace it
+@assume_constant
 def shared_memory() -> int | None:
     """The bytes of shared memory that a block can have on the current NVIDIA GPU, or None."""
     card = current()

@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from vidl.kernels import choices, gpu
+from vidl.kernels.constant import assume_constant
 
 BACKENDS = ("native", "triton", "torch", "reference")
 PYTORCH = ("torch", "reference")  # those written in PyTorch: any device, any floating dtype
@@ -241,7 +242,7 @@ def why_not(backend: str, name: str, device: str, dtype: torch.dtype, **facts: A
     )
 
 
-@torch.compiler.assume_constant_result  # so that torch.compile need not trace it
+@assume_constant
 def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"it computes in {', '.join(map(_short, DTYPES))}, not in {_short(dtype)}"

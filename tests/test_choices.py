@@ -3,6 +3,8 @@
 import errno
 import json
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch.distributed as dist
 
 from vidl import ops
 from vidl.kernels import choices, library
+from vidl.kernels.constant import assume_constant
 
 OP = "select_tokens"
 X, SCORES = torch.randn(2, 9, 16), torch.rand(2, 8)
@@ -336,3 +339,14 @@ def _rank(rank, folder):
 
 def test_ranks_choose_alike(tmp_path):
     assert in_processes(_rank, [(rank, str(tmp_path)) for rank in range(2)]) == [0, 0]
+
+
+def test_constants_are_marked_as_pytorch_marks_them():
+    marked = [mark(lambda: 1) for mark in (torch.compiler.assume_constant_result, assume_constant)]
+    assert vars(marked[0]) == vars(marked[1]) != {}
+
+
+def test_the_ops_do_not_import_the_compiler():
+    code = "import sys, vidl.ops; print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vidl.kernels import library
+from vidl.kernels.constant import assume_constant
 from vidl.kernels.groups import (
     Arguments,
     Batched,
@@ -127,7 +128,7 @@ def _varlen_attn(q: Tensor, k: Tensor, v: Tensor, groups: Arguments, scale: floa
     return out
 
 
-@torch.compiler.assume_constant_result  # so that torch.compile need not trace it
+@assume_constant
 @functools.cache
 def _provides(module: str, name: str) -> bool:
     # The function, not the package: a wheel of FlashAttention 4 has only flash_attn.cute.

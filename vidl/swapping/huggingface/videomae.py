@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils.generic import can_return_tuple
 
+from vidl.kernels.constant import assume_constant
 from vidl.kernels.masked_patch_loss import masked_patch_loss
 from vidl.nn.patch_embed import embed
 from vidl.swapping import patches as convolutions
@@ -140,7 +141,7 @@ def other_patches(ids: Tensor, N: int) -> Tensor:
     return torch.argsort(visible.byte(), dim=1, stable=True)[:, : N - K]
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def _visible(mask: Tensor) -> int:
     """The number of visible patches in each clip."""
     counts = (~mask).sum(1)
