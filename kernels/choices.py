@@ -93,7 +93,7 @@ def _policy(kind: str) -> str:
     if kind != "cuda":
         return "eager"
     graph = torch.compiler.is_compiling() or (
-        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        device.exists(kind) and torch.cuda.is_current_stream_capturing()
     )
     return "graph" if graph else "eager"
 
@@ -142,7 +142,7 @@ def table(kind: str) -> Table:
     """The entries of the current device of a type; read once."""
     if kind in _frozen:
         return _frozen[kind]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+    if not device.exists(kind):
         return Table()
     place = device.current(kind)
     if place not in _tables:
@@ -232,10 +232,10 @@ def lookup(kind: str, wanted: tuple[Any, ...] | None) -> str:
 @torch.compiler.assume_constant_result
 def say_untuned(kind: str, backend: str) -> None:
     """Say once for each GPU without entries that nothing was measured on it."""
-    if kind != "cuda" or not torch.cuda.is_available():
+    if kind != "cuda" or not device.exists(kind):
         return
-    place, known = device.current(kind), table(kind)
-    if place in _said or known:
+    place = device.current(kind)
+    if place in _said or table(kind):
         return
     _said.add(place)
     if os.environ.get("RANK", "0") == "0":

@@ -23,12 +23,14 @@ PACKAGES = (
 
 
 def current(kind: str) -> tuple[str, int]:
-    """The device that a call on this type of device uses now: CUDA's index, or the CPU's threads.
-
-    Raises:
-        RuntimeError, AssertionError: from torch, if there is no such device.
-    """
+    """The device that a call on this type uses now: the index of CUDA, or the CPU threads."""
     return kind, torch.cuda.current_device() if kind == "cuda" else torch.get_num_threads()
+
+
+@functools.cache
+def exists(kind: str) -> bool:
+    """Whether kernels can run on this type of device here; asked in every call on it."""
+    return kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())
 
 
 def name_of(kind: str) -> str:

@@ -224,7 +224,7 @@ def test_a_change_of_threads_is_seen_at_once():
 
 
 def on_a_fake_gpu(monkeypatch, capturing=False):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(choices.device, "exists", lambda kind: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(choices.device, "current", lambda kind: (kind, 0))
     monkeypatch.setattr(choices.device, "name_of", lambda kind: "Fake 100")
@@ -285,6 +285,23 @@ def test_a_dynamic_graph_takes_the_rule_and_compiles_once(tuned):
             choices.write("cpu", key_of(lambda values=values: select(*values)), "reference")
     (graph,) = compiled_graphs(select, inputs, dynamic=True)
     assert "vidl.select_tokens" in str(graph.graph)
+
+
+def test_dynamic_attention_compiles_as_often_as_by_name():
+    """Twice: the second graph has symbols for the numbers inside the groups."""
+
+    def attend(q, k, v, groups):
+        return ops.space_time_attention(q, k, v, groups)
+
+    inputs = []
+    for size in (5, 9, 20, 40):
+        offsets = torch.tensor([0, size, 2 * size - 1], dtype=torch.int32)
+        groups = ops.Groups.joint(offsets, 2 * size - 1, size)
+        inputs.append((*torch.randn(3, 2 * size - 1, 2, 32), groups))
+        choices.write("cpu", key_of(lambda values=inputs[-1]: attend(*values)), "reference")
+    graphs = compiled_graphs(attend, inputs, dynamic=True)
+    assert len(graphs) <= 2
+    assert all("vidl.space_time_attention" in str(graph.graph) for graph in graphs)
 
 
 def _rank(rank, folder):

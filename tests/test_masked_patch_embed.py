@@ -219,6 +219,34 @@ def test_the_mean_does_not_cost_accuracy(dtype, where):
     assert_as_accurate(*results, dtype)
 
 
+@pytest.mark.parametrize("position", ["one", "pair"])
+@pytest.mark.parametrize("distinct", [1, 3])
+def test_repeated_ids_are_as_accurate_as_torch(distinct, position, where):
+    """One row of the position is the sum of many: rounding errors must not grow with them."""
+    where.skip_unless_runs(OP)
+    slow = {"triton": 512, "emulated": 4096} if where.device == "cpu" else {}
+    rows = slow.get(where.backend, 65536)
+    ids = torch.arange(rows, device=where.device)[None] % distinct
+    clip = torch.randint(0, 256, (1, 1, 2, 2, 2), dtype=torch.uint8, device=where.device)
+    shapes = [(8, 1, 1, 1, 1), (8,), *([(8, 8)] if position == "one" else [(2, 8), (4, 8)])]
+    numbers = [torch.rand(shape, device=where.device) for shape in shapes]
+    grad = torch.rand(1, rows, 8, device=where.device)
+
+    def results(dtype, backend):
+        weight, bias, *table = leaves = [x.to(dtype).requires_grad_() for x in numbers]
+        place = table[0] if position == "one" else tuple(table)
+        out = masked_patch_embed(clip, weight, bias, place, ids, backend=backend)
+        return torch.autograd.grad(out, leaves[1:], grad.to(dtype))
+
+    for parts in zip(
+        results(torch.float32, where.backend),
+        results(torch.float32, "reference"),
+        results(torch.float64, "reference"),
+        strict=True,
+    ):
+        assert_as_accurate(*parts, torch.float32)
+
+
 def test_same_bits_every_time(where):
     where.skip_unless_runs(OP)
     case = CASES["twice"]
@@ -475,7 +503,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("name, change", TABLES.values(), ids=TABLES)
-@pytest.mark.parametrize("backend", ["native", "emulated"])
+@pytest.mark.parametrize("backend", ["native", "triton", "emulated"])
 def test_the_registered_op_checks_its_tables(name, change, backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     given = {"bias": torch.zeros(8), "time": None, "space": None} | change
@@ -484,7 +512,7 @@ def test_the_registered_op_checks_its_tables(name, change, backend):
 
 
 def test_a_backend_asked_for_never_falls_back():
-    with pytest.raises(RuntimeError, match="native: .*\n  triton: .*\n  reference: can run"):
+    with pytest.raises(RuntimeError, match="native: .*\n  triton: .*\n  torch: can run"):
         masked_patch_embed(CLIP, WEIGHT.double(), backend="native")
     assert masked_patch_embed(CLIP, WEIGHT.double()).dtype == torch.float64
 
@@ -508,3 +536,17 @@ def test_products_in_bf16():
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_an_infinite_gradient_stays_infinite(where):
+    """The compensation of rounding errors must not turn it into NaN."""
+    dtype = where.widest(OP)
+    video = torch.zeros(1, 1, 1, 2, 4, dtype=dtype, device=where.device)
+    weight = torch.ones(8, 1, 1, 2, 2, dtype=dtype, device=where.device)
+    position = torch.zeros(2, 8, dtype=dtype, device=where.device, requires_grad=True)
+    ids = torch.tensor([[0, 0, 1, 0]], device=where.device)
+    out = masked_patch_embed(video, weight, None, position, ids, backend=where.backend)
+    grad = torch.ones_like(out)
+    grad[0, 0] = float("inf")
+    out.backward(grad)
+    assert position.grad[0].isposinf().all() and (position.grad[1] == 1).all()

@@ -156,6 +156,16 @@ def test_large_patches_are_as_accurate_as_torch(target, norm_pix):
         assert_as_accurate(ours, low, true, torch.float32)
 
 
+@pytest.mark.parametrize("rows, numbers", [(4, 384), (5, 383)])
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_the_registered_op_checks_its_prediction(rows, numbers, backend):
+    Where(backend, "cpu").skip_unless_runs(OP)
+    _, clip, ids, _ = Case().inputs(torch.float32, "cpu")
+    options = ((2, 8, 8), "none", [1.0] * 3, [0.0] * 3, 1e-6)
+    with pytest.raises(RuntimeError, match="need a prediction"):
+        library.kernel(OP, backend)(torch.zeros(2, rows, numbers), clip, ids, None, *options)
+
+
 @pytest.mark.parametrize("name", ["MAE", "VideoMAE", "ragged", "no rows", "no rows ragged"])
 def test_mean(name, where):
     where.skip_unless_runs(OP)
@@ -505,7 +515,7 @@ def test_a_backend_asked_for_never_falls_back():
     prediction = torch.zeros(2, 1, 3 * 2 * 64 * 64)
     video, ids = torch.zeros(2, 3, 2, 64, 64), torch.zeros(2, 1, dtype=torch.int64)
     options = {"patch_size": 64, "tubelet_size": 2}
-    with pytest.raises(RuntimeError, match=r"triton: .*\n  reference: can run"):
+    with pytest.raises(RuntimeError, match=r"triton: .*\n  torch: can run"):
         masked_patch_loss(prediction, video, ids, backend="triton", **options)
     for inputs in ((prediction.double(), video), (prediction, video.double())):
         with pytest.raises(RuntimeError, match=r"not in float64"):

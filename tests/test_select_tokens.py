@@ -501,8 +501,17 @@ def test_misuse_is_explained(error, text, change):
         select_tokens(**({"x": X, "scores": SCORES, "keep": 3} | change))
 
 
+@pytest.mark.parametrize("name", ["scores", "weights"])
+def test_the_registered_op_checks_its_numbers(name, where):
+    where.skip_unless_runs(OP)
+    numbers = {"scores": SCORES, "weights": SCORES} | {name: SCORES[:, :5]}
+    tensors = [x.to(where.device) for x in (X, *numbers.values())]
+    with pytest.raises(RuntimeError, match=f"need {name} "):
+        library.kernel(OP, where.backend)(*tensors, None, None, 3, 0, "index", "sum")
+
+
 def test_a_backend_asked_for_never_falls_back():
-    with pytest.raises(RuntimeError, match="native: .*\n  triton: .*\n  reference: can run"):
+    with pytest.raises(RuntimeError, match="native: .*\n  triton: .*\n  torch: can run"):
         select_tokens(X.double(), SCORES, 3, backend="native")
     assert select_tokens(X.double(), SCORES, 3).tokens.dtype == torch.float64
 

@@ -426,9 +426,22 @@ def test_cuda_kernels_limit_what_is_out_of_range(size):
     out, scores = space_time_attention(*leaves, groups, return_scores="mean", backend="emulated")
     written = rows[:size].clamp(0, 2 * size - 1).unique()  # the second group has no members left
     grads = torch.autograd.grad(out[written].float().sum() + scores[:size].sum(), leaves)
-    assert (
-        all(x[written].isfinite().all() for x in (out, *grads)) and scores[:size].isfinite().all()
-    )
+    assert all(x[written].isfinite().all() for x in (out, *grads))
+    assert scores[:size].isfinite().all()
+
+
+@pytest.mark.parametrize("op", [OP, "token_scores"])
+@pytest.mark.parametrize("name", ["query_offsets", "query_rows", "entry_offsets", "entries"])
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_the_registered_op_checks_its_lists(name, op, backend):
+    Where(backend, "cpu").skip_unless_runs(op)
+    groups = GROUPS["frames and a global token"]()
+    q, k, v = (x.detach() for x in fused(groups, 1, 32, torch.float32, "cpu"))
+    lists = groups.arguments()
+    lists = lists._replace(**{name: getattr(lists, name)[:-1]})
+    given = (v, *lists, 1.0, "") if op == OP else (None, None, *lists, 1.0, "mean")
+    with pytest.raises(RuntimeError, match=f"need {name} "):
+        library.kernel(op, backend)(q, k, *given)
 
 
 def test_debugging_checks_all_of_the_groups(monkeypatch):
@@ -449,18 +462,26 @@ def test_the_scale_is_finite(scale, backend):
         space_time_attention(ROWS, ROWS, ROWS, SMALL, scale=torch.ones(()), backend=backend)
 
 
-def test_scores_of_many_queries_are_as_accurate_as_torch():
+def test_many_queries_are_as_accurate_as_torch():
+    """Numbers of one sign: rounding errors of long sums do not cancel."""
     Where("native", "cpu").skip_unless_runs(OP)
-    q, k, v = torch.randn(3, 4096, 1, 32).unbind()
+    x = [torch.rand(rows, 1, 32) for rows in (4096, 2736, 2736)]
 
-    def scores(dtype, backend):
-        x = (t.to(dtype) for t in (q * 0.5, k * 0.5, v))
-        return space_time_attention(
-            *x, Groups.equal(1, 4096), return_scores="mean", backend=backend
-        )[1]
+    def results(dtype, backend):
+        leaves = [t.to(dtype).requires_grad_() for t in x]
+        out, importance = space_time_attention(
+            *leaves, Groups.equal(1, 4096, keys=2736), return_scores="mean", backend=backend
+        )
+        grads = torch.autograd.grad((out, importance), leaves, (out.detach(), importance.detach()))
+        return [out, importance, *grads]
 
-    ours, low = scores(torch.float32, "native"), scores(torch.float32, "reference")
-    assert_as_accurate(ours, low, scores(torch.float64, "reference"), torch.float32)
+    for ours, low, true in zip(
+        results(torch.float32, "native"),
+        results(torch.float32, "reference"),
+        results(torch.float64, "reference"),
+        strict=True,
+    ):
+        assert_as_accurate(ours, low, true, torch.float32)
 
 
 def test_the_interpreter_is_refused_in_bfloat16():

@@ -175,6 +175,30 @@ def test_long_groups(kind, where):
     )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_queries_are_as_accurate_as_torch(kind):
+    """Numbers of one sign: rounding errors of long sums do not cancel."""
+    Where("native", "cpu").skip_unless_runs(OP)
+    x = [torch.rand(rows, 1, 32) for rows in (4096, 2736, 2736)]
+    groups, grad = Groups.equal(1, 4096, keys=2736), torch.rand(2736)
+
+    def results(dtype, backend):
+        leaves = [t.to(dtype).requires_grad_() for t in x]
+        scores = score(kind, *leaves, groups, backend=backend)
+        if kind == "similarity":
+            return [scores[::2]]
+        leaves = leaves if kind == "value" else leaves[:2]
+        return [scores, *torch.autograd.grad(scores, leaves, grad.to(dtype))]
+
+    for parts in zip(
+        results(torch.float32, "native"),
+        results(torch.float32, "reference"),
+        results(torch.float64, "reference"),
+        strict=True,
+    ):
+        assert_as_accurate(*parts, torch.float32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10, 14))
 def test_hundreds_of_groups(seed):

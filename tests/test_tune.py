@@ -306,3 +306,36 @@ def test_commands_offer_it():
         assert parser.parse_args(words).tune is None
         assert parser.parse_args([*words, "--no-tune"]).tune is False
         assert parser.parse_args([*words, "--tune"]).tune is True
+
+
+def test_a_swapped_model_is_tuned_and_follows(measured, monkeypatch):
+    """Where the rule keeps PyTorch's convolution, tuning measures the kernels all the same."""
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(library, "RULE", {"cpu": library.RULE_ELSEWHERE})  # as on a GPU
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=64, num_heads=2
+    ).eval()
+    x = torch.randn(2, 3, 32, 32)
+    vidl.swap(model)
+
+    def backends():
+        used = {}
+        run = library.run
+
+        def note(name, backend, *arguments, **needs):
+            used[name] = backend
+            return run(name, backend, *arguments, **needs)
+
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(library, "run", note)
+            model(x)
+        return used
+
+    assert backends() == {"space_time_attention": "torch"}  # and the model's own convolution
+    outcomes = vidl.tune(model, x)
+    tuned = {(outcome.call.key.op, outcome.call.key.gradient) for outcome in outcomes}
+    ops_of_model = ("masked_patch_embed", "space_time_attention")
+    assert tuned == {(op, gradient) for op in ops_of_model for gradient in (True, False)}
+    for outcome in outcomes:
+        choices.write("cpu", outcome.call.key, "native")
+    assert backends() == dict.fromkeys(ops_of_model, "native")

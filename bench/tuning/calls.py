@@ -169,9 +169,11 @@ def results(
     """
     schema = schema_of(call.key.op)
     with torch.set_grad_enabled(call.key.gradient):
-        outs = outputs(library.run(call.key.op, backend, *arguments))
+        outs = outputs(library.run(call.key.op, backend, *arguments, **call.needs))
     names = [returned.name or f"result {i}" for i, returned in enumerate(schema.returns)]
-    values = {name: x.detach() for name, x in zip(names, outs, strict=False)}
+    values = {
+        name: x.detach() for name, x in zip(names, outs, strict=False) if call.needs.get(name, True)
+    }
     if call.key.gradient:
         inputs = {
             argument.name: x

@@ -1,6 +1,7 @@
 """The calls to tune: of a recipe, of a configuration, or of the shapes of the benchmarks."""
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,7 +100,7 @@ def of_benchmarks(
                 _call(case, mode)
             work = [(phase.size, phase.flops) for phase in case.work(mode)]
             for key, call in of_case.items():
-                calls.setdefault(key, _with(call, work))
+                calls.setdefault(key, dataclasses.replace(call, work=work))
     return calls
 
 
@@ -110,7 +111,3 @@ def _call(case: cases.Case, mode: str) -> None:
     names = case.gradients(candidate) if mode == "full" else ()
     with torch.set_grad_enabled(bool(names)):
         run(cases.leaves(case.make(), names), backend="auto")
-
-
-def _with(call: Recorded, work: list[tuple[int, int]]) -> Recorded:
-    return Recorded(call.key, call.device, call.facts, call.arguments, call.label, work)

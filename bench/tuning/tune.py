@@ -34,7 +34,7 @@ class Outcome:
         call: the call.
         status: "tuned"; "kept", if it has entries; "failed"; or "left", if time was over.
         chosen: the backend of each policy.
-        speedup: over the baseline: "torch", or "reference" where it cannot run.
+        speedup: over the backend "torch".
         measured: times, reasons against backends, share of the hardware limit.
     """
 

@@ -146,12 +146,35 @@ VIDL_EVERY_LEVEL float fold_line(const void* from, Dtype from_dtype, void* to, D
 
 // sums[i] += from[start + i]
 VIDL_EVERY_LEVEL void add_line(const void* from, Dtype from_dtype, int64_t start, float* sums,
-                               int64_t count){
-    VIDL_FLOATING(from_dtype, S,
-                  {
-                    const S* line = static_cast<const S*>(from) + start;
-                    for (int64_t i = 0; i < count; i++) sums[i] += static_cast<float>(line[i]);
-                  })}
+                               int64_t count) {
+  VIDL_FLOATING(from_dtype, S, {
+    const S* line = static_cast<const S*>(from) + start;
+    for (int64_t i = 0; i < count; i++) sums[i] += static_cast<float>(line[i]);
+  })
+}
+
+constexpr int64_t kSlice = 64;  // columns that sum_lines() takes at most
+
+// sums[i] = the sum of from[starts[line] + column + i] over all lines, for up to kSlice columns.
+// Blocks of lines are summed in float32 and added in float64: rounding errors grow with the terms
+// of one sum.
+VIDL_EVERY_LEVEL void sum_lines(const void* from, Dtype from_dtype, const int64_t* starts,
+                                int64_t lines, int64_t column, float* sums, int64_t columns) {
+  constexpr int64_t kBlock = 64;
+  double totals[kSlice] = {};
+  for (int64_t begin = 0; begin < lines; begin += kBlock) {
+    const int64_t end = begin + kBlock < lines ? begin + kBlock : lines;
+    float block[kSlice] = {};
+    VIDL_FLOATING(from_dtype, S, {
+      for (int64_t line = begin; line < end; line++) {
+        const S* const row = static_cast<const S*>(from) + starts[line] + column;
+        for (int64_t i = 0; i < columns; i++) block[i] += static_cast<float>(row[i]);
+      }
+    })
+    for (int64_t i = 0; i < columns; i++) totals[i] += block[i];
+  }
+  for (int64_t i = 0; i < columns; i++) sums[i] = static_cast<float>(totals[i]);
+}
 
 // to[at + i] += from[start + i]
 VIDL_EVERY_LEVEL void accumulate_line(const void* from, Dtype from_dtype, int64_t start, void* to,

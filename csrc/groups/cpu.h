@@ -79,6 +79,47 @@ VIDL_VECTOR_INLINE RowOfWeights exponentiate(float* line, int64_t keys, int64_t 
   return {1.0f / sum, top * scale + std::log(sum)};
 }
 
+// Adds terms to sums with Kahan's compensation: rounding errors would grow with the terms of one
+// sum. `lost` holds what rounding cut off, zeros at first; an infinite sum stays infinite.
+VIDL_VECTOR_INLINE void add_compensated(const float* terms, int64_t count, float* sums,
+                                        float* lost) {
+  for (int64_t j = 0; j < count; j++) {
+    const float term = terms[j] - lost[j], sum = sums[j] + term;
+    const float rest = (sum - sums[j]) - term;
+    lost[j] = std::abs(rest) <= FLT_MAX ? rest : 0.0f;
+    sums[j] = sum;
+  }
+}
+
+// A sum over all queries of a group, [numbers], a multiple of kWidth. Blocks of queries are added
+// to `part`, and `part` to `total` at the end of each span of kSpan blocks: rounding errors grow
+// with the terms of one sum. A group of one span needs one sum alone.
+struct QuerySum {
+  float *total, *part;
+  int64_t numbers;
+};
+constexpr int64_t kSpan = 16;
+
+VIDL_VECTOR_INLINE QuerySum query_sum(int64_t numbers, int64_t queries, int64_t block,
+                                      Scratch& scratch) {
+  float* const total = scratch.take(numbers);
+  float* const part = queries > kSpan * block ? scratch.take(numbers) : total;
+  memset(total, 0, numbers * sizeof(float));
+  memset(part, 0, numbers * sizeof(float));
+  return {total, part, numbers};
+}
+
+// To be called after the block of queries that begins at `start`.
+VIDL_VECTOR_INLINE void end_block(const QuerySum& sum, int64_t start, int64_t block,
+                                  int64_t queries) {
+  const bool ends = start / block % kSpan == kSpan - 1 || start + block >= queries;
+  if (sum.part == sum.total || !ends) return;
+  for (int64_t i = 0; i < sum.numbers; i += kWidth) {
+    store(sum.total + i, load(sum.total + i) + load(sum.part + i));
+    store(sum.part + i, Vector{});
+  }
+}
+
 // Calls f(item, scratch) for the items [begin, end), with memory that the thread reuses.
 template <class F>
 VIDL_VECTOR_INLINE void for_items(int64_t begin, int64_t end, F f) {

@@ -10,6 +10,7 @@
 //   unpack    reads grad_patches once, writes the clip once
 #undef NDEBUG  // device assertions guard the indices in release builds too
 #include <algorithm>
+#include <cfloat>
 #include <initializer_list>
 #include <type_traits>
 
@@ -229,12 +230,18 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t n = int64_t{blockIdx.x / column_blocks} * (kThreads / 32) + warp;
   const int64_t column = int64_t{blockIdx.x % column_blocks} * (32 * kColumns) + lane;
-  float sum[kColumns] = {};
+  // With Kahan's compensation: rounding errors would grow with the rows that show a patch. An
+  // infinite sum stays infinite.
+  float sum[kColumns] = {}, lost[kColumns] = {};
   const auto add = [&](int64_t m) {
 #pragma unroll
     for (int i = 0; i < kColumns; i++) {
       const int64_t c = column + 32 * i;
-      if (c < C) sum[i] += to_float(grad_out[m * C + c]);
+      if (c >= C) continue;
+      const float term = to_float(grad_out[m * C + c]) - lost[i], next = sum[i] + term;
+      const float rest = (next - sum[i]) - term;
+      lost[i] = fabsf(rest) <= FLT_MAX ? rest : 0.0f;
+      sum[i] = next;
     }
   };
   if (rows.ids == nullptr) {

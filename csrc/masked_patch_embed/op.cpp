@@ -151,21 +151,23 @@ struct Cpu {
     });
   }
 
-  // Every thread sums a slice of columns over all rows, in order.
+  // Every thread sums a slice of columns, patch by patch, over the rows that show it, in order.
   static void position_grad(const Tensor& grad_out, const Rows& rows, Tensor& grad_position,
                             int64_t C) {
     const std::vector<Place> places = locate(kOp, rows, 0, rows.total);
+    std::vector<int64_t> ends(rows.N + 1), starts(rows.total);
+    for (const Place& place : places) ends[place.patch + 1]++;
+    for (int64_t n = 0; n < rows.N; n++) ends[n + 1] += ends[n];  // of the rows of patch n
+    std::vector<int64_t> next(ends.begin() + 1, ends.end());
+    for (int64_t m = rows.total - 1; m >= 0; m--) starts[--next[places[m].patch]] = m * C;
     float* const sums = static_cast<float*>(grad_position.data_ptr());
     const Dtype from = dtype_of(grad_out);
-    constexpr int64_t kSlice = 64;
     parallel_for(0, (C + kSlice - 1) / kSlice, 1, [&](int64_t begin, int64_t end) {
-      const int64_t column = begin * kSlice, columns = std::min(end * kSlice, C) - column;
-      for (int64_t n = 0; n < rows.N; n++) {
-        std::memset(sums + n * C + column, 0, columns * sizeof(float));
-      }
-      for (int64_t m = 0; m < rows.total; m++) {
-        add_line(grad_out.data_ptr(), from, m * C + column, sums + places[m].patch * C + column,
-                 columns);
+      for (int64_t column = begin * kSlice; column < std::min(end * kSlice, C); column += kSlice) {
+        for (int64_t n = 0; n < rows.N; n++) {
+          sum_lines(grad_out.data_ptr(), from, starts.data() + ends[n], ends[n + 1] - ends[n],
+                    column, sums + n * C + column, std::min(kSlice, C - column));
+        }
       }
     });
   }

@@ -297,6 +297,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(
                         keep <= samples.N,
                     "select_tokens: need scores [B, N] for x [B, prefix + N, C], and keep <= N");
   }
+  STD_TORCH_CHECK(!samples.fuses || weights->sizes() == ranks.sizes(),
+                  "select_tokens: need weights in the shape of the scores");
   Device::check(samples);
 
   const int64_t B = samples.B, C = samples.C, extra = prefix + samples.fuses;
@@ -345,6 +347,8 @@ std::tuple<Tensor, Tensor> select_tokens_bwd(Tensor grad_tokens, OptionalTensor 
   STD_TORCH_CHECK((!packed || cu_seqlens->size(0) == samples.B + 1) &&
                       weights.has_value() == samples.fuses && (x.has_value() || !need_weights),
                   "select_tokens_bwd: need the outputs of select_tokens");
+  STD_TORCH_CHECK(!samples.fuses || weights->sizes() == inverse.sizes(),
+                  "select_tokens_bwd: need weights in the shape of the scores");
   Device::check(samples);
   const std::vector<int64_t> shape = {samples.B, prefix + samples.N, samples.C};
   Tensor grad_x = !need_x  ? new_empty(grad_tokens, {0})

@@ -31,8 +31,6 @@ VIDL_VECTOR_INLINE void forward(const SpaceTimeAttention& a, const Forward& f, i
   float* const weights = scratch.take(block * columns);
   float* const q = scratch.take(block * D);
   float* const sums = scratch.take(block * D);
-  // Scores are summed over the queries of a block, then over all blocks with Kahan's compensation:
-  // rounding errors grow with the terms of one sum.
   float* const block_scores = scratch.take(columns);
   float* const lost = scratch.take(columns);
   memset(lost, 0, columns * sizeof(float));
@@ -63,11 +61,7 @@ VIDL_VECTOR_INLINE void forward(const SpaceTimeAttention& a, const Forward& f, i
     for (int64_t i = 0; i < scored; i++) {
       for (int64_t j = 0; j < keys; j++) block_scores[j] += weights[i * columns + j] * inverse[i];
     }
-    for (int64_t j = 0; j < keys; j++) {
-      const float term = block_scores[j] - lost[j], sum = scores[j] + term;
-      lost[j] = (sum - scores[j]) - term;
-      scores[j] = sum;
-    }
+    add_compensated(block_scores, keys, scores, lost);
   }
   if (scores == nullptr || a.scores != Scores::kMean || queries == 0) return;
   for (int64_t j = 0; j < keys; j++) scores[j] /= static_cast<float>(queries);
@@ -86,8 +80,8 @@ VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b,
   float* const k = scratch.take(columns * D);
   float* const keys_across = scratch.take(D * columns);
   float* const values_across = scratch.take(D * columns);
-  float* const grad_k = scratch.take(columns * D);
-  float* const grad_v = scratch.take(columns * D);
+  const QuerySum grad_k = query_sum(keys * D, queries, block, scratch);
+  const QuerySum grad_v = query_sum(keys * D, queries, block, scratch);
   float* const weights = scratch.take(block * columns);
   float* const grads = scratch.take(block * columns);
   float* const q = scratch.take(block * D);
@@ -97,8 +91,6 @@ VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b,
   transpose(k, columns, D, D, values_across, columns);
   read_rows<T>(a.k, groups.key_rows, first_key, keys, columns, h, D, D, 1.0f, k);
   transpose(k, columns, D, D, keys_across, columns);
-  memset(grad_k, 0, keys * D * sizeof(float));
-  memset(grad_v, 0, keys * D * sizeof(float));
 
   const Strided grads_of_out = {b.grad_out, a.H * D, D};
   for (int64_t start = 0; start < queries; start += block) {
@@ -138,8 +130,10 @@ VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b,
       if (keys == 1) grad[0] = 0.0f * grad[0];  // one key always has all the weight
     }
     // Both gradients are scaled when they are written.
-    multiply<true>(keys, D, count, weights, 1, columns, grad_out, D, grad_v, D);
-    multiply<true>(keys, D, count, grads, 1, columns, q, D, grad_k, D);
+    multiply<true>(keys, D, count, weights, 1, columns, grad_out, D, grad_v.part, D);
+    multiply<true>(keys, D, count, grads, 1, columns, q, D, grad_k.part, D);
+    end_block(grad_v, start, block, queries);
+    end_block(grad_k, start, block, queries);
     multiply<false>(count, D, keys, grads, columns, 1, k, D, sums, D);
     for (int64_t i = 0; i < count; i++) {
       const int64_t row = row_of(groups.query_rows, first + i);
@@ -149,12 +143,12 @@ VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b,
   for (int64_t j = 0; j < keys; j++) {
     const int64_t entry = first_key + j;
     if (b.entry_grad_k != nullptr) {  // rows that several groups share are summed afterwards
-      write_row(grad_k + j * D, D, scale, b.entry_grad_k + (entry * a.H + h) * D);
-      memcpy(b.entry_grad_v + (entry * a.H + h) * D, grad_v + j * D, D * sizeof(float));
+      write_row(grad_k.total + j * D, D, scale, b.entry_grad_k + (entry * a.H + h) * D);
+      memcpy(b.entry_grad_v + (entry * a.H + h) * D, grad_v.total + j * D, D * sizeof(float));
     } else {
       const int64_t row = row_of(groups.key_rows, entry);
-      write_row(grad_k + j * D, D, scale, static_cast<T*>(b.grad_k) + (row * a.H + h) * D);
-      write_row(grad_v + j * D, D, 1.0f, static_cast<T*>(b.grad_v) + (row * a.H + h) * D);
+      write_row(grad_k.total + j * D, D, scale, static_cast<T*>(b.grad_k) + (row * a.H + h) * D);
+      write_row(grad_v.total + j * D, D, 1.0f, static_cast<T*>(b.grad_v) + (row * a.H + h) * D);
     }
   }
 }

@@ -2,6 +2,7 @@
 // kernels in cuda.cu. Schema and contract: kernels/space_time_attention/op.py; the loops of the
 // CPU: cpu.h.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <string>

@@ -174,10 +174,11 @@ VIDL_VECTOR_INLINE void mean_weights(const TokenScores& s, float* by_head, float
   float* const keys_across = scratch.take(width * columns);
   float* const weights = scratch.take(block * columns);
   float* const q = scratch.take(block * width);
-  // Sums over a block, then over all blocks: rounding errors grow with the terms of one sum.
-  float* const sums = scratch.take(columns);
+  float* const sums = scratch.take(columns);  // over a block of queries
   float* const all = scratch.take(columns);
+  float* const lost = scratch.take(columns);
   memset(all, 0, columns * sizeof(float));
+  memset(lost, 0, columns * sizeof(float));
   read_rows<T>(s.k, groups.key_rows, first_key, keys, columns, h, s.D, width, 1.0f, rows);
   transpose(rows, columns, width, width, keys_across, columns);
   for (int64_t start = 0; start < queries; start += block) {
@@ -194,10 +195,10 @@ VIDL_VECTOR_INLINE void mean_weights(const TokenScores& s, float* by_head, float
         store(sums + j, load(sums + j) + load(line + j));
       }
     }
-    for (int64_t j = 0; j < columns; j += kWidth) store(all + j, load(all + j) + load(sums + j));
+    add_compensated(sums, columns, all, lost);
   }
-  const float inverse = queries == 0 ? 0.0f : 1.0f / static_cast<float>(queries);
-  for (int64_t j = 0; j < keys; j++) by_head[h * groups.E + first_key + j] = all[j] * inverse;
+  const float number = static_cast<float>(queries == 0 ? 1 : queries);
+  for (int64_t j = 0; j < keys; j++) by_head[h * groups.E + first_key + j] = all[j] / number;
 }
 
 template <class T>
@@ -211,14 +212,13 @@ VIDL_VECTOR_INLINE void mean_grads(const TokenScores& s, const Gradients& b, int
   const float share = s.scale / static_cast<float>(s.H * (queries == 0 ? 1 : queries));
   float* const k = scratch.take(columns * width);
   float* const keys_across = scratch.take(width * columns);
-  float* const grad_k = scratch.take(columns * width);
+  const QuerySum grad_k = query_sum(columns * width, queries, block, scratch);
   float* const weights = scratch.take(block * columns);
   float* const q = scratch.take(block * width);
   float* const sums = scratch.take(block * width);
   float* const grad = scratch.take(columns);
   memset(grad, 0, columns * sizeof(float));
   for (int64_t j = 0; j < keys; j++) grad[j] = b.grad_scores[first_key + j];
-  memset(grad_k, 0, columns * width * sizeof(float));
   read_rows<T>(s.k, groups.key_rows, first_key, keys, columns, h, s.D, width, 1.0f, k);
   transpose(k, columns, width, width, keys_across, columns);
   for (int64_t start = 0; start < queries; start += block) {
@@ -238,7 +238,8 @@ VIDL_VECTOR_INLINE void mean_grads(const TokenScores& s, const Gradients& b, int
       }
       if (keys == 1) line[0] = 0.0f * line[0];  // one key always has all the weight
     }
-    multiply<true>(keys, width, count, weights, 1, columns, q, width, grad_k, width);
+    multiply<true>(keys, width, count, weights, 1, columns, q, width, grad_k.part, width);
+    end_block(grad_k, start, block, queries);
     multiply<false>(count, width, keys, weights, columns, 1, k, width, sums, width);
     for (int64_t i = 0; i < count; i++) {
       const int64_t query = row_of(groups.query_rows, first_query + start + i);
@@ -249,10 +250,10 @@ VIDL_VECTOR_INLINE void mean_grads(const TokenScores& s, const Gradients& b, int
     const int64_t entry = first_key + j;
     if (b.entry_grad_k != nullptr) {  // rows that several groups share are summed afterwards
       float* const to = b.entry_grad_k + (entry * s.H + h) * s.D;
-      write_row(grad_k + j * width, s.D, share * sign, to);
+      write_row(grad_k.total + j * width, s.D, share * sign, to);
     } else {
       T* const to = static_cast<T*>(b.grad_k) + (row_of(groups.key_rows, entry) * s.H + h) * s.D;
-      write_row(grad_k + j * width, s.D, share * sign, to);
+      write_row(grad_k.total + j * width, s.D, share * sign, to);
     }
   }
 }

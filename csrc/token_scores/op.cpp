@@ -1,6 +1,7 @@
 // token_scores on the CPU, one to four heads of one group at a time. Schema and contract:
 // kernels/token_scores/op.py; the loops: cpu.h.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <string>

@@ -34,6 +34,16 @@ class Call:
         self.num_keys, self.H, self.D = k.shape
         self.E = self.num_keys if key_rows is None else key_rows.shape[0]
         self.sizes = (self.G, self.H, self.num_queries, self.E, self.num_keys)
+        wanted = {
+            "entry_offsets": (self.entries[0], self.num_keys + 1),
+            "entries": (self.entries[1], self.E),
+        }
+        if q is not None:
+            wanted["query_offsets"] = (query_offsets, self.G + 1)
+            wanted["query_rows"] = (query_rows, self.num_queries)
+        for name, (members, size) in wanted.items():
+            if members is not None and members.shape != (size,):
+                raise RuntimeError(f"{op}: need {name} [{size}], got {list(members.shape)}")
         if library.interpreting():
             lists = [(key_offsets, key_rows, self.E, self.num_keys, self.longest[1])]
             if q is not None:

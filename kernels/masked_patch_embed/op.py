@@ -194,12 +194,26 @@ def masked_patch_embed(
     time, space = _time_and_space(position)
     _check_position(video, weight, bias, time, space)
     args = (video, weight, bias, time, space, ids_keep, cu_seqlens, mean, std)
-    device, dtype = video.device.type, weight.dtype
+    backend = choose(backend, video, weight, bias, time, space, ids_keep, cu_seqlens)
+    return library.run("masked_patch_embed", backend, *args)
+
+
+def choose(
+    backend: str,
+    video: Tensor,
+    weight: Tensor,  # [C, C_in, t, h, w], in the dtype of the computation
+    bias: Tensor | None = None,
+    time: Tensor | None = None,
+    space: Tensor | None = None,
+    ids_keep: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> str:
+    """The backend of a call: see `library.choose`."""
     rows = video.shape[0] * num_patches(video.shape, weight.shape)
     key = choices.key(
         "masked_patch_embed",
-        device,
-        dtype,
+        video.device.type,
+        weight.dtype,
         (video, weight, bias, time, space),
         {
             "rows": rows if ids_keep is None else ids_keep.numel(),
@@ -211,8 +225,7 @@ def masked_patch_embed(
         packed=cu_seqlens is not None,
         video_gradient=torch.is_grad_enabled() and video.requires_grad,
     )
-    backend = library.choose(backend, "masked_patch_embed", device, dtype, key)
-    return library.run("masked_patch_embed", backend, *args)
+    return library.choose(backend, "masked_patch_embed", video.device.type, weight.dtype, key)
 
 
 def _time_and_space(position: Position | None) -> tuple[Tensor | None, Tensor | None]:

@@ -202,6 +202,18 @@ def fold_kernel(
 
 
 @triton.jit
+def _add_compensated(term, total, lost):
+    """total + term and what rounding cut off, by Kahan: errors would grow with the terms.
+
+    An infinite total stays infinite.
+    """
+    term -= lost
+    higher = total + term
+    rest = (higher - total) - term
+    return higher, tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
+
+
+@triton.jit
 def _sum_rows(
     x_ptr, stride, offset, mask, ids_ptr, patch, begin, end, step, BLOCK_IDS: tl.constexpr
 ):
@@ -210,10 +222,12 @@ def _sum_rows(
     Without ids those are every `step`-th row.
     """
     total = tl.zeros(offset.shape, tl.float32)
+    lost = tl.zeros(offset.shape, tl.float32)
     if ids_ptr is None:
         row = begin
         while row < end:
-            total += tl.load(x_ptr + row * stride + offset, mask=mask, other=0).to(tl.float32)
+            x = tl.load(x_ptr + row * stride + offset, mask=mask, other=0).to(tl.float32)
+            total, lost = _add_compensated(x, total, lost)
             row += step
     else:
         i = tl.arange(0, BLOCK_IDS)
@@ -223,7 +237,8 @@ def _sum_rows(
             match = tl.min(tl.where(shows, i, BLOCK_IDS), 0)
             while match < BLOCK_IDS:
                 row_ptr = x_ptr + (start + match) * stride
-                total += tl.load(row_ptr + offset, mask=mask, other=0).to(tl.float32)
+                x = tl.load(row_ptr + offset, mask=mask, other=0).to(tl.float32)
+                total, lost = _add_compensated(x, total, lost)
                 match = tl.min(tl.where(shows & (i > match), i, BLOCK_IDS), 0)
             start += BLOCK_IDS
     return total
@@ -319,6 +334,7 @@ def masked_patch_embed(
     """Cut out the visible patches, normalize them, project them, and add their positions."""
     clip = _Clip(video, weight.shape, ids_keep, cu_seqlens)
     C, matrix = weight.shape[0], weight.contiguous().flatten(1)
+    clip.check_tables(C, bias, time, space)
     bias, space, time = (x if x is None else x.contiguous() for x in (bias, space, time))
     affine = _normalization(mean, std)
     if affine is not None and weight.dtype != torch.float32:
@@ -395,6 +411,24 @@ class _Clip:
         self.ids = None if ids_keep is None else ids_keep.contiguous().flatten()
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
         check_in_interpreter("masked_patch_embed: ids_keep", self.ids, self.cu_seqlens, self.N)
+
+    def check_tables(
+        self, C: int, bias: Tensor | None, time: Tensor | None, space: Tensor | None
+    ) -> None:
+        """Raise unless the kernels stay inside of what is added to the rows."""
+        if time is not None and space is None:
+            raise RuntimeError("masked_patch_embed: need space where time is given")
+        P = prod(self.grid)
+        wanted = {
+            "bias": (bias, (C,)),
+            "time": (time, (self.N // max(P, 1), C)),
+            "space": (space, (self.N if time is None else P, C)),
+        }
+        for name, (table, shape) in wanted.items():
+            if table is not None and table.shape != shape:
+                raise RuntimeError(
+                    f"masked_patch_embed: need {name} {list(shape)}, got {list(table.shape)}"
+                )
 
     def pack(
         self,

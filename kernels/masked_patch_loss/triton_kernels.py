@@ -337,6 +337,11 @@ class _Launch:
         B, C = video.shape[:2]
         grid = [n // p for n, p in zip(video.shape[2:], patch, strict=True)]
         N, total = prod(grid), ids_masked.numel()
+        rows = (*ids_masked.shape, C * prod(patch))
+        if prediction.shape != rows:
+            raise RuntimeError(
+                f"masked_patch_loss: need a prediction {list(rows)}, got {list(prediction.shape)}"
+            )
         ids = ids_masked.contiguous()
         offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
         check_in_interpreter("masked_patch_loss: ids_masked", ids, offsets, N)

@@ -252,14 +252,15 @@ def select_tokens(
 def _key(
     x: Tensor, scores: Tensor, order: Order, fuse: Fuse | None, cu_seqlens: Tensor | None
 ) -> choices.Key | None:
-    samples = 1 if cu_seqlens is None else max(cu_seqlens.shape[0] - 1, 1)
+    # Without max(): torch.compile would guard it.
+    samples = 1 if cu_seqlens is None else cu_seqlens.shape[0]
     return choices.key(
         "select_tokens",
         x.device.type,
         x.dtype,
         (x, scores) if fuse else (x,),
         {
-            "tokens": scores.shape[-1] // samples,  # of a sample; on average, if packed
+            "tokens": scores.shape[-1] // samples,  # of a sample; about its average, if packed
             "rows": scores.numel(),
             "width": math.prod(x.shape[scores.ndim :]),
         },

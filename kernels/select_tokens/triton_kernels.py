@@ -334,6 +334,8 @@ def select_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Tokens, ids_keep, inverse, offsets; the mean and its total weight, empty unless needed."""
     samples = _Samples(x, cu_seqlens, prefix)
+    samples.check_numbers("scores", ranks)
+    samples.check_numbers("weights", weights)
     B, C, extra = samples.B, samples.C, prefix + (1 if fuse else 0)
     if cu_seqlens is None:
         tokens, ids_shape = x.new_empty(B, keep + extra, C), [B, keep]
@@ -458,6 +460,14 @@ class _Samples:
     def chunks(self, columns: int) -> int:
         """Parts of the columns; at least one, which writes ids and offsets."""
         return max(triton.cdiv(self.C, columns), 1)
+
+    def check_numbers(self, name: str, numbers: Tensor | None) -> None:
+        """Raise unless there is one number for every token, and if packed for the prefix too."""
+        shape = (self.B, self.N) if self.cu_seqlens is None else (self.total,)
+        if numbers is not None and numbers.shape != shape:
+            raise RuntimeError(
+                f"select_tokens: need {name} {list(shape)}, got {list(numbers.shape)}"
+            )
 
     def check(self, cu_kept: Tensor, num_kept: int) -> None:
         """Raise what the kernel asserts; for Triton's interpreter, which ignores assertions."""

@@ -216,29 +216,27 @@ def space_time_attention(
     dtype = library.autocast_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = q.shape[2] ** -0.5 if scale is None else finite("scale", scale)
-    key = _key(q, k, v, dtype, groups, return_lse, return_scores)
-    chosen = library.choose(
-        backend, "space_time_attention", q.device.type, dtype, key, head_size=q.shape[2]
-    )
+    chosen = choose(backend, q, k, v, groups, return_lse, return_scores)
     args = (q, k, v, *groups.arguments(), scale, return_scores or "")
     out, lse, scores = library.run("space_time_attention", chosen, *args, lse=return_lse)
     results = [out, *([lse.detach()] if return_lse else []), *([scores] if return_scores else [])]
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def _key(
-    q: Tensor,
+def choose(
+    backend: str,
+    q: Tensor,  # in the dtype of the computation
     k: Tensor,
     v: Tensor,
-    dtype: torch.dtype,
     groups: Groups,
-    return_lse: bool,
-    return_scores: Scores | None,
-) -> choices.Key | None:
-    return choices.key(
+    return_lse: bool = False,
+    return_scores: Scores | None = None,
+) -> str:
+    """The backend of a call: see `library.choose`."""
+    key = choices.key(
         "space_time_attention",
         q.device.type,
-        dtype,
+        q.dtype,
         (q, k, v),
         {
             "queries": groups.max_queries,
@@ -249,6 +247,9 @@ def _key(
         groups=groups.layout,
         lse=return_lse,
         scores=return_scores or "",
+    )
+    return library.choose(
+        backend, "space_time_attention", q.device.type, q.dtype, key, head_size=q.shape[2]
     )
 
 

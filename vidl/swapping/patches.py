@@ -1,11 +1,13 @@
 """Patch embeddings of swapped models: convolutions that cut images or clips into patches."""
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vidl.kernels import library
+from vidl.kernels import choices, library
+from vidl.kernels.masked_patch_embed import op as masked_patch_embed
 from vidl.nn.patch_embed import cuts_patches, has_hooks
 from vidl.swapping.registry import full_name
+
+OP = "masked_patch_embed"
 
 
 def why_not(projection: nn.Module) -> str | None:
@@ -20,15 +22,19 @@ def why_not(projection: nn.Module) -> str | None:
     return None
 
 
-def stays(backend: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether `backend` keeps PyTorch's convolution, because it is faster on this device."""
-    chosen = library.choose(backend, "masked_patch_embed", device, dtype)
-    return backend == "auto" and chosen in library.PYTORCH
+def stays(projection: nn.Conv2d, x: Tensor, backend: str) -> bool:
+    """Whether PyTorch's convolution of x [B, C_in, H, W] runs, because no vidl kernel is faster."""
+    if backend != "auto" or choices.recorder is not None:  # tuning measures the kernels
+        return False
+    weight = projection.weight[:, :, None].to(library.autocast_dtype(projection.weight))
+    chosen = masked_patch_embed.choose(backend, x[:, :, None], weight, projection.bias)
+    return chosen in library.PYTORCH
 
 
 def speed(projection: nn.Conv2d, backend: str) -> str:
     """The report's note on a convolution that does not become faster; "" if a vidl kernel runs."""
     weight = projection.weight
-    if not stays(backend, weight.device.type, weight.dtype):
+    kind = weight.device.type
+    if library.choose(backend, OP, kind, weight.dtype) not in library.PYTORCH or backend != "auto":
         return ""
     return f"not faster: backend='auto' keeps PyTorch's convolution on {weight.device.type}"

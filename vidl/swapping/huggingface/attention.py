@@ -16,9 +16,10 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
-from vidl.kernels import library
+from vidl.kernels import choices, library
 from vidl.kernels.groups import Groups
 from vidl.kernels.space_time_attention import pytorch, space_time_attention
+from vidl.kernels.space_time_attention.op import choose
 from vidl.swapping.attention import equal_groups, speed, tracing
 from vidl.swapping.registry import Family, full_name, remember, state_of
 from vidl.swapping.report import Change
@@ -161,7 +162,7 @@ def attention(
     if isinstance(attention_mask, Groups):
         if groups is None:
             raise _cannot(module, "dropout of weights, or fewer heads of keys, for packed rows")
-    elif groups is None or not _faster(query, groups, module):
+    elif groups is None or not _faster(query, key, value, groups, module):
         mask = attention_mask.dense() if isinstance(attention_mask, Visible) else attention_mask
         return ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal
@@ -229,13 +230,13 @@ def _groups_for(mask: Visible | Groups | Tensor | None, query: Tensor, key: Tens
     return _groups(keys, B, num_queries, num_keys, query.device)
 
 
-def _faster(query: Tensor, groups: Groups, module: nn.Module) -> bool:
+def _faster(query: Tensor, key: Tensor, value: Tensor, groups: Groups, module: nn.Module) -> bool:
     """False if PyTorch's attention would run on padded groups here as well."""
-    if _backend(module) != "auto":
+    if _backend(module) != "auto" or choices.recorder is not None:  # tuning measures the kernels
         return True
-    facts: dict[str, Any] = {"device": query.device.type, "head_size": query.shape[3]}
     dtype = library.autocast_dtype(query)
-    chosen = library.choose("auto", "space_time_attention", dtype=dtype, **facts)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
+    chosen = choose("auto", q, k, v, groups)
     packed = not groups.uniform and pytorch.packed_attention(query) is not None
     return chosen not in library.PYTORCH or packed
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vidl.kernels import library
 from vidl.kernels.masked_patch_embed import masked_patch_embed
 from vidl.swapping.huggingface.attention import defining_file
 from vidl.swapping.patches import speed, stays, why_not
@@ -33,7 +32,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         state = state_of(self)
         # peft builds its adapter of a convolution by the class of that convolution.
-        if state is None or stays(state.backend, x.device.type, library.autocast_dtype(x)):
+        if state is None or stays(self, x, state.backend):
             return super().forward(x)
         h, w = (n // p for n, p in zip(x.shape[2:], self.kernel_size, strict=True))
         x = x[..., : h * self.kernel_size[0], : w * self.kernel_size[1]]  # as a convolution does

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from timm.layers.format import Format
 from torch import Tensor
 
-from vidl.kernels import library
 from vidl.kernels.masked_patch_embed import masked_patch_embed
 from vidl.nn.patch_embed import is_convolution
 from vidl.swapping.patches import speed, stays
@@ -24,9 +23,7 @@ class PatchEmbed(timm_patch_embed.PatchEmbed):
     def forward(self, x: Tensor) -> Tensor:
         state = state_of(self)
         assert state is not None
-        if not is_convolution(self.proj) or stays(
-            state.backend, x.device.type, library.autocast_dtype(x)
-        ):
+        if not is_convolution(self.proj) or stays(self.proj, x, state.backend):
             return super().forward(x)
         x = self._checked(x)
         h, w = (n // p for n, p in zip(x.shape[-2:], self.patch_size, strict=True))
