@@ -215,11 +215,22 @@ def _add_compensated(term, total, lost):
 
 @triton.jit
 def _sum_rows(
-    x_ptr, stride, offset, mask, ids_ptr, patch, begin, end, step, BLOCK_IDS: tl.constexpr
+    x_ptr,
+    stride,
+    offset,
+    mask,
+    ids_ptr,
+    patch,
+    begin,
+    end,
+    step,
+    BLOCK_IDS: tl.constexpr,
+    COMPENSATE: tl.constexpr,
 ):
     """Sum of x[row, offset] over the rows in [begin, end) that show `patch`, in ascending order.
 
-    Without ids those are every `step`-th row.
+    Without ids those are every `step`-th row. COMPENSATE is for sums over the rows of all samples:
+    it takes registers.
     """
     total = tl.zeros(offset.shape, tl.float32)
     lost = tl.zeros(offset.shape, tl.float32)
@@ -227,7 +238,10 @@ def _sum_rows(
         row = begin
         while row < end:
             x = tl.load(x_ptr + row * stride + offset, mask=mask, other=0).to(tl.float32)
-            total, lost = _add_compensated(x, total, lost)
+            if COMPENSATE:
+                total, lost = _add_compensated(x, total, lost)
+            else:
+                total += x
             row += step
     else:
         i = tl.arange(0, BLOCK_IDS)
@@ -238,7 +252,10 @@ def _sum_rows(
             while match < BLOCK_IDS:
                 row_ptr = x_ptr + (start + match) * stride
                 x = tl.load(row_ptr + offset, mask=mask, other=0).to(tl.float32)
-                total, lost = _add_compensated(x, total, lost)
+                if COMPENSATE:
+                    total, lost = _add_compensated(x, total, lost)
+                else:
+                    total += x
                 match = tl.min(tl.where(shows & (i > match), i, BLOCK_IDS), 0)
             start += BLOCK_IDS
     return total
@@ -288,7 +305,7 @@ def unpack_kernel(
         mask &= x < PATCH_W
     total = _sum_rows(
         *(packed_ptr, LINES * PATCH_W, line[:, None] * PATCH_W + x, mask),
-        *(ids_ptr, patch, begin, end, 1, BLOCK_IDS),
+        *(ids_ptr, patch, begin, end, 1, BLOCK_IDS, False),
     )
     start = _line_starts(
         *(sample, patch.to(tl.int32), line, grid_h, grid_w),
@@ -316,7 +333,9 @@ def position_kernel(
     begin = patch * 0
     if ids_ptr is None:
         begin = patch
-    grad = _sum_rows(grad_ptr, C, c, c < C, ids_ptr, patch, begin, total.to(tl.int64), N, BLOCK_IDS)
+    grad = _sum_rows(
+        grad_ptr, C, c, c < C, ids_ptr, patch, begin, total.to(tl.int64), N, BLOCK_IDS, True
+    )
     tl.store(position_ptr + patch * C + c, grad, mask=c < C)
 
 

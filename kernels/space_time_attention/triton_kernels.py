@@ -182,7 +182,8 @@ def _launch(
     offsets, rows = torch.tensor([0, 2], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     rest: Any = (offsets, offsets, None, None, None, None)
     if shared:
-        rest = (offsets, offsets, rows, rows, offsets, rows)
+        entry_offsets = torch.tensor([0, 2, 2], dtype=torch.int32)
+        rest = (offsets, offsets, rows, rows, entry_offsets, rows)
     rest += (max_queries, max_keys, 1.0, scores)
     out, lse, importance = space_time_attention(q, k, v, *rest)
     grad_scores = importance if scores else None

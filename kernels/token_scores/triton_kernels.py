@@ -84,7 +84,8 @@ def _launch(
     offsets, rows = torch.tensor([0, 2], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     index: Any = (offsets, offsets, None, None, None, None)
     if shared:
-        index = (offsets, offsets, rows, rows, offsets, rows)
+        entry_offsets = torch.tensor([0, 2, 2], dtype=torch.int32)
+        index = (offsets, offsets, rows, rows, entry_offsets, rows)
     rest = (*index, *((8192, 8192) if many else (2, 2)), 1.0, kind)
     scores, weights, norms = token_scores(q, k, v if kind == "value" else None, None, *rest)
     if kind != "similarity":
