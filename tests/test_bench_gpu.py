@@ -121,7 +121,9 @@ def make(tmp_path):
         command += [f"GPU_BEGAN={int(time.time()) - spent}", f"RESULTS={tmp_path}"]
         folders = {"GPU_PREBUILT": "gpu", "GPU_PREFIX": "vidl", "GPU_CMAKE": "cmake-gpu"}
         command += [f"{name}={tmp_path / folder}" for name, folder in folders.items()]
-        environment = os.environ | facts
+        # Not the variables of `make test ARGS=...`, which the make of this test would take over.
+        inherited = {name: x for name, x in os.environ.items() if not name.startswith("MAKE")}
+        environment = inherited | facts
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         calls = [line for line in log.read_text().splitlines() if line.startswith(("-m", "cmake"))]
         return done, calls

@@ -91,8 +91,9 @@ int64_t whole_backward_bytes(int64_t queries, int64_t keys) {
 }
 
 // There is a warp for every 16 queries and 16 keys. It computes its queries first, then its keys.
+// One block a multiprocessor is enough: without the number ptxas aims at more, and spills.
 template <class T, int D, int kSquares>
-__global__ void __launch_bounds__(32 * kSquares)
+__global__ void __launch_bounds__(32 * kSquares, 1)
     whole_backward_kernel(SpaceTimeAttention a, Backward b) {
   DYNAMIC_SHARED(T, memory);
   const int64_t g = blockIdx.x / a.H;
