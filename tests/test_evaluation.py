@@ -373,7 +373,7 @@ def test_questions_are_learned_and_answered():
     batch = data.__getitems__([Key(0, n) for n in range(9)])
     ids, mask = data.tokenizer([row.question for row in data.rows], 8)
     truth = model.numbers(row.answer for row in data.rows)
-    for step in range(40):
+    for step in range(60):
         loss = model(batch.video, ids, mask, batch.index, step, answers=truth)["loss"]
         optimizer.zero_grad()
         loss.backward()

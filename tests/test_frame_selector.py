@@ -90,10 +90,10 @@ def test_compiles():
 
 def test_misuse_is_explained():
     for keep in (0, 6):
-        with pytest.raises(ValueError, match=rf"keep in \[1, 5\].*got {keep}: sample more"):
+        with pytest.raises(ValueError, match=r"need keep"):
             FrameSelector(C, TEXT, keep, T)
     frames, text, tokens = inputs()
-    with pytest.raises(ValueError, match="need frames"):
+    with pytest.raises(ValueError, match="need text"):
         make()(frames, text[:2], tokens)
-    with pytest.raises(ValueError, match=r"keep in \[1, 1\]"):
+    with pytest.raises(ValueError, match="need frames"):
         make()(frames[:, :1], text, tokens[:, :1])
