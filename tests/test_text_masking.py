@@ -161,5 +161,5 @@ def test_misuse_is_explained():
         masked(ids, mask, replace="zero")
     with pytest.raises(ValueError, match="word_starts"):
         masked(ids, mask, word_starts=mask)
-    with pytest.raises(ValueError, match="vocabulary"):
+    with pytest.raises(ValueError, match=r"need mask in \[0, 50\)"):
         masked(ids, mask, vocabulary=Vocabulary(size=50))

@@ -374,5 +374,5 @@ def test_misuse_is_explained():
     uneven = torch.arange(2 * T).expand(B, -1)
     with pytest.raises(RuntimeError, match="same number of visible patches in each frame"):
         ours(clip(), uneven)
-    with pytest.raises(ValueError, match="whole tubelets of 2, got 3 frames"):
+    with pytest.raises(ValueError, match="whole tubelets of 2 frames, got 3 frames"):
         ViT(**SIZE, tubelet_size=2)(clip())
