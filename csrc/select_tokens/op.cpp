@@ -297,7 +297,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(
                         keep <= samples.N,
                     "select_tokens: need scores [B, N] for x [B, prefix + N, C], and keep <= N");
   }
-  STD_TORCH_CHECK(!samples.fuses || weights->sizes() == ranks.sizes(),
+  STD_TORCH_CHECK(!samples.fuses || weights->sizes().equals(ranks.sizes()),
                   "select_tokens: need weights in the shape of the scores");
   Device::check(samples);
 
@@ -347,7 +347,7 @@ std::tuple<Tensor, Tensor> select_tokens_bwd(Tensor grad_tokens, OptionalTensor 
   STD_TORCH_CHECK((!packed || cu_seqlens->size(0) == samples.B + 1) &&
                       weights.has_value() == samples.fuses && (x.has_value() || !need_weights),
                   "select_tokens_bwd: need the outputs of select_tokens");
-  STD_TORCH_CHECK(!samples.fuses || weights->sizes() == inverse.sizes(),
+  STD_TORCH_CHECK(!samples.fuses || weights->sizes().equals(inverse.sizes()),
                   "select_tokens_bwd: need weights in the shape of the scores");
   Device::check(samples);
   const std::vector<int64_t> shape = {samples.B, prefix + samples.N, samples.C};
