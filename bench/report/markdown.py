@@ -19,9 +19,9 @@ WHAT = (
     "divided by that of vidl in the same run. Above 1 × vidl is faster."
 )
 NO_GPU = (
-    'Not measured yet. Until then `backend="auto"` runs plain PyTorch on a GPU, with '
-    "`scaled_dot_product_attention` for attention in equal groups; "
-    '`backend="native"` (CUDA) and `backend="triton"` select the kernels.'
+    'Not measured yet. `backend="auto"` runs PyTorch\'s own operations on a GPU until '
+    '`vidl tune` has measured the kernels there; `backend="native"` (CUDA) and '
+    '`backend="triton"` select them.'
 )
 LABELS = {"pruning": "a layer that prunes", "swapped": "timm and transformers models, swapped"}
 
