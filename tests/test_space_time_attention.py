@@ -463,21 +463,23 @@ def test_the_scale_is_finite(scale, backend):
         space_time_attention(ROWS, ROWS, ROWS, SMALL, scale=torch.ones(()), backend=backend)
 
 
-def test_many_queries_are_as_accurate_as_torch():
+@pytest.mark.parametrize("scores", ["mean", "cls"])
+@pytest.mark.parametrize("backend, queries, keys", [("native", 4096, 2736), ("triton", 512, 344)])
+def test_many_queries_are_as_accurate_as_torch(backend, queries, keys, scores):
     """Numbers of one sign: rounding errors of long sums do not cancel."""
-    Where("native", "cpu").skip_unless_runs(OP)
-    x = [torch.rand(rows, 1, 32) for rows in (4096, 2736, 2736)]
+    Where(backend, "cpu").skip_unless_runs(OP)
+    x = [torch.rand(rows, 1, 32) for rows in (queries, keys, keys)]
 
     def results(dtype, backend):
         leaves = [t.to(dtype).requires_grad_() for t in x]
         out, importance = space_time_attention(
-            *leaves, Groups.equal(1, 4096, keys=2736), return_scores="mean", backend=backend
+            *leaves, Groups.equal(1, queries, keys=keys), return_scores=scores, backend=backend
         )
         grads = torch.autograd.grad((out, importance), leaves, (out.detach(), importance.detach()))
         return [out, importance, *grads]
 
     for ours, low, true in zip(
-        results(torch.float32, "native"),
+        results(torch.float32, backend),
         results(torch.float32, "reference"),
         results(torch.float64, "reference"),
         strict=True,

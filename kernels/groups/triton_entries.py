@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels.triton_launch import OPTIONS
+from vidl.kernels.triton_sums import add_compensated
 
 from .triton_call import Call
 
@@ -39,15 +40,19 @@ def sum_entries_kernel(
     end = tl.load(entry_offsets_ptr + row + 1)
     first = tl.zeros([BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_C], tl.float32)
+    lost_first = tl.zeros([BLOCK_C], tl.float32)
+    lost_second = tl.zeros([BLOCK_C], tl.float32)
     for at in range(begin, end, STEP):
         i = at + tl.arange(0, STEP)
         entry = tl.load(entries_ptr + i, mask=i < end, other=0)
         tl.device_assert((entry >= 0) & (entry < E), "entries are out of range", mask=i < end)
         place = entry.to(tl.int64)[:, None] * C + c
         mask = (i < end)[:, None] & (c < C)
-        first += tl.sum(tl.load(first_entry_ptr + place, mask=mask, other=0.0), 0)
+        x = tl.sum(tl.load(first_entry_ptr + place, mask=mask, other=0.0), 0)
+        first, lost_first = add_compensated(x, first, lost_first)
         if second_entry_ptr is not None:
-            second += tl.sum(tl.load(second_entry_ptr + place, mask=mask, other=0.0), 0)
+            x = tl.sum(tl.load(second_entry_ptr + place, mask=mask, other=0.0), 0)
+            second, lost_second = add_compensated(x, second, lost_second)
     place = row * C + c
     mask = c < C
     tl.store(first_row_ptr + place, first[None, :].to(first_row_ptr.dtype.element_ty), mask=mask)

@@ -19,6 +19,7 @@ from torch import Tensor
 from vidl.kernels.patches.triton_ids import DTYPES, check_in_interpreter, pick, visible
 from vidl.kernels.triton_launch import OPTIONS, block_size, on_device, strides_of
 from vidl.kernels.triton_offsets import check_offsets
+from vidl.kernels.triton_sums import add_compensated
 
 # Pixels or channels a program holds at a time; at 128 threads that is two 16-byte loads of uint8.
 TILE = 4096
@@ -202,18 +203,6 @@ def fold_kernel(
 
 
 @triton.jit
-def _add_compensated(term, total, lost):
-    """total + term and what rounding cut off, by Kahan: errors would grow with the terms.
-
-    An infinite total stays infinite.
-    """
-    term -= lost
-    higher = total + term
-    rest = (higher - total) - term
-    return higher, tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
-
-
-@triton.jit
 def _sum_rows(
     x_ptr,
     stride,
@@ -239,7 +228,7 @@ def _sum_rows(
         while row < end:
             x = tl.load(x_ptr + row * stride + offset, mask=mask, other=0).to(tl.float32)
             if COMPENSATE:
-                total, lost = _add_compensated(x, total, lost)
+                total, lost = add_compensated(x, total, lost)
             else:
                 total += x
             row += step
@@ -253,7 +242,7 @@ def _sum_rows(
                 row_ptr = x_ptr + (start + match) * stride
                 x = tl.load(row_ptr + offset, mask=mask, other=0).to(tl.float32)
                 if COMPENSATE:
-                    total, lost = _add_compensated(x, total, lost)
+                    total, lost = add_compensated(x, total, lost)
                 else:
                     total += x
                 match = tl.min(tl.where(shows & (i > match), i, BLOCK_IDS), 0)

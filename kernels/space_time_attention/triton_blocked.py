@@ -30,6 +30,7 @@ from vidl.kernels.groups.triton_softmax import (
     transpose,
     weights_back,
 )
+from vidl.kernels.triton_sums import add_compensated
 
 from .triton_call import AttentionCall, Tile
 
@@ -50,6 +51,8 @@ def blocked_forward_kernel(
     key_rows_ptr,
     out_ptr,
     lse_ptr,
+    highest_ptr,  # [H, num_queries] or None, as total_ptr
+    total_ptr,
     q_row,
     q_head,
     k_row,
@@ -71,7 +74,10 @@ def blocked_forward_kernel(
     BLOCK_KEYS: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """Attention of a block of queries of one group and head to all its keys; bound by FLOPs."""
+    """Attention of a block of queries of one group and head to all its keys; bound by FLOPs.
+
+    `highest` and `total` are the maximum of the base-2 logits and the denominator.
+    """
     program = tl.program_id(0).to(tl.int64)
     index = (query_offsets_ptr, key_offsets_ptr, query_rows_ptr, key_rows_ptr)
     group = find_group(
@@ -103,7 +109,11 @@ def blocked_forward_kernel(
     total = tl.where(keys > 0, total, 1.0)
     lse = (highest + tl.log2(total)) * LN_2  # -inf without keys
     store_rows(out_ptr, (query * H + h) * D, out / total[:, None], real_query, D, BLOCK_D)
-    tl.store(lse_ptr + h * num_queries + query, lse, mask=real_query)
+    at = h * num_queries + query
+    tl.store(lse_ptr + at, lse, mask=real_query)
+    if highest_ptr is not None:
+        tl.store(highest_ptr + at, highest, mask=real_query)
+        tl.store(total_ptr + at, total, mask=real_query)
 
 
 @triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "blocks"])
@@ -114,7 +124,8 @@ def blocked_scores_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
-    lse_ptr,
+    highest_ptr,  # [H, num_queries]
+    total_ptr,  # [H, num_queries]
     scores_ptr,  # [H, E]
     q_row,
     q_head,
@@ -133,7 +144,11 @@ def blocked_scores_kernel(
     SCORES: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """The scores of a block of keys of one group and head, from the log-sum-exp."""
+    """The scores of a block of keys of one group and head.
+
+    They come from the maximum and the denominator of each query. The rounding error of a float32
+    log-sum-exp is several units in the last place of the weights, for all keys alike.
+    """
     program = tl.program_id(0).to(tl.int64)
     h, start, first_query, queries, first_key, keys = find_group(
         *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
@@ -145,25 +160,30 @@ def blocked_scores_kernel(
     k_ptr += h * k_head
     real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
     q_ptr += h * q_head
-    lse_ptr += h * num_queries
+    highest_ptr += h * num_queries
+    total_ptr += h * num_queries
     scores = tl.zeros([BLOCK_KEYS], tl.float32)
+    lost = tl.zeros([BLOCK_KEYS], tl.float32)
     if SCORES == "cls":
         if queries > 0:
             query = tl.zeros([1], tl.int32) + first_query
             query = rows_at(query_rows_ptr, query, query >= 0)
             q = load_rows(q_ptr, query * q_row, query >= 0, D, BLOCK_D).to(tl.float32)
-            logits = tl.sum(k.to(tl.float32) * q, 1) * scale
-            scores = tl.exp2((logits - tl.load(lse_ptr + query)) * LOG2_E)
+            logits = tl.sum(k.to(tl.float32) * q, 1) * (scale * LOG2_E)
+            weights = tl.exp2(logits - tl.load(highest_ptr + query))
+            scores = weights / tl.load(total_ptr + query)
     else:
         for at in range(0, queries, BLOCK_QUERIES):
             i = at + tl.arange(0, BLOCK_QUERIES)
             real_query, query, q = load_block(
                 q_ptr, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
             )
-            lse = tl.load(lse_ptr + query, mask=real_query, other=0.0)
+            highest = tl.load(highest_ptr + query, mask=real_query, other=0.0)
+            share = 1.0 / tl.load(total_ptr + query, mask=real_query, other=1.0)
             logits = multiply(k, transpose(q)) * (scale * LOG2_E)
-            weights = tl.exp2(logits - (lse * LOG2_E)[None, :])
-            scores += tl.sum(tl.where(real_query[None, :], weights, 0.0), 1)
+            weights = tl.exp2(logits - highest[None, :]) * share[None, :]
+            weights = tl.sum(tl.where(real_query[None, :], weights, 0.0), 1)
+            scores, lost = add_compensated(weights, scores, lost)
         scores = scores / tl.maximum(queries, 1)
     tl.store(scores_ptr + h * E + first_key + j, scores, mask=real_key)
 
@@ -284,12 +304,16 @@ def query_backward_kernel(
             first_pass = tl.where(start == 0, keys, 0)
         total = tl.zeros([BLOCK_QUERIES], tl.float32)
         products = tl.zeros([BLOCK_QUERIES], tl.float32)
+        lost = tl.zeros([BLOCK_QUERIES], tl.float32)
+        lost_products = tl.zeros([BLOCK_QUERIES], tl.float32)
         for at in range(0, first_pass, BLOCK_KEYS):
             _, weights, grads = block_back(
                 at, *query_side, *key_side, scale, D, BLOCK_D, BLOCK_KEYS, SCORES
             )
-            total += tl.sum(weights, 1)
-            products += tl.sum(weights * grads, 1)
+            total, lost = add_compensated(tl.sum(weights, 1), total, lost)
+            products, lost_products = add_compensated(
+                tl.sum(weights * grads, 1), products, lost_products
+            )
         inverse = normalizer(total)
         delta = tl.where(total == 0.0, delta, products * inverse)
     tl.store(delta_ptr + h * num_queries + query, delta, mask=real_query)
@@ -401,12 +425,14 @@ def key_backward_kernel(
 def forward(
     call: AttentionCall, tile: Tile, out: Tensor, lse: Tensor, scores: Tensor | None
 ) -> None:
+    sums = (None, None) if scores is None else (torch.empty_like(lse), torch.empty_like(lse))
     programs, blocks, search = call.blocks(0, tile.queries, call.H)
     blocked_forward_kernel[(programs,)](
         *call.inputs,
         *call.index,
         out,
         lse,
+        *sums,
         *call.strides,
         *call.sizes,
         *call.longest,
@@ -423,7 +449,7 @@ def forward(
     blocked_scores_kernel[(programs,)](
         *call.inputs[:2],
         *call.index,
-        lse,
+        *sums,
         scores,
         *call.strides[:4],
         *call.sizes[:4],

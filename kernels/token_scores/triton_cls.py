@@ -22,6 +22,7 @@ from vidl.kernels.groups.triton_rows import (
     store_rows,
 )
 from vidl.kernels.triton_launch import OPTIONS
+from vidl.kernels.triton_sums import add_compensated
 
 from .triton_call import ScoresCall
 
@@ -186,6 +187,7 @@ def cls_rows_kernel(
     begin = tl.load(entry_offsets_ptr + row)
     end = tl.load(entry_offsets_ptr + row + 1)
     grad_k = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    lost = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     for i in range(begin, end):
         entry = tl.load(entries_ptr + i).to(tl.int64)
         tl.device_assert((entry >= 0) & (entry < E), "entries are out of range")
@@ -193,7 +195,8 @@ def cls_rows_kernel(
         if queries > 0:
             query = rows_at(query_rows_ptr, first_query + tl.zeros([BLOCK_H], tl.int32), h < H)
             q = load_rows(q_ptr, query * q_row + h * q_head, h < H, D, BLOCK_D).to(tl.float32)
-            grad_k += tl.load(grad_logits_ptr + h * E + entry, mask=h < H, other=0.0)[:, None] * q
+            grad = tl.load(grad_logits_ptr + h * E + entry, mask=h < H, other=0.0)
+            grad_k, lost = add_compensated(grad[:, None] * q, grad_k, lost)
     store_rows(grad_k_ptr, (row * H + h) * D, grad_k, h < H, D, BLOCK_D)
 
 

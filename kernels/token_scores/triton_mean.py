@@ -13,6 +13,7 @@ from torch import Tensor
 from vidl.kernels.groups.triton_entries import sum_entries
 from vidl.kernels.groups.triton_rows import check_groups, find_group, load_block, store_rows
 from vidl.kernels.groups.triton_softmax import logit_slope, multiply, online_softmax
+from vidl.kernels.triton_sums import add_compensated
 
 from .triton_call import ScoresCall
 
@@ -148,6 +149,7 @@ def mean_forward_kernel(
     k_ptr += h * k_head
     real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
     total = tl.zeros([BLOCK_KEYS], tl.float32)
+    lost = tl.zeros([BLOCK_KEYS], tl.float32)
     for at in range(0, queries, BLOCK_QUERIES):
         i = at + tl.arange(0, BLOCK_QUERIES)
         real_query, query, q = load_block(
@@ -156,7 +158,8 @@ def mean_forward_kernel(
         lse = tl.load(lse_ptr + h * num_queries + query, mask=real_query, other=0.0)
         logits = multiply(k, tl.trans(q)) * scale
         weights = tl.exp(logits - lse[None, :])
-        total += tl.sum(tl.where(real_query[None, :], weights, 0.0), 1)
+        weights = tl.sum(tl.where(real_query[None, :], weights, 0.0), 1)
+        total, lost = add_compensated(weights, total, lost)
     tl.store(weights_ptr + h * E + first_key + j, total / tl.maximum(queries, 1), mask=real_key)
 
 
@@ -209,10 +212,12 @@ def mean_queries_kernel(
     operands = (q, lse, grad_scores_ptr, k_ptr, key_rows_ptr, k_row, first_key, keys)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
     delta = tl.zeros([BLOCK_QUERIES], tl.float32)
+    lost = tl.zeros([BLOCK_QUERIES], tl.float32)
+    lost_delta = tl.zeros([BLOCK_QUERIES], tl.float32)
     for at in range(0, keys, BLOCK_KEYS):
         _, weights, grad = _key_block(at, *operands, scale, D, BLOCK_D, BLOCK_KEYS)
-        total += tl.sum(weights, 1)
-        delta += tl.sum(weights * grad[None, :], 1)
+        total, lost = add_compensated(tl.sum(weights, 1), total, lost)
+        delta, lost_delta = add_compensated(tl.sum(weights * grad[None, :], 1), delta, lost_delta)
     total = tl.where(total == 0, 1.0, total)  # no keys
     delta = delta / total
     tl.store(total_ptr + h * num_queries + query, total, mask=real_query)
