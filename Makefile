@@ -132,7 +132,23 @@ gpu-build: ## build the library of `make gpu` in build/gpu, on a machine with nv
 gpu-prebuild:
 	@mkdir -p $(GPU_PREBUILT) && rm -f $(GPU_PREBUILT)/key && key=$$($(gpu_key)) && \
 	$(MAKE) --no-print-directory gpu-compile GPU_PYTHON="$(GPU_PYTHON)" \
-	  GPU_PREFIX=$(GPU_PREBUILT) && echo "$$key" > $(GPU_PREBUILT)/key
+	  GPU_PREFIX=$(GPU_PREBUILT) && \
+	$(MAKE) --no-print-directory gpu-triton GPU_PYTHON="$(GPU_PYTHON)" && \
+	echo "$$key" > $(GPU_PREBUILT)/key
+
+# Triton compares its cache with the sources and its own version. It stores paths, so `gpu-steps`
+# writes those of its machine; a launch does not read the empty files.
+GPU_TRITON := $(abspath $(GPU_PREBUILT))/triton
+.PHONY: gpu-triton
+gpu-triton:
+	@rm -rf $(GPU_TRITON) && mkdir -p $(GPU_TRITON)
+	for module in $(patsubst %/triton_kernels.py,vidl.kernels.%.triton_kernels,$(patsubst \
+	  kernels/%,%,$(wildcard kernels/*/triton_kernels.py))); do \
+	  for arch in $(filter 80 90,$(subst ;, ,$(GPU_ARCHITECTURES))); do echo --arch=$$arch $$module; done; \
+	done | PYTHONPATH=$(CURDIR) TRITON_CACHE_DIR=$(GPU_TRITON) \
+	  xargs -L 1 -P "$$(nproc)" $(GPU_PYTHON) tests/test_triton_aot.py > $(GPU_TRITON)/variants
+	@find $(GPU_TRITON) -type f ! -name '*.cubin' ! -name '*.json' ! -name variants \
+	  -exec truncate -s 0 {} +
 
 gpu-library:
 	@if [ ! -e $(GPU_PREBUILT)/key ]; then fits=false; \
@@ -165,7 +181,10 @@ GPU_BACKEND ?= native
 SAVINGS := backend=$(GPU_BACKEND) --device cuda --preset base --steps 20 --budget 30 --no-tune \
   --write $(RESULTS)
 gpu-steps:
-	@said=""; status=0; began=$$(date -u +%Y-%m-%dT%H:%M:%S); \
+	@if [ -d $(GPU_TRITON) ]; then export TRITON_CACHE_DIR=$(GPU_TRITON); \
+	  find $(GPU_TRITON) -name '__grp__*.json' -exec \
+	    sed -i -E 's#"/[^"]*/([^/"]+/[^/"]+")#"$(GPU_TRITON)/\1#g' {} +; fi; \
+	said=""; status=0; began=$$(date -u +%Y-%m-%dT%H:%M:%S); \
 	left() { echo $$(( $(GPU_BEGAN) + $(GPU_SECONDS) - $$(date +%s) - $$1 )); }; \
 	least() { echo $$(( $$1 < $$2 ? $$1 : $$2 )); }; \
 	step() { \
