@@ -4,6 +4,7 @@ from vidl.kernels.frame_difference import RunLengths, frame_difference, run_leng
 from vidl.kernels.groups import Groups
 from vidl.kernels.masked_patch_embed import masked_patch_embed
 from vidl.kernels.masked_patch_loss import masked_patch_loss
+from vidl.kernels.positions import Positions
 from vidl.kernels.select_tokens import Selected, kept_count, select_tokens
 from vidl.kernels.space_time_attention import ReplicatedGlobal, space_time_attention
 from vidl.kernels.token_scores import (
@@ -15,6 +16,7 @@ from vidl.kernels.token_scores import (
 
 __all__ = [
     "Groups",
+    "Positions",
     "ReplicatedGlobal",
     "RunLengths",
     "Selected",

@@ -302,7 +302,7 @@ class Groups:
                 frame has more tokens than `longest`. On another device, and under `torch.compile`,
                 that is an assertion.
         """
-        (T, H, W), tokens = grid, _Tokens(ids, grid, cu_seqlens)
+        (T, H, W), tokens = grid, Tokens(ids, grid, cu_seqlens)
         return tokens.groups(
             tokens.time, T, min(H * W, tokens.most) if longest is None else longest
         )
@@ -312,7 +312,7 @@ class Groups:
         ids: Tensor, grid: Grid, cu_seqlens: Tensor | None = None, *, longest: int | None = None
     ) -> "Groups":
         """The tokens at one position attend to one another across frames (see `spatial`)."""
-        (T, H, W), tokens = grid, _Tokens(ids, grid, cu_seqlens)
+        (T, H, W), tokens = grid, Tokens(ids, grid, cu_seqlens)
         place = tokens.row * W + tokens.column
         return tokens.groups(place, H * W, min(T, tokens.most) if longest is None else longest)
 
@@ -348,7 +348,7 @@ class Groups:
             not 0 <= s < n for s, n in zip(shift, size, strict=True)
         ):
             raise ValueError(f"need size >= 1 and 0 <= shift < size, got {size} and {shift}")
-        tokens = _Tokens(ids, grid, cu_seqlens)
+        tokens = Tokens(ids, grid, cu_seqlens)
         label = torch.zeros_like(tokens.time)
         count = 1
         for place, length, window, offset in zip(
@@ -537,7 +537,7 @@ class Groups:
         return self
 
 
-class _Tokens:
+class Tokens:
     """The sample of each visible token, and its frame, row and column in the clip."""
 
     def __init__(self, ids: Tensor, grid: Grid, cu_seqlens: Tensor | None) -> None:
