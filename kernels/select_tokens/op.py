@@ -119,19 +119,18 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(
         x if need_weights else None, weights, inverse, cu_seqlens, offsets, mean, mass
     )
+    ctx.set_materialize_grads(False)
 
 
 def _backward(bwd: Callable[..., Any], ctx, grad_tokens, *_):
     need_x, _, need_weights, *_ = ctx.needs_input_grad
+    nothing = (None,) * 6
+    if grad_tokens is None:
+        return None, None, None, *nothing
     grad_x, grad_weights = bwd(
         grad_tokens.contiguous(), *ctx.saved_tensors, ctx.prefix, ctx.fuse, need_x, need_weights
     )
-    return (
-        grad_x if need_x else None,
-        None,
-        grad_weights if need_weights else None,
-        *(None,) * 6,
-    )
+    return grad_x if need_x else None, None, grad_weights if need_weights else None, *nothing
 
 
 library.define(
