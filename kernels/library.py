@@ -279,7 +279,7 @@ def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> s
             return "Triton kernels run on CUDA tensors (on the CPU only under TRITON_INTERPRET=1)"
         if device == "cpu" and dtype == torch.bfloat16:
             return "Triton's interpreter computes wrongly in bfloat16"
-    elif not _has_kernel(f"vidl::{name}{_suffixes[backend]}", device):
+    elif not _has_kernel(name, backend, device):
         return f"no {device} kernel was built ({LOAD_ERROR or 'see `vidl info`'})"
     if device not in DEVICES:
         return f"there are no kernels for {device}"
@@ -290,7 +290,8 @@ def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> s
 
 
 @functools.cache  # every call asks
-def _has_kernel(op: str, device: str) -> bool:
+def _has_kernel(name: str, backend: str, device: str) -> bool:
+    op = f"vidl::{name}{_suffixes[backend]}"
     known: bool = torch._C._dispatch_has_kernel_for_dispatch_key(op, device.upper())
     return known
 
@@ -308,13 +309,14 @@ def choose(
     name: str,
     device: str,
     dtype: torch.dtype,
-    key: choices.Key | None = None,
+    key: Callable[[], choices.Key | None] | None = None,
     **facts: Any,
 ) -> str:
     """The backend to run the op `name` with; a backend asked for by name never falls back.
 
     Args:
-        key: of the call, with which "auto" finds what was measured; None: by the rule alone.
+        key: makes the key of the call, with which "auto" finds what was measured; called only if
+            something looks for it. None: by the rule alone.
         device, dtype, facts: see `why_not`.
 
     Raises:
@@ -323,7 +325,8 @@ def choose(
             reason why it cannot.
     """
     if backend == "auto":
-        return automatic(name, device, dtype, key, **facts)[0]
+        wanted = key() if key is not None and choices.asked(device) else None
+        return automatic(name, device, dtype, wanted, **facts)[0]
     check_backend(backend)
     if why_not(backend, name, device, dtype, **facts) is not None:
         reasons = {b: why_not(b, name, device, dtype, **facts) for b in BACKENDS}
@@ -355,7 +358,8 @@ def automatic(
         if known and why_not(backend, name, device, dtype, **facts) is None:
             return backend, source
     backend = by_rule(name, device, dtype, **facts)
-    choices.say_untuned(device, backend)
+    if device == "cuda":
+        choices.say_untuned(device, backend)
     return backend, "rule"
 
 
@@ -374,7 +378,8 @@ def _short(dtype: torch.dtype) -> str:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype to compute in: autocast's if it is enabled and `x` is float32, else that of x."""
-    device = x.device.type
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if torch._C._is_any_autocast_enabled() and x.dtype == torch.float32:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
     return x.dtype
