@@ -22,6 +22,7 @@ from torch import Tensor
 from vidl.files import cache_folder, replaced
 from vidl.kernels import device
 from vidl.kernels.constant import assume_constant
+from vidl.kernels.environment import variable
 
 # A JSON object from the name of a device to its entries, made from committed measurements.
 SHIPPED = Path(__file__).with_name("shipped.json")
@@ -55,16 +56,12 @@ class Key(NamedTuple):
         return ", ".join([*sizes, *facts, self.dtype, mode])
 
 
-def asked(backend: str, kind: str) -> bool:
-    """Whether a call looks for an entry: only then does it need its key.
-
-    That is so for "auto" with entries for this device, and while calls are recorded.
+def asked(kind: str) -> bool:
+    """Whether anything asks for the keys of calls with "auto": entries, or a recorder.
 
     Args:
         kind: the type of device, as in "cuda".
     """
-    if backend != "auto":
-        return False
     return recorder is not None or torch.compiler.is_compiling() or bool(table(kind))
 
 
@@ -225,7 +222,7 @@ def share(kind: str) -> Table:
 
 def forced() -> str | None:
     """The backend that the environment names for all calls with "auto"."""
-    backend = os.environ.get("VIDL_BACKEND")
+    backend = variable("VIDL_BACKEND")
     return None if backend in ("", "auto") else backend
 
 
@@ -249,8 +246,8 @@ def lookup(kind: str, wanted: tuple[Any, ...] | None) -> str:
 
 @assume_constant
 def say_untuned(kind: str, backend: str) -> None:
-    """Say once for each GPU without entries that nothing was measured on it."""
-    if kind != "cuda" or not device.exists(kind):
+    """Say once for each device without entries that nothing was measured on it."""
+    if not device.exists(kind):
         return
     place = device.current(kind)
     if place in _said or table(kind):

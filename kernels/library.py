@@ -65,6 +65,9 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+# The ops with kernels by name and backend, and those of them with a formula as nodes of autograd.
+_kernels: dict[tuple[str, str], Callable[..., Any]] = {}
+_nodes: dict[tuple[str, str], type[torch.autograd.Function]] = {}
 _library = torch.library.Library("vidl", "DEF")
 
 
@@ -139,7 +142,7 @@ def add_backend(backend: str) -> None:
 
 def kernel(name: str, backend: str) -> Callable[..., Any]:
     """The registered op that runs `name` on a backend with kernels; returns all results."""
-    return getattr(torch.ops.vidl, name + _suffixes[backend]).default
+    return _kernels[name, backend]
 
 
 def run(name: str, backend: str, *args: Any, **needs: bool) -> Any:
@@ -165,7 +168,7 @@ def run(name: str, backend: str, *args: Any, **needs: bool) -> Any:
     if backend == "reference":
         assert op.reference is not None
         return op.reference(*args)
-    results = _call(kernel(name, backend), *args)
+    results = _call(name, backend, *args)
     if op.only_for_backward:
         results = results[: -op.only_for_backward]
         return results[0] if len(results) == 1 else results
@@ -176,41 +179,62 @@ def _declare(op: Op, backend: str) -> None:
     name = op.name + _suffixes[backend]
     _library.define(op.schema.replace(op.name, name, 1))
     torch.library.register_fake(f"vidl::{name}", op.fake, lib=_library)
-    register_flop_formula(getattr(torch.ops.vidl, name), get_raw=True)(op.flops)
+    packet = getattr(torch.ops.vidl, name)
+    register_flop_formula(packet, get_raw=True)(op.flops)
+    _kernels[op.name, backend] = packet.default
+    backward: Callable[..., Any] | None = None
     if op.backward is not None:
-        torch.library.register_autograd(
-            f"vidl::{name}",
-            functools.partial(
-                op.backward, functools.partial(_call, kernel(f"{op.name}_bwd", backend))
-            ),
-            setup_context=op.setup_context,
-            lib=_library,
-        )
+        bwd = functools.partial(_call, f"{op.name}_bwd", backend)
+        backward = functools.partial(op.backward, bwd)
     elif op.reference is None:
         # Without it, PyTorch would take the results of a backward op for constants.
-        refuse = functools.partial(_no_second_derivative, op.name.removesuffix("_bwd"))
-        torch.library.register_autograd(f"vidl::{name}", refuse, lib=_library)
+        backward = functools.partial(_no_second_derivative, op.name.removesuffix("_bwd"))
+    if backward is not None:
+        torch.library.register_autograd(
+            f"vidl::{name}", backward, setup_context=op.setup_context, lib=_library
+        )
+        _nodes[op.name, backend] = _node(packet.default, op.setup_context, backward)
     if backend == "triton":
         for key in ("CUDA", "CPU"):  # the CPU only in Triton's interpreter: see why_not()
             _library.impl(name, functools.partial(_run_triton, op), key)
 
 
-def _call(op: Any, *args: Any) -> Any:
-    """Call an op, without the autograd layer of torch.library where no gradient is needed.
+def _node(
+    kernel: Any, setup_context: Callable[..., None] | None, backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """What torch.library.register_autograd makes of a formula, without its layers: see `_call`."""
 
-    That layer is written in Python and takes as long as a small kernel. It also has no formula for
-    forward-mode AD, and would drop the tangents.
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = kernel(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(kernel._opname, (torch.autograd.Function,), methods)
+
+
+def _call(name: str, backend: str, *args: Any) -> Any:
+    """Call an op, without the autograd layer of torch.library.
+
+    That layer is written in Python and takes several times as long as a small kernel: PyTorch
+    enters Python twice in it. It also has no formula for forward-mode AD, and would drop the
+    tangents. Only tracers and transforms, which replace the op or its arguments, need it.
     """
+    op = _kernels[name, backend]
     if forward_ad._current_level >= 0:
         for x in args:
             if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
                 raise RuntimeError(
-                    f"{op._opname}: no forward-mode derivative: use backend='torch' or "
-                    "'reference', or reverse mode"
+                    f"{name}: no forward-mode derivative: use backend='torch' or 'reference', or "
+                    "reverse mode"
                 )
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return op(*args)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if (name, backend) in _nodes and not torch.jit.is_tracing():
+            return _nodes[name, backend].apply(*args)
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -255,7 +279,7 @@ def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> s
             return "Triton kernels run on CUDA tensors (on the CPU only under TRITON_INTERPRET=1)"
         if device == "cpu" and dtype == torch.bfloat16:
             return "Triton's interpreter computes wrongly in bfloat16"
-    elif not _has_kernel(f"vidl::{name}{_suffixes[backend]}", device):
+    elif not _has_kernel(name, backend, device):
         return f"no {device} kernel was built ({LOAD_ERROR or 'see `vidl info`'})"
     if device not in DEVICES:
         return f"there are no kernels for {device}"
@@ -266,7 +290,8 @@ def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> s
 
 
 @functools.cache  # every call asks
-def _has_kernel(op: str, device: str) -> bool:
+def _has_kernel(name: str, backend: str, device: str) -> bool:
+    op = f"vidl::{name}{_suffixes[backend]}"
     known: bool = torch._C._dispatch_has_kernel_for_dispatch_key(op, device.upper())
     return known
 
@@ -284,13 +309,14 @@ def choose(
     name: str,
     device: str,
     dtype: torch.dtype,
-    key: choices.Key | None = None,
+    key: Callable[[], choices.Key | None] | None = None,
     **facts: Any,
 ) -> str:
     """The backend to run the op `name` with; a backend asked for by name never falls back.
 
     Args:
-        key: of the call, with which "auto" finds what was measured; None: by the rule alone.
+        key: makes the key of the call, with which "auto" finds what was measured; called only if
+            something looks for it. None: by the rule alone.
         device, dtype, facts: see `why_not`.
 
     Raises:
@@ -299,7 +325,8 @@ def choose(
             reason why it cannot.
     """
     if backend == "auto":
-        return automatic(name, device, dtype, key, **facts)[0]
+        wanted = key() if key is not None and choices.asked(device) else None
+        return automatic(name, device, dtype, wanted, **facts)[0]
     check_backend(backend)
     if why_not(backend, name, device, dtype, **facts) is not None:
         reasons = {b: why_not(b, name, device, dtype, **facts) for b in BACKENDS}
@@ -331,7 +358,8 @@ def automatic(
         if known and why_not(backend, name, device, dtype, **facts) is None:
             return backend, source
     backend = by_rule(name, device, dtype, **facts)
-    choices.say_untuned(device, backend)
+    if device == "cuda":
+        choices.say_untuned(device, backend)
     return backend, "rule"
 
 
@@ -350,7 +378,8 @@ def _short(dtype: torch.dtype) -> str:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype to compute in: autocast's if it is enabled and `x` is float32, else that of x."""
-    device = x.device.type
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if torch._C._is_any_autocast_enabled() and x.dtype == torch.float32:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
     return x.dtype

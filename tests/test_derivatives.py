@@ -232,3 +232,17 @@ def test_checkpointing(case, reentrant):
     plain = torch.autograd.grad(function(*leaves).square().sum(), leaves)
     checkpoint(function, *leaves, use_reentrant=reentrant).square().sum().backward()
     assert all(map(torch.equal, [x.grad for x in leaves], plain))
+
+
+@pytest.mark.filterwarnings("ignore")  # jit.trace is deprecated, and warns of every check of shapes
+def test_a_traced_graph_has_the_op(case):
+    function, leaves = case
+
+    def call(*inputs):  # jit cannot trace a partial
+        return function(*inputs)
+
+    traced = torch.jit.trace(call, tuple(leaves), check_trace=False)
+    assert " = vidl::" in str(traced.inlined_graph) and "PythonOp" not in str(traced.inlined_graph)
+    plain = torch.autograd.grad(function(*leaves).square().sum(), leaves)
+    again = torch.autograd.grad(traced(*leaves).square().sum(), leaves)
+    assert all(map(torch.equal, plain, again))

@@ -12,7 +12,6 @@
 namespace vidl {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 constexpr int64_t kLanes = 16;  // separate sums of a patch, so that the loop is vectorised
@@ -204,7 +203,7 @@ Tensor frame_difference(Tensor video, std::vector<int64_t> patch, std::vector<do
     f.w *= f.C;
     f.C = f.stride_w = 1;
   }
-  Tensor out = new_empty(video, {B, f.slices * f.rows * f.columns}, ScalarType::Float);
+  Tensor out = new_tensor(video, {B, f.slices * f.rows * f.columns}, ScalarType::Float);
   float* const to = static_cast<float*>(out.data_ptr());
   const int64_t work = f.C * f.h * f.w * f.columns + 1;
   parallel_for(0, B * f.slices * f.rows, 65536 / work + 1, [&](int64_t begin, int64_t end) {

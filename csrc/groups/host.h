@@ -113,7 +113,7 @@ inline void check_entries(const std::string& op, const Groups& groups) {
 inline Tensor grad_of_keys(const Groups& groups, const Tensor& x) {
   const std::vector<int64_t> shape = {groups.num_keys, x.size(1), x.size(2)};
   const bool all = groups.entry_offsets != nullptr || groups.E == groups.num_keys;
-  return all ? torch::stable::new_empty(x, shape) : torch::stable::new_zeros(x, shape);
+  return all ? new_tensor(x, shape) : torch::stable::new_zeros(x, shape);
 }
 
 inline Strided strided(const std::string& op, const Tensor& x, const char* name) {

@@ -23,10 +23,7 @@
 namespace vidl {
 namespace {
 
-using torch::stable::narrow;
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
-using torch::stable::transpose;
 
 constexpr double kPixelScale = 128.0;
 constexpr const char* kOp = "masked_patch_embed";
@@ -258,7 +255,7 @@ struct Cuda {
 
 // x in `dtype` and contiguous: x itself, or a copy.
 Tensor as(const Tensor& x, ScalarType dtype) {
-  return torch::stable::contiguous(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
+  return contiguous_of(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
 }
 
 template <class Device>
@@ -267,7 +264,7 @@ Tensor masked_patch_embed(Tensor video, Tensor weight, OptionalTensor bias, Opti
                           std::vector<double> mean, std::vector<double> std) {
   const DeviceScope scope(video);
   check_weight(video, weight);
-  weight = torch::stable::contiguous(weight);
+  weight = contiguous_of(weight);
   ids = packed(ids);
   cu_seqlens = packed(cu_seqlens);
   space = packed(space);
@@ -283,16 +280,15 @@ Tensor masked_patch_embed(Tensor video, Tensor weight, OptionalTensor bias, Opti
   const ScalarType dtype = weight.scalar_type(), compute = Device::matmul_dtype(dtype);
   std::vector<int64_t> shape = {rows.total, C};
   if (!cu_seqlens) shape = {rows.B, rows.K, C};
-  Tensor result = new_empty(weight, shape);
+  Tensor result = new_tensor(weight, shape);
   if (rows.total == 0 || C == 0) return result;
-  Tensor out = torch::stable::view(result, {rows.total, C});
 
   Tensor matrix = weight;  // the weight in the matmul, [C, numbers]
   Affine pixel = normalising(mean, std);
   if (is_16bit(dtype) && (clip.dtype == Dtype::kUInt8 || compute != dtype)) {
     const bool fold = clip.dtype == Dtype::kUInt8;
-    matrix = new_empty(weight, {C, numbers}, compute);
-    Tensor folded_bias = new_empty(weight, {C}, ScalarType::Float);
+    matrix = new_tensor(weight, {C, numbers}, compute);
+    Tensor folded_bias = new_tensor(weight, {C}, ScalarType::Float);
     Device::fold(weight, static_cast<const float*>(pointer(bias)), matrix,
                  static_cast<float*>(folded_bias.data_ptr()),
                  fold ? folding(mean, std) : identity());
@@ -301,7 +297,7 @@ Tensor masked_patch_embed(Tensor video, Tensor weight, OptionalTensor bias, Opti
       bias = folded_bias;
     }
   }
-  const Tensor columns = transpose(torch::stable::view(matrix, {C, numbers}), 0, 1);
+  const Tensor columns = matrix_of(matrix, numbers, C, 0, /*transposed=*/true);
 
   Position position = {};
   position.C = C;
@@ -314,13 +310,13 @@ Tensor masked_patch_embed(Tensor video, Tensor weight, OptionalTensor bias, Opti
   const bool prefill = bias || space;
 
   const int64_t chunk = std::min(Device::kChunk, rows.total);
-  Tensor patches = new_empty(weight, {chunk, numbers}, compute);
-  Tensor sums = compute == dtype ? out : new_empty(weight, {chunk, C}, compute);
+  Tensor patches = new_tensor(weight, {chunk, numbers}, compute);
+  Tensor sums = compute == dtype ? result : new_tensor(weight, {chunk, C}, compute);
   for (int64_t first = 0; first < rows.total; first += chunk) {
     const int64_t count = std::min(chunk, rows.total - first);
-    Tensor a = narrow(patches, 0, 0, count);
-    Tensor part = narrow(out, 0, first, count);
-    Tensor sum = compute == dtype ? part : narrow(sums, 0, 0, count);
+    Tensor a = matrix_of(patches, count, numbers);
+    Tensor part = matrix_of(result, count, C, first * C);
+    Tensor sum = compute == dtype ? part : matrix_of(sums, count, C);
     Device::pack(clip, rows, pixel, &position, first, count, a, prefill ? &sum : nullptr);
     addmm(sum, a, columns, prefill ? 1.0 : 0.0);
     if (compute != dtype) torch::stable::copy_(part, sum);
@@ -337,7 +333,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_patch_embed_bwd(Tensor grad_out, Tenso
                                                           bool need_weight, bool need_position) {
   const DeviceScope scope(video);
   check_weight(video, weight);
-  weight = torch::stable::contiguous(weight);
+  weight = contiguous_of(weight);
   ids = packed(ids);
   cu_seqlens = packed(cu_seqlens);
   const Clip clip = clip_of(kOp, video, weight.size(2), weight.size(3), weight.size(4));
@@ -349,11 +345,11 @@ std::tuple<Tensor, Tensor, Tensor> masked_patch_embed_bwd(Tensor grad_out, Tenso
   const ScalarType dtype = weight.scalar_type(), compute = Device::matmul_dtype(dtype);
   STD_TORCH_CHECK(grad_out.numel() == rows.total * C && grad_out.scalar_type() == dtype,
                   "masked_patch_embed_bwd: need grad_out of ", rows.total, " rows of ", C);
-  grad_out = torch::stable::view(torch::stable::contiguous(grad_out), {rows.total, C});
+  grad_out = contiguous_of(grad_out);
 
-  Tensor grad_position = new_empty(grad_out, {0}, ScalarType::Float);
+  Tensor grad_position = new_tensor(grad_out, {0}, ScalarType::Float);
   if (need_position) {
-    grad_position = new_empty(grad_out, {rows.N, C}, ScalarType::Float);
+    grad_position = new_tensor(grad_out, {rows.N, C}, ScalarType::Float);
     if (rows.N > 0 && C > 0) Device::position_grad(grad_out, rows, grad_position, C);
   }
 
@@ -363,35 +359,38 @@ std::tuple<Tensor, Tensor, Tensor> masked_patch_embed_bwd(Tensor grad_out, Tenso
   // Calls f(first row, rows of grad_out in the dtype of the matmul) for every chunk.
   const auto in_chunks = [&](auto f) {
     for (int64_t first = 0; first < rows.total; first += chunk) {
-      f(first, as(narrow(grad_out, 0, first, std::min(chunk, rows.total - first)), compute));
+      const int64_t count = std::min(chunk, rows.total - first);
+      f(first, as(matrix_of(grad_out, count, C, first * C), compute));
     }
   };
 
-  Tensor grad_weight = new_empty(weight, {0});
+  Tensor grad_weight = new_tensor(weight, {0});
   if (need_weight) {
-    Tensor sum = rows.total == 0 ? torch::stable::new_zeros(weight, {C, numbers}, compute)
-                                 : new_empty(weight, {C, numbers}, compute);
-    Tensor patches = new_empty(weight, {chunk, numbers}, compute);
+    Tensor sum = rows.total == 0 ? torch::stable::new_zeros(weight, weight.sizes(), compute)
+                                 : new_tensor(weight, weight.sizes(), compute);
+    Tensor matrix = matrix_of(sum, C, numbers);
+    Tensor patches = new_tensor(weight, {chunk, numbers}, compute);
     in_chunks([&](int64_t first, const Tensor& grad) {
-      Tensor a = narrow(patches, 0, 0, grad.size(0));
-      Device::pack(clip, rows, normalising(mean, std), nullptr, first, grad.size(0), a, nullptr);
-      addmm(sum, transpose(grad, 0, 1), a, first == 0 ? 0.0 : 1.0);
+      const int64_t count = grad.size(0);
+      Tensor a = matrix_of(patches, count, numbers);
+      Device::pack(clip, rows, normalising(mean, std), nullptr, first, count, a, nullptr);
+      addmm(matrix, matrix_of(grad, C, count, 0, /*transposed=*/true), a, first == 0 ? 0.0 : 1.0);
     });
-    grad_weight = torch::stable::view(as(sum, dtype), {C, weight.size(1), clip.t, clip.h, clip.w});
+    grad_weight = as(sum, dtype);
   }
 
-  Tensor grad_video = new_empty(video, {0});
+  Tensor grad_video = new_tensor(video, {0});
   if (need_video) {
     const std::vector<int64_t> shape = {rows.B, video.size(1), video.size(2), video.size(3),
                                         video.size(4)};
     grad_video = Device::kUnpackWritesAll && rows.total > 0
-                     ? new_empty(video, shape)
+                     ? new_tensor(video, shape)
                      : torch::stable::new_zeros(video, shape);
     Clip target = clip_of(kOp, grad_video, clip.t, clip.h, clip.w);
-    const Tensor matrix = torch::stable::view(as(weight, compute), {C, numbers});
-    Tensor grad_patches = new_empty(weight, {chunk, numbers}, compute);
+    const Tensor matrix = matrix_of(as(weight, compute), C, numbers);
+    Tensor grad_patches = new_tensor(weight, {chunk, numbers}, compute);
     in_chunks([&](int64_t first, const Tensor& grad) {
-      Tensor part = narrow(grad_patches, 0, 0, grad.size(0));
+      Tensor part = matrix_of(grad_patches, grad.size(0), numbers);
       addmm(part, grad, matrix, 0.0);
       Device::unpack(part, target, rows, first, grad.size(0), grad_video);
     });

@@ -18,7 +18,6 @@
 namespace vidl {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 constexpr const char* kOp = "masked_patch_loss";
@@ -69,7 +68,7 @@ Tensor with_rows(const Tensor& x, const Rows& rows, int64_t numbers) {
   STD_TORCH_CHECK(rows_fit && x.size(-1) == numbers, kOp, ": need a prediction with one row of ",
                   numbers, " numbers for every id");
   STD_TORCH_CHECK(x.scalar_type() != ScalarType::Byte, kOp, ": need a floating-point prediction");
-  return x.stride(-1) == 1 || numbers == 1 ? x : torch::stable::contiguous(x);
+  return x.stride(-1) == 1 || numbers == 1 ? x : contiguous_of(x);
 }
 
 Predictions predictions_of(const Tensor& x) {
@@ -233,7 +232,7 @@ Inputs inputs_of(Tensor& prediction, const Tensor& video, Tensor& ids, OptionalT
                  const std::vector<double>& scale, const std::vector<double>& shift, double eps) {
   Targets targets = targets_of(video, patch, statistics, scale, shift, eps);
   Device::check(targets);
-  ids = torch::stable::contiguous(ids);
+  ids = contiguous_of(ids);
   cu_seqlens = packed(cu_seqlens);
   const Rows rows = rows_of(kOp, video, targets.clip, ids, cu_seqlens);
   Device::check(rows);
@@ -251,9 +250,9 @@ std::tuple<Tensor, Tensor> masked_patch_loss(Tensor prediction, Tensor video, Te
       inputs_of<Device>(prediction, video, ids, cu_seqlens, patch, statistics, scale, shift, eps);
   std::vector<int64_t> shape = {rows.total};
   if (!cu_seqlens) shape = {rows.B, rows.K};
-  Tensor losses = new_empty(prediction, shape, ScalarType::Float);
+  Tensor losses = new_tensor(prediction, shape, ScalarType::Float);
   shape.insert(shape.end(), {targets.count, 2});
-  Tensor moments = new_empty(prediction, shape, ScalarType::Float);
+  Tensor moments = new_tensor(prediction, shape, ScalarType::Float);
   Device::forward(targets, rows, predictions_of(prediction), losses, moments);
   return {losses, moments};
 }
@@ -266,8 +265,8 @@ Tensor masked_patch_loss_bwd(Tensor grad, Tensor moments, Tensor prediction, Ten
   const DeviceScope scope(video);
   const auto [targets, rows] =
       inputs_of<Device>(prediction, video, ids, cu_seqlens, patch, statistics, scale, shift, eps);
-  grad = torch::stable::contiguous(grad);
-  moments = torch::stable::contiguous(moments);
+  grad = contiguous_of(grad);
+  moments = contiguous_of(moments);
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == rows.total &&
                       moments.scalar_type() == ScalarType::Float &&
                       moments.numel() == rows.total * targets.count * 2,
@@ -275,7 +274,7 @@ Tensor masked_patch_loss_bwd(Tensor grad, Tensor moments, Tensor prediction, Ten
                   " rows and the moments of the forward");
   std::vector<int64_t> shape = {rows.total, targets.numbers};
   if (!cu_seqlens) shape = {rows.B, rows.K, targets.numbers};
-  Tensor out = new_empty(prediction, shape);
+  Tensor out = new_tensor(prediction, shape);
   Device::backward(targets, rows, predictions_of(prediction), grad, moments, out);
   return out;
 }

@@ -67,7 +67,7 @@ namespace {
 
 // x, or a contiguous copy of it.
 [[maybe_unused]] OptionalTensor packed(const OptionalTensor& x) {
-  return x ? OptionalTensor(torch::stable::contiguous(*x)) : x;
+  return x ? OptionalTensor(contiguous_of(*x)) : x;
 }
 
 [[maybe_unused]] void check_offsets(const char* op, const Rows& rows) {

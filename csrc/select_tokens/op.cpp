@@ -22,7 +22,6 @@ namespace vidl {
 namespace {
 
 using torch::stable::get_num_threads;
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 // The offsets of the samples; x becomes contiguous.
@@ -30,7 +29,7 @@ const int32_t* offsets_of(OptionalTensor& x, const char* name) {
   if (!x) return nullptr;
   STD_TORCH_CHECK(x->scalar_type() == ScalarType::Int && x->dim() == 1, "select_tokens: need ",
                   name, " [B + 1] in int32");
-  x = torch::stable::contiguous(*x);
+  x = contiguous_of(*x);
   return x->const_data_ptr<int32_t>();
 }
 
@@ -44,7 +43,7 @@ Numbers numbers_of(const OptionalTensor& x, bool packed) {
 // x [B, prefix + N, C] or [total, C], as a contiguous copy if the elements of a row are not.
 TokenRows rows_of(OptionalTensor& x, bool packed) {
   if (!x) return {nullptr, 0, 0};
-  if (x->stride(-1) != 1) x = torch::stable::contiguous(*x);
+  if (x->stride(-1) != 1) x = contiguous_of(*x);
   return {x->data_ptr(), packed ? 0 : x->stride(0), x->stride(-2)};
 }
 
@@ -305,15 +304,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(
   const std::vector<int64_t> shape = {B, keep + extra, C}, ids_shape = {B, keep};
   const bool divides = fuse == "mean";
   const std::vector<int64_t> means = {B, C};
-  Tensor tokens = packed ? new_empty(*x, {keep + B * extra, C}) : new_empty(*x, shape);
-  Tensor ids =
-      packed ? new_empty(*x, {keep}, ScalarType::Long) : new_empty(*x, ids_shape, ScalarType::Long);
-  Tensor inverse = new_empty(*x, ranks.sizes(), ScalarType::Long);
+  Tensor tokens = packed ? new_tensor(*x, {keep + B * extra, C}) : new_tensor(*x, shape);
+  Tensor ids = packed ? new_tensor(*x, {keep}, ScalarType::Long)
+                      : new_tensor(*x, ids_shape, ScalarType::Long);
+  Tensor inverse = new_tensor(*x, ranks.sizes(), ScalarType::Long);
   Tensor offsets = B == 0 ? torch::stable::new_zeros(*x, {1}, ScalarType::Int)
-                          : new_empty(*x, {B + 1}, ScalarType::Int);
+                          : new_tensor(*x, {B + 1}, ScalarType::Int);
   Tensor mean =
-      divides ? new_empty(*x, means, ScalarType::Float) : new_empty(*x, {0}, ScalarType::Float);
-  Tensor mass = new_empty(*x, {divides ? B : 0}, ScalarType::Float);
+      divides ? new_tensor(*x, means, ScalarType::Float) : new_tensor(*x, {0}, ScalarType::Float);
+  Tensor mass = new_tensor(*x, {divides ? B : 0}, ScalarType::Float);
   const Selection out = {tokens.data_ptr(),
                          ids.mutable_data_ptr<int64_t>(),
                          inverse.mutable_data_ptr<int64_t>(),
@@ -332,8 +331,8 @@ std::tuple<Tensor, Tensor> select_tokens_bwd(Tensor grad_tokens, OptionalTensor 
                                              bool need_x, bool need_weights) {
   const DeviceScope scope(grad_tokens);
   const bool packed = cu_seqlens.has_value();
-  grad_tokens = torch::stable::contiguous(grad_tokens);
-  inverse = torch::stable::contiguous(inverse);
+  grad_tokens = contiguous_of(grad_tokens);
+  inverse = contiguous_of(inverse);
   const TokenRows rows = rows_of(x, packed);
   Samples samples = {};
   samples.cu_seqlens = offsets_of(cu_seqlens, "cu_seqlens");
@@ -351,11 +350,11 @@ std::tuple<Tensor, Tensor> select_tokens_bwd(Tensor grad_tokens, OptionalTensor 
                   "select_tokens_bwd: need weights in the shape of the scores");
   Device::check(samples);
   const std::vector<int64_t> shape = {samples.B, prefix + samples.N, samples.C};
-  Tensor grad_x = !need_x  ? new_empty(grad_tokens, {0})
-                  : packed ? new_empty(grad_tokens, {samples.total, samples.C})
-                           : new_empty(grad_tokens, shape);
-  Tensor grad_weights = need_weights ? new_empty(inverse, inverse.sizes(), ScalarType::Float)
-                                     : new_empty(inverse, {0}, ScalarType::Float);
+  Tensor grad_x = !need_x  ? new_tensor(grad_tokens, {0})
+                  : packed ? new_tensor(grad_tokens, {samples.total, samples.C})
+                           : new_tensor(grad_tokens, shape);
+  Tensor grad_weights = need_weights ? new_tensor(inverse, inverse.sizes(), ScalarType::Float)
+                                     : new_tensor(inverse, {0}, ScalarType::Float);
   const bool divides = fuse == "mean";
   OptionalTensor ends = offsets;
   const SelectionGrad grad = {grad_tokens.data_ptr(), inverse.const_data_ptr<int64_t>(),

@@ -19,7 +19,6 @@
 namespace vidl {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 constexpr const char* kOp = "space_time_attention";
@@ -31,7 +30,7 @@ constexpr const char* kOp = "space_time_attention";
 struct Cpu {
   // x, or a copy of it if the channels of a head are not neighbours.
   static Tensor readable(const Tensor& x) {
-    return x.dim() == 3 && x.stride(2) != 1 ? torch::stable::contiguous(x) : x;
+    return x.dim() == 3 && x.stride(2) != 1 ? contiguous_of(x) : x;
   }
 
   static void check(const SpaceTimeAttention& a) { check_lists(kOp, a.groups); }
@@ -69,7 +68,7 @@ struct Cuda {
     const bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 &&
                          x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 && x.stride(2) == 1;
     if (aligned || x.numel() == 0) return x;
-    Tensor copy = new_empty(x, {x.size(0), x.size(1), x.size(2)});
+    Tensor copy = new_tensor(x, {x.size(0), x.size(1), x.size(2)});
     torch::stable::copy_(copy, x);
     return copy;
   }
@@ -117,10 +116,10 @@ std::tuple<Tensor, Tensor, Tensor> space_time_attention(Tensor q, Tensor k, Tens
   const SpaceTimeAttention a = attention_of<Device>(q, k, v, groups, scale, scores);
   const int64_t num_queries = a.groups.num_queries;
   const int64_t scored = a.scores == Scores::kNone ? 0 : a.groups.E;
-  Tensor out = new_empty(q, {num_queries, a.H, a.D});
-  Tensor lse = new_empty(q, {a.H, num_queries}, ScalarType::Float);
-  Tensor by_head = new_empty(q, {a.H, scored}, ScalarType::Float);
-  Tensor mean = new_empty(q, {scored}, ScalarType::Float);
+  Tensor out = new_tensor(q, {num_queries, a.H, a.D});
+  Tensor lse = new_tensor(q, {a.H, num_queries}, ScalarType::Float);
+  Tensor by_head = new_tensor(q, {a.H, scored}, ScalarType::Float);
+  Tensor mean = new_tensor(q, {scored}, ScalarType::Float);
   const Forward f = {out.data_ptr(), static_cast<float*>(lse.data_ptr()),
                      scored ? static_cast<float*>(by_head.data_ptr()) : nullptr,
                      scored ? static_cast<float*>(mean.data_ptr()) : nullptr};
@@ -137,21 +136,21 @@ std::tuple<Tensor, Tensor, Tensor> space_time_attention_bwd(Tensor grad_out,
   const DeviceScope scope(q);
   const SpaceTimeAttention a = attention_of<Device>(q, k, v, groups, scale, scores);
   const int64_t num_queries = a.groups.num_queries;
-  grad_out = Device::readable(torch::stable::contiguous(grad_out));
-  out = Device::readable(torch::stable::contiguous(out));
-  lse = torch::stable::contiguous(lse);
+  grad_out = Device::readable(contiguous_of(grad_out));
+  out = Device::readable(contiguous_of(out));
+  lse = contiguous_of(lse);
   if (a.scores == Scores::kNone) grad_scores.reset();
-  if (grad_scores) grad_scores = torch::stable::contiguous(*grad_scores);
+  if (grad_scores) grad_scores = contiguous_of(*grad_scores);
   STD_TORCH_CHECK(!grad_scores || grad_scores->numel() == a.groups.E, kOp,
                   "_bwd: need grad_scores [E] for ", a.groups.E, " entries");
   const bool shared = a.groups.entry_offsets != nullptr;
   const int64_t entries = shared ? a.groups.E : 0;
-  Tensor grad_q = new_empty(q, {num_queries, a.H, a.D});
+  Tensor grad_q = new_tensor(q, {num_queries, a.H, a.D});
   Tensor grad_k = grad_of_keys(a.groups, k);
   Tensor grad_v = grad_of_keys(a.groups, v);
-  Tensor entry_grad_k = new_empty(k, {entries, a.H, a.D}, ScalarType::Float);
-  Tensor entry_grad_v = new_empty(k, {entries, a.H, a.D}, ScalarType::Float);
-  Tensor delta = new_empty(q, {a.H, num_queries}, ScalarType::Float);
+  Tensor entry_grad_k = new_tensor(k, {entries, a.H, a.D}, ScalarType::Float);
+  Tensor entry_grad_v = new_tensor(k, {entries, a.H, a.D}, ScalarType::Float);
+  Tensor delta = new_tensor(q, {a.H, num_queries}, ScalarType::Float);
   const Backward b = {grad_out.data_ptr(),
                       out.data_ptr(),
                       static_cast<const float*>(lse.data_ptr()),

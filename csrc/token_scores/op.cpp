@@ -18,7 +18,6 @@
 namespace vidl {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 struct TokenScores {
@@ -46,9 +45,7 @@ struct Gradients {
 const char* const kOp = "token_scores";
 
 // x, or a copy of it if the channels of a head are not neighbours.
-Tensor readable(const Tensor& x) {
-  return x.dim() == 3 && x.stride(2) != 1 ? torch::stable::contiguous(x) : x;
-}
+Tensor readable(const Tensor& x) { return x.dim() == 3 && x.stride(2) != 1 ? contiguous_of(x) : x; }
 
 // How many of `heads` heads, over all groups, one item of "cls" takes. Four neighbouring heads are
 // read in one long piece; fewer if a thread would get less than four items.
@@ -118,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> token_scores(OptionalTensor q, Tensor k, Opti
                                                 double scale, std::string kind) {
   const TokenScores s = scores_of(q, k, v, groups, scale);
   const auto floats = [&](std::vector<int64_t> shape) {
-    return new_empty(k, shape, ScalarType::Float);
+    return new_tensor(k, shape, ScalarType::Float);
   };
   Tensor scores = floats({s.groups.E}), none = floats({0});
   float* const to = static_cast<float*>(scores.data_ptr());
@@ -264,16 +261,16 @@ std::tuple<Tensor, Tensor, Tensor> token_scores_bwd(Tensor grad_scores, Tensor w
   OptionalTensor query = q;
   const TokenScores s = scores_of(query, k, v, groups, scale);
   check_entries(kOp, s.groups);
-  grad_scores = torch::stable::contiguous(grad_scores);
-  weights = torch::stable::contiguous(weights);
-  norms = torch::stable::contiguous(norms);
+  grad_scores = contiguous_of(grad_scores);
+  weights = contiguous_of(weights);
+  norms = contiguous_of(norms);
   STD_TORCH_CHECK(grad_scores.numel() == s.groups.E &&
                       weights.numel() == s.H * (kind == "mean" ? s.groups.num_queries : s.groups.E),
                   "token_scores_bwd: need grad_scores [E] for ", s.groups.E,
                   " entries and the forward's weights");
-  Tensor grad_q = new_empty(q, {s.groups.num_queries, s.H, s.D});
+  Tensor grad_q = new_tensor(q, {s.groups.num_queries, s.H, s.D});
   Tensor grad_k = grad_of_keys(s.groups, k);
-  Tensor grad_v = v ? grad_of_keys(s.groups, *v) : new_empty(k, {0});
+  Tensor grad_v = v ? grad_of_keys(s.groups, *v) : new_tensor(k, {0});
   Gradients b = {};
   b.grad_scores = grad_scores.const_data_ptr<float>();
   b.weights = weights.const_data_ptr<float>();

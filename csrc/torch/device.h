@@ -1,6 +1,9 @@
-// The parts of torch that csrc/ uses beyond the C++ headers of the stable ABI: the current CUDA
-// stream and the matmul of a device, as C functions of libtorch.
+// The parts of torch that csrc/ uses beyond the C++ headers of the stable ABI, as C functions of
+// libtorch: the current CUDA stream, the matmul of a device, and new tensors and views. The headers
+// have the last too, but look the operation up by its name in every call, which costs a
+// microsecond.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -35,6 +38,34 @@ namespace vidl {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// An uninitialised contiguous tensor on the device of x, by default in its dtype.
+inline Tensor new_tensor(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                         std::optional<ScalarType> dtype = std::nullopt) {
+  int32_t type = 0;
+  if (dtype) type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+      x.get(), sizes.data(), static_cast<int64_t>(sizes.size()), dtype ? &type : nullptr,
+      /*layout=*/nullptr, /*device=*/nullptr, /*device_index=*/0, /*pin_memory=*/nullptr, &result));
+  return Tensor(result);
+}
+
+// x itself, or a contiguous copy.
+inline Tensor contiguous_of(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+// A view of a contiguous x as a matrix: `rows` x `columns` of its elements, from `first` on.
+inline Tensor matrix_of(const Tensor& x, int64_t rows, int64_t columns, int64_t first = 0,
+                        bool transposed = false) {
+  const int64_t sizes[] = {rows, columns};
+  const int64_t strides[] = {transposed ? 1 : columns, transposed ? rows : 1};
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, first, &result));
+  return Tensor(result);
+}
 
 inline void* pointer(const OptionalTensor& x) { return x ? x->data_ptr() : nullptr; }
 

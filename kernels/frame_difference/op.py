@@ -83,18 +83,13 @@ def frame_difference(
     check_divides(video, patch)
     scale = [] if std is None else check_normalisation(video, None, std)[1]
     dtype = torch.float32 if video.dtype == torch.uint8 else video.dtype
-    key = None
-    if choices.asked(backend, video.device.type):
-        key = choices.key(
-            "frame_difference",
-            video.device.type,
-            dtype,
-            (),
-            {
-                "rows": video.shape[0] * math.prod(_grid(video.shape, patch)),
-                "pixels": math.prod(patch),
-            },
-            bytes=video.dtype == torch.uint8,
-        )
-    backend = library.choose(backend, "frame_difference", video.device.type, dtype, key)
+    kind = video.device.type
+
+    def key() -> choices.Key | None:
+        rows = video.shape[0] * math.prod(_grid(video.shape, patch))
+        sizes = {"rows": rows, "pixels": math.prod(patch)}
+        facts = {"bytes": video.dtype == torch.uint8}
+        return choices.key("frame_difference", kind, dtype, (), sizes, **facts)
+
+    backend = library.choose(backend, "frame_difference", kind, dtype, key)
     return library.run("frame_difference", backend, video.detach(), list(patch), scale)

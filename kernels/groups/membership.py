@@ -131,7 +131,16 @@ class Groups:
 
     def arguments(self) -> Arguments:
         """What the kernels of an op are given, in the order of `SCHEMA`."""
-        return Arguments(*(getattr(self, name) for name in Arguments._fields))
+        return Arguments(
+            self.query_offsets,
+            self.key_offsets,
+            self.query_rows,
+            self.key_rows,
+            self.entry_offsets,
+            self.entries,
+            self.max_queries,
+            self.max_keys,
+        )
 
     @staticmethod
     def equal(

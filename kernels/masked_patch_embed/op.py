@@ -209,12 +209,13 @@ def choose(
     cu_seqlens: Tensor | None = None,
 ) -> str:
     """The backend of a call: see `library.choose`."""
-    rows = video.shape[0] * num_patches(video.shape, weight.shape)
-    key = None
-    if choices.asked(backend, video.device.type):
-        key = choices.key(
+    kind = video.device.type
+
+    def key() -> choices.Key | None:
+        rows = video.shape[0] * num_patches(video.shape, weight.shape)
+        return choices.key(
             "masked_patch_embed",
-            video.device.type,
+            kind,
             weight.dtype,
             (video, weight, bias, time, space),
             {
@@ -227,7 +228,8 @@ def choose(
             packed=cu_seqlens is not None,
             video_gradient=torch.is_grad_enabled() and video.requires_grad,
         )
-    return library.choose(backend, "masked_patch_embed", video.device.type, weight.dtype, key)
+
+    return library.choose(backend, "masked_patch_embed", kind, weight.dtype, key)
 
 
 def _time_and_space(position: Position | None) -> tuple[Tensor | None, Tensor | None]:

@@ -168,20 +168,22 @@ def masked_patch_loss(
     _check_variance(video, patch, statistics)
     scale, shift = _affine(video, target, mean, std)
     dtype = torch.float64 if video.dtype == torch.float64 else prediction.dtype
-    facts = {"pixels": prediction.shape[-1], "channels": video.shape[1]}
-    key = None
-    if choices.asked(backend, video.device.type):
-        key = choices.key(
+    kind, pixels = video.device.type, prediction.shape[-1]
+
+    def key() -> choices.Key | None:
+        return choices.key(
             "masked_patch_loss",
-            video.device.type,
+            kind,
             dtype,
             (prediction,),
-            {"rows": ids_masked.numel(), "pixels": prediction.shape[-1]},
+            {"rows": ids_masked.numel(), "pixels": pixels},
             bytes=video.dtype == torch.uint8,
             statistics=statistics,
             packed=cu_seqlens is not None,
         )
-    backend = library.choose(backend, "masked_patch_loss", video.device.type, dtype, key, **facts)
+
+    facts = {"pixels": pixels, "channels": video.shape[1]}
+    backend = library.choose(backend, "masked_patch_loss", kind, dtype, key, **facts)
     args = (prediction, video, ids_masked, cu_seqlens, list(patch), statistics, scale, shift, EPS)
     losses = library.run("masked_patch_loss", backend, *args)
     return losses if reduction == "none" else losses.sum() / max(losses.numel(), 1)

@@ -6,7 +6,6 @@ Sources: EViT (arXiv 2202.07800, 3.2), which orders the kept tokens by score, an
 SViTT (arXiv 2304.08809, 3.3), which keeps the tokens in their order.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -119,19 +118,18 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(
         x if need_weights else None, weights, inverse, cu_seqlens, offsets, mean, mass
     )
+    ctx.set_materialize_grads(False)
 
 
 def _backward(bwd: Callable[..., Any], ctx, grad_tokens, *_):
     need_x, _, need_weights, *_ = ctx.needs_input_grad
+    nothing = (None,) * 6
+    if grad_tokens is None:
+        return None, None, None, *nothing
     grad_x, grad_weights = bwd(
         grad_tokens.contiguous(), *ctx.saved_tensors, ctx.prefix, ctx.fuse, need_x, need_weights
     )
-    return (
-        grad_x if need_x else None,
-        None,
-        grad_weights if need_weights else None,
-        *(None,) * 6,
-    )
+    return grad_x if need_x else None, None, grad_weights if need_weights else None, *nothing
 
 
 library.define(
@@ -222,43 +220,43 @@ def select_tokens(
     high = torch.promote_types(x.dtype, torch.float32)
     ranks = in_dtype((scores if rank_by is None else rank_by).detach(), high)
     weights = in_dtype(scores, high) if fuse else None
-    key = None
-    if choices.asked(backend, x.device.type):
-        key = _key(x, scores, order, fuse, cu_seqlens)
     backend = library.choose(
-        backend, "select_tokens", x.device.type, x.dtype, key, rows=scores.shape[-1]
+        backend,
+        "select_tokens",
+        x.device.type,
+        x.dtype,
+        lambda: _key(x, scores, order, fuse, cu_seqlens),
+        rows=scores.shape[-1],
     )
-    run = functools.partial(library.run, "select_tokens", backend)
+    options = (prefix, order, fuse or "")
     if cu_seqlens is not None:
         cu_kept, num_kept = _packed_counts(cu_seqlens, keep, rounding, num_kept, prefix)
         rows = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-        tokens, ids, inverse, offsets = run(
-            rows, ranks, weights, cu_seqlens, cu_kept, num_kept, prefix, order, fuse or ""
+        offsets = (cu_seqlens, cu_kept)
+        tokens, ids, inverse, begins = library.run(
+            "select_tokens", backend, rows, ranks, weights, *offsets, num_kept, *options
         )
-        return Selected(tokens.view(tokens.shape[0], *x.shape[1:]), ids, inverse, offsets)
+        return Selected(tokens.view(tokens.shape[0], *x.shape[1:]), ids, inverse, begins)
 
     if num_kept is not None:
         raise ValueError(f"num_kept is for packed x with cu_seqlens, got {num_kept} without")
     *batch, N = scores.shape
-    rest = x.shape[scores.ndim :]
     K = _count(N, keep, rounding)
-    B = math.prod(batch)
-    plain = scores.ndim == 2 and x.ndim == 3  # a view takes one or two microseconds
-    samples = x if plain else x.reshape(B, prefix + N, math.prod(rest))
-    weights = weights if plain or weights is None else weights.reshape(B, N)
-    tokens, ids, inverse, offsets = run(
-        samples,
-        ranks if plain else ranks.reshape(B, N),
-        weights,
+    if len(batch) == 1 and x.ndim == 3:
+        args = (x, ranks, weights, None, None, K, *options)
+        return Selected(*library.run("select_tokens", backend, *args))
+    B, rest = math.prod(batch), x.shape[scores.ndim :]
+    tokens, ids, inverse, offsets = library.run(
+        "select_tokens",
+        backend,
+        x.reshape(B, prefix + N, math.prod(rest)),
+        ranks.reshape(B, N),
+        None if weights is None else weights.reshape(B, N),
         None,
         None,
         K,
-        prefix,
-        order,
-        fuse or "",
+        *options,
     )
-    if plain:
-        return Selected(tokens, ids, inverse, offsets)
     return Selected(
         tokens.view(*batch, prefix + K + (1 if fuse else 0), *rest),
         ids.view(*batch, K),
@@ -383,19 +381,19 @@ def _check_tensors(
     if rank_by is not None:
         check_floating(rank_by=rank_by)
         check_shape("rank_by", rank_by, *scores.shape)
-    nd = scores.ndim
+    given, scored = x.shape, scores.shape
+    nd = len(scored)
     if cu_seqlens is None:
-        expected = (*scores.shape[:-1], prefix + scores.shape[-1]) if nd else ()
-        if not nd or x.shape[:nd] != expected:
+        if not nd or given[:nd] != (*scored[:-1], prefix + scored[-1]):
             raise ValueError(
                 f"need x [batch..., {prefix} + N, rest...] and scores [batch..., N], "
-                f"got {tuple(x.shape)} and {tuple(scores.shape)}"
+                f"got {tuple(given)} and {tuple(scored)}"
             )
         return
-    if nd != 1 or x.ndim < 1 or x.shape[0] != scores.shape[0]:
+    if nd != 1 or len(given) < 1 or given[0] != scored[0]:
         raise ValueError(
             "need x [total, rest...] and scores [total] with cu_seqlens, "
-            f"got {tuple(x.shape)} and {tuple(scores.shape)}"
+            f"got {tuple(given)} and {tuple(scored)}"
         )
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"need cu_seqlens in int32, got {cu_seqlens.dtype}")

@@ -9,7 +9,6 @@ cross-attention, with all tokens or after masking and pruning. Sources: Frozen i
 (arXiv 2304.08809, 3.2).
 """
 
-import os
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from vidl.kernels import choices, gpu, library
 from vidl.kernels.arguments import check_flag, check_tensors, finite, in_dtype
+from vidl.kernels.environment import variable
 from vidl.kernels.groups import SCHEMA, Arguments, Groups
 
 from . import pytorch, reference
@@ -214,7 +214,7 @@ def space_time_attention(
     _check(q, k, v, groups, return_scores)
     check_flag("return_lse", return_lse)
     dtype = library.autocast_dtype(q)
-    q, k, v = (in_dtype(x, dtype) for x in (q, k, v))
+    q, k, v = in_dtype(q, dtype), in_dtype(k, dtype), in_dtype(v, dtype)
     scale = q.shape[2] ** -0.5 if scale is None else finite("scale", scale)
     chosen = choose(backend, q, k, v, groups, return_lse, return_scores)
     args = (q, k, v, *groups.arguments(), scale, return_scores or "")
@@ -233,47 +233,45 @@ def choose(
     return_scores: Scores | None = None,
 ) -> str:
     """The backend of a call: see `library.choose`."""
-    key = None
-    if choices.asked(backend, q.device.type):
-        key = choices.key(
+    kind, (rows, H, D) = q.device.type, q.shape
+
+    def key() -> choices.Key | None:
+        return choices.key(
             "space_time_attention",
-            q.device.type,
+            kind,
             q.dtype,
             (q, k, v),
-            {
-                "queries": groups.max_queries,
-                "keys": groups.max_keys,
-                "rows": q.shape[0] * q.shape[1],
-            },
-            head_size=q.shape[2],
+            {"queries": groups.max_queries, "keys": groups.max_keys, "rows": rows * H},
+            head_size=D,
             groups=groups.layout,
             lse=return_lse,
             scores=return_scores or "",
         )
-    return library.choose(
-        backend, "space_time_attention", q.device.type, q.dtype, key, head_size=q.shape[2]
-    )
+
+    return library.choose(backend, "space_time_attention", kind, q.dtype, key, head_size=D)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, groups: Groups, return_scores: Scores | None) -> None:
     if not isinstance(groups, Groups):
         raise TypeError(f"need groups made by vidl.ops.Groups, got {type(groups).__name__}")
     check_tensors(groups=groups.query_offsets, q=q, k=k, v=v)
-    if q.ndim != 3 or k.ndim != 3 or v.shape != k.shape or q.shape[1:] != k.shape[1:]:
+    queries, keys = q.shape, k.shape
+    fits = len(queries) == len(keys) == 3 and queries[1:] == keys[1:] and v.shape == keys
+    if not fits:
         raise ValueError(
             "need q [num_queries, H, D] and k, v [num_keys, H, D], got "
-            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            f"{tuple(queries)}, {tuple(keys)}, {tuple(v.shape)}"
         )
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise TypeError(
             f"need q, k and v in one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
         )
-    if q.shape[0] != groups.num_queries or k.shape[0] != groups.num_keys:
+    if queries[0] != groups.num_queries or keys[0] != groups.num_keys:
         raise ValueError(
             f"need {groups.num_queries} queries and {groups.num_keys} keys in q and k for these "
-            f"groups, got {q.shape[0]} and {k.shape[0]}"
+            f"groups, got {queries[0]} and {keys[0]}"
         )
     if return_scores not in (None, "cls", "mean"):
         raise ValueError(f"need return_scores None, 'cls' or 'mean', got {return_scores!r}")
-    if os.environ.get("VIDL_DEBUG") == "1":
+    if variable("VIDL_DEBUG") == "1":
         groups.check()

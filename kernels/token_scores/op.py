@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import choices, library
-from vidl.kernels.arguments import check_tensors, finite
+from vidl.kernels.arguments import check_tensors, finite, in_dtype
 from vidl.kernels.groups import SCHEMA, Arguments, Groups
 
 from . import pytorch, reference
@@ -250,13 +250,13 @@ def _score(
     _check(groups, tensors, lse)
     dtype, head_size = library.autocast_dtype(tensors["k"]), tensors["k"].shape[2]
     scale = head_size**-0.5 if scale is None else finite("scale", scale)
-    q, k, v = (tensors[name].to(dtype) if name in tensors else None for name in "qkv")
+    q, k, v = (in_dtype(tensors[name], dtype) if name in tensors else None for name in "qkv")
     if kind == "similarity":  # not differentiable
-        k = tensors["k"].to(dtype).detach()
+        k = in_dtype(tensors["k"], dtype).detach()
     device = groups.query_offsets.device.type
-    key = None
-    if choices.asked(backend, device):
-        key = choices.key(
+
+    def key() -> choices.Key | None:
+        return choices.key(
             "token_scores",
             device,
             dtype,
@@ -270,6 +270,7 @@ def _score(
             groups=groups.layout,
             kind=kind,
         )
+
     backend = library.choose(backend, "token_scores", device, dtype, key, head_size=head_size)
     lse = None if lse is None else lse.detach().contiguous()
     return library.run("token_scores", backend, q, k, v, lse, *groups.arguments(), scale, kind)
