@@ -1,10 +1,9 @@
 """All operations. The docstring of each gives shapes, dtypes, errors and the source."""
 
 from vidl.kernels.frame_difference import RunLengths, frame_difference, run_length_ids
-from vidl.kernels.groups import Groups
+from vidl.kernels.groups import Groups, Positions
 from vidl.kernels.masked_patch_embed import masked_patch_embed
 from vidl.kernels.masked_patch_loss import masked_patch_loss
-from vidl.kernels.positions import Positions
 from vidl.kernels.select_tokens import Selected, kept_count, select_tokens
 from vidl.kernels.space_time_attention import ReplicatedGlobal, space_time_attention
 from vidl.kernels.token_scores import (

@@ -3,12 +3,16 @@ from .batched import batched as batched
 from .batched import cls_attention as cls_attention
 from .batched import logits_of as logits_of
 from .batched import mean_attention as mean_attention
+from .bias import BIAS_SCHEMA as BIAS_SCHEMA
+from .bias import NO_BIAS as NO_BIAS
+from .bias import Bias as Bias
+from .bias import bias_of as bias_of
 from .membership import SCHEMA as SCHEMA
 from .membership import Arguments as Arguments
 from .membership import Grid as Grid
 from .membership import Groups as Groups
-from .membership import Tokens as Tokens
 from .membership import group_of as group_of
 from .membership import prepend_row as prepend_row
+from .positions import Positions as Positions
 from .padded import Padded as Padded
 from .padded import attention_weights as attention_weights

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .bias import NO_BIAS, Bias
 from .membership import group_of
 
 
@@ -40,12 +41,21 @@ class Padded:
 
 
 def attention_weights(
-    q: Tensor, k: Tensor, queries: Padded, keys: Padded, scale: float
+    q: Tensor, k: Tensor, queries: Padded, keys: Padded, scale: float, bias: Bias = NO_BIAS
 ) -> tuple[Tensor, Tensor]:
     """The logits and their softmax over the keys of each group, [G, H, queries, keys] both."""
     high = torch.promote_types(k.dtype, torch.float32)
     logits = torch.einsum("gqhd,gkhd->ghqk", queries.pad(q), keys.pad(k)).to(high) * scale
+    seen = keys.real
+    if bias.table is not None:
+        assert bias.query_codes is not None and bias.key_codes is not None
+        query_codes, key_codes = queries.pad(bias.query_codes), keys.pad(bias.key_codes)
+        logits = logits + bias.of(query_codes[:, :, None], key_codes[:, None]).transpose(0, 1)
+    if bias.key_bias is not None:
+        key_bias = keys.pad(bias.key_bias)
+        logits = logits + key_bias[:, None, None, :]
+        seen = seen & (key_bias > float("-inf"))
     logits = logits.masked_fill(~keys.real[:, None, None, :], float("-inf"))
     # A group without keys gives zeros: its rows of -inf must not become NaN.
-    empty = (keys.sizes == 0)[:, None, None, None]
+    empty = ~seen.any(1)[:, None, None, None]
     return logits, torch.where(empty, 0, logits.masked_fill(empty, 0.0).softmax(-1))

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidl.kernels.groups import Arguments, Padded, attention_weights
+from vidl.kernels.groups import Arguments, Bias, Padded, attention_weights
 
 
 def space_time_attention(
     q: Tensor,  # [num_queries, H, D]
     k: Tensor,  # [num_keys, H, D]
     v: Tensor,  # [num_keys, H, D]
-    *rest: Any,  # the arguments of the groups, scale, scores
+    *rest: Any,  # the arguments of the groups, those of the bias, scale, scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pad every group to the longest, mask, softmax; put the results back in their rows.
 
@@ -20,10 +20,10 @@ def space_time_attention(
         The output [num_queries, H, D], the log-sum-exp [H, num_queries], the scores [E] or [0].
     """
     *arguments, scale, scores = rest
-    groups = Arguments(*arguments)
+    groups, bias = Arguments(*arguments[:8]), Bias(*arguments[8:])
     queries = Padded(groups.query_offsets, groups.query_rows, groups.max_queries)
     keys = Padded(groups.key_offsets, groups.key_rows, groups.max_keys)
-    logits, weights = attention_weights(q, k, queries, keys, scale)
+    logits, weights = attention_weights(q, k, queries, keys, scale, bias)
     out = queries.unpad(
         torch.einsum("ghqk,gkhd->gqhd", weights.to(v.dtype), keys.pad(v)), q.shape[0]
     )

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from vidl.kernels.arguments import check_count, check_counts, check_dtype, check_shape
-from vidl.kernels.groups import Grid, Groups, Tokens
+
+from .membership import Grid, Groups, Tokens
 
 GLOBAL_ROWS = 3  # of a table, for the displacements to, from and between global tokens
 

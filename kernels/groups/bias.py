@@ -1,0 +1,88 @@
+"""What is added to the logits of attention: relative positions, and a number for each key."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vidl.kernels.arguments import check_dtype, check_floating, check_shape, check_tensors
+
+from .membership import Groups
+from .positions import Positions
+
+# How the schema of an op declares it: the fields of `Bias`.
+BIAS_SCHEMA = (
+    "Tensor? bias, Tensor? query_codes, Tensor? key_codes, SymInt wrap, Tensor? key_bias"
+)
+
+
+class Bias(NamedTuple):
+    """What kernels need, in the order of `BIAS_SCHEMA`.
+
+    The logits of query i and key j of head h get `table[h, row] + key_bias[j]`, where row =
+    clamp(query_codes[i] + wrap - key_codes[j], 0, rows - 1).
+    """
+
+    table: Tensor | None  # [H, rows] float32, its last `wrap` rows first
+    query_codes: Tensor | None  # [num_queries] int32
+    key_codes: Tensor | None  # [num_keys] int32
+    wrap: int
+    key_bias: Tensor | None  # [num_keys] float32
+
+    def __bool__(self) -> bool:
+        return self.table is not None or self.key_bias is not None
+
+    def of(self, query_codes: Tensor, key_codes: Tensor) -> Tensor:
+        """The numbers of the table for codes that broadcast to one shape: [H, shape...]."""
+        assert self.table is not None
+        index = query_codes.long() + self.wrap - key_codes.long()
+        index = index.clamp(0, self.table.shape[1] - 1)
+        # The gradient of an embedding is deterministic, and faster than that of an index.
+        return torch.nn.functional.embedding(index, self.table.t()).movedim(-1, 0)
+
+
+NO_BIAS = Bias(None, None, None, 0, None)
+
+
+def bias_of(
+    bias: Tensor | None,
+    positions: Positions | None,
+    key_bias: Tensor | None,
+    groups: Groups,
+    heads: int,
+) -> Bias:
+    """The arguments of the kernels, from those of the public functions.
+
+    Raises:
+        TypeError, ValueError: they do not fit together, or key_bias requires a gradient.
+    """
+    if bias is None and positions is None and key_bias is None:
+        return NO_BIAS
+    if (bias is None) != (positions is None):
+        raise ValueError("need bias and positions, or neither")
+    tensors: dict[str, Any] = {"groups": groups.query_offsets, "bias": bias, "key_bias": key_bias}
+    check_tensors(("bias", "key_bias"), **tensors)
+    if key_bias is not None:
+        check_dtype("key_bias", key_bias, torch.float32)
+        check_shape("key_bias", key_bias, groups.num_keys)
+        if key_bias.requires_grad:
+            raise ValueError("need key_bias without a gradient: it is not differentiable")
+        key_bias = key_bias.contiguous()
+    if bias is None or positions is None:
+        return Bias(None, None, None, 0, key_bias)
+    if not isinstance(positions, Positions):
+        raise TypeError(f"need vidl.ops.Positions, got {type(positions).__name__}")
+    positions.require_fit(groups)
+    check_floating(bias=bias)
+    check_shape("bias", bias, positions.rows, heads)
+    # A head's rows are contiguous: a kernel reads them in any order.
+    table = bias if bias.dtype == torch.float64 else bias.float()
+    if positions.wrap:
+        table = table.roll(positions.wrap, 0)
+    return Bias(
+        table.t().contiguous(),
+        positions.query_codes,
+        positions.key_codes,
+        positions.wrap,
+        key_bias,
+    )
