@@ -1,8 +1,10 @@
 from .batched import Batched as Batched
 from .batched import batched as batched
+from .batched import batched_parts as batched_parts
 from .batched import cls_attention as cls_attention
 from .batched import logits_of as logits_of
 from .batched import mean_attention as mean_attention
+from .batched import put_back as put_back
 from .membership import SCHEMA as SCHEMA
 from .membership import Arguments as Arguments
 from .membership import Grid as Grid
