@@ -170,14 +170,16 @@ gpu-compile:
 	cmake --build $(GPU_CMAKE) --parallel
 	cmake --install $(GPU_CMAKE) --prefix $(GPU_PREFIX)
 
-# GPU_SECONDS is divided among the steps: a smoke set of tests, then the choice of backends, the ops,
-# the savings, and the other tests until the end: those beyond VIDL_TEST_UNTIL are skipped. Results
-# are written as they are measured, and SIGINT lets a command that is cut off sum up, so an
-# interrupted run loses nothing. Later steps run even if an earlier one fails.
+# GPU_SECONDS is divided among the steps: a smoke set of tests, then the choice of backends for the
+# savings, the ops, the savings, and the other tests until the end: those beyond VIDL_TEST_UNTIL are
+# skipped. Results are written as they are measured, and the choices beside them; SIGINT lets a
+# command that is cut off sum up, so an interrupted run loses nothing. Later steps run even if an
+# earlier one fails.
 .PHONY: gpu-steps
+gpu-steps: export VIDL_CACHE := $(abspath $(RESULTS))/cache
 GPU_SECONDS ?= 480
 GPU_BEGAN := $(or $(GPU_BEGAN),$(shell date +%s))
-GPU_BACKEND ?= native
+GPU_BACKEND ?= auto
 SAVINGS := backend=$(GPU_BACKEND) --device cuda --preset base --steps 20 --budget 30 --no-tune \
   --write $(RESULTS)
 gpu-steps:
@@ -200,7 +202,10 @@ gpu-steps:
 	vidl="$(GPU_PYTHON) -m vidl"; \
 	tests="$(GPU_PYTHON) -m pytest -r fEs $(GPU_WORKERS) $(ARGS)"; \
 	step "smoke tests" $$(least 90 $$(left 200)) $$tests -m gpu_smoke $(OP_TESTS); \
-	step "tuning" $$(least 90 $$(left 200)) $$vidl tune --device cuda --budget $$(least 60 $$(left 230)); \
+	for model in smaug mac; do \
+	  step "tuning of $${model^^}" $$(least 45 $$(left 200)) $$vidl tune $$model --device cuda \
+	    --budget $$(least 30 $$(left 215)); \
+	done; \
 	step "ops" $$(left 180) $$vidl bench --device cuda --budget $$(left 210) --write $(RESULTS); \
 	step "savings of SMAUG" $$(least 60 $$(left 115)) $$vidl savings smaug $(SAVINGS); \
 	step "savings of MAC" $$(least 60 $$(left 55)) $$vidl savings mac $(SAVINGS); \

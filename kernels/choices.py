@@ -259,7 +259,7 @@ def say_untuned(kind: str, backend: str) -> None:
 
 
 # Called with the key of a call, the facts of `library.why_not`, and the op's arguments.
-Note = Callable[[Key, dict[str, Any], Sequence[Any]], None]
+Note = Callable[[Key, dict[str, Any], Sequence[Any], dict[str, Any]], None]
 
 
 class Recorder:
@@ -273,11 +273,11 @@ class Recorder:
         """A backend was chosen for a call, which follows."""
         self.last = (wanted, facts)
 
-    def ran(self, name: str, arguments: Sequence[Any]) -> None:
+    def ran(self, name: str, arguments: Sequence[Any], hints: dict[str, Any]) -> None:
         """An op runs: note it if its backend was chosen just before."""
         (wanted, facts), self.last = self.last, (None, {})
         if wanted is not None and wanted.op == name:
-            self.note(wanted, facts, arguments)
+            self.note(wanted, facts, arguments, hints)
 
 
 recorder: Recorder | None = None

@@ -145,12 +145,12 @@ def kernel(name: str, backend: str) -> Callable[..., Any]:
     return _kernels[name, backend]
 
 
-def run(name: str, backend: str, *args: Any, **needs: bool) -> Any:
+def run(name: str, backend: str, *args: Any, **hints: Any) -> Any:
     """Run the op `name` on any backend.
 
     Args:
-        needs: results of the schema that the caller needs or not; the backend "torch" leaves out
-            those that it would have to compute separately.
+        hints: what else the backend "torch" should know: whether the caller needs a result that
+            it would have to compute separately, and what the host knows of the arguments.
 
     Returns:
         The results of the schema without those that serve the backward pass alone: one tensor, or
@@ -161,10 +161,10 @@ def run(name: str, backend: str, *args: Any, **needs: bool) -> Any:
     """
     op = OPS[name]
     if choices.recorder is not None and not torch.compiler.is_compiling():
-        choices.recorder.ran(name, args)
+        choices.recorder.ran(name, args, hints)
     if backend == "torch":
         assert op.torch is not None
-        return op.torch(*args, **needs)
+        return op.torch(*args, **hints)
     if backend == "reference":
         assert op.reference is not None
         return op.reference(*args)

@@ -91,6 +91,7 @@ echo "$*" >> "$LOG"
 case "$*" in
   "-m pytest"*) exit $TESTS ;;
   *"bench summary"*) echo "the summary" ;;
+  *"vidl tune"*) echo "the choices are in $VIDL_CACHE" ;;
   *torch.__version__*) echo "$TORCH" ;;
 esac
 """
@@ -133,10 +134,11 @@ def make(tmp_path):
 
 STEPS_OF_MAKE = {
     "smoke tests": "pytest -r fEs -m gpu_smoke tests/",
-    "tuning": "vidl tune --device cuda --budget",
+    "tuning of SMAUG": "vidl tune smaug --device cuda --budget",
+    "tuning of MAC": "vidl tune mac --device cuda --budget",
     "ops": "vidl bench --device cuda --budget",
-    "savings of SMAUG": "vidl savings smaug backend=native",
-    "savings of MAC": "vidl savings mac backend=native",
+    "savings of SMAUG": "vidl savings smaug backend=auto",
+    "savings of MAC": "vidl savings mac backend=auto",
     "other GPU tests": "pytest -r fEs -m gpu and not gpu_smoke",
 }
 
@@ -145,15 +147,16 @@ def test_make_gpu_runs_every_step_and_sums_up(make, tmp_path):
     done, calls = make("gpu-steps")
     assert done.returncode == 0, done.stdout + done.stderr
     words = [*STEPS_OF_MAKE.values(), "vidl bench summary"]
-    assert [w in c for w, c in zip(words, calls, strict=True)] == [True] * 7, calls
-    assert all(f"--write {tmp_path}" in call for call in calls[2:5])
+    assert [w in c for w, c in zip(words, calls, strict=True)] == [True] * 8, calls
+    assert all(f"--write {tmp_path}" in call for call in calls[3:6])
+    assert f"the choices are in {tmp_path}/cache" in done.stdout
     assert "the summary" in done.stdout
     assert all(f"  {name}: passed" in done.stdout for name in STEPS_OF_MAKE)
 
 
 def test_make_gpu_goes_on_after_a_failure_and_fails(make):
     done, calls = make("gpu-steps", tests=1)
-    assert done.returncode != 0 and len(calls) == 7
+    assert done.returncode != 0 and len(calls) == 8
     assert "  smoke tests: failed" in done.stdout and "  ops: passed" in done.stdout
     assert "  other GPU tests: failed" in done.stdout
 
@@ -161,7 +164,7 @@ def test_make_gpu_goes_on_after_a_failure_and_fails(make):
 def test_make_gpu_skips_steps_without_time(make):
     done, calls = make("gpu-steps", spent=420)
     assert done.returncode != 0
-    for name in ("smoke tests", "tuning", "ops", "savings of SMAUG"):
+    for name in ("smoke tests", "tuning of SMAUG", "tuning of MAC", "ops", "savings of SMAUG"):
         assert f"  {name}: no time left" in done.stdout
     assert "  other GPU tests: passed" in done.stdout
     assert [c for c in calls if "savings mac" in c] and "summary" in calls[-1]
@@ -171,7 +174,7 @@ def test_make_gpu_takes_a_library_that_was_built_elsewhere_if_it_fits(make, tmp_
     """The whole sequence: build for a GPU without one, then run with it, with fake commands."""
     done, calls = make("gpu")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(calls) == 10 and "-DCMAKE_CUDA_ARCHITECTURES=90" in calls[0]
+    assert len(calls) == 11 and "-DCMAKE_CUDA_ARCHITECTURES=90" in calls[0]
     assert calls[2] == f"cmake --install {tmp_path}/cmake-gpu --prefix {tmp_path}/vidl"
 
     done, calls = make("gpu-build")
@@ -182,11 +185,11 @@ def test_make_gpu_takes_a_library_that_was_built_elsewhere_if_it_fits(make, tmp_
 
     (tmp_path / "gpu/_C.so").write_text("from elsewhere")
     done, calls = make("gpu")
-    assert done.returncode == 0 and len(calls) == 7 and "took the library of" in done.stdout
+    assert done.returncode == 0 and len(calls) == 8 and "took the library of" in done.stdout
     assert (tmp_path / "vidl/_C.so").read_text() == "from elsewhere"
 
     done, calls = make("gpu", torch="2.12.0")
-    assert done.returncode == 0 and len(calls) == 10 and "another torch" in done.stdout
+    assert done.returncode == 0 and len(calls) == 11 and "another torch" in done.stdout
 
 
 def test_the_smoke_tests_are_one_of_each_kind():

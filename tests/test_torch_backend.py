@@ -163,6 +163,24 @@ def test_more_groups_than_sdpa_takes(monkeypatch):
         assert_same(attention(groups, None), fused(groups, 2, 16, torch.float64, "cpu"))
 
 
+@pytest.mark.parametrize("kind", ["spatial", "temporal"])
+def test_groups_are_not_padded_to_those_of_global_queries(kind, monkeypatch):
+    ids = torch.arange(12).expand(2, 12)
+    groups = getattr(Groups, kind)(ids, (3, 2, 2)).with_global()
+    sizes, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def note(q, k, v, mask=None, **options):
+        sizes.append((q.shape[0], q.shape[2], k.shape[2], mask))
+        return sdpa(q, k, v, mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    leaves = fused(groups, 2, 16, torch.float64, "cpu")
+    assert_same(attention(groups, None, lse=False), leaves)
+    size, count = (4, 6) if kind == "spatial" else (3, 8)
+    assert sizes == [(count, size, 1 + size, None), (2, 1, 13, None)]
+    assert groups.to("cpu").num_global == 2 and groups.max_keys == 13
+
+
 def test_packed_attention_needs_the_function(monkeypatch):
     """FlashAttention 4 installs a package `flash_attn` without `flash_attn_varlen_func`."""
     pytorch._provides.cache_clear()

@@ -163,6 +163,14 @@ def test_a_log_sum_exp_is_computed_again():
     assert call.arguments[3] is None
 
 
+def test_what_the_host_knows_of_the_groups_is_recorded():
+    groups = ops.Groups.spatial(torch.arange(12).expand(2, 12), (3, 2, 2)).with_global()
+    q, k, v = torch.randn(3, 26, 2, 32)
+    (call,) = calls_of(lambda: ops.space_time_attention(q, k, v, groups))
+    assert call.hints == {"lse": False, "num_global": 2, "max_local_keys": 5}
+    assert Recorded.from_values(call.as_values()).hints == call.hints
+
+
 def test_calls_by_name_are_not_recorded():
     x, scores = torch.randn(2, 9, 16), torch.rand(2, 9)
     assert not calls_of(lambda: ops.select_tokens(x, scores, 4, backend="native"))

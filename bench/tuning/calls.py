@@ -25,6 +25,7 @@ class Recorded:
         device: type of device.
         facts: of `library.why_not`.
         arguments: of the op; tensors as `describe` returns them.
+        hints: of `library.run`.
         label: where it comes from, for people.
         work: minimal bytes and FLOPs of each phase, where the benchmarks know them.
     """
@@ -33,6 +34,7 @@ class Recorded:
     device: str
     facts: dict[str, Any]
     arguments: list[Any]
+    hints: dict[str, Any] = field(default_factory=dict)
     label: str = ""
     work: list[tuple[int, int]] = field(default_factory=list)
 
@@ -40,11 +42,6 @@ class Recorded:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.key.dtype)
         return dtype
-
-    @property
-    def needs(self) -> dict[str, bool]:
-        """Of `library.run`: the results that the caller needed or not."""
-        return {name: value for name, value in self.key.facts if name == "lse"}
 
     def candidates(self) -> tuple[list[str], dict[str, str]]:
         """The backends to measure, the baseline first, and the reasons against the others.
@@ -76,6 +73,7 @@ class Recorded:
             "device": self.device,
             "facts": self.facts,
             "arguments": self.arguments,
+            "hints": self.hints,
             "work": self.work,
         }
 
@@ -89,7 +87,9 @@ class Recorded:
 def recorded(calls: dict[choices.Key, Recorded], label: str = "") -> Iterator[None]:
     """Add the first call of every key within the block to `calls`."""
 
-    def note(key: choices.Key, facts: dict[str, Any], arguments: Sequence[Any]) -> None:
+    def note(
+        key: choices.Key, facts: dict[str, Any], arguments: Sequence[Any], hints: dict[str, Any]
+    ) -> None:
         # Reading a tensor would end the capture of a graph; both policies are measured together.
         if key.policy == "graph" or key in calls:
             return
@@ -101,7 +101,7 @@ def recorded(calls: dict[choices.Key, Recorded], label: str = "") -> Iterator[No
                 for name, x in zip(names, arguments, strict=True)
             ]
         device = next(x.device.type for x in arguments if isinstance(x, Tensor))
-        calls[key] = Recorded(key, device, facts, described, label)
+        calls[key] = Recorded(key, device, facts, described, hints, label)
 
     with choices.recording(note):
         yield
@@ -169,10 +169,10 @@ def results(
     """
     schema = schema_of(call.key.op)
     with torch.set_grad_enabled(call.key.gradient):
-        outs = outputs(library.run(call.key.op, backend, *arguments, **call.needs))
+        outs = outputs(library.run(call.key.op, backend, *arguments, **call.hints))
     names = [returned.name or f"result {i}" for i, returned in enumerate(schema.returns)]
     values = {
-        name: x.detach() for name, x in zip(names, outs, strict=False) if call.needs.get(name, True)
+        name: x.detach() for name, x in zip(names, outs, strict=False) if call.hints.get(name, True)
     }
     if call.key.gradient:
         inputs = {

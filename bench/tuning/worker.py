@@ -171,7 +171,7 @@ def _time(call: Recorded, backends: Sequence[str], seconds: float) -> dict[str, 
 
 def _timed(call: Recorded, backend: str, arguments: Sequence[Any]) -> timing.Call:
     """The timed call: forward, or forward and backward."""
-    run = functools.partial(library.run, call.key.op, backend, *arguments, **call.needs)
+    run = functools.partial(library.run, call.key.op, backend, *arguments, **call.hints)
     if not call.key.gradient:
         return torch.no_grad()(run)
     inputs = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]

@@ -1,8 +1,10 @@
 from .batched import Batched as Batched
 from .batched import batched as batched
+from .batched import batched_parts as batched_parts
 from .batched import cls_attention as cls_attention
 from .batched import logits_of as logits_of
 from .batched import mean_attention as mean_attention
+from .batched import put_back as put_back
 from .bias import BIAS_SCHEMA as BIAS_SCHEMA
 from .bias import NO_BIAS as NO_BIAS
 from .bias import Bias as Bias
@@ -13,6 +15,6 @@ from .membership import Grid as Grid
 from .membership import Groups as Groups
 from .membership import group_of as group_of
 from .membership import prepend_row as prepend_row
-from .positions import Positions as Positions
 from .padded import Padded as Padded
 from .padded import attention_weights as attention_weights
+from .positions import Positions as Positions

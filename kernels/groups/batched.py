@@ -40,7 +40,8 @@ class Batched:
         if self.rows is None:
             return x
         # The gradient of index_select adds in any order on CUDA; that of an index sorts first.
-        return x[self.rows] if self.repeated else x.index_select(0, self.rows)
+        sort = self.repeated and x.device.type != "cpu"
+        return x[self.rows] if sort else x.index_select(0, self.rows)
 
     def batch(self, x: Tensor) -> Tensor:
         """[rows, ...] to [G, longest, ...], with zeros beyond a group's end."""
@@ -53,14 +54,6 @@ class Batched:
         """[G, longest, ...] to the list of all members [count, ...]."""
         x = x.flatten(0, 1)
         return x if self.slot is None else x.index_select(0, self.slot)
-
-    def scatter(self, x: Tensor) -> Tensor:
-        """[G, longest, ...] to [rows, ...]; every row is a member once."""
-        return self.put_back(self.members(x))
-
-    def put_back(self, x: Tensor) -> Tensor:
-        """The list of all members [count, ...] to [rows, ...]; every row is a member once."""
-        return x if self.rows is None else torch.empty_like(x).index_copy(0, self.rows.long(), x)
 
     def mask(self) -> Tensor | None:
         """Which members exist, [G, longest]; the first of an empty group as well. None: all do."""
@@ -90,6 +83,40 @@ def batched(groups: Arguments, num_queries: int, num_keys: int) -> tuple[Batched
     entries, repeated = groups.num_entries(num_keys), groups.entries is not None
     keys = Batched(groups.key_offsets, groups.key_rows, groups.max_keys, entries, repeated)
     return queries, keys
+
+
+def batched_parts(
+    groups: Arguments, num_queries: int, num_keys: int, num_global: int, max_local_keys: int
+) -> list[tuple[Batched, Batched]]:
+    """The queries and the keys of the groups before the global ones, and of the global ones.
+
+    Padded together, every group would have as many keys as a global query. The lists of members of
+    the parts, one after the other, are those of all groups.
+
+    Args:
+        num_global, max_local_keys: see `Groups`.
+    """
+    if num_global == 0:
+        return [batched(groups, num_queries, num_keys)]
+    assert groups.query_rows is not None and groups.key_rows is not None
+    G = groups.query_offsets.shape[0] - 1 - num_global
+    Q, E = num_queries - num_global, groups.num_entries(num_keys) - num_keys
+    offsets = groups.query_offsets[: G + 1], groups.key_offsets[: G + 1]
+    local = (
+        Batched(offsets[0], groups.query_rows[:Q], groups.max_queries, Q),
+        Batched(offsets[1], groups.key_rows[:E], max_local_keys, E, repeated=True),
+    )
+    offsets = groups.query_offsets[G:] - Q, groups.key_offsets[G:] - E
+    whole = (
+        Batched(offsets[0], groups.query_rows[Q:], 1, num_global),
+        Batched(offsets[1], None, groups.max_keys, num_keys),  # all rows, in order
+    )
+    return [local, whole]
+
+
+def put_back(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The list of all members [count, ...] to their rows; every row is a member once."""
+    return x if rows is None else torch.empty_like(x).index_copy_(0, rows.long(), x)
 
 
 def logits_of(q: Tensor, k: Tensor, keys: Batched, scale: float) -> Tensor:

@@ -68,11 +68,15 @@ class Groups:
         num_queries, num_keys: rows of q, rows of k and v.
         uniform: every group has exactly `max_queries` queries and `max_keys` keys.
         row_offsets: [B + 1] int32, where the rows of each sample begin; None if unknown.
+        max_rows: an upper bound of the rows of a sample; None if unknown.
         group_sample: [G] int64, the sample of each group; None if unknown.
         entry_offsets, entries: [num_keys + 1] and [E] int32, for keys in several groups: row r
             stands in the entries `entries[entry_offsets[r]:entry_offsets[r + 1]]`, in ascending
             order. None: no row is in two groups. They are added to groups whose `key_rows` repeat a
             row; where that is not known on the host, to all that have `key_rows`.
+        num_global: so many groups at the end are of one query each, which attends to all rows of
+            its sample, and together they list all rows in order: see `with_global`.
+        max_local_keys: an upper bound of the keys of the groups before these.
         checked: whether all values are known to be valid. Otherwise the constructor checks them:
             on the CPU it raises a `ValueError`; on another device, and under `torch.compile`, it
             asserts them without a host sync.
@@ -88,9 +92,12 @@ class Groups:
     num_keys: int
     uniform: bool = False
     row_offsets: Tensor | None = None
+    max_rows: int | None = None
     group_sample: Tensor | None = None
     entry_offsets: Tensor | None = None
     entries: Tensor | None = None
+    num_global: int = 0
+    max_local_keys: int = 0
     checked: InitVar[bool] = False
 
     def __post_init__(self, checked: bool) -> None:
@@ -175,6 +182,7 @@ class Groups:
             num_keys=groups * keys,
             uniform=True,
             row_offsets=step * size,
+            max_rows=size,
             group_sample=torch.arange(groups, device=device),
             checked=True,
         )
@@ -202,6 +210,7 @@ class Groups:
             num_queries=total,
             num_keys=total,
             row_offsets=cu_seqlens,
+            max_rows=longest,
             group_sample=samples,
             checked=True,
         )
@@ -246,6 +255,7 @@ class Groups:
             num_queries=num_queries,
             num_keys=num_keys,
             row_offsets=cu_queries,
+            max_rows=max_queries,
             group_sample=torch.arange(cu_queries.shape[0] - 1, device=cu_queries.device),
             checked=True,
         )
@@ -257,6 +267,7 @@ class Groups:
         longest: int,
         *,
         row_offsets: Tensor | None = None,
+        max_rows: int | None = None,
         group_sample: Tensor | None = None,
     ) -> "Groups":
         """Rows with the same label attend to one another.
@@ -289,6 +300,7 @@ class Groups:
             num_queries=labels.shape[0],
             num_keys=labels.shape[0],
             row_offsets=row_offsets,
+            max_rows=max_rows,
             group_sample=group_sample,
             checked=True,
         )
@@ -445,6 +457,7 @@ class Groups:
             num_keys=batch * length,
             uniform=len(sizes) == 1 and length % block == 0,
             row_offsets=(torch.arange(batch + 1) * length).int().to(device),
+            max_rows=length,
             group_sample=torch.arange(batch).repeat_interleave(blocks).to(device),
             checked=True,
         ).with_entries()
@@ -470,6 +483,7 @@ class Groups:
         B = self.row_offsets.shape[0] - 1
         samples = torch.arange(B, device=device)
         total = self.num_queries
+        longest = 1 + (total if self.max_rows is None else self.max_rows)
         global_rows = self.row_offsets[:-1] + samples.int()
         row = torch.arange(total, device=device, dtype=torch.int32)
         sample = torch.searchsorted(self.row_offsets[1:].contiguous(), row, right=True)
@@ -490,12 +504,15 @@ class Groups:
             query_rows=torch.cat([query_rows, global_rows]),
             key_rows=torch.cat([key_rows, all_rows]),
             max_queries=max(self.max_queries, 1),
-            max_keys=total + 1 if B else 0,
+            max_keys=longest if B else 0,
             num_queries=total + B,
             num_keys=total + B,
             uniform=False,
             row_offsets=row_offsets,
+            max_rows=longest,
             group_sample=torch.cat([self.group_sample, samples]),
+            num_global=B,
+            max_local_keys=1 + self.max_keys,
             checked=True,
         ).with_entries()
 
@@ -586,6 +603,7 @@ class Tokens:
             self.samples * count,
             longest,
             row_offsets=self.row_offsets,
+            max_rows=self.most,
             group_sample=samples.repeat_interleave(count, output_size=self.samples * count),
         )
 

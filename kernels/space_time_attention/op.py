@@ -218,7 +218,8 @@ def space_time_attention(
     scale = q.shape[2] ** -0.5 if scale is None else finite("scale", scale)
     chosen = choose(backend, q, k, v, groups, return_lse, return_scores)
     args = (q, k, v, *groups.arguments(), scale, return_scores or "")
-    out, lse, scores = library.run("space_time_attention", chosen, *args, lse=return_lse)
+    hints = {"num_global": groups.num_global, "max_local_keys": groups.max_local_keys}
+    out, lse, scores = library.run("space_time_attention", chosen, *args, lse=return_lse, **hints)
     results = [out, *([lse.detach()] if return_lse else []), *([scores] if return_scores else [])]
     return results[0] if len(results) == 1 else tuple(results)
 

@@ -16,9 +16,11 @@ from vidl.kernels.groups import (
     Arguments,
     Batched,
     batched,
+    batched_parts,
     cls_attention,
     logits_of,
     mean_attention,
+    put_back,
 )
 
 # A batch of more fails on CUDA (pytorch #146704).
@@ -32,6 +34,8 @@ def space_time_attention(
     v: Tensor,  # [num_keys, H, D]
     *rest: Any,  # the arguments of the groups, scale, scores
     lse: bool = True,
+    num_global: int = 0,
+    max_local_keys: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention for packed sequences on CUDA; otherwise SDPA of a batch of groups.
 
@@ -39,6 +43,7 @@ def space_time_attention(
 
     Args:
         lse: whether the log-sum-exp is needed: it takes the logits, which SDPA does not return.
+        num_global, max_local_keys: of `Groups`; groups of global queries are a batch of their own.
 
     Returns:
         The output [num_queries, H, D], the log-sum-exp [H, num_queries] or [0], the scores [E] or
@@ -46,14 +51,41 @@ def space_time_attention(
     """
     *arguments, scale, scores = rest
     groups = Arguments(*arguments)
-    queries, keys = batched(groups, q.shape[0], k.shape[0])
+    parts = batched_parts(groups, q.shape[0], k.shape[0], num_global, max_local_keys)
+    equal = all(members.equal for part in parts for members in part)
+    if not equal and not lse and not scores and (call := packed_attention(q)):
+        queries, keys = batched(groups, q.shape[0], k.shape[0])
+        packed = call(queries.gather(q), keys.gather(k), keys.gather(v), groups, scale)
+        nothing = q.new_empty(0, dtype=torch.float32)
+        return put_back(packed, groups.query_rows), nothing, nothing
+    results = [_attend(q, k, v, *part, scale, scores, lse) for part in parts]
+    # The members of all groups, one part after the other.
+    out, log_sum, importance = (
+        x[0] if len(x) == 1 else torch.cat(x) for x in zip(*results, strict=True)
+    )
+    if lse:
+        log_sum = put_back(log_sum, groups.query_rows).T.contiguous()
+    return put_back(out, groups.query_rows), log_sum, importance
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Batched,
+    keys: Batched,
+    scale: float,
+    scores: str,
+    lse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output and the log-sum-exp of the members of some groups, and the scores of their keys.
+
+    Returns:
+        The output [members, H, D], the log-sum-exp [members, H] or [0], the scores [entries] or
+        [0].
+    """
     high = torch.promote_types(q.dtype, torch.float32)
     importance = log_sum = q.new_empty(0, dtype=high)
-    unequal = not (queries.equal and keys.equal)
-    if unequal and not lse and not scores and (call := packed_attention(q)):
-        packed = call(queries.gather(q), keys.gather(k), keys.gather(v), groups, scale)
-        return queries.put_back(packed), log_sum, importance
-
     first = q
     q, k, v = queries.batch(q), keys.batch(k), keys.batch(v)  # [G, longest, H, D]
     if not keys.equal:  # 0 x infinity is NaN
@@ -73,8 +105,8 @@ def space_time_attention(
             log_sum = logits.logsumexp(-1).transpose(1, 2)  # [G, longest, H]
             if not keys.equal:
                 log_sum = log_sum.masked_fill(keys.empty()[:, None, None], float("-inf"))
-            log_sum = queries.scatter(log_sum).T.contiguous()
-    return queries.scatter(out), log_sum, importance
+            log_sum = queries.members(log_sum)
+    return queries.members(out), log_sum, importance
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, keys: Batched, scale: float) -> Tensor:

@@ -1,7 +1,6 @@
 """Frozen in Time's video encoder, divided space-time attention, on visible patches."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -213,13 +212,13 @@ class SpaceTimeTransformer(nn.Module):
         if even:
             frame_ids(B, T, patches, ids_keep, device)  # checks that it is so
         in_frame = K // T if even else patches
-        space = _with_cls(Groups.spatial(ids, grid, longest=in_frame), K)
+        space = Groups.spatial(ids, grid, longest=in_frame).with_global()
         if self.time == "joint":
             return space, Groups.equal(B, 1 + K, device=device)
         if self.time == "position":
-            return space, _with_cls(Groups.temporal(ids, grid), K)
+            return space, Groups.temporal(ids, grid).with_global()
         slots = torch.arange(K, device=device).expand(B, K)
-        return space, _with_cls(Groups.temporal(slots, (T, 1, max(in_frame, 1))), K)
+        return space, Groups.temporal(slots, (T, 1, max(in_frame, 1))).with_global()
 
     def load_pretrained(
         self,
@@ -256,12 +255,6 @@ class SpaceTimeTransformer(nn.Module):
             )
         load_or_explain(self, state, may_miss=own if image else ())
         return skipped
-
-
-def _with_cls(groups: Groups, K: int) -> Groups:
-    """The groups with a global token before the K tokens of each sample."""
-    # A tighter bound than the one for ragged samples.
-    return replace(groups.with_global(), max_keys=1 + K)
 
 
 def _other_frames(embed: Tensor, frames: int, how: str) -> Tensor:

@@ -72,9 +72,8 @@ class MaskedPatchLoss(nn.Module):
             "tubelet_size": tubelet_size,
             "target": target,
             "norm_pix": norm_pix,
-            "backend": backend,
         }
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.backend = mean, std, backend
 
     def forward(self, prediction: Tensor, video: Tensor, ids_mask: Tensor) -> Tensor:
         """The loss.
@@ -100,4 +99,5 @@ class MaskedPatchLoss(nn.Module):
         # A floating-point clip is already normalised, as the target "mae" needs it.
         known = video.dtype == torch.uint8 or self.options["target"] == "videomae"
         mean, std = (self.mean, self.std) if known else (None, None)
-        return masked_patch_loss(prediction, video, ids_mask, mean=mean, std=std, **self.options)
+        options: dict[str, Any] = {"mean": mean, "std": std, "backend": self.backend}
+        return masked_patch_loss(prediction, video, ids_mask, **options, **self.options)
