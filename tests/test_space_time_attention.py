@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from where import Where
 
 from vidl.kernels import library
+from vidl.kernels.groups import NO_BIAS
 from vidl.ops import Groups, space_time_attention
 
 OP = "space_time_attention"
@@ -299,22 +300,14 @@ def test_opcheck(name, scores, where):
         (x.detach() if x.numel() else x.new_empty(x.shape)).requires_grad_()  # opcheck cannot clone
         for x in fused(groups, 1, 32, dtype, where.device)  # strided tensors of no rows
     )
-    index = (groups.query_offsets, groups.key_offsets, groups.query_rows, groups.key_rows)
-    index += (
-        groups.entry_offsets,
-        groups.entries,
-        groups.max_queries,
-        groups.max_keys,
-        0.2,
-        scores,
-    )
+    index = (*groups.arguments(), *NO_BIAS)
     forward = library.kernel(OP, where.backend)
-    torch.library.opcheck(forward, (q, k, v, *index))
-    out, lse, importance = (x.detach() for x in forward(q, k, v, *index))
+    torch.library.opcheck(forward, (q, k, v, *index, 0.2, scores))
+    out, lse, importance = (x.detach() for x in forward(q, k, v, *index, 0.2, scores))
     plain = [x.detach() for x in (q, k, v)]
     torch.library.opcheck(
         library.kernel(f"{OP}_bwd", where.backend),
-        (out, importance if scores else None, *plain, out, lse, *index),
+        (out, importance if scores else None, *plain, out, lse, *index, False, 0.2, scores),
     )
 
 
@@ -422,7 +415,7 @@ def test_the_registered_op_checks_its_lists(name, op, backend):
     q, k, v = (x.detach() for x in fused(groups, 1, 32, torch.float32, "cpu"))
     lists = groups.arguments()
     lists = lists._replace(**{name: getattr(lists, name)[:-1]})
-    given = (v, *lists, 1.0, "") if op == OP else (None, None, *lists, 1.0, "mean")
+    given = (v, *lists, *NO_BIAS, 1.0, "") if op == OP else (None, None, *lists, 1.0, "mean")
     with pytest.raises(RuntimeError, match=f"need {name} "):
         library.kernel(op, backend)(q, k, *given)
 

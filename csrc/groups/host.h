@@ -18,6 +18,13 @@ struct GroupTensors {
   int64_t max_queries, max_keys;
 };
 
+// The same for what is added to the logits.
+struct BiasTensors {
+  OptionalTensor table, query_codes, key_codes;
+  int64_t wrap;
+  OptionalTensor key_bias;
+};
+
 template <class...>
 struct Types {};
 template <class R, class... A>
@@ -40,7 +47,22 @@ struct Unbundled<f, Types<Before...>, Types<GroupTensors, After...>> {
   }
 };
 
-// The function to register for f: its GroupTensors parameter is replaced by the schema's arguments.
+template <auto f, class... Before, class... After>
+struct Unbundled<f, Types<Before...>, Types<GroupTensors, BiasTensors, After...>> {
+  static auto call(Before... before, Tensor query_offsets, Tensor key_offsets,
+                   OptionalTensor query_rows, OptionalTensor key_rows, OptionalTensor entry_offsets,
+                   OptionalTensor entries, int64_t max_queries, int64_t max_keys,
+                   OptionalTensor table, OptionalTensor query_codes, OptionalTensor key_codes,
+                   int64_t wrap, OptionalTensor key_bias, After... after) {
+    return f(std::move(before)...,
+             GroupTensors{query_offsets, key_offsets, query_rows, key_rows, entry_offsets, entries,
+                          max_queries, max_keys},
+             BiasTensors{table, query_codes, key_codes, wrap, key_bias}, std::move(after)...);
+  }
+};
+
+// The function to register for f: the schema's arguments replace its GroupTensors parameter, and
+// BiasTensors behind it.
 template <auto f>
 constexpr auto unbundled = &Unbundled<f, Types<>, decltype(parameters_of(f))>::call;
 
@@ -76,6 +98,41 @@ inline Groups groups_of(const std::string& op, const GroupTensors& tensors, cons
   groups.max_queries = max_queries;
   groups.max_keys = max_keys;
   return groups;
+}
+
+// Checks shapes and dtypes. Any value of a code is valid.
+inline Bias bias_of(const std::string& op, const BiasTensors& tensors, const Groups& groups,
+                    int64_t H) {
+  const auto list = [&](const OptionalTensor& x, const char* name, ScalarType dtype,
+                        int64_t size) -> const void* {
+    if (!x) return nullptr;
+    STD_TORCH_CHECK(
+        x->scalar_type() == dtype && x->is_contiguous() && x->dim() == 1 && x->size(0) == size, op,
+        ": need ", name, " [", size, "] in ", dtype == ScalarType::Int ? "int32" : "float32",
+        ", contiguous");
+    return x->const_data_ptr();
+  };
+  Bias bias = {};
+  bias.query_codes = static_cast<const int32_t*>(
+      list(tensors.query_codes, "query_codes", ScalarType::Int, groups.num_queries));
+  bias.key_codes = static_cast<const int32_t*>(
+      list(tensors.key_codes, "key_codes", ScalarType::Int, groups.num_keys));
+  bias.key_bias = static_cast<const float*>(
+      list(tensors.key_bias, "key_bias", ScalarType::Float, groups.num_keys));
+  if (!tensors.table) return bias;
+  const Tensor& table = *tensors.table;
+  STD_TORCH_CHECK(bias.query_codes != nullptr && bias.key_codes != nullptr, op,
+                  ": need query_codes and key_codes with a bias");
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Float && table.is_contiguous() &&
+                      table.dim() == 2 && table.size(0) == H && table.size(1) > 0 &&
+                      table.size(1) < (int64_t{1} << 31),
+                  op, ": need bias [", H, ", rows] in float32, contiguous");
+  bias.table = table.const_data_ptr<float>();
+  bias.rows = table.size(1);
+  STD_TORCH_CHECK(tensors.wrap >= 0 && tensors.wrap < bias.rows, op, ": need 0 <= wrap < ",
+                  bias.rows, ", got ", tensors.wrap);
+  bias.wrap = static_cast<int32_t>(tensors.wrap);
+  return bias;
 }
 
 // Checks the offsets of `count` parts of a list, and the list: `size` numbers below `end`.

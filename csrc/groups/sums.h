@@ -21,6 +21,16 @@ namespace {
   });
 }
 
+// sums[i] = the sum over the parts of by_part[part, i]
+[[maybe_unused]] void sum_parts(const float* by_part, int64_t parts, int64_t count, float* sums) {
+  torch::stable::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+    std::fill(sums + begin, sums + end, 0.0f);
+    for (int64_t part = 0; part < parts; part++) {
+      add_line(by_part, Dtype::kFloat32, part * count + begin, sums + begin, end - begin);
+    }
+  });
+}
+
 // The gradient of every row of keys or values, [num_keys, line]: the sum over its entries.
 [[maybe_unused]] void sum_entries(const Groups& groups, const float* entry_grads, int64_t line,
                                   void* grads, Dtype dtype) {

@@ -5,8 +5,72 @@
 // forward and all five of the backward read contiguous rows. A block of queries meets all keys at
 // once: one softmax without rescaling. The scale is applied inside the softmax: scaled queries
 // would be rounded once more. A negative scale negates the queries, so that the greatest logit
-// still has the greatest weight.
+// still has the greatest weight. With a bias the logits are scaled before it is added.
 #include "groups/cpu.h"
+
+// What is added to the logits of a query, for the keys of a group in their order.
+struct GroupBias {
+  const float* table;  // of a head, or null
+  const int32_t* query_codes;
+  int32_t* key_codes;
+  float* key_bias;  // or null
+  int32_t wrap, last;
+  bool unseen;  // key_bias hides every key
+};
+
+VIDL_VECTOR_INLINE GroupBias bias_of(const SpaceTimeAttention& a, int64_t h, int64_t first_key,
+                                     int64_t keys, Scratch& scratch) {
+  const Bias& all = a.bias;
+  GroupBias bias = {};
+  if (all.table != nullptr) {
+    bias.table = all.table + h * all.rows;
+    bias.query_codes = all.query_codes;
+    bias.wrap = all.wrap;
+    bias.last = static_cast<int32_t>(all.rows - 1);
+    bias.key_codes = reinterpret_cast<int32_t*>(scratch.take(keys));
+    for (int64_t j = 0; j < keys; j++) {
+      bias.key_codes[j] = all.key_codes[row_of(a.groups.key_rows, first_key + j)];
+    }
+  }
+  if (all.key_bias != nullptr) {
+    bias.key_bias = scratch.take(keys);
+    bias.unseen = true;
+    for (int64_t j = 0; j < keys; j++) {
+      bias.key_bias[j] = all.key_bias[row_of(a.groups.key_rows, first_key + j)];
+      bias.unseen = bias.unseen && bias.key_bias[j] == -INFINITY;
+    }
+  }
+  return bias;
+}
+
+// The row of the table; codes may be any numbers.
+VIDL_VECTOR_INLINE int32_t table_row(int32_t query_code, int32_t key_code, int32_t last) {
+  const int32_t row =
+      static_cast<int32_t>(static_cast<uint32_t>(query_code) - static_cast<uint32_t>(key_code));
+  return row < 0 ? 0 : row > last ? last : row;
+}
+
+VIDL_VECTOR_INLINE int32_t query_code(const GroupBias& bias, int64_t row) {
+  return static_cast<int32_t>(static_cast<uint32_t>(bias.query_codes[row]) +
+                              static_cast<uint32_t>(bias.wrap));
+}
+
+// Scales the logits of a query and adds the bias.
+VIDL_VECTOR_INLINE void add_bias(float* line, int64_t keys, float scale, const GroupBias& bias,
+                                 int64_t row) {
+  if (bias.table != nullptr) {
+    const int32_t code = query_code(bias, row), last = bias.last;
+    const float* const table = bias.table;
+    const int32_t* const key_codes = bias.key_codes;
+    for (int64_t j = 0; j < keys; j++) {
+      line[j] = line[j] * scale + table[table_row(code, key_codes[j], last)];
+    }
+  } else {
+    for (int64_t j = 0; j < keys; j++) line[j] *= scale;
+  }
+  if (bias.key_bias == nullptr) return;
+  for (int64_t j = 0; j < keys; j++) line[j] += bias.key_bias[j];
+}
 
 template <class T>
 VIDL_VECTOR_INLINE void forward(const SpaceTimeAttention& a, const Forward& f, int64_t g, int64_t h,
@@ -17,7 +81,10 @@ VIDL_VECTOR_INLINE void forward(const SpaceTimeAttention& a, const Forward& f, i
   const float sign = a.scale < 0 ? -1.0f : 1.0f, scale = a.scale * sign;
   T* const out = static_cast<T*>(f.out) + h * D;
   float* const scores = f.scores == nullptr ? nullptr : f.scores + h * groups.E + first_key;
-  if (keys == 0) {
+  const bool biased = a.bias.table != nullptr || a.bias.key_bias != nullptr;
+  const GroupBias bias = biased ? bias_of(a, h, first_key, keys, scratch) : GroupBias{};
+  if (keys == 0 || bias.unseen) {
+    if (scores != nullptr) memset(scores, 0, keys * sizeof(float));
     for (int64_t i = 0; i < queries; i++) {
       const int64_t row = row_of(groups.query_rows, first_query + i);
       for (int64_t d = 0; d < D; d++) out[row * a.H * D + d] = static_cast<T>(0.0f);
@@ -46,9 +113,12 @@ VIDL_VECTOR_INLINE void forward(const SpaceTimeAttention& a, const Forward& f, i
     multiply<false>(count, columns, D, q, D, 1, keys_across, columns, weights, columns);
     float inverse[kMostQueries];
     for (int64_t i = 0; i < count; i++) {
-      const RowOfWeights sum = exponentiate(weights + i * columns, keys, columns, scale);
+      const int64_t row = row_of(groups.query_rows, first + i);
+      if (biased) add_bias(weights + i * columns, keys, scale, bias, row);
+      const RowOfWeights sum =
+          exponentiate(weights + i * columns, keys, columns, biased ? 1.0f : scale);
       inverse[i] = sum.inverse;
-      f.lse[h * groups.num_queries + row_of(groups.query_rows, first + i)] = sum.lse;
+      f.lse[h * groups.num_queries + row] = sum.lse;
     }
     multiply<false>(count, D, keys, weights, columns, 1, values, D, sums, D);
     for (int64_t i = 0; i < count; i++) {
@@ -69,12 +139,14 @@ VIDL_VECTOR_INLINE void forward(const SpaceTimeAttention& a, const Forward& f, i
 
 template <class T>
 VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b, int64_t g,
-                                 int64_t h, Scratch& scratch) {
+                                 int64_t h, float* grad_table, Scratch& scratch) {
   const Groups& groups = a.groups;
   const auto [first_query, queries, first_key, keys] = group_of(groups, g);
   const int64_t D = a.D;
   const float sign = a.scale < 0 ? -1.0f : 1.0f, scale = a.scale * sign;
-  const float factor = of_two(scale);
+  const bool biased = a.bias.table != nullptr || a.bias.key_bias != nullptr;
+  const GroupBias bias = biased ? bias_of(a, h, first_key, keys, scratch) : GroupBias{};
+  const float logit_scale = biased ? 1.0f : scale, factor = of_two(logit_scale);
   T* const grad_q = static_cast<T*>(b.grad_q) + h * D;
   const int64_t columns = round_up(keys, kKeyStep), block = queries_at_once(columns + 1);
   float* const k = scratch.take(columns * D);
@@ -102,9 +174,15 @@ VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b,
     multiply<false>(count, columns, D, grad_out, D, 1, values_across, columns, grads, columns);
     for (int64_t i = 0; i < count; i++) {
       const int64_t row = row_of(groups.query_rows, first + i);
-      const float level = level_of(b.lse[h * groups.num_queries + row], scale);
+      const float level = level_of(b.lse[h * groups.num_queries + row], logit_scale);
       float* const weight = weights + i * columns;
       float* const grad = grads + i * columns;
+      if (bias.unseen) {
+        memset(weight, 0, columns * sizeof(float));
+        memset(grad, 0, columns * sizeof(float));
+        continue;
+      }
+      if (biased) add_bias(weight, keys, scale, bias, row);
       if (b.grad_scores != nullptr && (a.scores == Scores::kMean || start + i == 0)) {
         const float share =
             1.0f / static_cast<float>(a.H * (a.scores == Scores::kMean ? queries : 1));
@@ -128,6 +206,11 @@ VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b,
         store(grad + j, normal * (load(grad + j) - delta));
       }
       if (keys == 1) grad[0] = 0.0f * grad[0];  // one key always has all the weight
+      if (grad_table == nullptr) continue;
+      const int32_t code = query_code(bias, row);
+      for (int64_t j = 0; j < keys; j++) {
+        grad_table[table_row(code, bias.key_codes[j], bias.last)] += grad[j];
+      }
     }
     // Both gradients are scaled when they are written.
     multiply<true>(keys, D, count, weights, 1, columns, grad_out, D, grad_v.part, D);
@@ -161,6 +244,19 @@ void forward_items(const SpaceTimeAttention& a, const Forward& f, int64_t begin,
 
 void backward_items(const SpaceTimeAttention& a, const Backward& b, int64_t begin, int64_t end) {
   for_items(begin, end, [&](int64_t item, Scratch& scratch) {
-    VIDL_FLOATING(a.dtype, T, backward<T>(a, b, item / a.H, item % a.H, scratch))
+    VIDL_FLOATING(a.dtype, T, backward<T>(a, b, item / a.H, item % a.H, nullptr, scratch))
+  });
+}
+
+// The same for items (part of the groups, head), with the gradient of the bias of each.
+void backward_parts(const SpaceTimeAttention& a, const Backward& b, int64_t begin, int64_t end) {
+  for_items(begin, end, [&](int64_t item, Scratch& scratch) {
+    const int64_t part = item / a.H, h = item % a.H, G = a.groups.G;
+    float* const grad_table = b.bias_parts + item * a.bias.rows;
+    memset(grad_table, 0, a.bias.rows * sizeof(float));
+    for (int64_t g = G * part / b.parts; g < G * (part + 1) / b.parts; g++) {
+      VIDL_FLOATING(a.dtype, T, backward<T>(a, b, g, h, grad_table, scratch))
+      scratch.reset();
+    }
   });
 }

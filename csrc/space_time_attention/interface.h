@@ -10,6 +10,7 @@ enum class Scores : int32_t { kNone, kCls, kMean };
 
 struct SpaceTimeAttention {
   Groups groups;
+  Bias bias;  // the CUDA kernels take none
   Strided q, k, v;
   int64_t H, D;
   float scale;
@@ -30,6 +31,8 @@ struct Backward {
   void *grad_q, *grad_k, *grad_v;      // as q, k, v, contiguous
   float *entry_grad_k, *entry_grad_v;  // [E, H, D], or null without entries
   float* delta;                        // [H, num_queries], for the kernels of long groups
+  float* bias_parts;                   // [parts, H, bias.rows], or null: sums over some groups
+  int64_t parts;
 };
 
 // Which CUDA kernels a call launches, by its longest group and the shared memory of a block.

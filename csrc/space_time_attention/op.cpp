@@ -22,6 +22,7 @@ namespace {
 using torch::stable::parallel_for;
 
 constexpr const char* kOp = "space_time_attention";
+constexpr int64_t kMostParts = 64;  // of the groups, with a gradient of the bias each
 
 #ifndef VIDL_EMULATED
 #define VIDL_SOURCE "space_time_attention/cpu.h"
@@ -51,9 +52,15 @@ struct Cpu {
 
   static void backward(const SpaceTimeAttention& a, const Backward& b, const Tensor&) {
     check_entries(kOp, a.groups);
-    const auto items = VIDL_FOR_THIS_CPU(backward_items);
-    parallel_for(0, a.groups.G * a.H, grain(a),
-                 [&](int64_t begin, int64_t end) { items(a, b, begin, end); });
+    if (b.bias_parts == nullptr) {
+      const auto items = VIDL_FOR_THIS_CPU(backward_items);
+      parallel_for(0, a.groups.G * a.H, grain(a),
+                   [&](int64_t begin, int64_t end) { items(a, b, begin, end); });
+    } else {
+      const auto parts = VIDL_FOR_THIS_CPU(backward_parts);
+      parallel_for(0, b.parts * a.H, 1,
+                   [&](int64_t begin, int64_t end) { parts(a, b, begin, end); });
+    }
     if (a.groups.entry_offsets == nullptr) return;
     sum_entries(a.groups, b.entry_grad_k, a.H * a.D, b.grad_k, a.dtype);
     sum_entries(a.groups, b.entry_grad_v, a.H * a.D, b.grad_v, a.dtype);
@@ -75,6 +82,8 @@ struct Cuda {
 
   static void check(const SpaceTimeAttention& a) {  // the kernels check the lists of the groups
     STD_TORCH_CHECK(a.dtype != Dtype::kFloat32, kOp, ": need float16 or bfloat16 on CUDA");
+    STD_TORCH_CHECK(a.bias.table == nullptr && a.bias.key_bias == nullptr, kOp,
+                    ": the CUDA kernels take no bias and no key_bias");
   }
 
   static void forward(const SpaceTimeAttention& a, const Forward& f, const Tensor& q) {
@@ -90,7 +99,7 @@ struct Cuda {
 // The checked inputs of forward and backward. q, k and v become what the device can read.
 template <class Device>
 SpaceTimeAttention attention_of(Tensor& q, Tensor& k, Tensor& v, const GroupTensors& groups,
-                                double scale, const std::string& scores) {
+                                const BiasTensors& bias, double scale, const std::string& scores) {
   for (Tensor* x : {&q, &k, &v}) *x = Device::readable(*x);
   SpaceTimeAttention a = {};
   a.groups = groups_of(kOp, groups, q, k);
@@ -99,6 +108,7 @@ SpaceTimeAttention attention_of(Tensor& q, Tensor& k, Tensor& v, const GroupTens
   a.v = strided(kOp, v, "v");
   a.H = q.size(1);
   a.D = q.size(2);
+  a.bias = bias_of(kOp, bias, a.groups, a.H);
   STD_TORCH_CHECK(a.D % 16 == 0, kOp, ": need D a multiple of 16, got ", a.D);
   a.scale = static_cast<float>(scale);
   STD_TORCH_CHECK(std::isfinite(a.scale), kOp, ": need a finite scale, got ", scale);
@@ -110,10 +120,10 @@ SpaceTimeAttention attention_of(Tensor& q, Tensor& k, Tensor& v, const GroupTens
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> space_time_attention(Tensor q, Tensor k, Tensor v,
-                                                        GroupTensors groups, double scale,
-                                                        std::string scores) {
+                                                        GroupTensors groups, BiasTensors bias,
+                                                        double scale, std::string scores) {
   const DeviceScope scope(q);
-  const SpaceTimeAttention a = attention_of<Device>(q, k, v, groups, scale, scores);
+  const SpaceTimeAttention a = attention_of<Device>(q, k, v, groups, bias, scale, scores);
   const int64_t num_queries = a.groups.num_queries;
   const int64_t scored = a.scores == Scores::kNone ? 0 : a.groups.E;
   Tensor out = new_tensor(q, {num_queries, a.H, a.D});
@@ -128,13 +138,13 @@ std::tuple<Tensor, Tensor, Tensor> space_time_attention(Tensor q, Tensor k, Tens
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> space_time_attention_bwd(Tensor grad_out,
-                                                            OptionalTensor grad_scores, Tensor q,
-                                                            Tensor k, Tensor v, Tensor out,
-                                                            Tensor lse, GroupTensors groups,
-                                                            double scale, std::string scores) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> space_time_attention_bwd(
+    Tensor grad_out, OptionalTensor grad_scores, Tensor q, Tensor k, Tensor v, Tensor out,
+    Tensor lse, GroupTensors groups, BiasTensors bias, bool need_bias, double scale,
+    std::string scores) {
   const DeviceScope scope(q);
-  const SpaceTimeAttention a = attention_of<Device>(q, k, v, groups, scale, scores);
+  const SpaceTimeAttention a = attention_of<Device>(q, k, v, groups, bias, scale, scores);
+  STD_TORCH_CHECK(!need_bias || a.bias.table != nullptr, kOp, "_bwd: need a bias for its gradient");
   const int64_t num_queries = a.groups.num_queries;
   grad_out = Device::readable(contiguous_of(grad_out));
   out = Device::readable(contiguous_of(out));
@@ -151,6 +161,11 @@ std::tuple<Tensor, Tensor, Tensor> space_time_attention_bwd(Tensor grad_out,
   Tensor entry_grad_k = new_tensor(k, {entries, a.H, a.D}, ScalarType::Float);
   Tensor entry_grad_v = new_tensor(k, {entries, a.H, a.D}, ScalarType::Float);
   Tensor delta = new_tensor(q, {a.H, num_queries}, ScalarType::Float);
+  // The groups are divided alike for any number of threads, so that the sums have the same bits.
+  const int64_t parts = need_bias ? std::min<int64_t>(a.groups.G, kMostParts) : 0;
+  Tensor bias_parts = new_tensor(q, {parts, a.H, a.bias.rows}, ScalarType::Float);
+  Tensor grad_bias = need_bias ? new_tensor(q, {a.H, a.bias.rows}, ScalarType::Float)
+                               : new_tensor(q, {0}, ScalarType::Float);
   const Backward b = {grad_out.data_ptr(),
                       out.data_ptr(),
                       static_cast<const float*>(lse.data_ptr()),
@@ -160,9 +175,14 @@ std::tuple<Tensor, Tensor, Tensor> space_time_attention_bwd(Tensor grad_out,
                       grad_v.data_ptr(),
                       shared ? static_cast<float*>(entry_grad_k.data_ptr()) : nullptr,
                       shared ? static_cast<float*>(entry_grad_v.data_ptr()) : nullptr,
-                      static_cast<float*>(delta.data_ptr())};
+                      static_cast<float*>(delta.data_ptr()),
+                      need_bias ? static_cast<float*>(bias_parts.data_ptr()) : nullptr,
+                      parts};
   Device::backward(a, b, q);
-  return {grad_q, grad_k, grad_v};
+  if (need_bias) {
+    sum_parts(b.bias_parts, parts, a.H * a.bias.rows, static_cast<float*>(grad_bias.data_ptr()));
+  }
+  return {grad_q, grad_k, grad_v, grad_bias};
 }
 
 }  // namespace

@@ -3,6 +3,7 @@ from .batched import batched as batched
 from .batched import batched_parts as batched_parts
 from .batched import cls_attention as cls_attention
 from .batched import logits_of as logits_of
+from .batched import mask_of as mask_of
 from .batched import mean_attention as mean_attention
 from .batched import put_back as put_back
 from .bias import BIAS_SCHEMA as BIAS_SCHEMA

@@ -7,6 +7,7 @@ padding is written once by row. So the gradients need no sums, but for rows in s
 import torch
 from torch import Tensor
 
+from .bias import NO_BIAS, Bias
 from .membership import Arguments, group_of
 
 
@@ -119,28 +120,67 @@ def put_back(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else torch.empty_like(x).index_copy_(0, rows.long(), x)
 
 
-def logits_of(q: Tensor, k: Tensor, keys: Batched, scale: float) -> Tensor:
+def mask_of(
+    queries: Batched, keys: Batched, bias: Bias = NO_BIAS
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask of the logits, and the groups of which no key is seen.
+
+    Returns:
+        The keys that are seen, [G, 1, 1, longest], or with a bias what is added to the logits,
+        [G, H or 1, queries or 1, longest] in float32; None if all are seen. A softmax of nothing
+        is NaN: where no key is seen, the mask has some. And these groups [G], None without any.
+    """
+    real = keys.mask()
+    seen = None if real is None else real[:, None, None]
+    unseen = None if keys.equal else keys.empty()
+    mask: Tensor | None = None
+    if bias.table is not None:
+        assert bias.query_codes is not None and bias.key_codes is not None
+        query_codes, key_codes = queries.batch(bias.query_codes), keys.batch(bias.key_codes)
+        mask = bias.of(query_codes[:, :, None], key_codes[:, None]).transpose(0, 1)
+    if bias.key_bias is not None:
+        added = keys.batch(bias.key_bias)
+        visible = added > float("-inf")
+        if real is not None and unseen is not None:
+            visible = visible & real & ~unseen[:, None]
+        unseen = ~visible.any(1)
+        added = added.masked_fill(unseen[:, None], 0)[:, None, None]
+        mask = added if mask is None else mask + added
+    if mask is None:
+        return seen, unseen
+    return mask if seen is None else mask.masked_fill(~seen, float("-inf")), unseen
+
+
+def logits_of(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The logits of q [G, n, H, D] and k [G, longest, H, D]: [G, H, n, longest] in float32.
 
-    They are -inf beyond the end of a group, but for the first key of an empty group.
+    Args:
+        mask: see `mask_of`.
     """
     high = torch.promote_types(k.dtype, torch.float32)
     logits = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).to(high) * scale
-    mask = keys.mask()
-    return logits if mask is None else logits.masked_fill(~mask[:, None, None], float("-inf"))
+    if mask is None:
+        return logits
+    if mask.dtype == torch.bool:
+        return logits.masked_fill(~mask, float("-inf"))
+    return logits + mask
 
 
-def cls_attention(q: Tensor, k: Tensor, queries: Batched, keys: Batched, scale: float) -> Tensor:
+def cls_attention(
+    q: Tensor, k: Tensor, queries: Batched, mask: Tensor | None, scale: float
+) -> Tensor:
     """The attention of the first query of each group, averaged over heads.
 
     Args:
         q: [num_queries, H, D].
         k: the keys as a batch, [G, longest, H, D].
+        mask: see `mask_of`.
 
     Returns:
         [G, longest] in float32; zeros without queries.
     """
-    weights = logits_of(queries.first(q), k, keys, scale).softmax(-1).mean((1, 2))
+    first = None if mask is None else mask[:, :, :1]
+    weights = logits_of(queries.first(q), k, first, scale).softmax(-1).mean((1, 2))
     return weights if queries.equal else weights.masked_fill(queries.empty()[:, None], 0)
 
 

@@ -11,9 +11,7 @@ from .membership import Groups
 from .positions import Positions
 
 # How the schema of an op declares it: the fields of `Bias`.
-BIAS_SCHEMA = (
-    "Tensor? bias, Tensor? query_codes, Tensor? key_codes, SymInt wrap, Tensor? key_bias"
-)
+BIAS_SCHEMA = "Tensor? bias, Tensor? query_codes, Tensor? key_codes, SymInt wrap, Tensor? key_bias"
 
 
 class Bias(NamedTuple):

@@ -303,7 +303,8 @@ def _flatten(positions: Positions) -> tuple[list[Any], Any]:
 
 def _unflatten(tensors: Iterable[Any], others: Any) -> Positions:
     values: list[Any] = [o if t is None else t for t, o in zip(tensors, others, strict=True)]
-    return Positions(*values, checked=True)
+    by_name = dict(zip((f.name for f in fields(Positions)), values, strict=True))
+    return Positions(**by_name, checked=True)
 
 
 torch.utils._pytree.register_pytree_node(

@@ -1,6 +1,6 @@
 """space_time_attention: attention of packed tokens in groups.
 
-    out[i] = sum over the keys j of i's group: softmax_j(scale q_i . k_j) v_j
+    out[i] = sum over the keys j of i's group: softmax_j(scale q_i . k_j + bias_ij) v_j
 
 Every query belongs to exactly one group; a key may belong to several. Different groups make this
 spatial (per frame), temporal (per position), joint, windowed, divided, block-sparse or
@@ -18,7 +18,16 @@ from torch import Tensor
 from vidl.kernels import choices, gpu, library
 from vidl.kernels.arguments import check_flag, check_tensors, finite, in_dtype
 from vidl.kernels.environment import variable
-from vidl.kernels.groups import SCHEMA, Arguments, Groups
+from vidl.kernels.groups import (
+    BIAS_SCHEMA,
+    NO_BIAS,
+    SCHEMA,
+    Arguments,
+    Bias,
+    Groups,
+    Positions,
+    bias_of,
+)
 
 from . import pytorch, reference
 
@@ -26,7 +35,11 @@ Scores = Literal["cls", "mean"]
 HEAD_SIZES = (32, 64, 80, 96, 128)
 
 
-def _limits(backend: str, device: str, dtype: torch.dtype, head_size: int = 64) -> str | None:
+def _limits(
+    backend: str, device: str, dtype: torch.dtype, head_size: int = 64, bias: bool = False
+) -> str | None:
+    if bias and (backend, device) != ("native", "cpu"):
+        return "its kernels take no bias and no key_bias"
     if head_size not in HEAD_SIZES:
         return f"head sizes are {', '.join(map(str, HEAD_SIZES))}, not {head_size}"
     if backend != "triton" and (backend, device) != ("native", "cpu") and dtype == torch.float32:
@@ -44,8 +57,7 @@ def _limits(backend: str, device: str, dtype: torch.dtype, head_size: int = 64) 
 
 
 def _fake(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    *groups, _, scores = rest
-    entries = Arguments(*groups).num_entries(k.shape[0])
+    entries, scores = Arguments(*rest[:8]).num_entries(k.shape[0]), rest[-1]
     high = torch.promote_types(q.dtype, torch.float32)
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
@@ -54,11 +66,15 @@ def _fake(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _fake_bwd(grad_out, grad_scores, q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_bwd(
+    grad_out, grad_scores, q, k, v, out, lse, *rest
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
     )
-    return grad_q, grad_k, grad_v
+    table, need_bias = rest[8], rest[13]
+    grad_bias = torch.empty_like(table) if need_bias else lse.new_empty(0)
+    return grad_q, grad_k, grad_v, grad_bias
 
 
 def _pairs(query_offsets: Tensor, key_offsets: Tensor) -> int:
@@ -79,20 +95,21 @@ def _flops_bwd(grad_out, grad_scores, q, k, v, out, lse, query_offsets, key_offs
 
 def _setup_context(ctx, inputs, output) -> None:
     out, lse, _ = output
-    *tensors, ctx.max_queries, ctx.max_keys, ctx.scale, ctx.scores = inputs
-    ctx.save_for_backward(*tensors, out, lse)
+    *tensors, ctx.max_queries, ctx.max_keys, table, query_codes, key_codes, ctx.wrap = inputs[:15]
+    key_bias, ctx.scale, ctx.scores = inputs[15:]
+    ctx.save_for_backward(*tensors, table, query_codes, key_codes, key_bias, out, lse)
     ctx.set_materialize_grads(False)
 
 
 def _backward(bwd: Callable[..., Any], ctx, grad_out, grad_lse, grad_scores):
-    q, k, v, *groups, out, lse = ctx.saved_tensors
-    nothing = (None,) * 10
+    q, k, v, *groups, table, query_codes, key_codes, key_bias, out, lse = ctx.saved_tensors
     if not ctx.scores:  # scores that were not requested are empty, and may have an empty gradient
         grad_scores = None
     if grad_out is None and grad_scores is None:
-        return None, None, None, *nothing
+        return (None,) * 18
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
-    grad_q, grad_k, grad_v = bwd(
+    need_bias = table is not None and ctx.needs_input_grad[11]
+    grad_q, grad_k, grad_v, grad_bias = bwd(
         grad_out,
         grad_scores if grad_scores is None else grad_scores.contiguous(),
         q,
@@ -103,17 +120,23 @@ def _backward(bwd: Callable[..., Any], ctx, grad_out, grad_lse, grad_scores):
         *groups,
         ctx.max_queries,
         ctx.max_keys,
+        table,
+        query_codes,
+        key_codes,
+        ctx.wrap,
+        key_bias,
+        need_bias,
         ctx.scale,
         ctx.scores,
     )
-    return grad_q, grad_k, grad_v, *nothing
+    return grad_q, grad_k, grad_v, *(None,) * 8, grad_bias if need_bias else None, *(None,) * 6
 
 
 library.define(
     library.Op(
         "space_time_attention_bwd(Tensor grad_out, Tensor? grad_scores, Tensor q, Tensor k, "
-        f"Tensor v, Tensor out, Tensor lse, {SCHEMA}, float scale, str scores) "
-        "-> (Tensor, Tensor, Tensor)",
+        f"Tensor v, Tensor out, Tensor lse, {SCHEMA}, {BIAS_SCHEMA}, bool need_bias, float scale, "
+        "str scores) -> (Tensor, Tensor, Tensor, Tensor)",
         module=__package__,
         fake=_fake_bwd,
         flops=_flops_bwd,
@@ -121,8 +144,8 @@ library.define(
 )
 library.define(
     library.Op(
-        f"space_time_attention(Tensor q, Tensor k, Tensor v, {SCHEMA}, float scale, str scores) "
-        "-> (Tensor out, Tensor lse, Tensor scores)",
+        f"space_time_attention(Tensor q, Tensor k, Tensor v, {SCHEMA}, {BIAS_SCHEMA}, "
+        "float scale, str scores) -> (Tensor out, Tensor lse, Tensor scores)",
         module=__package__,
         fake=_fake,
         flops=_flops,
@@ -142,6 +165,9 @@ def space_time_attention(
     v: Tensor,
     groups: Groups,
     *,
+    bias: Tensor | None = ...,
+    positions: Positions | None = ...,
+    key_bias: Tensor | None = ...,
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
     return_scores: None = ...,
@@ -156,6 +182,9 @@ def space_time_attention(
     v: Tensor,
     groups: Groups,
     *,
+    bias: Tensor | None = ...,
+    positions: Positions | None = ...,
+    key_bias: Tensor | None = ...,
     scale: float | None = ...,
     return_lse: bool = ...,
     return_scores: Scores | None = ...,
@@ -169,6 +198,9 @@ def space_time_attention(
     v: Tensor,
     groups: Groups,
     *,
+    bias: Tensor | None = None,
+    positions: Positions | None = None,
+    key_bias: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     return_scores: Scores | None = None,
@@ -177,8 +209,8 @@ def space_time_attention(
     """Softmax attention of every query to the keys of its group.
 
     The attention weights are never materialized. Deterministic, forward and backward. NaN or
-    infinity in one group never reaches another. A group without keys gives zeros, with zero
-    gradients.
+    infinity in one group never reaches another; the gradient of `bias` is of all groups. A group
+    without keys gives zeros, with zero gradients.
 
     Args:
         q: [num_queries, H, D] float32 (not for "native" on CUDA), float16 or bfloat16; D is 32, 64,
@@ -187,8 +219,13 @@ def space_time_attention(
             copy.
         k, v: [num_keys, H, D], the same dtype and device.
         groups: which queries attend to which keys.
+        bias: [positions.rows, H], any floating dtype: a table of what is added to the logits, by
+            the relative position of query and key. Differentiable.
+        positions: which row of `bias` belongs to a query and a key.
+        key_bias: [num_keys] float32, added to all logits of a key: -inf hides it. A query whose
+            keys are all hidden counts as one without keys. Not differentiable.
         scale: finite factor of the logits before the softmax; default 1 / sqrt(D).
-        return_lse: also return the log-sum-exp of every query's scaled logits, [H, num_queries] in
+        return_lse: also return the log-sum-exp of every query's logits, [H, num_queries] in
             float32, natural logarithm; not differentiable.
         return_scores: also return the attention that each key receives, averaged over heads,
             float32, [E] in the order of the groups' entries (the rows of k if `groups.key_rows` is
@@ -216,8 +253,9 @@ def space_time_attention(
     dtype = library.autocast_dtype(q)
     q, k, v = in_dtype(q, dtype), in_dtype(k, dtype), in_dtype(v, dtype)
     scale = q.shape[2] ** -0.5 if scale is None else finite("scale", scale)
-    chosen = choose(backend, q, k, v, groups, return_lse, return_scores)
-    args = (q, k, v, *groups.arguments(), scale, return_scores or "")
+    added = bias_of(bias, positions, key_bias, groups, q.shape[1])
+    chosen = choose(backend, q, k, v, groups, added, return_lse, return_scores)
+    args = (q, k, v, *groups.arguments(), *added, scale, return_scores or "")
     hints = {"num_global": groups.num_global, "max_local_keys": groups.max_local_keys}
     out, lse, scores = library.run("space_time_attention", chosen, *args, lse=return_lse, **hints)
     results = [out, *([lse.detach()] if return_lse else []), *([scores] if return_scores else [])]
@@ -230,6 +268,7 @@ def choose(
     k: Tensor,
     v: Tensor,
     groups: Groups,
+    bias: Bias = NO_BIAS,
     return_lse: bool = False,
     return_scores: Scores | None = None,
 ) -> str:
@@ -241,15 +280,18 @@ def choose(
             "space_time_attention",
             kind,
             q.dtype,
-            (q, k, v),
+            (q, k, v, bias.table),
             {"queries": groups.max_queries, "keys": groups.max_keys, "rows": rows * H},
             head_size=D,
             groups=groups.layout,
+            bias=bool(bias),
             lse=return_lse,
             scores=return_scores or "",
         )
 
-    return library.choose(backend, "space_time_attention", kind, q.dtype, key, head_size=D)
+    return library.choose(
+        backend, "space_time_attention", kind, q.dtype, key, head_size=D, bias=bool(bias)
+    )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, groups: Groups, return_scores: Scores | None) -> None:

@@ -15,10 +15,12 @@ from vidl.kernels.constant import assume_constant
 from vidl.kernels.groups import (
     Arguments,
     Batched,
+    Bias,
     batched,
     batched_parts,
     cls_attention,
     logits_of,
+    mask_of,
     mean_attention,
     put_back,
 )
@@ -32,7 +34,7 @@ def space_time_attention(
     q: Tensor,  # [num_queries, H, D]
     k: Tensor,  # [num_keys, H, D]
     v: Tensor,  # [num_keys, H, D]
-    *rest: Any,  # the arguments of the groups, scale, scores
+    *rest: Any,  # the arguments of the groups, those of the bias, scale, scores
     lse: bool = True,
     num_global: int = 0,
     max_local_keys: int = 0,
@@ -50,15 +52,16 @@ def space_time_attention(
         [0].
     """
     *arguments, scale, scores = rest
-    groups = Arguments(*arguments)
+    groups, bias = Arguments(*arguments[:8]), Bias(*arguments[8:])
     parts = batched_parts(groups, q.shape[0], k.shape[0], num_global, max_local_keys)
     equal = all(members.equal for part in parts for members in part)
-    if not equal and not lse and not scores and (call := packed_attention(q)):
+    packed = not equal and not lse and not scores and not bias
+    if packed and (call := packed_attention(q)):
         queries, keys = batched(groups, q.shape[0], k.shape[0])
-        packed = call(queries.gather(q), keys.gather(k), keys.gather(v), groups, scale)
+        out = call(queries.gather(q), keys.gather(k), keys.gather(v), groups, scale)
         nothing = q.new_empty(0, dtype=torch.float32)
-        return put_back(packed, groups.query_rows), nothing, nothing
-    results = [_attend(q, k, v, *part, scale, scores, lse) for part in parts]
+        return put_back(out, groups.query_rows), nothing, nothing
+    results = [_attend(q, k, v, *part, bias, scale, scores, lse) for part in parts]
     # The members of all groups, one part after the other.
     out, log_sum, importance = (
         x[0] if len(x) == 1 else torch.cat(x) for x in zip(*results, strict=True)
@@ -74,6 +77,7 @@ def _attend(
     v: Tensor,
     queries: Batched,
     keys: Batched,
+    bias: Bias,
     scale: float,
     scores: str,
     lse: bool,
@@ -88,36 +92,41 @@ def _attend(
     importance = log_sum = q.new_empty(0, dtype=high)
     first = q
     q, k, v = queries.batch(q), keys.batch(k), keys.batch(v)  # [G, longest, H, D]
-    if not keys.equal:  # 0 x infinity is NaN
-        q = q.masked_fill(keys.empty()[:, None, None, None], 0)
+    mask, unseen = mask_of(queries, keys, bias)
+    if unseen is not None:  # 0 x infinity is NaN
+        q = q.masked_fill(unseen[:, None, None, None], 0)
+    if bias.key_bias is not None and unseen is not None:
+        v = v.masked_fill(unseen[:, None, None, None], 0)
     if scores == "mean":
-        logits = logits_of(q, k, keys, scale)
+        logits = logits_of(q, k, mask, scale)
         weights = logits.softmax(-1)
         out = (weights.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
-        importance = keys.members(mean_attention(weights, queries))
+        by_key: Tensor | None = mean_attention(weights, queries)
     else:
-        out = _sdpa(q, k, v, keys, scale)
-        if scores:
-            importance = keys.members(cls_attention(first, k, queries, keys, scale))
+        out = _sdpa(q, k, v, mask, scale)
+        by_key = cls_attention(first, k, queries, mask, scale) if scores else None
+    if by_key is not None:
+        if bias.key_bias is not None and unseen is not None:
+            by_key = by_key.masked_fill(unseen[:, None], 0)
+        importance = keys.members(by_key)
     if lse:
         with torch.no_grad():
-            logits = logits if scores == "mean" else logits_of(q, k, keys, scale)
+            logits = logits if scores == "mean" else logits_of(q, k, mask, scale)
             log_sum = logits.logsumexp(-1).transpose(1, 2)  # [G, longest, H]
-            if not keys.equal:
-                log_sum = log_sum.masked_fill(keys.empty()[:, None, None], float("-inf"))
+            if unseen is not None:
+                log_sum = log_sum.masked_fill(unseen[:, None, None], float("-inf"))
             log_sum = queries.members(log_sum)
     return queries.members(out), log_sum, importance
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, keys: Batched, scale: float) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """PyTorch's choice of cuDNN, flash, memory-efficient or plain attention."""
-    mask = keys.mask()
-    mask = None if mask is None else mask[:, None, None]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if _has_tangent(q, k, v):  # the fused kernels of SDPA have no forward-mode derivative
-        logits = (q @ k.mT) * scale
-        logits = logits if mask is None else logits.masked_fill(~mask, float("-inf"))
-        return (logits.softmax(-1) @ v).transpose(1, 2)
+        weights = logits_of(q, k, mask, scale).softmax(-1)
+        return (weights.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
     outs = []
     for start in range(0, max(q.shape[0], 1), LARGEST_BATCH):
         part = slice(start, start + LARGEST_BATCH)

@@ -13,12 +13,14 @@ in the backward kernels.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from vidl.kernels.groups import NO_BIAS, Bias
 from vidl.kernels.groups.triton_entries import sum_entries
 from vidl.kernels.triton_launch import on_device
 
@@ -34,10 +36,10 @@ def space_time_attention(
     q: Tensor,  # [num_queries, H, D]
     k: Tensor,  # [num_keys, H, D]
     v: Tensor,  # [num_keys, H, D]
-    *rest: Any,  # the groups as in groups/triton_call.py, scale, scores
+    *rest: Any,  # the groups as in groups/triton_call.py, the bias, scale, scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the log-sum-exp [H, num_queries], and the scores [E] or [0]."""
-    *groups, scale, scores = rest
+    groups, (scale, scores) = _without_bias(rest[:13]), rest[13:]
     call = AttentionCall(q, k, v, groups, scale, scores)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(call.H, call.num_queries, dtype=torch.float32)
@@ -61,10 +63,10 @@ def space_time_attention_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *rest: Any,  # as forward
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
-    *groups, scale, scores = rest
+    *rest: Any,  # as forward, but whether the bias needs a gradient before the scale
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, and an empty one."""
+    groups, (_, scale, scores) = _without_bias(rest[:13]), rest[13:]
     if grad_scores is None or not scores:
         grad_scores, scores = None, ""
     else:
@@ -91,7 +93,14 @@ def space_time_attention_bwd(
             )
         if call.shared:
             sum_entries(call, (entry_k, entry_v), (grad_k, grad_v), ENTRIES_PER_STEP)
-    return grad_q, grad_k, grad_v
+    return grad_q, grad_k, grad_v, lse.new_empty(0)
+
+
+def _without_bias(arguments: Sequence[Any]) -> Sequence[Any]:
+    """The arguments of the groups."""
+    if Bias(*arguments[8:]):
+        raise RuntimeError("space_time_attention: the Triton kernels take no bias and no key_bias")
+    return arguments[:8]
 
 
 def forward_tile(max_queries: int, max_keys: int, D: int, dtype: torch.dtype) -> Tile:
@@ -184,7 +193,7 @@ def _launch(
     if shared:
         entry_offsets = torch.tensor([0, 2, 2], dtype=torch.int32)
         rest = (offsets, offsets, rows, rows, entry_offsets, rows)
-    rest += (max_queries, max_keys, 1.0, scores)
-    out, lse, importance = space_time_attention(q, k, v, *rest)
+    rest += (max_queries, max_keys, *NO_BIAS)
+    out, lse, importance = space_time_attention(q, k, v, *rest, 1.0, scores)
     grad_scores = importance if scores else None
-    space_time_attention_bwd(out, grad_scores, q, k, v, out, lse, *rest)
+    space_time_attention_bwd(out, grad_scores, q, k, v, out, lse, *rest, False, 1.0, scores)

@@ -5,7 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidl.kernels.groups import Arguments, batched, cls_attention, logits_of, mean_attention
+from vidl.kernels.groups import (
+    Arguments,
+    batched,
+    cls_attention,
+    logits_of,
+    mask_of,
+    mean_attention,
+)
 
 from . import reference
 
@@ -25,15 +32,16 @@ def token_scores(
     assert q is not None
     queries, keys = batched(groups, q.shape[0], k.shape[0])
     batch = keys.batch(k)
+    mask, _ = mask_of(queries, keys)
     if kind == "mean":
-        logits = logits_of(queries.batch(q), batch, keys, scale)
+        logits = logits_of(queries.batch(q), batch, mask, scale)
         weights = logits.softmax(-1)
         if lse is not None:
             given = queries.batch(lse.T).transpose(1, 2)[..., None]  # [G, H, longest, 1]
             # The value comes from the given log-sum-exp, the gradient from the softmax.
             weights = weights + (torch.exp(logits - given) - weights).detach()
         return keys.members(mean_attention(weights, queries))
-    importance = cls_attention(q, batch, queries, keys, scale)
+    importance = cls_attention(q, batch, queries, mask, scale)
     if kind == "value":
         assert v is not None
         norms = torch.linalg.vector_norm(v, dim=(1, 2), dtype=importance.dtype)

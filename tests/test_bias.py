@@ -1,0 +1,359 @@
+"""Attention with a table of relative positions and a number for each key, against plain PyTorch."""
+
+import math
+
+import pytest
+import torch
+from compare import assert_as_accurate, random_like
+from torch import nn
+from torch.nn import functional as F
+from where import Where
+
+from vidl.kernels import library
+from vidl.ops import Groups, Positions, space_time_attention
+
+OP = "space_time_attention"
+GRID = (4, 6, 6)
+WINDOW = (2, 3, 3)
+BACKENDS = ["native", "torch", "reference"]
+
+
+def ids(batch=2, kept=math.prod(GRID)):
+    generator = torch.Generator().manual_seed(kept)
+    drawn = [torch.randperm(math.prod(GRID), generator=generator)[:kept] for _ in range(batch)]
+    return torch.stack(drawn).sort(1).values
+
+
+def windows(kept):
+    return (
+        Groups.window(ids(kept=kept), GRID, WINDOW, (1, 1, 2)),
+        Positions.grid(ids(kept=kept), GRID, reach=WINDOW),
+    )
+
+
+def frames():
+    sizes = torch.tensor([0, 37, 74], dtype=torch.int32)
+    patches = torch.arange(36).expand(2, -1)
+    positions = Positions.grid(patches, (1, 6, 6)).with_global()
+    return Groups.joint(sizes, 74, 40), positions  # padded to 40
+
+
+def global_tokens():
+    groups = Groups.spatial(ids(kept=20), GRID).with_global()
+    return groups, Positions.grid(ids(kept=20), GRID).with_global()
+
+
+def words():
+    lengths = torch.tensor([0, 7, 8, 20, 20], dtype=torch.int32)
+    return Groups.joint(lengths, 20, 12), Positions.sequence(lengths, 20, 3)
+
+
+def two_grids():
+    queries, keys = torch.arange(12).expand(2, -1), torch.arange(18).expand(2, -1)
+    positions = Positions.cross(queries, (1, 3, 4), keys, (2, 3, 3))
+    return Groups.equal(2, 12, keys=18), positions
+
+
+def anywhere():
+    """Codes of any value, and a table of one row."""
+    codes = torch.tensor([0, 2**31 - 1, -(2**31), 5, -7, 1], dtype=torch.int32)
+    return Groups.equal(2, 3), Positions(codes, codes.flip(0), 1)
+
+
+def many_groups():
+    """More groups than parts, in which the gradient of the table is added up."""
+    patches = torch.arange(4).expand(150, -1)
+    return Groups.equal(150, 4), Positions.grid(patches, (1, 2, 2))
+
+
+CASES = {
+    "windows": lambda: windows(math.prod(GRID)),
+    "windows of some tokens": lambda: windows(50),
+    "frames with CLS": frames,
+    "a global token": global_tokens,
+    "words": words,
+    "two grids": two_grids,
+    "any codes": anywhere,
+    "many groups": many_groups,
+}
+
+
+def hiding(groups):
+    """A bias of the keys that hides some, among them all of one group."""
+    generator = torch.Generator().manual_seed(0)
+    key_bias = torch.randn(groups.num_keys, generator=generator)
+    key_bias[torch.rand(groups.num_keys, generator=generator) < 0.2] = -math.inf
+    first, end = groups.key_offsets[:2].tolist()
+    rows = torch.arange(groups.num_keys) if groups.key_rows is None else groups.key_rows
+    key_bias[rows[first:end]] = -math.inf
+    return key_bias
+
+
+def definition(q, k, v, table, groups, positions, key_bias=None, scale=0.2, scores=None):
+    """Group by group: the output, the log-sum-exp, and the scores if they are asked for."""
+    out, lse, importance = torch.zeros_like(q), q.new_full(q.shape[1::-1], -math.inf), []
+    query_steps, key_steps = groups.query_offsets.tolist(), groups.key_offsets.tolist()
+    query_rows, key_rows = (
+        torch.arange(count) if rows is None else rows.long()
+        for rows, count in ((groups.query_rows, len(q)), (groups.key_rows, len(k)))
+    )
+    for g in range(groups.num_groups):
+        i = query_rows[query_steps[g] : query_steps[g + 1]]
+        j = key_rows[key_steps[g] : key_steps[g + 1]]
+        logits = torch.einsum("qhd,khd->hqk", q[i], k[j]) * scale
+        rows = positions.query_codes[i].long()[:, None] - positions.key_codes[j].long()
+        rows = rows.clamp(-positions.wrap, positions.rows - 1 - positions.wrap) % positions.rows
+        logits = logits + table[rows].permute(2, 0, 1)
+        if key_bias is not None:
+            logits = logits + key_bias[j].to(logits.dtype)
+        importance.append(q.new_zeros(len(j)))
+        if (
+            len(i) == 0
+            or len(j) == 0
+            or (key_bias is not None and (key_bias[j] == -math.inf).all())
+        ):
+            continue
+        weights = logits.softmax(-1)
+        out = out.index_put((i,), torch.einsum("hqk,khd->qhd", weights, v[j]))
+        lse = lse.index_put((torch.arange(q.shape[1])[:, None], i), logits.logsumexp(-1))
+        importance[-1] = weights[:, 0].mean(0) if scores == "cls" else weights.mean((0, 1))
+    return [out, lse, *([torch.cat(importance)] if scores else [])]
+
+
+def inputs(groups, positions, dtype, H=2, D=32):
+    generator = torch.Generator().manual_seed(1)
+    sizes = [groups.num_queries, groups.num_keys, groups.num_keys]
+    q, k, v = (torch.randn(n, H, D, generator=generator).to(dtype) for n in sizes)
+    table = torch.randn(positions.rows, H, generator=generator).to(dtype)
+    return q, k, v, table
+
+
+def results(compute, q, k, v, table, scores):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, table)]
+    out, lse, *importance = compute(*leaves)
+    loss = (out * random_like(out)).sum()
+    if importance:
+        loss = loss + (importance[0] * random_like(importance[0])).sum()
+    return [out, lse[torch.isfinite(lse)], *importance, *torch.autograd.grad(loss, leaves)]
+
+
+def compared(case, dtype, backend, scores=None, hide=False):
+    groups, positions = CASES[case]()
+    given = inputs(groups, positions, dtype)
+    key_bias = hiding(groups) if hide else None
+
+    def ours(name, dtype):
+        def compute(q, k, v, table):
+            return space_time_attention(
+                *(q, k, v, groups),
+                bias=table,
+                positions=positions,
+                key_bias=key_bias,
+                scale=0.2,
+                return_lse=True,
+                return_scores=scores,
+                backend=name,
+            )
+
+        return results(compute, *(x.to(dtype) for x in given), scores)
+
+    def define(q, k, v, table):
+        return definition(q, k, v, table, groups, positions, key_bias, 0.2, scores)
+
+    return (
+        ours(backend, dtype),
+        ours("reference", dtype),
+        results(define, *(x.double() for x in given), scores),
+    )
+
+
+@pytest.mark.parametrize("hide", [False, True], ids=["all keys", "hidden keys"])
+@pytest.mark.parametrize("scores", [None, "cls", "mean"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_equals_the_definition(backend, case, scores, hide):
+    """In float64, which the kernels do not compute in."""
+    ours, _, true = compared(case, torch.float64, backend, scores, hide)
+    for our, truth in zip(ours, true, strict=True):
+        torch.testing.assert_close(our, truth, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("hide", [False, True], ids=["all keys", "hidden keys"])
+@pytest.mark.parametrize("scores", [None, "cls", "mean"])
+@pytest.mark.parametrize("case", CASES)
+def test_as_accurate_as_torch(case, scores, hide, dtype):
+    Where("native", "cpu").skip_unless_runs(OP, dtype)
+    for parts in zip(*compared(case, dtype, "native", scores, hide), strict=True):
+        assert_as_accurate(*parts, dtype, order=0.5)
+
+
+def test_only_a_bias_of_the_keys():
+    """ToMe: tokens that stand for several count as often."""
+    groups, size = Groups.equal(2, 9), torch.randint(1, 6, (18,))
+    q, k, v = torch.randn(3, 18, 2, 32)
+    dense = [x.view(2, 9, 2, 32).transpose(1, 2) for x in (q, k, v)]
+    mask = size.log().view(2, 1, 1, 9)
+    expected = F.scaled_dot_product_attention(*dense, mask).transpose(1, 2).reshape(18, 2, 32)
+    for backend in BACKENDS:
+        out = space_time_attention(q, k, v, groups, key_bias=size.log(), backend=backend)
+        torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("case", ["windows", "a global token", "many groups"])
+def test_the_same_bits_with_any_number_of_threads(case):
+    Where("native", "cpu").skip_unless_runs(OP)
+    threads, bits = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 16):
+            torch.set_num_threads(count)
+            bits.append(compared(case, torch.float32, "native")[0])
+    finally:
+        torch.set_num_threads(threads)
+    for one, *others in zip(*bits, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+
+
+def test_a_table_without_gradient_gets_none():
+    groups, positions = CASES["windows"]()
+    q, k, v, table = inputs(groups, positions, torch.float32)
+    q.requires_grad_()
+    out = space_time_attention(q, k, v, groups, bias=table, positions=positions)
+    (alone,) = torch.autograd.grad(out.sum(), q)
+    table.requires_grad_()
+    out = space_time_attention(q, k, v, groups, bias=table, positions=positions)
+    both = torch.autograd.grad(out.sum(), (q, table))
+    assert torch.equal(both[0], alone) and both[1].abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_second_derivatives(backend):
+    groups, positions = CASES["words"]()
+    leaves = [x.double().requires_grad_() for x in inputs(groups, positions, torch.float32, 1, 4)]
+
+    def attend(q, k, v, table):
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            return space_time_attention(
+                q, k, v, groups, bias=table, positions=positions, backend=backend
+            )
+
+    assert torch.autograd.gradcheck(attend, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(attend, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_opcheck(table):
+    Where("native", "cpu").skip_unless_runs(OP)
+    groups, positions = CASES["windows of some tokens"]()
+    q, k, v, rows = inputs(groups, positions, torch.float32, 1)
+    rows = rows.t().contiguous()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    given = (rows.requires_grad_(), positions.query_codes, positions.key_codes, 0)
+    bias = (*(given if table else (None, None, None, 0)), hiding(groups))
+    forward = library.kernel(OP, "native")
+    index = (*groups.arguments(), *bias)
+    torch.library.opcheck(forward, (*leaves, *index, 0.2, "cls"))
+    out, lse, scores = (x.detach() for x in forward(*leaves, *index, 0.2, "cls"))
+    plain = [x.detach() for x in leaves]
+    index = [x.detach() if isinstance(x, torch.Tensor) else x for x in index]
+    torch.library.opcheck(
+        library.kernel(f"{OP}_bwd", "native"),
+        (out, scores, *plain, out, lse, *index, table, 0.2, "cls"),
+    )
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_compiles_without_graph_breaks(backend):
+    groups, positions = CASES["windows of some tokens"]()
+    q, k, v, table = inputs(groups, positions, torch.float32)
+    table.requires_grad_()
+
+    def attend(q, k, v, table, groups, positions):
+        return space_time_attention(
+            q, k, v, groups, bias=table, positions=positions, backend=backend
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for f in (attend, compiled):
+        out = f(q, k, v, table, groups, positions)
+        (grad,) = torch.autograd.grad(out.square().sum(), table)
+        if f is attend:
+            expected = out, grad
+    torch.testing.assert_close((out, grad), expected)
+
+
+def test_autocast_keeps_the_table():
+    groups, positions = CASES["windows"]()
+    q, k, v, table = inputs(groups, positions, torch.float32)
+    table.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = space_time_attention(q, k, v, groups, bias=table, positions=positions)
+    half = [x.bfloat16() for x in (q, k, v)]
+    same = space_time_attention(*half, groups, bias=table, positions=positions)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, same)
+    out.sum().backward()
+    assert table.grad.dtype == torch.float32
+
+
+def test_the_other_kernels_refuse_a_bias():
+    groups, positions = CASES["windows"]()
+    q, k, v, table = inputs(groups, positions, torch.float32)
+    for options in ({"bias": table, "positions": positions}, {"key_bias": q[:, 0, 0].clone()}):
+        with pytest.raises(RuntimeError, match="triton: its kernels take no bias and no key_bias"):
+            space_time_attention(q, k, v, groups, **options, backend="triton")
+    assert "no bias" in library.why_not("native", OP, "cuda", torch.bfloat16, bias=True) or (
+        "no cuda kernel" in library.why_not("native", OP, "cuda", torch.bfloat16, bias=True)
+    )
+    bias = (table.t().contiguous(), positions.query_codes, positions.key_codes, 0, None)
+    with pytest.raises(RuntimeError, match="the Triton kernels take no bias"):
+        library.kernel(OP, "triton")(q, k, v, *groups.arguments(), *bias, 1.0, "")
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"positions": None}, ValueError, "need bias and positions, or neither"),
+        ({"bias": None}, ValueError, "need bias and positions, or neither"),
+        ({"bias": torch.zeros(5, 2)}, ValueError, r"need bias \[75, 2\], got \(5, 2\)"),
+        ({"bias": torch.zeros(75, 2, dtype=torch.int64)}, TypeError, "need bias in a floating"),
+        ({"positions": 3}, TypeError, "need vidl.ops.Positions, got int"),
+        ({"key_bias": torch.zeros(5)}, ValueError, r"need key_bias \[288\]"),
+        ({"key_bias": torch.zeros(288).double()}, TypeError, "need key_bias in float32"),
+        ({"key_bias": [0.0]}, TypeError, "need key_bias as a tensor, got list"),
+        ({"key_bias": torch.zeros(288).requires_grad_()}, ValueError, "not differentiable"),
+        (
+            {"positions": Positions.grid(torch.arange(36)[None], (1, 6, 6), reach=WINDOW)},
+            ValueError,
+            r"need positions.query_codes \[288\], got \(36,\)",
+        ),
+    ],
+)
+def test_wrong_arguments(change, error, message):
+    groups, positions = CASES["windows"]()
+    q, k, v, table = inputs(groups, positions, torch.float32)
+    options = {"bias": table, "positions": positions} | change
+    for backend in ("auto", *BACKENDS):
+        with pytest.raises(error, match=message):
+            space_time_attention(q, k, v, groups, **options, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({0: torch.zeros(3, 75)}, r"need bias \[2, rows\] in float32"),
+        ({0: torch.zeros(2, 75).double()}, r"need bias \[2, rows\] in float32"),
+        ({1: None}, "need query_codes and key_codes with a bias"),
+        ({2: torch.zeros(3, dtype=torch.int32)}, r"need key_codes \[288\] in int32"),
+        ({3: 75}, "need 0 <= wrap < 75, got 75"),
+        ({4: torch.zeros(3)}, r"need key_bias \[288\] in float32"),
+    ],
+)
+def test_the_registered_op_checks_its_bias(change, message):
+    Where("native", "cpu").skip_unless_runs(OP)
+    groups, positions = CASES["windows"]()
+    q, k, v, table = inputs(groups, positions, torch.float32)
+    bias = [table.t().contiguous(), positions.query_codes, positions.key_codes, 0, None]
+    for i, value in change.items():
+        bias[i] = value
+    with pytest.raises(RuntimeError, match=message):
+        library.kernel(OP, "native")(q, k, v, *groups.arguments(), *bias, 1.0, "")
