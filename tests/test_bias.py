@@ -18,9 +18,12 @@ WINDOW = (2, 3, 3)
 BACKENDS = ["native", "torch", "reference"]
 
 
-def ids(batch=2, kept=math.prod(GRID)):
+PATCHES = math.prod(GRID)
+
+
+def ids(batch=2, kept=PATCHES):
     generator = torch.Generator().manual_seed(kept)
-    drawn = [torch.randperm(math.prod(GRID), generator=generator)[:kept] for _ in range(batch)]
+    drawn = [torch.randperm(PATCHES, generator=generator)[:kept] for _ in range(batch)]
     return torch.stack(drawn).sort(1).values
 
 
@@ -56,8 +59,8 @@ def two_grids():
 
 def anywhere():
     """Codes of any value, and a table of one row."""
-    codes = torch.tensor([0, 2**31 - 1, -(2**31), 5, -7, 1], dtype=torch.int32)
-    return Groups.equal(2, 3), Positions(codes, codes.flip(0), 1)
+    codes = torch.tensor([0, 2**31 - 1, -(2**31), 5, -7, 1] * 20, dtype=torch.int32)
+    return Groups.equal(24, 5), Positions(codes, codes.flip(0), 1)
 
 
 def many_groups():
@@ -67,7 +70,7 @@ def many_groups():
 
 
 CASES = {
-    "windows": lambda: windows(math.prod(GRID)),
+    "windows": lambda: windows(PATCHES),
     "windows of some tokens": lambda: windows(50),
     "frames with CLS": frames,
     "a global token": global_tokens,
@@ -107,11 +110,8 @@ def definition(q, k, v, table, groups, positions, key_bias=None, scale=0.2, scor
         if key_bias is not None:
             logits = logits + key_bias[j].to(logits.dtype)
         importance.append(q.new_zeros(len(j)))
-        if (
-            len(i) == 0
-            or len(j) == 0
-            or (key_bias is not None and (key_bias[j] == -math.inf).all())
-        ):
+        hidden = key_bias is not None and bool((key_bias[j] == -math.inf).all())
+        if len(i) == 0 or len(j) == 0 or hidden:
             continue
         weights = logits.softmax(-1)
         out = out.index_put((i,), torch.einsum("hqk,khd->qhd", weights, v[j]))
@@ -247,7 +247,7 @@ def test_opcheck(table):
     q, k, v, rows = inputs(groups, positions, torch.float32, 1)
     rows = rows.t().contiguous()
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    given = (rows.requires_grad_(), positions.query_codes, positions.key_codes, 0)
+    given = (rows.requires_grad_(), positions.query_codes, positions.key_codes, 74)
     bias = (*(given if table else (None, None, None, 0)), hiding(groups))
     forward = library.kernel(OP, "native")
     index = (*groups.arguments(), *bias)
@@ -304,7 +304,7 @@ def test_the_other_kernels_refuse_a_bias():
     assert "no bias" in library.why_not("native", OP, "cuda", torch.bfloat16, bias=True) or (
         "no cuda kernel" in library.why_not("native", OP, "cuda", torch.bfloat16, bias=True)
     )
-    bias = (table.t().contiguous(), positions.query_codes, positions.key_codes, 0, None)
+    bias = (table.t().contiguous(), positions.query_codes, positions.key_codes, 74, None)
     with pytest.raises(RuntimeError, match="the Triton kernels take no bias"):
         library.kernel(OP, "triton")(q, k, v, *groups.arguments(), *bias, 1.0, "")
 
@@ -344,7 +344,7 @@ def test_wrong_arguments(change, error, message):
         ({0: torch.zeros(2, 75).double()}, r"need bias \[2, rows\] in float32"),
         ({1: None}, "need query_codes and key_codes with a bias"),
         ({2: torch.zeros(3, dtype=torch.int32)}, r"need key_codes \[288\] in int32"),
-        ({3: 75}, "need 0 <= wrap < 75, got 75"),
+        ({3: 75}, "need 0 <= shift < 75, got 75"),
         ({4: torch.zeros(3)}, r"need key_bias \[288\] in float32"),
     ],
 )
@@ -352,7 +352,7 @@ def test_the_registered_op_checks_its_bias(change, message):
     Where("native", "cpu").skip_unless_runs(OP)
     groups, positions = CASES["windows"]()
     q, k, v, table = inputs(groups, positions, torch.float32)
-    bias = [table.t().contiguous(), positions.query_codes, positions.key_codes, 0, None]
+    bias = [table.t().contiguous(), positions.query_codes, positions.key_codes, 74, None]
     for i, value in change.items():
         bias[i] = value
     with pytest.raises(RuntimeError, match=message):

@@ -21,7 +21,7 @@ struct GroupTensors {
 // The same for what is added to the logits.
 struct BiasTensors {
   OptionalTensor table, query_codes, key_codes;
-  int64_t wrap;
+  int64_t shift;
   OptionalTensor key_bias;
 };
 
@@ -53,11 +53,11 @@ struct Unbundled<f, Types<Before...>, Types<GroupTensors, BiasTensors, After...>
                    OptionalTensor query_rows, OptionalTensor key_rows, OptionalTensor entry_offsets,
                    OptionalTensor entries, int64_t max_queries, int64_t max_keys,
                    OptionalTensor table, OptionalTensor query_codes, OptionalTensor key_codes,
-                   int64_t wrap, OptionalTensor key_bias, After... after) {
+                   int64_t shift, OptionalTensor key_bias, After... after) {
     return f(std::move(before)...,
              GroupTensors{query_offsets, key_offsets, query_rows, key_rows, entry_offsets, entries,
                           max_queries, max_keys},
-             BiasTensors{table, query_codes, key_codes, wrap, key_bias}, std::move(after)...);
+             BiasTensors{table, query_codes, key_codes, shift, key_bias}, std::move(after)...);
   }
 };
 
@@ -129,9 +129,9 @@ inline Bias bias_of(const std::string& op, const BiasTensors& tensors, const Gro
                   op, ": need bias [", H, ", rows] in float32, contiguous");
   bias.table = table.const_data_ptr<float>();
   bias.rows = table.size(1);
-  STD_TORCH_CHECK(tensors.wrap >= 0 && tensors.wrap < bias.rows, op, ": need 0 <= wrap < ",
-                  bias.rows, ", got ", tensors.wrap);
-  bias.wrap = static_cast<int32_t>(tensors.wrap);
+  STD_TORCH_CHECK(tensors.shift >= 0 && tensors.shift < bias.rows, op, ": need 0 <= shift < ",
+                  bias.rows, ", got ", tensors.shift);
+  bias.shift = static_cast<int32_t>(tensors.shift);
   return bias;
 }
 

@@ -24,14 +24,14 @@ struct Groups {
 };
 
 // What is added to the logit of query row i and key row j for head h: table[h * rows + row] +
-// key_bias[j], where row = query_codes[i] + wrap - key_codes[j], limited to [0, rows - 1]. Without
+// key_bias[j], where row = key_codes[j] - query_codes[i] + shift, limited to [0, rows - 1]. Without
 // a table `table` is null, without numbers for the keys `key_bias`.
 struct Bias {
   const float* table;                      // [H, rows]
   const int32_t *query_codes, *key_codes;  // [num_queries], [num_keys]
   const float* key_bias;                   // [num_keys]
   int64_t rows;
-  int32_t wrap;
+  int32_t shift;
 };
 
 }  // namespace vidl

@@ -11,20 +11,20 @@ from .membership import Groups
 from .positions import Positions
 
 # How the schema of an op declares it: the fields of `Bias`.
-BIAS_SCHEMA = "Tensor? bias, Tensor? query_codes, Tensor? key_codes, SymInt wrap, Tensor? key_bias"
+BIAS_SCHEMA = "Tensor? bias, Tensor? query_codes, Tensor? key_codes, SymInt shift, Tensor? key_bias"
 
 
 class Bias(NamedTuple):
     """What kernels need, in the order of `BIAS_SCHEMA`.
 
     The logits of query i and key j of head h get `table[h, row] + key_bias[j]`, where row =
-    clamp(query_codes[i] + wrap - key_codes[j], 0, rows - 1).
+    clamp(key_codes[j] - query_codes[i] + shift, 0, rows - 1).
     """
 
-    table: Tensor | None  # [H, rows] float32, its last `wrap` rows first
+    table: Tensor | None  # [H, rows] float32, from the greatest difference of codes to the least
     query_codes: Tensor | None  # [num_queries] int32
     key_codes: Tensor | None  # [num_keys] int32
-    wrap: int
+    shift: int
     key_bias: Tensor | None  # [num_keys] float32
 
     def __bool__(self) -> bool:
@@ -33,7 +33,7 @@ class Bias(NamedTuple):
     def of(self, query_codes: Tensor, key_codes: Tensor) -> Tensor:
         """The numbers of the table for codes that broadcast to one shape: [H, shape...]."""
         assert self.table is not None
-        index = query_codes.long() + self.wrap - key_codes.long()
+        index = key_codes.long() - query_codes.long() + self.shift
         index = index.clamp(0, self.table.shape[1] - 1)
         # The gradient of an embedding is deterministic, and faster than that of an index.
         return torch.nn.functional.embedding(index, self.table.t()).movedim(-1, 0)
@@ -73,14 +73,9 @@ def bias_of(
     positions.require_fit(groups)
     check_floating(bias=bias)
     check_shape("bias", bias, positions.rows, heads)
-    # A head's rows are contiguous: a kernel reads them in any order.
     table = bias if bias.dtype == torch.float64 else bias.float()
     if positions.wrap:
         table = table.roll(positions.wrap, 0)
-    return Bias(
-        table.t().contiguous(),
-        positions.query_codes,
-        positions.key_codes,
-        positions.wrap,
-        key_bias,
-    )
+    # A head's rows are contiguous, and reversed: neighbours in a row of patches read neighbours.
+    table, shift = table.flip(0).t().contiguous(), positions.rows - 1 - positions.wrap
+    return Bias(table, positions.query_codes, positions.key_codes, shift, key_bias)

@@ -95,7 +95,7 @@ def _flops_bwd(grad_out, grad_scores, q, k, v, out, lse, query_offsets, key_offs
 
 def _setup_context(ctx, inputs, output) -> None:
     out, lse, _ = output
-    *tensors, ctx.max_queries, ctx.max_keys, table, query_codes, key_codes, ctx.wrap = inputs[:15]
+    *tensors, ctx.max_queries, ctx.max_keys, table, query_codes, key_codes, ctx.shift = inputs[:15]
     key_bias, ctx.scale, ctx.scores = inputs[15:]
     ctx.save_for_backward(*tensors, table, query_codes, key_codes, key_bias, out, lse)
     ctx.set_materialize_grads(False)
@@ -123,7 +123,7 @@ def _backward(bwd: Callable[..., Any], ctx, grad_out, grad_lse, grad_scores):
         table,
         query_codes,
         key_codes,
-        ctx.wrap,
+        ctx.shift,
         key_bias,
         need_bias,
         ctx.scale,
