@@ -180,11 +180,13 @@ def test_equals_the_definition(backend, case, scores, hide):
 
 @pytest.mark.parametrize("hide", [False, True], ids=["all keys", "hidden keys"])
 @pytest.mark.parametrize("scores", [None, "cls", "mean"])
-@pytest.mark.parametrize("case", CASES)
-def test_as_accurate_as_torch(case, scores, hide, dtype):
+def test_as_accurate_as_torch(scores, hide, dtype):
+    """Each result over all layouts together: PyTorch may be exact on one by luck."""
     Where("native", "cpu").skip_unless_runs(OP, dtype)
-    for parts in zip(*compared(case, dtype, "native", scores, hide), strict=True):
-        assert_as_accurate(*parts, dtype, order=0.5)
+    computed = [compared(case, dtype, "native", scores, hide) for case in CASES]
+    for of_cases in zip(*(zip(*parts, strict=True) for parts in computed), strict=True):
+        together = ([x.flatten() for x in parts] for parts in zip(*of_cases, strict=True))
+        assert_as_accurate(*map(torch.cat, together), dtype, order=0.5)
 
 
 def test_only_a_bias_of_the_keys():
