@@ -57,6 +57,7 @@ BACKEND = {"backend": OPTION}
 # A mask of any dtype is read as nonzero or not.
 PADDING = without(optional(TENSOR), "complex", "flags") | cut(0, 1)
 GROUPS = OTHER | values(number=3, tensor=CU)
+PLACES = torch.arange(3).expand(2, -1)  # the patches of two samples
 
 
 def clip(**extra):
@@ -91,6 +92,13 @@ def packed_loss_call():
 def attention_call():
     q, k, v = torch.rand(3, 6, 2, 32)
     return dict(q=q, k=k, v=v, groups=ops.Groups.equal(2, 3))
+
+
+def biased_call():
+    positions = ops.Positions.grid(PLACES, (1, 1, 3))
+    return attention_call() | dict(
+        bias=torch.rand(5, 2), positions=positions, key_bias=torch.rand(6)
+    )
 
 
 def scores_call(*names):
@@ -195,6 +203,15 @@ OPS = {
             "return_scores": optional(OPTION),
         },
     ),
+    "space_time_attention, biased": Call(
+        ops.space_time_attention,
+        biased_call,
+        {
+            "bias": FLOATS | cut(0, 1),
+            "positions": GROUPS | values(rows=ops.Positions.grid(PLACES[:1], (1, 1, 3))),
+            "key_bias": optional(FLOATS) | cut(0) | values(double=torch.rand(6).double()),
+        },
+    ),
     "cls_attention_scores": Call(
         ops.cls_attention_scores,
         functools.partial(scores_call, "q", "k"),
@@ -267,6 +284,41 @@ OTHER_OPS = {
             "keep": optional(COUNT) | values(many=9),
             "total": optional(COUNT),
         },
+    ),
+    "Positions": Call(
+        ops.Positions,
+        lambda: dict(query_codes=CU, key_codes=CU, rows=4, wrap=2),
+        {"query_codes": IDS, "key_codes": IDS, "rows": POSITIVE, "wrap": COUNT | values(large=4)},
+    ),
+    "Positions.grid": Call(
+        ops.Positions.grid,
+        lambda: dict(ids=PLACES, grid=(1, 1, 3), reach=(2, 2, 3)),
+        {"ids": without(IDS, "meta"), "grid": GRID, "reach": optional(GRID)},
+    ),
+    "Positions.first": Call(
+        ops.Positions.first,
+        lambda: dict(ids=PLACES, grid=(1, 1, 3), size=(1, 1, 3), reach=(2, 2, 3)),
+        {"ids": without(IDS, "meta"), "grid": GRID, "size": GRID, "reach": GRID},
+    ),
+    "Positions.cross": Call(
+        ops.Positions.cross,
+        lambda: dict(query_ids=PLACES, query_grid=(1, 1, 3), key_ids=PLACES, key_grid=(1, 1, 3)),
+        {
+            "query_ids": without(IDS, "meta"),
+            "query_grid": GRID,
+            "key_ids": without(IDS, "meta"),
+            "key_grid": GRID,
+        },
+    ),
+    "Positions.sequence": Call(
+        ops.Positions.sequence,
+        lambda: dict(cu_seqlens=CU, total=5, reach=2),
+        {"cu_seqlens": without(IDS, "meta"), "total": COUNT, "reach": COUNT},
+    ),
+    "Positions.select": Call(
+        lambda **a: ops.Positions.grid(PLACES, (1, 1, 3)).select(**a),
+        lambda: dict(rows=torch.arange(2)),
+        {"rows": without(IDS, "meta")},
     ),
     "ReplicatedGlobal": Call(
         ops.ReplicatedGlobal, lambda: dict(groups=ops.Groups.equal(2, 3)), {"groups": GROUPS}
@@ -817,6 +869,16 @@ NN = {
         lambda **a: divided().load_pretrained(**a),
         lambda: dict(state_dict=divided().state_dict(), frames="zeros"),
         {"state_dict": STATE, "frames": OPTION},
+    ),
+    "resize_table": Call(
+        nn.resize_table,
+        lambda: dict(table=torch.rand(8, 2), old=(1, 1, 3), new=(1, 2, 3), mode="bilinear"),
+        {"table": without(FLOATS, "meta") | cut(0), "old": GRID, "new": GRID, "mode": OPTION},
+    ),
+    "inflate_table": Call(
+        nn.inflate_table,
+        lambda: dict(table=torch.rand(8, 2), grid=(1, 1, 3), frames=2),
+        {"table": without(FLOATS, "meta") | cut(0), "grid": GRID, "frames": POSITIVE},
     ),
     "ViT": Call(
         nn.ViT,

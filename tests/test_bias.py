@@ -318,7 +318,7 @@ def test_the_other_kernels_refuse_a_bias():
         ({"bias": None}, ValueError, "need bias and positions, or neither"),
         ({"bias": torch.zeros(5, 2)}, ValueError, r"need bias \[75, 2\], got \(5, 2\)"),
         ({"bias": torch.zeros(75, 2, dtype=torch.int64)}, TypeError, "need bias in a floating"),
-        ({"positions": 3}, TypeError, "need vidl.ops.Positions, got int"),
+        ({"positions": 3}, TypeError, "need positions made by vidl.ops.Positions, got int"),
         ({"key_bias": torch.zeros(5)}, ValueError, r"need key_bias \[288\]"),
         ({"key_bias": torch.zeros(288).double()}, TypeError, "need key_bias in float32"),
         ({"key_bias": [0.0]}, TypeError, "need key_bias as a tensor, got list"),

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from vidl.nn import inflate_table, resize_table
 from vidl.ops import Groups, Positions
 
 
@@ -186,3 +187,50 @@ def test_positions_are_a_pytree():
     leaves, spec = torch.utils._pytree.tree_flatten(positions)
     again = torch.utils._pytree.tree_unflatten(leaves, spec)
     assert torch.equal(again.key_codes, positions.key_codes) and again.rows == positions.rows
+
+
+def test_resized_tables_are_those_of_timm():
+    layers = pytest.importorskip("timm.layers.pos_embed_rel")
+    table = torch.randn(13 * 13, 4)
+    theirs = layers.resize_rel_pos_bias_table_simple(table, (12, 12), (23 * 23, 4))
+    torch.testing.assert_close(resize_table(table, (1, 7, 7), (1, 12, 12)), theirs)
+
+
+def test_resized_tables_keep_global_rows_and_frames():
+    table = torch.randn(3 * 5 * 7 + 3, 2)
+    bigger = resize_table(table, (2, 3, 4), (2, 4, 6), "bilinear")
+    assert bigger.shape == (3 * 7 * 11 + 3, 2) and torch.equal(bigger[-3:], table[-3:])
+    for t in range(3):
+        plane = table[35 * t : 35 * t + 35].view(1, 5, 7, 2).permute(0, 3, 1, 2)
+        expected = torch.nn.functional.interpolate(plane, (7, 11), mode="bilinear")
+        got = bigger[77 * t : 77 * t + 77].view(7, 11, 2).permute(2, 0, 1)
+        torch.testing.assert_close(got, expected[0])
+    assert torch.equal(resize_table(table, (2, 3, 4), (2, 3, 4)), table)
+
+
+def test_an_inflated_table_ignores_time():
+    grid = (3, 2, 4)
+    table = torch.randn(3 * 7 + 3, 2)
+    inflated = inflate_table(table, (1, 2, 4), 3)
+    clip = Positions.grid(every(grid), grid).with_global()
+    frame = Positions.grid(every((1, 2, 4)), (1, 2, 4)).with_global()
+    assert len(inflated) == clip.rows
+    place = torch.cat([torch.tensor([0]), torch.arange(24) % 8 + 1])
+    expected = table[rows(frame)][place[:, None], place]
+    assert torch.equal(inflated[rows(clip)], expected)
+
+
+def test_wrong_tables():
+    table = torch.randn(15, 2)
+    with pytest.raises(ValueError, match=r"need table \[21, H\], or 3 rows more"):
+        resize_table(table, (1, 2, 4), (1, 3, 3))
+    with pytest.raises(ValueError, match="need as many frames, got 1 and 2"):
+        resize_table(table, (1, 2, 3), (2, 3, 3))
+    with pytest.raises(ValueError, match="need mode 'bicubic' or 'bilinear'"):
+        resize_table(table, (1, 2, 3), (1, 3, 3), "nearest")
+    with pytest.raises(ValueError, match="need a grid of one frame"):
+        inflate_table(torch.randn(45, 2), (2, 2, 3), 2)
+    with pytest.raises(TypeError, match="need table as a tensor"):
+        inflate_table([1.0], (1, 2, 3), 2)
+    with pytest.raises(TypeError, match="need table in a floating dtype"):
+        inflate_table(table.long(), (1, 2, 3), 2)

@@ -69,7 +69,9 @@ def bias_of(
     if bias is None or positions is None:
         return Bias(None, None, None, 0, key_bias)
     if not isinstance(positions, Positions):
-        raise TypeError(f"need vidl.ops.Positions, got {type(positions).__name__}")
+        raise TypeError(
+            f"need positions made by vidl.ops.Positions, got {type(positions).__name__}"
+        )
     positions.require_fit(groups)
     check_floating(bias=bias)
     check_shape("bias", bias, positions.rows, heads)

@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vidl.kernels.arguments import check_count, require
+from vidl.kernels.arguments import (
+    check_count,
+    check_counts,
+    check_dtype,
+    check_tensors,
+    require,
+)
 
 from .checks import (
     check_rows,
@@ -564,21 +570,25 @@ class Groups:
 
 
 class Tokens:
-    """The sample of each visible token, and its frame, row and column in the clip."""
+    """The sample of each visible token, and its frame, row and column in the clip.
 
-    def __init__(self, ids: Tensor, grid: Grid, cu_seqlens: Tensor | None) -> None:
+    Args:
+        ids, grid, cu_seqlens: as for `Groups.spatial`.
+        of: what the names of the arguments begin with, for errors.
+    """
+
+    def __init__(self, ids: Tensor, grid: Grid, cu_seqlens: Tensor | None, of: str = "") -> None:
+        check_tensors((f"{of}cu_seqlens",), **{f"{of}ids": ids, f"{of}cu_seqlens": cu_seqlens})
         if (ids.ndim != 2) if cu_seqlens is None else (ids.ndim != 1):
-            raise ValueError(f"need ids [B, K], or [total] with cu_seqlens, got {tuple(ids.shape)}")
-        if len(grid) != 3 or any(n < 1 for n in grid):
-            raise ValueError(f"need a grid of frames, rows and columns, got {grid}")
-        for number in grid:
-            check_count("grid", number)
-        if ids.dtype != torch.int64:
-            raise TypeError(f"need ids in int64, got {ids.dtype}")
+            raise ValueError(
+                f"need {of}ids [B, K], or [total] with cu_seqlens, got {tuple(ids.shape)}"
+            )
+        check_counts(f"{of}grid", grid, 3)
+        check_dtype(f"{of}ids", ids, torch.int64)
         T, H, W = grid
         device, N = ids.device, T * H * W
-        check_rows("ids", ids.numel())
-        require(((ids >= 0) & (ids < N)).all(), "need ids in [0, {N}) for this grid", N=N)
+        check_rows(f"{of}ids", ids.numel())
+        require(((ids >= 0) & (ids < N)).all(), f"need {of}ids in [0, {{N}}) for this grid", N=N)
         if cu_seqlens is None:
             self.samples, K = ids.shape
             self.row_offsets = torch.arange(self.samples + 1, device=device, dtype=torch.int32) * K

@@ -16,8 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidl.kernels.arguments import check_count, check_counts, check_dtype, check_shape
+from vidl.kernels.arguments import (
+    check_count,
+    check_counts,
+    check_dtype,
+    check_shape,
+    check_tensors,
+)
 
+from .checks import require_offsets
 from .membership import Grid, Groups, Tokens
 
 GLOBAL_ROWS = 3  # of a table, for the displacements to, from and between global tokens
@@ -60,8 +67,8 @@ class Positions:
             object.__setattr__(self, name, codes.contiguous())
         if self.query_codes.device != self.key_codes.device:
             raise ValueError(
-                f"need codes on one device, got {self.query_codes.device} and "
-                f"{self.key_codes.device}"
+                "need query_codes and key_codes on one device, got "
+                f"{self.query_codes.device} and {self.key_codes.device}"
             )
 
     @staticmethod
@@ -113,6 +120,7 @@ class Positions:
         """
         check_counts("size", size, 3)
         check_counts("reach", reach, 3)
+        check_counts("shift", shift, 3, least=0)
         if any(n > whole for n, whole in zip(size, reach, strict=True)):
             raise ValueError(f"need size <= reach, got {size} and {reach}")
         tokens = Tokens(ids, grid, cu_seqlens)
@@ -143,11 +151,11 @@ class Positions:
             key_ids, key_grid, cu_keys: of the keys.
             reach: see `grid`; default: in each dimension the larger of the two grids.
         """
-        both = zip(query_grid, key_grid, strict=True)
-        frames, rows, columns = (max(a, b) for a, b in both) if reach is None else reach
-        reach = frames, rows, columns
-        queries = Tokens(query_ids, query_grid, cu_queries)
-        keys = Tokens(key_ids, key_grid, cu_keys)
+        queries = Tokens(query_ids, query_grid, cu_queries, of="query_")
+        keys = Tokens(key_ids, key_grid, cu_keys, of="key_")
+        if reach is None:
+            (t, y, x), (u, z, w) = query_grid, key_grid
+            reach = max(t, u), max(y, z), max(x, w)
         codes = _codes(queries, reach) + _centre(reach)
         return Positions(codes, _codes(keys, reach), _rows(reach))
 
@@ -166,7 +174,8 @@ class Positions:
         """
         check_count("total", total)
         check_count("reach", reach)
-        check_dtype("cu_seqlens", cu_seqlens, torch.int32)
+        check_tensors(cu_seqlens=cu_seqlens)
+        require_offsets("cu_seqlens", cu_seqlens, total)
         place = torch.arange(total, dtype=torch.int32, device=cu_seqlens.device)
         return Positions(place + reach, place, 2 * reach + 1, 0, cu_seqlens)
 
@@ -209,6 +218,10 @@ class Positions:
             rows: [new rows] int64 or int32, rows of q and of k.
             row_offsets: [B + 1] int32, where each sample begins in them; None if unknown.
         """
+        check_tensors(query_codes=self.query_codes, rows=rows)
+        if rows.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"need rows in int64 or int32, got {rows.dtype}")
+        check_shape("rows", rows, "rows")
         return replace(
             self,
             query_codes=self.query_codes[rows],

@@ -7,6 +7,7 @@ from vidl.nn.decoder import MaeDecoder
 from vidl.nn.divided import DividedBlock, SpaceTimeTransformer
 from vidl.nn.frame_selector import FrameSelector, SelectedFrames
 from vidl.nn.patch_embed import MaskedPatchEmbed
+from vidl.nn.positions import inflate_table, resize_table
 from vidl.nn.projection import Projection
 from vidl.nn.pruning import Pruning
 from vidl.nn.vit import Frames, ViT
@@ -25,4 +26,6 @@ __all__ = [
     "SelectedFrames",
     "SpaceTimeTransformer",
     "ViT",
+    "inflate_table",
+    "resize_table",
 ]
