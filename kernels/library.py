@@ -200,7 +200,7 @@ def _declare(op: Op, backend: str) -> None:
 
 
 def _node(
-    kernel: Any, setup_context: Callable[..., None] | None, backward: Callable[..., Any]
+    kernel: Any, setup_context: Callable[..., None] | None, formula: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
     """What torch.library.register_autograd makes of a formula, without its layers: see `_call`."""
 
@@ -210,6 +210,9 @@ def _node(
         if setup_context is not None:
             setup_context(ctx, args, output)
         return output
+
+    def backward(ctx: Any, *grads: Any) -> Any:  # torch.compile cannot trace a partial as a method
+        return formula(ctx, *grads)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(kernel._opname, (torch.autograd.Function,), methods)
