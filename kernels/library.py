@@ -328,7 +328,10 @@ def choose(
             reason why it cannot.
     """
     if backend == "auto":
-        wanted = key() if key is not None and choices.asked(device) else None
+        asked = choices.asked(device)
+        if not asked and device == "cpu" and not choices.forced():
+            return by_rule(name, device, dtype, **facts)  # nothing to look up: most calls on a CPU
+        wanted = key() if asked and key is not None else None
         return automatic(name, device, dtype, wanted, **facts)[0]
     check_backend(backend)
     if why_not(backend, name, device, dtype, **facts) is not None:
