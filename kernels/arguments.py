@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 def check_tensors(optional: Sequence[str] = (), **tensors: Any) -> None:
     """The arguments are tensors on one device; those in `optional` may be None."""
@@ -93,7 +95,7 @@ def finite(name: str, value: float) -> float:
     """`value` as a float, which is neither NaN nor infinite in float32."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"need {name} as a number, got {value!r}")
-    if not abs(value) <= torch.finfo(torch.float32).max:
+    if not abs(value) <= LARGEST:
         raise ValueError(f"need a finite {name}, got {value}")
     return float(value)
 

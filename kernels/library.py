@@ -200,7 +200,7 @@ def _declare(op: Op, backend: str) -> None:
 
 
 def _node(
-    kernel: Any, setup_context: Callable[..., None] | None, backward: Callable[..., Any]
+    kernel: Any, setup_context: Callable[..., None] | None, formula: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
     """What torch.library.register_autograd makes of a formula, without its layers: see `_call`."""
 
@@ -210,6 +210,9 @@ def _node(
         if setup_context is not None:
             setup_context(ctx, args, output)
         return output
+
+    def backward(ctx: Any, *grads: Any) -> Any:  # torch.compile cannot trace a partial as a method
+        return formula(ctx, *grads)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(kernel._opname, (torch.autograd.Function,), methods)
@@ -325,7 +328,10 @@ def choose(
             reason why it cannot.
     """
     if backend == "auto":
-        wanted = key() if key is not None and choices.asked(device) else None
+        asked = choices.asked(device)
+        if not asked and device == "cpu" and not choices.forced():
+            return by_rule(name, device, dtype, **facts)  # nothing to look up: most calls on a CPU
+        wanted = key() if asked and key is not None else None
         return automatic(name, device, dtype, wanted, **facts)[0]
     check_backend(backend)
     if why_not(backend, name, device, dtype, **facts) is not None:

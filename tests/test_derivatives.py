@@ -246,3 +246,13 @@ def test_a_traced_graph_has_the_op(case):
     plain = torch.autograd.grad(function(*leaves).square().sum(), leaves)
     again = torch.autograd.grad(traced(*leaves).square().sum(), leaves)
     assert all(map(torch.equal, plain, again))
+
+
+@pytest.mark.filterwarnings("error:Dynamo does not know")
+def test_compiled_autograd(case):
+    function, leaves = case
+    plain = torch.autograd.grad(function(*leaves).square().sum(), leaves)
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        function(*leaves).square().sum().backward()
+    assert all(map(torch.equal, [x.grad for x in leaves], plain))

@@ -317,14 +317,14 @@ def test_opcheck(name, where):
     args = (offsets, kept if case.packed else None, K, case.prefix, order, fuse)
     op = library.kernel(OP, where.backend)
     torch.library.opcheck(op, (x.requires_grad_(), scores.detach(), weights, *args))
-    tokens, _, inverse, ends, mean, mass = (
+    tokens, _, inverse, ends, means = (
         result.detach() for result in op(x, scores.detach(), weights, *args)
     )
     torch.library.opcheck(
         library.kernel(f"{OP}_bwd", where.backend),
         (
             tokens, x.detach(), None if weights is None else weights.detach(), inverse, offsets,
-            ends, mean, mass, case.prefix, fuse, True, bool(fuse),
+            ends, means if fuse == "mean" else None, case.prefix, fuse, True, bool(fuse),
         ),
     )  # fmt: skip
 

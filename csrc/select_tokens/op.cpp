@@ -49,6 +49,11 @@ TokenRows rows_of(OptionalTensor& x, bool packed) {
 
 float* floats(Tensor& x, bool exists) { return exists ? x.mutable_data_ptr<float>() : nullptr; }
 
+// In `means` stand the means [B, C] and then the sums of weights [B].
+float* sums_of_weights(const Samples& samples, float* means) {
+  return means == nullptr ? nullptr : means + samples.B * samples.C;
+}
+
 #ifndef VIDL_EMULATED
 // Samples with the positions of their rows and numbers.
 struct OnHost : Samples {
@@ -263,7 +268,7 @@ struct Cuda {
 #endif
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(
     Tensor given, Tensor ranks, OptionalTensor weights, OptionalTensor cu_seqlens,
     OptionalTensor cu_kept, int64_t keep, int64_t prefix, std::string order, std::string fuse) {
   const DeviceScope scope(given);
@@ -303,31 +308,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(
   const int64_t B = samples.B, C = samples.C, extra = prefix + samples.fuses;
   const std::vector<int64_t> shape = {B, keep + extra, C}, ids_shape = {B, keep};
   const bool divides = fuse == "mean";
-  const std::vector<int64_t> means = {B, C};
   Tensor tokens = packed ? new_tensor(*x, {keep + B * extra, C}) : new_tensor(*x, shape);
   Tensor ids = packed ? new_tensor(*x, {keep}, ScalarType::Long)
                       : new_tensor(*x, ids_shape, ScalarType::Long);
   Tensor inverse = new_tensor(*x, ranks.sizes(), ScalarType::Long);
   Tensor offsets = B == 0 ? torch::stable::new_zeros(*x, {1}, ScalarType::Int)
                           : new_tensor(*x, {B + 1}, ScalarType::Int);
-  Tensor mean =
-      divides ? new_tensor(*x, means, ScalarType::Float) : new_tensor(*x, {0}, ScalarType::Float);
-  Tensor mass = new_tensor(*x, {divides ? B : 0}, ScalarType::Float);
+  Tensor means = new_tensor(*x, {divides ? B * (C + 1) : 0}, ScalarType::Float);
+  float* const mean = floats(means, divides);
   const Selection out = {tokens.data_ptr(),
                          ids.mutable_data_ptr<int64_t>(),
                          inverse.mutable_data_ptr<int64_t>(),
                          offsets.mutable_data_ptr<int32_t>(),
-                         floats(mean, divides),
-                         floats(mass, divides)};
+                         mean,
+                         sums_of_weights(samples, mean)};
   Device::select(samples, rows, rank_by, weight, order == "score", out, tokens);
-  return {tokens, ids, inverse, offsets, mean, mass};
+  return {tokens, ids, inverse, offsets, means};
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor> select_tokens_bwd(Tensor grad_tokens, OptionalTensor x,
                                              OptionalTensor weights, Tensor inverse,
-                                             OptionalTensor cu_seqlens, Tensor offsets, Tensor mean,
-                                             Tensor mass, int64_t prefix, std::string fuse,
+                                             OptionalTensor cu_seqlens, Tensor offsets,
+                                             OptionalTensor means, int64_t prefix, std::string fuse,
                                              bool need_x, bool need_weights) {
   const DeviceScope scope(grad_tokens);
   const bool packed = cu_seqlens.has_value();
@@ -355,11 +358,14 @@ std::tuple<Tensor, Tensor> select_tokens_bwd(Tensor grad_tokens, OptionalTensor 
                            : new_tensor(grad_tokens, shape);
   Tensor grad_weights = need_weights ? new_tensor(inverse, inverse.sizes(), ScalarType::Float)
                                      : new_tensor(inverse, {0}, ScalarType::Float);
-  const bool divides = fuse == "mean";
+  STD_TORCH_CHECK(
+      means.has_value() == (fuse == "mean") &&
+          (!means || (means->is_contiguous() && means->numel() == samples.B * (samples.C + 1))),
+      "select_tokens_bwd: need the means of select_tokens with fuse 'mean' alone");
+  float* const mean = means ? means->mutable_data_ptr<float>() : nullptr;
   OptionalTensor ends = offsets;
   const SelectionGrad grad = {grad_tokens.data_ptr(), inverse.const_data_ptr<int64_t>(),
-                              offsets_of(ends, "offsets"), floats(mean, divides),
-                              floats(mass, divides)};
+                              offsets_of(ends, "offsets"), mean, sums_of_weights(samples, mean)};
   Device::backward(samples, grad, need_weights ? rows : TokenRows{}, numbers_of(weights, packed),
                    need_x ? grad_x.data_ptr() : nullptr, floats(grad_weights, need_weights),
                    grad_tokens);

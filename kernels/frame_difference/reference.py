@@ -16,8 +16,8 @@ def frame_difference(video: Tensor, patch: Sequence[int], std: Sequence[float]) 
     exact = torch.int16 if video.dtype == torch.uint8 else high
     last, first = video[:, :, t - 1 :: t].to(exact), video[:, :, ::t].to(exact)
     pixels = (last[:, :, 1:] - first[:, :, :-1]).abs()
-    # [B, C, T' - 1, H', h, W', w] to sums of channels [B, T' - 1, H', W']
-    sums = pixels.unflatten(3, (-1, h)).unflatten(5, (-1, w)).sum((4, 6))
+    # [B, C, T' - 1, H', h, W', w] to sums of patches [B, C, T' - 1, H', W']
+    sums = pixels.view(*pixels.shape[:3], H // h, h, W // w, w).sum((4, 6))
     if len(std):
         scale = constants(std, video.device, high).view(-1, 1, 1, 1)
         sums = sums.to(high) / scale

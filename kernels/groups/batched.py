@@ -49,7 +49,7 @@ class Batched:
         x = self.gather(x)
         if self.slot is not None:
             x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, self.slot, x)
-        return x.unflatten(0, self.shape)
+        return x.view(*self.shape, *x.shape[1:])  # unflatten, which is written in Python
 
     def members(self, x: Tensor) -> Tensor:
         """[G, longest, ...] to the list of all members [count, ...]."""

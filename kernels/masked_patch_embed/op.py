@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vidl.kernels import choices, library
-from vidl.kernels.arguments import check_tensors
+from vidl.kernels.arguments import check_tensors, in_dtype
 from vidl.kernels.patches import (
     FLOATING,
     check_divides,
@@ -93,12 +93,12 @@ def _backward(bwd: Callable[..., Any], ctx, grad_out: Tensor):
     grad_bias = grad_time = grad_space = None
     if need_bias:
         sums = grad_position if need_position else grad_out.flatten(0, -2)
-        grad_bias = sums.sum(0, dtype=torch.float32).to(bias[1])
+        grad_bias = in_dtype(sums.sum(0, dtype=torch.float32), bias[1])
     if need_time:
-        grad_time = grad_position.view(time[0][0], *space[0]).sum(1).to(time[1])
+        grad_time = in_dtype(grad_position.view(time[0][0], *space[0]).sum(1), time[1])
     if need_space:
-        by_frame = (1 if time is None else time[0][0], *space[0])
-        grad_space = grad_position.view(by_frame).sum(0).to(space[1])
+        by_frame = None if time is None else grad_position.view(time[0][0], *space[0])
+        grad_space = in_dtype(grad_position if by_frame is None else by_frame.sum(0), space[1])
     return (
         grad_video if need_video else None,
         grad_weight if need_weight else None,
@@ -190,7 +190,7 @@ def masked_patch_embed(
     elif cu_seqlens is not None:
         raise ValueError("cu_seqlens needs a packed ids_keep, got None")
     mean, std = check_normalisation(video, mean, std)
-    weight = weight.to(library.autocast_dtype(weight))
+    weight = in_dtype(weight, library.autocast_dtype(weight))
     time, space = _time_and_space(position)
     _check_position(video, weight, bias, time, space)
     args = (video, weight, bias, time, space, ids_keep, cu_seqlens, mean, std)
@@ -262,14 +262,10 @@ def _check_position(
 ) -> None:
     frames, rows, columns = patch_grid(video.shape, weight.shape)
     C, patches = weight.shape[0], rows * columns * (frames if time is None else 1)
-    wanted = {
-        "bias": (bias, (C,)),
-        "position for time": (time, (frames, C)),
-        "position": (space, (patches, C)),
-    }
-    given = {name: tensor for name, (tensor, _) in wanted.items()}
-    check_tensors(optional=tuple(wanted), weight=weight, **given)
-    for name, (tensor, shape) in wanted.items():
+    given = {"bias": bias, "position for time": time, "position": space}
+    check_tensors(optional=tuple(given), weight=weight, **given)
+    shapes = ((C,), (frames, C), (patches, C))
+    for (name, tensor), shape in zip(given.items(), shapes, strict=True):
         if tensor is None:
             continue
         if tensor.shape != shape:

@@ -26,7 +26,8 @@ def check_video(video: Tensor) -> None:
 
 def check_divides(video: Tensor, patch: Sequence[int]) -> None:
     """Patches t, h, w divide T, H, W of the clip."""
-    if any(p <= 0 or n % p for n, p in zip(video.shape[2:], patch, strict=True)):
+    (T, H, W), (t, h, w) = video.shape[2:], patch
+    if t <= 0 or h <= 0 or w <= 0 or T % t or H % h or W % w:
         raise ValueError(
             f"need video [B, C, T, H, W] with T, H, W that the patch {tuple(patch)} divides, got "
             f"{tuple(video.shape)}"
@@ -82,8 +83,8 @@ def check_normalisation(
 
 def cut(video: Tensor, patch: Sequence[int]) -> Tensor:
     """The patches t, h, w of a clip, [B, T / t, H / h, W / w, C, t, h, w]; a view."""
-    t, h, w = patch
-    patches = video.unflatten(2, (-1, t)).unflatten(4, (-1, h)).unflatten(6, (-1, w))
+    (B, C, T, H, W), (t, h, w) = video.shape, patch
+    patches = video.view(B, C, T // t, t, H // h, h, W // w, w)
     return patches.permute(0, 2, 4, 6, 1, 3, 5, 7)
 
 

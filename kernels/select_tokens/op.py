@@ -65,14 +65,13 @@ def _fake(x, ranks, weights, cu_seqlens, cu_kept, keep, prefix, order, fuse):
         tokens, ids = x.new_empty(B, keep + extra, C), [B, keep]
     else:
         tokens, ids = x.new_empty(keep + B * extra, C), [keep]
-    mean = (B, C) if fuse == "mean" else (0,)
+    means = B * (C + 1) if fuse == "mean" else 0
     return (
         tokens,
         ranks.new_empty(ids, dtype=torch.int64),
         ranks.new_empty(ranks.shape, dtype=torch.int64),
         ranks.new_empty(B + 1, dtype=torch.int32),
-        ranks.new_empty(mean, dtype=torch.float32),
-        ranks.new_empty(mean[:1], dtype=torch.float32),
+        ranks.new_empty(means, dtype=torch.float32),
     )
 
 
@@ -87,7 +86,7 @@ def _flops(x, ranks, weights, cu_seqlens, cu_kept, keep, prefix, order, fuse, *a
 
 
 def _fake_bwd(
-    grad_tokens, x, weights, inverse, cu_seqlens, offsets, mean, mass, prefix, fuse,
+    grad_tokens, x, weights, inverse, cu_seqlens, offsets, means, prefix, fuse,
     need_x, need_weights,
 ):  # fmt: skip
     B, C = offsets.shape[0] - 1, grad_tokens.shape[-1]
@@ -99,7 +98,7 @@ def _fake_bwd(
 
 
 def _flops_bwd(
-    grad_tokens, x, weights, inverse, cu_seqlens, offsets, mean, mass, prefix, fuse,
+    grad_tokens, x, weights, inverse, cu_seqlens, offsets, means, prefix, fuse,
     need_x, need_weights, *args, **kwargs,
 ) -> int:  # fmt: skip
     if not fuse:
@@ -112,11 +111,16 @@ def _flops_bwd(
 
 def _setup_context(ctx, inputs, output) -> None:
     x, _, weights, cu_seqlens, _, _, ctx.prefix, _, ctx.fuse = inputs
-    _, _, inverse, offsets, mean, mass = output
+    _, _, inverse, offsets, means = output
     need_weights = weights is not None and ctx.needs_input_grad[2]
     # Only the gradient of the weights needs the tokens themselves.
     ctx.save_for_backward(
-        x if need_weights else None, weights, inverse, cu_seqlens, offsets, mean, mass
+        x if need_weights else None,
+        weights,
+        inverse,
+        cu_seqlens,
+        offsets,
+        means if ctx.fuse == "mean" else None,
     )
     ctx.set_materialize_grads(False)
 
@@ -135,7 +139,7 @@ def _backward(bwd: Callable[..., Any], ctx, grad_tokens, *_):
 library.define(
     library.Op(
         "select_tokens_bwd(Tensor grad_tokens, Tensor? x, Tensor? weights, Tensor inverse, "
-        "Tensor? cu_seqlens, Tensor offsets, Tensor mean, Tensor mass, SymInt prefix, str fuse, "
+        "Tensor? cu_seqlens, Tensor offsets, Tensor? means, SymInt prefix, str fuse, "
         "bool need_x, bool need_weights) -> (Tensor grad_x, Tensor grad_weights)",
         module=__package__,
         fake=_fake_bwd,
@@ -146,13 +150,14 @@ library.define(
     library.Op(
         "select_tokens(Tensor x, Tensor ranks, Tensor? weights, Tensor? cu_seqlens, "
         "Tensor? cu_kept, SymInt keep, SymInt prefix, str order, str fuse) -> (Tensor tokens, "
-        "Tensor ids_keep, Tensor inverse, Tensor offsets, Tensor mean, Tensor mass)",
+        # The means [B, C] of the dropped tokens, then the sums [B] of their weights.
+        "Tensor ids_keep, Tensor inverse, Tensor offsets, Tensor means)",
         module=__package__,
         fake=_fake,
         flops=_flops,
         reference=reference.select_tokens,
         torch=pytorch.select_tokens,
-        only_for_backward=2,
+        only_for_backward=1,
         limits=_limits,
         setup_context=_setup_context,
         backward=_backward,

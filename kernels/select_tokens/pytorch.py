@@ -29,36 +29,39 @@ def select_tokens(
     B, N = ranks.shape
     # Of negative scores, since an ascending sort has NaN at its end. topk does not order ties.
     best = (-ranks).argsort(dim=1, stable=True)
-    ids = best[:, :keep]
+    ids, dropped = best[:, :keep], best[:, keep:]
     if order == "index":
         ids = ids.sort(1).values
-    step = torch.arange(max(B + 1, prefix, keep), device=x.device)
-    inverse = torch.full_like(best, -1).scatter(1, ids, step[:keep].expand(B, -1))
-    rows = torch.cat([step[:prefix].expand(B, -1), ids + prefix], 1) if prefix else ids
-    tokens = _rows(x, rows)
-    if weights is not None:
-        fused = _fuse(x, weights, best[:, keep:], prefix, fuse).to(x.dtype)
-        tokens = torch.cat([tokens, fused], 1)
+    step = torch.arange(max(B + 1, keep), device=x.device)
+    inverse = torch.full_like(best, -1).scatter_(1, ids, step[:keep].expand(B, -1))
+    # Positions count from the end of the prefix.
+    front = torch.arange(-prefix, 0, device=x.device).expand(B, -1)
+    if weights is None:
+        tokens = _rows(x, torch.cat([front, ids], 1), prefix)
+    else:
+        rows = _rows(x, torch.cat([front, ids, dropped], 1), prefix)
+        tokens, others = rows.split([prefix + keep, N - keep], 1)
+        fused = _fuse(others, weights.gather(1, dropped), fuse)
+        tokens = torch.cat([tokens, fused.to(x.dtype)], 1)
     offsets = (step[: B + 1] * tokens.shape[1]).int()
     return tokens, ids, inverse, offsets
 
 
-def _rows(x: Tensor, ids: Tensor) -> Tensor:
-    """x[b, ids[b, k]]: [B, K, C]."""
+def _rows(x: Tensor, positions: Tensor, prefix: int) -> Tensor:
+    """x[b, prefix + positions[b, k]]: [B, K, C]."""
     B, N, C = x.shape
-    start = torch.arange(0, B * N, N, device=x.device) if N else ids.new_zeros(B)
-    rows = (ids + start[:, None]).flatten()
-    return x.reshape(B * N, C).index_select(0, rows).view(*ids.shape, C)
+    end = prefix + B * N
+    start = torch.arange(prefix, end, N, device=x.device) if N else positions.new_zeros(B)
+    rows = (positions + start[:, None]).flatten()
+    return x.reshape(B * N, C).index_select(0, rows).view(*positions.shape, C)
 
 
-def _fuse(x: Tensor, weights: Tensor, dropped: Tensor, prefix: int, fuse: str) -> Tensor:
-    """The weighted sum or mean of the dropped rows of each sample, [B, 1, C]."""
-    weights = weights.gather(1, dropped)
-    use = weights.isfinite()
+def _fuse(rows: Tensor, weights: Tensor, fuse: str) -> Tensor:
+    """The weighted sum or mean of the rows [B, K, C] of each sample, [B, 1, C]."""
+    use = weights.detach().abs() < float("inf")  # isfinite, in half as many operations
     weights = torch.where(use, weights, 0)
     # Rows that do not count become zeros, since 0 x NaN is NaN.
-    rows = torch.where(use[..., None], _rows(x, dropped + prefix).to(weights.dtype), 0)
-    fused = weights[:, None] @ rows
+    fused = weights[:, None] @ torch.where(use[..., None], rows.to(weights.dtype), 0)
     if fuse == "sum":
         return fused
     mass = weights.sum(1)[:, None, None]

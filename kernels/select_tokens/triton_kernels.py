@@ -331,8 +331,8 @@ def select_tokens(
     prefix: int,
     order: str,
     fuse: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Tokens, ids_keep, inverse, offsets; the mean and its total weight, empty unless needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, ids_keep, inverse, offsets; means and sums of weights, empty unless needed."""
     samples = _Samples(x, cu_seqlens, prefix)
     samples.check_numbers("scores", ranks)
     samples.check_numbers("weights", weights)
@@ -348,9 +348,7 @@ def select_tokens(
     ids_keep = ranks.new_empty(ids_shape, dtype=torch.int64)
     inverse = ranks.new_empty(ranks.shape, dtype=torch.int64)
     offsets = (ranks.new_zeros if B == 0 else ranks.new_empty)(B + 1, dtype=torch.int32)
-    mean_shape = (B, C) if fuse == "mean" else (0,)
-    mean, mass = ranks.new_empty(mean_shape), ranks.new_empty(mean_shape[:1])
-    divides = fuse == "mean"
+    means = ranks.new_empty(B * (C + 1) if fuse == "mean" else 0)
     block_n, block_c = samples.tile()
     fused_rows = block_size(samples.N or samples.total, FUSED_ROWS)
     fused_columns = block_size(C, FUSED_TILE // fused_rows)
@@ -360,7 +358,7 @@ def select_tokens(
         select_kernel[(programs,)](
             samples.x, ranks, weights, samples.cu_seqlens, cu_kept,
             tokens, ids_keep, inverse, offsets,
-            mean if divides else None, mass if divides else None,
+            *((means, means[B * C :]) if fuse == "mean" else (None, None)),
             *samples.strides, *_strides(ranks), *((0, 0) if weights is None else _strides(weights)),
             B, samples.N, keep, C, samples.total, keep, prefix,
             samples.blocks(block_n), chunks, slices,
@@ -376,7 +374,7 @@ def select_tokens(
             FUSED_COLUMNS=fused_columns,
             **OPTIONS,
         )  # fmt: skip
-    return tokens, ids_keep, inverse, offsets, mean, mass
+    return tokens, ids_keep, inverse, offsets, means
 
 
 def select_tokens_bwd(
@@ -386,8 +384,7 @@ def select_tokens_bwd(
     inverse: Tensor,
     cu_seqlens: Tensor | None,
     offsets: Tensor,
-    mean: Tensor,
-    mass: Tensor,
+    means: Tensor | None,
     prefix: int,
     fuse: str,
     need_x: bool,
@@ -398,7 +395,7 @@ def select_tokens_bwd(
     B, C = offsets.shape[0] - 1, grad_tokens.shape[-1]
     rows = (inverse.shape[0], C) if cu_seqlens is not None else (B, prefix + inverse.shape[1], C)
     grad_x = grad_tokens.new_empty(rows if need_x else (0,))
-    grad_weights = mean.new_empty(inverse.shape if need_weights else (0,))
+    grad_weights = inverse.new_empty(inverse.shape if need_weights else (0,), dtype=torch.float32)
     # Without gradients of the weights x is not saved, and only its shape matters.
     samples = _Samples(
         grad_tokens.new_empty(()).expand(rows) if x is None else x, cu_seqlens, prefix
@@ -409,11 +406,10 @@ def select_tokens_bwd(
     # One program sums over all columns.
     columns = max(triton.cdiv(C, block_c), 1) * block_c if need_weights else COLUMNS
     chunks = samples.chunks(columns)
-    divides = fuse == "mean"
     with on_device(grad_tokens):
         backward_kernel[(samples.programs(block_n) * chunks,)](
             grad_tokens, None if x is None else samples.x, weights, inverse, samples.cu_seqlens,
-            offsets, mean if divides else None, mass if divides else None,
+            offsets, *((None, None) if means is None else (means, means[B * C :])),
             grad_x if need_x else None, grad_weights if need_weights else None,
             *samples.strides, *((0, 0) if weights is None else _strides(weights)),
             B, samples.N, C, samples.total, prefix, samples.blocks(block_n), chunks,
@@ -505,7 +501,8 @@ def ahead_of_time() -> None:
         numbers = torch.zeros(100)
         packed = (flat, numbers, numbers if fuse else None, offsets, kept, 50, 1, order, fuse)
         for args in (uniform, packed):
-            tokens, _, inverse, ends, mean, mass = select_tokens(*args)
+            tokens, _, inverse, ends, means = select_tokens(*args)
+            saved = means if fuse == "mean" else None
             for need in (False, True) if fuse else (False,):
-                given = (args[0] if need else None, args[2], inverse, args[3], ends, mean, mass)
+                given = (args[0] if need else None, args[2], inverse, args[3], ends, saved)
                 select_tokens_bwd(tokens, *given, 1, fuse, True, need)

@@ -127,12 +127,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
+    if q.shape[0] <= LARGEST_BATCH:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
     outs = []
-    for start in range(0, max(q.shape[0], 1), LARGEST_BATCH):
+    for start in range(0, q.shape[0], LARGEST_BATCH):
         part = slice(start, start + LARGEST_BATCH)
         some = None if mask is None else mask[part]
         outs.append(F.scaled_dot_product_attention(q[part], k[part], v[part], some, scale=scale))
-    return (outs[0] if len(outs) == 1 else torch.cat(outs)).transpose(1, 2)
+    return torch.cat(outs).transpose(1, 2)
 
 
 def _has_tangent(*tensors: Tensor) -> bool:
