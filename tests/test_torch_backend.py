@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vidl import ops
 from vidl.kernels import library
+from vidl.kernels.masked_patch_embed.op import embed_as_convolution
 from vidl.kernels.space_time_attention import pytorch
 from vidl.ops import Groups
 
@@ -153,6 +154,14 @@ def test_masked_patch_embed(ids, position, clip):
         )
 
     assert_same(call, [video, weight, bias, *(torch.randn(n, 5).double() for n in rows)])
+
+
+@pytest.mark.parametrize("tubelet", [1, 2])
+@pytest.mark.parametrize("frames", [2, 4])
+def test_a_convolution_in_place_of_masked_patch_embed(frames, tubelet):
+    video = torch.randn(2, frames, 3, 8, 6).double().transpose(1, 2)
+    weight, bias = torch.randn(5, 3, tubelet, 4, 2).double(), torch.randn(5).double()
+    assert_same(embed_as_convolution, [video, weight, bias])
 
 
 def test_more_groups_than_sdpa_takes(monkeypatch):

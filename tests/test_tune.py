@@ -372,3 +372,26 @@ def test_a_swapped_model_is_tuned_and_follows(measured, monkeypatch):
     for outcome in outcomes:
         choices.write("cpu", outcome.call.key, "native")
     assert backends() == dict.fromkeys(ops_of_model, "native")
+    for outcome in outcomes:
+        choices.write("cpu", outcome.call.key, "torch")
+    assert backends() == {"space_time_attention": "torch"}
+
+
+def test_a_swapped_convolution_is_measured_as_such(measured, monkeypatch):
+    """Where a model has a convolution, "torch" is that convolution, not a gather and a matmul."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()
+    vidl.swap(model)
+    found = {}
+    with recorded(found), torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+    (call,) = (c for c in found.values() if c.key.op == "masked_patch_embed")
+    assert call.hints == {"convolution": True} and "convolution True" in str(call.key)
+    call = Recorded.from_values(call.as_values())
+    called, conv2d = [], torch.nn.functional.conv2d
+    note = lambda *args: called.append(args) or conv2d(*args)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "conv2d", note)
+    worker._timed(call, "torch", call.draw())()
+    assert len(called) == 1
+    (outcome,) = tune.tune_calls([call])
+    assert outcome.chosen and "convolution where the call names it" in tune.table([outcome])
