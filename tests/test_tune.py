@@ -355,9 +355,9 @@ def test_a_swapped_model_is_tuned_and_follows(measured, monkeypatch):
         used = {}
         run = library.run
 
-        def note(name, backend, *arguments, **needs):
+        def note(name, backend, *arguments, **hints):
             used[name] = backend
-            return run(name, backend, *arguments, **needs)
+            return run(name, backend, *arguments, **hints)
 
         with monkeypatch.context() as patch, torch.no_grad():
             patch.setattr(library, "run", note)
@@ -382,16 +382,20 @@ def test_a_swapped_convolution_is_measured_as_such(measured, monkeypatch):
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()
     vidl.swap(model)
-    found = {}
-    with recorded(found), torch.no_grad():
+    calls = {}
+    with recorded(calls), torch.no_grad():
         model(torch.randn(2, 3, 32, 32))
-    (call,) = (c for c in found.values() if c.key.op == "masked_patch_embed")
+    (call,) = (c for c in calls.values() if c.key.op == "masked_patch_embed")
     assert call.hints == {"convolution": True} and "convolution True" in str(call.key)
     call = Recorded.from_values(call.as_values())
-    called, conv2d = [], torch.nn.functional.conv2d
-    note = lambda *args: called.append(args) or conv2d(*args)  # noqa: E731
+    weights, conv2d = [], torch.nn.functional.conv2d
+
+    def note(x, weight, *rest):
+        weights.append(weight.shape)
+        return conv2d(x, weight, *rest)
+
     monkeypatch.setattr(torch.nn.functional, "conv2d", note)
     worker._timed(call, "torch", call.draw())()
-    assert len(called) == 1
+    assert weights == [(192, 3, 16, 16)]
     (outcome,) = tune.tune_calls([call])
     assert outcome.chosen and "convolution where the call names it" in tune.table([outcome])
