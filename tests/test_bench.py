@@ -16,6 +16,9 @@ from vidl.bench.measure import cases, hardware, harness, record, timing
 from vidl.bench.measure.cases import Candidate, Work
 from vidl.bench.measure.check import check
 from vidl.bench.ops import masked_patch_embed as description
+from vidl.bench.ops import space_time_attention as attention
+from vidl.bench.ops import token_scores
+from vidl.bench.ops.layouts import layout_of
 from vidl.cli import main
 from vidl.kernels import library
 
@@ -87,6 +90,48 @@ def test_baselines_may_have_gradients_of_scores_in_the_dtype_of_the_case():
     coarse = next(t for t in baselines if t.errors["scores"] > 1e-3)
     ours = dataclasses.replace(coarse.candidate, kind="ours")
     assert check(small, [ours])[0].status == "wrong"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("run", [token_scores.two_flex, token_scores.one_flex])
+def test_mean_scores_by_flex_attention(run):
+    """Without torch.compile, which returns no log-sum-exp on CPUs; and a planted error is found."""
+    sizes = dict(B=2, N=37, H=3, D=32, kind="mean")
+    small = cases.Case("token_scores", "small", sizes, torch.float32, "cpu")
+    planted = [
+        Candidate("right", "baseline", run, forward_only="no backward on CPUs"),
+        Candidate("wrong", "baseline", lambda i: 1.001 * run(i), forward_only="as above"),
+    ]
+    right, wrong = check(small, planted)
+    assert right.status == "ok", right.reason
+    assert wrong.status == "wrong"
+
+
+@pytest.mark.parametrize("shape", ["A6 temporal*", "ragged*", "Frozen*"])
+def test_optional_baselines_have_reasons(shape, monkeypatch):
+    (small,) = harness.plan(["space_time_attention"], shapes=shape, device="cpu").cases
+    reasons = {c.name.split(",")[0]: c.reason for c in small.candidates()}
+    assert reasons["FlexAttention FLASH"] == reasons["cuDNN flex_attention"] == "needs CUDA"
+    flex = ("cudnn.flex_attention", "flex_attn_func")
+    missing = "cudnn.flex_attention.flex_attn_func is not installed"
+    assert attention.why_not(*flex, torch.bfloat16) == missing
+    monkeypatch.setattr(attention, "provides", lambda *names: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert attention.why_not(*flex, torch.float32) == "needs float16 or bfloat16"
+    needed = "needs compute capability 9.0, 10.0, 10.3, this GPU has 8.0"
+    assert attention.why_not(*flex, torch.bfloat16) == needed
+    assert attention.why_not("flash_attn", "flash_attn_varlen_func", torch.float16) is None
+
+
+@pytest.mark.parametrize("shape", ["A6 temporal*", "ragged*", "Frozen*"])
+def test_visible_keys_are_those_of_the_group(shape):
+    """What cuDNN's flex_attention is told of each query, in the order of the packed queries."""
+    (planned,) = harness.plan(["space_time_attention"], shapes=shape, device="cpu").cases
+    layout = layout_of(**{n: x for n, x in planned.sizes.items() if n not in "HD"}, device="cpu")
+    ends = attention.visible_keys(layout)
+    assert ends.dtype == torch.int32 and ends.shape == (1, 1, layout.rows)
+    wanted = [k for q, k in zip(layout.queries, layout.keys, strict=True) for _ in range(q)]
+    assert ends.flatten().tolist() == wanted
 
 
 class WrongGradient(torch.autograd.Function):

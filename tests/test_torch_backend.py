@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vidl import ops
 from vidl.kernels import library
+from vidl.kernels.masked_patch_embed.op import embed_as_convolution
 from vidl.kernels.space_time_attention import pytorch
 from vidl.ops import Groups
 
@@ -155,6 +156,14 @@ def test_masked_patch_embed(ids, position, clip):
     assert_same(call, [video, weight, bias, *(torch.randn(n, 5).double() for n in rows)])
 
 
+@pytest.mark.parametrize("tubelet", [1, 2])
+@pytest.mark.parametrize("frames", [2, 4])
+def test_a_convolution_in_place_of_masked_patch_embed(frames, tubelet):
+    video = torch.randn(2, frames, 3, 8, 6).double().transpose(1, 2)
+    weight, bias = torch.randn(5, 3, tubelet, 4, 2).double(), torch.randn(5).double()
+    assert_same(embed_as_convolution, [video, weight, bias])
+
+
 def test_more_groups_than_sdpa_takes(monkeypatch):
     """PyTorch's attention fails on CUDA beyond 65,535 groups, so they are cut into pieces."""
     monkeypatch.setattr(pytorch, "LARGEST_BATCH", 2)
@@ -183,9 +192,9 @@ def test_groups_are_not_padded_to_those_of_global_queries(kind, monkeypatch):
 
 def test_packed_attention_needs_the_function(monkeypatch):
     """FlashAttention 4 installs a package `flash_attn` without `flash_attn_varlen_func`."""
-    pytorch._provides.cache_clear()
-    assert pytorch._provides("math", "sqrt") and not pytorch._provides("math", "flash_attn")
-    assert not pytorch._provides("vidl_is_not_installed", "call")
+    pytorch.provides.cache_clear()
+    assert pytorch.provides("math", "sqrt") and not pytorch.provides("math", "flash_attn")
+    assert not pytorch.provides("vidl_is_not_installed", "call")
     assert pytorch.packed_attention(torch.zeros(1, 1, 64, dtype=torch.bfloat16)) is None  # a CPU
 
 

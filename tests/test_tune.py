@@ -355,9 +355,9 @@ def test_a_swapped_model_is_tuned_and_follows(measured, monkeypatch):
         used = {}
         run = library.run
 
-        def note(name, backend, *arguments, **needs):
+        def note(name, backend, *arguments, **hints):
             used[name] = backend
-            return run(name, backend, *arguments, **needs)
+            return run(name, backend, *arguments, **hints)
 
         with monkeypatch.context() as patch, torch.no_grad():
             patch.setattr(library, "run", note)
@@ -372,3 +372,30 @@ def test_a_swapped_model_is_tuned_and_follows(measured, monkeypatch):
     for outcome in outcomes:
         choices.write("cpu", outcome.call.key, "native")
     assert backends() == dict.fromkeys(ops_of_model, "native")
+    for outcome in outcomes:
+        choices.write("cpu", outcome.call.key, "torch")
+    assert backends() == {"space_time_attention": "torch"}
+
+
+def test_a_swapped_convolution_is_measured_as_such(measured, monkeypatch):
+    """Where a model has a convolution, "torch" is that convolution, not a gather and a matmul."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()
+    vidl.swap(model)
+    calls = {}
+    with recorded(calls), torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+    (call,) = (c for c in calls.values() if c.key.op == "masked_patch_embed")
+    assert call.hints == {"convolution": True} and "convolution True" in str(call.key)
+    call = Recorded.from_values(call.as_values())
+    weights, conv2d = [], torch.nn.functional.conv2d
+
+    def note(x, weight, *rest):
+        weights.append(weight.shape)
+        return conv2d(x, weight, *rest)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", note)
+    worker._timed(call, "torch", call.draw())()
+    assert weights == [(192, 3, 16, 16)]
+    (outcome,) = tune.tune_calls([call])
+    assert outcome.chosen and "convolution where the call names it" in tune.table([outcome])

@@ -67,8 +67,9 @@ def _compare(
 ) -> Trial:
     try:
         results = answers(candidate.run, candidate.prepare(inputs), names)
-    except RuntimeError as error:  # out of memory, a missing op, a result of another shape
-        return Trial(candidate, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    except Exception as error:  # out of memory, a result of another shape, what libraries raise
+        text = (str(error) or "no message").splitlines()[0]
+        return Trial(candidate, "failed", f"{type(error).__name__}: {text}")
     trial = Trial(candidate, "ok")
     wrong = []
     for name, result in results.items():

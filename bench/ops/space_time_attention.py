@@ -9,7 +9,6 @@ offsets, padding or block mask) is computed once per mask for all layers, and no
 import contextlib
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from vidl.bench.measure.cases import OVERHEAD, Candidate, Work, ours
 from vidl.bench.ops.layouts import Layout, Windows, layout_of
 from vidl.kernels.groups import Grid
 from vidl.kernels.space_time_attention.op import Scores, space_time_attention
+from vidl.kernels.space_time_attention.pytorch import provides
 
 OP = "space_time_attention"
 
@@ -152,8 +152,8 @@ def nested(inputs: Inputs) -> Tensor:
         return layout.unpack(sdpa(q, k, v).transpose(1, 2).values())
 
 
-def flex(inputs: Inputs) -> Tensor:
-    layout, attention = inputs.layout, flex_for(inputs.layout)
+def flex(inputs: Inputs, backend: str = "AUTO") -> Tensor:
+    layout, attention = inputs.layout, flex_for(inputs.layout, backend)
     if layout.labels is None:  # equal groups need no mask
         return batches(inputs, lambda q, k, v, mask: attention(q, k, v))
     q, k, v = inputs.qkv.unflatten(0, (layout.sequences, -1)).transpose(1, 3).unbind(2)
@@ -161,12 +161,24 @@ def flex(inputs: Inputs) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def flex_for(layout: Layout) -> Callable[..., Tensor]:
-    """FlexAttention with its block mask; the call of the check compiles it."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def compiled_flex(layout: Layout) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
 
     torch.compiler.reset()  # otherwise later layouts hit the recompilation limit
-    compiled = torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.lru_cache(maxsize=2)
+def flex_for(layout: Layout, backend: str) -> Callable[..., Tensor]:
+    """FlexAttention with its block mask; the call of the check compiles it.
+
+    Args:
+        backend: "AUTO", the kernels of Triton or C++; or "FLASH", those of FlashAttention 4.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    options = None if backend == "AUTO" else {"BACKEND": backend}
+    compiled = functools.partial(compiled_flex(layout), kernel_options=options)
     if (labels := layout.labels) is None:
         return compiled
 
@@ -174,7 +186,13 @@ def flex_for(layout: Layout) -> Callable[..., Tensor]:
         return (labels[q] == labels[k]) | (labels[q] < 0) | (labels[k] < 0)
 
     rows = labels.shape[0]
-    mask = create_block_mask(together, None, None, rows, rows, device=labels.device)
+    # On compute capability 10 FlashAttention 4 has tiles of 256 queries (attention-gym #212).
+    large = backend == "FLASH" and torch.cuda.get_device_capability(labels.device)[0] == 10
+    mask = create_block_mask(
+        *(together, None, None, rows, rows),
+        device=labels.device,
+        BLOCK_SIZE=(256, 128) if large else 128,
+    )
     return functools.partial(compiled, block_mask=mask)
 
 
@@ -182,6 +200,39 @@ def varlen(inputs: Inputs, module: str, function: str) -> Tensor:
     layout, call = inputs.layout, getattr(importlib.import_module(module), function)
     q, k, v = layout.packed(inputs.qkv)
     return layout.unpack(call(q, k, v, *layout.offsets, max(layout.queries), max(layout.keys)))
+
+
+def cudnn_flex(inputs: Inputs) -> Tensor:
+    q, k, v = inputs.layout.packed(inputs.qkv)
+    call = importlib.import_module("cudnn.flex_attention").flex_attn_func
+    plan = mask_plan(inputs.layout, q.shape[1], q.shape[2], q.dtype)
+    return inputs.layout.unpack(call(q, k, v, mask_plan=plan))
+
+
+@functools.lru_cache(maxsize=1)
+def mask_plan(layout: Layout, H: int, D: int, dtype: torch.dtype) -> Any:
+    """What cuDNN's flex_attention computes of the mask, for packed groups."""
+    device, sizes = layout.offsets[0].device, (sum(layout.queries), sum(layout.keys))
+    q, k = (torch.empty(rows, H, D, dtype=dtype, device=device) for rows in sizes)
+    return importlib.import_module("cudnn.flex_attention").create_mask_plan(
+        *(visible_keys(layout), q, k, k),
+        cu_seqlens_q=layout.offsets[0],
+        cu_seqlens_k=layout.offsets[1],
+        max_seqlen_q=max(layout.queries),
+        max_seqlen_k=max(layout.keys),
+        build_backward=True,
+    )
+
+
+def visible_keys(layout: Layout) -> Tensor:
+    """For each packed query the end of the keys of its group that it attends to: all of them.
+
+    Returns:
+        [1, 1, queries] int32: of all heads, of one interval that begins at the first key.
+    """
+    queries, keys = (offsets.diff() for offsets in layout.offsets)
+    ends = keys.repeat_interleave(queries.long(), output_size=sum(layout.queries))
+    return ends.view(1, 1, -1)
 
 
 def xformers(inputs: Inputs) -> Tensor:
@@ -238,21 +289,45 @@ def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
             result.append(Candidate(f"{name}, in float32", "baseline", upcast, reason=slow))
 
     only = "FlexAttention has no backward on CPUs" if device == "cpu" else None
-    name = f"FlexAttention, {layout.batch if layout.labels is None else 'block mask'}"
-    result.append(Candidate(name, "baseline", flex, forward_only=only))
+    form = layout.batch if layout.labels is None else "block mask"
+    result.append(Candidate(f"FlexAttention, {form}", "baseline", flex, forward_only=only))
     cuda = "needs CUDA" if device == "cpu" else None
     for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
         name = f"SDPA, {layout.batch}, {backend.split('_')[0]}"
         result.append(Candidate(name, "baseline", functools.partial(sdpa_by, backend), reason=cuda))
-    for module, function in (
+    varlens = [
         ("torch.nn.attention.varlen", "varlen_attn"),
         ("flash_attn", "flash_attn_varlen_func"),
-        ("xformers", "memory_efficient_attention"),
-    ):
-        run = functools.partial(varlen, module=module, function=function)
-        reason = None if importlib.util.find_spec(module) else f"{module} is not installed"
-        if module != "xformers" and dtype == torch.float32:
-            reason = reason or "needs float16 or bfloat16"
-        run = xformers if module == "xformers" else run
-        result.append(Candidate(function, "baseline", run, reason=cuda or reason))
+    ]
+    others: list[tuple[str, Run, str, str]] = [
+        (function, functools.partial(varlen, module=module, function=function), module, function)
+        for module, function in varlens
+    ]
+    flash = functools.partial(flex, backend="FLASH")
+    others += [
+        ("memory_efficient_attention", xformers, "xformers.ops", "memory_efficient_attention"),
+        (f"FlexAttention FLASH, {form}", flash, "flash_attn.cute", "flash_attn_func"),
+        ("cuDNN flex_attention", cudnn_flex, "cudnn.flex_attention", "flex_attn_func"),
+    ]
+    for name, run, module, function in others:
+        reason = cuda or why_not(module, function, dtype)
+        result.append(Candidate(name, "baseline", run, reason=reason))
     return result
+
+
+# The GPUs for which a module has kernels; of others the call itself says so.
+CAPABILITIES = {"cudnn.flex_attention": ((9, 0), (10, 0), (10, 3))}
+
+
+def why_not(module: str, function: str, dtype: torch.dtype) -> str | None:
+    """The reason why an optional baseline cannot run on this GPU, or None if it can."""
+    if not provides(module, function):
+        return f"{module}.{function} is not installed"
+    if module != "xformers.ops" and dtype == torch.float32:
+        return "needs float16 or bfloat16"
+    if module in CAPABILITIES and (here := torch.cuda.get_device_capability()) not in (
+        known := CAPABILITIES[module]
+    ):
+        names = ", ".join(f"{major}.{minor}" for major, minor in known)
+        return f"needs compute capability {names}, this GPU has {here[0]}.{here[1]}"
+    return None

@@ -2,8 +2,8 @@
 
 Every candidate receives the fused projection [rows, 3, H, D] of a model, and computes the float32
 score of every token. The baselines for "cls" and "value" are the attention matrix, as in EViT and
-ATS, and the attention of the first query alone, which is the stronger one. For "mean" there is only
-the matrix. "similarity" has no gradient and is not timed here.
+ATS, and the attention of the first query alone, which is the stronger one. For "mean" they are the
+matrix, and two calls of FlexAttention. "similarity" has no gradient and is not timed here.
 """
 
 import functools
@@ -132,6 +132,39 @@ def one_query_sum(inputs: Inputs) -> Tensor:
     return finish(products.softmax(-1)[:, :, None], v, inputs)
 
 
+def two_flex(inputs: Inputs) -> Tensor:
+    """The log-sum-exp of every query by FlexAttention, then the sums of the keys by another."""
+    q, k, _ = inputs.batch()
+    return sums_of_keys(q, k, flex_lse(q, k))
+
+
+def one_flex(inputs: Inputs) -> Tensor:
+    """The attention returned the log-sum-exp."""
+    q, k, _ = inputs.batch()
+    return sums_of_keys(q, k, inputs.lse.unflatten(1, (q.shape[0], -1)).transpose(0, 1))
+
+
+def sums_of_keys(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
+    """The weights that each key receives, summed over queries by FlexAttention.
+
+    Keys attend to queries: the sum over i of exp(scale q_i . k_j - lse_i) is the exponential of the
+    log-sum-exp of key j, if each logit is reduced by the log-sum-exp of its query.
+    """
+
+    def reduced(logit: Tensor, b: Tensor, h: Tensor, key: Tensor, query: Tensor) -> Tensor:
+        return logit - lse[b, h, query]
+
+    return flex_lse(k, q, score_mod=reduced).exp().mean(1).flatten() / q.shape[2]
+
+
+def flex_lse(q: Tensor, k: Tensor, **options: Any) -> Tensor:
+    """The log-sum-exp of each query [B, H, N] by FlexAttention, with as few values as it takes."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    v = k.new_zeros(*k.shape[:3], 16)
+    return flex_attention(q, k, v, return_aux=AuxRequest(lse=True), **options)[1].lse
+
+
 def in_float32(run: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
     """`run` in float32: faster on CPUs without units for the dtype."""
     return run(replace(inputs, qkv=inputs.qkv.float()))
@@ -157,4 +190,9 @@ def candidates(sizes: dict, device: str, dtype: torch.dtype) -> list[Candidate]:
             upcast = functools.partial(in_float32, run)
             result.append(Candidate(f"{name}, in float32", "baseline", upcast))
         result.append(compiled(name, run, device))
+    if mean:
+        result.append(compiled("two FlexAttention calls", two_flex, device))
+        constant = "its gradient takes the log-sum-exp for a constant"
+        given_lse = compiled("FlexAttention, lse given", one_flex, device, forward_only=constant)
+        result.append(replace(given_lse, kind="given"))
     return result

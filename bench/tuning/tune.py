@@ -178,6 +178,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
     if any(outcome.speedup for outcome in outcomes):
         baselines = {outcome.call.candidates()[0][0] for outcome in outcomes}
         lines.append(f"speedup: over {' or '.join(sorted(baselines))}")
+    if any("convolution" in dict(outcome.call.key.facts) for outcome in outcomes):
+        lines.append("torch is PyTorch's convolution where the call names it (swapped models)")
     return "\n".join(lines)
 
 

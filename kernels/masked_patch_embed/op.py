@@ -179,6 +179,32 @@ def masked_patch_embed(
         RuntimeError: a backend asked for by name cannot run here; or the kernel detects that an id
             or an offset is out of range (on CUDA as a device-side assertion).
     """
+    return _embed(video, weight, bias, position, ids_keep, cu_seqlens, mean, std, backend)
+
+
+def embed_as_convolution(
+    video: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "auto"
+) -> Tensor:
+    """All patches of a floating-point clip, for a caller that could run a convolution instead.
+
+    The backend "torch" is that convolution, so that "auto" takes a kernel where it is faster than
+    the convolution. Arguments, result and errors are those of `masked_patch_embed`.
+    """
+    return _embed(video, weight, bias, backend=backend, convolution=True)
+
+
+def _embed(
+    video: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    position: Position | None = None,
+    ids_keep: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    backend: str = "auto",
+    convolution: bool = False,
+) -> Tensor:
     check_tensors(video=video, weight=weight)
     if weight.ndim == 4:
         weight = weight.unsqueeze(2)
@@ -194,8 +220,9 @@ def masked_patch_embed(
     time, space = _time_and_space(position)
     _check_position(video, weight, bias, time, space)
     args = (video, weight, bias, time, space, ids_keep, cu_seqlens, mean, std)
-    backend = choose(backend, video, weight, bias, time, space, ids_keep, cu_seqlens)
-    return library.run("masked_patch_embed", backend, *args)
+    backend = choose(backend, video, weight, bias, time, space, ids_keep, cu_seqlens, convolution)
+    hints = {"convolution": True} if convolution else {}
+    return library.run("masked_patch_embed", backend, *args, **hints)
 
 
 def choose(
@@ -207,8 +234,9 @@ def choose(
     space: Tensor | None = None,
     ids_keep: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    convolution: bool = False,
 ) -> str:
-    """The backend of a call: see `library.choose`."""
+    """The backend of a call: see `library.choose`, and for `convolution` `embed_as_convolution`."""
     kind = video.device.type
 
     def key() -> choices.Key | None:
@@ -227,6 +255,7 @@ def choose(
             masked=ids_keep is not None,
             packed=cu_seqlens is not None,
             video_gradient=torch.is_grad_enabled() and video.requires_grad,
+            **({"convolution": True} if convolution else {}),
         )
 
     return library.choose(backend, "masked_patch_embed", kind, weight.dtype, key)

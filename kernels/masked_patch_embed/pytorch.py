@@ -1,4 +1,4 @@
-"""masked_patch_embed by a gather of bytes and one linear layer, never a convolution."""
+"""masked_patch_embed by a gather of bytes and one linear layer."""
 
 from collections.abc import Sequence
 from math import prod
@@ -20,8 +20,16 @@ def masked_patch_embed(
     cu_seqlens: Tensor | None,  # [B + 1]
     mean: Sequence[float],
     std: Sequence[float],
+    convolution: bool = False,
 ) -> Tensor:
-    """Copy the visible patches as they are stored, normalise and project them, add positions."""
+    """Copy the visible patches as they are stored, normalise and project them, add positions.
+
+    Args:
+        convolution: of all patches of a floating-point clip: run the convolution of the caller's
+            model instead.
+    """
+    if convolution:
+        return _convolution(video.to(weight.dtype), weight, bias)
     patches = cut(video, weight.shape[2:])
     B, *grid = patches.shape[:4]
     if ids_keep is None:
@@ -42,6 +50,16 @@ def masked_patch_embed(
         table = space if time is None else (time[:, None] + space).flatten(0, 1)
         out = out + F.embedding(ids, table).to(out.dtype)
     return out.view(*ids_keep.shape, weight.shape[0])
+
+
+def _convolution(video: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution of a clip, or of its frames: [B, N, C]."""
+    bias = bias if bias is None else bias.to(weight.dtype)
+    if weight.shape[2] > 1:
+        return F.conv3d(video, weight, bias, weight.shape[2:]).flatten(2).mT
+    frames = video.transpose(1, 2)
+    out = F.conv2d(frames.flatten(0, 1), weight.squeeze(2), bias, weight.shape[3:])
+    return out.flatten(2).mT.unflatten(0, frames.shape[:2]).flatten(1, 2)
 
 
 def _add_all(out: Tensor, time: Tensor | None, space: Tensor | None) -> Tensor:

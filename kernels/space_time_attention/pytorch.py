@@ -151,9 +151,9 @@ def packed_attention(q: Tensor) -> Packed | None:
     D = q.shape[-1]
     if not q.is_cuda or D % 8 or D > 256 or library.autocast_dtype(q) not in HALF:
         return None
-    if _provides("flash_attn", "flash_attn_varlen_func"):
+    if provides("flash_attn", "flash_attn_varlen_func"):
         return _flash_attn
-    return _varlen_attn if _provides("torch.nn.attention.varlen", "varlen_attn") else None
+    return _varlen_attn if provides("torch.nn.attention.varlen", "varlen_attn") else None
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, groups: Arguments, scale: float) -> Tensor:
@@ -173,7 +173,8 @@ def _varlen_attn(q: Tensor, k: Tensor, v: Tensor, groups: Arguments, scale: floa
 
 @assume_constant
 @functools.cache
-def _provides(module: str, name: str) -> bool:
+def provides(module: str, name: str) -> bool:
+    """Whether a module is installed and has a function."""
     # The function, not the package: a wheel of FlashAttention 4 has only flash_attn.cute.
     try:
         return hasattr(importlib.import_module(module), name)

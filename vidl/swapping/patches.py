@@ -27,8 +27,15 @@ def stays(projection: nn.Conv2d, x: Tensor, backend: str) -> bool:
     if backend != "auto" or choices.recorder is not None:  # tuning measures the kernels
         return False
     weight = projection.weight[:, :, None].to(library.autocast_dtype(projection.weight))
-    chosen = masked_patch_embed.choose(backend, x[:, :, None], weight, projection.bias)
+    images = x[:, :, None]
+    chosen = masked_patch_embed.choose(backend, images, weight, projection.bias, convolution=True)
     return chosen in library.PYTORCH
+
+
+def embed_images(projection: nn.Conv2d, x: Tensor, backend: str) -> Tensor:
+    """What `projection` computes of images x [B, C_in, H, W], as tokens [B, N, C]."""
+    weight, bias = projection.weight, projection.bias
+    return masked_patch_embed.embed_as_convolution(x.unsqueeze(2), weight, bias, backend=backend)
 
 
 def speed(projection: nn.Conv2d, backend: str) -> str:

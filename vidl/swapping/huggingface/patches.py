@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vidl.kernels.masked_patch_embed import masked_patch_embed
 from vidl.swapping.huggingface.attention import defining_file
-from vidl.swapping.patches import speed, stays, why_not
+from vidl.swapping.patches import embed_images, speed, stays, why_not
 from vidl.swapping.registry import Family, full_name, remember, state_of
 from vidl.swapping.report import Change
 
@@ -36,7 +36,7 @@ class Conv2d(nn.Conv2d):
             return super().forward(x)
         h, w = (n // p for n, p in zip(x.shape[2:], self.kernel_size, strict=True))
         x = x[..., : h * self.kernel_size[0], : w * self.kernel_size[1]]  # as a convolution does
-        return _embed(self, x.unsqueeze(2)).unflatten(2, (h, w))
+        return embed_images(self, x, state.backend).transpose(1, 2).unflatten(2, (h, w))
 
 
 class Conv3d(nn.Conv3d):
@@ -45,19 +45,14 @@ class Conv3d(nn.Conv3d):
     swapped_convolution = True  # for is_convolution
 
     def forward(self, x: Tensor) -> Tensor:
-        if state_of(self) is None:
+        state = state_of(self)
+        if state is None:
             return super().forward(x)
         grid = [n // p for n, p in zip(x.shape[2:], self.kernel_size, strict=True)]
         T, H, W = (n * p for n, p in zip(grid, self.kernel_size, strict=True))
-        return _embed(self, x[..., :T, :H, :W]).unflatten(2, grid)
-
-
-def _embed(projection: nn.Conv2d | nn.Conv3d, video: Tensor) -> Tensor:
-    """Tokens [B, C, N], a view of [B, N, C], to which the models transpose them."""
-    state = state_of(projection)
-    assert state is not None
-    weight, bias = projection.weight, projection.bias
-    return masked_patch_embed(video, weight, bias, backend=state.backend).transpose(1, 2)
+        video = x[..., :T, :H, :W]
+        tokens = masked_patch_embed(video, self.weight, self.bias, backend=state.backend)
+        return tokens.transpose(1, 2).unflatten(2, grid)  # the models transpose back
 
 
 def _swap(model: nn.Module, backend: str) -> Sequence[Change]:

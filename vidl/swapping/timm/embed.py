@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from timm.layers.format import Format
 from torch import Tensor
 
-from vidl.kernels.masked_patch_embed import masked_patch_embed
 from vidl.nn.patch_embed import is_convolution
-from vidl.swapping.patches import speed, stays
+from vidl.swapping.patches import embed_images, speed, stays
 from vidl.swapping.patches import why_not as why_not_convolution
 from vidl.swapping.registry import Family, Rule, state_of
 
@@ -28,9 +27,7 @@ class PatchEmbed(timm_patch_embed.PatchEmbed):
         x = self._checked(x)
         h, w = (n // p for n, p in zip(x.shape[-2:], self.patch_size, strict=True))
         x = x[..., : h * self.patch_size[0], : w * self.patch_size[1]]  # as a convolution does
-        tokens = masked_patch_embed(
-            x.unsqueeze(2), self.proj.weight, self.proj.bias, backend=state.backend
-        )
+        tokens = embed_images(self.proj, x, state.backend)
         return self.norm(tokens if self.flatten else tokens.unflatten(1, (h, w)))
 
     def _checked(self, x: Tensor) -> Tensor:
