@@ -22,7 +22,6 @@ from torch import Tensor
 from vidl.files import cache_folder, replaced
 from vidl.kernels import device
 from vidl.kernels.constant import assume_constant
-from vidl.kernels.environment import variable
 
 # A JSON object from the name of a device to its entries, made from committed measurements.
 SHIPPED = Path(__file__).with_name("shipped.json")
@@ -222,7 +221,7 @@ def share(kind: str) -> Table:
 
 def forced() -> str | None:
     """The backend that the environment names for all calls with "auto"."""
-    backend = variable("VIDL_BACKEND")
+    backend = os.environ.get("VIDL_BACKEND")
     return None if backend in ("", "auto") else backend
 
 

@@ -258,6 +258,9 @@ def choose(
             **({"convolution": True} if convolution else {}),
         )
 
+    if backend == "auto" and convolution:
+        chosen, source = library.automatic("masked_patch_embed", kind, weight.dtype, key())
+        return "torch" if source == "rule" else chosen  # PyTorch's own, until a kernel is measured
     return library.choose(backend, "masked_patch_embed", kind, weight.dtype, key)
 
 

@@ -9,6 +9,7 @@ cross-attention, with all tokens or after masking and pruning. Sources: Frozen i
 (arXiv 2304.08809, 3.2).
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from vidl.kernels import choices, gpu, library
 from vidl.kernels.arguments import check_flag, check_tensors, finite, in_dtype
-from vidl.kernels.environment import variable
 from vidl.kernels.groups import (
     BIAS_SCHEMA,
     NO_BIAS,
@@ -316,5 +316,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, groups: Groups, return_scores: Score
         )
     if return_scores not in (None, "cls", "mean"):
         raise ValueError(f"need return_scores None, 'cls' or 'mean', got {return_scores!r}")
-    if variable("VIDL_DEBUG") == "1":
+    if os.environ.get("VIDL_DEBUG") == "1":
         groups.check()

@@ -7,8 +7,6 @@ from vidl.kernels.masked_patch_embed import op as masked_patch_embed
 from vidl.nn.patch_embed import cuts_patches, has_hooks
 from vidl.swapping.registry import full_name
 
-OP = "masked_patch_embed"
-
 
 def why_not(projection: nn.Module) -> str | None:
     """The reason why `masked_patch_embed` cannot replace a convolution; None if it can."""
@@ -40,8 +38,7 @@ def embed_images(projection: nn.Conv2d, x: Tensor, backend: str) -> Tensor:
 
 def speed(projection: nn.Conv2d, backend: str) -> str:
     """The report's note on a convolution that does not become faster; "" if a vidl kernel runs."""
-    weight = projection.weight
-    kind = weight.device.type
-    if library.choose(backend, OP, kind, weight.dtype) not in library.PYTORCH or backend != "auto":
+    if backend != "auto":
         return ""
-    return f"not faster: backend='auto' keeps PyTorch's convolution on {weight.device.type}"
+    kind = projection.weight.device.type
+    return f"PyTorch's convolution, unless `vidl tune` measures a faster kernel on this {kind}"
