@@ -17,7 +17,7 @@ class Device:
     """A device and its newest records.
 
     Attributes:
-        name, kind: such as "AMD EPYC, 2 cores" and "cpu", or "cuda".
+        name, kind: such as "AMD EPYC, AVX2, 2 cores" and "cpu", or "cuda".
         ops: records of ops, at shapes that still exist.
         savings, scaling, quality: records of whole steps, of the encoder and of training runs.
     """
