@@ -10,6 +10,7 @@ from torch import Tensor
 from vidl.kernels.triton_launch import OPTIONS
 
 from .triton_call import Call
+from .triton_rows import rows_at, span
 
 # Channels of a program.
 CHANNELS = 256
@@ -35,15 +36,13 @@ def sum_entries_kernel(
     blocks = tl.cdiv(C, BLOCK_C)
     row = program // blocks
     c = (program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int32)[None, :]
-    begin = tl.load(entry_offsets_ptr + row)
-    end = tl.load(entry_offsets_ptr + row + 1)
+    begin, members = span(entry_offsets_ptr, row, True, E)
+    end = begin + members
     first = tl.zeros([BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_C], tl.float32)
     for at in range(begin, end, STEP):
         i = at + tl.arange(0, STEP)
-        entry = tl.load(entries_ptr + i, mask=i < end, other=0)
-        tl.device_assert((entry >= 0) & (entry < E), "entries are out of range", mask=i < end)
-        place = entry.to(tl.int64)[:, None] * C + c
+        place = rows_at(entries_ptr, i, i < end, E)[:, None] * C + c
         mask = (i < end)[:, None] & (c < C)
         first += tl.sum(tl.load(first_entry_ptr + place, mask=mask, other=0.0), 0)
         if second_entry_ptr is not None:
