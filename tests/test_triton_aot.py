@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, and does not spill registers.
+"""Every Triton kernel compiles for sm_80, 89 and 90 without a GPU and without register spills.
 
 Each kernels/<op>/triton_kernels.py has a function `ahead_of_time()`. It calls the op on small CPU
 tensors, once for every kind of argument that makes Triton compile another variant of a kernel (the
@@ -38,7 +38,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
 }
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes, the limit of a block
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes, the limit of a block
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,7 @@ def forward_tile(max_queries: int, max_keys: int, D: int, dtype: torch.dtype) ->
     if max_keys <= 128:  # 256 keys would leave one program a multiprocessor, or spill on sm_80
         keys = _power_of_2(max_keys)
         return Tile("whole", queries, keys, warps=4 if D <= 64 or keys <= 64 else 8)
-    # Padded heads: for sm_80 the compiler would rather spill than use more than 128 registers.
-    registers = 168 if 64 < D < 128 else None
-    return Tile("blocked", queries, 64, warps=4 if D <= 64 else 8, stages=2, registers=registers)
+    return _blocked_tile(queries, D)
 
 
 def backward_tiles(
@@ -130,7 +128,7 @@ def backward_tiles(
         tile = Tile("blocked", 32, keys=128, warps=8, stages=2)
     else:
         tile = Tile("blocked", 64, keys=64, warps=8, stages=2)
-    return Tile("blocked", 64, keys=64, warps=4 if D <= 64 else 8, stages=2), tile
+    return _blocked_tile(64, D), tile
 
 
 def _float32_tile(max_keys: int, D: int) -> Tile:
@@ -143,6 +141,13 @@ def _float32_tile(max_keys: int, D: int) -> Tile:
         return Tile("whole", 16, keys, warps=4 if keys == SLOT else 8)
     side = 32 if D <= 64 else 16
     return Tile("blocked", side, side, warps=8)
+
+
+def _blocked_tile(queries: int, D: int) -> Tile:
+    """The tile of kernels that loop over blocks of keys."""
+    # Padded heads: for sm_80 the compiler would rather spill than use more than 128 registers.
+    registers = 168 if 64 < D < 128 else None
+    return Tile("blocked", queries, 64, warps=4 if D <= 64 else 8, stages=2, registers=registers)
 
 
 def _packed_tile(D: int) -> Tile:

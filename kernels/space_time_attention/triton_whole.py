@@ -87,12 +87,16 @@ def whole_forward_kernel(
     )
     v = load_rows(v_ptr + h * v_head, key * v_row, real_key, D, BLOCK_D)
     q_ptr += h * q_head
-    stop = queries if SCORES == "mean" else tl.minimum(queries, start + BLOCK_QUERIES)
+    # Places in the list of queries take fewer registers than numbers within the group.
+    last_query = first_query + queries
+    stop = last_query
+    if SCORES != "mean":
+        stop = tl.minimum(last_query, first_query + start + BLOCK_QUERIES)
     scores = tl.zeros([BLOCK_KEYS], tl.float32)
-    for at in range(start, stop, BLOCK_QUERIES):
+    for at in range(first_query + start, stop, BLOCK_QUERIES):
         i = at + tl.arange(0, BLOCK_QUERIES)
         real_query, query, q = load_block(
-            q_ptr, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
+            q_ptr, query_rows_ptr, 0, last_query, i, num_queries, q_row, D, BLOCK_D
         )
         logits = multiply(q, transpose(k)) * (scale * LOG2_E)
         logits = tl.where(real_key[None, :], logits, float("-inf"))
@@ -101,7 +105,7 @@ def whole_forward_kernel(
         store_rows(out_ptr, (query * H + h) * D, out, real_query, D, BLOCK_D)
         tl.store(lse_ptr + h * num_queries + query, lse, mask=real_query)
         if SCORES != "":
-            scores += key_scores(weights, total, i, real_query, queries, SCORES)
+            scores += key_scores(weights, total, i - first_query, real_query, queries, SCORES)
     if scores_ptr is not None:
         if start == 0:
             tl.store(scores_ptr + h * E + first_key + j, scores, mask=real_key)
@@ -163,10 +167,12 @@ def whole_backward_kernel(
     factor = logit_slope(keys, scale)
     grad_k = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
-    for at in range(0, queries, BLOCK_QUERIES):
+    # Places in the list of queries take fewer registers than numbers within the group.
+    last_query = first_query + queries
+    for at in range(first_query, last_query, BLOCK_QUERIES):
         i = at + tl.arange(0, BLOCK_QUERIES)
         real_query, query, q = load_block(
-            q_ptr, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
+            q_ptr, query_rows_ptr, 0, last_query, i, num_queries, q_row, D, BLOCK_D
         )
         here = (query * H + h) * D
         grad_out = load_rows(grad_out_ptr, here, real_query, D, BLOCK_D)
@@ -178,7 +184,7 @@ def whole_backward_kernel(
             grad_out,
             lse[None, :],
             grad_score[:, None],
-            (i == 0)[None, :],
+            (i == first_query)[None, :],
             real_key[:, None] & real_query[None, :],
             scale,
             SCORES,
