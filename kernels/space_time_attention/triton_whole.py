@@ -167,12 +167,10 @@ def whole_backward_kernel(
     factor = logit_slope(keys, scale)
     grad_k = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
-    # Places in the list of queries take fewer registers than numbers within the group.
-    last_query = first_query + queries
-    for at in range(first_query, last_query, BLOCK_QUERIES):
+    for at in range(0, queries, BLOCK_QUERIES):
         i = at + tl.arange(0, BLOCK_QUERIES)
         real_query, query, q = load_block(
-            q_ptr, query_rows_ptr, 0, last_query, i, num_queries, q_row, D, BLOCK_D
+            q_ptr, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
         )
         here = (query * H + h) * D
         grad_out = load_rows(grad_out_ptr, here, real_query, D, BLOCK_D)
@@ -184,7 +182,7 @@ def whole_backward_kernel(
             grad_out,
             lse[None, :],
             grad_score[:, None],
-            (i == first_query)[None, :],
+            (i == 0)[None, :],
             real_key[:, None] & real_query[None, :],
             scale,
             SCORES,
