@@ -7,9 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-# debug enables the assertions about indices; without sanitize_overflow=False it would also check
-# every integer operation for overflow.
-OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
+OPTIONS = {"enable_fp_fusion": True}
 
 
 def block_size(n: int, most: int) -> int:

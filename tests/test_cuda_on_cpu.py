@@ -30,6 +30,8 @@ BUGS = {
             "      __syncthreads();\n    }\n  }\n  if (n >= rows.N)",
             "    }\n  }\n  if (n >= rows.N)",
         ),
+        "offsets are not checked": ("rows.cu_seqlens == nullptr || blockIdx.x != 0", "true"),
+        "ids are not checked": ("place.patch < rows.N", "true"),
     },
     "masked_patch_loss": {
         "copies are not waited for": ("cp_async_wait();", ""),
@@ -69,7 +71,8 @@ BUGS = {
             "Patch<Pixel, T, kC> patch(task, "
             "memory_of_warp<Pixel, T>(task));\n  patch.load(m);\n  if",
         ),
-        "offsets are not checked": ("if (blockIdx.x == 0) check_offsets(task.rows);", ""),
+        "offsets are not checked": ("rows.cu_seqlens == nullptr || blockIdx.x != 0", "true"),
+        "ids are not checked": ("place.patch < rows.N", "true"),
         "the variance of a patch is biased": (
             "static_cast<float>(C) - 1.0f",
             "static_cast<float>(C)",
@@ -117,6 +120,9 @@ BUGS = {
         "blocks of packed samples overlap": ("/ plan.rows + i;", "/ plan.rows;"),
         "the mean is not subtracted": ("row[e] - centre[e]", "row[e]"),
         "dropped rows get no gradient": ("zeros.store(to + c);", ";"),
+        "a sample keeps more tokens than it has": ("&& sample.K <= sample.N", ""),
+        "offsets may end early": ("end <= total : end == total", "end <= total : true"),
+        "NaN is not written": ("from_float<T>(NAN)", "from_float<T>(0.0f)"),
     },
     "space_time_attention": {
         "blocks of keys are read before they are written": (

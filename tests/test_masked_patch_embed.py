@@ -370,21 +370,21 @@ def test_flops(where):
 
 
 @pytest.mark.parametrize("ids", [[[0, 12]], [[-1, 3]], [[2**40, 0]]])
-@pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
+@pytest.mark.parametrize("backend", ["reference", "native"])
 def test_ids_out_of_range_are_caught(ids, backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     clip, weight, *_ = Case(B=1).inputs(torch.float32, "cpu")
-    with pytest.raises((RuntimeError, AssertionError), match=r"\[0, 12\)|assert"):
+    with pytest.raises((RuntimeError, AssertionError), match=r"\[0, 12\)"):
         masked_patch_embed(clip, weight, ids_keep=torch.tensor(ids), backend=backend)
 
 
 @pytest.mark.parametrize("offsets", [[0, 5, 4], [1, 2, 4], [0, 2, 3], [0, 2, 9]])
-@pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
+@pytest.mark.parametrize("backend", ["reference", "native"])
 def test_offsets_that_do_not_fit_are_caught(offsets, backend):
     Where(backend, "cpu").skip_unless_runs(OP)
     clip, weight, *_ = Case().inputs(torch.float32, "cpu")
     ids, cu_seqlens = torch.tensor([0, 1, 2, 3]), torch.tensor(offsets, dtype=torch.int32)
-    with pytest.raises((RuntimeError, AssertionError), match="ascend|assert"):
+    with pytest.raises((RuntimeError, AssertionError), match="ascend"):
         masked_patch_embed(clip, weight, ids_keep=ids, cu_seqlens=cu_seqlens, backend=backend)
 
 

@@ -63,6 +63,13 @@ __device__ __forceinline__ void store_any(void* p, Dtype dtype, int64_t i, float
   }
 }
 
+// Writes NaN to `count` numbers: the result of indices that are out of range. Kernels do not assert
+// them: an assertion ends the CUDA context of the process. Called by `threads` threads.
+template <class T>
+__device__ __forceinline__ void write_nan(T* to, int64_t count, int64_t thread, int64_t threads) {
+  for (int64_t i = thread; i < count; i += threads) to[i] = from_float<T>(NAN);
+}
+
 // Calls f with a null pointer of the type that `dtype` names.
 template <class F>
 int with_type(Dtype dtype, F f) {

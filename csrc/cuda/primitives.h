@@ -13,7 +13,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <cassert>
 #include <cmath>
 #define SITE_PARAM
 #define SHARED(T, name, dims) __shared__ __align__(16) T name dims
@@ -28,6 +27,11 @@
 
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
+
+// x, limited to [0, end].
+__device__ __forceinline__ int within(int x, int64_t end) {
+  return max(min(x, static_cast<int>(end)), 0);
+}
 
 // In one-dimensional blocks.
 __device__ __forceinline__ unsigned lane_id() { return threadIdx.x % 32; }

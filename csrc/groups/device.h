@@ -7,14 +7,9 @@
 namespace vidl {
 namespace {
 
-// A number of a list, limited to [0, end]. `Groups` checks its lists once, when it is made; kernels
+// The queries or the keys of one group. `Groups` checks its lists once, when it is made; kernels
 // only make sure that no address is out of range. An assertion would end the CUDA context of the
 // process, and cost up to a third of the instructions.
-__device__ __forceinline__ int within(int x, int64_t end) {
-  return max(min(x, static_cast<int>(end)), 0);
-}
-
-// The queries or the keys of one group.
 struct Members {
   const int32_t* rows;  // null: the rows in their order
   int64_t total;

@@ -66,8 +66,8 @@ struct Unbundled<f, Types<Before...>, Types<GroupTensors, BiasTensors, After...>
 template <auto f>
 constexpr auto unbundled = &Unbundled<f, Types<>, decltype(parameters_of(f))>::call;
 
-// Checks shapes and dtypes; the values of the lists are checked by check_lists() on the CPU and by
-// the kernels on CUDA. `q` is absent where only the keys count.
+// Checks shapes and dtypes; the values of the lists are checked by check_lists() on the CPU, and
+// limited by the kernels on CUDA. `q` is absent where only the keys count.
 inline Groups groups_of(const std::string& op, const GroupTensors& tensors, const OptionalTensor& q,
                         const Tensor& k) {
   const auto list = [&](const OptionalTensor& x, const char* name, int64_t size) -> const int32_t* {

@@ -8,7 +8,6 @@
 //   fold      reads and writes the weight once: 2.4 MB
 //   position  reads grad_out once, 26.7 MB, and the ids N / 8 * C / 256 times from L2
 //   unpack    reads grad_patches once, writes the clip once
-#undef NDEBUG  // device assertions guard the indices in release builds too
 #include <algorithm>
 #include <cfloat>
 #include <initializer_list>
@@ -127,6 +126,14 @@ __device__ __forceinline__ void write_patch(const Packing& task, const Pixel* pa
   }
 }
 
+// The row of an id or an offset that is out of range: NaN, so that its token is NaN.
+template <class T>
+__device__ void write_nan_row(const Packing& task, int64_t m, T* patches, T* out) {
+  const int64_t numbers = int64_t{task.pixels()} * task.clip.C, C = task.position.C;
+  write_nan(patches + m * numbers, numbers, lane_id(), 32);
+  if (out != nullptr) write_nan(out + m * C, C, lane_id(), 32);
+}
+
 // A warp packs one row. Its pixels pass through shared memory: they are read in the order of the
 // clip's memory and written in that of the weight (C_in, t, h, w), 16 bytes per lane if possible.
 template <class Pixel, class T>
@@ -135,13 +142,14 @@ __global__ void __launch_bounds__(kThreads)
                 T* __restrict__ patches,  // [total, numbers]
                 T* __restrict__ out) {    // [total, C] or null
   constexpr int kWide = 16 / sizeof(T);
-  if (blockIdx.x == 0) check_offsets(task.rows);
+  const bool fits = offsets_fit(task.rows);
   const int warp = threadIdx.x / 32;
   const int64_t m = blockIdx.x * int64_t{blockDim.x / 32} + warp;
   if (m >= task.rows.total) return;
   DYNAMIC_SHARED(Pixel, memory);
   Pixel* const patch = memory + warp * task.clip.C * task.walk.pitch;
   const Place place = locate(task.rows, m);
+  if (!fits || place.patch < 0) return write_nan_row(task, m, patches, out);
   stage(task.clip, task.walk, corner(task.clip, place), patch);
   cp_async_commit();
   if (out != nullptr) {
@@ -169,10 +177,11 @@ __global__ void __launch_bounds__(kThreads)
                       T* __restrict__ patches,  // [total, numbers]
                       T* __restrict__ out) {    // [total, C] or null
   const Clip& clip = task.clip;
-  if (blockIdx.x == 0) check_offsets(task.rows);
+  const bool fits = offsets_fit(task.rows);
   const int64_t m = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32;
   if (m >= task.rows.total) return;
   const Place place = locate(task.rows, m);
+  if (!fits || place.patch < 0) return write_nan_row(task, m, patches, out);
   if (out != nullptr) write_position<1>(task.position, place.patch, out + m * task.position.C);
   const int64_t start = corner(clip, place);
   const int32_t pixels = task.pixels();
@@ -196,8 +205,11 @@ __global__ void __launch_bounds__(kUnpackThreads)
                   void* __restrict__ video) {  // [B, C, T, H, W], contiguous
   const unsigned N = static_cast<unsigned>(rows.N);
   const int64_t b = blockIdx.x / N, n = blockIdx.x % N;
-  const int64_t begin = rows.cu_seqlens == nullptr ? b * rows.K : rows.cu_seqlens[b];
-  const int64_t end = rows.cu_seqlens == nullptr ? begin + rows.K : rows.cu_seqlens[b + 1];
+  int64_t begin = b * rows.K, end = begin + rows.K;
+  if (rows.cu_seqlens != nullptr) {
+    begin = within(rows.cu_seqlens[b], rows.total);
+    end = within(rows.cu_seqlens[b + 1], rows.total);
+  }
   const int64_t to = corner(clip, {b, n});
   const int32_t plane = clip.h * clip.w, channel = clip.t * plane, patch = clip.C * channel;
   for (int32_t i = threadIdx.x; i < patch; i += kUnpackThreads) {

@@ -10,16 +10,18 @@
 namespace vidl {
 namespace {
 
+// The place of row m; its patch is -1 if there is none, since the id is not in [0, N).
 __device__ Place locate(const Rows& rows, int64_t m) {
   const Place place = place_of(rows, m);
-  // ids must lie in [0, N)
-  assert(place.patch >= 0 && place.patch < rows.N);
-  return place;
+  const bool real = place.sample < rows.B && place.patch >= 0 && place.patch < rows.N;
+  return {place.sample, real ? place.patch : -1};
 }
 
-// cu_seqlens must ascend from 0 to the number of rows. Called by all threads of one block.
-__device__ void check_offsets(const Rows& rows) {
-  assert(offsets_ascend(rows, threadIdx.x, blockDim.x));
+// Whether cu_seqlens ascend from 0 to the number of rows. Only the first block knows, and writes
+// NaN if they do not. Called by all threads of every block.
+__device__ bool offsets_fit(const Rows& rows) {
+  if (rows.cu_seqlens == nullptr || blockIdx.x != 0) return true;
+  return __syncthreads_and(offsets_ascend(rows, threadIdx.x, blockDim.x));
 }
 
 // n / divisor as a multiplication, for numbers below 2^31. Source: Granlund and Montgomery,

@@ -14,7 +14,7 @@ struct Place {
   int64_t sample, patch;
 };
 
-// The place of row m. The caller checks that the patch lies in [0, N).
+// The place of row m. The caller checks that the patch lies in [0, N), and the sample in [0, B).
 VIDL_HOST_DEVICE inline Place place_of(const Rows& rows, int64_t m) {
   int64_t sample;
   if (rows.cu_seqlens == nullptr) {

@@ -20,7 +20,6 @@
 // estimate that is not yet measured it takes a tenth of the time that the bytes of P2 need, and a
 // third for P1f and P3, while other blocks copy. Up to kCached scores are kept in shared memory;
 // the others are read from L2 every time.
-#undef NDEBUG  // device assertions guard the indices in release builds too
 #include "cuda/floats.h"
 #include "select_tokens/interface.h"
 
@@ -89,38 +88,46 @@ struct Sample {
   int64_t first_kept;  // in ids
   int64_t b;
   int N, K;
+  bool fits;  // else its offsets are out of range, it has no tokens, and its rows become NaN
 
   __device__ const float* numbers(const Numbers& x, bool packed) const {
     return x.data + (packed ? scored * x.token : b * x.sample);
   }
 };
 
-// The assertions of several blocks race, so every message names all possible causes.
-#define OFFSETS_FIT(condition)                                            \
-  assert((condition) &&                                                   \
-         "cu_seqlens must ascend from 0 to the rows of x, by prefix rows" \
-         " at least, and samples keep num_kept tokens that they have")
+// Whether b of B + 1 offsets may be followed by the next: they ascend from 0 to `total`.
+__device__ __forceinline__ bool ascends(const int32_t* offsets, int64_t b, int64_t B,
+                                        int64_t total) {
+  const int32_t begin = offsets[b], end = offsets[b + 1];
+  return begin <= end && (b > 0 ? begin >= 0 : begin == 0) &&
+         (b + 1 < B ? end <= total : end == total);
+}
 
 __device__ Sample sample_at(const Samples& s, int64_t b) {
-  Sample sample = {0, b * s.N, b * s.K, b, static_cast<int>(s.N), static_cast<int>(s.K)};
+  Sample sample = {0, b * s.N, b * s.K, b, static_cast<int>(s.N), static_cast<int>(s.K), true};
   if (s.cu_seqlens == nullptr) return sample;
-  const int64_t begin = s.cu_seqlens[b], end = s.cu_seqlens[b + 1];
-  OFFSETS_FIT(begin >= 0 && end <= s.total && begin + s.prefix <= end);
-  sample.begin = begin;
-  sample.scored = begin + s.prefix;
-  sample.N = static_cast<int>(end - begin - s.prefix);
-  if (s.cu_kept == nullptr) return sample;
-  const int64_t first = s.cu_kept[b], last = s.cu_kept[b + 1];
-  OFFSETS_FIT(first >= 0 && first <= last && last <= s.num_kept && last - first <= sample.N);
-  sample.first_kept = first;
-  sample.K = static_cast<int>(last - first);
+  sample.fits = ascends(s.cu_seqlens, b, s.B, s.total);
+  sample.begin = s.cu_seqlens[b];
+  sample.scored = sample.begin + s.prefix;
+  sample.N = static_cast<int>(s.cu_seqlens[b + 1] - sample.scored);
+  if (s.cu_kept != nullptr) {
+    const int first = within(s.cu_kept[b], s.num_kept), last = within(s.cu_kept[b + 1], s.num_kept);
+    sample.first_kept = first;
+    sample.K = max(last - first, 0);
+    sample.fits = sample.fits && ascends(s.cu_kept, b, s.B, s.num_kept) && sample.K <= sample.N;
+  }
+  sample.fits = sample.fits && sample.N >= 0;
+  if (!sample.fits) sample.begin = 0, sample.scored = s.prefix, sample.N = 0;
   return sample;
 }
 
-// The offsets must begin with 0 and end with all rows; sample_at() checks the others.
-__device__ void check_ends(const Samples& s) {
-  OFFSETS_FIT(s.cu_seqlens[0] == 0 && s.cu_seqlens[s.B] == s.total);
-  OFFSETS_FIT(s.cu_kept[0] == 0 && s.cu_kept[s.B] == s.num_kept);
+// Whether all offsets fit. Only the first block knows: then what it writes is NaN. Called by all
+// threads of every block.
+__device__ bool offsets_fit(const Samples& s) {
+  if (s.cu_seqlens == nullptr || blockIdx.x != 0) return true;
+  bool fit = true;
+  for (int64_t b = threadIdx.x; b < s.B; b += kThreads) fit = fit && sample_at(s, b).fits;
+  return __syncthreads_and(fit);
 }
 
 // The last b in [0, B) with at(b) <= x; at(0) <= x must hold.
@@ -307,6 +314,17 @@ __device__ __forceinline__ void copy_row(const T* from, T* to, int count, int th
   }
 }
 
+// Writes the kept tokens of a sample whose offsets are out of range, without its fused token: NaN.
+template <class T>
+__device__ void write_nan_rows(const Samples& s, const Sample& sample, const Selection& out) {
+  const int64_t to = sample.first_kept + sample.b * (s.prefix + s.fuses),
+                rows = s.prefix + sample.K;
+  write_nan(static_cast<T*>(out.tokens) + to * s.C, rows * s.C, threadIdx.x, kThreads);
+  if (threadIdx.x != 0) return;
+  out.offsets[sample.b + 1] = static_cast<int32_t>(to + rows + s.fuses);
+  if (sample.b == 0) out.offsets[0] = 0;
+}
+
 // The sizes of a forward launch.
 struct Plan {
   int rows;        // tokens of a packing block
@@ -319,7 +337,7 @@ struct Plan {
 template <class T, int kVec>
 __device__ void pack_block(const Samples& s, const Plan& plan, const TokenRows& x,
                            const Numbers& ranks, bool by_score, const Selection& out, int64_t block,
-                           uint32_t* cache, int* places, int* counts) {
+                           bool fits, uint32_t* cache, int* places, int* counts) {
   const bool packed = s.cu_seqlens != nullptr;
   const int64_t item = block / plan.chunks, chunk = block % plan.chunks;
   int64_t b, part;
@@ -332,7 +350,12 @@ __device__ void pack_block(const Samples& s, const Plan& plan, const TokenRows& 
     b = item / plan.parts;
     part = item % plan.parts;
   }
+  if (!fits) b = part = 0;  // as in the first block of offsets that fit
   const Sample sample = sample_at(s, b);
+  if (!fits || !sample.fits) {
+    if (part == 0 && chunk == 0) write_nan_rows<T>(s, sample, out);
+    return;
+  }
   if (part != 0 && (part < 0 || part * plan.rows >= sample.N)) return;  // the whole block
   const int start = static_cast<int>(part) * plan.rows;
   Keys keys = {sample.numbers(ranks, packed), ranks.token, cache, plan.cached, sample.N};
@@ -385,11 +408,12 @@ constexpr int kSharing = kVec == 1 ? 32 : 8;
 template <class T, int kVec>
 __device__ void fuse_block(const Samples& s, const Plan& plan, const TokenRows& x,
                            const Numbers& ranks, const Numbers& weights, const Selection& out,
-                           int64_t block, uint32_t* cache, float* partial) {
+                           int64_t block, bool fits, uint32_t* cache, float* partial) {
   constexpr int kColumns = kSharing<kVec> * kVec, kGroups = kThreads / kSharing<kVec>;
   const bool packed = s.cu_seqlens != nullptr;
   const int64_t b = block / plan.slices, slice = block % plan.slices;
-  const Sample sample = sample_at(s, b);
+  Sample sample = sample_at(s, b);
+  sample.fits = sample.fits && fits;
   Keys keys = {sample.numbers(ranks, packed), ranks.token, cache, plan.cached, sample.N};
   keys.fill();
   const Cut cut = find_cut(keys, sample.K);
@@ -448,8 +472,9 @@ __device__ void fuse_block(const Samples& s, const Plan& plan, const TokenRows& 
     value += partial[w * kColumns + threadIdx.x];
     total += masses[w];
   }
+  if (out.mean != nullptr) value = total == 0.0f ? 0.0f : value / total;
+  if (!sample.fits) value = NAN;
   if (out.mean != nullptr) {
-    value = total == 0.0f ? 0.0f : value / total;
     if (c < s.C) out.mean[b * s.C + c] = value;
     if (c == 0) out.mass[b] = total;
   }
@@ -467,13 +492,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
   SHARED(int, counts, [kWarps]);
   SHARED(float, partial, [kWarps * (kSharing<kVec> * kVec + 1)]);
   DYNAMIC_SHARED(uint32_t, cache);
-  if (blockIdx.x == 0 && samples.cu_seqlens != nullptr) check_ends(samples);
+  const bool fits = offsets_fit(samples);
   const int64_t fused = samples.B * plan.slices;
   if (blockIdx.x < fused) {
-    fuse_block<T, kVec>(samples, plan, x, ranks, weights, out, blockIdx.x, cache, partial);
+    fuse_block<T, kVec>(samples, plan, x, ranks, weights, out, blockIdx.x, fits, cache, partial);
   } else {
-    pack_block<T, kVec>(samples, plan, x, ranks, by_score, out, blockIdx.x - fused, cache, places,
-                        counts);
+    pack_block<T, kVec>(samples, plan, x, ranks, by_score, out, blockIdx.x - fused, fits, cache,
+                        places, counts);
   }
 }
 
@@ -533,17 +558,23 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int64_t n = inside - s.prefix;  // negative in the prefix
   const int64_t number = sample.scored + n;
   const int64_t begin = grad.offsets[b], fused = grad.offsets[b + 1] - 1;
-  const int64_t place = n < 0 ? n : grad.inverse[number];
   // the place of a token among the kept ones, or -1
-  assert(n < 0 || (place >= -1 && begin + s.prefix + place <= fused));
+  const int64_t place = n < 0 || !sample.fits ? n : grad.inverse[number];
+  const bool stays = n < 0 || place >= 0;
+  const int64_t source = stays ? begin + s.prefix + place : fused;
 
   const T* const grad_tokens = static_cast<const T*>(grad.tokens);
   T* const to = grad_x == nullptr ? nullptr : grad_x + row * s.C;
   const int C = static_cast<int>(s.C);
   float product = 0.0f, share = 1.0f;
-  const bool stays = n < 0 || place >= 0;
+  if (!sample.fits || source >= s.num_kept + s.B * (s.prefix + s.fuses) ||
+      (source < 0 && (stays || s.fuses))) {
+    if (to != nullptr) write_nan(to, C, thread, threads);
+    if (grad_weights != nullptr && (n >= 0 || packed) && thread == 0) grad_weights[number] = NAN;
+    return;
+  }
   if (stays) {
-    const T* const from = grad_tokens + (begin + s.prefix + place) * s.C;
+    const T* const from = grad_tokens + source * s.C;
     if (to != nullptr) copy_row<T, kVec>(from, to, C, thread, threads);
   } else {
     const bool weighed = weights.data != nullptr;
@@ -555,7 +586,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         x_row = static_cast<const T*>(x.data) + b * x.sample + (sample.begin + inside) * x.row;
       }
       const float* const mean = grad.mean == nullptr ? nullptr : grad.mean + b * s.C;
-      product = spread_row<T, kVec>(grad_tokens + fused * s.C, x_row, mean, to, weight * share, C,
+      product = spread_row<T, kVec>(grad_tokens + source * s.C, x_row, mean, to, weight * share, C,
                                     thread, threads);
     } else if (to != nullptr) {
       Unit<T, kVec> zeros;

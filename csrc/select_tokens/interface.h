@@ -57,7 +57,7 @@ int vidl_select_tokens_cuda(const vidl::Samples* samples, const vidl::TokenRows*
                             const vidl::Selection* out, void* stream);
 
 // Writes every element of grad_x (contiguous, as x) and grad_weights (contiguous, as the scores).
-// Either may be null; without grad_weights x->data is null. cu_kept, K and num_kept are not used.
+// Either may be null; without grad_weights x->data is null. cu_kept and K are not used.
 int vidl_select_tokens_bwd_cuda(const vidl::Samples* samples, const vidl::SelectionGrad* grad,
                                 const vidl::TokenRows* x, const vidl::Numbers* weights,
                                 void* grad_x, float* grad_weights, void* stream);

@@ -243,7 +243,7 @@ struct Cpu {
 
 #if defined(VIDL_CUDA) || defined(VIDL_EMULATED)
 struct Cuda {
-  static void check(const Samples& samples) {  // the kernels assert the offsets
+  static void check(const Samples& samples) {  // the kernels limit the offsets
     const int64_t longest = samples.cu_seqlens != nullptr ? samples.total : samples.N;
     STD_TORCH_CHECK(longest <= int64_t{1} << 30 && samples.C <= int64_t{1} << 30,
                     "select_tokens: need samples of at most 2^30 tokens of at most 2^30 elements, "
@@ -346,7 +346,10 @@ std::tuple<Tensor, Tensor> select_tokens_bwd(Tensor grad_tokens, OptionalTensor 
   samples.C = grad_tokens.size(-1);
   samples.dtype = dtype_of(grad_tokens);
   samples.fuses = !fuse.empty();
+  const int64_t rows_of_tokens = packed ? grad_tokens.size(0) : samples.B * grad_tokens.size(1);
+  samples.num_kept = rows_of_tokens - samples.B * (prefix + samples.fuses);
   STD_TORCH_CHECK((!packed || cu_seqlens->size(0) == samples.B + 1) &&
+                      (samples.B > 0 || samples.total == 0) &&
                       weights.has_value() == samples.fuses && (x.has_value() || !need_weights),
                   "select_tokens_bwd: need the outputs of select_tokens");
   STD_TORCH_CHECK(!samples.fuses || weights->sizes().equals(inverse.sizes()),

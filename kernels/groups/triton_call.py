@@ -7,9 +7,6 @@ import torch
 import triton
 from torch import Tensor
 
-from vidl.kernels import library
-from vidl.kernels.triton_offsets import check_on_host
-
 
 class Call:
     """One call of an op on groups: the arguments that its kernels share.
@@ -33,6 +30,8 @@ class Call:
         self.num_queries = 0 if q is None else q.shape[0]
         self.num_keys, self.H, self.D = k.shape
         self.E = self.num_keys if key_rows is None else key_rows.shape[0]
+        if self.E and not self.num_keys:  # kernels limit rows: there must be one
+            raise RuntimeError(f"{op}: need rows of k for {self.E} entries, got none")
         self.sizes = (self.G, self.H, self.num_queries, self.E, self.num_keys)
         wanted = {
             "entry_offsets": (self.entries[0], self.num_keys + 1),
@@ -44,15 +43,6 @@ class Call:
         for name, (members, size) in wanted.items():
             if members is not None and members.shape != (size,):
                 raise RuntimeError(f"{op}: need {name} [{size}], got {list(members.shape)}")
-        if library.interpreting():
-            lists = [(key_offsets, key_rows, self.E, self.num_keys, self.longest[1])]
-            if q is not None:
-                counts = (self.num_queries, self.num_queries, self.longest[0])
-                lists.append((query_offsets, query_rows, *counts))
-            if self.shared:
-                lists.append((*self.entries, self.E, self.E, self.E))
-            for members in lists:
-                check_members(op, *members)
 
     def grad_of_keys(self, x: Tensor) -> Tensor:
         """Memory for the gradient of k or v: zeros where the groups may not list every row."""
@@ -77,21 +67,3 @@ class Call:
 def readable(x: Tensor) -> Tensor:
     """`x`, or a copy whose channels are contiguous."""
     return x if x.stride(2) == 1 else x.contiguous()
-
-
-def check_members(
-    op: str, offsets: Tensor, rows: Tensor | None, members: int, count: int, longest: int
-) -> None:
-    """Raise what the kernels assert; for Triton's interpreter, which ignores assertions.
-
-    Args:
-        offsets, rows: of one of the three lists of the groups.
-        members: the length that the list must have.
-        count: the bound of its rows.
-        longest: the bound of a group's length.
-    """
-    check_on_host(op, "offsets", offsets, members)
-    if (sizes := offsets.diff()).numel() and sizes.max() > longest:
-        raise RuntimeError(f"{op}: need groups of at most {longest} rows, got {sizes.max()}")
-    if rows is not None and not ((rows >= 0) & (rows < count)).all():
-        raise RuntimeError(f"{op}: rows must lie in [0, {count})")

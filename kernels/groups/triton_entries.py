@@ -11,6 +11,7 @@ from vidl.kernels.triton_launch import OPTIONS
 from vidl.kernels.triton_sums import add_compensated
 
 from .triton_call import Call
+from .triton_rows import rows_at, span
 
 # Channels of a program.
 CHANNELS = 256
@@ -36,17 +37,15 @@ def sum_entries_kernel(
     blocks = tl.cdiv(C, BLOCK_C)
     row = program // blocks
     c = (program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int32)[None, :]
-    begin = tl.load(entry_offsets_ptr + row)
-    end = tl.load(entry_offsets_ptr + row + 1)
+    begin, members = span(entry_offsets_ptr, row, True, E)
+    end = begin + members
     first = tl.zeros([BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_C], tl.float32)
     lost_first = tl.zeros([BLOCK_C], tl.float32)
     lost_second = tl.zeros([BLOCK_C], tl.float32)
     for at in range(begin, end, STEP):
         i = at + tl.arange(0, STEP)
-        entry = tl.load(entries_ptr + i, mask=i < end, other=0)
-        tl.device_assert((entry >= 0) & (entry < E), "entries are out of range", mask=i < end)
-        place = entry.to(tl.int64)[:, None] * C + c
+        place = rows_at(entries_ptr, i, i < end, E)[:, None] * C + c
         mask = (i < end)[:, None] & (c < C)
         x = tl.sum(tl.load(first_entry_ptr + place, mask=mask, other=0.0), 0)
         first, lost_first = add_compensated(x, first, lost_first)

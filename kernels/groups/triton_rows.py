@@ -1,20 +1,30 @@
 """Where a Triton program finds its group, and how it reads the rows of that group.
 
 Rows beyond the end of a group are never read and count as zeros, so that a NaN of a neighbouring
-group cannot leak in. Addresses are int64.
+group cannot leak in. Addresses are int64. `Groups` checks its lists once, when it is made. Kernels
+only make sure that no address is out of range: a group whose offsets do not fit has no members, and
+rows are limited. An assertion would end the CUDA context of the process.
 """
 
 import triton
 import triton.language as tl
 
-from vidl.kernels.triton_offsets import check_offsets, find_block
+from vidl.kernels.triton_offsets import find_block, within
 
 
 @triton.jit
-def span(offsets_ptr, g, mask):
-    """The first member of a group and the number of its members; 0 where the mask is off."""
+def span(offsets_ptr, g, mask, places):
+    """The first member of a group and the number of its members.
+
+    A group has no members where the mask is off, or its offsets do not lie in the list.
+
+    Args:
+        places: the length of the list of members.
+    """
     begin = tl.load(offsets_ptr + g, mask=mask, other=0)
-    return begin, tl.load(offsets_ptr + g + 1, mask=mask, other=0) - begin
+    end = tl.load(offsets_ptr + g + 1, mask=mask, other=0)
+    fits = (begin >= 0) & (begin <= end) & (end <= places)
+    return tl.where(fits, begin, 0), tl.where(fits, end - begin, 0)
 
 
 @triton.jit
@@ -25,6 +35,8 @@ def find_group(
     key_offsets_ptr,  # [G + 1]
     G,
     H,
+    num_queries,
+    E,
     blocks,
     BLOCK: tl.constexpr,
     SEARCH: tl.constexpr,
@@ -35,62 +47,21 @@ def find_group(
     """
     h = program % H
     g, start = find_block(program // H, offsets_ptr, G, blocks, BLOCK, SEARCH)
-    first_query, queries = span(query_offsets_ptr, g, True)
-    first_key, keys = span(key_offsets_ptr, g, True)
+    first_query, queries = span(query_offsets_ptr, g, True, num_queries)
+    first_key, keys = span(key_offsets_ptr, g, True, E)
     return h, start, first_query, queries, first_key, keys
 
 
 @triton.jit
-def check_rows(rows_ptr, first, members, count):
-    """Assert that the rows of a group's members lie in [0, count).
+def rows_at(rows_ptr, place, mask, count):
+    """The rows of q, or of k and v, at these places in the list of the members of all groups.
 
-    This loop is separate because an assertion between the matmuls would stop the compiler from
-    prefetching loads.
+    Args:
+        count: the number of rows, which limits them; where the mask is on, there is one or more.
     """
-    BLOCK: tl.constexpr = 128
-    if rows_ptr is not None:
-        for start in range(0, members, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            row = tl.load(rows_ptr + first + i, mask=i < members, other=0)
-            valid = (row >= 0) & (row < count)
-            tl.device_assert(valid, "a row of the groups is out of range", mask=i < members)
-
-
-@triton.jit
-def check_groups(
-    program,
-    h,
-    start,
-    first_query,
-    queries,
-    first_key,
-    keys,
-    query_offsets_ptr,
-    key_offsets_ptr,
-    query_rows_ptr,
-    key_rows_ptr,
-    G,
-    num_queries,
-    E,
-    num_keys,
-    max_queries,
-    max_keys,
-):
-    """Assert once that all offsets are valid, and once a group that its rows are."""
-    if program == 0:
-        check_offsets(query_offsets_ptr, G, num_queries, max_queries)
-        check_offsets(key_offsets_ptr, G, E, max_keys)
-    if (start == 0) & (h == 0):
-        check_rows(query_rows_ptr, first_query, queries, num_queries)
-        check_rows(key_rows_ptr, first_key, keys, num_keys)
-
-
-@triton.jit
-def rows_at(rows_ptr, place, mask):
-    """The rows of q, or of k and v, at these places in the list of the members of all groups."""
     row = place
     if rows_ptr is not None:
-        row = tl.load(rows_ptr + place, mask=mask, other=0)
+        row = within(tl.load(rows_ptr + place, mask=mask, other=0), count - 1)
     return row.to(tl.int64)
 
 
@@ -111,13 +82,18 @@ def load_block(
     first,
     members,
     i,
+    count,
     row_stride,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Members number i of a group: whether they exist, their rows, and D numbers of each."""
+    """Members number i of a group: whether they exist, their rows, and D numbers of each.
+
+    Args:
+        count: the number of rows of q, or of k and v.
+    """
     real = i < members
-    row = rows_at(rows_ptr, first + i, real)
+    row = rows_at(rows_ptr, first + i, real, count)
     return real, row, load_rows(ptr, row * row_stride, real, D, BLOCK_D)
 
 

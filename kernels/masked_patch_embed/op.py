@@ -176,8 +176,10 @@ def masked_patch_embed(
     Raises:
         TypeError: a dtype is not one of those above.
         ValueError: shapes, devices or options do not fit together.
-        RuntimeError: a backend asked for by name cannot run here; or the kernel detects that an id
-            or an offset is out of range (on CUDA as a device-side assertion).
+        RuntimeError: a backend asked for by name cannot run here; or, on the CPU, an id or an
+            offset is out of range. On CUDA the kernels read nothing out of range: the token of
+            such an id is NaN, and some are NaN if `cu_seqlens` do not ascend. "torch" and
+            "reference" assert them on the device, as PyTorch does.
     """
     return _embed(video, weight, bias, position, ids_keep, cu_seqlens, mean, std, backend)
 

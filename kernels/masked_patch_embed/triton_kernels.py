@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels.patches.triton_ids import DTYPES, check_in_interpreter, pick, visible
+from vidl.kernels.patches.triton_ids import DTYPES, pick, visible
 from vidl.kernels.triton_launch import OPTIONS, block_size, on_device, strides_of
-from vidl.kernels.triton_offsets import check_offsets
+from vidl.kernels.triton_offsets import ascend, within
 from vidl.kernels.triton_sums import add_compensated
 
 # Pixels or channels a program holds at a time; at 128 threads that is two 16-byte loads of uint8.
@@ -137,9 +137,10 @@ def pack_kernel(
     """Rows `first` on: packed = (patch - center) * scale + shift, out = bias + position."""
     LINES: tl.constexpr = C_in * PATCH_T * PATCH_H
     program = tl.program_id(0).to(tl.int64)
+    fits = program >= 0
     if cu_seqlens_ptr is not None:
-        if program == 0:
-            check_offsets(cu_seqlens_ptr, B, total, None)
+        if program == 0:  # only this program knows, and writes NaN if they do not ascend
+            fits = ascend(cu_seqlens_ptr, B, total)
     pack_programs = tl.cdiv(num_rows.to(tl.int64) * LINES, BLOCK_LINES)
     if program < pack_programs:
         line = program * BLOCK_LINES + tl.arange(0, BLOCK_LINES)  # of all lines of all rows
@@ -163,6 +164,7 @@ def pack_kernel(
             pixels -= pick(center, channel, C_in)[:, None]
             pixels *= pick(scale, channel, C_in)[:, None]
             pixels += pick(shift, channel, C_in)[:, None]
+        pixels = tl.where((inside & fits)[:, None], pixels, float("nan"))
         pixels = pixels.to(packed_ptr.dtype.element_ty)
         tl.store(packed_ptr + line[:, None] * PATCH_W + x, pixels, mask=writable)
     elif out_ptr is not None:
@@ -250,7 +252,7 @@ def _sum_rows(
     return total
 
 
-@triton.jit(do_not_specialize=["K", "N", "grid_h", "grid_w"])
+@triton.jit(do_not_specialize=["K", "N", "total", "grid_h", "grid_w"])
 def unpack_kernel(
     packed_ptr,  # [total, C_in * t * h * w]
     ids_ptr,  # [total] or None
@@ -262,6 +264,7 @@ def unpack_kernel(
     stride_h,
     K,
     N,
+    total,
     grid_h,
     grid_w,
     C_in: tl.constexpr,
@@ -286,8 +289,8 @@ def unpack_kernel(
         begin = sample * K
         end = begin + K
     else:
-        begin = tl.load(cu_seqlens_ptr + sample).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + sample + 1).to(tl.int64)
+        begin = within(tl.load(cu_seqlens_ptr + sample), total).to(tl.int64)
+        end = within(tl.load(cu_seqlens_ptr + sample + 1), total).to(tl.int64)
     x = tl.arange(0, BLOCK_W)[None, :]
     mask = (line < LINES)[:, None]
     if PATCH_W < BLOCK_W:
@@ -418,7 +421,6 @@ class _Clip:
         self.total = prod(self.shape)
         self.ids = None if ids_keep is None else ids_keep.contiguous().flatten()
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-        check_in_interpreter("masked_patch_embed: ids_keep", self.ids, self.cu_seqlens, self.N)
 
     def check_tables(
         self, C: int, bias: Tensor | None, time: Tensor | None, space: Tensor | None
@@ -462,8 +464,6 @@ class _Clip:
             C = out.shape[1]
             block_c = block_size(C, 1024)
             programs += triton.cdiv(num_rows, TILE // block_c) * triton.cdiv(C, block_c)
-        if self.cu_seqlens is not None:
-            programs = max(programs, 1)  # the first one checks the offsets
         with on_device(packed):
             pack_kernel[(programs,)](
                 self.video,
@@ -507,6 +507,7 @@ class _Clip:
                 *grad_video.stride()[:-1],
                 self.shape[-1],
                 self.N,
+                self.total,
                 *self.grid,
                 *self.patch,
                 BLOCK_LINES=lines,

@@ -152,8 +152,10 @@ def masked_patch_loss(
     Raises:
         TypeError: a dtype is not one of those above.
         ValueError: shapes, devices or options do not fit together; `video` requires a gradient.
-        RuntimeError: a backend asked for by name cannot run here; or the kernel detects that an id
-            or an offset is out of range (on CUDA as a device-side assertion).
+        RuntimeError: a backend asked for by name cannot run here; or, on the CPU, an id or an
+            offset is out of range. On CUDA the kernels read nothing out of range: the loss of
+            such an id is NaN, and some are NaN if `cu_seqlens` do not ascend. "torch" and
+            "reference" assert them on the device, as PyTorch does.
     """
     check_options(patch_size, tubelet_size, target, norm_pix)
     if reduction not in ("mean", "none"):

@@ -14,14 +14,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels.patches.triton_ids import DTYPES, check_in_interpreter, pick, visible
+from vidl.kernels.patches.triton_ids import DTYPES, pick, visible
 from vidl.kernels.triton_launch import OPTIONS, on_device, strides_of
-from vidl.kernels.triton_offsets import check_offsets
+from vidl.kernels.triton_offsets import ascend
 
 # Pixels that a program holds at a time, unless one patch has more.
 TILE = 2048
 # Offsets within a patch that are smaller than this are computed in 32 bits.
 NARROW = 2**31
+
+
+@triton.jit
+def _offsets_fit(program, cu_seqlens_ptr, B, total):
+    """Whether cu_seqlens ascend. Only the first program knows, and writes NaN if they do not."""
+    fits = program >= 0
+    if cu_seqlens_ptr is not None:
+        if program == 0:
+            fits = ascend(cu_seqlens_ptr, B, total)
+    return fits
 
 
 @triton.jit
@@ -74,9 +84,10 @@ def _load_patches(
     AFFINE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The pixels of the patch of each row of ids, and which of them exist; 0 where they do not.
+    """The pixels of the patch of each row of ids, which of them exist, and which patches exist.
 
-    A patch that will be normalized is given as differences from its first pixel.
+    Pixels that do not exist are 0. A patch that will be normalized is given as differences from its
+    first pixel.
     """
     sample, patch, inside = visible(row, ids_ptr, cu_seqlens_ptr, B, per_sample, N, real)
     frame = (patch // (grid_h * grid_w) * PATCH_T).to(tl.int64)
@@ -99,7 +110,7 @@ def _load_patches(
             channel = channel.to(tl.int64)
         first = tl.load(patch_ptr + (channel * stride_c)[None, :], mask=mask)
         value -= first.to(tl.float32)
-    return tl.where(mask, value, 0.0), mask
+    return tl.where(mask, value, 0.0), mask, inside
 
 
 @triton.jit
@@ -158,13 +169,11 @@ def forward_kernel(
     PARTS: tl.constexpr = C if STATISTICS == "channel" else 1
     COUNT: tl.constexpr = PIXELS // PARTS
     program = tl.program_id(0).to(tl.int64)
-    if cu_seqlens_ptr is not None:
-        if program == 0:
-            check_offsets(cu_seqlens_ptr, B, total, None)
+    fits = _offsets_fit(program, cu_seqlens_ptr, B, total)
     row = program * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
     real = row < total
     pixel = tl.arange(0, BLOCK_PIXELS)
-    x, mask = _load_patches(
+    x, mask, inside = _load_patches(
         *(row, real, pixel, video_ptr, stride_b, stride_c, stride_t, stride_h, stride_w),
         *(ids_ptr, cu_seqlens_ptr, scale, shift, B, masked, N, grid_h, grid_w),
         *(C, PATCH_T, PATCH_H, PATCH_W, STATISTICS, AFFINE, WIDE),
@@ -187,7 +196,8 @@ def forward_kernel(
         *(row, pixel, mask, prediction_ptr, prediction_b, prediction_row, prediction_rows)
     )
     error = tl.where(mask, prediction.to(tl.float32) - x, 0.0)
-    tl.store(losses_ptr + row, tl.sum(error * error, 1) / PIXELS, mask=real)
+    loss = tl.where(inside & fits, tl.sum(error * error, 1) / PIXELS, float("nan"))
+    tl.store(losses_ptr + row, loss, mask=real)
 
 
 @triton.jit(do_not_specialize=["B", "masked", "N", "total", "prediction_rows", "grid_h", "grid_w"])
@@ -229,10 +239,11 @@ def backward_kernel(
     PIXELS: tl.constexpr = C * PATCH_T * PATCH_H * PATCH_W
     PARTS: tl.constexpr = C if STATISTICS == "channel" else 1
     program = tl.program_id(0).to(tl.int64)
+    fits = _offsets_fit(program, cu_seqlens_ptr, B, total)
     row = program * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)
     real = row < total
     pixel = tl.arange(0, BLOCK_PIXELS)
-    x, mask = _load_patches(
+    x, mask, inside = _load_patches(
         *(row, real, pixel, video_ptr, stride_b, stride_c, stride_t, stride_h, stride_w),
         *(ids_ptr, cu_seqlens_ptr, scale, shift, B, masked, N, grid_h, grid_w),
         *(C, PATCH_T, PATCH_H, PATCH_W, STATISTICS, AFFINE, WIDE),
@@ -248,6 +259,7 @@ def backward_kernel(
     )
     factor = tl.load(grad_ptr + row, mask=real, other=0) * (2.0 / PIXELS)
     grad = (prediction.to(tl.float32) - x) * factor[:, None]
+    grad = tl.where((inside & fits)[:, None], grad, float("nan"))
     tl.store(
         out_ptr + (row * PIXELS)[:, None] + pixel[None, :],
         grad.to(out_ptr.dtype.element_ty),
@@ -273,10 +285,8 @@ def masked_patch_loss(
     losses = prediction.new_empty(rows, dtype=torch.float32)
     moments = prediction.new_empty((*rows, parts, 2), dtype=torch.float32)
     scale, shift, epsilons = _relative(statistics, scale, shift, eps)
-    # Even without rows, a program checks the offsets.
-    programs = max(launch.programs, 0 if cu_seqlens is None else 1)
     with on_device(video):
-        forward_kernel[(programs,)](
+        forward_kernel[(launch.programs,)](
             *launch.inputs,
             losses,
             moments,
@@ -344,7 +354,6 @@ class _Launch:
             )
         ids = ids_masked.contiguous()
         offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
-        check_in_interpreter("masked_patch_loss: ids_masked", ids, offsets, N)
         if prediction.stride(-1) != 1:
             prediction = prediction.contiguous()
         strides = strides_of(video)

@@ -216,9 +216,10 @@ def select_tokens(
     Raises:
         TypeError: a dtype or the type of `keep` is not one of those above.
         ValueError: shapes, devices, numbers or options do not fit together.
-        RuntimeError: a backend asked for by name cannot run here; or the kernel detects that the
-            offsets or `num_kept` do not fit, or a packed sample has fewer tokens than `keep` (on
-            CUDA as a device-side assertion).
+        RuntimeError: a backend asked for by name cannot run here; or, on the CPU, the offsets or
+            `num_kept` do not fit, or a packed sample has fewer tokens than `keep`. On CUDA the
+            kernels never read or write out of range; the results of such samples are NaN or
+            without meaning ("torch" and "reference" assert them on the device, as PyTorch does).
     """
     _check_options(rounding, order, fuse)
     _check_tensors(x, scores, rank_by, cu_seqlens, prefix)

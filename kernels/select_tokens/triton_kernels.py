@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels import library
 from vidl.kernels.triton_launch import OPTIONS, block_size, on_device
-from vidl.kernels.triton_offsets import check_offsets, find_block
+from vidl.kernels.triton_offsets import ascend, find_block, within
 
 from .triton_places import place_by_index, place_by_score, score_keys, threshold_of
 
@@ -30,44 +29,60 @@ FUSED_TILE, FUSED_ROWS = 2048, 32
 
 
 @triton.jit
-def _rows_of(sample, cu_seqlens_ptr, N, total, prefix):
-    """The first row of a sample in packed x (else 0), and its number of tokens after the prefix."""
+def _offsets_of(offsets_ptr, sample, B, total):
+    """Where a sample begins and ends, and whether that fits offsets that ascend from 0 to total."""
+    begin = tl.load(offsets_ptr + sample).to(tl.int64)
+    end = tl.load(offsets_ptr + sample + 1).to(tl.int64)
+    fits = (begin >= 0) & (begin <= end) & (end <= total)
+    fits = fits & ((sample > 0) | (begin == 0)) & ((sample + 1 < B) | (end == total))
+    return begin, end, fits
+
+
+@triton.jit
+def _rows_of(sample, cu_seqlens_ptr, B, N, total, prefix):
+    """The first row of a sample in packed x (else 0), and its number of tokens after the prefix.
+
+    That number is -prefix where the offsets do not fit: the sample has no rows then.
+    """
     if cu_seqlens_ptr is None:
         begin = sample * 0
         tokens = N
     else:
-        begin = tl.load(cu_seqlens_ptr + sample).to(tl.int64)
-        end = tl.load(cu_seqlens_ptr + sample + 1).to(tl.int64)
-        valid = (begin >= 0) & (end <= total) & (begin + prefix <= end)
-        tl.device_assert(valid, "cu_seqlens must ascend to the rows of x, by at least prefix rows")
-        begin = tl.where(valid, begin, 0)
-        tokens = tl.where(valid, end - begin - prefix, 0).to(tl.int32)
+        begin, end, fits = _offsets_of(cu_seqlens_ptr, sample, B, total)
+        fits = fits & (begin + prefix <= end)
+        begin = tl.where(fits, begin, 0)
+        tokens = tl.where(fits, end - begin - prefix, -prefix).to(tl.int32)
     return begin, tokens
 
 
 @triton.jit
-def _kept_of(sample, cu_kept_ptr, K, num_kept, tokens):
-    """The first place and the number of the kept tokens of a sample."""
+def _kept_of(sample, cu_kept_ptr, B, K, num_kept, tokens):
+    """The first place and the number of the kept tokens of a sample, and whether it can keep them.
+
+    If not, they become NaN. An assertion would end the CUDA context of the process.
+    """
     if cu_kept_ptr is None:
         begin = sample * K
         count = K
+        fits = sample >= 0
     else:
-        begin = tl.load(cu_kept_ptr + sample).to(tl.int64)
-        end = tl.load(cu_kept_ptr + sample + 1).to(tl.int64)
-        valid = (begin >= 0) & (begin <= end) & (end <= num_kept) & (end - begin <= tokens)
-        tl.device_assert(valid, "a sample cannot keep more tokens than it has, or than num_kept")
-        begin = tl.where(valid, begin, 0)
-        count = tl.where(valid, end - begin, 0).to(tl.int32)
-    return begin, count
+        begin, end, fits = _offsets_of(cu_kept_ptr, sample, B, num_kept)
+        begin = within(begin, num_kept)
+        count = tl.maximum(within(end, num_kept) - begin, 0).to(tl.int32)
+        fits = fits & (count <= tokens)
+    return begin, count, fits
 
 
 @triton.jit
 def _fuse(
     x_ptr, ranks_ptr, weights_ptr, row_ptr, mean_ptr, mass_ptr, stride_r, stride_ranks,
-    stride_weights, N, K, C, part, index_bits,
+    stride_weights, N, K, C, part, index_bits, fits,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write a slice of the fused token: the sum of weight * token over the dropped tokens."""
+    """Write a slice of the fused token: the sum of weight * token over the dropped tokens.
+
+    NaN where the offsets of the sample do not fit.
+    """
     threshold = threshold_of(ranks_ptr, stride_ranks, N, K, index_bits, BLOCK)
     c = part * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([ROWS, BLOCK_C], tl.float32)
@@ -87,9 +102,11 @@ def _fuse(
     if mean_ptr is not None:
         mass = tl.sum(masses, 0)
         value = tl.where(mass == 0, 0.0, value / tl.where(mass == 0, 1.0, mass))
-        tl.store(mean_ptr + c, value, mask=c < C)
         if part == 0:
             tl.store(mass_ptr, mass)
+    value = tl.where(fits, value, float("nan"))
+    if mean_ptr is not None:
+        tl.store(mean_ptr + c, value, mask=c < C)
     tl.store(row_ptr + c, value.to(row_ptr.dtype.element_ty), mask=c < C)
 
 
@@ -105,6 +122,18 @@ def _copy(
         mask = copied[:, None] & (c < C)[None, :]
         x = tl.load(x_ptr + row[:, None] + c[None, :], mask=mask)
         tl.store(tokens_ptr + to[:, None] * C + c[None, :], x, mask=mask)
+
+
+@triton.jit
+def _fill_nan(tokens_ptr, to, rows, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Write NaN to `rows` rows of all tokens, from row `to` on."""
+    nan = tl.full([BLOCK_N, BLOCK_C], float("nan"), tl.float32).to(tokens_ptr.dtype.element_ty)
+    for start in range(0, rows, BLOCK_N):
+        r = start + tl.arange(0, BLOCK_N)
+        for step in range(0, C, BLOCK_C):
+            c = step + tl.arange(0, BLOCK_C)
+            mask = (r < rows)[:, None] & (c < C)[None, :]
+            tl.store(tokens_ptr + (to + r)[:, None] * C + c[None, :], nan, mask=mask)
 
 
 @triton.jit(
@@ -155,18 +184,22 @@ def select_kernel(
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
     program = tl.program_id(0).to(tl.int64)
     fused = B.to(tl.int64) * slices
+    all_fit = program >= 0
     if PACKED:
-        if program == 0:
-            check_offsets(cu_seqlens_ptr, B, total, None)
-            check_offsets(cu_kept_ptr, B, num_kept, None)
+        if program == 0:  # only this program knows, and writes NaN if they do not ascend
+            all_fit = ascend(cu_seqlens_ptr, B, total) & ascend(cu_kept_ptr, B, num_kept)
     if program < fused:
         sample = program // slices
         start = tl.zeros([], tl.int32)
     else:
         item = (program - fused) // chunks
         sample, start = find_block(item, cu_seqlens_ptr, B, blocks, BLOCK_N, PACKED)
-    begin, tokens = _rows_of(sample, cu_seqlens_ptr, N, total, prefix)
-    first, kept = _kept_of(sample, cu_kept_ptr, K, num_kept, tokens)
+    sample = tl.where(all_fit, sample, 0)
+    start = tl.where(all_fit, start, 0)
+    begin, tokens = _rows_of(sample, cu_seqlens_ptr, B, N, total, prefix)
+    first, kept, fits = _kept_of(sample, cu_kept_ptr, B, K, num_kept, tokens)
+    fits = fits & all_fit
+    tokens = tl.where(fits, tokens, -prefix)
     out = first + sample * (prefix + FUSE)  # the first row of the sample in tokens
     x_ptr += sample * stride_b + begin * stride_r
     if not PACKED:
@@ -189,7 +222,7 @@ def select_kernel(
                 x_ptr + prefix * stride_r, ranks_ptr, weights_ptr,
                 tokens_ptr + (out + prefix + kept) * C, mean_ptr, mass_ptr,
                 stride_r, stride_ranks, stride_weights, tokens, kept, C,
-                (program % slices).to(tl.int32), index_bits, BLOCK, FUSED_ROWS, FUSED_COLUMNS,
+                (program % slices).to(tl.int32), index_bits, fits, BLOCK, FUSED_ROWS, FUSED_COLUMNS,
             )  # fmt: skip
     else:
         r = start + tl.arange(0, BLOCK_N)
@@ -214,13 +247,16 @@ def select_kernel(
                 tl.store(offsets_ptr + sample + 1, end.to(tl.int32))
                 if sample == 0:
                     tl.store(offsets_ptr, 0)
+            if PACKED:
+                if (start == 0) & (fits == 0):
+                    _fill_nan(tokens_ptr, out, prefix + kept, C, BLOCK_N, BLOCK_C)
         to = out + tl.where(n < 0, r, prefix + place)
         _copy(
             x_ptr,
             tokens_ptr,
             r,
             to,
-            is_kept | (n < 0),
+            is_kept | ((n < 0) & (r < prefix + tokens)),
             stride_r,
             C,
             chunk * COLUMNS,
@@ -229,7 +265,7 @@ def select_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["B", "N", "total", "prefix", "blocks", "chunks"])
+@triton.jit(do_not_specialize=["B", "N", "total", "rows", "prefix", "blocks", "chunks"])
 def backward_kernel(
     grad_ptr,  # of the tokens
     x_ptr,  # or None
@@ -249,6 +285,7 @@ def backward_kernel(
     N,
     C,
     total,
+    rows,
     prefix,
     blocks,
     chunks,
@@ -261,7 +298,7 @@ def backward_kernel(
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
     program = tl.program_id(0).to(tl.int64)
     sample, start = find_block(program // chunks, cu_seqlens_ptr, B, blocks, BLOCK_N, PACKED)
-    begin, tokens = _rows_of(sample, cu_seqlens_ptr, N, total, prefix)
+    begin, tokens = _rows_of(sample, cu_seqlens_ptr, B, N, total, prefix)
     out = tl.load(offsets_ptr + sample).to(tl.int64)
     last = tl.load(offsets_ptr + sample + 1).to(tl.int64) - 1
     r = start + tl.arange(0, BLOCK_N)
@@ -292,6 +329,7 @@ def backward_kernel(
         source = tl.where(used, last, source)
         scale = tl.where(used, weight * share, scale)
         has_grad = is_kept | used
+    has_grad = has_grad & (source >= 0) & (source < rows)
 
     x_row = sample * stride_b + (begin + r) * stride_r
     product = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
@@ -343,8 +381,6 @@ def select_tokens(
         tokens, ids_shape = x.new_empty(keep + B * extra, C), [keep]
     if cu_kept is not None:
         cu_kept = cu_kept.contiguous()
-        if library.interpreting():
-            samples.check(cu_kept, keep)
     ids_keep = ranks.new_empty(ids_shape, dtype=torch.int64)
     inverse = ranks.new_empty(ranks.shape, dtype=torch.int64)
     offsets = (ranks.new_zeros if B == 0 else ranks.new_empty)(B + 1, dtype=torch.int32)
@@ -412,7 +448,8 @@ def select_tokens_bwd(
             offsets, *((None, None) if means is None else (means, means[B * C :])),
             grad_x if need_x else None, grad_weights if need_weights else None,
             *samples.strides, *((0, 0) if weights is None else _strides(weights)),
-            B, samples.N, C, samples.total, prefix, samples.blocks(block_n), chunks,
+            B, samples.N, C, samples.total, grad_tokens.shape[:-1].numel(), prefix,
+            samples.blocks(block_n), chunks,
             FUSE=int(bool(fuse)),
             BLOCK_N=block_n,
             BLOCK_C=block_c,
@@ -463,22 +500,6 @@ class _Samples:
         if numbers is not None and numbers.shape != shape:
             raise RuntimeError(
                 f"select_tokens: need {name} {list(shape)}, got {list(numbers.shape)}"
-            )
-
-    def check(self, cu_kept: Tensor, num_kept: int) -> None:
-        """Raise what the kernel asserts; for Triton's interpreter, which ignores assertions."""
-        assert self.cu_seqlens is not None
-        offsets, kept = self.cu_seqlens.tolist(), cu_kept.tolist()
-        lengths = [b - a - self.prefix for a, b in itertools.pairwise(offsets)]
-        if offsets[0] != 0 or offsets[-1] != self.total or min(lengths, default=0) < 0:
-            raise RuntimeError(
-                f"select_tokens: cu_seqlens must ascend from 0 to {self.total}, by at least "
-                f"prefix = {self.prefix}"
-            )
-        counts = [b - a for a, b in itertools.pairwise(kept)]
-        if kept[-1] != num_kept or any(n > m for n, m in zip(counts, lengths, strict=True)):
-            raise RuntimeError(
-                f"select_tokens: samples of {lengths} tokens cannot keep {counts}, and {num_kept=}"
             )
 
 

@@ -49,7 +49,7 @@ def threshold_of(ranks_ptr, stride, N, K, index_bits, BLOCK: tl.constexpr):
 def place_by_index(ranks_ptr, stride, n, N, K, index_bits, BLOCK: tl.constexpr):
     """Whether each token is kept, and the number of kept tokens before it."""
     threshold = threshold_of(ranks_ptr, stride, N, K, index_bits, BLOCK)
-    first = tl.maximum(tl.min(n, 0), 0)
+    first = tl.minimum(tl.maximum(tl.min(n, 0), 0), N)
     counts = tl.zeros([BLOCK], tl.int32)
     for start in range(0, first, BLOCK):
         other = start + tl.arange(0, BLOCK)

@@ -243,10 +243,11 @@ def space_time_attention(
     Raises:
         TypeError: a dtype is not one of those above, or `groups` is something else.
         ValueError: shapes, devices or options do not fit together.
-        RuntimeError: a backend asked for by name cannot run here; or the kernel detects that the
-            groups' offsets or rows are out of range ("native" does so on the CPU alone: on CUDA it
-            limits them, so that it reads no other memory). `groups.check()` detects more; with
-            VIDL_DEBUG=1 in the environment every call checks the groups.
+        RuntimeError: a backend asked for by name cannot run here; or, on the CPU, the groups'
+            offsets or rows are out of range. On CUDA `Groups` checks them once, when it is made;
+            the kernels never read or write out of range, and the results of groups that were not
+            checked have no meaning. `groups.check()` detects more; with VIDL_DEBUG=1 in the
+            environment every call checks the groups.
     """
     _check(q, k, v, groups, return_scores)
     check_flag("return_lse", return_lse)

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels.groups.triton_rows import (
-    check_groups,
     find_group,
     load_block,
     load_rows,
@@ -36,10 +35,7 @@ from .triton_call import AttentionCall, Tile
 
 
 @triton.jit(
-    do_not_specialize=[
-        *("G", "H", "num_queries", "E", "num_keys"),
-        *("max_queries", "max_keys", "blocks"),
-    ]
+    do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "blocks"],
 )
 def blocked_forward_kernel(
     q_ptr,
@@ -64,8 +60,6 @@ def blocked_forward_kernel(
     num_queries,
     E,
     num_keys,
-    max_queries,
-    max_keys,
     blocks,
     scale,
     D: tl.constexpr,
@@ -79,34 +73,35 @@ def blocked_forward_kernel(
     `highest` and `total` are the maximum of the base-2 logits and the denominator.
     """
     program = tl.program_id(0).to(tl.int64)
-    index = (query_offsets_ptr, key_offsets_ptr, query_rows_ptr, key_rows_ptr)
-    group = find_group(
+    h, start, first_query, queries, first_key, keys = find_group(
         *(program, query_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
-        *(G, H, blocks, BLOCK_QUERIES, SEARCH),
+        *(G, H, num_queries, E, blocks, BLOCK_QUERIES, SEARCH),
     )
-    check_groups(program, *group, *index, G, num_queries, E, num_keys, max_queries, max_keys)
-    h, start, first_query, queries, first_key, keys = group
     if start >= queries:
         return
     i = start + tl.arange(0, BLOCK_QUERIES)
     q_ptr += h * q_head
     real_query, query, q = load_block(
-        q_ptr, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+        q_ptr, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
     )
     k_ptr += h * k_head
     v_ptr += h * v_head
     highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
     out = tl.zeros([BLOCK_QUERIES, BLOCK_D], tl.float32)
-    for at in range(0, keys, BLOCK_KEYS):
+    # Places in the list of keys take fewer registers than numbers within the group.
+    last_key = first_key + keys
+    for at in range(first_key, last_key, BLOCK_KEYS):
         j = at + tl.arange(0, BLOCK_KEYS)
-        real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
+        real_key, key, k = load_block(
+            k_ptr, key_rows_ptr, 0, last_key, j, num_keys, k_row, D, BLOCK_D
+        )
         v = load_rows(v_ptr, key * v_row, real_key, D, BLOCK_D)
         logits = multiply(q, transpose(k)) * (scale * LOG2_E)
         logits = tl.where(real_key[None, :], logits, float("-inf"))
         weights, rescale, highest, total = online_softmax(logits, highest, total, BASE_2=True)
         out = out * rescale[:, None] + multiply(weights.to(v.dtype), v)
-    total = tl.where(keys > 0, total, 1.0)
+    total = tl.where(total == 0.0, 1.0, total)
     lse = (highest + tl.log2(total)) * LN_2  # -inf without keys
     store_rows(out_ptr, (query * H + h) * D, out / total[:, None], real_query, D, BLOCK_D)
     at = h * num_queries + query
@@ -116,7 +111,7 @@ def blocked_forward_kernel(
         tl.store(total_ptr + at, total, mask=real_query)
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "blocks"])
 def blocked_scores_kernel(
     q_ptr,
     k_ptr,
@@ -135,6 +130,7 @@ def blocked_scores_kernel(
     H,
     num_queries,
     E,
+    num_keys,
     blocks,
     scale,
     D: tl.constexpr,
@@ -152,13 +148,15 @@ def blocked_scores_kernel(
     program = tl.program_id(0).to(tl.int64)
     h, start, first_query, queries, first_key, keys = find_group(
         *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
-        *(G, H, blocks, BLOCK_KEYS, SEARCH),
+        *(G, H, num_queries, E, blocks, BLOCK_KEYS, SEARCH),
     )
     if start >= keys:
         return
     j = start + tl.arange(0, BLOCK_KEYS)
     k_ptr += h * k_head
-    real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
+    real_key, key, k = load_block(
+        k_ptr, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
+    )
     q_ptr += h * q_head
     highest_ptr += h * num_queries
     total_ptr += h * num_queries
@@ -167,7 +165,7 @@ def blocked_scores_kernel(
     if SCORES == "cls":
         if queries > 0:
             query = tl.zeros([1], tl.int32) + first_query
-            query = rows_at(query_rows_ptr, query, query >= 0)
+            query = rows_at(query_rows_ptr, query, query >= 0, num_queries)
             q = load_rows(q_ptr, query * q_row, query >= 0, D, BLOCK_D).to(tl.float32)
             logits = tl.sum(k.to(tl.float32) * q, 1) * (scale * LOG2_E)
             weights = tl.exp2(logits - tl.load(highest_ptr + query))
@@ -176,7 +174,7 @@ def blocked_scores_kernel(
         for at in range(0, queries, BLOCK_QUERIES):
             i = at + tl.arange(0, BLOCK_QUERIES)
             real_query, query, q = load_block(
-                q_ptr, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+                q_ptr, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
             )
             highest = tl.load(highest_ptr + query, mask=real_query, other=0.0)
             share = 1.0 / tl.load(total_ptr + query, mask=real_query, other=1.0)
@@ -201,8 +199,8 @@ def block_back(
     key_rows_ptr,
     k_row,
     v_row,
-    first_key,
-    keys,
+    last_key,
+    num_keys,
     share,
     scale,
     D: tl.constexpr,
@@ -210,13 +208,13 @@ def block_back(
     BLOCK_KEYS: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """A block of keys from number `at` on: k, the weights of the queries, and their gradients."""
+    """A block of keys from place `at` on: k, the weights of the queries, and their gradients."""
     j = at + tl.arange(0, BLOCK_KEYS)
-    real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
+    real_key, key, k = load_block(k_ptr, key_rows_ptr, 0, last_key, j, num_keys, k_row, D, BLOCK_D)
     v = load_rows(v_ptr, key * v_row, real_key, D, BLOCK_D)
     grad_score = tl.zeros([BLOCK_KEYS], tl.float32)
     if grad_scores_ptr is not None:
-        grad_score = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0) * share
+        grad_score = tl.load(grad_scores_ptr + j, mask=real_key, other=0.0) * share
     weights, grads = weights_back(  # [queries, keys]
         q,
         k,
@@ -233,7 +231,7 @@ def block_back(
     return k, weights, grads
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "blocks"])
 def query_backward_kernel(
     grad_out_ptr,  # [num_queries, H, D]
     grad_scores_ptr,  # [E] or None
@@ -258,6 +256,8 @@ def query_backward_kernel(
     G,
     H,
     num_queries,
+    E,
+    num_keys,
     blocks,
     scale,
     D: tl.constexpr,
@@ -276,14 +276,14 @@ def query_backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     h, start, first_query, queries, first_key, keys = find_group(
         *(program, query_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
-        *(G, H, blocks, BLOCK_QUERIES, SEARCH),
+        *(G, H, num_queries, E, blocks, BLOCK_QUERIES, SEARCH),
     )
     if start >= queries:
         return
     i = start + tl.arange(0, BLOCK_QUERIES)
     q_ptr += h * q_head
     real_query, query, q = load_block(
-        q_ptr, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+        q_ptr, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
     )
     here = (query * H + h) * D
     grad_out = load_rows(grad_out_ptr, here, real_query, D, BLOCK_D)
@@ -294,21 +294,24 @@ def query_backward_kernel(
     if SCORES == "mean":
         share = share / queries
     query_side = (q, grad_out, lse, i)
-    key_side = (grad_scores_ptr, k_ptr, v_ptr, key_rows_ptr, k_row, v_row, first_key, keys, share)
+    key_side = (grad_scores_ptr, k_ptr, v_ptr, key_rows_ptr, k_row, v_row)
+    # Places in the list of keys take fewer registers than numbers within the group.
+    last_key = first_key + keys
+    members = (last_key, num_keys, share)
     out = load_rows(out_ptr, here, real_query, D, BLOCK_D)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
     inverse = tl.full([BLOCK_QUERIES], 1.0, tl.float32)
     if inverse_ptr is not None or SCORES != "":
-        first_pass = keys
+        end = last_key
         if inverse_ptr is None and SCORES == "cls":  # only the first query has scores
-            first_pass = tl.where(start == 0, keys, 0)
+            end = tl.where(start == 0, last_key, first_key)
         total = tl.zeros([BLOCK_QUERIES], tl.float32)
         products = tl.zeros([BLOCK_QUERIES], tl.float32)
         lost = tl.zeros([BLOCK_QUERIES], tl.float32)
         lost_products = tl.zeros([BLOCK_QUERIES], tl.float32)
-        for at in range(0, first_pass, BLOCK_KEYS):
+        for at in range(first_key, end, BLOCK_KEYS):
             _, weights, grads = block_back(
-                at, *query_side, *key_side, scale, D, BLOCK_D, BLOCK_KEYS, SCORES
+                at, *query_side, *key_side, *members, scale, D, BLOCK_D, BLOCK_KEYS, SCORES
             )
             total, lost = add_compensated(tl.sum(weights, 1), total, lost)
             products, lost_products = add_compensated(
@@ -320,16 +323,16 @@ def query_backward_kernel(
     if inverse_ptr is not None:
         tl.store(inverse_ptr + h * num_queries + query, inverse, mask=real_query)
     grad_q = tl.zeros([BLOCK_QUERIES, BLOCK_D], tl.float32)
-    for at in range(0, keys, BLOCK_KEYS):
+    for at in range(first_key, last_key, BLOCK_KEYS):
         k, weights, grads = block_back(
-            at, *query_side, *key_side, scale, D, BLOCK_D, BLOCK_KEYS, SCORES
+            at, *query_side, *key_side, *members, scale, D, BLOCK_D, BLOCK_KEYS, SCORES
         )
         grad_logits = weights * inverse[:, None] * (grads - delta[:, None])
         grad_q += multiply(grad_logits.to(k.dtype), k)
     store_rows(grad_q_ptr, here, grad_q * logit_slope(keys, scale), real_query, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "blocks"])
 def key_backward_kernel(
     grad_out_ptr,  # [num_queries, H, D]
     grad_scores_ptr,  # [E] or None
@@ -354,6 +357,8 @@ def key_backward_kernel(
     G,
     H,
     num_queries,
+    E,
+    num_keys,
     blocks,
     scale,
     D: tl.constexpr,
@@ -368,13 +373,15 @@ def key_backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     h, start, first_query, queries, first_key, keys = find_group(
         *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
-        *(G, H, blocks, BLOCK_KEYS, SEARCH),
+        *(G, H, num_queries, E, blocks, BLOCK_KEYS, SEARCH),
     )
     if start >= keys:
         return
     j = start + tl.arange(0, BLOCK_KEYS)
     k_ptr += h * k_head
-    real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
+    real_key, key, k = load_block(
+        k_ptr, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
+    )
     v = load_rows(v_ptr + h * v_head, key * v_row, real_key, D, BLOCK_D)
     grad_score = tl.zeros([BLOCK_KEYS], tl.float32)
     if grad_scores_ptr is not None:
@@ -389,7 +396,7 @@ def key_backward_kernel(
     for at in range(0, queries, BLOCK_QUERIES):
         i = at + tl.arange(0, BLOCK_QUERIES)
         real_query, query, q = load_block(
-            q_ptr, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+            q_ptr, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
         )
         grad_out = load_rows(grad_out_ptr, (query * H + h) * D, real_query, D, BLOCK_D)
         lse = tl.load(lse_ptr + query, mask=real_query, other=0.0)
@@ -435,7 +442,6 @@ def forward(
         *sums,
         *call.strides,
         *call.sizes,
-        *call.longest,
         blocks,
         call.scale,
         **call.head,
@@ -452,7 +458,7 @@ def forward(
         *sums,
         scores,
         *call.strides[:4],
-        *call.sizes[:4],
+        *call.sizes,
         blocks,
         call.scale,
         **call.head,
@@ -489,7 +495,7 @@ def backward(
         inverse,
         grad_q,
         *call.strides,
-        *call.sizes[:3],
+        *call.sizes,
         blocks,
         call.scale,
         **call.head,
@@ -510,7 +516,7 @@ def backward(
         grad_k,
         grad_v,
         *call.strides,
-        *call.sizes[:3],
+        *call.sizes,
         blocks,
         call.scale,
         **call.head,

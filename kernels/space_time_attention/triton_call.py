@@ -20,6 +20,7 @@ class Tile:
     keys: int
     warps: int
     stages: int = 1
+    registers: int | None = None  # of a thread, at most; None: as the compiler chooses
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -27,7 +28,8 @@ class Tile:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"num_warps": self.warps, "num_stages": self.stages} | OPTIONS
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages} | limit | OPTIONS
 
 
 class AttentionCall(Call):

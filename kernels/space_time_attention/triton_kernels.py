@@ -113,7 +113,7 @@ def forward_tile(max_queries: int, max_keys: int, D: int, dtype: torch.dtype) ->
     if max_keys <= 128:  # 256 keys would leave one program a multiprocessor, or spill on sm_80
         keys = _power_of_2(max_keys)
         return Tile("whole", queries, keys, warps=4 if D <= 64 or keys <= 64 else 8)
-    return Tile("blocked", queries, keys=64, warps=4 if D <= 64 else 8, stages=2)
+    return _blocked_tile(queries, D)
 
 
 def backward_tiles(
@@ -137,7 +137,7 @@ def backward_tiles(
         tile = Tile("blocked", 32, keys=128, warps=8, stages=2)
     else:
         tile = Tile("blocked", 64, keys=64, warps=8, stages=2)
-    return Tile("blocked", 64, keys=64, warps=4 if D <= 64 else 8, stages=2), tile
+    return _blocked_tile(64, D), tile
 
 
 def _float32_tile(max_keys: int, D: int) -> Tile:
@@ -147,9 +147,18 @@ def _float32_tile(max_keys: int, D: int) -> Tile:
     """
     if max_keys <= (64 if D <= 64 else 32):
         keys = max(SLOT, triton.next_power_of_2(max_keys))
-        return Tile("whole", 16, keys, warps=4 if keys == SLOT else 8)
+        # Left to itself, the compiler spills on sm_80 in order not to use more than 80 registers.
+        registers = 128 if keys == 32 and D <= 64 else None
+        return Tile("whole", 16, keys, warps=4 if keys == SLOT else 8, registers=registers)
     side = 32 if D <= 64 else 16
     return Tile("blocked", side, side, warps=8)
+
+
+def _blocked_tile(queries: int, D: int) -> Tile:
+    """The tile of kernels that loop over blocks of keys."""
+    # Padded heads: for sm_80 the compiler would rather spill than use more than 128 registers.
+    registers = 168 if 64 < D < 128 else None
+    return Tile("blocked", queries, 64, warps=4 if D <= 64 else 8, stages=2, registers=registers)
 
 
 def _packed_tile(D: int) -> Tile:

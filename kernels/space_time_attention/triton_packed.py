@@ -18,7 +18,6 @@ from vidl.kernels.groups.triton_softmax import (
     transpose,
     weights_back,
 )
-from vidl.kernels.triton_offsets import check_offsets
 
 from .triton_call import AttentionCall, Tile
 
@@ -29,16 +28,16 @@ PACK = 4
 
 
 @triton.jit
-def packed_work(query_offsets_ptr, key_offsets_ptr, G, H, PACK: tl.constexpr):
+def packed_work(query_offsets_ptr, key_offsets_ptr, G, H, num_queries, E, PACK: tl.constexpr):
     """For each pair, [PACK, 1]: its head, first query, queries, first key and keys."""
     item = tl.program_id(0).to(tl.int64) * PACK + tl.arange(0, PACK)[:, None]
     mask = item < G.to(tl.int64) * H
-    first_query, queries = span(query_offsets_ptr, item // H, mask)
-    first_key, keys = span(key_offsets_ptr, item // H, mask)
+    first_query, queries = span(query_offsets_ptr, item // H, mask, num_queries)
+    first_key, keys = span(key_offsets_ptr, item // H, mask, E)
     return item % H, first_query, queries, first_key, keys
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "max_queries", "max_keys"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys"])
 def packed_forward_kernel(
     q_ptr,  # [num_queries, H, D]
     k_ptr,  # [num_keys, H, D]
@@ -61,8 +60,6 @@ def packed_forward_kernel(
     num_queries,
     E,
     num_keys,
-    max_queries,
-    max_keys,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -71,20 +68,13 @@ def packed_forward_kernel(
     SCORES: tl.constexpr,
 ):
     """Attention of all queries of PACK pairs of a group and a head; bound by memory."""
-    if tl.program_id(0) == 0:
-        check_offsets(query_offsets_ptr, G, num_queries, max_queries)
-        check_offsets(key_offsets_ptr, G, E, max_keys)
     h, first_query, queries, first_key, keys = packed_work(
-        query_offsets_ptr, key_offsets_ptr, G, H, PACK
+        query_offsets_ptr, key_offsets_ptr, G, H, num_queries, E, PACK
     )
     i = tl.arange(0, SLOT)[None, :]
     real_query, real_key = i < queries, i < keys  # [PACK, SLOT]
-    query = rows_at(query_rows_ptr, first_query + i, real_query)
-    key = rows_at(key_rows_ptr, first_key + i, real_key)
-    tl.device_assert(
-        (query >= 0) & (query < num_queries), "query_rows are out of range", mask=real_query
-    )
-    tl.device_assert((key >= 0) & (key < num_keys), "key_rows are out of range", mask=real_key)
+    query = rows_at(query_rows_ptr, first_query + i, real_query, num_queries)
+    key = rows_at(key_rows_ptr, first_key + i, real_key, num_keys)
     q = load_rows(q_ptr, query * q_row + h * q_head, real_query, D, BLOCK_D)
     k = load_rows(k_ptr, key * k_row + h * k_head, real_key, D, BLOCK_D)
     v = load_rows(v_ptr, key * v_row + h * v_head, real_key, D, BLOCK_D)
@@ -99,7 +89,7 @@ def packed_forward_kernel(
         tl.store(scores_ptr + h * E + first_key + i, scores, mask=real_key)
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys"])
 def packed_backward_kernel(
     grad_out_ptr,  # [num_queries, H, D]
     grad_scores_ptr,  # [E] or None
@@ -123,6 +113,8 @@ def packed_backward_kernel(
     G,
     H,
     num_queries,
+    E,
+    num_keys,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -133,12 +125,12 @@ def packed_backward_kernel(
 ):
     """All gradients of PACK pairs; bound by memory, 7 rows of D numbers a token."""
     h, first_query, queries, first_key, keys = packed_work(
-        query_offsets_ptr, key_offsets_ptr, G, H, PACK
+        query_offsets_ptr, key_offsets_ptr, G, H, num_queries, E, PACK
     )
     i = tl.arange(0, SLOT)[None, :]
     real_query, real_key = i < queries, i < keys
-    query = rows_at(query_rows_ptr, first_query + i, real_query)
-    key = rows_at(key_rows_ptr, first_key + i, real_key)
+    query = rows_at(query_rows_ptr, first_query + i, real_query, num_queries)
+    key = rows_at(key_rows_ptr, first_key + i, real_key, num_keys)
     q = load_rows(q_ptr, query * q_row + h * q_head, real_query, D, BLOCK_D)
     grad_out = load_rows(grad_out_ptr, (query * H + h) * D, real_query, D, BLOCK_D)
     k = load_rows(k_ptr, key * k_row + h * k_head, real_key, D, BLOCK_D)
@@ -186,7 +178,6 @@ def forward(
         scores,
         *call.strides,
         *call.sizes,
-        *call.longest,
         call.scale,
         **call.head,
         PACK=PACK,
@@ -216,7 +207,7 @@ def backward(
         grad_k,
         grad_v,
         *call.strides,
-        *call.sizes[:3],
+        *call.sizes,
         call.scale,
         **call.head,
         PACK=PACK,

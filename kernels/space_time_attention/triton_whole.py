@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels.groups.triton_rows import (
-    check_groups,
     find_group,
     load_block,
     load_rows,
@@ -41,8 +40,6 @@ from .triton_call import AttentionCall, Tile
         "E",
         "num_keys",
         "blocks",
-        "max_queries",
-        "max_keys",
     ]
 )
 def whole_forward_kernel(
@@ -67,8 +64,6 @@ def whole_forward_kernel(
     num_queries,
     E,
     num_keys,
-    max_queries,
-    max_keys,
     blocks,
     scale,
     D: tl.constexpr,
@@ -79,26 +74,29 @@ def whole_forward_kernel(
 ):
     """Attention of a block of queries, all for mean scores, of one group and head."""
     program = tl.program_id(0).to(tl.int64)
-    index = (query_offsets_ptr, key_offsets_ptr, query_rows_ptr, key_rows_ptr)
-    group = find_group(
+    h, start, first_query, queries, first_key, keys = find_group(
         *(program, query_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
-        *(G, H, blocks, BLOCK_QUERIES, False),
+        *(G, H, num_queries, E, blocks, BLOCK_QUERIES, False),
     )
-    check_groups(program, *group, *index, G, num_queries, E, num_keys, max_queries, max_keys)
-    h, start, first_query, queries, first_key, keys = group
     if start >= tl.maximum(queries, 1):  # a group without queries still has scores to write
         return
     j = tl.arange(0, BLOCK_KEYS)
     k_ptr += h * k_head
-    real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
+    real_key, key, k = load_block(
+        k_ptr, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
+    )
     v = load_rows(v_ptr + h * v_head, key * v_row, real_key, D, BLOCK_D)
     q_ptr += h * q_head
-    stop = queries if SCORES == "mean" else tl.minimum(queries, start + BLOCK_QUERIES)
+    # Places in the list of queries take fewer registers than numbers within the group.
+    last_query = first_query + queries
+    stop = last_query
+    if SCORES != "mean":
+        stop = tl.minimum(last_query, first_query + start + BLOCK_QUERIES)
     scores = tl.zeros([BLOCK_KEYS], tl.float32)
-    for at in range(start, stop, BLOCK_QUERIES):
+    for at in range(first_query + start, stop, BLOCK_QUERIES):
         i = at + tl.arange(0, BLOCK_QUERIES)
         real_query, query, q = load_block(
-            q_ptr, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+            q_ptr, query_rows_ptr, 0, last_query, i, num_queries, q_row, D, BLOCK_D
         )
         logits = multiply(q, transpose(k)) * (scale * LOG2_E)
         logits = tl.where(real_key[None, :], logits, float("-inf"))
@@ -107,13 +105,13 @@ def whole_forward_kernel(
         store_rows(out_ptr, (query * H + h) * D, out, real_query, D, BLOCK_D)
         tl.store(lse_ptr + h * num_queries + query, lse, mask=real_query)
         if SCORES != "":
-            scores += key_scores(weights, total, i, real_query, queries, SCORES)
+            scores += key_scores(weights, total, i - first_query, real_query, queries, SCORES)
     if scores_ptr is not None:
         if start == 0:
             tl.store(scores_ptr + h * E + first_key + j, scores, mask=real_key)
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys"])
 def whole_backward_kernel(
     grad_out_ptr,  # [num_queries, H, D]
     grad_scores_ptr,  # [E] or None
@@ -137,6 +135,8 @@ def whole_backward_kernel(
     G,
     H,
     num_queries,
+    E,
+    num_keys,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -148,19 +148,14 @@ def whole_backward_kernel(
     """All gradients of one group and head; bound by memory, 3 rows a query and 4 a key."""
     program = tl.program_id(0).to(tl.int64)
     h, _, first_query, queries, first_key, keys = find_group(
-        program,
-        query_offsets_ptr,
-        query_offsets_ptr,
-        key_offsets_ptr,
-        G,
-        H,
-        1,
-        BLOCK_QUERIES,
-        False,
+        *(program, query_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
+        *(G, H, num_queries, E, 1, BLOCK_QUERIES, False),
     )
     j = tl.arange(0, BLOCK_KEYS)
     k_ptr += h * k_head
-    real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
+    real_key, key, k = load_block(
+        k_ptr, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
+    )
     v = load_rows(v_ptr + h * v_head, key * v_row, real_key, D, BLOCK_D)
     grad_score = tl.zeros([BLOCK_KEYS], tl.float32)
     if grad_scores_ptr is not None:
@@ -175,7 +170,7 @@ def whole_backward_kernel(
     for at in range(0, queries, BLOCK_QUERIES):
         i = at + tl.arange(0, BLOCK_QUERIES)
         real_query, query, q = load_block(
-            q_ptr, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+            q_ptr, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
         )
         here = (query * H + h) * D
         grad_out = load_rows(grad_out_ptr, here, real_query, D, BLOCK_D)
@@ -220,7 +215,6 @@ def forward(
         scores,
         *call.strides,
         *call.sizes,
-        *call.longest,
         blocks,
         call.scale,
         **call.head,
@@ -250,7 +244,7 @@ def backward(
         grad_k,
         grad_v,
         *call.strides,
-        *call.sizes[:3],
+        *call.sizes,
         call.scale,
         **call.head,
         **tile.blocks,

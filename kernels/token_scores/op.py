@@ -145,8 +145,8 @@ def cls_attention_scores(
     Raises:
         TypeError: a dtype is not one of those above, or `groups` is something else.
         ValueError: shapes or devices do not fit together.
-        RuntimeError: a backend asked for by name cannot run here; or the kernel detects that the
-            groups' offsets or rows are out of range. `groups.check()` detects more.
+        RuntimeError: a backend asked for by name cannot run here; or, on the CPU, the groups'
+            offsets or rows are out of range. On CUDA see `space_time_attention`.
 
     Sources: EViT, arXiv 2202.07800, 3.1; SViTT, arXiv 2304.08809, 3.2.
     """

@@ -13,7 +13,6 @@ from torch import Tensor
 from vidl.kernels.groups import group_of
 from vidl.kernels.groups.triton_entries import sum_entries
 from vidl.kernels.groups.triton_rows import (
-    check_groups,
     find_group,
     load_block,
     load_rows,
@@ -28,14 +27,17 @@ from .triton_call import ScoresCall
 
 
 @triton.jit
-def _first_query(q_ptr, query_rows_ptr, first_query, q_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _first_query(
+    q_ptr, query_rows_ptr, first_query, num_queries, q_row, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """The first query of a group, [BLOCK_D], and its row."""
-    row = rows_at(query_rows_ptr, first_query + tl.arange(0, 1), tl.arange(0, 1) == 0)
+    one = tl.arange(0, 1)
+    row = rows_at(query_rows_ptr, first_query + one, one == 0, num_queries)
     q = load_rows(q_ptr, row * q_row, row >= 0, D, BLOCK_D)
     return tl.sum(q.to(tl.float32), 0), tl.sum(row)
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "max_queries", "max_keys"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys"])
 def cls_forward_kernel(
     q_ptr,  # [num_queries, H, D]
     k_ptr,  # [num_keys, H, D]
@@ -53,8 +55,6 @@ def cls_forward_kernel(
     num_queries,
     E,
     num_keys,
-    max_queries,
-    max_keys,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -62,13 +62,10 @@ def cls_forward_kernel(
 ):
     """The attention weights of the first query of one group and head."""
     program = tl.program_id(0).to(tl.int64)
-    index = (query_offsets_ptr, key_offsets_ptr, query_rows_ptr, key_rows_ptr)
-    group = find_group(
+    h, _, first_query, queries, first_key, keys = find_group(
         *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
-        *(G, H, 1, BLOCK_KEYS, False),
+        *(G, H, num_queries, E, 1, BLOCK_KEYS, False),
     )
-    check_groups(program, *group, *index, G, num_queries, E, num_keys, max_queries, max_keys)
-    h, _, first_query, queries, first_key, keys = group
     weights_ptr += h * E + first_key
     j = tl.arange(0, BLOCK_KEYS)
     if queries == 0:
@@ -76,11 +73,15 @@ def cls_forward_kernel(
             tl.store(weights_ptr + at + j, tl.zeros([BLOCK_KEYS], tl.float32), mask=at + j < keys)
         return
     k_ptr += h * k_head
-    q, _ = _first_query(q_ptr + h * q_head, query_rows_ptr, first_query, q_row, D, BLOCK_D)
+    q, _ = _first_query(
+        q_ptr + h * q_head, query_rows_ptr, first_query, num_queries, q_row, D, BLOCK_D
+    )
     highest = tl.full([BLOCK_KEYS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_KEYS], tl.float32)
     for at in range(0, keys, BLOCK_KEYS):
-        real, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, at + j, k_row, D, BLOCK_D)
+        real, key, k = load_block(
+            k_ptr, key_rows_ptr, first_key, keys, at + j, num_keys, k_row, D, BLOCK_D
+        )
         k = k.to(tl.float32)
         logits = tl.sum(k * q[None, :], 1) * scale
         tl.store(weights_ptr + at + j, logits, mask=real)
@@ -98,7 +99,7 @@ def cls_forward_kernel(
         tl.store(weights_ptr + at + j, tl.exp(logits - top) / total, mask=real)
 
 
-@triton.jit(do_not_specialize=["H", "E"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys"])
 def cls_backward_kernel(
     grad_scores_ptr,  # [E]
     weights_ptr,  # [H, E]
@@ -115,8 +116,11 @@ def cls_backward_kernel(
     q_head,
     k_row,
     k_head,
+    G,
     H,
+    num_queries,
     E,
+    num_keys,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -126,7 +130,7 @@ def cls_backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     h, _, first_query, queries, first_key, keys = find_group(
         *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
-        *(0, H, 1, BLOCK_KEYS, False),
+        *(G, H, num_queries, E, 1, BLOCK_KEYS, False),
     )
     weights_ptr += h * E + first_key
     j = tl.arange(0, BLOCK_KEYS)
@@ -141,12 +145,15 @@ def cls_backward_kernel(
     q = tl.zeros([BLOCK_D], tl.float32)
     row = tl.zeros([1], tl.int64)
     if queries > 0:
-        q, one = _first_query(q_ptr + h * q_head, query_rows_ptr, first_query, q_row, D, BLOCK_D)
+        q, one = _first_query(
+            q_ptr + h * q_head, query_rows_ptr, first_query, num_queries, q_row, D, BLOCK_D
+        )
         row += one
     grad_q = tl.zeros([BLOCK_D], tl.float32)
     for at in range(0, keys, BLOCK_KEYS):
         real, key, k = load_block(
-            k_ptr + h * k_head, key_rows_ptr, first_key, keys, at + j, k_row, D, BLOCK_D
+            *(k_ptr + h * k_head, key_rows_ptr, first_key, keys, at + j),
+            *(num_keys, k_row, D, BLOCK_D),
         )
         k = k.to(tl.float32)
         weights = tl.load(weights_ptr + at + j, mask=real, other=0.0)
@@ -161,7 +168,7 @@ def cls_backward_kernel(
         store_rows(grad_q_ptr, (row * H + h) * D, grad_q[None, :], row >= 0, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["E"])
+@triton.jit(do_not_specialize=["G", "num_queries", "E"])
 def cls_rows_kernel(
     grad_logits_ptr,  # [H, E]
     group_ptr,  # [E]
@@ -173,7 +180,9 @@ def cls_rows_kernel(
     grad_k_ptr,  # [num_keys, H, D]
     q_row,
     q_head,
+    G,
     H,
+    num_queries,
     E,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -184,51 +193,53 @@ def cls_rows_kernel(
     blocks = tl.cdiv(H, BLOCK_H)
     row = program // blocks
     h = program % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-    begin = tl.load(entry_offsets_ptr + row)
-    end = tl.load(entry_offsets_ptr + row + 1)
+    begin, members = span(entry_offsets_ptr, row, True, E)
     grad_k = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     lost = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    for i in range(begin, end):
-        entry = tl.load(entries_ptr + i).to(tl.int64)
-        tl.device_assert((entry >= 0) & (entry < E), "entries are out of range")
-        first_query, queries = span(query_offsets_ptr, tl.load(group_ptr + entry), True)
+    for i in range(begin, begin + members):
+        entry = rows_at(entries_ptr, i, i >= begin, E)
+        group = tl.load(group_ptr + entry)
+        first_query, queries = span(query_offsets_ptr, group, group < G, num_queries)
         if queries > 0:
-            query = rows_at(query_rows_ptr, first_query + tl.zeros([BLOCK_H], tl.int32), h < H)
+            place = first_query + tl.zeros([BLOCK_H], tl.int32)
+            query = rows_at(query_rows_ptr, place, h < H, num_queries)
             q = load_rows(q_ptr, query * q_row + h * q_head, h < H, D, BLOCK_D).to(tl.float32)
             grad = tl.load(grad_logits_ptr + h * E + entry, mask=h < H, other=0.0)
             grad_k, lost = add_compensated(grad[:, None] * q, grad_k, lost)
     store_rows(grad_k_ptr, (row * H + h) * D, grad_k, h < H, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E", "num_keys"])
 def value_forward_kernel(
     attention_ptr,  # [E]
     norms_ptr,  # [num_keys]
     key_offsets_ptr,
     key_rows_ptr,
     scores_ptr,  # [E]
+    E,
+    num_keys,
     BLOCK_KEYS: tl.constexpr,
 ):
     """scores = attention * norm of the value, divided by the sum over the group."""
-    first_key, keys = span(key_offsets_ptr, tl.program_id(0).to(tl.int64), True)
+    first_key, keys = span(key_offsets_ptr, tl.program_id(0).to(tl.int64), True, E)
     j = tl.arange(0, BLOCK_KEYS)
     sums = tl.zeros([BLOCK_KEYS], tl.float32)
     for at in range(0, keys, BLOCK_KEYS):
         real = at + j < keys
-        key = rows_at(key_rows_ptr, first_key + at + j, real)
+        key = rows_at(key_rows_ptr, first_key + at + j, real, num_keys)
         attention = tl.load(attention_ptr + first_key + at + j, mask=real, other=0.0)
         sums += attention * tl.load(norms_ptr + key, mask=real, other=0.0)
     total = tl.sum(sums, 0)
     total = tl.where(total == 0, 1.0, total)
     for at in range(0, keys, BLOCK_KEYS):
         real = at + j < keys
-        key = rows_at(key_rows_ptr, first_key + at + j, real)
+        key = rows_at(key_rows_ptr, first_key + at + j, real, num_keys)
         attention = tl.load(attention_ptr + first_key + at + j, mask=real, other=0.0)
         weighted = attention * tl.load(norms_ptr + key, mask=real, other=0.0)
         tl.store(scores_ptr + first_key + at + j, weighted / total, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E", "num_keys"])
 def value_backward_kernel(
     grad_scores_ptr,  # [E]
     attention_ptr,  # [E]
@@ -237,17 +248,19 @@ def value_backward_kernel(
     key_rows_ptr,
     grad_attention_ptr,  # [E]
     grad_norms_ptr,  # [num_keys], or [E] where rows are shared
+    E,
+    num_keys,
     SHARED: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
     """With w = attention * norm and gradients g: d w = (g - sum(g w) / sum(w)) / sum(w)."""
-    first_key, keys = span(key_offsets_ptr, tl.program_id(0).to(tl.int64), True)
+    first_key, keys = span(key_offsets_ptr, tl.program_id(0).to(tl.int64), True, E)
     j = tl.arange(0, BLOCK_KEYS)
     sums = tl.zeros([BLOCK_KEYS], tl.float32)
     products = tl.zeros([BLOCK_KEYS], tl.float32)
     for at in range(0, keys, BLOCK_KEYS):
         real = at + j < keys
-        key = rows_at(key_rows_ptr, first_key + at + j, real)
+        key = rows_at(key_rows_ptr, first_key + at + j, real, num_keys)
         attention = tl.load(attention_ptr + first_key + at + j, mask=real, other=0.0)
         grad = tl.load(grad_scores_ptr + first_key + at + j, mask=real, other=0.0)
         weighted = attention * tl.load(norms_ptr + key, mask=real, other=0.0)
@@ -260,7 +273,7 @@ def value_backward_kernel(
     for at in range(0, keys, BLOCK_KEYS):
         real = at + j < keys
         entry = first_key + at + j
-        key = rows_at(key_rows_ptr, entry, real)
+        key = rows_at(key_rows_ptr, entry, real, num_keys)
         attention = tl.load(attention_ptr + entry, mask=real, other=0.0)
         grad = tl.load(grad_scores_ptr + entry, mask=real, other=0.0)
         norm = tl.load(norms_ptr + key, mask=real, other=0.0)
@@ -281,7 +294,6 @@ def cls_weights(call: ScoresCall, scale: float) -> Tensor:
             weights,
             *call.strides,
             *call.sizes,
-            *call.longest,
             scale,
             **call.head,
             **call.keys,
@@ -307,8 +319,7 @@ def cls_back(
             None if call.shared else grad_k,
             grad_logits,
             *call.strides,
-            call.H,
-            call.E,
+            *call.sizes,
             scale,
             **call.head,
             **call.keys,
@@ -326,8 +337,7 @@ def cls_back(
             *call.entries,
             grad_k,
             *call.strides[:2],
-            call.H,
-            call.E,
+            *call.sizes[:4],
             **call.head,
             BLOCK_H=heads,
             **call.options,
@@ -341,7 +351,13 @@ def value_scores(call: ScoresCall, weights: Tensor, v: Tensor) -> tuple[Tensor, 
     scores = call.empty(call.E)
     if call.G:
         value_forward_kernel[(call.G,)](
-            weights.mean(0), norms, *call.key_index, scores, BLOCK_KEYS=1024, **OPTIONS
+            weights.mean(0),
+            norms,
+            *call.key_index,
+            scores,
+            *call.sizes[3:],
+            BLOCK_KEYS=1024,
+            **OPTIONS,
         )
     return scores, norms
 
@@ -360,6 +376,7 @@ def value_back(
             *call.key_index,
             grad_attention,
             grad_norms,
+            *call.sizes[3:],
             SHARED=call.shared,
             BLOCK_KEYS=1024,
             **OPTIONS,

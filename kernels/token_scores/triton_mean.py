@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels.groups.triton_entries import sum_entries
-from vidl.kernels.groups.triton_rows import check_groups, find_group, load_block, store_rows
+from vidl.kernels.groups.triton_rows import find_group, load_block, store_rows
 from vidl.kernels.groups.triton_softmax import logit_slope, multiply, online_softmax
 from vidl.kernels.triton_sums import add_compensated
 
@@ -29,6 +29,7 @@ def _key_block(
     k_row,
     first_key,
     keys,
+    num_keys,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -36,7 +37,9 @@ def _key_block(
 ):
     """A block of keys from number `at` on: k, the weights, and the gradients of the scores."""
     j = at + tl.arange(0, BLOCK_KEYS)
-    real_key, _, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
+    real_key, _, k = load_block(
+        k_ptr, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
+    )
     grad = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0)
     logits = multiply(q, tl.trans(k)) * scale
     return k, tl.where(real_key[None, :], tl.exp(logits - lse[:, None]), 0.0), grad
@@ -72,20 +75,20 @@ def lse_kernel(
     program = tl.program_id(0).to(tl.int64)
     h, start, first_query, queries, first_key, keys = find_group(
         *(program, query_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
-        *(G, H, blocks, BLOCK_QUERIES, SEARCH),
+        *(G, H, num_queries, E, blocks, BLOCK_QUERIES, SEARCH),
     )
     if start >= queries:
         return
     i = start + tl.arange(0, BLOCK_QUERIES)
     real_query, query, q = load_block(
-        q_ptr + h * q_head, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+        q_ptr + h * q_head, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
     )
     highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
     for at in range(0, keys, BLOCK_KEYS):
         j = at + tl.arange(0, BLOCK_KEYS)
         real_key, _, k = load_block(
-            k_ptr + h * k_head, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D
+            k_ptr + h * k_head, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
         )
         logits = multiply(q, tl.trans(k)) * scale
         logits = tl.where(real_key[None, :], logits, float("-inf"))
@@ -101,8 +104,6 @@ def lse_kernel(
         "num_queries",
         "E",
         "num_keys",
-        "max_queries",
-        "max_keys",
         "blocks",
     ]
 )
@@ -124,8 +125,6 @@ def mean_forward_kernel(
     num_queries,
     E,
     num_keys,
-    max_queries,
-    max_keys,
     blocks,
     scale,
     D: tl.constexpr,
@@ -136,24 +135,31 @@ def mean_forward_kernel(
 ):
     """The mean attention to a block of keys of one group and head."""
     program = tl.program_id(0).to(tl.int64)
-    index = (query_offsets_ptr, key_offsets_ptr, query_rows_ptr, key_rows_ptr)
-    group = find_group(
+    h, start, first_query, queries, first_key, keys = find_group(
         *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
-        *(G, H, blocks, BLOCK_KEYS, SEARCH),
+        *(G, H, num_queries, E, blocks, BLOCK_KEYS, SEARCH),
     )
-    check_groups(program, *group, *index, G, num_queries, E, num_keys, max_queries, max_keys)
-    h, start, first_query, queries, first_key, keys = group
     if start >= keys:
         return
     j = start + tl.arange(0, BLOCK_KEYS)
     k_ptr += h * k_head
-    real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
+    real_key, key, k = load_block(
+        k_ptr, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
+    )
     total = tl.zeros([BLOCK_KEYS], tl.float32)
     lost = tl.zeros([BLOCK_KEYS], tl.float32)
     for at in range(0, queries, BLOCK_QUERIES):
         i = at + tl.arange(0, BLOCK_QUERIES)
         real_query, query, q = load_block(
-            q_ptr + h * q_head, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+            q_ptr + h * q_head,
+            query_rows_ptr,
+            first_query,
+            queries,
+            i,
+            num_queries,
+            q_row,
+            D,
+            BLOCK_D,
         )
         lse = tl.load(lse_ptr + h * num_queries + query, mask=real_query, other=0.0)
         logits = multiply(k, tl.trans(q)) * scale
@@ -163,7 +169,7 @@ def mean_forward_kernel(
     tl.store(weights_ptr + h * E + first_key + j, total / tl.maximum(queries, 1), mask=real_key)
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "blocks"])
 def mean_queries_kernel(
     grad_scores_ptr,  # [E]
     lse_ptr,  # [H, num_queries]
@@ -183,6 +189,8 @@ def mean_queries_kernel(
     G,
     H,
     num_queries,
+    E,
+    num_keys,
     blocks,
     scale,
     D: tl.constexpr,
@@ -199,17 +207,17 @@ def mean_queries_kernel(
     program = tl.program_id(0).to(tl.int64)
     h, start, first_query, queries, first_key, keys = find_group(
         *(program, query_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
-        *(G, H, blocks, BLOCK_QUERIES, SEARCH),
+        *(G, H, num_queries, E, blocks, BLOCK_QUERIES, SEARCH),
     )
     if start >= queries:
         return
     i = start + tl.arange(0, BLOCK_QUERIES)
     real_query, query, q = load_block(
-        q_ptr + h * q_head, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+        q_ptr + h * q_head, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
     )
     lse = tl.load(lse_ptr + h * num_queries + query, mask=real_query, other=0.0)
     k_ptr += h * k_head
-    operands = (q, lse, grad_scores_ptr, k_ptr, key_rows_ptr, k_row, first_key, keys)
+    operands = (q, lse, grad_scores_ptr, k_ptr, key_rows_ptr, k_row, first_key, keys, num_keys)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
     delta = tl.zeros([BLOCK_QUERIES], tl.float32)
     lost = tl.zeros([BLOCK_QUERIES], tl.float32)
@@ -233,7 +241,7 @@ def mean_queries_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "blocks"])
 def mean_keys_kernel(
     grad_scores_ptr,  # [E]
     lse_ptr,  # [H, num_queries]
@@ -253,6 +261,8 @@ def mean_keys_kernel(
     G,
     H,
     num_queries,
+    E,
+    num_keys,
     blocks,
     scale,
     D: tl.constexpr,
@@ -266,19 +276,29 @@ def mean_keys_kernel(
     program = tl.program_id(0).to(tl.int64)
     h, start, first_query, queries, first_key, keys = find_group(
         *(program, key_offsets_ptr, query_offsets_ptr, key_offsets_ptr),
-        *(G, H, blocks, BLOCK_KEYS, SEARCH),
+        *(G, H, num_queries, E, blocks, BLOCK_KEYS, SEARCH),
     )
     if start >= keys:
         return
     j = start + tl.arange(0, BLOCK_KEYS)
     k_ptr += h * k_head
-    real_key, key, k = load_block(k_ptr, key_rows_ptr, first_key, keys, j, k_row, D, BLOCK_D)
+    real_key, key, k = load_block(
+        k_ptr, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
+    )
     grad = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0)
     grad_k = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
     for at in range(0, queries, BLOCK_QUERIES):
         i = at + tl.arange(0, BLOCK_QUERIES)
         real_query, query, q = load_block(
-            q_ptr + h * q_head, query_rows_ptr, first_query, queries, i, q_row, D, BLOCK_D
+            q_ptr + h * q_head,
+            query_rows_ptr,
+            first_query,
+            queries,
+            i,
+            num_queries,
+            q_row,
+            D,
+            BLOCK_D,
         )
         lse = tl.load(lse_ptr + h * num_queries + query, mask=real_query, other=0.0)
         total = tl.load(total_ptr + h * num_queries + query, mask=real_query, other=1.0)
@@ -327,7 +347,6 @@ def mean_scores(call: ScoresCall, lse: Tensor | None, scale: float) -> tuple[Ten
             weights,
             *call.strides,
             *call.sizes,
-            *call.longest,
             blocks,
             scale,
             **call.head,
@@ -357,7 +376,7 @@ def mean_back(
             delta,
             grad_q,
             *call.strides,
-            *call.sizes[:3],
+            *call.sizes,
             blocks,
             scale,
             **call.head,
@@ -377,7 +396,7 @@ def mean_back(
             delta,
             entry_k,
             *call.strides,
-            *call.sizes[:3],
+            *call.sizes,
             blocks,
             scale,
             **call.head,

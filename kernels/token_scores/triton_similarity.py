@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels.groups.triton_rows import check_rows, load_block, load_rows, span, store_rows
-from vidl.kernels.triton_offsets import check_offsets, find_block
+from vidl.kernels.groups.triton_rows import load_block, load_rows, span, store_rows
+from vidl.kernels.triton_offsets import find_block
 
 from .triton_call import ScoresCall
 
@@ -35,7 +35,7 @@ def directions_kernel(
     store_rows(directions_ptr, row * D, mean / length[:, None], real, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["G", "num_keys", "E", "max_keys", "blocks"])
+@triton.jit(do_not_specialize=["G", "E", "num_keys", "blocks"])
 def similarity_kernel(
     directions_ptr,  # [num_keys, D]
     key_offsets_ptr,
@@ -44,7 +44,6 @@ def similarity_kernel(
     G,
     E,
     num_keys,
-    max_keys,
     blocks,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -53,24 +52,20 @@ def similarity_kernel(
 ):
     """-max cosine similarity to the odd keys for a block of even keys; inf for odd keys."""
     program = tl.program_id(0).to(tl.int64)
-    if program == 0:
-        check_offsets(key_offsets_ptr, G, E, max_keys)
     g, start = find_block(program, key_offsets_ptr, G, blocks, 2 * BLOCK_KEYS, SEARCH)
-    first_key, keys = span(key_offsets_ptr, g, True)
-    if start == 0:
-        check_rows(key_rows_ptr, first_key, keys, num_keys)
+    first_key, keys = span(key_offsets_ptr, g, True, E)
     if start >= keys:
         return
     even = start + 2 * tl.arange(0, BLOCK_KEYS)
     real, _, even_keys = load_block(
-        directions_ptr, key_rows_ptr, first_key, keys, even, D, D, BLOCK_D
+        directions_ptr, key_rows_ptr, first_key, keys, even, num_keys, D, D, BLOCK_D
     )
     highest = tl.full([BLOCK_KEYS], float("-inf"), tl.float32)
     nan = tl.zeros([BLOCK_KEYS], tl.float32)
     for at in range(1, keys, 2 * BLOCK_KEYS):
         odd = at + 2 * tl.arange(0, BLOCK_KEYS)
         real_odd, _, odd_keys = load_block(
-            directions_ptr, key_rows_ptr, first_key, keys, odd, D, D, BLOCK_D
+            directions_ptr, key_rows_ptr, first_key, keys, odd, num_keys, D, D, BLOCK_D
         )
         cosines = tl.dot(even_keys, tl.trans(odd_keys), input_precision="tf32x3")
         nan += tl.sum(cosines - cosines, 1)  # NaN if a cosine is NaN or infinite
@@ -104,7 +99,6 @@ def similarity(call: ScoresCall) -> Tensor:
             call.G,
             call.E,
             call.num_keys,
-            call.longest[1],
             blocks,
             **call.head,
             BLOCK_KEYS=side,

@@ -1,6 +1,7 @@
 // Clips and rows of patches for the tests of kernels that read them: small, in buffers of exactly
 // the right size.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -43,6 +44,23 @@ enum Layout { kPlanar, kPadded, kChannelsLast };
 enum Which { kDense, kUniform, kRagged };
 
 constexpr int kB = 3, kGridT = 2, kGridH = 2, kGridW = 2, kN = kGridT * kGridH * kGridW;
+
+// Ids and cu_seqlens of kUniform and kRagged rows that are out of range.
+constexpr int64_t kBadIds[] = {-1, kN, INT64_MIN, INT64_MAX, int64_t{1} << 40};
+constexpr int32_t kBadOffsets[][kB + 1] = {{0, 9, 5, 7},
+                                           {1, 5, 5, 7},
+                                           {0, 5, 5, 6},
+                                           {0, 5, 5, 8},
+                                           {-9, INT32_MIN, INT32_MAX, 7},
+                                           {INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX}};
+
+// Whether numbers [begin, end) of a tensor are NaN.
+inline bool is_nan(const Tensor& x, size_t begin, size_t end) {
+  for (size_t i = begin; i < end; i++) {
+    if (!std::isnan(x[i])) return false;
+  }
+  return begin < end;
+}
 
 // Runs `kernel`, which must write every element of `out` exactly once.
 template <class F>
@@ -91,7 +109,7 @@ struct Patches {
   const int numbers, T, H, W, pitch;
   Tensor video;
   std::vector<int64_t> ids;
-  const std::vector<int32_t> offsets{0, 5, 5, 7};
+  std::vector<int32_t> offsets{0, 5, 5, 7};
   Rows rows{nullptr, nullptr, kB, kN, kB * kN, kN};
 
  private:
