@@ -41,6 +41,12 @@ def frames():
     return Groups.joint(sizes, 74, 40), positions  # padded to 40
 
 
+def equal_frames():
+    """Samples of equal length, for which the backend "torch" makes one mask."""
+    patches = torch.arange(12)[None]
+    return Groups.equal(3, 13), Positions.grid(patches, (1, 3, 4)).with_global().repeat(3)
+
+
 def global_tokens():
     groups = Groups.spatial(ids(kept=20), GRID).with_global()
     return groups, Positions.grid(ids(kept=20), GRID).with_global()
@@ -73,6 +79,7 @@ CASES = {
     "windows": lambda: windows(PATCHES),
     "windows of some tokens": lambda: windows(50),
     "frames with CLS": frames,
+    "equal frames with CLS": equal_frames,
     "a global token": global_tokens,
     "words": words,
     "two grids": two_grids,

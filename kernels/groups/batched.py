@@ -30,6 +30,7 @@ class Batched:
         self.shape = (offsets.shape[0] - 1, max(longest, 1))
         # All groups have exactly `longest` members if so many fill them.
         self.equal = longest > 0 and self.shape[0] * longest == count
+        self.in_order = self.equal and rows is None  # group g has the g-th `longest` rows
         self.slot: Tensor | None = None  # of every member in the flat batch
         if not self.equal:
             group = group_of(offsets, count)
@@ -121,14 +122,18 @@ def put_back(x: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def mask_of(
-    queries: Batched, keys: Batched, bias: Bias = NO_BIAS
+    queries: Batched, keys: Batched, bias: Bias = NO_BIAS, period: int = 0
 ) -> tuple[Tensor | None, Tensor | None]:
     """The mask of the logits, and the groups of which no key is seen.
 
+    Args:
+        period: of `Positions`; if it is that of the groups, they share one mask.
+
     Returns:
         The keys that are seen, [G, 1, 1, longest], or with a bias what is added to the logits,
-        [G, H or 1, queries or 1, longest] in float32; None if all are seen. A softmax of nothing
-        is NaN: where no key is seen, the mask has some. And these groups [G], None without any.
+        [G or 1, H or 1, queries or 1, longest] in float32; None if all are seen. A softmax of
+        nothing is NaN: where no key is seen, the mask has some. And these groups [G], None without
+        any.
     """
     real = keys.mask()
     seen = None if real is None else real[:, None, None]
@@ -137,6 +142,8 @@ def mask_of(
     if bias.table is not None:
         assert bias.query_codes is not None and bias.key_codes is not None
         query_codes, key_codes = queries.batch(bias.query_codes), keys.batch(bias.key_codes)
+        if queries.in_order and keys.in_order and period == queries.shape[1]:
+            query_codes, key_codes = query_codes[:1], key_codes[:1]
         mask = bias.of(query_codes[:, :, None], key_codes[:, None]).transpose(0, 1)
     if bias.key_bias is not None:
         added = keys.batch(bias.key_bias)

@@ -8,7 +8,6 @@ So one int32 a token is enough, and tokens that are pruned, masked or in windows
 The clamp keeps every row inside the table.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass, fields, replace
 from typing import Any
@@ -42,6 +41,7 @@ class Positions:
         rows: the rows of the table.
         wrap: so many of the table's last rows stand before its first.
         row_offsets: [B + 1] int32, where the rows of each sample begin; None if unknown.
+        period: the codes repeat after so many rows of q, those of a sample; 0: not known.
     """
 
     query_codes: Tensor
@@ -49,6 +49,7 @@ class Positions:
     rows: int
     wrap: int = 0
     row_offsets: Tensor | None = None
+    period: int = 0
     checked: InitVar[bool] = False
 
     def __post_init__(self, checked: bool) -> None:
@@ -227,6 +228,27 @@ class Positions:
             query_codes=self.query_codes[rows],
             key_codes=self.key_codes[rows],
             row_offsets=row_offsets,
+            period=0,
+        )
+
+    def repeat(self, samples: int) -> "Positions":
+        """The same positions for each of so many samples.
+
+        The backend "torch" then makes one mask for all samples of equal length.
+
+        Raises:
+            TypeError, ValueError: the number is not an int, or is negative.
+        """
+        check_count("samples", samples)
+        rows = self.query_codes.shape[0]
+        steps = torch.arange(samples + 1, dtype=torch.int32, device=self.query_codes.device)
+        return replace(
+            self,
+            query_codes=self.query_codes.repeat(samples),
+            key_codes=self.key_codes.repeat(samples),
+            row_offsets=steps * rows,
+            period=rows,
+            checked=True,
         )
 
     def to(self, device: torch.device | str) -> "Positions":
@@ -288,24 +310,26 @@ class Positions:
                 )
 
 
-def _strides(reach: Sequence[int]) -> list[int]:
-    """How far apart the codes of neighbours in each dimension are."""
+def _strides(reach: Sequence[int]) -> tuple[int, int, int]:
+    """How far apart the codes of neighbours in time, height and width are."""
     check_counts("reach", reach, 3)
-    return [math.prod(2 * n - 1 for n in reach[i + 1 :]) for i in range(3)]
+    _, height, width = reach
+    return (2 * height - 1) * (2 * width - 1), 2 * width - 1, 1
 
 
 def _codes(tokens: Tokens, reach: Grid) -> Tensor:
-    places = zip((tokens.time, tokens.row, tokens.column), _strides(reach), strict=True)
-    return sum((place * stride for place, stride in places), torch.zeros_like(tokens.time)).int()
+    frame, row, column = _strides(reach)
+    return (tokens.time * frame + tokens.row * row + tokens.column * column).int()
 
 
 def _centre(reach: Grid) -> int:
     """The row of no displacement."""
-    return sum((n - 1) * stride for n, stride in zip(reach, _strides(reach), strict=True))
+    frame, row, column = _strides(reach)
+    return (reach[0] - 1) * frame + (reach[1] - 1) * row + (reach[2] - 1) * column
 
 
 def _rows(reach: Grid) -> int:
-    return math.prod(2 * n - 1 for n in reach)
+    return (2 * reach[0] - 1) * _strides(reach)[0]
 
 
 def _flatten(positions: Positions) -> tuple[list[Any], Any]:

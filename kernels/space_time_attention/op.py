@@ -258,6 +258,8 @@ def space_time_attention(
     chosen = choose(backend, q, k, v, groups, added, return_lse, return_scores)
     args = (q, k, v, *groups.arguments(), *added, scale, return_scores or "")
     hints = {"num_global": groups.num_global, "max_local_keys": groups.max_local_keys}
+    if positions is not None:
+        hints["period"] = positions.period
     out, lse, scores = library.run("space_time_attention", chosen, *args, lse=return_lse, **hints)
     results = [out, *([lse.detach()] if return_lse else []), *([scores] if return_scores else [])]
     return results[0] if len(results) == 1 else tuple(results)

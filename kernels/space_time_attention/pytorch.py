@@ -38,6 +38,7 @@ def space_time_attention(
     lse: bool = True,
     num_global: int = 0,
     max_local_keys: int = 0,
+    period: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention for packed sequences on CUDA; otherwise SDPA of a batch of groups.
 
@@ -46,6 +47,7 @@ def space_time_attention(
     Args:
         lse: whether the log-sum-exp is needed: it takes the logits, which SDPA does not return.
         num_global, max_local_keys: of `Groups`; groups of global queries are a batch of their own.
+        period: of `Positions`; see `mask_of`.
 
     Returns:
         The output [num_queries, H, D], the log-sum-exp [H, num_queries] or [0], the scores [E] or
@@ -61,7 +63,7 @@ def space_time_attention(
         out = call(queries.gather(q), keys.gather(k), keys.gather(v), groups, scale)
         nothing = q.new_empty(0, dtype=torch.float32)
         return put_back(out, groups.query_rows), nothing, nothing
-    results = [_attend(q, k, v, *part, bias, scale, scores, lse) for part in parts]
+    results = [_attend(q, k, v, *part, bias, period, scale, scores, lse) for part in parts]
     # The members of all groups, one part after the other.
     out, log_sum, importance = (
         x[0] if len(x) == 1 else torch.cat(x) for x in zip(*results, strict=True)
@@ -78,6 +80,7 @@ def _attend(
     queries: Batched,
     keys: Batched,
     bias: Bias,
+    period: int,
     scale: float,
     scores: str,
     lse: bool,
@@ -92,7 +95,7 @@ def _attend(
     importance = log_sum = q.new_empty(0, dtype=high)
     first = q
     q, k, v = queries.batch(q), keys.batch(k), keys.batch(v)  # [G, longest, H, D]
-    mask, unseen = mask_of(queries, keys, bias)
+    mask, unseen = mask_of(queries, keys, bias, period)
     if unseen is not None:  # 0 x infinity is NaN
         q = q.masked_fill(unseen[:, None, None, None], 0)
     if bias.key_bias is not None and unseen is not None:
@@ -132,7 +135,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
     outs = []
     for start in range(0, q.shape[0], LARGEST_BATCH):
         part = slice(start, start + LARGEST_BATCH)
-        some = None if mask is None else mask[part]
+        some = mask if mask is None or mask.shape[0] == 1 else mask[part]
         outs.append(F.scaled_dot_product_attention(q[part], k[part], v[part], some, scale=scale))
     return torch.cat(outs).transpose(1, 2)
 

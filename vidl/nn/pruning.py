@@ -154,9 +154,7 @@ def scored_attention(
     v: Tensor,
     groups: Groups,
     scores: Scores | None,
-    *,
-    scale: float | None = None,
-    backend: str = "auto",
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention, and the importance of each key if `scores` asks for it.
 
@@ -165,12 +163,11 @@ def scored_attention(
         k, v: [keys, H, D].
         groups: which queries attend to which keys; for `scores`, whole samples.
         scores: as in `Pruning`; None: the output only.
-        scale, backend: as in `vidl.ops.space_time_attention`.
+        options: of `vidl.ops.space_time_attention`; with the scores "value" only scale and backend.
 
     Returns:
         The output, [queries, H, D], and the scores, [keys] float32, or None.
     """
-    options: Any = {"scale": scale, "backend": backend}
     if scores in ("cls", "mean"):
         out, importance = space_time_attention(q, k, v, groups, return_scores=scores, **options)
         return out, importance
@@ -178,7 +175,7 @@ def scored_attention(
     if scores is None:
         return out, None
     if scores == "similarity":
-        return out, key_similarity_scores(k, groups, backend=backend)
+        return out, key_similarity_scores(k, groups, backend=options.get("backend", "auto"))
     # ATS leaves the class token out: with a value of zero it has no share of the scores.
     is_first = torch.zeros(k.shape[0] + 1, dtype=torch.bool, device=k.device)
     is_first = is_first.index_fill(0, groups.key_offsets[:-1].long(), True)[:-1]

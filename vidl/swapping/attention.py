@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vidl.kernels import library
-from vidl.kernels.groups import Groups
+from vidl.kernels.groups import Groups, Positions
 from vidl.nn.pruning import Scores, scored_attention
 
 
@@ -19,9 +19,8 @@ def attend(
     v: Tensor,
     *,
     groups: Groups | None = None,
-    scale: float | None = None,
     scores: Scores | None = None,
-    backend: str = "auto",
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention within each sample, or within groups of tokens.
 
@@ -29,9 +28,9 @@ def attend(
         q: [B, N, H, D], any strides of the first three: slices of a fused buffer need no copy.
         k, v: [B, M, H, D].
         groups: of the B N queries and B M keys; default: each sample is a group.
-        scale: default 1 / sqrt(D).
         scores: also return the importance of each key, as in `vidl.nn.Pruning`; groups must then be
             samples.
+        options: of `vidl.nn.pruning.scored_attention`.
 
     Returns:
         The output, [B, N, H D], and the scores, [B, M] float32, or None.
@@ -41,27 +40,30 @@ def attend(
         groups = equal_groups(B, N, M, q.device)
     # Norms of q and k return float32 under autocast.
     q, k, v = (x.to(v.dtype).flatten(0, 1) for x in (q, k, v))
-    out, importance = scored_attention(q, k, v, groups, scores, scale=scale, backend=backend)
+    out, importance = scored_attention(q, k, v, groups, scores, **options)
     return out.view(B, N, -1), None if importance is None else importance.view(B, M)
 
 
-def cached(build: Callable[..., Groups]) -> Callable[..., Groups]:
-    """Keep the groups that a function builds from numbers and, as its last argument, a device."""
+T = TypeVar("T", Groups, Positions)
+
+
+def cached(build: Callable[..., T]) -> Callable[..., T]:
+    """Keep what a function builds from numbers and, as its last argument, a device."""
 
     @functools.lru_cache(maxsize=64)
-    def build_once(*numbers: Any) -> Groups:
+    def build_once(*numbers: Any) -> T:
         with torch.inference_mode(False):  # training cannot use tensors of inference mode
             return build(*numbers)
 
     @functools.wraps(build)
-    def groups(*numbers: Any) -> Groups:
+    def built(*numbers: Any) -> T:
         capturing = numbers[-1].type == "cuda" and torch.cuda.is_current_stream_capturing()
         if tracing() or capturing:
             # Tensors built here belong to a graph or are fake: they must not outlive it.
             return build(*numbers)
         return build_once(*numbers)
 
-    return groups
+    return built
 
 
 def tracing() -> bool:

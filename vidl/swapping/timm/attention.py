@@ -3,7 +3,6 @@
 from typing import Any
 
 import timm.layers.attention as timm_attention
-import timm.models.beit as timm_beit
 import timm.models.eva as timm_eva
 import torch
 import torch.nn.functional as F
@@ -158,15 +157,10 @@ def no_dropout(attention: Any) -> str | None:
     return None
 
 
-def relative_bias(attention: nn.Module) -> str | None:
-    """`why_not` of BEiT's attention."""
-    return "it adds a relative position bias, so it stays with PyTorch's attention"
-
-
 def attention_speed(attention: Any, backend: str) -> str:
     """`note` of attentions."""
-    weight = attention.proj.weight
-    return speed(weight.device, weight.dtype, attention.head_dim, backend)
+    weight, heads = attention.proj.weight, attention.num_heads
+    return speed(weight.device, weight.dtype, attention.proj.in_features // heads, backend)
 
 
 FAMILY = Family(
@@ -174,6 +168,5 @@ FAMILY = Family(
         Rule(timm_attention.Attention, Attention, no_dropout, attention_speed),
         Rule(timm_eva.EvaAttention, EvaAttention, no_dropout, attention_speed),
         Rule(timm_attention.AttentionRope, AttentionRope, no_dropout, attention_speed),
-        Rule(timm_beit.Attention, timm_beit.Attention, relative_bias),
     ],
 )

@@ -1,39 +1,99 @@
-"""timm's BEiT with layers that prune; relative position biases follow the tokens that stay."""
+"""timm's BEiT: attention with a table of relative positions, which follow the tokens that stay."""
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import timm.models.beit as timm_beit
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidl.kernels.groups import Positions
 from vidl.nn.pruning import Pruning, Scores
+from vidl.swapping.attention import attend, cached
 from vidl.swapping.prune import plan_of
-from vidl.swapping.registry import Family, Tower, original, remember
-from vidl.swapping.timm.attention import biased_qkv
+from vidl.swapping.registry import Family, Rule, Tower, original, remember, state_of
+from vidl.swapping.timm.attention import attention_speed, biased_qkv, no_dropout
 from vidl.swapping.timm.tokens import KeptTokens, refuse_grids
+
+Window = tuple[int, int]
+
+
+class Attention(timm_beit.Attention):
+    """timm's attention by `space_time_attention`; with a shared bias or dropout, timm's own."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        if shared_rel_pos_bias is not None or drops(self):
+            return super().forward(x, shared_rel_pos_bias)
+        return self.scored(x)[0]
+
+    def scored(
+        self,
+        x: Tensor,
+        kept: KeptTokens | None = None,
+        ids: Tensor | None = None,
+        scores: Scores | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output, and the importance of each token, [B, N], or None.
+
+        Args:
+            x: tokens, [B, N, C].
+            kept: with the table that layers share, if there is one.
+            ids: which patches the tokens behind CLS are, [B, N - 1]; None: all, in order.
+            scores: see `vidl.nn.Pruning`.
+        """
+        state = state_of(self)
+        assert state is not None
+        table, window = self.relative_position_bias_table, self.window_size
+        if kept is not None and kept.embedding is not None:
+            table = kept.embedding if table is None else table + kept.embedding
+            window = kept.window
+        positions = None if table is None else positions_of(window, x, ids)
+        q, k, v = biased_qkv(self, x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        options: Any = {"bias": table, "positions": positions, "scale": self.scale}
+        out, importance = attend(q, k, v, scores=scores, backend=state.backend, **options)
+        return self.proj_drop(self.proj(out)), importance
+
+
+def drops(attention: timm_beit.Attention) -> bool:
+    """Whether attention weights are dropped out now."""
+    return attention.training and attention.attn_drop.p > 0
+
+
+def positions_of(window: Window, x: Tensor, ids: Tensor | None) -> Positions:
+    """The positions of the tokens x [B, N, C], see `Attention.scored`."""
+    if ids is None:
+        return all_positions(*window, x.shape[0], x.device)
+    rows = F.pad(ids + 1, (1, 0))  # CLS comes first
+    return all_positions(*window, 1, x.device).select(rows.flatten())
+
+
+@cached
+def all_positions(height: int, width: int, samples: int, device: torch.device) -> Positions:
+    """CLS and all patches of each sample."""
+    patches = torch.arange(height * width, device=device)[None]
+    return Positions.grid(patches, (1, height, width)).with_global().repeat(samples)
 
 
 class Block(timm_beit.Block):
-    """timm's layer with pruning, by PyTorch's attention, which takes a bias."""
+    """timm's layer with pruning."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: KeptTokens | None = None) -> Tensor:
         kept, plan = shared_rel_pos_bias, plan_of(self)
         assert kept is not None
-        ids = kept.before(plan.layer)
-        if ids is None and not plan.drops(x.shape[1]):
-            return super().forward(x, kept.embedding)
-        attended = partial(self.attended, bias=bias_of(self.attn, kept, ids))
+        if drops(self.attn):
+            raise ValueError("attn_drop was set after vidl.prune, which does not support it")
+        attended = partial(self.attended, kept=kept, ids=kept.before(plan.layer))
         x, selected = plan.run(x, attended, self.transformed)
         kept.hand_on(plan.layer, None if selected is None else selected.ids_keep)
         return x
 
     def attended(
-        self, x: Tensor, scores: Scores | None, bias: Tensor | None
+        self, x: Tensor, scores: Scores | None, kept: KeptTokens, ids: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The tokens after attention, and their scores."""
-        out, importance = attend_biased(self.attn, self.norm1(x), bias)
+        out, importance = self.attn.scored(self.norm1(x), kept, ids, scores)
         out = out if self.gamma_1 is None else self.gamma_1 * out
         return x + self.drop_path1(out), importance
 
@@ -43,32 +103,7 @@ class Block(timm_beit.Block):
         return x + self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
 
 
-def attend_biased(attention: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The output [B, N, C], and the attention from the first token, [B, N] float32."""
-    qkv = biased_qkv(attention, x).unflatten(-1, (3, attention.num_heads, -1))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    dropout = attention.attn_drop.p if attention.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    products = attention.scale * q[:, :, :1] @ k.mT
-    if bias is not None:
-        products = products + bias[:, :, :1]
-    importance = products.float().softmax(-1).mean(1)[:, 0]
-    return attention.proj_drop(attention.proj(out.transpose(1, 2).flatten(2))), importance
-
-
-def bias_of(attention: Any, kept: KeptTokens, ids: Tensor | None) -> Tensor | None:
-    """The bias among a layer's tokens, [1 or B, H, N, N]; None if there is none."""
-    bias = None if kept.embedding is None else kept.embedding[None]
-    if attention.relative_position_bias_table is not None:
-        own = attention._get_rel_pos_bias()
-        bias = own if bias is None else own + bias
-    if bias is None or ids is None:
-        return bias
-    rows = F.pad(ids + 1, (1, 0))  # CLS comes first
-    return bias[0][:, rows[:, :, None], rows[:, None, :]].transpose(0, 1)
-
-
-class Positions(nn.Module):
+class Unshared(nn.Module):
     """Takes the place of a missing shared bias, and gives the layers a new `KeptTokens`."""
 
     def forward(self) -> KeptTokens:
@@ -79,10 +114,10 @@ class Positions(nn.Module):
 
 
 class RelativePositionBias(timm_beit.RelativePositionBias):
-    """The bias that layers share, in a new `KeptTokens`."""
+    """The table that layers share, in a new `KeptTokens`."""
 
     def forward(self) -> KeptTokens:
-        return KeptTokens(super().forward())
+        return KeptTokens(self.relative_position_bias_table, self.window_size)
 
 
 class Beit(timm_beit.Beit):
@@ -95,24 +130,24 @@ class Beit(timm_beit.Beit):
 def set_up(model: Any) -> None:
     """Let layers pass on which tokens they kept."""
     if model.rel_pos_bias is None:
-        model.rel_pos_bias = Positions()
+        model.rel_pos_bias = Unshared()
     else:
         remember(model.rel_pos_bias, swapped=RelativePositionBias)
 
 
 def undo(model: Any) -> None:
-    """Remove `Positions` from a model without a shared bias."""
-    if isinstance(model.rel_pos_bias, Positions):
+    """Remove `Unshared` from a model without a shared bias."""
+    if isinstance(model.rel_pos_bias, Unshared):
         del model.rel_pos_bias
         model.rel_pos_bias = None
 
 
 def why_not(model: Any, pruning: Pruning, layers: Sequence[int]) -> str | None:
     """The reason why these layers cannot be pruned, or None."""
-    if pruning.scores != "cls":
+    if pruning.scores == "value":
         return (
-            "its attention has a relative position bias, with which vidl computes only "
-            f"scores='cls', got {pruning.scores!r}"
+            "scores='value' does not take its relative position bias into account; need "
+            "scores='cls', 'mean' or 'similarity'"
         )
     if pruning.fuse is not None:
         return "a fused token has no position for the relative position bias; need fuse=None"
@@ -120,10 +155,13 @@ def why_not(model: Any, pruning: Pruning, layers: Sequence[int]) -> str | None:
         kind = original(block)
         if kind is not timm_beit.Block:
             return f"layer {layer} is a {kind.__name__}, need {timm_beit.Block.__name__}"
+        if state_of(block.attn) is None:
+            return f"the attention of layer {layer} was left: {no_dropout(block.attn)}"
     return None
 
 
 FAMILY = Family(
+    rules=[Rule(timm_beit.Attention, Attention, no_dropout, attention_speed)],
     towers=[
         Tower(
             timm_beit.Beit,
@@ -136,5 +174,5 @@ FAMILY = Family(
             setup=set_up,
             undo=undo,
         )
-    ]
+    ],
 )

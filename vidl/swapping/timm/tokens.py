@@ -17,12 +17,13 @@ class KeptTokens:
     layer with the same positions.
 
     Args:
-        embedding: the rotary embedding or relative bias of all tokens; None if layers have their
-            own.
+        embedding: the rotary embedding of all tokens, or the table of relative positions; None if
+            layers have their own.
+        window: height and width of the grid that the table is for.
     """
 
-    def __init__(self, embedding: Tensor | None) -> None:
-        self.embedding = embedding
+    def __init__(self, embedding: Tensor | None, window: tuple[int, int] = (0, 0)) -> None:
+        self.embedding, self.window = embedding, window
         self.ids: dict[int, Tensor] = {}
 
     def __getitem__(self, layer: int) -> "KeptTokens":
