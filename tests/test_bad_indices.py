@@ -144,9 +144,9 @@ def test_bad_offsets_of_selected_tokens_give_nan(backend, prefix, fuse, order):
         tokens, ids, *saved = forward(
             x, numbers, weights, seqlens, counts, kept, prefix, order, fuse
         )
-        inverse, *ends = saved
-        needs = (prefix, fuse, True, bool(fuse))
-        grads = backward(torch.ones_like(tokens), x, weights, inverse, seqlens, *ends, *needs)
+        inverse, ends, means = saved
+        options = (means if fuse == "mean" else None, prefix, fuse, True, bool(fuse))
+        grads = backward(torch.ones_like(tokens), x, weights, inverse, seqlens, ends, *options)
         return tokens, ids, grads
 
     bad = [[1, 1, 2, total], [0, 35, 30, total], [0, 30, 35, total - 1], [0, 30, 35, total + 1]]

@@ -123,7 +123,11 @@ def make(tmp_path):
         folders = {"GPU_PREBUILT": "gpu", "GPU_PREFIX": "vidl", "GPU_CMAKE": "cmake-gpu"}
         command += [f"{name}={tmp_path / folder}" for name, folder in folders.items()]
         # Not the variables of `make test ARGS=...`, which the make of this test would take over.
-        inherited = {name: x for name, x in os.environ.items() if not name.startswith("MAKE")}
+        inherited = {
+            name: x
+            for name, x in os.environ.items()
+            if name != "ARGS" and not name.startswith("MAKE")
+        }
         environment = inherited | facts
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         calls = [line for line in log.read_text().splitlines() if line.startswith(("-m", "cmake"))]

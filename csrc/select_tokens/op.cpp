@@ -314,7 +314,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(
   Tensor inverse = new_tensor(*x, ranks.sizes(), ScalarType::Long);
   Tensor offsets = B == 0 ? torch::stable::new_zeros(*x, {1}, ScalarType::Int)
                           : new_tensor(*x, {B + 1}, ScalarType::Int);
-  Tensor means = new_tensor(*x, {divides ? B * (C + 1) : 0}, ScalarType::Float);
+  // Without channels no kernel writes the sums of weights.
+  Tensor means = divides && C == 0 ? torch::stable::new_zeros(*x, {B}, ScalarType::Float)
+                                   : new_tensor(*x, {divides ? B * (C + 1) : 0}, ScalarType::Float);
   float* const mean = floats(means, divides);
   const Selection out = {tokens.data_ptr(),
                          ids.mutable_data_ptr<int64_t>(),

@@ -384,7 +384,9 @@ def select_tokens(
     ids_keep = ranks.new_empty(ids_shape, dtype=torch.int64)
     inverse = ranks.new_empty(ranks.shape, dtype=torch.int64)
     offsets = (ranks.new_zeros if B == 0 else ranks.new_empty)(B + 1, dtype=torch.int32)
-    means = ranks.new_empty(B * (C + 1) if fuse == "mean" else 0)
+    # Without channels no program writes the sums of weights.
+    new = ranks.new_empty if C else ranks.new_zeros
+    means = new(B * (C + 1) if fuse == "mean" else 0)
     block_n, block_c = samples.tile()
     fused_rows = block_size(samples.N or samples.total, FUSED_ROWS)
     fused_columns = block_size(C, FUSED_TILE // fused_rows)
