@@ -66,10 +66,8 @@ BUGS = {
             "even + lane; i < numbers - 1;",
         ),
         "a warp beyond the last row works": (
-            "if (m >= task.rows.total) return;\n  Patch<Pixel, T, kC> patch(task, "
-            "memory_of_warp<Pixel, T>(task));\n  patch.load(m);\n  if",
-            "Patch<Pixel, T, kC> patch(task, "
-            "memory_of_warp<Pixel, T>(task));\n  patch.load(m);\n  if",
+            "if (m >= task.rows.total) return;\n  moments +=",
+            "moments +=",
         ),
         "offsets are not checked": ("rows.cu_seqlens == nullptr || blockIdx.x != 0", "true"),
         "ids are not checked": ("place.patch < rows.N", "true"),
