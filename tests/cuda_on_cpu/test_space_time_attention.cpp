@@ -111,6 +111,7 @@ struct Problem {
              gathered ? key_rows.data() : nullptr, shared ? entry_offsets.data() : nullptr,
              shared ? entries.data() : nullptr, int64_t(c.queries.size()), E, num_queries, num_keys,
              longest(c.queries), longest(c.keys)},
+            {},  // no bias
             strided(q),
             strided(k),
             strided(v),
@@ -157,7 +158,9 @@ struct Problem {
                         grad_v.data(),
                         shared ? entry_grad_k.floats() : nullptr,
                         shared ? entry_grad_v.floats() : nullptr,
-                        delta.floats()};
+                        delta.floats(),
+                        nullptr,
+                        0};
     outputs = {&grad_q, &grad_k, &grad_v};
     if (!watch) outputs.clear();
     watched(outputs, [&] { return vidl_space_time_attention_bwd_cuda(&a, &b, nullptr); });
