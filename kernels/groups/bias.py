@@ -27,9 +27,6 @@ class Bias(NamedTuple):
     shift: int
     key_bias: Tensor | None  # [num_keys] float32
 
-    def __bool__(self) -> bool:
-        return self.table is not None or self.key_bias is not None
-
     def of(self, query_codes: Tensor, key_codes: Tensor) -> Tensor:
         """The numbers of the table for codes that broadcast to one shape: [H, shape...]."""
         assert self.table is not None
@@ -40,6 +37,11 @@ class Bias(NamedTuple):
 
 
 NO_BIAS = Bias(None, None, None, 0, None)
+
+
+def is_given(bias: Bias) -> bool:
+    """Whether anything is added to the logits."""
+    return bias.table is not None or bias.key_bias is not None
 
 
 def bias_of(

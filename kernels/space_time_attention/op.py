@@ -27,6 +27,7 @@ from vidl.kernels.groups import (
     Groups,
     Positions,
     bias_of,
+    is_given,
 )
 
 from . import pytorch, reference
@@ -287,13 +288,13 @@ def choose(
             {"queries": groups.max_queries, "keys": groups.max_keys, "rows": rows * H},
             head_size=D,
             groups=groups.layout,
-            bias=bool(bias),
+            bias=is_given(bias),
             lse=return_lse,
             scores=return_scores or "",
         )
 
     return library.choose(
-        backend, "space_time_attention", kind, q.dtype, key, head_size=D, bias=bool(bias)
+        backend, "space_time_attention", kind, q.dtype, key, head_size=D, bias=is_given(bias)
     )
 
 

@@ -19,6 +19,7 @@ from vidl.kernels.groups import (
     batched,
     batched_parts,
     cls_attention,
+    is_given,
     logits_of,
     mask_of,
     mean_attention,
@@ -57,7 +58,7 @@ def space_time_attention(
     groups, bias = Arguments(*arguments[:8]), Bias(*arguments[8:])
     parts = batched_parts(groups, q.shape[0], k.shape[0], num_global, max_local_keys)
     equal = all(members.equal for part in parts for members in part)
-    packed = not equal and not lse and not scores and not bias
+    packed = not equal and not lse and not scores and not is_given(bias)
     if packed and (call := packed_attention(q)):
         queries, keys = batched(groups, q.shape[0], k.shape[0])
         out = call(queries.gather(q), keys.gather(k), keys.gather(v), groups, scale)

@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vidl.kernels.groups import NO_BIAS, Bias
+from vidl.kernels.groups import NO_BIAS, Bias, is_given
 from vidl.kernels.groups.triton_entries import sum_entries
 from vidl.kernels.triton_launch import on_device
 
@@ -98,7 +98,7 @@ def space_time_attention_bwd(
 
 def _without_bias(arguments: Sequence[Any]) -> Sequence[Any]:
     """The arguments of the groups."""
-    if Bias(*arguments[8:]):
+    if is_given(Bias(*arguments[8:])):
         raise RuntimeError("space_time_attention: the Triton kernels take no bias and no key_bias")
     return arguments[:8]
 
