@@ -5,7 +5,6 @@ built once per mask, on the device, from the coordinates of the visible tokens, 
 All layers share them, forward and backward.
 """
 
-from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from .checks import (
     require_offsets,
     require_valid,
 )
+from .pytree import register
 
 Grid = tuple[int, int, int]
 
@@ -647,18 +647,4 @@ def group_of(offsets: Tensor, count: int) -> Tensor:
     return torch.searchsorted(offsets[1:].contiguous(), place, right=True)
 
 
-def _flatten(groups: Groups) -> tuple[list[Any], Any]:
-    values = [getattr(groups, f.name) for f in fields(Groups)]
-    tensors = [v if isinstance(v, Tensor) else None for v in values]
-    return tensors, tuple(None if isinstance(v, Tensor) else v for v in values)
-
-
-def _unflatten(tensors: Iterable[Any], others: Any) -> Groups:
-    values: list[Any] = [o if t is None else t for t, o in zip(tensors, others, strict=True)]
-    by_name = dict(zip((f.name for f in fields(Groups)), values, strict=True))
-    return Groups(**by_name, checked=True)
-
-
-torch.utils._pytree.register_pytree_node(
-    Groups, _flatten, _unflatten, serialized_type_name="vidl.Groups"
-)
+register(Groups, "vidl.Groups")

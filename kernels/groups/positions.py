@@ -8,7 +8,7 @@ So one int32 a token is enough, and tokens that are pruned, masked or in windows
 The clamp keeps every row inside the table.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, fields, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from vidl.kernels.arguments import (
 
 from .checks import require_offsets
 from .membership import Grid, Groups, Tokens
+from .pytree import register
 
 GLOBAL_ROWS = 3  # of a table, for the displacements to, from and between global tokens
 
@@ -332,18 +333,4 @@ def _rows(reach: Grid) -> int:
     return (2 * reach[0] - 1) * _strides(reach)[0]
 
 
-def _flatten(positions: Positions) -> tuple[list[Any], Any]:
-    values = [getattr(positions, f.name) for f in fields(Positions)]
-    tensors = [v if isinstance(v, Tensor) else None for v in values]
-    return tensors, tuple(None if isinstance(v, Tensor) else v for v in values)
-
-
-def _unflatten(tensors: Iterable[Any], others: Any) -> Positions:
-    values: list[Any] = [o if t is None else t for t, o in zip(tensors, others, strict=True)]
-    by_name = dict(zip((f.name for f in fields(Positions)), values, strict=True))
-    return Positions(**by_name, checked=True)
-
-
-torch.utils._pytree.register_pytree_node(
-    Positions, _flatten, _unflatten, serialized_type_name="vidl.Positions"
-)
+register(Positions, "vidl.Positions")
