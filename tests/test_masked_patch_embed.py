@@ -115,6 +115,7 @@ CASES = {
     "ragged float": Case(B=3, ids=[[], [9], [3, 2, 1]], ragged=True, video=torch.float32),
     "twice": Case(B=2, ids=[[1, 1, 5, 1], [0, 0, 0, 0]], video=torch.float32, position="pair"),
     "one row": Case(B=1, ids=[[5]]),
+    "two chunks": Case(B=1, ids=1100, grid=(1, 25, 45), patch=(1, 2, 3), D=48),
     "one channel": Case(B=4, ids=12, D=1),
     "all visible": Case(ids=12, position="pair"),
     "no rows": Case(ids=[[], []], video=torch.float32),
@@ -517,20 +518,25 @@ def test_a_backend_asked_for_never_falls_back():
     assert masked_patch_embed(CLIP, WEIGHT.double()).dtype == torch.float64
 
 
-def test_products_in_bf16():
-    """The path for CPUs with bfloat16 matmuls, forced on a CPU that may lack them."""
+@pytest.mark.parametrize(
+    "variable, value, dtype", [("BF16", "1", "bf16"), ("MKL", "0", "fp32"), ("MKL", "1", "fp32")]
+)
+def test_matmuls_of_another_cpu(variable, value, dtype):
+    """bfloat16 matmuls, and both kinds of float32 matmuls, whatever this CPU would choose."""
+    name = f"VIDL_CPU_{variable}"
     if reason := library.why_not("native", OP, "cpu", torch.bfloat16):
         pytest.skip(reason)
-    if os.environ.get("VIDL_CPU_BF16") == "1":
+    if name in os.environ:
         pytest.skip("this is that run")
     tests = (
         f"{__file__}::test_as_accurate_as_torch",
         f"{__file__}::test_the_mean_does_not_cost_accuracy",
+        f"{__file__}::test_strides_change_no_bit",
     )
+    select = "native-cpu" if dtype == "fp32" else f"{dtype} and native-cpu"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", "bf16 and native-cpu"]
-        + list(tests),
-        env=os.environ | {"VIDL_CPU_BF16": "1"},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-k", select, *tests],
+        env=os.environ | {name: value},
         capture_output=True,
         text=True,
         check=False,

