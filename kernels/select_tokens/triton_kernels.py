@@ -410,6 +410,8 @@ def select_tokens(
             COLUMNS=COLUMNS,
             FUSED_ROWS=fused_rows,
             FUSED_COLUMNS=fused_columns,
+            # Left to itself, the compiler spills on sm_89 in order not to use more than 80.
+            maxnreg=168 if fuse else None,
             **OPTIONS,
         )  # fmt: skip
     return tokens, ids_keep, inverse, offsets, means
