@@ -28,6 +28,43 @@ VIDL_VECTOR_INLINE float dot(const float* a, const float* b, int64_t D) {
   return sum_of(sums + more) + rest;
 }
 
+constexpr int kDots = 8;
+
+// to[i] = the product of row i and b, for kDots rows; the sums of the lanes of all rows are taken
+// at once.
+VIDL_VECTOR_INLINE void dots(const float* const* rows, const float* b, int64_t D, float* to) {
+  if constexpr (kWidth < kDots) {
+    for (int i = 0; i < kDots; i++) to[i] = dot(rows[i], b, D);
+  } else {
+    float lanes[kDots * kDots], turned[kDots * kDots], rest[kDots] = {};
+    for (int i = 0; i < kDots; i++) {
+      const float* const a = rows[i];
+      Vector sums = {}, more = {};
+      int64_t d = 0;
+      for (; d + 2 * kWidth <= D; d += 2 * kWidth) {
+        sums += load(a + d) * load(b + d);
+        more += load(a + d + kWidth) * load(b + d + kWidth);
+      }
+      for (; d < D; d++) rest[i] += a[d] * b[d];
+      sums += more;
+      float part[kWidth];
+      store(part, sums);
+      for (int lane = 0; lane < kDots; lane++) {
+        lanes[i * kDots + lane] =
+            kWidth == kDots ? part[lane] : part[lane] + part[kWidth / 2 + lane];
+      }
+    }
+    transpose_8x8(lanes, kDots, turned, kDots);
+    for (int i = 0; i < kDots; i++) {
+      float sum[4];
+      for (int lane = 0; lane < 4; lane++) {
+        sum[lane] = turned[lane * kDots + i] + turned[(lane + 4) * kDots + i];
+      }
+      to[i] = (sum[0] + sum[2]) + (sum[1] + sum[3]) + rest[i];
+    }
+  }
+}
+
 // Turns logits into the weights of their softmax, zeros from `keys` on; returns the log-sum-exp.
 VIDL_VECTOR_INLINE float softmax(float* line, int64_t keys, int64_t columns, float scale) {
   const RowOfWeights sum = exponentiate(line, keys, columns, scale);
@@ -37,7 +74,7 @@ VIDL_VECTOR_INLINE float softmax(float* line, int64_t keys, int64_t columns, flo
 
 // How many rows of keys are prefetched: each is on a page of its own, which no hardware prefetcher
 // expects.
-constexpr int64_t kAhead = 8;
+constexpr int64_t kAhead = 16;
 
 template <class T>
 VIDL_VECTOR_INLINE void prefetch_row(const T* from, int64_t heads, int64_t head, int64_t D) {
@@ -62,20 +99,27 @@ VIDL_VECTOR_INLINE void first_query_weights(const TokenScores& s, float* weights
   // A negative scale negates the query, so that the greatest logit has the greatest weight.
   const float sign = s.scale < 0 ? -1.0f : 1.0f;
   float* const q = scratch.take(heads * D);
-  float* const room = scratch.take(D);
+  float* const room = scratch.take(kDots * D);
   float* const lines = scratch.take(heads * columns);
   const T* const query = static_cast<const T*>(s.q.data) + first_head * s.q.head +
                          row_of(groups.query_rows, first_query) * s.q.row;
   for (int64_t h = 0; h < heads; h++) read_row(query + h * s.q.head, D, sign, q + h * D);
   const T* const k = static_cast<const T*>(s.k.data) + first_head * s.k.head;
-  for (int64_t j = 0; j < keys; j++) {
-    if (j + kAhead < keys) {
-      prefetch_row(k + row_of(groups.key_rows, first_key + j + kAhead) * s.k.row, heads, s.k.head,
-                   D);
+  for (int64_t first = 0; first < keys; first += kDots) {
+    const T* rows[kDots];
+    for (int64_t i = 0; i < kDots; i++) {
+      const int64_t j = first + i, ahead = j + kAhead;
+      if (ahead < keys) {
+        prefetch_row(k + row_of(groups.key_rows, first_key + ahead) * s.k.row, heads, s.k.head, D);
+      }
+      rows[i] = k + row_of(groups.key_rows, first_key + (j < keys ? j : keys - 1)) * s.k.row;
     }
-    const T* const key = k + row_of(groups.key_rows, first_key + j) * s.k.row;
     for (int64_t h = 0; h < heads; h++) {
-      lines[h * columns + j] = dot(as_floats(key + h * s.k.head, D, room), q + h * D, D);
+      const float* numbers[kDots];
+      for (int i = 0; i < kDots; i++) {
+        numbers[i] = as_floats(rows[i] + h * s.k.head, D, room + i * D);
+      }
+      dots(numbers, q + h * D, D, lines + h * columns + first);
     }
   }
   for (int64_t h = 0; h < heads; h++) {

@@ -47,11 +47,11 @@ const char* const kOp = "token_scores";
 // x, or a copy of it if the channels of a head are not neighbours.
 Tensor readable(const Tensor& x) { return x.dim() == 3 && x.stride(2) != 1 ? contiguous_of(x) : x; }
 
-// How many of `heads` heads, over all groups, one item of "cls" takes. Four neighbouring heads are
-// read in one long piece; fewer if a thread would get less than four items.
+// How many of `heads` heads, over all groups, one item of "cls" takes. Two neighbouring heads are
+// read in one long piece; one if a thread would get less than four items.
 int64_t heads_of_item(int64_t heads) {
   const int64_t items = 4 * std::max<int64_t>(torch::stable::get_num_threads(), 1);
-  return std::clamp<int64_t>((heads + items - 1) / items, 1, 4);
+  return std::clamp<int64_t>((heads + items - 1) / items, 1, 2);
 }
 
 int64_t items_of_cls(const TokenScores& s) { return s.groups.G * ((s.H + s.heads - 1) / s.heads); }
