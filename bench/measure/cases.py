@@ -19,7 +19,7 @@ MODES = {"forward": ("forward",), "full": ("forward", "backward")}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in library.DTYPES}
 BENCH = Path(__file__).resolve().parents[1]
 OVERHEAD = "overhead, one small sample"  # the shape at which calls cost more than their work
-COMBINED = ("pruning", "swapped")  # descriptions that use several ops
+COMBINED = ("pruning", "relative_positions", "swapped")  # that use ops in other ways
 Inputs = Any  # a dataclass of tensors, defined by the description; `grad` is that of the result
 
 
