@@ -27,6 +27,28 @@ VIDL_VECTOR_INLINE int64_t row_of(const int32_t* rows, int64_t place) {
   return rows == nullptr ? place : rows[place];
 }
 
+// How many keys each query of a block sees, the first of its group.
+struct Seen {
+  int64_t keys[kMostQueries];
+  int64_t most, columns;  // of one query; and rounded up to kKeyStep
+};
+
+// Args: where the block begins in the list of queries, its size, and the keys of the group, of
+// which the first `hidden` are hidden. A query that sees no others sees none.
+VIDL_VECTOR_INLINE Seen seen_by_block(const Groups& groups, int64_t first, int64_t count,
+                                      int64_t keys, int64_t hidden) {
+  Seen seen;
+  seen.most = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const int32_t* const limits = groups.query_limits;
+    const int64_t limit = limits == nullptr ? keys : limits[row_of(groups.query_rows, first + i)];
+    seen.keys[i] = limit <= hidden ? 0 : limit;
+    if (seen.keys[i] > seen.most) seen.most = seen.keys[i];
+  }
+  seen.columns = round_up(seen.most, kKeyStep);
+  return seen;
+}
+
 template <class T>
 VIDL_VECTOR_INLINE void read_row(const T* from, int64_t D, float scale, float* to) {
   for (int64_t d = 0; d < D; d++) to[d] = static_cast<float>(from[d]) * scale;
@@ -127,5 +149,14 @@ VIDL_VECTOR_INLINE void for_items(int64_t begin, int64_t end, F f) {
   for (int64_t item = begin; item < end; item++) {
     scratch.reset();
     f(item, scratch);
+  }
+}
+
+// Calls f(group) for the groups of one of `parts` parts; the memory is free again after each.
+template <class F>
+VIDL_VECTOR_INLINE void for_part(int64_t G, int64_t part, int64_t parts, Scratch& scratch, F f) {
+  for (int64_t g = G * part / parts; g < G * (part + 1) / parts; g++) {
+    f(g);
+    scratch.reset();
   }
 }
