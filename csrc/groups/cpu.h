@@ -27,23 +27,34 @@ VIDL_VECTOR_INLINE int64_t row_of(const int32_t* rows, int64_t place) {
   return rows == nullptr ? place : rows[place];
 }
 
-// How many keys each query of a block sees, the first of its group.
+// Zeros from one multiple of kWidth to another.
+VIDL_VECTOR_INLINE void clear(float* line, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; j += kWidth) store(line + j, Vector{});
+}
+
+// How many keys the queries of a block see, the first of their group.
 struct Seen {
-  int64_t keys[kMostQueries];
-  int64_t most, columns;  // of one query; and rounded up to kKeyStep
+  const int32_t *limits, *rows;  // of the groups, by row; of the queries of the block, or null
+  int64_t first, hidden, all;    // see seen_by_block(); what a query sees without limits
+  int64_t most, columns;         // of one query; and rounded up to kKeyStep
+
+  // Of query i of the block.
+  VIDL_VECTOR_INLINE int64_t keys(int64_t i) const {
+    if (limits == nullptr) return all;
+    const int64_t limit = limits[row_of(rows, first + i)];
+    return limit <= hidden ? 0 : limit;
+  }
 };
 
 // Args: where the block begins in the list of queries, its size, and the keys of the group, of
 // which the first `hidden` are hidden. A query that sees no others sees none.
 VIDL_VECTOR_INLINE Seen seen_by_block(const Groups& groups, int64_t first, int64_t count,
                                       int64_t keys, int64_t hidden) {
-  Seen seen;
-  seen.most = 0;
-  for (int64_t i = 0; i < count; i++) {
-    const int32_t* const limits = groups.query_limits;
-    const int64_t limit = limits == nullptr ? keys : limits[row_of(groups.query_rows, first + i)];
-    seen.keys[i] = limit <= hidden ? 0 : limit;
-    if (seen.keys[i] > seen.most) seen.most = seen.keys[i];
+  const int64_t all = keys <= hidden ? 0 : keys;
+  Seen seen = {groups.query_limits, groups.query_rows, first, hidden, all, 0, 0};
+  if (groups.query_limits == nullptr) seen.most = all;
+  for (int64_t i = 0; groups.query_limits != nullptr && i < count; i++) {
+    if (seen.keys(i) > seen.most) seen.most = seen.keys(i);
   }
   seen.columns = round_up(seen.most, kKeyStep);
   return seen;

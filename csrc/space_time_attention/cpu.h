@@ -52,30 +52,29 @@ VIDL_VECTOR_INLINE void forward(const SpaceTimeAttention& a, const Forward& f, i
     for (int64_t i = 0; i < count; i++) {
       const int64_t row = row_of(groups.query_rows, first + i);
       float* const line = weights + i * columns;
-      if (seen.keys[i] == 0) {
-        memset(line, 0, seen.columns * sizeof(float));
+      const int64_t own = seen.keys(i), used = round_up(own, kWidth);
+      clear(line, used, seen.columns);
+      if (own == 0) {
         inverse[i] = 0.0f;
         f.lse[h * groups.num_queries + row] = -INFINITY;
         continue;
       }
-      if (biased) add_bias(line, seen.keys[i], scale, bias, row);
-      const int64_t used = round_up(seen.keys[i], kWidth);
-      const RowOfWeights sum = exponentiate(line, seen.keys[i], used, biased ? 1.0f : scale);
-      memset(line + used, 0, (seen.columns - used) * sizeof(float));
+      if (biased) add_bias(line, own, scale, bias, row);
+      const RowOfWeights sum = exponentiate(line, own, used, biased ? 1.0f : scale);
       inverse[i] = sum.inverse;
       f.lse[h * groups.num_queries + row] = sum.lse;
     }
     multiply<false>(count, D, seen.most, weights, columns, 1, values, D, sums, D);
     for (int64_t i = 0; i < count; i++) {
       const int64_t row = row_of(groups.query_rows, first + i);
-      if (seen.keys[i] == 0) memset(sums + i * D, 0, D * sizeof(float));
+      if (seen.keys(i) == 0) memset(sums + i * D, 0, D * sizeof(float));
       write_row(sums + i * D, D, inverse[i], out + row * a.H * D);
     }
     if (scores == nullptr) continue;
     const int64_t scored = a.scores == Scores::kMean ? count : start == 0 ? 1 : 0;
     memset(block_scores, 0, columns * sizeof(float));
     for (int64_t i = 0; i < scored; i++) {
-      for (int64_t j = 0; j < seen.keys[i]; j++) {
+      for (int64_t j = 0; j < seen.keys(i); j++) {
         block_scores[j] += weights[i * columns + j] * inverse[i];
       }
     }
@@ -126,22 +125,20 @@ VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b,
       const float level = level_of(b.lse[h * groups.num_queries + row], logit_scale);
       float* const weight = weights + i * columns;
       float* const grad = grads + i * columns;
-      if (seen.keys[i] == 0) {
-        memset(weight, 0, seen.columns * sizeof(float));
-        memset(grad, 0, seen.columns * sizeof(float));
-        continue;
-      }
-      if (biased) add_bias(weight, seen.keys[i], scale, bias, row);
+      const int64_t own = seen.keys(i), used = round_up(own, kWidth);
+      clear(weight, used, seen.columns);
+      clear(grad, used, seen.columns);
+      if (own == 0) continue;
+      if (biased) add_bias(weight, own, scale, bias, row);
       if (b.grad_scores != nullptr && (a.scores == Scores::kMean || start + i == 0)) {
         const float share =
             1.0f / static_cast<float>(a.H * (a.scores == Scores::kMean ? queries : 1));
-        for (int64_t j = 0; j < seen.keys[i]; j++) grad[j] += b.grad_scores[first_key + j] * share;
+        for (int64_t j = 0; j < own; j++) grad[j] += b.grad_scores[first_key + j] * share;
       }
-      const int64_t used = round_up(seen.keys[i], kWidth);
       for (int64_t j = 0; j < used; j += kWidth) {
         store(weight + j, power_of_two(load(weight + j) - level, factor));
       }
-      for (int64_t j = seen.keys[i]; j < seen.columns; j++) weight[j] = 0.0f;
+      for (int64_t j = own; j < used; j++) weight[j] = 0.0f;
       // The weights of a row are divided by their sum again, which differs from one by the rounding
       // error of the log-sum-exp: their gradient is a difference, in which that error would show.
       Vector sum = {}, total = {};
@@ -155,10 +152,8 @@ VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b,
         store(weight + j, normal);
         store(grad + j, normal * (load(grad + j) - delta));
       }
-      for (int64_t j = used; j < seen.columns; j++) grad[j] = 0.0f;
-      // One key always has all the weight.
-      if (seen.keys[i] == 1) grad[0] = 0.0f * grad[0];
-      if (grad_table != nullptr) add_to_table(grad, seen.keys[i], bias, row, grad_table);
+      if (own == 1) grad[0] = 0.0f * grad[0];  // one key always has all the weight
+      if (grad_table != nullptr) add_to_table(grad, own, bias, row, grad_table);
     }
     // Both gradients are scaled when they are written.
     multiply<true>(seen.most, D, count, weights, 1, columns, grad_out, D, grad_v.part, D);
@@ -168,7 +163,7 @@ VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b,
     multiply<false>(count, D, seen.most, grads, columns, 1, k, D, sums, D);
     for (int64_t i = 0; i < count; i++) {
       const int64_t row = row_of(groups.query_rows, first + i);
-      if (seen.keys[i] == 0) memset(sums + i * D, 0, D * sizeof(float));
+      if (seen.keys(i) == 0) memset(sums + i * D, 0, D * sizeof(float));
       write_row(sums + i * D, D, a.scale, grad_q + row * a.H * D);
     }
   }

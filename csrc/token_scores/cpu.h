@@ -219,10 +219,10 @@ VIDL_VECTOR_INLINE void mean_weights(const TokenScores& s, float* by_head, float
       float* const line = weights + i * columns;
       const int64_t query = row_of(groups.query_rows, first_query + start + i);
       float own_lse = -INFINITY;
-      const int64_t used = round_up(seen.keys[i], kWidth);
-      if (used > 0) {
-        if (biased) add_bias(line, seen.keys[i], scale, bias, query);
-        own_lse = softmax(line, seen.keys[i], used, biased ? 1.0f : scale);
+      const int64_t own = seen.keys(i), used = round_up(own, kWidth);
+      if (own > 0) {
+        if (biased) add_bias(line, own, scale, bias, query);
+        own_lse = softmax(line, own, used, biased ? 1.0f : scale);
       }
       if (lse != nullptr) lse[h * groups.num_queries + query] = own_lse;
       for (int64_t j = 0; j < used; j += kWidth) {
@@ -266,31 +266,30 @@ VIDL_VECTOR_INLINE void mean_grads(const TokenScores& s, const Gradients& b, int
     multiply<false>(count, seen.columns, s.D, q, width, 1, keys_across, columns, weights, columns);
     for (int64_t i = 0; i < count; i++) {
       float* const line = weights + i * columns;
-      const int64_t used = round_up(seen.keys[i], kWidth);
-      memset(line + used, 0, (seen.columns - used) * sizeof(float));
-      if (used == 0) continue;
+      const int64_t own = seen.keys(i), used = round_up(own, kWidth);
+      clear(line, used, seen.columns);
+      if (own == 0) continue;
       const int64_t query = row_of(groups.query_rows, first_query + start + i);
-      if (biased) add_bias(line, seen.keys[i], s.scale * sign, bias, query);
+      if (biased) add_bias(line, own, s.scale * sign, bias, query);
       // Not from the log-sum-exp of the forward, which is rounded once more.
-      softmax(line, seen.keys[i], used, biased ? 1.0f : s.scale * sign);
+      softmax(line, own, used, biased ? 1.0f : s.scale * sign);
       Vector total = {};
       for (int64_t j = 0; j < used; j += kWidth) total += load(line + j) * load(grad + j);
       const float delta = sum_of(total);
       for (int64_t j = 0; j < used; j += kWidth) {
         store(line + j, load(line + j) * (load(grad + j) - delta));
       }
-      // One key always has all the weight.
-      if (seen.keys[i] == 1) line[0] = 0.0f * line[0];
+      if (own == 1) line[0] = 0.0f * line[0];  // one key always has all the weight
       if (grad_table == nullptr) continue;
       for (int64_t j = 0; j < used; j += kWidth) store(table_grads + j, load(line + j) / number);
-      add_to_table(table_grads, seen.keys[i], bias, query, grad_table);
+      add_to_table(table_grads, own, bias, query, grad_table);
     }
     multiply<true>(seen.most, width, count, weights, 1, columns, q, width, grad_k.part, width);
     end_block(grad_k, start, block, queries);
     multiply<false>(count, width, seen.most, weights, columns, 1, k, width, sums, width);
     for (int64_t i = 0; i < count; i++) {
       const int64_t query = row_of(groups.query_rows, first_query + start + i);
-      if (seen.keys[i] == 0) memset(sums + i * width, 0, width * sizeof(float));
+      if (seen.keys(i) == 0) memset(sums + i * width, 0, width * sizeof(float));
       write_row(sums + i * width, s.D, share, static_cast<T*>(b.grad_q) + (query * s.H + h) * s.D);
     }
   }
