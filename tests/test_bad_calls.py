@@ -116,6 +116,11 @@ def packed_select_call():
 
 
 VIDEO = FLOATS | cut(1, 2, 3, 4)
+BIASES = {
+    "bias": FLOATS | cut(0, 1),
+    "positions": GROUPS | values(rows=ops.Positions.grid(PLACES[:1], (1, 1, 3))),
+    "key_bias": optional(FLOATS) | cut(0) | values(double=torch.rand(6).double()),
+}
 QKV = FLOATS | cut(0, 1, 2) | {"double": lambda x: x.double()}
 PATCH = values(
     none=None, text="abc", number=2, short=(2, 4), halves=(2, 4.0, 4), zero=(2, 0, 4),
@@ -206,11 +211,17 @@ OPS = {
     "space_time_attention, biased": Call(
         ops.space_time_attention,
         biased_call,
-        {
-            "bias": FLOATS | cut(0, 1),
-            "positions": GROUPS | values(rows=ops.Positions.grid(PLACES[:1], (1, 1, 3))),
-            "key_bias": optional(FLOATS) | cut(0) | values(double=torch.rand(6).double()),
-        },
+        BIASES,
+    ),
+    "cls_attention_scores, biased": Call(
+        ops.cls_attention_scores,
+        lambda: {name: x for name, x in biased_call().items() if name != "v"},
+        BIASES,
+    ),
+    "mean_attention_scores, biased": Call(
+        ops.mean_attention_scores,
+        lambda: {name: x for name, x in biased_call().items() if name != "v"},
+        BIASES,
     ),
     "cls_attention_scores": Call(
         ops.cls_attention_scores,
@@ -284,6 +295,21 @@ OTHER_OPS = {
             "keep": optional(COUNT) | values(many=9),
             "total": optional(COUNT),
         },
+    ),
+    "Groups.prefix": Call(
+        ops.Groups.prefix,
+        lambda: dict(cu_video=CU, cu_text=CU, total=10, longest=6),
+        {
+            "cu_video": without(IDS, "meta") | cut(0) | values(late=CU + 1),
+            "cu_text": without(IDS, "meta") | cut(0) | values(late=CU - 1),
+            "total": COUNT,
+            "longest": COUNT,
+        },
+    ),
+    "Groups.padded": Call(
+        ops.Groups.equal(2, 3).padded,
+        lambda: dict(lengths=torch.tensor([1, 9])),
+        {"lengths": without(IDS, "meta") | cut(0) | values(negative=torch.tensor([1, -1]))},
     ),
     "Positions": Call(
         ops.Positions,

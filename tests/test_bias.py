@@ -1,21 +1,29 @@
 """Attention with a table of relative positions and a number for each key, against plain PyTorch."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from compare import assert_as_accurate, random_like
+from compare import assert_as_accurate, gradients, random_like
 from torch import nn
 from torch.nn import functional as F
 from where import Where
 
 from vidl.kernels import library
-from vidl.ops import Groups, Positions, space_time_attention
+from vidl.ops import (
+    Groups,
+    Positions,
+    cls_attention_scores,
+    mean_attention_scores,
+    space_time_attention,
+)
 
 OP = "space_time_attention"
 GRID = (4, 6, 6)
 WINDOW = (2, 3, 3)
 BACKENDS = ["native", "torch", "reference"]
+SEPARATE = {"cls": cls_attention_scores, "mean": mean_attention_scores}
 
 
 PATCHES = math.prod(GRID)
@@ -57,6 +65,21 @@ def words():
     return Groups.joint(lengths, 20, 12), Positions.sequence(lengths, 20, 3)
 
 
+def causal_words():
+    """The last sample has limits of 0 and 1 too."""
+    lengths = torch.tensor([0, 70, 71, 80], dtype=torch.int32)
+    groups = Groups.joint(lengths, 80, 70).causal()
+    limits = torch.cat([groups.query_limits[:71], torch.tensor([0, 1, 9, 0, 2, 8, 9, 1, 0])])
+    return replace(groups, query_limits=limits.int()), Positions.sequence(lengths, 80, 30)
+
+
+def global_tokens_before_prefixes():
+    """A row of the clip sees the clip, a word the words before it; all see a global token."""
+    groups = Groups.prefix(torch.tensor([0, 4, 16]).int(), torch.tensor([0, 3, 8]).int(), 24, 17)
+    lengths = torch.tensor([0, 7, 24], dtype=torch.int32)
+    return groups.with_global(), Positions.sequence(lengths, 24, 5).with_global()
+
+
 def two_grids():
     queries, keys = torch.arange(12).expand(2, -1), torch.arange(18).expand(2, -1)
     positions = Positions.cross(queries, (1, 3, 4), keys, (2, 3, 3))
@@ -82,6 +105,8 @@ CASES = {
     "equal frames with CLS": equal_frames,
     "a global token": global_tokens,
     "words": words,
+    "causal words": causal_words,
+    "prefixes with CLS": global_tokens_before_prefixes,
     "two grids": two_grids,
     "any codes": anywhere,
     "many groups": many_groups,
@@ -89,13 +114,14 @@ CASES = {
 
 
 def hiding(groups):
-    """A bias of the keys that hides some, among them all of one group."""
+    """A bias of the keys that hides some, among them all of one group and the first of another."""
     generator = torch.Generator().manual_seed(0)
     key_bias = torch.randn(groups.num_keys, generator=generator)
     key_bias[torch.rand(groups.num_keys, generator=generator) < 0.2] = -math.inf
     first, end = groups.key_offsets[:2].tolist()
     rows = torch.arange(groups.num_keys) if groups.key_rows is None else groups.key_rows
     key_bias[rows[first:end]] = -math.inf
+    key_bias[rows[end : end + 2]] = -math.inf
     return key_bias
 
 
@@ -114,13 +140,18 @@ def definition(q, k, v, table, groups, positions, key_bias=None, scale=0.2, scor
         rows = positions.query_codes[i].long()[:, None] - positions.key_codes[j].long()
         rows = rows.clamp(-positions.wrap, positions.rows - 1 - positions.wrap) % positions.rows
         logits = logits + table[rows].permute(2, 0, 1)
+        seen = torch.ones(len(i), len(j), dtype=torch.bool)
+        if groups.query_limits is not None:
+            seen = torch.arange(len(j)) < groups.query_limits[i][:, None]
         if key_bias is not None:
+            seen = seen & (key_bias[j] > -math.inf)
             logits = logits + key_bias[j].to(logits.dtype)
         importance.append(q.new_zeros(len(j)))
-        hidden = key_bias is not None and bool((key_bias[j] == -math.inf).all())
-        if len(i) == 0 or len(j) == 0 or hidden:
+        if not seen.any():
             continue
-        weights = logits.softmax(-1)
+        none = ~seen.any(1)[:, None]
+        logits = logits.masked_fill(~seen, -math.inf)
+        weights = logits.masked_fill(none, 0).softmax(-1).masked_fill(none, 0)
         out = out.index_put((i,), torch.einsum("hqk,khd->qhd", weights, v[j]))
         lse = lse.index_put((torch.arange(q.shape[1])[:, None], i), logits.logsumexp(-1))
         importance[-1] = weights[:, 0].mean(0) if scores == "cls" else weights.mean((0, 1))
@@ -196,6 +227,74 @@ def test_as_accurate_as_torch(scores, hide, dtype):
         assert_as_accurate(*map(torch.cat, together), dtype, order=0.5)
 
 
+@pytest.mark.parametrize("hide", [False, True], ids=["all keys", "hidden keys"])
+@pytest.mark.parametrize("kind", ["cls", "mean", "mean, given the log-sum-exp"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_separate_scores_equal_the_definition(backend, case, kind, hide):
+    ours, _, true = scored(case, torch.float64, backend, kind, hide)
+    for our, truth in zip(ours, true, strict=True):
+        torch.testing.assert_close(our, truth, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("hide", [False, True], ids=["all keys", "hidden keys"])
+@pytest.mark.parametrize("kind", ["cls", "mean", "mean, given the log-sum-exp"])
+def test_separate_scores_as_accurate_as_torch(kind, hide, dtype):
+    Where("native", "cpu").skip_unless_runs("token_scores", dtype)
+    computed = [scored(case, dtype, "native", kind, hide) for case in CASES]
+    for of_cases in zip(*(zip(*parts, strict=True) for parts in computed), strict=True):
+        together = ([x.flatten() for x in parts] for parts in zip(*of_cases, strict=True))
+        assert_as_accurate(*map(torch.cat, together), dtype)
+
+
+def scored(case, dtype, backend, kind, hide):
+    """The scores of one op alone and their gradients, as `compared` returns those of attention."""
+    groups, positions = CASES[case]()
+    q, k, _, table = inputs(groups, positions, dtype)
+    kind, *given = kind.split(",")
+    options = {"positions": positions, "key_bias": hiding(groups) if hide else None, "scale": 0.2}
+
+    def compute(q, k, table, name):
+        lse = {}
+        if given:
+            attended = (q, k, k, groups)
+            _, lse["lse"] = space_time_attention(
+                *attended, bias=table, **options, return_lse=True, backend="reference"
+            )
+        return SEPARATE[kind](q, k, groups, bias=table, **options, **lse, backend=name)
+
+    def define(q, k, table, name):
+        hidden = options["key_bias"]
+        return definition(q, k, k, table, groups, positions, hidden, 0.2, kind)[2]
+
+    def with_gradients(f, name, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q.detach(), k.detach(), table.detach())]
+        return gradients(f(*leaves, name), leaves)
+
+    return (
+        with_gradients(compute, backend, dtype),
+        with_gradients(compute, "reference", dtype),
+        with_gradients(define, "", torch.float64),
+    )
+
+
+@pytest.mark.parametrize("kind", SEPARATE)
+def test_separate_scores_have_the_same_bits_with_any_number_of_threads(kind):
+    Where("native", "cpu").skip_unless_runs("token_scores")
+    threads, bits = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 16):
+            torch.set_num_threads(count)
+            cases = ("windows", "a global token", "many groups", "causal words")
+            bits.append(
+                [x for c in cases for x in scored(c, torch.float32, "native", kind, True)[0]]
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for one, *others in zip(*bits, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+
+
 def test_only_a_bias_of_the_keys():
     """ToMe: tokens that stand for several count as often."""
     groups, size = Groups.equal(2, 9), torch.randint(1, 6, (18,))
@@ -268,6 +367,14 @@ def test_opcheck(table):
         library.kernel(f"{OP}_bwd", "native"),
         (out, scores, *plain, out, lse, *index, table, 0.2, "cls"),
     )
+    for kind in SEPARATE:
+        forward = library.kernel("token_scores", "native")
+        torch.library.opcheck(forward, (*leaves[:2], None, None, *index, 0.2, kind))
+        scores, weights, norms = forward(*plain[:2], None, None, *index, 0.2, kind)
+        torch.library.opcheck(
+            library.kernel("token_scores_bwd", "native"),
+            (scores, weights, norms, *plain[:2], None, *index, table, 0.2, kind),
+        )
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
@@ -308,14 +415,21 @@ def test_the_other_kernels_refuse_a_bias():
     groups, positions = CASES["windows"]()
     q, k, v, table = inputs(groups, positions, torch.float32)
     for options in ({"bias": table, "positions": positions}, {"key_bias": q[:, 0, 0].clone()}):
-        with pytest.raises(RuntimeError, match="triton: its kernels take no bias and no key_bias"):
+        reason = "triton: its kernels take no bias and no key_bias"
+        with pytest.raises(RuntimeError, match=reason):
             space_time_attention(q, k, v, groups, **options, backend="triton")
+        for scores in SEPARATE.values():
+            with pytest.raises(RuntimeError, match=reason):
+                scores(q, k, groups, **options, backend="triton")
     assert "no bias" in library.why_not("native", OP, "cuda", torch.bfloat16, bias=True) or (
         "no cuda kernel" in library.why_not("native", OP, "cuda", torch.bfloat16, bias=True)
     )
     bias = (table.t().contiguous(), positions.query_codes, positions.key_codes, 74, None)
     with pytest.raises(RuntimeError, match="the Triton kernels take no bias"):
         library.kernel(OP, "triton")(q, k, v, *groups.arguments(), *bias, 1.0, "")
+    with pytest.raises(RuntimeError, match="the Triton kernels take no bias"):
+        rest = (None, None, *groups.arguments(), *bias, 1.0, "cls")
+        library.kernel("token_scores", "triton")(q, k, *rest)
 
 
 @pytest.mark.parametrize(

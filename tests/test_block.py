@@ -277,8 +277,9 @@ def test_packed_in_other_groups():
         rows = frames == frame
         assert_near(out[rows], block(x[rows][None])[0])
     block.pruning = Pruning(0.5)
-    with pytest.raises(ValueError, match="whole samples"):
-        block(x, groups)
+    for other in (groups, Groups.equal(2, 10).causal()):
+        with pytest.raises(ValueError, match="whole samples without query_limits"):
+            block(x, other)
 
 
 def test_packed_pruning_compiles_where_the_count_is_known():

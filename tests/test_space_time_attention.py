@@ -417,7 +417,8 @@ def test_the_registered_op_checks_its_lists(name, op, backend):
     q, k, v = (x.detach() for x in fused(groups, 1, 32, torch.float32, "cpu"))
     lists = groups.arguments()
     lists = lists._replace(**{name: getattr(lists, name)[:-1]})
-    given = (v, *lists, *NO_BIAS, 1.0, "") if op == OP else (None, None, *lists, 1.0, "mean")
+    given = (*lists, *NO_BIAS, 1.0, "" if op == OP else "mean")
+    given = (v, *given) if op == OP else (None, None, *given)
     with pytest.raises(RuntimeError, match=f"need {name} "):
         library.kernel(op, backend)(q, k, *given)
 

@@ -9,6 +9,7 @@ from grouped import GRID, GROUPS, fused, random_groups, visible
 from where import Where
 
 from vidl.kernels import library
+from vidl.kernels.groups import NO_BIAS
 from vidl.ops import (
     Groups,
     cls_attention_scores,
@@ -370,19 +371,19 @@ def test_opcheck(name, kind, where):
         for x in fused(groups, 1, 32, torch.float32, where.device)  # strided tensors of no rows
     )
     lse = log_sum_exp(q, k, v, groups).to(high_of(q)) if given else None
-    index = (*groups.arguments(), 0.2, kind)
+    index = (*groups.arguments(), *NO_BIAS)
     if kind == "similarity":
         q, k = None, k.detach()
     value = v if kind == "value" else None
     forward = library.kernel(OP, where.backend)
-    torch.library.opcheck(forward, (q, k, value, lse, *index))
+    torch.library.opcheck(forward, (q, k, value, lse, *index, 0.2, kind))
     if kind == "similarity":
         return
-    scores, weights, norms = (x.detach() for x in forward(q, k, value, lse, *index))
+    scores, weights, norms = (x.detach() for x in forward(q, k, value, lse, *index, 0.2, kind))
     q, k, value = (x if x is None else x.detach() for x in (q, k, value))
     torch.library.opcheck(
         library.kernel(f"{OP}_bwd", where.backend),
-        (scores, weights if lse is None else lse, norms, q, k, value, *index),
+        (scores, weights if lse is None else lse, norms, q, k, value, *index, False, 0.2, kind),
     )
 
 

@@ -27,6 +27,39 @@ VIDL_VECTOR_INLINE int64_t row_of(const int32_t* rows, int64_t place) {
   return rows == nullptr ? place : rows[place];
 }
 
+// Zeros from one multiple of kWidth to another.
+VIDL_VECTOR_INLINE void clear(float* line, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; j += kWidth) store(line + j, Vector{});
+}
+
+// How many keys the queries of a block see, the first of their group.
+struct Seen {
+  const int32_t *limits, *rows;  // of the groups, by row; of the queries of the block, or null
+  int64_t first, hidden, all;    // see seen_by_block(); what a query sees without limits
+  int64_t most, columns;         // of one query; and rounded up to kKeyStep
+
+  // Of query i of the block.
+  VIDL_VECTOR_INLINE int64_t keys(int64_t i) const {
+    if (limits == nullptr) return all;
+    const int64_t limit = limits[row_of(rows, first + i)];
+    return limit <= hidden ? 0 : limit;
+  }
+};
+
+// Args: where the block begins in the list of queries, its size, and the keys of the group, of
+// which the first `hidden` are hidden. A query that sees no others sees none.
+VIDL_VECTOR_INLINE Seen seen_by_block(const Groups& groups, int64_t first, int64_t count,
+                                      int64_t keys, int64_t hidden) {
+  const int64_t all = keys <= hidden ? 0 : keys;
+  Seen seen = {groups.query_limits, groups.query_rows, first, hidden, all, 0, 0};
+  if (groups.query_limits == nullptr) seen.most = all;
+  for (int64_t i = 0; groups.query_limits != nullptr && i < count; i++) {
+    if (seen.keys(i) > seen.most) seen.most = seen.keys(i);
+  }
+  seen.columns = round_up(seen.most, kKeyStep);
+  return seen;
+}
+
 template <class T>
 VIDL_VECTOR_INLINE void read_row(const T* from, int64_t D, float scale, float* to) {
   for (int64_t d = 0; d < D; d++) to[d] = static_cast<float>(from[d]) * scale;
@@ -127,5 +160,14 @@ VIDL_VECTOR_INLINE void for_items(int64_t begin, int64_t end, F f) {
   for (int64_t item = begin; item < end; item++) {
     scratch.reset();
     f(item, scratch);
+  }
+}
+
+// Calls f(group) for the groups of one of `parts` parts; the memory is free again after each.
+template <class F>
+VIDL_VECTOR_INLINE void for_part(int64_t G, int64_t part, int64_t parts, Scratch& scratch, F f) {
+  for (int64_t g = G * part / parts; g < G * (part + 1) / parts; g++) {
+    f(g);
+    scratch.reset();
   }
 }

@@ -16,6 +16,7 @@ struct GroupTensors {
   Tensor query_offsets, key_offsets;
   OptionalTensor query_rows, key_rows, entry_offsets, entries;
   int64_t max_queries, max_keys;
+  OptionalTensor query_limits;
 };
 
 // The same for what is added to the logits.
@@ -39,10 +40,11 @@ template <auto f, class... Before, class... After>
 struct Unbundled<f, Types<Before...>, Types<GroupTensors, After...>> {
   static auto call(Before... before, Tensor query_offsets, Tensor key_offsets,
                    OptionalTensor query_rows, OptionalTensor key_rows, OptionalTensor entry_offsets,
-                   OptionalTensor entries, int64_t max_queries, int64_t max_keys, After... after) {
+                   OptionalTensor entries, int64_t max_queries, int64_t max_keys,
+                   OptionalTensor query_limits, After... after) {
     return f(std::move(before)...,
              GroupTensors{query_offsets, key_offsets, query_rows, key_rows, entry_offsets, entries,
-                          max_queries, max_keys},
+                          max_queries, max_keys, query_limits},
              std::move(after)...);
   }
 };
@@ -52,11 +54,12 @@ struct Unbundled<f, Types<Before...>, Types<GroupTensors, BiasTensors, After...>
   static auto call(Before... before, Tensor query_offsets, Tensor key_offsets,
                    OptionalTensor query_rows, OptionalTensor key_rows, OptionalTensor entry_offsets,
                    OptionalTensor entries, int64_t max_queries, int64_t max_keys,
-                   OptionalTensor table, OptionalTensor query_codes, OptionalTensor key_codes,
-                   int64_t shift, OptionalTensor key_bias, After... after) {
+                   OptionalTensor query_limits, OptionalTensor table, OptionalTensor query_codes,
+                   OptionalTensor key_codes, int64_t shift, OptionalTensor key_bias,
+                   After... after) {
     return f(std::move(before)...,
              GroupTensors{query_offsets, key_offsets, query_rows, key_rows, entry_offsets, entries,
-                          max_queries, max_keys},
+                          max_queries, max_keys, query_limits},
              BiasTensors{table, query_codes, key_codes, shift, key_bias}, std::move(after)...);
   }
 };
@@ -78,7 +81,7 @@ inline Groups groups_of(const std::string& op, const GroupTensors& tensors, cons
     return x->const_data_ptr<int32_t>();
   };
   const auto& [query_offsets, key_offsets, query_rows, key_rows, entry_offsets, entries,
-               max_queries, max_keys] = tensors;
+               max_queries, max_keys, query_limits] = tensors;
   Groups groups = {};
   groups.G = key_offsets.numel() - 1;
   STD_TORCH_CHECK(groups.G >= 0, op, ": need key_offsets [G + 1]");
@@ -90,6 +93,7 @@ inline Groups groups_of(const std::string& op, const GroupTensors& tensors, cons
   if (q) {
     groups.query_offsets = list(query_offsets, "query_offsets", groups.G + 1);
     groups.query_rows = list(query_rows, "query_rows", groups.num_queries);
+    groups.query_limits = list(query_limits, "query_limits", groups.num_queries);
   }
   STD_TORCH_CHECK(entry_offsets.has_value() == entries.has_value(), op,
                   ": need entry_offsets and entries, or neither");
@@ -156,6 +160,16 @@ inline void check_lists(const std::string& op, const Groups& groups) {
   if (groups.query_offsets == nullptr) return;
   check_list(op, "query_offsets", groups.query_offsets, G, "query_rows", groups.query_rows,
              num_queries, num_queries);
+  if (groups.query_limits == nullptr) return;
+  for (int64_t g = 0; g < G; g++) {
+    const int32_t keys = groups.key_offsets[g + 1] - groups.key_offsets[g];
+    for (int32_t i = groups.query_offsets[g]; i < groups.query_offsets[g + 1]; i++) {
+      const int32_t row = groups.query_rows == nullptr ? i : groups.query_rows[i];
+      const int32_t limit = groups.query_limits[row];
+      STD_TORCH_CHECK(limit >= 0 && limit <= keys, op, ": query_limits must lie in [0, ", keys,
+                      "], the keys of the group, got ", limit);
+    }
+  }
 }
 
 // The same for the entries of every key, which only the backward reads.

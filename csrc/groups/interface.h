@@ -21,6 +21,9 @@ struct Groups {
   int64_t G, E;
   int64_t num_queries, num_keys;  // rows of q, rows of k and v
   int64_t max_queries, max_keys;  // upper bounds for any group
+  // [num_queries]: query row i sees so many keys of its group, the first. Null: all. The CUDA
+  // kernels take none.
+  const int32_t* query_limits;
 };
 
 // What is added to the logit of query row i and key row j for head h: table[h * rows + row] +

@@ -10,6 +10,8 @@
 namespace vidl {
 namespace {
 
+constexpr int64_t kMostParts = 64;  // of the groups, with a gradient of the bias each
+
 // means[e] = the mean over the H heads of by_head[h, e]
 [[maybe_unused]] void mean_over_heads(const float* by_head, int64_t H, int64_t E, float* means) {
   torch::stable::parallel_for(0, E, 4096, [&](int64_t begin, int64_t end) {

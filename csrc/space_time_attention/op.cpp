@@ -22,7 +22,6 @@ namespace {
 using torch::stable::parallel_for;
 
 constexpr const char* kOp = "space_time_attention";
-constexpr int64_t kMostParts = 64;  // of the groups, with a gradient of the bias each
 
 #ifndef VIDL_EMULATED
 #define VIDL_SOURCE "space_time_attention/cpu.h"
@@ -84,6 +83,8 @@ struct Cuda {
     STD_TORCH_CHECK(a.dtype != Dtype::kFloat32, kOp, ": need float16 or bfloat16 on CUDA");
     STD_TORCH_CHECK(a.bias.table == nullptr && a.bias.key_bias == nullptr, kOp,
                     ": the CUDA kernels take no bias and no key_bias");
+    STD_TORCH_CHECK(a.groups.query_limits == nullptr, kOp,
+                    ": the CUDA kernels take no groups with query_limits");
   }
 
   static void forward(const SpaceTimeAttention& a, const Forward& f, const Tensor& q) {

@@ -3,7 +3,7 @@
 // For one query ("cls", "value") the keys are read once, in place, some heads at a time. For all
 // queries ("mean") the keys are converted to float32 and transposed, as in space_time_attention; a
 // block of queries meets them all, and the weights are summed.
-#include "groups/cpu.h"
+#include "groups/bias.h"
 
 // A row in float32: the row itself, or its copy in `room`.
 template <class T>
@@ -81,6 +81,18 @@ VIDL_VECTOR_INLINE void prefetch_row(const T* from, int64_t heads, int64_t head,
   for (int64_t h = 0; h < heads; h++) prefetch(from + h * head, D);
 }
 
+// How many keys the first query of a group sees; 0 if all of these are hidden.
+VIDL_VECTOR_INLINE int64_t first_query_sees(const TokenScores& s, int64_t query_row,
+                                            int64_t first_key, int64_t keys) {
+  const int32_t* const limits = s.groups.query_limits;
+  const int64_t limit = limits == nullptr ? keys : limits[query_row];
+  if (s.bias.key_bias == nullptr) return limit;
+  for (int64_t j = 0; j < limit; j++) {
+    if (s.bias.key_bias[row_of(s.groups.key_rows, first_key + j)] != -INFINITY) return limit;
+  }
+  return 0;
+}
+
 template <class T>
 VIDL_VECTOR_INLINE void first_query_weights(const TokenScores& s, float* weights, int64_t g,
                                             int64_t first_head, Scratch& scratch) {
@@ -89,7 +101,9 @@ VIDL_VECTOR_INLINE void first_query_weights(const TokenScores& s, float* weights
   const int64_t D = s.D;
   const int64_t heads = s.H - first_head < s.heads ? s.H - first_head : s.heads;
   if (keys == 0) return;
-  if (queries == 0) {
+  const int64_t query_row = queries == 0 ? 0 : row_of(groups.query_rows, first_query);
+  const int64_t seen = queries == 0 ? 0 : first_query_sees(s, query_row, first_key, keys);
+  if (seen == 0) {
     for (int64_t h = 0; h < heads; h++) {
       memset(weights + (first_head + h) * groups.E + first_key, 0, keys * sizeof(float));
     }
@@ -101,18 +115,18 @@ VIDL_VECTOR_INLINE void first_query_weights(const TokenScores& s, float* weights
   float* const q = scratch.take(heads * D);
   float* const room = scratch.take(kDots * D);
   float* const lines = scratch.take(heads * columns);
-  const T* const query = static_cast<const T*>(s.q.data) + first_head * s.q.head +
-                         row_of(groups.query_rows, first_query) * s.q.row;
+  const T* const query =
+      static_cast<const T*>(s.q.data) + first_head * s.q.head + query_row * s.q.row;
   for (int64_t h = 0; h < heads; h++) read_row(query + h * s.q.head, D, sign, q + h * D);
   const T* const k = static_cast<const T*>(s.k.data) + first_head * s.k.head;
-  for (int64_t first = 0; first < keys; first += kDots) {
+  for (int64_t first = 0; first < seen; first += kDots) {
     const T* rows[kDots];
     for (int64_t i = 0; i < kDots; i++) {
       const int64_t j = first + i, ahead = j + kAhead;
-      if (ahead < keys) {
+      if (ahead < seen) {
         prefetch_row(k + row_of(groups.key_rows, first_key + ahead) * s.k.row, heads, s.k.head, D);
       }
-      rows[i] = k + row_of(groups.key_rows, first_key + (j < keys ? j : keys - 1)) * s.k.row;
+      rows[i] = k + row_of(groups.key_rows, first_key + (j < seen ? j : seen - 1)) * s.k.row;
     }
     for (int64_t h = 0; h < heads; h++) {
       const float* numbers[kDots];
@@ -123,7 +137,12 @@ VIDL_VECTOR_INLINE void first_query_weights(const TokenScores& s, float* weights
     }
   }
   for (int64_t h = 0; h < heads; h++) {
-    softmax(lines + h * columns, keys, columns, s.scale * sign);
+    float* const line = lines + h * columns;
+    if (is_given(s.bias)) {
+      const GroupBias bias = bias_of(s.bias, groups, first_head + h, first_key, keys, scratch);
+      add_bias(line, seen, s.scale * sign, bias, query_row);
+    }
+    softmax(line, seen, columns, is_given(s.bias) ? 1.0f : s.scale * sign);
     memcpy(weights + (first_head + h) * groups.E + first_key, lines + h * columns,
            keys * sizeof(float));
   }
@@ -131,7 +150,8 @@ VIDL_VECTOR_INLINE void first_query_weights(const TokenScores& s, float* weights
 
 template <class T>
 VIDL_VECTOR_INLINE void first_query_grads(const TokenScores& s, const Gradients& b, int64_t g,
-                                          int64_t first_head, Scratch& scratch) {
+                                          int64_t first_head, float* grad_tables,
+                                          Scratch& scratch) {
   const Groups& groups = s.groups;
   const auto [first_query, queries, first_key, keys] = group_of(groups, g);
   const int64_t D = s.D;
@@ -140,7 +160,7 @@ VIDL_VECTOR_INLINE void first_query_grads(const TokenScores& s, const Gradients&
   float* const q = scratch.take(heads * D);
   float* const grad_q = scratch.take(heads * D);
   float* const room = scratch.take(D);
-  float* const grads = scratch.take(heads * keys);
+  float* const grads = scratch.take(heads * keys + kWidth);  // vectors are read from any key on
   memset(grad_q, 0, heads * D * sizeof(float));
   memset(q, 0, heads * D * sizeof(float));
   const int64_t query = queries > 0 ? row_of(groups.query_rows, first_query) : 0;
@@ -155,9 +175,15 @@ VIDL_VECTOR_INLINE void first_query_grads(const TokenScores& s, const Gradients&
     for (int64_t j = 0; j < keys; j++) weighted += weights[j] * b.grad_scores[first_key + j];
     const float delta = static_cast<float>(weighted);
     for (int64_t j = 0; j < keys; j++) {
-      const float grad = weights[j] * (b.grad_scores[first_key + j] - delta) * share * s.scale;
+      const float grad = weights[j] * (b.grad_scores[first_key + j] - delta) * share;
       grads[h * keys + j] = queries > 0 ? grad : 0.0f;
     }
+    if (grad_tables != nullptr && queries > 0) {
+      const GroupBias bias = bias_of(s.bias, groups, head, first_key, keys, scratch);
+      const int64_t seen = first_query_sees(s, query, first_key, keys);
+      add_to_table(grads + h * keys, seen, bias, query, grad_tables + h * s.bias.rows);
+    }
+    for (int64_t j = 0; j < keys; j++) grads[h * keys + j] *= s.scale;
     if (b.grad_logits != nullptr) {
       memcpy(b.grad_logits + head * groups.E + first_key, grads + h * keys, keys * sizeof(float));
     }
@@ -214,6 +240,8 @@ VIDL_VECTOR_INLINE void mean_weights(const TokenScores& s, float* by_head, float
   const int64_t columns = round_up(keys, kKeyStep), width = round_up(s.D, 16);
   const int64_t block = queries_at_once(columns + 1);
   const float sign = s.scale < 0 ? -1.0f : 1.0f, scale = s.scale * sign;
+  const GroupBias bias = bias_of(s.bias, groups, h, first_key, keys, scratch);
+  const bool biased = is_given(s.bias);
   float* const rows = scratch.take(columns * width);
   float* const keys_across = scratch.take(width * columns);
   float* const weights = scratch.take(block * columns);
@@ -228,14 +256,20 @@ VIDL_VECTOR_INLINE void mean_weights(const TokenScores& s, float* by_head, float
   for (int64_t start = 0; start < queries; start += block) {
     const int64_t count = queries - start < block ? queries - start : block;
     read_rows<T>(s.q, groups.query_rows, first_query + start, count, count, h, s.D, width, sign, q);
-    multiply<false>(count, columns, s.D, q, width, 1, keys_across, columns, weights, columns);
+    const Seen seen = seen_by_block(groups, first_query + start, count, keys, bias.first);
+    multiply<false>(count, seen.columns, s.D, q, width, 1, keys_across, columns, weights, columns);
     memset(sums, 0, columns * sizeof(float));
     for (int64_t i = 0; i < count; i++) {
       float* const line = weights + i * columns;
       const int64_t query = row_of(groups.query_rows, first_query + start + i);
-      const float own_lse = keys == 0 ? -INFINITY : softmax(line, keys, columns, scale);
+      float own_lse = -INFINITY;
+      const int64_t own = seen.keys(i), used = round_up(own, kWidth);
+      if (own > 0) {
+        if (biased) add_bias(line, own, scale, bias, query);
+        own_lse = softmax(line, own, used, biased ? 1.0f : scale);
+      }
       if (lse != nullptr) lse[h * groups.num_queries + query] = own_lse;
-      for (int64_t j = 0; j < columns; j += kWidth) {
+      for (int64_t j = 0; j < used; j += kWidth) {
         store(sums + j, load(sums + j) + load(line + j));
       }
     }
@@ -247,13 +281,16 @@ VIDL_VECTOR_INLINE void mean_weights(const TokenScores& s, float* by_head, float
 
 template <class T>
 VIDL_VECTOR_INLINE void mean_grads(const TokenScores& s, const Gradients& b, int64_t g, int64_t h,
-                                   Scratch& scratch) {
+                                   float* grad_table, Scratch& scratch) {
   const Groups& groups = s.groups;
   const auto [first_query, queries, first_key, keys] = group_of(groups, g);
   const int64_t columns = round_up(keys, kKeyStep), width = round_up(s.D, 16);
   const int64_t block = queries_at_once(columns + 1);
   const float sign = s.scale < 0 ? -1.0f : 1.0f;
-  const float share = s.scale / static_cast<float>(s.H * (queries == 0 ? 1 : queries));
+  const float number = static_cast<float>(s.H * (queries == 0 ? 1 : queries));
+  const float share = s.scale / number;
+  const GroupBias bias = bias_of(s.bias, groups, h, first_key, keys, scratch);
+  const bool biased = is_given(s.bias);
   float* const k = scratch.take(columns * width);
   float* const keys_across = scratch.take(width * columns);
   const QuerySum grad_k = query_sum(columns * width, queries, block, scratch);
@@ -261,6 +298,7 @@ VIDL_VECTOR_INLINE void mean_grads(const TokenScores& s, const Gradients& b, int
   float* const q = scratch.take(block * width);
   float* const sums = scratch.take(block * width);
   float* const grad = scratch.take(columns);
+  float* const table_grads = scratch.take(columns + kWidth);
   memset(grad, 0, columns * sizeof(float));
   for (int64_t j = 0; j < keys; j++) grad[j] = b.grad_scores[first_key + j];
   read_rows<T>(s.k, groups.key_rows, first_key, keys, columns, h, s.D, width, 1.0f, k);
@@ -268,25 +306,34 @@ VIDL_VECTOR_INLINE void mean_grads(const TokenScores& s, const Gradients& b, int
   for (int64_t start = 0; start < queries; start += block) {
     const int64_t count = queries - start < block ? queries - start : block;
     read_rows<T>(s.q, groups.query_rows, first_query + start, count, count, h, s.D, width, sign, q);
-    multiply<false>(count, columns, s.D, q, width, 1, keys_across, columns, weights, columns);
+    const Seen seen = seen_by_block(groups, first_query + start, count, keys, bias.first);
+    multiply<false>(count, seen.columns, s.D, q, width, 1, keys_across, columns, weights, columns);
     for (int64_t i = 0; i < count; i++) {
       float* const line = weights + i * columns;
-      if (keys == 0) continue;
+      const int64_t own = seen.keys(i), used = round_up(own, kWidth);
+      clear(line, used, seen.columns);
+      if (own == 0) continue;
+      const int64_t query = row_of(groups.query_rows, first_query + start + i);
+      if (biased) add_bias(line, own, s.scale * sign, bias, query);
       // Not from the log-sum-exp of the forward, which is rounded once more.
-      softmax(line, keys, columns, s.scale * sign);
+      softmax(line, own, used, biased ? 1.0f : s.scale * sign);
       Vector total = {};
-      for (int64_t j = 0; j < columns; j += kWidth) total += load(line + j) * load(grad + j);
+      for (int64_t j = 0; j < used; j += kWidth) total += load(line + j) * load(grad + j);
       const float delta = sum_of(total);
-      for (int64_t j = 0; j < columns; j += kWidth) {
+      for (int64_t j = 0; j < used; j += kWidth) {
         store(line + j, load(line + j) * (load(grad + j) - delta));
       }
-      if (keys == 1) line[0] = 0.0f * line[0];  // one key always has all the weight
+      if (own == 1) line[0] = 0.0f * line[0];  // one key always has all the weight
+      if (grad_table == nullptr) continue;
+      for (int64_t j = 0; j < used; j += kWidth) store(table_grads + j, load(line + j) / number);
+      add_to_table(table_grads, own, bias, query, grad_table);
     }
-    multiply<true>(keys, width, count, weights, 1, columns, q, width, grad_k.part, width);
+    multiply<true>(seen.most, width, count, weights, 1, columns, q, width, grad_k.part, width);
     end_block(grad_k, start, block, queries);
-    multiply<false>(count, width, keys, weights, columns, 1, k, width, sums, width);
+    multiply<false>(count, width, seen.most, weights, columns, 1, k, width, sums, width);
     for (int64_t i = 0; i < count; i++) {
       const int64_t query = row_of(groups.query_rows, first_query + start + i);
+      if (seen.keys(i) == 0) memset(sums + i * width, 0, width * sizeof(float));
       write_row(sums + i * width, s.D, share, static_cast<T*>(b.grad_q) + (query * s.H + h) * s.D);
     }
   }
@@ -374,8 +421,17 @@ void cls_items(const TokenScores& s, float* weights, int64_t begin, int64_t end)
 void cls_backward_items(const TokenScores& s, const Gradients& b, int64_t begin, int64_t end) {
   const int64_t parts = (s.H + s.heads - 1) / s.heads;
   for_items(begin, end, [&](int64_t item, Scratch& scratch) {
-    VIDL_FLOATING(s.dtype, T,
-                  first_query_grads<T>(s, b, item / parts, item % parts * s.heads, scratch))
+    const int64_t first = item / parts, head = item % parts * s.heads;
+    if (b.bias_parts == nullptr) {
+      VIDL_FLOATING(s.dtype, T, first_query_grads<T>(s, b, first, head, nullptr, scratch))
+      return;
+    }
+    const int64_t heads = s.H - head < s.heads ? s.H - head : s.heads;
+    float* const grad_tables = b.bias_parts + (first * s.H + head) * s.bias.rows;
+    memset(grad_tables, 0, heads * s.bias.rows * sizeof(float));
+    for_part(s.groups.G, first, b.parts, scratch, [&](int64_t g) {
+      VIDL_FLOATING(s.dtype, T, first_query_grads<T>(s, b, g, head, grad_tables, scratch))
+    });
   });
 }
 
@@ -394,7 +450,16 @@ void mean_items(const TokenScores& s, float* by_head, float* lse, int64_t begin,
 
 void mean_backward_items(const TokenScores& s, const Gradients& b, int64_t begin, int64_t end) {
   for_items(begin, end, [&](int64_t item, Scratch& scratch) {
-    VIDL_FLOATING(s.dtype, T, mean_grads<T>(s, b, item / s.H, item % s.H, scratch))
+    const int64_t first = item / s.H, h = item % s.H;
+    if (b.bias_parts == nullptr) {
+      VIDL_FLOATING(s.dtype, T, mean_grads<T>(s, b, first, h, nullptr, scratch))
+      return;
+    }
+    float* const grad_table = b.bias_parts + item * s.bias.rows;
+    memset(grad_table, 0, s.bias.rows * sizeof(float));
+    for_part(s.groups.G, first, b.parts, scratch, [&](int64_t g) {
+      VIDL_FLOATING(s.dtype, T, mean_grads<T>(s, b, g, h, grad_table, scratch))
+    });
   });
 }
 

@@ -22,6 +22,7 @@ using torch::stable::parallel_for;
 
 struct TokenScores {
   Groups groups;
+  Bias bias;
   Strided q, k, v;
   int64_t H, D;
   int64_t heads;  // of an item of "cls"
@@ -37,6 +38,9 @@ struct Gradients {
   float* grad_logits;    // [H, E], of "cls"
   const int32_t* group;  // [E], of "cls"
   float* entry_grad_k;   // [E, H, D], of "mean"
+  // Null unless the bias needs a gradient: sums over some groups, [parts, H, bias.rows].
+  float* bias_parts;
+  int64_t parts;
 };
 
 #define VIDL_SOURCE "token_scores/cpu.h"
@@ -54,11 +58,13 @@ int64_t heads_of_item(int64_t heads) {
   return std::clamp<int64_t>((heads + items - 1) / items, 1, 2);
 }
 
-int64_t items_of_cls(const TokenScores& s) { return s.groups.G * ((s.H + s.heads - 1) / s.heads); }
+int64_t items_of_cls(const TokenScores& s, int64_t parts) {
+  return parts * ((s.H + s.heads - 1) / s.heads);
+}
 
 // The checked inputs of forward and backward. q, k and v become readable.
 TokenScores scores_of(OptionalTensor& q, Tensor& k, OptionalTensor& v, const GroupTensors& groups,
-                      double scale) {
+                      const BiasTensors& bias, double scale) {
   k = readable(k);
   if (q) q = readable(*q);
   if (v) v = readable(*v);
@@ -70,6 +76,7 @@ TokenScores scores_of(OptionalTensor& q, Tensor& k, OptionalTensor& v, const Gro
   if (v) s.v = strided(kOp, *v, "v");
   s.H = k.size(1);
   s.D = k.size(2);
+  s.bias = bias_of(kOp, bias, s.groups, s.H);
   s.scale = static_cast<float>(scale);
   STD_TORCH_CHECK(std::isfinite(s.scale), kOp, ": need a finite scale, got ", scale);
   s.dtype = dtype_of(k);
@@ -112,8 +119,8 @@ void weigh_by_length(const TokenScores& s, const float* norms, float* scores) {
 
 std::tuple<Tensor, Tensor, Tensor> token_scores(OptionalTensor q, Tensor k, OptionalTensor v,
                                                 OptionalTensor lse, GroupTensors groups,
-                                                double scale, std::string kind) {
-  const TokenScores s = scores_of(q, k, v, groups, scale);
+                                                BiasTensors bias, double scale, std::string kind) {
+  const TokenScores s = scores_of(q, k, v, groups, bias, scale);
   const auto floats = [&](std::vector<int64_t> shape) {
     return new_tensor(k, shape, ScalarType::Float);
   };
@@ -140,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> token_scores(OptionalTensor q, Tensor k, Opti
     mean_over_heads(head_scores, s.H, s.groups.E, to);
     return {scores, own_lse, none};
   }
-  const int64_t count = items_of_cls(s);
+  const int64_t count = items_of_cls(s, s.groups.G);
   const auto items = VIDL_FOR_THIS_CPU(cls_items);
   parallel_for(0, count, grain(count, s.groups.E * s.H * s.D),
                [&](int64_t begin, int64_t end) { items(s, head_scores, begin, end); });
@@ -233,7 +240,8 @@ void cls_back(const TokenScores& s, Gradients b) {
     b.grad_logits = grad_logits.data();
     b.group = group.data();
   }
-  const int64_t count = items_of_cls(s);
+  // Items (group, heads), or (part of the groups, heads) with a gradient of the bias each.
+  const int64_t count = items_of_cls(s, b.bias_parts == nullptr ? groups.G : b.parts);
   const auto items = VIDL_FOR_THIS_CPU(cls_backward_items);
   parallel_for(0, count, grain(count, groups.E * s.H * s.D),
                [&](int64_t begin, int64_t end) { items(s, b, begin, end); });
@@ -248,18 +256,21 @@ void mean_back(const TokenScores& s, Gradients b) {
   std::vector<float> entry_grad_k(groups.entry_offsets == nullptr ? 0 : groups.E * line);
   if (groups.entry_offsets != nullptr) b.entry_grad_k = entry_grad_k.data();
   const auto items = VIDL_FOR_THIS_CPU(mean_backward_items);
-  parallel_for(0, groups.G * s.H, grain(groups.G, pairs(groups) * s.D),
+  const int64_t count = b.bias_parts == nullptr ? groups.G : b.parts;
+  parallel_for(0, count * s.H, grain(count, pairs(groups) * s.D),
                [&](int64_t begin, int64_t end) { items(s, b, begin, end); });
   if (groups.entry_offsets == nullptr) return;
   sum_entries(groups, b.entry_grad_k, line, b.grad_k, s.dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_scores_bwd(Tensor grad_scores, Tensor weights,
-                                                    Tensor norms, Tensor q, Tensor k,
-                                                    OptionalTensor v, GroupTensors groups,
-                                                    double scale, std::string kind) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_scores_bwd(Tensor grad_scores, Tensor weights,
+                                                            Tensor norms, Tensor q, Tensor k,
+                                                            OptionalTensor v, GroupTensors groups,
+                                                            BiasTensors bias, bool need_bias,
+                                                            double scale, std::string kind) {
   OptionalTensor query = q;
-  const TokenScores s = scores_of(query, k, v, groups, scale);
+  const TokenScores s = scores_of(query, k, v, groups, bias, scale);
+  STD_TORCH_CHECK(!need_bias || s.bias.table != nullptr, kOp, "_bwd: need a bias for its gradient");
   check_entries(kOp, s.groups);
   grad_scores = contiguous_of(grad_scores);
   weights = contiguous_of(weights);
@@ -276,9 +287,22 @@ std::tuple<Tensor, Tensor, Tensor> token_scores_bwd(Tensor grad_scores, Tensor w
   b.weights = weights.const_data_ptr<float>();
   b.grad_q = grad_q.data_ptr();
   b.grad_k = grad_k.data_ptr();
+  // The groups are divided alike for any number of threads, so that the sums have the same bits.
+  b.parts = need_bias ? std::min<int64_t>(s.groups.G, kMostParts) : 0;
+  Tensor bias_parts = new_tensor(k, {b.parts, s.H, s.bias.rows}, ScalarType::Float);
+  Tensor grad_bias = need_bias ? new_tensor(k, {s.H, s.bias.rows}, ScalarType::Float)
+                               : new_tensor(k, {0}, ScalarType::Float);
+  if (need_bias) b.bias_parts = static_cast<float*>(bias_parts.data_ptr());
+  const auto results = [&] {
+    if (need_bias) {
+      sum_parts(b.bias_parts, b.parts, s.H * s.bias.rows,
+                static_cast<float*>(grad_bias.data_ptr()));
+    }
+    return std::make_tuple(grad_q, grad_k, grad_v, grad_bias);
+  };
   if (kind == "mean") {
     mean_back(s, b);
-    return {grad_q, grad_k, grad_v};
+    return results();
   }
   std::vector<float> attention, grad_lengths;
   if (kind == "value") {
@@ -294,7 +318,7 @@ std::tuple<Tensor, Tensor, Tensor> token_scores_bwd(Tensor grad_scores, Tensor w
     b.grad_scores = attention.data();
   }
   cls_back(s, b);
-  return {grad_q, grad_k, grad_v};
+  return results();
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ from .bias import NO_BIAS as NO_BIAS
 from .bias import Bias as Bias
 from .bias import bias_of as bias_of
 from .bias import is_given as is_given
+from .bias import split as split
 from .membership import SCHEMA as SCHEMA
 from .membership import Arguments as Arguments
 from .membership import Grid as Grid

@@ -122,22 +122,31 @@ def put_back(x: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def mask_of(
-    queries: Batched, keys: Batched, bias: Bias = NO_BIAS, period: int = 0
+    queries: Batched,
+    keys: Batched,
+    limits: Tensor | None = None,
+    bias: Bias = NO_BIAS,
+    period: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The mask of the logits, and the groups of which no key is seen.
+    """The mask of the logits, and the queries that see no key.
 
     Args:
+        limits: `query_limits` of the groups.
         period: of `Positions`; if it is that of the groups, they share one mask.
 
     Returns:
-        The keys that are seen, [G, 1, 1, longest], or with a bias what is added to the logits,
-        [G or 1, H or 1, queries or 1, longest] in float32; None if all are seen. A softmax of
-        nothing is NaN: where no key is seen, the mask has some. And these groups [G], None without
-        any.
+        The keys that are seen, [G, 1, queries or 1, longest], or with a bias what is added to the
+        logits, [G or 1, H or 1, queries or 1, longest] in float32; None if all are seen. A softmax
+        of nothing is NaN: where no key is seen, the mask has some. And these queries [G, queries
+        or 1], None without any.
     """
     real = keys.mask()
-    seen = None if real is None else real[:, None, None]
-    unseen = None if keys.equal else keys.empty()
+    seen = None if real is None else real[:, None]
+    unseen = None if keys.equal else keys.empty()[:, None]
+    if limits is not None:  # at most the number of keys
+        limit = queries.batch(limits)
+        place = torch.arange(keys.shape[1], device=limits.device)
+        seen, unseen = place < limit.clamp(min=1)[:, :, None], limit == 0
     mask: Tensor | None = None
     if bias.table is not None:
         assert bias.query_codes is not None and bias.key_codes is not None
@@ -146,13 +155,14 @@ def mask_of(
             query_codes, key_codes = query_codes[:1], key_codes[:1]
         mask = bias.of(query_codes[:, :, None], key_codes[:, None]).transpose(0, 1)
     if bias.key_bias is not None:
-        added = keys.batch(bias.key_bias)
+        added = keys.batch(bias.key_bias)[:, None]
         visible = added > float("-inf")
-        if real is not None and unseen is not None:
-            visible = visible & real & ~unseen[:, None]
-        unseen = ~visible.any(1)
-        added = added.masked_fill(unseen[:, None], 0)[:, None, None]
+        if seen is not None and unseen is not None:
+            visible = visible & seen & ~unseen[..., None]
+        unseen = ~visible.any(-1)
+        added = added.masked_fill(unseen[..., None], 0)[:, None]
         mask = added if mask is None else mask + added
+    seen = None if seen is None else seen[:, None]
     if mask is None:
         return seen, unseen
     return mask if seen is None else mask.masked_fill(~seen, float("-inf")), unseen
@@ -174,20 +184,27 @@ def logits_of(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor
 
 
 def cls_attention(
-    q: Tensor, k: Tensor, queries: Batched, mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    queries: Batched,
+    mask: Tensor | None,
+    unseen: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """The attention of the first query of each group, averaged over heads.
 
     Args:
         q: [num_queries, H, D].
         k: the keys as a batch, [G, longest, H, D].
-        mask: see `mask_of`.
+        mask, unseen: see `mask_of`.
 
     Returns:
-        [G, longest] in float32; zeros without queries.
+        [G, longest] in float32; zeros without queries, and for a query that sees no key.
     """
     first = None if mask is None else mask[:, :, :1]
     weights = logits_of(queries.first(q), k, first, scale).softmax(-1).mean((1, 2))
+    if unseen is not None:
+        weights = weights.masked_fill(unseen[:, :1], 0)
     return weights if queries.equal else weights.masked_fill(queries.empty()[:, None], 0)
 
 

@@ -1,5 +1,6 @@
 """What is added to the logits of attention: relative positions, and a number for each key."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from vidl.kernels.arguments import check_dtype, check_floating, check_shape, check_tensors
 
-from .membership import Groups
+from .membership import Arguments, Groups
 from .positions import Positions
 
 # How the schema of an op declares it: the fields of `Bias`.
@@ -37,6 +38,16 @@ class Bias(NamedTuple):
 
 
 NO_BIAS = Bias(None, None, None, 0, None)
+
+
+def split(arguments: Sequence[Any]) -> tuple[Arguments, Bias, list[Any]]:
+    """The groups, the bias and what follows them in the arguments of an op."""
+    groups, bias = len(Arguments._fields), len(Bias._fields)
+    return (
+        Arguments(*arguments[:groups]),
+        Bias(*arguments[groups : groups + bias]),
+        list(arguments[groups + bias :]),
+    )
 
 
 def is_given(bias: Bias) -> bool:

@@ -48,6 +48,7 @@ def check_types(groups: Groups) -> None:
         ("key_rows", E),
         ("entry_offsets", groups.num_keys + 1),
         ("entries", E),
+        ("query_limits", groups.num_queries),
     ):
         x = getattr(groups, name)
         if x is None:
@@ -60,6 +61,8 @@ def check_types(groups: Groups) -> None:
             raise ValueError(f"need {name} [{size}], got {tuple(x.shape)}")
     if (groups.entry_offsets is None) != (groups.entries is None):
         raise ValueError("need entry_offsets and entries, or neither")
+    if groups.is_causal and groups.query_limits is None:
+        raise ValueError("need query_limits of causal groups, got None")
 
 
 def require_valid(groups: Groups) -> None:
@@ -78,6 +81,9 @@ def require_valid(groups: Groups) -> None:
         require(once.all(), "need every query in exactly one group")
     if groups.entries is not None:
         require(entries_fit(groups), "need entry_offsets and entries of these key_rows")
+    if groups.query_limits is not None:
+        message = "need query_limits between 0 and the number of keys of the group"
+        require(limits_fit(groups), message)
 
 
 def _times(rows: Tensor, count: int) -> Tensor:
@@ -100,6 +106,21 @@ def entries_fit(groups: Groups) -> Tensor:
     offsets, entries = entries_of(groups)
     assert groups.entry_offsets is not None and groups.entries is not None
     return (offsets == groups.entry_offsets).all() & (entries == groups.entries).all()
+
+
+def limits_fit(groups: Groups) -> Tensor:
+    """Whether the limit of every query is between 0 and the number of keys of its group."""
+    assert groups.query_limits is not None
+    limits = groups.query_limits
+    if groups.query_rows is not None:  # by place in the list of queries
+        inside = (groups.query_rows >= 0) & (groups.query_rows < groups.num_queries)
+        limits = limits[groups.query_rows.where(inside, 0)] if limits.shape[0] else limits
+    place = torch.arange(groups.num_queries, device=limits.device, dtype=torch.int32)
+    ends = groups.query_offsets[1:].contiguous()
+    last = max(groups.key_offsets.shape[0] - 2, 0)
+    group = torch.searchsorted(ends, place, right=True).clamp(max=last)
+    keys = groups.key_offsets.diff()
+    return ((limits >= 0) & (limits <= (keys[group] if keys.shape[0] else 0))).all()
 
 
 def entries_of(groups: Groups) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from vidl.kernels.arguments import (
     check_count,
     check_counts,
     check_dtype,
+    check_shape,
     check_tensors,
     require,
 )
@@ -24,6 +25,7 @@ from .checks import (
     check_types,
     entries_fit,
     entries_of,
+    limits_fit,
     may_repeat,
     offsets_of,
     on_host,
@@ -37,7 +39,8 @@ Grid = tuple[int, int, int]
 # How the schema of an op declares its groups: what `Groups.arguments` returns.
 SCHEMA = (
     "Tensor query_offsets, Tensor key_offsets, Tensor? query_rows, Tensor? key_rows, "
-    "Tensor? entry_offsets, Tensor? entries, SymInt max_queries, SymInt max_keys"
+    "Tensor? entry_offsets, Tensor? entries, SymInt max_queries, SymInt max_keys, "
+    "Tensor? query_limits"
 )
 
 
@@ -52,6 +55,7 @@ class Arguments(NamedTuple):
     entries: Tensor | None
     max_queries: int
     max_keys: int
+    query_limits: Tensor | None
 
     def num_entries(self, num_keys: int) -> int:
         """E."""
@@ -83,6 +87,9 @@ class Groups:
         num_global: so many groups at the end are of one query each, which attends to all rows of
             its sample, and together they list all rows in order: see `with_global`.
         max_local_keys: an upper bound of the keys of the groups before these.
+        query_limits: [num_queries] int32, by row of q: the query sees so many keys of its group,
+            the first in the order of `key_rows`; None: all keys. See `causal`, `prefix`, `padded`.
+        is_causal: the limits are those of `causal`, for groups of self-attention.
         checked: whether all values are known to be valid. Otherwise the constructor checks them:
             on the CPU it raises a `ValueError`; on another device, and under `torch.compile`, it
             asserts them without a host sync.
@@ -104,6 +111,8 @@ class Groups:
     entries: Tensor | None = None
     num_global: int = 0
     max_local_keys: int = 0
+    query_limits: Tensor | None = None
+    is_causal: bool = False
     checked: InitVar[bool] = False
 
     def __post_init__(self, checked: bool) -> None:
@@ -153,6 +162,7 @@ class Groups:
             self.entries,
             self.max_queries,
             self.max_keys,
+            self.query_limits,
         )
 
     @staticmethod
@@ -265,6 +275,35 @@ class Groups:
             group_sample=torch.arange(cu_queries.shape[0] - 1, device=cu_queries.device),
             checked=True,
         )
+
+    @staticmethod
+    def prefix(cu_video: Tensor, cu_text: Tensor, total: int, longest: int) -> "Groups":
+        """Prefix language modelling: the rows of a sample are those of its clip, then its words.
+
+        A row of the clip sees the clip; a word sees the clip, the words before it and itself.
+
+        Args:
+            cu_video, cu_text: [B + 1] int32, where each sample begins among the rows of all clips,
+                and among all words.
+            total: the number of rows, of clips and words together.
+            longest: an upper bound of the rows of a sample.
+
+        Raises:
+            TypeError, ValueError: as `joint`; or the two have other lengths or devices.
+
+        Source: SimVLM, arXiv 2108.10904, 3.1 (PrefixLM).
+        """
+        check_tensors(cu_video=cu_video, cu_text=cu_text)
+        check_shape("cu_video", cu_video, "B + 1")
+        check_shape("cu_text", cu_text, cu_video.shape[0])
+        for name, offsets in (("cu_video", cu_video), ("cu_text", cu_text)):
+            check_dtype(name, offsets, torch.int32)
+            ascend = (offsets[:1] == 0).all() & (offsets.diff() >= 0).all()
+            require(ascend, f"need {name} that ascend from 0")
+        groups = Groups.joint(cu_video + cu_text, total, longest)
+        sample, place = groups._places()
+        limits = torch.maximum(cu_video.diff()[sample], place + 1)
+        return replace(groups, query_limits=limits.int(), checked=True)
 
     @staticmethod
     def labelled(
@@ -502,6 +541,10 @@ class Groups:
         )
         all_rows = torch.arange(total + B, device=device, dtype=torch.int32)
         row_offsets = self.row_offsets + torch.arange(B + 1, device=device, dtype=torch.int32)
+        limits = self.query_limits
+        if limits is not None:  # of the global token first: all rows of its sample
+            limits = limits.new_zeros(total + B).index_copy(0, new_rows.long(), limits + 1)
+            limits = limits.index_copy(0, global_rows.long(), row_offsets.diff())
         steps = torch.arange(1, B + 1, device=device, dtype=torch.int32)
         return replace(
             self,
@@ -519,8 +562,59 @@ class Groups:
             group_sample=torch.cat([self.group_sample, samples]),
             num_global=B,
             max_local_keys=1 + self.max_keys,
+            query_limits=limits,
+            is_causal=False,
             checked=True,
         ).with_entries()
+
+    def causal(self) -> "Groups":
+        """Query i of a group sees its keys up to key i, in the order of `key_rows`.
+
+        Limits that the groups already have stay in force.
+        """
+        _, place = self._places()
+        equal = self.uniform and self.max_queries == self.max_keys
+        own = self.query_rows is self.key_rows and (equal or self.query_offsets is self.key_offsets)
+        return self._limited(place + 1, is_causal=own and self.query_limits is None)
+
+    def padded(self, lengths: Tensor) -> "Groups":
+        """Only the first keys of each group are real: its queries see no others.
+
+        Queries beyond them are computed as all others. Limits that the groups already have stay in
+        force.
+
+        Args:
+            lengths: [G] int32 or int64, the real keys of each group.
+
+        Raises:
+            TypeError, ValueError: the dtype, shape or device does not fit, or a length is negative.
+        """
+        check_tensors(query_offsets=self.query_offsets, lengths=lengths)
+        if lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"need lengths in int64 or int32, got {lengths.dtype}")
+        check_shape("lengths", lengths, self.num_groups)
+        require((lengths >= 0).all(), "need lengths >= 0")
+        group, _ = self._places()
+        return self._limited(lengths[group])
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The group of each query, and its place in the group, by row of q, [num_queries] both."""
+        group = group_of(self.query_offsets, self.num_queries)
+        place = torch.arange(self.num_queries, device=group.device) - self.query_offsets[group]
+        if self.query_rows is None:
+            return group, place
+        rows = self.query_rows.long()
+        return torch.empty_like(group).index_copy(0, rows, group), torch.empty_like(
+            place
+        ).index_copy(0, rows, place)
+
+    def _limited(self, limits: Tensor, is_causal: bool = False) -> "Groups":
+        """The groups with these limits of the queries, the number of keys and the limits so far."""
+        keys = self.key_offsets.diff()[self._places()[0]]
+        limits = torch.minimum(limits, keys).int()
+        if self.query_limits is not None:
+            limits = torch.minimum(limits, self.query_limits)
+        return replace(self, query_limits=limits, is_causal=is_causal, checked=True)
 
     def with_entries(self) -> "Groups":
         """Add the list of entries of every row of k and v; for keys in several groups.
@@ -541,8 +635,9 @@ class Groups:
 
         Raises:
             ValueError: offsets do not ascend from 0 to the number of members, a group exceeds its
-                bound, a row is out of range, a query is not in exactly one group, or a key is in
-                several groups without entries.
+                bound, a row is out of range, a query is not in exactly one group, a key is in
+                several groups without entries, or a limit is not between 0 and the keys of its
+                group.
         """
         for name, offsets, rows, count in (
             ("query", self.query_offsets, self.query_rows, self.num_queries),
@@ -566,6 +661,11 @@ class Groups:
             raise ValueError("need entry_offsets and entries of these key_rows (see with_entries)")
         if self.entry_offsets is None and may_repeat(self):
             raise ValueError("need every key in one group, or entries (see with_entries)")
+        if self.query_limits is not None and not bool(limits_fit(self)):
+            raise ValueError(
+                "need query_limits between 0 and the number of keys of the group, got "
+                f"{self.query_limits.tolist()}"
+            )
         return self
 
 

@@ -41,12 +41,26 @@ class Padded:
 
 
 def attention_weights(
-    q: Tensor, k: Tensor, queries: Padded, keys: Padded, scale: float, bias: Bias = NO_BIAS
+    q: Tensor,
+    k: Tensor,
+    queries: Padded,
+    keys: Padded,
+    scale: float,
+    limits: Tensor | None = None,
+    bias: Bias = NO_BIAS,
 ) -> tuple[Tensor, Tensor]:
-    """The logits and their softmax over the keys of each group, [G, H, queries, keys] both."""
+    """The logits and their softmax over the keys of each group, [G, H, queries, keys] both.
+
+    Args:
+        limits: `query_limits` of the groups.
+    """
     high = torch.promote_types(k.dtype, torch.float32)
     logits = torch.einsum("gqhd,gkhd->ghqk", queries.pad(q), keys.pad(k)).to(high) * scale
-    seen = keys.real
+    real = keys.real[:, None]
+    if limits is not None:
+        place = torch.arange(keys.longest, device=limits.device)
+        real = place < queries.pad(limits)[:, :, None]
+    seen = real
     if bias.table is not None:
         assert bias.query_codes is not None and bias.key_codes is not None
         query_codes, key_codes = queries.pad(bias.query_codes), keys.pad(bias.key_codes)
@@ -54,8 +68,8 @@ def attention_weights(
     if bias.key_bias is not None:
         key_bias = keys.pad(bias.key_bias)
         logits = logits + key_bias[:, None, None, :]
-        seen = seen & (key_bias > float("-inf"))
-    logits = logits.masked_fill(~keys.real[:, None, None, :], float("-inf"))
-    # A group without keys gives zeros: its rows of -inf must not become NaN.
-    empty = ~seen.any(1)[:, None, None, None]
+        seen = seen & (key_bias > float("-inf"))[:, None]
+    logits = logits.masked_fill(~real[:, None], float("-inf"))
+    # A query without keys gives zeros: its row of -inf must not become NaN.
+    empty = ~seen.any(-1)[:, None, :, None]
     return logits, torch.where(empty, 0, logits.masked_fill(empty, 0.0).softmax(-1))

@@ -17,10 +17,12 @@ class Call:
         k: [num_keys, H, D].
         groups: query_offsets [G + 1], key_offsets [G + 1], query_rows [num_queries] or None,
             key_rows [E] or None, entry_offsets [num_keys + 1] or None, entries [E] or None,
-            max_queries, max_keys: the order of the schemas.
+            max_queries, max_keys, query_limits, which must be None: the order of the schemas.
     """
 
     def __init__(self, op: str, q: Tensor | None, k: Tensor, groups: Sequence[Any]) -> None:
+        if groups[8] is not None:
+            raise RuntimeError(f"{op}: the Triton kernels take no groups with query_limits")
         self.k = readable(k)
         self.q = self.k if q is None else readable(q)
         self.index, self.entries, self.longest = groups[:4], groups[4:6], (groups[6], groups[7])

@@ -28,6 +28,7 @@ from vidl.kernels.groups import (
     Positions,
     bias_of,
     is_given,
+    split,
 )
 
 from . import pytorch, reference
@@ -37,10 +38,17 @@ HEAD_SIZES = (32, 64, 80, 96, 128)
 
 
 def _limits(
-    backend: str, device: str, dtype: torch.dtype, head_size: int = 64, bias: bool = False
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    head_size: int = 64,
+    bias: bool = False,
+    query_limits: bool = False,
 ) -> str | None:
     if bias and (backend, device) != ("native", "cpu"):
         return "its kernels take no bias and no key_bias"
+    if query_limits and (backend, device) != ("native", "cpu"):
+        return "its kernels take no groups with query_limits"
     if head_size not in HEAD_SIZES:
         return f"head sizes are {', '.join(map(str, HEAD_SIZES))}, not {head_size}"
     if backend != "triton" and (backend, device) != ("native", "cpu") and dtype == torch.float32:
@@ -58,7 +66,8 @@ def _limits(
 
 
 def _fake(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    entries, scores = Arguments(*rest[:8]).num_entries(k.shape[0]), rest[-1]
+    groups, _, (_, scores) = split(rest)
+    entries = groups.num_entries(k.shape[0])
     high = torch.promote_types(q.dtype, torch.float32)
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
@@ -73,43 +82,45 @@ def _fake_bwd(
     grad_q, grad_k, grad_v = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
     )
-    table, need_bias = rest[8], rest[13]
-    grad_bias = torch.empty_like(table) if need_bias else lse.new_empty(0)
+    _, bias, (need_bias, _, _) = split(rest)
+    grad_bias = lse.new_empty(bias.table.shape if need_bias and bias.table is not None else 0)
     return grad_q, grad_k, grad_v, grad_bias
 
 
-def _pairs(query_offsets: Tensor, key_offsets: Tensor) -> int:
-    """Pairs of a query and a key of its group: the useful work, without padding."""
-    queries, keys = query_offsets.diff().long(), key_offsets.diff().long()
+def _pairs(groups: Arguments) -> int:
+    """Pairs of a query and a key that it sees: the useful work, without padding."""
+    if groups.query_limits is not None:
+        return int(groups.query_limits.sum())
+    queries, keys = groups.query_offsets.diff().long(), groups.key_offsets.diff().long()
     return int((queries * keys).sum())
 
 
-def _flops(q, k, v, query_offsets, key_offsets, *args, **kwargs) -> int:
+def _flops(q, k, v, *rest, **kwargs) -> int:
     _, H, D = q.shape
-    return 2 * 2 * _pairs(query_offsets, key_offsets) * H * D
+    return 2 * 2 * _pairs(split(rest)[0]) * H * D
 
 
-def _flops_bwd(grad_out, grad_scores, q, k, v, out, lse, query_offsets, key_offsets, *a, **kw):
+def _flops_bwd(grad_out, grad_scores, q, k, v, out, lse, *rest, **kwargs) -> int:
     _, H, D = q.shape
-    return 5 * 2 * _pairs(query_offsets, key_offsets) * H * D
+    return 5 * 2 * _pairs(split(rest)[0]) * H * D
 
 
 def _setup_context(ctx, inputs, output) -> None:
     out, lse, _ = output
-    *tensors, ctx.max_queries, ctx.max_keys, table, query_codes, key_codes, ctx.shift = inputs[:15]
-    key_bias, ctx.scale, ctx.scores = inputs[15:]
-    ctx.save_for_backward(*tensors, table, query_codes, key_codes, key_bias, out, lse)
+    *lists, ctx.max_queries, ctx.max_keys, limits, table, query_codes, key_codes = inputs[:15]
+    ctx.shift, key_bias, ctx.scale, ctx.scores = inputs[15:]
+    ctx.save_for_backward(*lists, limits, table, query_codes, key_codes, key_bias, out, lse)
     ctx.set_materialize_grads(False)
 
 
 def _backward(bwd: Callable[..., Any], ctx, grad_out, grad_lse, grad_scores):
-    q, k, v, *groups, table, query_codes, key_codes, key_bias, out, lse = ctx.saved_tensors
+    q, k, v, *lists, limits, table, query_codes, key_codes, key_bias, out, lse = ctx.saved_tensors
     if not ctx.scores:  # scores that were not requested are empty, and may have an empty gradient
         grad_scores = None
     if grad_out is None and grad_scores is None:
-        return (None,) * 18
+        return (None,) * 19
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
-    need_bias = table is not None and ctx.needs_input_grad[11]
+    need_bias = table is not None and ctx.needs_input_grad[12]
     grad_q, grad_k, grad_v, grad_bias = bwd(
         grad_out,
         grad_scores if grad_scores is None else grad_scores.contiguous(),
@@ -118,9 +129,10 @@ def _backward(bwd: Callable[..., Any], ctx, grad_out, grad_lse, grad_scores):
         v,
         out,
         lse,
-        *groups,
+        *lists,
         ctx.max_queries,
         ctx.max_keys,
+        limits,
         table,
         query_codes,
         key_codes,
@@ -130,7 +142,7 @@ def _backward(bwd: Callable[..., Any], ctx, grad_out, grad_lse, grad_scores):
         ctx.scale,
         ctx.scores,
     )
-    return grad_q, grad_k, grad_v, *(None,) * 8, grad_bias if need_bias else None, *(None,) * 6
+    return grad_q, grad_k, grad_v, *(None,) * 9, grad_bias if need_bias else None, *(None,) * 6
 
 
 library.define(
@@ -219,7 +231,9 @@ def space_time_attention(
             copied; the others have any stride: slices of a fused [total, 3, H, D] buffer need no
             copy.
         k, v: [num_keys, H, D], the same dtype and device.
-        groups: which queries attend to which keys.
+        groups: which queries attend to which keys. With `query_limits` (`groups.causal`,
+            `Groups.prefix`, `groups.padded`) a query sees the first keys of its group only; a query
+            that sees none counts as one of a group without keys.
         bias: [positions.rows, H], any floating dtype: a table of what is added to the logits, by
             the relative position of query and key. Differentiable.
         positions: which row of `bias` belongs to a query and a key.
@@ -261,6 +275,8 @@ def space_time_attention(
     hints = {"num_global": groups.num_global, "max_local_keys": groups.max_local_keys}
     if positions is not None:
         hints["period"] = positions.period
+    if groups.is_causal:
+        hints["is_causal"] = True
     out, lse, scores = library.run("space_time_attention", chosen, *args, lse=return_lse, **hints)
     results = [out, *([lse.detach()] if return_lse else []), *([scores] if return_scores else [])]
     return results[0] if len(results) == 1 else tuple(results)
@@ -278,6 +294,7 @@ def choose(
 ) -> str:
     """The backend of a call: see `library.choose`."""
     kind, (rows, H, D) = q.device.type, q.shape
+    limited = groups.query_limits is not None
 
     def key() -> choices.Key | None:
         return choices.key(
@@ -289,13 +306,13 @@ def choose(
             head_size=D,
             groups=groups.layout,
             bias=is_given(bias),
+            query_limits=limited,
             lse=return_lse,
             scores=return_scores or "",
         )
 
-    return library.choose(
-        backend, "space_time_attention", kind, q.dtype, key, head_size=D, bias=is_given(bias)
-    )
+    facts = {"head_size": D, "bias": is_given(bias), "query_limits": limited}
+    return library.choose(backend, "space_time_attention", kind, q.dtype, key, **facts)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, groups: Groups, return_scores: Scores | None) -> None:

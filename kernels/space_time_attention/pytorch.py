@@ -24,6 +24,7 @@ from vidl.kernels.groups import (
     mask_of,
     mean_attention,
     put_back,
+    split,
 )
 
 # A batch of more fails on CUDA (pytorch #146704).
@@ -40,6 +41,7 @@ def space_time_attention(
     num_global: int = 0,
     max_local_keys: int = 0,
     period: int = 0,
+    is_causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention for packed sequences on CUDA; otherwise SDPA of a batch of groups.
 
@@ -49,22 +51,26 @@ def space_time_attention(
         lse: whether the log-sum-exp is needed: it takes the logits, which SDPA does not return.
         num_global, max_local_keys: of `Groups`; groups of global queries are a batch of their own.
         period: of `Positions`; see `mask_of`.
+        is_causal: of `Groups`; without a bias, SDPA needs no mask of the limits then.
 
     Returns:
         The output [num_queries, H, D], the log-sum-exp [H, num_queries] or [0], the scores [E] or
         [0].
     """
-    *arguments, scale, scores = rest
-    groups, bias = Arguments(*arguments[:8]), Bias(*arguments[8:])
+    groups, bias, (scale, scores) = split(rest)
+    limits = groups.query_limits
     parts = batched_parts(groups, q.shape[0], k.shape[0], num_global, max_local_keys)
     equal = all(members.equal for part in parts for members in part)
-    packed = not equal and not lse and not scores and not is_given(bias)
+    packed = not equal and not lse and not scores and not is_given(bias) and limits is None
     if packed and (call := packed_attention(q)):
         queries, keys = batched(groups, q.shape[0], k.shape[0])
         out = call(queries.gather(q), keys.gather(k), keys.gather(v), groups, scale)
         nothing = q.new_empty(0, dtype=torch.float32)
         return put_back(out, groups.query_rows), nothing, nothing
-    results = [_attend(q, k, v, *part, bias, period, scale, scores, lse) for part in parts]
+    results = [
+        _attend(q, k, v, *part, limits, bias, period, is_causal, scale, scores, lse)
+        for part in parts
+    ]
     # The members of all groups, one part after the other.
     out, log_sum, importance = (
         x[0] if len(x) == 1 else torch.cat(x) for x in zip(*results, strict=True)
@@ -80,8 +86,10 @@ def _attend(
     v: Tensor,
     queries: Batched,
     keys: Batched,
+    limits: Tensor | None,
     bias: Bias,
     period: int,
+    is_causal: bool,
     scale: float,
     scores: str,
     lse: bool,
@@ -96,48 +104,64 @@ def _attend(
     importance = log_sum = q.new_empty(0, dtype=high)
     first = q
     q, k, v = queries.batch(q), keys.batch(k), keys.batch(v)  # [G, longest, H, D]
-    mask, unseen = mask_of(queries, keys, bias, period)
+    is_causal = is_causal and not is_given(bias) and q.shape[1] == k.shape[1]
+    if is_causal and not lse and not scores and not _has_tangent(q, k, v):
+        return queries.members(_sdpa(q, k, v, None, scale, is_causal)), log_sum, importance
+    mask, unseen = mask_of(queries, keys, limits, bias, period)
+    # Queries that see none of the keys that their group has.
+    hidden = None if limits is None and bias.key_bias is None else unseen
     if unseen is not None:  # 0 x infinity is NaN
-        q = q.masked_fill(unseen[:, None, None, None], 0)
-    if bias.key_bias is not None and unseen is not None:
-        v = v.masked_fill(unseen[:, None, None, None], 0)
+        q = q.masked_fill(unseen[:, :, None, None], 0)
+    if hidden is not None:
+        v = v.masked_fill(hidden.all(1)[:, None, None, None], 0)
     if scores == "mean":
         logits = logits_of(q, k, mask, scale)
         weights = logits.softmax(-1)
+        if hidden is not None:
+            weights = weights.masked_fill(hidden[:, None, :, None], 0)
         out = (weights.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
-        by_key: Tensor | None = mean_attention(weights, queries)
+        importance = keys.members(mean_attention(weights, queries))
     else:
-        out = _sdpa(q, k, v, mask, scale)
-        by_key = cls_attention(first, k, queries, mask, scale) if scores else None
-    if by_key is not None:
-        if bias.key_bias is not None and unseen is not None:
-            by_key = by_key.masked_fill(unseen[:, None], 0)
-        importance = keys.members(by_key)
+        out = _sdpa(q, k, v, mask, scale, is_causal)
+        if scores:
+            by_key = cls_attention(first, k, queries, mask, hidden, scale)
+            importance = keys.members(by_key)
+    if limits is not None and hidden is not None:
+        out = out.masked_fill(hidden[:, :, None, None], 0)
     if lse:
         with torch.no_grad():
             logits = logits if scores == "mean" else logits_of(q, k, mask, scale)
             log_sum = logits.logsumexp(-1).transpose(1, 2)  # [G, longest, H]
             if unseen is not None:
-                log_sum = log_sum.masked_fill(unseen[:, None, None], float("-inf"))
+                log_sum = log_sum.masked_fill(unseen[:, :, None], float("-inf"))
             log_sum = queries.members(log_sum)
     return queries.members(out), log_sum, importance
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """PyTorch's choice of cuDNN, flash, memory-efficient or plain attention."""
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool
+) -> Tensor:
+    """PyTorch's choice of cuDNN, flash, memory-efficient or plain attention.
+
+    Args:
+        is_causal: the mask is that of causal attention.
+    """
     if _has_tangent(q, k, v):  # the fused kernels of SDPA have no forward-mode derivative
         weights = logits_of(q, k, mask, scale).softmax(-1)
         return (weights.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if mask is not None and mask.dtype != torch.bool:
+    if is_causal:
+        mask = None
+    elif mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
+    attend = functools.partial(F.scaled_dot_product_attention, is_causal=is_causal, scale=scale)
     if q.shape[0] <= LARGEST_BATCH:
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
+        return attend(q, k, v, mask).transpose(1, 2)
     outs = []
     for start in range(0, q.shape[0], LARGEST_BATCH):
         part = slice(start, start + LARGEST_BATCH)
         some = mask if mask is None or mask.shape[0] == 1 else mask[part]
-        outs.append(F.scaled_dot_product_attention(q[part], k[part], v[part], some, scale=scale))
+        outs.append(attend(q[part], k[part], v[part], some))
     return torch.cat(outs).transpose(1, 2)
 
 

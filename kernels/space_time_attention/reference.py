@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidl.kernels.groups import Arguments, Bias, Padded, attention_weights
+from vidl.kernels.groups import Padded, attention_weights, split
 
 
 def space_time_attention(
@@ -19,14 +19,14 @@ def space_time_attention(
     Returns:
         The output [num_queries, H, D], the log-sum-exp [H, num_queries], the scores [E] or [0].
     """
-    *arguments, scale, scores = rest
-    groups, bias = Arguments(*arguments[:8]), Bias(*arguments[8:])
+    groups, bias, (scale, scores) = split(rest)
     queries = Padded(groups.query_offsets, groups.query_rows, groups.max_queries)
     keys = Padded(groups.key_offsets, groups.key_rows, groups.max_keys)
-    logits, weights = attention_weights(q, k, queries, keys, scale, bias)
-    out = queries.unpad(
-        torch.einsum("ghqk,gkhd->gqhd", weights.to(v.dtype), keys.pad(v)), q.shape[0]
-    )
+    logits, weights = attention_weights(q, k, queries, keys, scale, groups.query_limits, bias)
+    out = torch.einsum("ghqk,gkhd->gqhd", weights.to(v.dtype), keys.pad(v))
+    # A query that sees no key gives zeros, even if others of its group see infinity.
+    unseen = (logits == float("-inf")).all(-1).transpose(1, 2)[..., None]
+    out = queries.unpad(torch.where(unseen, 0, out), q.shape[0])
     lse = queries.unpad(logits.logsumexp(-1).transpose(1, 2), q.shape[0]).T.contiguous()
     if groups.query_rows is not None:
         member = torch.argsort(groups.query_rows, stable=True)  # of every row

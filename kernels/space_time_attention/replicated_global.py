@@ -55,6 +55,11 @@ class ReplicatedGlobal:
             groups.query_offsets, groups.query_rows, new_rows, replica_rows
         )
         _, key_rows = prepend_row(groups.key_offsets, groups.key_rows, new_rows, replica_rows)
+        limits = groups.query_limits
+        if limits is not None:  # of a replica, which comes first: all rows of its group
+            members = groups.query_offsets.diff()
+            limits = limits.new_zeros(total + G).index_copy(0, new_rows, limits + 1)
+            limits = limits.index_copy(0, replica_rows, members + 1)
         self.groups = Groups(
             offsets,
             offsets,
@@ -68,6 +73,7 @@ class ReplicatedGlobal:
             row_offsets=groups.row_offsets
             + torch.arange(B + 1, device=device, dtype=torch.int32) * replicas,
             group_sample=groups.group_sample,
+            query_limits=limits,
             checked=True,
         )
 

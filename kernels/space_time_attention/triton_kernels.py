@@ -13,14 +13,13 @@ in the backward kernels.
 """
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from vidl.kernels.groups import NO_BIAS, Bias, is_given
+from vidl.kernels.groups import NO_BIAS, Bias, is_given, split
 from vidl.kernels.groups.triton_entries import sum_entries
 from vidl.kernels.triton_launch import on_device
 
@@ -39,7 +38,8 @@ def space_time_attention(
     *rest: Any,  # the groups as in groups/triton_call.py, the bias, scale, scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the log-sum-exp [H, num_queries], and the scores [E] or [0]."""
-    groups, (scale, scores) = _without_bias(rest[:13]), rest[13:]
+    groups, bias, (scale, scores) = split(rest)
+    _require_no_bias(bias)
     call = AttentionCall(q, k, v, groups, scale, scores)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(call.H, call.num_queries, dtype=torch.float32)
@@ -66,7 +66,8 @@ def space_time_attention_bwd(
     *rest: Any,  # as forward, but whether the bias needs a gradient before the scale
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, and an empty one."""
-    groups, (_, scale, scores) = _without_bias(rest[:13]), rest[13:]
+    groups, bias, (_, scale, scores) = split(rest)
+    _require_no_bias(bias)
     if grad_scores is None or not scores:
         grad_scores, scores = None, ""
     else:
@@ -96,11 +97,9 @@ def space_time_attention_bwd(
     return grad_q, grad_k, grad_v, lse.new_empty(0)
 
 
-def _without_bias(arguments: Sequence[Any]) -> Sequence[Any]:
-    """The arguments of the groups."""
-    if is_given(Bias(*arguments[8:])):
+def _require_no_bias(bias: Bias) -> None:
+    if is_given(bias):
         raise RuntimeError("space_time_attention: the Triton kernels take no bias and no key_bias")
-    return arguments[:8]
 
 
 def forward_tile(max_queries: int, max_keys: int, D: int, dtype: torch.dtype) -> Tile:
@@ -202,7 +201,7 @@ def _launch(
     if shared:
         entry_offsets = torch.tensor([0, 2, 2], dtype=torch.int32)
         rest = (offsets, offsets, rows, rows, entry_offsets, rows)
-    rest += (max_queries, max_keys, *NO_BIAS)
+    rest += (max_queries, max_keys, None, *NO_BIAS)
     out, lse, importance = space_time_attention(q, k, v, *rest, 1.0, scores)
     grad_scores = importance if scores else None
     space_time_attention_bwd(out, grad_scores, q, k, v, out, lse, *rest, False, 1.0, scores)

@@ -12,6 +12,7 @@ Sources: EViT (arXiv 2202.07800, 3.1) and SViTT (arXiv 2304.08809, 3.2) for "cls
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,22 +20,41 @@ from torch import Tensor
 
 from vidl.kernels import choices, library
 from vidl.kernels.arguments import check_tensors, finite, in_dtype
-from vidl.kernels.groups import SCHEMA, Arguments, Groups
+from vidl.kernels.groups import (
+    BIAS_SCHEMA,
+    SCHEMA,
+    Groups,
+    Positions,
+    bias_of,
+    is_given,
+    split,
+)
 
 from . import pytorch, reference
 
 LARGEST_HEAD = 128
 
 
-def _limits(backend: str, device: str, dtype: torch.dtype, head_size: int = 64) -> str | None:
+def _limits(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    head_size: int = 64,
+    bias: bool = False,
+    query_limits: bool = False,
+) -> str | None:
+    if bias and (backend, device) != ("native", "cpu"):
+        return "its kernels take no bias and no key_bias"
+    if query_limits and (backend, device) != ("native", "cpu"):
+        return "its kernels take no groups with query_limits"
     if backend == "triton" and head_size > LARGEST_HEAD:
         return f"head sizes are at most {LARGEST_HEAD}, not {head_size}"
     return None
 
 
 def _fake(q, k, v, lse, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    (*groups, _, kind), (num_keys, H, _) = rest, k.shape
-    entries = Arguments(*groups).num_entries(num_keys)
+    (groups, _, (_, kind)), (num_keys, H, _) = split(rest), k.shape
+    entries = groups.num_entries(num_keys)
     high = torch.promote_types(k.dtype, torch.float32)
     weights = {"cls": (H, entries), "value": (H, entries), "similarity": (0,)}
     if kind == "mean":
@@ -46,56 +66,82 @@ def _fake(q, k, v, lse, *rest) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _fake_bwd(grad_scores, weights, norms, q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_bwd(grad_scores, weights, norms, q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, bias, (need_bias, _, _) = split(rest)
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
         torch.empty_like(k, memory_format=torch.contiguous_format),
         k.new_empty(0 if v is None else v.shape),
+        weights.new_empty(bias.table.shape if need_bias and bias.table is not None else 0),
     )
 
 
-def _flops(q, k, v, lse, query_offsets, key_offsets, *rest, **_: Any) -> int:
+def _flops(q, k, v, lse, *rest, **kwargs: Any) -> int:
     """Multiplications and additions of all products of queries and keys."""
-    kind, (_, H, D) = rest[-1], k.shape
-    queries, keys = query_offsets.diff().long(), key_offsets.diff().long()
+    groups, kind, (_, H, D) = split(rest)[0], rest[-1], k.shape
+    queries, keys = groups.query_offsets.diff().long(), groups.key_offsets.diff().long()
     if kind == "similarity":  # of the mean of the heads
         return 2 * int(((keys + 1) // 2 * (keys // 2)).sum()) * D
-    scoring = queries if kind == "mean" else queries.clamp(max=1)
-    return 2 * int((scoring * keys).sum()) * H * D
+    if groups.query_limits is None:
+        scoring = queries if kind == "mean" else queries.clamp(max=1)
+        return 2 * int((scoring * keys).sum()) * H * D
+    limits = groups.query_limits
+    if kind != "mean":
+        first = groups.query_offsets[:-1][queries > 0]
+        limits = limits[first if groups.query_rows is None else groups.query_rows[first]]
+    return 2 * int(limits.sum()) * H * D
 
 
-def _flops_bwd(grad_scores, weights, norms, q, k, v, *rest, **_: Any) -> int:
+def _flops_bwd(grad_scores, weights, norms, q, k, v, *rest, **kwargs: Any) -> int:
     products = 3 if rest[-1] == "mean" else 2  # the weights again for "mean", and two gradients
     return products * _flops(q, k, v, None, *rest)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, lse, *groups, ctx.max_queries, ctx.max_keys, ctx.scale, ctx.kind = inputs
+    q, k, v, lse, *lists, ctx.max_queries, ctx.max_keys, limits, table, query_codes = inputs[:15]
+    key_codes, ctx.shift, key_bias, ctx.scale, ctx.kind = inputs[15:]
     _, weights, norms = output
-    ctx.save_for_backward(weights if lse is None else lse, norms, q, k, v, *groups)
+    saved = (weights if lse is None else lse, norms, q, k, v, *lists)
+    ctx.save_for_backward(*saved, limits, table, query_codes, key_codes, key_bias)
     ctx.set_materialize_grads(False)
 
 
 def _backward(bwd: Callable[..., Any], ctx, grad_scores, grad_weights, grad_norms):
-    nothing = (None,) * 11
     if grad_scores is None or ctx.kind == "similarity":
-        return None, None, None, *nothing
-    grad_q, grad_k, grad_v = bwd(
+        return (None,) * 20
+    *lists, limits, table, query_codes, key_codes, key_bias = ctx.saved_tensors
+    need_bias = table is not None and ctx.needs_input_grad[13]
+    grad_q, grad_k, grad_v, grad_bias = bwd(
         grad_scores.contiguous(),
-        *ctx.saved_tensors,
+        *lists,
         ctx.max_queries,
         ctx.max_keys,
+        limits,
+        table,
+        query_codes,
+        key_codes,
+        ctx.shift,
+        key_bias,
+        need_bias,
         ctx.scale,
         ctx.kind,
     )
-    return grad_q, grad_k, grad_v if ctx.kind == "value" else None, *nothing
+    return (
+        grad_q,
+        grad_k,
+        grad_v if ctx.kind == "value" else None,
+        *(None,) * 10,
+        grad_bias if need_bias else None,
+        *(None,) * 6,
+    )
 
 
 library.define(
     library.Op(
         # With kind "mean", `weights` is the log-sum-exp of every query.
         "token_scores_bwd(Tensor grad_scores, Tensor weights, Tensor norms, Tensor q, Tensor k, "
-        f"Tensor? v, {SCHEMA}, float scale, str kind) -> (Tensor, Tensor, Tensor)",
+        f"Tensor? v, {SCHEMA}, {BIAS_SCHEMA}, bool need_bias, float scale, str kind) -> "
+        "(Tensor, Tensor, Tensor, Tensor)",
         module=__package__,
         fake=_fake_bwd,
         flops=_flops_bwd,
@@ -103,8 +149,8 @@ library.define(
 )
 library.define(
     library.Op(
-        f"token_scores(Tensor? q, Tensor k, Tensor? v, Tensor? lse, {SCHEMA}, float scale, "
-        "str kind) -> (Tensor scores, Tensor weights, Tensor norms)",
+        f"token_scores(Tensor? q, Tensor k, Tensor? v, Tensor? lse, {SCHEMA}, {BIAS_SCHEMA}, "
+        "float scale, str kind) -> (Tensor scores, Tensor weights, Tensor norms)",
         module=__package__,
         fake=_fake,
         flops=_flops,
@@ -119,28 +165,37 @@ library.define(
 
 
 def cls_attention_scores(
-    q: Tensor, k: Tensor, groups: Groups, *, scale: float | None = None, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    groups: Groups,
+    *,
+    bias: Tensor | None = None,
+    positions: Positions | None = None,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """The attention that each key receives from the first query of its group (CLS).
 
-        scores[j] = mean over heads: softmax_j(scale q_first . k_j)
+        scores[j] = mean over heads: softmax_j(scale q_first . k_j + bias)
 
     Equal to the "cls" scores of `space_time_attention`. Higher is more important. With
     `Groups.cross` the first token of a caption scores the patches of its clip. Deterministic,
     forward and backward. NaN or infinity in one group never reaches another. A group without
-    queries gives zeros.
+    queries gives zeros, and so does a query that sees no key.
 
     Args:
         q: [num_queries, H, D] float32, float16 or bfloat16; D at most 128 for "triton". The last
             dimension is contiguous, or copied; the others have any stride.
         k: [num_keys, H, D], the same dtype and device.
         groups: which queries attend to which keys, as for `space_time_attention`.
+        bias, positions, key_bias: what is added to the logits, as for `space_time_attention`.
         scale: finite factor of the logits before the softmax; default 1 / sqrt(D).
         backend: "auto", "native", "triton", "torch" or "reference".
 
     Returns:
         The scores, float32, [E] in the order of the groups' entries (the rows of k if
-        `groups.key_rows` is None). Gradients flow to q and k.
+        `groups.key_rows` is None). Gradients flow to q, k and bias.
 
     Raises:
         TypeError: a dtype is not one of those above, or `groups` is something else.
@@ -150,7 +205,8 @@ def cls_attention_scores(
 
     Sources: EViT, arXiv 2202.07800, 3.1; SViTT, arXiv 2304.08809, 3.2.
     """
-    return _score("cls", groups, backend, scale, q=q, k=k)
+    added = bias, positions, key_bias
+    return _score("cls", groups, backend, scale, added=added, q=q, k=k)
 
 
 def mean_attention_scores(
@@ -158,22 +214,25 @@ def mean_attention_scores(
     k: Tensor,
     groups: Groups,
     *,
+    bias: Tensor | None = None,
+    positions: Positions | None = None,
+    key_bias: Tensor | None = None,
     lse: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The attention that each key receives from the queries of its group, on average.
 
-        scores[j] = mean over heads and queries i: softmax_j(scale q_i . k_j)
+        scores[j] = mean over heads and queries i: softmax_j(scale q_i . k_j + bias)
 
     Equal to the "mean" scores of `space_time_attention`; everything else as in
     `cls_attention_scores`.
 
     Args:
-        q, k, groups, scale, backend: see `cls_attention_scores`.
-        lse: the log-sum-exp of every query's scaled logits, [H, num_queries] float32, if the
-            attention returned it: saves a pass. It counts as a function of q and k: the gradient
-            of the scores is the same with and without it.
+        q, k, groups, bias, positions, key_bias, scale, backend: see `cls_attention_scores`.
+        lse: the log-sum-exp of every query's logits, [H, num_queries] float32, if the attention
+            returned it: saves a pass. It counts as a function of q, k and bias: the gradient of
+            the scores is the same with and without it.
 
     Returns:
         The scores, see `cls_attention_scores`.
@@ -181,7 +240,8 @@ def mean_attention_scores(
     Raises:
         TypeError, ValueError, RuntimeError: see `cls_attention_scores`.
     """
-    return _score("mean", groups, backend, scale, lse, q=q, k=k)
+    added = bias, positions, key_bias
+    return _score("mean", groups, backend, scale, lse, added, q=q, k=k)
 
 
 def value_weighted_scores(
@@ -226,7 +286,8 @@ def key_similarity_scores(k: Tensor, groups: Groups, *, backend: str = "auto") -
     (ToMe also protects the class token: set its score to +inf.) Not differentiable.
 
     Args:
-        k, groups, backend: see `cls_attention_scores`; the queries of the groups do not matter.
+        k, groups, backend: see `cls_attention_scores`; the queries of the groups, and their
+            limits, do not matter.
 
     Returns:
         The scores, float32, [E], without a gradient.
@@ -245,6 +306,7 @@ def _score(
     backend: str,
     scale: float | None = None,
     lse: Tensor | None = None,
+    added: tuple[Tensor | None, Positions | None, Tensor | None] = (None, None, None),
     **tensors: Tensor,
 ) -> Tensor:
     _check(groups, tensors, lse)
@@ -253,6 +315,11 @@ def _score(
     q, k, v = (in_dtype(tensors[name], dtype) if name in tensors else None for name in "qkv")
     if kind == "similarity":  # not differentiable
         k = in_dtype(tensors["k"], dtype).detach()
+        if groups.query_limits is not None:
+            groups = replace(groups, query_limits=None, is_causal=False, checked=True)
+    bias = bias_of(*added, groups, tensors["k"].shape[1])
+    facts: dict[str, Any] = {"head_size": head_size, "bias": is_given(bias)}
+    facts["query_limits"] = groups.query_limits is not None
     device = groups.query_offsets.device.type
 
     def key() -> choices.Key | None:
@@ -260,20 +327,21 @@ def _score(
             "token_scores",
             device,
             dtype,
-            (q, k, v),
+            (q, k, v, bias.table),
             {
                 "queries": groups.max_queries if kind == "mean" else 1,
                 "keys": groups.max_keys,
                 "rows": tensors["k"].shape[0] * tensors["k"].shape[1],
             },
-            head_size=head_size,
             groups=groups.layout,
             kind=kind,
+            **facts,
         )
 
-    backend = library.choose(backend, "token_scores", device, dtype, key, head_size=head_size)
+    backend = library.choose(backend, "token_scores", device, dtype, key, **facts)
     lse = None if lse is None else lse.detach().contiguous()
-    return library.run("token_scores", backend, q, k, v, lse, *groups.arguments(), scale, kind)
+    args = (q, k, v, lse, *groups.arguments(), *bias, scale, kind)
+    return library.run("token_scores", backend, *args)
 
 
 def _check(groups: Groups, tensors: dict[str, Tensor], lse: Tensor | None) -> None:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from vidl.kernels.groups import (
-    Arguments,
     batched,
     cls_attention,
     logits_of,
     mask_of,
     mean_attention,
+    split,
 )
 
 from . import reference
@@ -22,17 +22,16 @@ def token_scores(
     k: Tensor,  # [num_keys, H, D]
     v: Tensor | None,  # [num_keys, H, D]
     lse: Tensor | None,  # [H, num_queries]
-    *rest: Any,  # the arguments of the groups, scale, kind
+    *rest: Any,  # the arguments of the groups, those of the bias, scale, kind
 ) -> Tensor:
     """One row of attention weights for each group, or for "mean" all of them: [E]."""
-    *arguments, scale, kind = rest
-    groups = Arguments(*arguments)
+    groups, bias, (scale, kind) = split(rest)
     if kind == "similarity":
         return reference.token_scores(q, k, v, lse, *rest)
     assert q is not None
     queries, keys = batched(groups, q.shape[0], k.shape[0])
     batch = keys.batch(k)
-    mask, _ = mask_of(queries, keys)
+    mask, unseen = mask_of(queries, keys, groups.query_limits, bias)
     if kind == "mean":
         logits = logits_of(queries.batch(q), batch, mask, scale)
         weights = logits.softmax(-1)
@@ -40,8 +39,10 @@ def token_scores(
             given = queries.batch(lse.T).transpose(1, 2)[..., None]  # [G, H, longest, 1]
             # The value comes from the given log-sum-exp, the gradient from the softmax.
             weights = weights + (torch.exp(logits - given) - weights).detach()
+        if unseen is not None:
+            weights = weights.masked_fill(unseen[:, None, :, None], 0)
         return keys.members(mean_attention(weights, queries))
-    importance = cls_attention(q, batch, queries, mask, scale)
+    importance = cls_attention(q, batch, queries, mask, unseen, scale)
     if kind == "value":
         assert v is not None
         norms = torch.linalg.vector_norm(v, dim=(1, 2), dtype=importance.dtype)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidl.kernels.groups import Arguments, Padded, attention_weights
+from vidl.kernels.groups import Bias, Padded, attention_weights, split
 
 
 def token_scores(
@@ -13,11 +13,10 @@ def token_scores(
     k: Tensor,  # [num_keys, H, D]
     v: Tensor | None,  # [num_keys, H, D]
     lse: Tensor | None,  # [H, num_queries]
-    *rest: Any,  # the arguments of the groups, scale, kind
+    *rest: Any,  # the arguments of the groups, those of the bias, scale, kind
 ) -> Tensor:
     """Pad every group to the longest, score its keys, and put the scores back: [E]."""
-    *arguments, scale, kind = rest
-    groups = Arguments(*arguments)
+    groups, bias, (scale, kind) = split(rest)
     high = torch.promote_types(k.dtype, torch.float32)
     keys = Padded(groups.key_offsets, groups.key_rows, groups.max_keys)
     if kind == "similarity":
@@ -26,7 +25,7 @@ def token_scores(
         assert q is not None
         longest = groups.max_queries if kind == "mean" else 1
         queries = Padded(groups.query_offsets, groups.query_rows, longest)
-        importance = _attention(q, k, lse, queries, keys, scale)
+        importance = _attention(q, k, lse, queries, keys, groups.query_limits, bias, scale)
     if kind == "value":
         assert v is not None
         # Padded first: the gradient of the norm of a row of no group, which may be NaN, is zero.
@@ -38,13 +37,21 @@ def token_scores(
 
 
 def _attention(
-    q: Tensor, k: Tensor, lse: Tensor | None, queries: Padded, keys: Padded, scale: float
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    queries: Padded,
+    keys: Padded,
+    limits: Tensor | None,
+    bias: Bias,
+    scale: float,
 ) -> Tensor:
     """The attention that each key receives, averaged over heads and queries: [G, max_keys]."""
-    logits, weights = attention_weights(q, k, queries, keys, scale)
+    logits, weights = attention_weights(q, k, queries, keys, scale, limits, bias)
     if lse is not None:
         given = queries.pad(lse.T).transpose(1, 2)[..., None]  # [G, H, max_queries, 1]
-        exact = torch.where((keys.sizes == 0)[:, None, None, None], 0, torch.exp(logits - given))
+        # The log-sum-exp of a query that sees no key is -inf.
+        exact = torch.where(logits == float("-inf"), 0, torch.exp(logits - given))
         # The value comes from the given log-sum-exp, the gradient from the softmax.
         weights = weights + (exact - weights).detach()
     weights = torch.where(queries.real[:, None, :, None], weights, 0)

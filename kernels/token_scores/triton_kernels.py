@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidl.kernels.groups import NO_BIAS, Bias, is_given, split
 from vidl.kernels.triton_launch import on_device
 
 from .triton_call import ScoresCall
@@ -26,10 +27,11 @@ def token_scores(
     k: Tensor,  # [num_keys, H, D]
     v: Tensor | None,  # [num_keys, H, D]
     lse: Tensor | None,  # [H, num_queries]
-    *rest: Any,  # the groups as in groups/triton_call.py, scale, kind
+    *rest: Any,  # the groups as in groups/triton_call.py, the bias, scale, kind
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scores [E]; weights [H, E] or log-sum-exp [H, num_queries]; norms of v [num_keys]."""
-    *groups, scale, kind = rest
+    groups, bias, (scale, kind) = split(rest)
+    _require_no_bias(bias)
     call = ScoresCall(q, k, groups)
     with on_device(k):
         if kind == "similarity":
@@ -51,20 +53,26 @@ def token_scores_bwd(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
-    *rest: Any,  # as forward
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
-    *groups, scale, kind = rest
+    *rest: Any,  # as forward, but whether the bias needs a gradient before the scale
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, and an empty one."""
+    groups, bias, (_, scale, kind) = split(rest)
+    _require_no_bias(bias)
     call = ScoresCall(q, k, groups)
     grad_scores, weights = grad_scores.contiguous(), weights.contiguous()
     grad_v = k.new_empty(0)
     with on_device(k):
         if kind == "mean":
-            return *mean_back(call, grad_scores, weights, scale), grad_v
+            return *mean_back(call, grad_scores, weights, scale), grad_v, call.empty(0)
         if kind == "value":
             assert v is not None
             grad_scores, grad_v = value_back(call, grad_scores, weights, norms, v)
-        return *cls_back(call, grad_scores, weights, scale), grad_v
+        return *cls_back(call, grad_scores, weights, scale), grad_v, call.empty(0)
+
+
+def _require_no_bias(bias: Bias) -> None:
+    if is_given(bias):
+        raise RuntimeError("token_scores: the Triton kernels take no bias and no key_bias")
 
 
 def ahead_of_time() -> None:
@@ -86,7 +94,8 @@ def _launch(
     if shared:
         entry_offsets = torch.tensor([0, 2, 2], dtype=torch.int32)
         index = (offsets, offsets, rows, rows, entry_offsets, rows)
-    rest = (*index, *((8192, 8192) if many else (2, 2)), 1.0, kind)
-    scores, weights, norms = token_scores(q, k, v if kind == "value" else None, None, *rest)
+    rest = (*index, *((8192, 8192) if many else (2, 2)), None, *NO_BIAS)
+    values = v if kind == "value" else None
+    scores, weights, norms = token_scores(q, k, values, None, *rest, 1.0, kind)
     if kind != "similarity":
-        token_scores_bwd(scores, weights, norms, q, k, v if kind == "value" else None, *rest)
+        token_scores_bwd(scores, weights, norms, q, k, values, *rest, False, 1.0, kind)

@@ -151,7 +151,10 @@ class Block(nn.Module):
             pruning = None
         options: dict[str, Any] = {"backend": self.backend}
         if pruning is not None and not _of_samples(groups):
-            raise ValueError("need groups of whole samples to prune, as Groups.joint makes them")
+            raise ValueError(
+                "need groups of whole samples without query_limits to prune, as Groups.joint makes "
+                "them"
+            )
         if pruning is not None and packed:
             if groups.uniform:
                 num_kept = groups.num_groups * pruning.kept(groups.max_queries - 1)
@@ -220,9 +223,9 @@ def _groups_after(groups: Groups, pruning: Pruning, selected: Selected) -> Group
 
 
 def _of_samples(groups: Groups) -> bool:
-    """Whether each group is a whole sample: all of its rows, in order."""
+    """Whether each group is a whole sample: all of its rows, in order, seen by all queries."""
     offsets = groups.row_offsets
-    ordered = groups.query_rows is None and groups.key_rows is None
+    ordered = groups.query_rows is None and groups.key_rows is None and groups.query_limits is None
     return ordered and offsets is not None and offsets.shape[0] == groups.num_groups + 1
 
 
