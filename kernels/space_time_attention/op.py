@@ -39,8 +39,8 @@ HEAD_SIZES = (32, 64, 80, 96, 128)
 def _limits(
     backend: str, device: str, dtype: torch.dtype, head_size: int = 64, bias: bool = False
 ) -> str | None:
-    if bias and (backend, device) != ("native", "cpu"):
-        return "its kernels take no bias and no key_bias"
+    if bias and backend != "triton" and (backend, device) != ("native", "cpu"):
+        return "its CUDA kernels take no bias and no key_bias"
     if head_size not in HEAD_SIZES:
         return f"head sizes are {', '.join(map(str, HEAD_SIZES))}, not {head_size}"
     if backend != "triton" and (backend, device) != ("native", "cpu") and dtype == torch.float32:
