@@ -8,6 +8,9 @@ triton_table.py: the gradient of the table of relative positions, for groups of 
 A key of several groups gets a gradient from every entry; kernels/groups/triton_entries.py adds them
 in order. kernels/groups/ also has what this op shares with token_scores.
 
+A table of relative positions is read once more for each pair of a query and a key, 4 bytes from the
+cache, at a row that the codes of both give. Hidden keys are not read.
+
 Heads of 80 and 96 channels are padded to 128. Two blocks (64 + 16, 64 + 32) would need 37% and 25%
 fewer tensor core instructions, but two sets of addresses, which do not fit the registers of sm_80
 in the backward kernels.
@@ -151,7 +154,7 @@ def backward_tiles(
             tile = Tile("whole", 32, keys, warps=4 if keys <= 32 else 8, stages=2)
         else:
             tile = Tile("blocked", 32, keys=64, warps=8, stages=2)
-        return replace(_blocked_tile(64, D), warps=8), tile
+        return replace(_blocked_tile(64 if D <= 64 else 32, D), warps=8), tile
     if keys <= 32 or (D <= 64 and keys <= 64):
         tile = Tile("whole", 32, keys, warps=4, stages=2)
     elif keys <= 64 or (keys <= 128 and (D <= 32 or (D <= 64 and scores != "mean"))):
@@ -167,10 +170,10 @@ def table_tile(max_keys: int, D: int, dtype: torch.dtype) -> Tile:
     """The tile of the kernel for the gradient of the table: all keys of a query are one step."""
     if dtype == torch.float32:
         side = 64 if max_keys > 32 and D <= 64 else 32
-        return Tile("blocked", 16, side, warps=4)
-    keys = min(_power_of_2(max_keys), 128)
+        return Tile("blocked", SLOT, side, warps=4)
+    keys = min(_power_of_2(max_keys), 128 if D <= 64 else 64)
     # Left to itself, the compiler spills on sm_80 in order not to use more than 168 registers.
-    return Tile("blocked", 16, keys, warps=1 if keys == 32 else 4, registers=240)
+    return Tile("blocked", SLOT, keys, warps=1 if keys == 32 else 4, registers=240)
 
 
 def _float32_tile(max_keys: int, D: int) -> Tile:
