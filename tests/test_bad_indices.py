@@ -18,6 +18,7 @@ from where import Where
 from vidl.kernels import library
 from vidl.ops import (
     Groups,
+    Positions,
     cls_attention_scores,
     key_similarity_scores,
     masked_patch_embed,
@@ -185,6 +186,26 @@ def attend(groups, scores, dtype):
     return out, score, grads
 
 
+def biased(groups, scores, dtype):
+    """With codes of any value."""
+    q, k, v = (x.detach().requires_grad_() for x in fused(groups, 1, 32, dtype, "cpu"))
+    codes = torch.arange(groups.num_keys).int()
+    codes[::20], codes[3], codes[4] = MOST, LEAST, -1
+    table = torch.linspace(-1, 1, 9)[:, None].requires_grad_()
+    key_bias = torch.linspace(-1, 1, groups.num_keys)
+    key_bias[1::4] = -torch.inf
+    out, score = space_time_attention(
+        *(q, k, v, groups),
+        bias=table,
+        positions=Positions(codes, codes.flip(0), 9, 2),
+        key_bias=key_bias,
+        return_scores=scores,
+        backend="triton",
+    )
+    grads = torch.autograd.grad(out.float().sum() + score.sum(), (q, k, v, table))
+    return out, score, grads
+
+
 def scored(groups, kind, dtype):
     q, k, v = (x.detach().requires_grad_() for x in fused(groups, 1, 32, dtype, "cpu"))
     function, leaves = {
@@ -211,6 +232,8 @@ RUNS = [
     (attend, 6, "cls", torch.float16),
     (attend, 80, "cls", torch.float16),
     (attend, 40, "mean", torch.float32),
+    *((biased, 6, kind, torch.float16) for kind in ("cls", "mean")),
+    (biased, 40, "mean", torch.float32),
     *((scored, 20, kind, torch.float32) for kind in ("cls", "mean", "value", "similarity")),
 ]
 

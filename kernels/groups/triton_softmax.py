@@ -7,8 +7,9 @@ Unless a shape says otherwise, functions take matrices [rows, columns] and batch
 import triton
 import triton.language as tl
 
-# The hardware computes powers of 2.
-LOG2_E = tl.constexpr(1.4426950408889634)
+from .triton_bias import LOG2_E as LOG2_E
+from .triton_bias import add_bias
+
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -36,24 +37,28 @@ def softmax(logits, has_keys):
 
 
 @triton.jit
-def online_softmax(logits, highest, total, BASE_2: tl.constexpr):
+def online_softmax(logits, highest, total, BASE_2: tl.constexpr, HIDDEN: tl.constexpr = False):
     """One step of the online softmax, over a block of keys.
 
     Args:
         logits: of the block, [queries, keys], to base 2 or to base e.
         highest, total: the maximum and the denominator of the blocks before, [queries].
+        HIDDEN: whether a block may have no key that counts, so that its logits are all -inf.
 
     Returns:
         The numerators of the block, the factor that rescales earlier sums to them, and the new
         `highest` and `total`.
     """
     higher = tl.maximum(highest, tl.max(logits, 1))
+    level = higher
+    if HIDDEN:
+        level = tl.where(higher == float("-inf"), 0.0, higher)
     if BASE_2:
-        weights = tl.exp2(logits - higher[:, None])
-        rescale = tl.exp2(highest - higher)
+        weights = tl.exp2(logits - level[:, None])
+        rescale = tl.exp2(highest - level)
     else:
-        weights = tl.exp(logits - higher[:, None])
-        rescale = tl.exp(highest - higher)
+        weights = tl.exp(logits - level[:, None])
+        rescale = tl.exp(highest - level)
     return weights, rescale, higher, total * rescale + tl.sum(weights, 1)
 
 
@@ -90,6 +95,7 @@ def weights_back(
     first_query,
     real,
     scale,
+    bias,
     SCORES: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
     SAME_BITS: tl.constexpr = False,
@@ -97,9 +103,10 @@ def weights_back(
     """The weights, recomputed from the log-sum-exp, and their gradients.
 
     Both are [queries, keys] or, with KEYS_FIRST, [keys, queries]. `lse`, `grad_score`,
-    `first_query` and `real` broadcast to that shape.
+    `first_query` and `real` broadcast to that shape. `bias` are the arguments of add_bias().
     """
     logits = dot_products(q, k, KEYS_FIRST, SAME_BITS) * (scale * LOG2_E)
+    logits = add_bias(logits, *bias)
     weights = tl.where(real, tl.exp2(logits - lse * LOG2_E), 0.0)
     grads = dot_products(grad_out, v, KEYS_FIRST, SAME_BITS)
     if SCORES == "cls":

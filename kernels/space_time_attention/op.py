@@ -45,8 +45,8 @@ def _limits(
     bias: bool = False,
     query_limits: bool = False,
 ) -> str | None:
-    if bias and (backend, device) != ("native", "cpu"):
-        return "its kernels take no bias and no key_bias"
+    if bias and backend != "triton" and (backend, device) != ("native", "cpu"):
+        return "its CUDA kernels take no bias and no key_bias"
     if query_limits and (backend, device) != ("native", "cpu"):
         return "its kernels take no groups with query_limits"
     if head_size not in HEAD_SIZES:

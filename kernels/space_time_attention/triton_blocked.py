@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidl.kernels.groups.triton_bias import add_bias, head_table, load_keys, query_codes
 from vidl.kernels.groups.triton_rows import (
     find_group,
     load_block,
@@ -35,7 +36,7 @@ from .triton_call import AttentionCall, Tile
 
 
 @triton.jit(
-    do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "blocks"],
+    do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "shift", "last", "blocks"],
 )
 def blocked_forward_kernel(
     q_ptr,
@@ -45,6 +46,10 @@ def blocked_forward_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    table_ptr,  # [H, last + 1] or None
+    query_codes_ptr,  # [num_queries] or None
+    key_codes_ptr,  # [num_keys] or None
+    key_bias_ptr,  # [num_keys] or None
     out_ptr,
     lse_ptr,
     highest_ptr,  # [H, num_queries] or None, as total_ptr
@@ -60,6 +65,8 @@ def blocked_forward_kernel(
     num_queries,
     E,
     num_keys,
+    shift,
+    last,
     blocks,
     scale,
     D: tl.constexpr,
@@ -84,6 +91,8 @@ def blocked_forward_kernel(
     real_query, query, q = load_block(
         q_ptr, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
     )
+    query_code = query_codes(query_codes_ptr, query, real_query, shift)
+    table = head_table(last, h)
     k_ptr += h * k_head
     v_ptr += h * v_head
     highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
@@ -93,13 +102,20 @@ def blocked_forward_kernel(
     last_key = first_key + keys
     for at in range(first_key, last_key, BLOCK_KEYS):
         j = at + tl.arange(0, BLOCK_KEYS)
-        real_key, key, k = load_block(
-            k_ptr, key_rows_ptr, 0, last_key, j, num_keys, k_row, D, BLOCK_D
+        _, seen, key, k, key_code, key_bias = load_keys(
+            *(k_ptr, key_rows_ptr, key_codes_ptr, key_bias_ptr, 0, last_key, j, num_keys, k_row),
+            *(D, BLOCK_D),
         )
-        v = load_rows(v_ptr, key * v_row, real_key, D, BLOCK_D)
+        v = load_rows(v_ptr, key * v_row, seen, D, BLOCK_D)
         logits = multiply(q, transpose(k)) * (scale * LOG2_E)
-        logits = tl.where(real_key[None, :], logits, float("-inf"))
-        weights, rescale, highest, total = online_softmax(logits, highest, total, BASE_2=True)
+        logits = add_bias(
+            *(logits, table_ptr, key_bias_ptr, last, table),
+            *(query_code[:, None], key_code[None, :], key_bias[None, :]),
+        )
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        weights, rescale, highest, total = online_softmax(
+            logits, highest, total, BASE_2=True, HIDDEN=key_bias_ptr is not None
+        )
         out = out * rescale[:, None] + multiply(weights.to(v.dtype), v)
     total = tl.where(total == 0.0, 1.0, total)
     lse = (highest + tl.log2(total)) * LN_2  # -inf without keys
@@ -111,7 +127,7 @@ def blocked_forward_kernel(
         tl.store(total_ptr + at, total, mask=real_query)
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "shift", "last", "blocks"])
 def blocked_scores_kernel(
     q_ptr,
     k_ptr,
@@ -119,6 +135,10 @@ def blocked_scores_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    table_ptr,  # [H, last + 1] or None
+    query_codes_ptr,  # [num_queries] or None
+    key_codes_ptr,  # [num_keys] or None
+    key_bias_ptr,  # [num_keys] or None
     highest_ptr,  # [H, num_queries]
     total_ptr,  # [H, num_queries]
     scores_ptr,  # [H, E]
@@ -131,6 +151,8 @@ def blocked_scores_kernel(
     num_queries,
     E,
     num_keys,
+    shift,
+    last,
     blocks,
     scale,
     D: tl.constexpr,
@@ -154,9 +176,11 @@ def blocked_scores_kernel(
         return
     j = start + tl.arange(0, BLOCK_KEYS)
     k_ptr += h * k_head
-    real_key, key, k = load_block(
-        k_ptr, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
+    real_key, seen, _, k, key_code, key_bias = load_keys(
+        *(k_ptr, key_rows_ptr, key_codes_ptr, key_bias_ptr, first_key, keys, j, num_keys, k_row),
+        *(D, BLOCK_D),
     )
+    table = head_table(last, h)
     q_ptr += h * q_head
     highest_ptr += h * num_queries
     total_ptr += h * num_queries
@@ -167,7 +191,11 @@ def blocked_scores_kernel(
             query = tl.zeros([1], tl.int32) + first_query
             query = rows_at(query_rows_ptr, query, query >= 0, num_queries)
             q = load_rows(q_ptr, query * q_row, query >= 0, D, BLOCK_D).to(tl.float32)
+            query_code = query_codes(query_codes_ptr, query, query >= 0, shift)
             logits = tl.sum(k.to(tl.float32) * q, 1) * (scale * LOG2_E)
+            logits = add_bias(
+                *(logits, table_ptr, key_bias_ptr, last, table, query_code, key_code, key_bias)
+            )
             weights = tl.exp2(logits - tl.load(highest_ptr + query))
             scores = weights / tl.load(total_ptr + query)
     else:
@@ -178,11 +206,18 @@ def blocked_scores_kernel(
             )
             highest = tl.load(highest_ptr + query, mask=real_query, other=0.0)
             share = 1.0 / tl.load(total_ptr + query, mask=real_query, other=1.0)
+            query_code = query_codes(query_codes_ptr, query, real_query, shift)
             logits = multiply(k, transpose(q)) * (scale * LOG2_E)
+            logits = add_bias(
+                *(logits, table_ptr, key_bias_ptr, last, table),
+                *(query_code[None, :], key_code[:, None], key_bias[:, None]),
+            )
             weights = tl.exp2(logits - highest[None, :]) * share[None, :]
             weights = tl.sum(tl.where(real_query[None, :], weights, 0.0), 1)
             scores, lost = add_compensated(weights, scores, lost)
         scores = scores / tl.maximum(queries, 1)
+    if key_bias_ptr is not None:  # without keys that count, the maximum is -inf
+        scores = tl.where(seen, scores, 0.0)
     tl.store(scores_ptr + h * E + first_key + j, scores, mask=real_key)
 
 
@@ -193,10 +228,16 @@ def block_back(
     grad_out,
     lse,
     i,
+    query_code,
     grad_scores_ptr,
     k_ptr,  # of this head
     v_ptr,  # of this head
     key_rows_ptr,
+    table_ptr,
+    key_codes_ptr,
+    key_bias_ptr,
+    last,
+    table,
     k_row,
     v_row,
     last_key,
@@ -210,8 +251,11 @@ def block_back(
 ):
     """A block of keys from place `at` on: k, the weights of the queries, and their gradients."""
     j = at + tl.arange(0, BLOCK_KEYS)
-    real_key, key, k = load_block(k_ptr, key_rows_ptr, 0, last_key, j, num_keys, k_row, D, BLOCK_D)
-    v = load_rows(v_ptr, key * v_row, real_key, D, BLOCK_D)
+    real_key, seen, key, k, key_code, key_bias = load_keys(
+        *(k_ptr, key_rows_ptr, key_codes_ptr, key_bias_ptr, 0, last_key, j, num_keys, k_row),
+        *(D, BLOCK_D),
+    )
+    v = load_rows(v_ptr, key * v_row, seen, D, BLOCK_D)
     grad_score = tl.zeros([BLOCK_KEYS], tl.float32)
     if grad_scores_ptr is not None:
         grad_score = tl.load(grad_scores_ptr + j, mask=real_key, other=0.0) * share
@@ -223,15 +267,24 @@ def block_back(
         lse[:, None],
         grad_score[None, :],
         (i == 0)[:, None],
-        real_key[None, :],
+        seen[None, :],
         scale,
+        (
+            table_ptr,
+            key_bias_ptr,
+            last,
+            table,
+            query_code[:, None],
+            key_code[None, :],
+            key_bias[None, :],
+        ),
         SCORES,
         KEYS_FIRST=False,
     )
     return k, weights, grads
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "shift", "last", "blocks"])
 def query_backward_kernel(
     grad_out_ptr,  # [num_queries, H, D]
     grad_scores_ptr,  # [E] or None
@@ -244,6 +297,10 @@ def query_backward_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    table_ptr,  # [H, last + 1] or None
+    query_codes_ptr,  # [num_queries] or None
+    key_codes_ptr,  # [num_keys] or None
+    key_bias_ptr,  # [num_keys] or None
     delta_ptr,  # [H, num_queries]
     inverse_ptr,  # [H, num_queries] or None
     grad_q_ptr,  # [num_queries, H, D]
@@ -258,6 +315,8 @@ def query_backward_kernel(
     num_queries,
     E,
     num_keys,
+    shift,
+    last,
     blocks,
     scale,
     D: tl.constexpr,
@@ -293,11 +352,13 @@ def query_backward_kernel(
     share = 1.0 / H
     if SCORES == "mean":
         share = share / queries
-    query_side = (q, grad_out, lse, i)
-    key_side = (grad_scores_ptr, k_ptr, v_ptr, key_rows_ptr, k_row, v_row)
+    query_code = query_codes(query_codes_ptr, query, real_query, shift)
+    query_side = (q, grad_out, lse, i, query_code)
+    bias = (table_ptr, key_codes_ptr, key_bias_ptr, last, head_table(last, h))
+    key_side = (grad_scores_ptr, k_ptr, v_ptr, key_rows_ptr)
     # Places in the list of keys take fewer registers than numbers within the group.
     last_key = first_key + keys
-    members = (last_key, num_keys, share)
+    members = (k_row, v_row, last_key, num_keys, share)
     out = load_rows(out_ptr, here, real_query, D, BLOCK_D)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
     inverse = tl.full([BLOCK_QUERIES], 1.0, tl.float32)
@@ -311,7 +372,7 @@ def query_backward_kernel(
         lost_products = tl.zeros([BLOCK_QUERIES], tl.float32)
         for at in range(first_key, end, BLOCK_KEYS):
             _, weights, grads = block_back(
-                at, *query_side, *key_side, *members, scale, D, BLOCK_D, BLOCK_KEYS, SCORES
+                at, *query_side, *key_side, *bias, *members, scale, D, BLOCK_D, BLOCK_KEYS, SCORES
             )
             total, lost = add_compensated(tl.sum(weights, 1), total, lost)
             products, lost_products = add_compensated(
@@ -325,14 +386,14 @@ def query_backward_kernel(
     grad_q = tl.zeros([BLOCK_QUERIES, BLOCK_D], tl.float32)
     for at in range(first_key, last_key, BLOCK_KEYS):
         k, weights, grads = block_back(
-            at, *query_side, *key_side, *members, scale, D, BLOCK_D, BLOCK_KEYS, SCORES
+            at, *query_side, *key_side, *bias, *members, scale, D, BLOCK_D, BLOCK_KEYS, SCORES
         )
         grad_logits = weights * inverse[:, None] * (grads - delta[:, None])
         grad_q += multiply(grad_logits.to(k.dtype), k)
     store_rows(grad_q_ptr, here, grad_q * logit_slope(keys, scale), real_query, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "shift", "last", "blocks"])
 def key_backward_kernel(
     grad_out_ptr,  # [num_queries, H, D]
     grad_scores_ptr,  # [E] or None
@@ -346,6 +407,10 @@ def key_backward_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    table_ptr,  # [H, last + 1] or None
+    query_codes_ptr,  # [num_queries] or None
+    key_codes_ptr,  # [num_keys] or None
+    key_bias_ptr,  # [num_keys] or None
     grad_k_ptr,  # [num_keys, H, D], or [E, H, D]
     grad_v_ptr,
     q_row,
@@ -359,6 +424,8 @@ def key_backward_kernel(
     num_queries,
     E,
     num_keys,
+    shift,
+    last,
     blocks,
     scale,
     D: tl.constexpr,
@@ -379,10 +446,12 @@ def key_backward_kernel(
         return
     j = start + tl.arange(0, BLOCK_KEYS)
     k_ptr += h * k_head
-    real_key, key, k = load_block(
-        k_ptr, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
+    real_key, seen, key, k, key_code, key_bias = load_keys(
+        *(k_ptr, key_rows_ptr, key_codes_ptr, key_bias_ptr, first_key, keys, j, num_keys, k_row),
+        *(D, BLOCK_D),
     )
-    v = load_rows(v_ptr + h * v_head, key * v_row, real_key, D, BLOCK_D)
+    v = load_rows(v_ptr + h * v_head, key * v_row, seen, D, BLOCK_D)
+    table = head_table(last, h)
     grad_score = tl.zeros([BLOCK_KEYS], tl.float32)
     if grad_scores_ptr is not None:
         grad_score = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0) / H
@@ -401,6 +470,7 @@ def key_backward_kernel(
         grad_out = load_rows(grad_out_ptr, (query * H + h) * D, real_query, D, BLOCK_D)
         lse = tl.load(lse_ptr + query, mask=real_query, other=0.0)
         delta = tl.load(delta_ptr + query, mask=real_query, other=0.0)
+        query_code = query_codes(query_codes_ptr, query, real_query, shift)
         weights, grads = weights_back(  # [keys, queries]
             q,
             k,
@@ -409,8 +479,17 @@ def key_backward_kernel(
             lse[None, :],
             grad_score[:, None],
             (i == 0)[None, :],
-            real_key[:, None] & real_query[None, :],
+            seen[:, None] & real_query[None, :],
             scale,
+            (
+                table_ptr,
+                key_bias_ptr,
+                last,
+                table,
+                query_code[None, :],
+                key_code[:, None],
+                key_bias[:, None],
+            ),
             SCORES,
             KEYS_FIRST=True,
             SAME_BITS=inverse_ptr is not None,  # as in the sums of query_backward_kernel
@@ -477,12 +556,12 @@ def backward(
     grad_scores: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    delta: Tensor,
+    inverse: Tensor | None,
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> None:
-    delta = torch.empty_like(lse)
-    inverse = torch.empty_like(lse) if out.dtype == torch.float32 else None
     programs, blocks, search = call.blocks(0, query_tile.queries, call.H)
     query_backward_kernel[(programs,)](
         grad_out,

@@ -3,9 +3,13 @@
 triton_packed.py: groups of at most 16 queries and keys, several in a program.
 triton_whole.py: groups of at most 128 keys, all of them in one block.
 triton_blocked.py: longer groups, in blocks of queries and blocks of keys.
+triton_table.py: the gradient of the table of relative positions, for groups of any length.
 
 A key of several groups gets a gradient from every entry; kernels/groups/triton_entries.py adds them
 in order. kernels/groups/ also has what this op shares with token_scores.
+
+A table of relative positions is read once more for each pair of a query and a key, 4 bytes from the
+cache, at a row that the codes of both give. Hidden keys are not read.
 
 Heads of 80 and 96 channels are padded to 128. Two blocks (64 + 16, 64 + 32) would need 37% and 25%
 fewer tensor core instructions, but two sets of addresses, which do not fit the registers of sm_80
@@ -13,17 +17,18 @@ in the backward kernels.
 """
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from vidl.kernels.groups import NO_BIAS, Bias, is_given, split
+from vidl.kernels.groups import NO_BIAS, Bias, split
 from vidl.kernels.groups.triton_entries import sum_entries
 from vidl.kernels.triton_launch import on_device
 
-from . import triton_blocked, triton_packed, triton_whole
+from . import triton_blocked, triton_packed, triton_table, triton_whole
 from .triton_call import AttentionCall, Tile
 from .triton_packed import PACK, SLOT
 
@@ -39,12 +44,11 @@ def space_time_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the log-sum-exp [H, num_queries], and the scores [E] or [0]."""
     groups, bias, (scale, scores) = split(rest)
-    _require_no_bias(bias)
-    call = AttentionCall(q, k, v, groups, scale, scores)
+    call = AttentionCall(q, k, v, groups, bias, scale, scores)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(call.H, call.num_queries, dtype=torch.float32)
     head_scores = q.new_empty(call.H, call.E, dtype=torch.float32) if scores else None
-    tile = forward_tile(*call.longest, call.D, q.dtype)
+    tile = forward_tile(*call.longest, call.D, q.dtype, call.biased)
     forward = {
         "packed": triton_packed.forward,
         "whole": triton_whole.forward,
@@ -65,15 +69,16 @@ def space_time_attention_bwd(
     lse: Tensor,
     *rest: Any,  # as forward, but whether the bias needs a gradient before the scale
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, and an empty one."""
-    groups, bias, (_, scale, scores) = split(rest)
-    _require_no_bias(bias)
+    """The gradients of q, k and v; and that of the table [H, rows], or [0]."""
+    groups, bias, (need_bias, scale, scores) = split(rest)
     if grad_scores is None or not scores:
         grad_scores, scores = None, ""
     else:
         grad_scores = grad_scores.contiguous()
     grad_out = grad_out.contiguous()
-    call = AttentionCall(q, k, v, groups, scale, scores)
+    call = AttentionCall(q, k, v, groups, bias, scale, scores)
+    if need_bias and call.bias.table is None:
+        raise RuntimeError("space_time_attention_bwd: need a bias for its gradient")
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = call.grad_of_keys(k), call.grad_of_keys(v)
     entry_k, entry_v = grad_k, grad_v
@@ -81,28 +86,40 @@ def space_time_attention_bwd(
         entry_k, entry_v = (
             k.new_empty(call.E, call.H, call.D, dtype=torch.float32) for _ in range(2)
         )
-    query_tile, key_tile = backward_tiles(*call.longest, call.D, q.dtype, scores)
+    query_tile, key_tile = backward_tiles(*call.longest, call.D, q.dtype, scores, call.biased)
     results = (grad_q, entry_k, entry_v)
+    delta = inverse = None
+    if key_tile.kind == "blocked" or need_bias:
+        delta = torch.empty_like(lse)
+        inverse = torch.empty_like(lse) if q.dtype == torch.float32 else None
+    grad_table = lse.new_empty(0)
     with on_device(q):
         if key_tile.kind == "packed":
-            triton_packed.backward(call, key_tile, grad_out, grad_scores, lse, *results)
+            triton_packed.backward(call, key_tile, grad_out, grad_scores, lse, delta, *results)
         elif key_tile.kind == "whole":
-            triton_whole.backward(call, key_tile, grad_out, grad_scores, lse, *results)
+            triton_whole.backward(
+                call, key_tile, grad_out, grad_scores, lse, delta, inverse, *results
+            )
         else:
+            assert delta is not None
             triton_blocked.backward(
-                call, query_tile, key_tile, grad_out, grad_scores, out, lse, *results
+                *(call, query_tile, key_tile, grad_out, grad_scores, out, lse, delta, inverse),
+                *results,
+            )
+        if need_bias:
+            assert delta is not None
+            tile = table_tile(call.longest[1], call.D, q.dtype)
+            grad_table = triton_table.backward(
+                call, tile, grad_out, grad_scores, lse, delta, inverse
             )
         if call.shared:
             sum_entries(call, (entry_k, entry_v), (grad_k, grad_v), ENTRIES_PER_STEP)
-    return grad_q, grad_k, grad_v, lse.new_empty(0)
+    return grad_q, grad_k, grad_v, grad_table
 
 
-def _require_no_bias(bias: Bias) -> None:
-    if is_given(bias):
-        raise RuntimeError("space_time_attention: the Triton kernels take no bias and no key_bias")
-
-
-def forward_tile(max_queries: int, max_keys: int, D: int, dtype: torch.dtype) -> Tile:
+def forward_tile(
+    max_queries: int, max_keys: int, D: int, dtype: torch.dtype, biased: bool = False
+) -> Tile:
     """The size class and the tile of a forward pass."""
     if dtype == torch.float32:
         return _float32_tile(max_keys, D)
@@ -111,12 +128,15 @@ def forward_tile(max_queries: int, max_keys: int, D: int, dtype: torch.dtype) ->
     queries = 16 if max_queries <= 16 else 64
     if max_keys <= 128:  # 256 keys would leave one program a multiprocessor, or spill on sm_80
         keys = _power_of_2(max_keys)
-        return Tile("whole", queries, keys, warps=4 if D <= 64 or keys <= 64 else 8)
+        if biased and keys > 64:
+            queries = min(queries, 32)
+        few = (keys < 64 and D <= 64) if biased else (keys <= 64 or D <= 64)
+        return Tile("whole", queries, keys, warps=4 if few else 8)
     return _blocked_tile(queries, D)
 
 
 def backward_tiles(
-    max_queries: int, max_keys: int, D: int, dtype: torch.dtype, scores: str
+    max_queries: int, max_keys: int, D: int, dtype: torch.dtype, scores: str, biased: bool = False
 ) -> tuple[Tile, Tile]:
     """The tiles of the kernel for queries, which only blocked groups need, and of that for keys.
 
@@ -128,6 +148,13 @@ def backward_tiles(
     if max(max_queries, max_keys) <= SLOT:
         return _packed_tile(D), _packed_tile(D)
     keys = _power_of_2(max_keys)
+    if biased:
+        # Rows of the table and their addresses take registers: smaller tiles, or more warps.
+        if keys <= 64 or (keys <= 128 and (D <= 32 or (D <= 64 and not scores))):
+            tile = Tile("whole", 32, keys, warps=4 if keys <= 32 else 8, stages=2)
+        else:
+            tile = Tile("blocked", 32, keys=64, warps=8, stages=2)
+        return replace(_blocked_tile(64 if D <= 64 else 32, D), warps=8), tile
     if keys <= 32 or (D <= 64 and keys <= 64):
         tile = Tile("whole", 32, keys, warps=4, stages=2)
     elif keys <= 64 or (keys <= 128 and (D <= 32 or (D <= 64 and scores != "mean"))):
@@ -137,6 +164,16 @@ def backward_tiles(
     else:
         tile = Tile("blocked", 64, keys=64, warps=8, stages=2)
     return _blocked_tile(64, D), tile
+
+
+def table_tile(max_keys: int, D: int, dtype: torch.dtype) -> Tile:
+    """The tile of the kernel for the gradient of the table: all keys of a query are one step."""
+    if dtype == torch.float32:
+        side = 64 if max_keys > 32 and D <= 64 else 32
+        return Tile("blocked", SLOT, side, warps=4)
+    keys = min(_power_of_2(max_keys), 128 if D <= 64 else 64)
+    # Left to itself, the compiler spills on sm_80 in order not to use more than 168 registers.
+    return Tile("blocked", SLOT, keys, warps=1 if keys == 32 else 4, registers=240)
 
 
 def _float32_tile(max_keys: int, D: int) -> Tile:
@@ -185,6 +222,14 @@ def ahead_of_time() -> None:
     _launch(64, torch.float16, *sizes[1], shared=True)
     for D, keys in itertools.product((64, 128), (785, 8, 32, 64)):
         _launch(D, torch.float32, 785, keys, scores="mean", shared=True)
+    for D, size in itertools.product((64, 32, 128), sizes[:5]):
+        _launch(D, torch.bfloat16, *size, biased=True)
+    for D, size in itertools.product((64, 128), sizes[:4]):
+        _launch(D, torch.bfloat16, *size, scores="mean", shared=True, biased=True, hidden=True)
+    _launch(64, torch.bfloat16, *sizes[2], scores="cls", biased=True, hidden=True)
+    _launch(64, torch.float16, *sizes[1], biased=True, hidden=True)
+    for D, keys in itertools.product((32, 64, 128), (785, 8, 32, 64)):
+        _launch(D, torch.float32, 785, keys, biased=True, hidden=D == 64)
 
 
 def _launch(
@@ -194,6 +239,8 @@ def _launch(
     max_keys: int,
     scores: str = "",
     shared: bool = False,
+    biased: bool = False,
+    hidden: bool = False,
 ) -> None:
     q, k, v = torch.zeros(2, 3, 2, D, dtype=dtype).unbind(1)
     offsets, rows = torch.tensor([0, 2], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
@@ -201,7 +248,8 @@ def _launch(
     if shared:
         entry_offsets = torch.tensor([0, 2, 2], dtype=torch.int32)
         rest = (offsets, offsets, rows, rows, entry_offsets, rows)
-    rest += (max_queries, max_keys, None, *NO_BIAS)
+    bias = Bias(torch.zeros(2, 7), rows, rows, 3, None) if biased else NO_BIAS
+    rest += (max_queries, max_keys, None, *bias[:4], torch.zeros(2) if hidden else None)
     out, lse, importance = space_time_attention(q, k, v, *rest, 1.0, scores)
     grad_scores = importance if scores else None
-    space_time_attention_bwd(out, grad_scores, q, k, v, out, lse, *rest, False, 1.0, scores)
+    space_time_attention_bwd(out, grad_scores, q, k, v, out, lse, *rest, biased, 1.0, scores)

@@ -9,6 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidl.kernels.groups.triton_bias import (
+    add_bias,
+    any_seen,
+    head_table,
+    key_codes,
+    query_codes,
+    seen_keys,
+)
 from vidl.kernels.groups.triton_rows import load_rows, rows_at, span, store_rows
 from vidl.kernels.groups.triton_softmax import (
     LOG2_E,
@@ -37,7 +45,7 @@ def packed_work(query_offsets_ptr, key_offsets_ptr, G, H, num_queries, E, PACK: 
     return item % H, first_query, queries, first_key, keys
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "shift", "last"])
 def packed_forward_kernel(
     q_ptr,  # [num_queries, H, D]
     k_ptr,  # [num_keys, H, D]
@@ -46,6 +54,10 @@ def packed_forward_kernel(
     key_offsets_ptr,  # [G + 1]
     query_rows_ptr,  # [num_queries] or None
     key_rows_ptr,  # [E] or None
+    table_ptr,  # [H, last + 1] or None
+    query_codes_ptr,  # [num_queries] or None
+    key_codes_ptr,  # [num_keys] or None
+    key_bias_ptr,  # [num_keys] or None
     out_ptr,  # [num_queries, H, D]
     lse_ptr,  # [H, num_queries]
     scores_ptr,  # [H, E] or None
@@ -60,6 +72,8 @@ def packed_forward_kernel(
     num_queries,
     E,
     num_keys,
+    shift,
+    last,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -75,12 +89,20 @@ def packed_forward_kernel(
     real_query, real_key = i < queries, i < keys  # [PACK, SLOT]
     query = rows_at(query_rows_ptr, first_query + i, real_query, num_queries)
     key = rows_at(key_rows_ptr, first_key + i, real_key, num_keys)
+    seen, key_bias = seen_keys(key_bias_ptr, key, real_key)
     q = load_rows(q_ptr, query * q_row + h * q_head, real_query, D, BLOCK_D)
-    k = load_rows(k_ptr, key * k_row + h * k_head, real_key, D, BLOCK_D)
-    v = load_rows(v_ptr, key * v_row + h * v_head, real_key, D, BLOCK_D)
+    k = load_rows(k_ptr, key * k_row + h * k_head, seen, D, BLOCK_D)
+    v = load_rows(v_ptr, key * v_row + h * v_head, seen, D, BLOCK_D)
+    query_code = query_codes(query_codes_ptr, query, real_query, shift)[:, :, None]
+    key_code = key_codes(key_codes_ptr, key, real_key)[:, None, :]
+    table = head_table(last, h)[:, :, None]
     logits = multiply(q, transpose(k)) * (scale * LOG2_E)  # [PACK, SLOT, SLOT]
-    logits = tl.where(real_key[:, None, :], logits, float("-inf"))
-    weights, total, lse = softmax(logits, keys > 0)
+    logits = add_bias(
+        *(logits, table_ptr, key_bias_ptr, last, table, query_code, key_code),
+        key_bias[:, None, :],
+    )
+    logits = tl.where(seen[:, None, :], logits, float("-inf"))
+    weights, total, lse = softmax(logits, any_seen(keys, seen, key_bias_ptr))
     out = multiply(weights.to(v.dtype), v) / total[:, :, None]
     store_rows(out_ptr, (query * H + h) * D, out, real_query, D, BLOCK_D)
     tl.store(lse_ptr + h * num_queries + query, lse, mask=real_query)
@@ -89,7 +111,7 @@ def packed_forward_kernel(
         tl.store(scores_ptr + h * E + first_key + i, scores, mask=real_key)
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "shift", "last"])
 def packed_backward_kernel(
     grad_out_ptr,  # [num_queries, H, D]
     grad_scores_ptr,  # [E] or None
@@ -101,6 +123,11 @@ def packed_backward_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    table_ptr,  # [H, last + 1] or None
+    query_codes_ptr,  # [num_queries] or None
+    key_codes_ptr,  # [num_keys] or None
+    key_bias_ptr,  # [num_keys] or None
+    delta_ptr,  # [H, num_queries] or None
     grad_q_ptr,  # [num_queries, H, D]
     grad_k_ptr,  # [num_keys, H, D], or [E, H, D]
     grad_v_ptr,
@@ -115,6 +142,8 @@ def packed_backward_kernel(
     num_queries,
     E,
     num_keys,
+    shift,
+    last,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -131,10 +160,14 @@ def packed_backward_kernel(
     real_query, real_key = i < queries, i < keys
     query = rows_at(query_rows_ptr, first_query + i, real_query, num_queries)
     key = rows_at(key_rows_ptr, first_key + i, real_key, num_keys)
+    seen, key_bias = seen_keys(key_bias_ptr, key, real_key)
+    query_code = query_codes(query_codes_ptr, query, real_query, shift)
+    key_code = key_codes(key_codes_ptr, key, real_key)
+    table = head_table(last, h)
     q = load_rows(q_ptr, query * q_row + h * q_head, real_query, D, BLOCK_D)
     grad_out = load_rows(grad_out_ptr, (query * H + h) * D, real_query, D, BLOCK_D)
-    k = load_rows(k_ptr, key * k_row + h * k_head, real_key, D, BLOCK_D)
-    v = load_rows(v_ptr, key * v_row + h * v_head, real_key, D, BLOCK_D)
+    k = load_rows(k_ptr, key * k_row + h * k_head, seen, D, BLOCK_D)
+    v = load_rows(v_ptr, key * v_row + h * v_head, seen, D, BLOCK_D)
     lse = tl.load(lse_ptr + h * num_queries + query, mask=real_query, other=0.0)
     grad_score = tl.zeros([PACK, SLOT], tl.float32)
     if grad_scores_ptr is not None:
@@ -149,12 +182,23 @@ def packed_backward_kernel(
         lse[:, None, :],
         grad_score[:, :, None],
         (i == 0)[:, None, :],
-        real_key[:, :, None] & real_query[:, None, :],
+        seen[:, :, None] & real_query[:, None, :],
         scale,
+        (
+            table_ptr,
+            key_bias_ptr,
+            last,
+            table[:, :, None],
+            query_code[:, None, :],
+            key_code[:, :, None],
+            key_bias[:, :, None],
+        ),
         SCORES,
         KEYS_FIRST=True,
     )
     delta = tl.sum(weights * grads, 1)
+    if delta_ptr is not None:
+        tl.store(delta_ptr + h * num_queries + query, delta, mask=real_query)
     grad_logits = (weights * (grads - delta[:, None, :])).to(q.dtype)
     entry = key
     if SHARED:
@@ -193,6 +237,7 @@ def backward(
     grad_out: Tensor,
     grad_scores: Tensor | None,
     lse: Tensor,
+    delta: Tensor | None,
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
@@ -203,6 +248,7 @@ def backward(
         *call.inputs,
         lse,
         *call.index,
+        delta,
         grad_q,
         grad_k,
         grad_v,

@@ -12,6 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidl.kernels.groups.triton_bias import (
+    add_bias,
+    any_seen,
+    head_table,
+    load_keys,
+    query_codes,
+)
 from vidl.kernels.groups.triton_rows import (
     find_group,
     load_block,
@@ -39,6 +46,8 @@ from .triton_call import AttentionCall, Tile
         "num_queries",
         "E",
         "num_keys",
+        "shift",
+        "last",
         "blocks",
     ]
 )
@@ -50,6 +59,10 @@ def whole_forward_kernel(
     key_offsets_ptr,  # [G + 1]
     query_rows_ptr,  # [num_queries] or None
     key_rows_ptr,  # [E] or None
+    table_ptr,  # [H, last + 1] or None
+    query_codes_ptr,  # [num_queries] or None
+    key_codes_ptr,  # [num_keys] or None
+    key_bias_ptr,  # [num_keys] or None
     out_ptr,  # [num_queries, H, D]
     lse_ptr,  # [H, num_queries]
     scores_ptr,  # [H, E] or None
@@ -64,6 +77,8 @@ def whole_forward_kernel(
     num_queries,
     E,
     num_keys,
+    shift,
+    last,
     blocks,
     scale,
     D: tl.constexpr,
@@ -82,10 +97,13 @@ def whole_forward_kernel(
         return
     j = tl.arange(0, BLOCK_KEYS)
     k_ptr += h * k_head
-    real_key, key, k = load_block(
-        k_ptr, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
+    real_key, seen, key, k, key_code, key_bias = load_keys(
+        *(k_ptr, key_rows_ptr, key_codes_ptr, key_bias_ptr, first_key, keys, j, num_keys, k_row),
+        *(D, BLOCK_D),
     )
-    v = load_rows(v_ptr + h * v_head, key * v_row, real_key, D, BLOCK_D)
+    v = load_rows(v_ptr + h * v_head, key * v_row, seen, D, BLOCK_D)
+    has_keys = any_seen(keys, seen, key_bias_ptr)
+    table = head_table(last, h)
     q_ptr += h * q_head
     # Places in the list of queries take fewer registers than numbers within the group.
     last_query = first_query + queries
@@ -98,9 +116,14 @@ def whole_forward_kernel(
         real_query, query, q = load_block(
             q_ptr, query_rows_ptr, 0, last_query, i, num_queries, q_row, D, BLOCK_D
         )
+        query_code = query_codes(query_codes_ptr, query, real_query, shift)
         logits = multiply(q, transpose(k)) * (scale * LOG2_E)
-        logits = tl.where(real_key[None, :], logits, float("-inf"))
-        weights, total, lse = softmax(logits, keys > 0)
+        logits = add_bias(
+            *(logits, table_ptr, key_bias_ptr, last, table),
+            *(query_code[:, None], key_code[None, :], key_bias[None, :]),
+        )
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        weights, total, lse = softmax(logits, has_keys)
         out = multiply(weights.to(v.dtype), v) / total[:, None]
         store_rows(out_ptr, (query * H + h) * D, out, real_query, D, BLOCK_D)
         tl.store(lse_ptr + h * num_queries + query, lse, mask=real_query)
@@ -111,7 +134,7 @@ def whole_forward_kernel(
             tl.store(scores_ptr + h * E + first_key + j, scores, mask=real_key)
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "shift", "last"])
 def whole_backward_kernel(
     grad_out_ptr,  # [num_queries, H, D]
     grad_scores_ptr,  # [E] or None
@@ -123,6 +146,12 @@ def whole_backward_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    table_ptr,  # [H, last + 1] or None
+    query_codes_ptr,  # [num_queries] or None
+    key_codes_ptr,  # [num_keys] or None
+    key_bias_ptr,  # [num_keys] or None
+    delta_ptr,  # [H, num_queries] or None
+    inverse_ptr,  # [H, num_queries] or None
     grad_q_ptr,  # [num_queries, H, D]
     grad_k_ptr,  # [num_keys, H, D], or [E, H, D]
     grad_v_ptr,
@@ -137,6 +166,8 @@ def whole_backward_kernel(
     num_queries,
     E,
     num_keys,
+    shift,
+    last,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -153,10 +184,12 @@ def whole_backward_kernel(
     )
     j = tl.arange(0, BLOCK_KEYS)
     k_ptr += h * k_head
-    real_key, key, k = load_block(
-        k_ptr, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
+    real_key, seen, key, k, key_code, key_bias = load_keys(
+        *(k_ptr, key_rows_ptr, key_codes_ptr, key_bias_ptr, first_key, keys, j, num_keys, k_row),
+        *(D, BLOCK_D),
     )
-    v = load_rows(v_ptr + h * v_head, key * v_row, real_key, D, BLOCK_D)
+    v = load_rows(v_ptr + h * v_head, key * v_row, seen, D, BLOCK_D)
+    table = head_table(last, h)
     grad_score = tl.zeros([BLOCK_KEYS], tl.float32)
     if grad_scores_ptr is not None:
         grad_score = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0) / H
@@ -175,6 +208,7 @@ def whole_backward_kernel(
         here = (query * H + h) * D
         grad_out = load_rows(grad_out_ptr, here, real_query, D, BLOCK_D)
         lse = tl.load(lse_ptr + query, mask=real_query, other=0.0)
+        query_code = query_codes(query_codes_ptr, query, real_query, shift)
         weights, grads = weights_back(  # [keys, queries]
             q,
             k,
@@ -183,15 +217,29 @@ def whole_backward_kernel(
             lse[None, :],
             grad_score[:, None],
             (i == 0)[None, :],
-            real_key[:, None] & real_query[None, :],
+            seen[:, None] & real_query[None, :],
             scale,
+            (
+                table_ptr,
+                key_bias_ptr,
+                last,
+                table,
+                query_code[None, :],
+                key_code[:, None],
+                key_bias[:, None],
+            ),
             SCORES,
             KEYS_FIRST=True,
         )
         if q.dtype == tl.float32:
-            weights *= normalizer(tl.sum(weights, 0))[None, :]
+            inverse = normalizer(tl.sum(weights, 0))
+            weights *= inverse[None, :]
+            if inverse_ptr is not None:
+                tl.store(inverse_ptr + h * num_queries + query, inverse, mask=real_query)
         grad_v += multiply(weights.to(v.dtype), grad_out)
         delta = tl.sum(weights * grads, 0)
+        if delta_ptr is not None:
+            tl.store(delta_ptr + h * num_queries + query, delta, mask=real_query)
         grad_logits = (weights * (grads - delta[None, :])).to(q.dtype)
         grad_k += multiply(grad_logits, q)
         grad_q = multiply(transpose(grad_logits), k) * factor
@@ -230,6 +278,8 @@ def backward(
     grad_out: Tensor,
     grad_scores: Tensor | None,
     lse: Tensor,
+    delta: Tensor | None,
+    inverse: Tensor | None,
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
@@ -240,6 +290,8 @@ def backward(
         *call.inputs,
         lse,
         *call.index,
+        delta,
+        inverse,
         grad_q,
         grad_k,
         grad_v,
