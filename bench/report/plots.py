@@ -20,7 +20,8 @@ from vidl.bench.training.scaling import fit
 
 # Distinguishable with colour vision deficiency (Okabe and Ito).
 COLORS = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F", "#882255",
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F",
+    "#882255",
 )  # fmt: skip
 COLUMN_COLORS = {"pytorch": COLORS[4], "torch.compile": COLORS[3], "vidl": COLORS[0]}
 ROW_COLORS = {"dense": COLORS[1], "sparse": COLORS[2]}
