@@ -154,7 +154,7 @@ def backward_tiles(
             tile = Tile("whole", 32, keys, warps=4 if keys <= 32 else 8, stages=2)
         else:
             tile = Tile("blocked", 32, keys=64, warps=8, stages=2)
-        return replace(_blocked_tile(64 if D <= 64 else 32, D), warps=8), tile
+        return replace(_blocked_tile(32, D), warps=8), tile
     if keys <= 32 or (D <= 64 and keys <= 64):
         tile = Tile("whole", 32, keys, warps=4, stages=2)
     elif keys <= 64 or (keys <= 128 and (D <= 32 or (D <= 64 and scores != "mean"))):
