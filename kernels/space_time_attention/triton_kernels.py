@@ -131,7 +131,9 @@ def forward_tile(
         if biased and keys > 64:
             queries = min(queries, 32)
         few = (keys < 64 and D <= 64) if biased else (keys <= 64 or D <= 64)
-        return Tile("whole", queries, keys, warps=4 if few else 8)
+        # Left to itself, the compiler spills on sm_90 in order not to use more than 128 registers.
+        registers = 255 if biased and not few else None
+        return Tile("whole", queries, keys, warps=4 if few else 8, registers=registers)
     return _blocked_tile(queries, D)
 
 
@@ -167,13 +169,16 @@ def backward_tiles(
 
 
 def table_tile(max_keys: int, D: int, dtype: torch.dtype) -> Tile:
-    """The tile of the kernel for the gradient of the table: all keys of a query are one step."""
+    """The tile of the kernel for the gradient of the table.
+
+    Wider rows of keys are fewer steps, but leave one program a multiprocessor.
+    """
     if dtype == torch.float32:
         side = 64 if max_keys > 32 and D <= 64 else 32
         return Tile("blocked", SLOT, side, warps=4)
-    keys = min(_power_of_2(max_keys), 128 if D <= 64 else 64)
+    keys = min(_power_of_2(max_keys), 128 if D <= 32 else 64)
     # Left to itself, the compiler spills on sm_80 in order not to use more than 168 registers.
-    return Tile("blocked", SLOT, keys, warps=1 if keys == 32 else 4, registers=240)
+    return Tile("blocked", SLOT, keys, warps=1 if keys == 32 else 4, registers=255)
 
 
 def _float32_tile(max_keys: int, D: int) -> Tile:
