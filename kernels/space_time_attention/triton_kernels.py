@@ -122,7 +122,7 @@ def forward_tile(
 ) -> Tile:
     """The size class and the tile of a forward pass."""
     if dtype == torch.float32:
-        return _float32_tile(max_keys, D)
+        return _float32_tile(max_keys, D, biased)
     if max(max_queries, max_keys) <= SLOT:
         return _packed_tile(D)
     queries = 16 if max_queries <= 16 else 64
@@ -146,7 +146,7 @@ def backward_tiles(
     gradients.
     """
     if dtype == torch.float32:
-        return _float32_tile(max_keys, D), _float32_tile(max_keys, D)
+        return _float32_tile(max_keys, D, biased), _float32_tile(max_keys, D, biased)
     if max(max_queries, max_keys) <= SLOT:
         return _packed_tile(D), _packed_tile(D)
     keys = _power_of_2(max_keys)
@@ -181,7 +181,7 @@ def table_tile(max_keys: int, D: int, dtype: torch.dtype) -> Tile:
     return Tile("blocked", SLOT, keys, warps=1 if keys == 32 else 4, registers=255)
 
 
-def _float32_tile(max_keys: int, D: int) -> Tile:
+def _float32_tile(max_keys: int, D: int, biased: bool) -> Tile:
     """Exact matmuls have no tensor cores and are unrolled: larger blocks spill registers.
 
     Both backward kernels of blocked groups use the same blocks, and so round alike.
@@ -189,10 +189,10 @@ def _float32_tile(max_keys: int, D: int) -> Tile:
     if max_keys <= (64 if D <= 64 else 32):
         keys = max(SLOT, triton.next_power_of_2(max_keys))
         # Left to itself, the compiler spills on sm_80 in order not to use more than 80 registers.
-        registers = 128 if keys == 32 and D <= 64 else None
+        registers = (168 if biased else 128) if keys == 32 and D <= 64 else None
         return Tile("whole", 16, keys, warps=4 if keys == SLOT else 8, registers=registers)
     side = 32 if D <= 64 else 16
-    return Tile("blocked", side, side, warps=8)
+    return Tile("blocked", side, side, warps=8, registers=168 if biased and D <= 32 else None)
 
 
 def _blocked_tile(queries: int, D: int) -> Tile:
