@@ -122,7 +122,7 @@ def forward_tile(
 ) -> Tile:
     """The size class and the tile of a forward pass."""
     if dtype == torch.float32:
-        return _float32_tile(max_keys, D)
+        return _float32_tile(max_keys, D, biased)
     if max(max_queries, max_keys) <= SLOT:
         return _packed_tile(D)
     queries = 16 if max_queries <= 16 else 64
@@ -131,7 +131,9 @@ def forward_tile(
         if biased and keys > 64:
             queries = min(queries, 32)
         few = (keys < 64 and D <= 64) if biased else (keys <= 64 or D <= 64)
-        return Tile("whole", queries, keys, warps=4 if few else 8)
+        # Left to itself, the compiler spills on sm_90 in order not to use more than 128 registers.
+        registers = 255 if biased and not few else None
+        return Tile("whole", queries, keys, warps=4 if few else 8, registers=registers)
     return _blocked_tile(queries, D)
 
 
@@ -144,7 +146,7 @@ def backward_tiles(
     gradients.
     """
     if dtype == torch.float32:
-        return _float32_tile(max_keys, D), _float32_tile(max_keys, D)
+        return _float32_tile(max_keys, D, biased), _float32_tile(max_keys, D, biased)
     if max(max_queries, max_keys) <= SLOT:
         return _packed_tile(D), _packed_tile(D)
     keys = _power_of_2(max_keys)
@@ -154,7 +156,7 @@ def backward_tiles(
             tile = Tile("whole", 32, keys, warps=4 if keys <= 32 else 8, stages=2)
         else:
             tile = Tile("blocked", 32, keys=64, warps=8, stages=2)
-        return replace(_blocked_tile(64 if D <= 64 else 32, D), warps=8), tile
+        return replace(_blocked_tile(32, D), warps=8), tile
     if keys <= 32 or (D <= 64 and keys <= 64):
         tile = Tile("whole", 32, keys, warps=4, stages=2)
     elif keys <= 64 or (keys <= 128 and (D <= 32 or (D <= 64 and scores != "mean"))):
@@ -167,16 +169,19 @@ def backward_tiles(
 
 
 def table_tile(max_keys: int, D: int, dtype: torch.dtype) -> Tile:
-    """The tile of the kernel for the gradient of the table: all keys of a query are one step."""
+    """The tile of the kernel for the gradient of the table.
+
+    Wider rows of keys are fewer steps, but leave one program a multiprocessor.
+    """
     if dtype == torch.float32:
         side = 64 if max_keys > 32 and D <= 64 else 32
         return Tile("blocked", SLOT, side, warps=4)
-    keys = min(_power_of_2(max_keys), 128 if D <= 64 else 64)
+    keys = min(_power_of_2(max_keys), 128 if D <= 32 else 64)
     # Left to itself, the compiler spills on sm_80 in order not to use more than 168 registers.
-    return Tile("blocked", SLOT, keys, warps=1 if keys == 32 else 4, registers=240)
+    return Tile("blocked", SLOT, keys, warps=1 if keys == 32 else 4, registers=255)
 
 
-def _float32_tile(max_keys: int, D: int) -> Tile:
+def _float32_tile(max_keys: int, D: int, biased: bool) -> Tile:
     """Exact matmuls have no tensor cores and are unrolled: larger blocks spill registers.
 
     Both backward kernels of blocked groups use the same blocks, and so round alike.
@@ -184,10 +189,10 @@ def _float32_tile(max_keys: int, D: int) -> Tile:
     if max_keys <= (64 if D <= 64 else 32):
         keys = max(SLOT, triton.next_power_of_2(max_keys))
         # Left to itself, the compiler spills on sm_80 in order not to use more than 80 registers.
-        registers = 128 if keys == 32 and D <= 64 else None
+        registers = (168 if biased else 128) if keys == 32 and D <= 64 else None
         return Tile("whole", 16, keys, warps=4 if keys == SLOT else 8, registers=registers)
     side = 32 if D <= 64 else 16
-    return Tile("blocked", side, side, warps=8)
+    return Tile("blocked", side, side, warps=8, registers=168 if biased and D <= 32 else None)
 
 
 def _blocked_tile(queries: int, D: int) -> Tile:
