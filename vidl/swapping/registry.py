@@ -27,6 +27,8 @@ FAMILIES = {
     "huggingface.timesformer": "transformers.models.timesformer.modeling_timesformer",
     "huggingface.bert": "transformers.models.bert.modeling_bert",
     "huggingface.bridgetower": "transformers.models.bridgetower.modeling_bridgetower",
+    "huggingface.beit": "transformers.models.beit.modeling_beit",
+    "huggingface.data2vec": "transformers.models.data2vec.modeling_data2vec_vision",
     "huggingface.patches": "transformers.modeling_utils",
     "huggingface.pruning": "transformers.modeling_utils",
     "huggingface.masking": "transformers.modeling_utils",
