@@ -282,6 +282,19 @@ def test_what_cannot_be_computed_raises(option):
         interface.attention(attention, q, k, v, None, **{option: torch.ones(1)})
 
 
+def test_the_position_bias_of_t5_is_refused_with_the_remedy():
+    sizes = dict(d_model=64, d_kv=32, d_ff=64, num_layers=1, num_heads=2, vocab_size=50)
+    model = transformers.T5EncoderModel(transformers.T5Config(**sizes)).eval()
+    expected = model(**captions()).last_hidden_state
+    model.set_attn_implementation("vidl")
+    with pytest.raises(
+        ValueError, match=r"position_bias in T5Attention: .*set_attn_implementation\('sdpa'\)"
+    ):
+        model(**captions())
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(model(**captions()).last_hidden_state, expected)
+
+
 def test_unknown_masks_raise():
     with pytest.raises(TypeError, match="a mask of type str in BertSelfAttention"):
         bert(attn_implementation="vidl").encoder.layer[0](randn(1, 4, 64), "causal")

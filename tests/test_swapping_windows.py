@@ -194,6 +194,15 @@ def test_another_size_of_timm():
     close(ours, results(model, x), 1e-5)
 
 
+def test_hooks_of_timm():
+    model, x = make("timm, padded")
+    vidl.swap(model)
+    expected, rows = results(model, x), []
+    model.layers[0].blocks[1].attn.register_forward_hook(lambda m, a, out: rows.append(out.shape))
+    close(results(model, x), expected, 1e-5)
+    assert rows == [(2 * 3 * 3, 4 * 4, 32)]
+
+
 def test_what_is_left():
     torch.manual_seed(0)
     model = torch.nn.ModuleList(

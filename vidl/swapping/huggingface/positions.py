@@ -1,4 +1,4 @@
-"""Tables of relative positions in BEiT and data2vec-vision, in place of the N x N bias of them."""
+"""Tables of relative positions of BEiT and data2vec-vision, without an N x N bias."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -7,6 +7,7 @@ import timm.models.swin_transformer as timm_swin
 import torch
 from torch import Tensor, nn
 
+from vidl.nn.patch_embed import has_hooks
 from vidl.swapping.registry import Family, full_name, own_forward, remember, state_of
 from vidl.swapping.report import Change
 from vidl.swapping.timm.attention import attention_speed, no_dropout
@@ -19,7 +20,8 @@ class SwinTransformerBlock(timm_swin.SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
         state, attn = state_of(self), self.attn
         assert state is not None
-        if attn.training and attn.attn_drop.p > 0:
+        drops = attn.training and attn.attn_drop.p > 0
+        if drops or has_hooks(attn):  # hooks of the attention need its windows
             return super()._attn(x)
         size, shift = (1, *self.window_size), (0, *self.shift_size)
         H, W = x.shape[1:3]
