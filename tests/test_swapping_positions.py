@@ -1,13 +1,14 @@
 """Swapped models of transformers with tables of relative positions, against the unswapped ones."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import token_importance
 
 pytest.importorskip("transformers")
-from huggingface import CASES, RELATIVE, VISION, outputs, randn, results, simple  # noqa: E402
+from huggingface import CASES, RELATIVE, SHARED, VISION, Case, outputs, randn, results, simple  # noqa: E402
 
 import vidl  # noqa: E402
 from vidl.ops import kept_count  # noqa: E402
@@ -54,6 +55,15 @@ def test_other_sizes_keep_the_bias_of_transformers(name, size, options):
     vidl.prune(model, 0.5, [0])
     with pytest.raises(ValueError, match="layer 0 of a pruned model needs square images"):
         model(images, **options)
+
+
+@pytest.mark.parametrize("kind", ["BeitModel", "Data2VecVisionModel"])
+def test_tables_that_transformers_transposes(kind):
+    case = Case(simple(kind, dict(SHARED, image_size=[32, 48])), list, ())
+    model, images = case.model(), randn(2, 3, 32, 48)
+    expected = model(images).last_hidden_state
+    vidl.swap(model)
+    close([model(images).last_hidden_state], [expected])
 
 
 @EVERY
@@ -112,12 +122,12 @@ def parts(model):
         yield layer, (own, shared), qkv, layer.attention.output.dense, mlp
 
 
-def by_hand(model, images, rate, scores):
+def by_hand(model, images, rate, scores, pruned=(0, 1)):
     """Pruning after attention, with the N x N bias of transformers for the tokens that stay."""
     x = model.embeddings(images)
     x = x[0] if isinstance(x, tuple) else x
     ids = torch.arange(x.shape[1]).expand(x.shape[:2])
-    for layer, biases, projections, out, mlp in parts(model):
+    for number, (layer, biases, projections, out, mlp) in enumerate(parts(model)):
         normed = layer.layernorm_before(x)
         q, k, v = (p(normed).unflatten(-1, (2, 32)).transpose(1, 2) for p in projections)
         logits = q @ k.mT / 32**0.5
@@ -127,13 +137,21 @@ def by_hand(model, images, rate, scores):
                 logits = logits + whole[:, ids[:, :, None], ids[:, None]].transpose(0, 1)
         weights = logits.softmax(-1)
         x = x + layer.lambda_1 * out((weights @ v).transpose(1, 2).flatten(2))
-        importance = token_importance(scores, weights.detach(), k.detach(), v.detach())
-        keep = importance[:, 1:].topk(kept_count(x.shape[1] - 1, rate)).indices.sort(1).values
-        keep = torch.cat([torch.zeros_like(keep[:, :1]), keep + 1], 1)
-        ids = ids.gather(1, keep)
-        x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
+        if number in pruned:
+            importance = token_importance(scores, weights.detach(), k.detach(), v.detach())
+            keep = importance[:, 1:].topk(kept_count(x.shape[1] - 1, rate)).indices.sort(1).values
+            keep = torch.cat([torch.zeros_like(keep[:, :1]), keep + 1], 1)
+            ids = ids.gather(1, keep)
+            x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
         x = x + layer.lambda_2 * mlp(layer.layernorm_after(x))
     return model.layernorm(x) if hasattr(model, "layernorm") else x
+
+
+def deeper(name):
+    """The case with a third layer, which needs the positions of tokens that were pruned twice."""
+    built = CASES[name].model()
+    config = dict(built.config.to_dict(), num_hidden_layers=3)
+    return replace(CASES[name], make=simple(type(built).__name__, config))
 
 
 def gradients(model, out):
@@ -145,7 +163,7 @@ def gradients(model, out):
 @EVERY
 @pytest.mark.parametrize("scores", ["cls", "mean", "similarity"])
 def test_prune(name, scores):
-    case = CASES[name]
+    case = deeper(name)
     model = case.model().double()
     for weights in model.parameters():
         if weights.shape[0] == 7 * 7 + 3:  # tables, large enough to change which tokens stay
