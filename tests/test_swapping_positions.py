@@ -214,3 +214,16 @@ def test_the_report():
     assert ", 0 left" in report
     report = str(vidl.swap(CASES["Data2VecVision"].model()))
     assert "encoder.layer.*.attention.attention (2 x)" in report and ", 0 left" in report
+
+
+@pytest.mark.parametrize("name", ["Beit", "Data2VecVision"])
+def test_a_pruned_model_compiles(name):
+    case = CASES[name]
+    model, images = case.model(), case.inputs()["pixel_values"]
+    vidl.prune(model, 0.6, [0])
+    expected = model(images).last_hidden_state
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = compiled(images).last_hidden_state
+    close([out], [expected])
+    grads = [gradients(model, x) for x in (out, expected)]
+    close(*([g for g in own if g is not None] for own in grads))
