@@ -33,6 +33,16 @@ VIDEOMAE = dict(
     decoder_num_hidden_layers=2,
     decoder_intermediate_size=96,
 )
+# BEiT's own layer scale of 0.1 would hide errors of its attention.
+RELATIVE = dict(
+    VISION,
+    use_relative_position_bias=True,
+    use_absolute_position_embeddings=False,
+    use_mean_pooling=False,
+    layer_scale_init_value=0.5,
+    drop_path_rate=0.0,
+)
+SHARED = dict(RELATIVE, use_shared_relative_position_bias=True)
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 BERT = dict(TEXT, **NO_DROPOUT)
 LENGTHS = (9, 4, 1)  # of captions
@@ -135,6 +145,22 @@ CASES = {
         ("last_hidden_state",),
     ),
     "ViT": Case(simple("ViTModel", VISION), images, ("last_hidden_state", "pooler_output")),
+    "Beit": Case(
+        simple("BeitModel", RELATIVE),
+        images,
+        ("last_hidden_state", "pooler_output"),
+    ),
+    "BeitShared": Case(
+        simple("BeitModel", SHARED),
+        images,
+        ("last_hidden_state", "pooler_output"),
+    ),
+    "Data2VecVision": Case(simple("Data2VecVisionModel", RELATIVE), images, ("last_hidden_state",)),
+    "Data2VecVisionShared": Case(
+        simple("Data2VecVisionModel", dict(SHARED, use_relative_position_bias=False)),
+        images,
+        ("last_hidden_state",),
+    ),
     "CLIP": Case(
         lambda: clip_like("CLIP"),
         lambda: dict(images(), **captions()),

@@ -83,7 +83,7 @@ def test_the_folders_are_those_of_the_house():
 
     assert folders("csrc") == {*OPS, *SHARED, "cpu", "cuda", "torch"}
     assert folders("bench") == {"ops", "measure", "training", "tuning", "report", "results"}
-    assert folders("vidl/swapping") == {"timm", "huggingface"}
+    assert folders("vidl/swapping") == {"timm", "torchvision", "huggingface"}
 
 
 def test_no_name_repeats_its_folder():

@@ -282,6 +282,19 @@ def test_what_cannot_be_computed_raises(option):
         interface.attention(attention, q, k, v, None, **{option: torch.ones(1)})
 
 
+def test_the_position_bias_of_t5_is_refused_with_the_remedy():
+    sizes = dict(d_model=64, d_kv=32, d_ff=64, num_layers=1, num_heads=2, vocab_size=50)
+    model = transformers.T5EncoderModel(transformers.T5Config(**sizes)).eval()
+    expected = model(**captions()).last_hidden_state
+    model.set_attn_implementation("vidl")
+    with pytest.raises(
+        ValueError, match=r"position_bias in T5Attention: .*set_attn_implementation\('sdpa'\)"
+    ):
+        model(**captions())
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(model(**captions()).last_hidden_state, expected)
+
+
 def test_unknown_masks_raise():
     with pytest.raises(TypeError, match="a mask of type str in BertSelfAttention"):
         bert(attn_implementation="vidl").encoder.layer[0](randn(1, 4, 64), "causal")
@@ -319,14 +332,50 @@ def test_rows_packed_by_the_caller():
 
 def test_dropout_of_weights_is_that_of_sdpa():
     model = bert(attention_probs_dropout_prob=0.5).train()
-    torch.manual_seed(3)
-    expected = words(model)
-    report = str(vidl.swap(model))
-    assert "drops out weights (0.5)" in report and "attention_probs_dropout_prob=0.5" in report
-    torch.manual_seed(3)
-    close([words(model)], [expected])
+
+    def step():
+        torch.manual_seed(3)
+        model.zero_grad()
+        out = words(model)
+        out.square().sum().backward()
+        return [out, *(p.grad for p in model.encoder.parameters())]
+
+    expected = step()
+    assert "drops out weights (0.5)" in str(vidl.swap(model))
+    close(step(), expected)
+    assert rows_of(model) == sum(LENGTHS)
+    model.activation_checkpointing_enable()
+    close(step(), expected)
     model.eval()
     assert rows_of(model) == sum(LENGTHS)
+    evaluated = words(model)
+    vidl.unswap(model)
+    close([evaluated], [words(model)])
+
+
+def test_dropout_of_weights_compiles():
+    torch.manual_seed(0)
+    model = bert(attention_probs_dropout_prob=0.5).train()
+    for layer in model.encoder.layer:  # dropout of all weights: PyTorch's draw does not matter
+        layer.attention.self.dropout.p = 1.0
+    vidl.swap(model)
+    inputs = captions()
+    real = inputs["attention_mask"].bool()
+    expected = model(**inputs).last_hidden_state[real]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close([compiled(**inputs).last_hidden_state[real]], [expected])
+
+
+def test_dropout_of_bridgetower_is_that_of_sdpa():
+    model = CASES["BridgeTower"].model().train()
+    for module in model.modules():
+        if type(module).__name__.endswith(("SelfAttention", "CrossAttention")):
+            module.dropout.p = 0.5
+    torch.manual_seed(3)
+    expected = outputs(model, CASES["BridgeTower"], torch.float32)
+    vidl.swap(model)
+    torch.manual_seed(3)
+    close(outputs(model, CASES["BridgeTower"], torch.float32), expected)
 
 
 def test_heads_without_a_kernel():

@@ -73,7 +73,7 @@ def prune(
 
     Args:
         model: contains a vision transformer of timm (ViT, DeiT, DINOv2, CLIP, SigLIP, EVA, BEiT) or
-            of transformers (ViT, ViViT, or VideoMAE with its classifier).
+            of transformers (ViT, ViViT, BEiT, data2vec-vision, or VideoMAE with its classifier).
         keep_rate: share of a layer's tokens that stay, in (0, 1]; class and register tokens always
             stay.
         layers: the layers that prune, counted from 0.

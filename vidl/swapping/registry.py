@@ -1,9 +1,9 @@
 """Which files know which models, what such a file declares, and what a swapped module stores.
 
-A family of models is one file in timm/ or huggingface/. It has a constant FAMILY and the classes
-that replace the model's own. Each replacement subclasses the original and has the same name, so
-that saved models name the original. It overrides `forward` and little else, and has no `__init__`
-and no parameters.
+A family of models is one file in timm/, torchvision/ or huggingface/. It has a constant FAMILY and
+the classes that replace the model's own. Each replacement subclasses the original and has the same
+name, so that saved models name the original. It overrides `forward` and little else, and has no
+`__init__` and no parameters.
 """
 
 import functools
@@ -27,6 +27,8 @@ FAMILIES = {
     "huggingface.timesformer": "transformers.models.timesformer.modeling_timesformer",
     "huggingface.bert": "transformers.models.bert.modeling_bert",
     "huggingface.bridgetower": "transformers.models.bridgetower.modeling_bridgetower",
+    "huggingface.beit": "transformers.models.beit.modeling_beit",
+    "huggingface.data2vec": "transformers.models.data2vec.modeling_data2vec_vision",
     "huggingface.patches": "transformers.modeling_utils",
     "huggingface.pruning": "transformers.modeling_utils",
     "huggingface.masking": "transformers.modeling_utils",
@@ -37,10 +39,16 @@ FAMILIES = {
     "timm.vit": "timm.models.vision_transformer",
     "timm.pruning": "timm.models.eva",
     "timm.beit": "timm.models.beit",
+    "timm.swin": "timm.models.swin_transformer",
+    "torchvision.swin": "torchvision.models.video.swin_transformer",
 }
 
 # The first and the last version that the tests ran with.
-TESTED = {"timm": ("1.0.31", "1.0.31"), "transformers": ("5.23.0", "5.24.0")}
+TESTED = {
+    "timm": ("1.0.31", "1.0.31"),
+    "torchvision": ("0.29.2", "0.29.2"),
+    "transformers": ("5.23.0", "5.24.0"),
+}
 
 REMEMBERED = "_vidl"  # the attribute with a module's State; not a parameter, buffer or module
 

@@ -23,7 +23,7 @@ def swap(model: nn.Module, *, backend: str = "auto") -> Report:
     before `torch.compile`, DDP and `fully_shard`.
 
     Args:
-        model: contains modules of timm or transformers.
+        model: contains modules of timm, torchvision or transformers.
         backend: of the ops, as in `vidl.ops`.
 
     Returns:

@@ -20,6 +20,7 @@ from vidl.kernels import choices, library
 from vidl.kernels.groups import Groups
 from vidl.kernels.space_time_attention import pytorch, space_time_attention
 from vidl.kernels.space_time_attention.op import choose
+from vidl.nn.captions import Captions
 from vidl.swapping.attention import equal_groups, speed, tracing
 from vidl.swapping.registry import Family, full_name, remember, state_of
 from vidl.swapping.report import Change
@@ -77,6 +78,37 @@ class Visible:
         raise _no_tensor(f"{function.__name__} of the mask")
 
 
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Takes the place of a mask for captions whose words are packed as one sample.
+
+    Attributes:
+        captions: pack and unpack the words.
+        keys: [B, L] bool, False at padding.
+        groups: of the packed words.
+    """
+
+    captions: Captions
+    keys: Tensor
+    groups: Groups
+
+    def drop_out(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
+        """PyTorch's attention of the padded captions, with dropout, as packed words.
+
+        Args:
+            query, key, value: packed words, [1, H, words, D].
+        """
+        H, D = query.shape[1], query.shape[3]
+        words = torch.cat([x[0].transpose(0, 1).flatten(1) for x in (query, key, value)], 1)
+        padded = self.captions.unpack(words).unflatten(2, (3, H, D))
+        q, k, v = (x.transpose(1, 2) for x in padded.unbind(2))
+        mask = self.keys[:, None, None, :]
+        out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, is_causal=False, **options)
+        return self.captions.pack(out)[None]
+
+
 def visible(
     batch_size: int,
     q_length: int,
@@ -124,7 +156,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Visible | Groups | Tensor | None,
+    attention_mask: Visible | Packed | Groups | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -141,7 +173,8 @@ def attention(
         module: the attention module that calls it.
         query: [B, H, num_queries, D].
         key, value: [B, H, num_keys, D].
-        attention_mask: the result of `visible`; or, for rows packed as one sample, their `Groups`.
+        attention_mask: the result of `visible`; or, for rows packed as one sample, their `Groups`,
+            or `Packed`, which allows dropout.
         scaling, dropout, is_causal: as in transformers.
 
     Returns:
@@ -152,6 +185,11 @@ def attention(
         TypeError: the mask is of an unknown type.
     """
     refuse(module, options)
+    if isinstance(attention_mask, Packed):
+        if dropout > 0:
+            more = {"dropout": dropout, "scaling": scaling}
+            return attention_mask.drop_out(module, query, key, value, **more), None
+        attention_mask = attention_mask.groups
     if not isinstance(attention_mask, Visible | Groups | Tensor | None):
         raise _cannot(module, f"a mask of type {type(attention_mask).__name__}", TypeError)
     causal = attention_mask is None and query.shape[2] > 1 and _causal(module, is_causal)

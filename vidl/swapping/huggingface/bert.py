@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from vidl.nn.captions import Captions
-from vidl.swapping.huggingface.attention import Visible, collected
+from vidl.swapping.huggingface.attention import Packed, Visible, collected
 from vidl.swapping.registry import Family, Rule
 
 
@@ -20,8 +20,11 @@ class BertEncoder(bert.BertEncoder):
     all rows are computed, still without attention to padding.
 
     All rows including padding are also computed if hidden states of every layer are requested
-    (`output_hidden_states`), if attention weights are dropped out, or if a caption has no word: its
-    outputs are those of the original. (`torch.compile` cannot see that, and gives zeros.)
+    (`output_hidden_states`), or if a caption has no word: its outputs are those of the original.
+    (`torch.compile` cannot see that, and gives zeros.)
+
+    Dropout of attention weights is PyTorch's: queries, keys and values are unpacked for it, and all
+    other layers still compute words only.
     """
 
     def forward(
@@ -31,7 +34,7 @@ class BertEncoder(bert.BertEncoder):
         more = any(isinstance(x, Tensor) for x in (*args, *kwargs.values()))
         # transformers 5.24 renamed this argument.
         cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
-        if keys is None or more or cached or collected() or self._drops_out():
+        if keys is None or more or cached or collected():
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         words = None
         if not torch.compiler.is_compiling():
@@ -42,12 +45,10 @@ class BertEncoder(bert.BertEncoder):
             words = total if keys.is_cuda else None
         captions = Captions(hidden_states, keys, words)
         packed = captions.pack(hidden_states)[None]
-        result = super().forward(packed, captions.joint(), *args, **kwargs)
+        mask = Packed(captions, keys, captions.joint())
+        result = super().forward(packed, mask, *args, **kwargs)
         result.last_hidden_state = captions.unpack(result.last_hidden_state[0])
         return result
-
-    def _drops_out(self) -> bool:
-        return self.training and any(layer.attention.self.dropout.p > 0 for layer in self.layer)
 
 
 def _why_not(encoder: Any) -> str | None:
@@ -59,14 +60,4 @@ def _why_not(encoder: Any) -> str | None:
     return None
 
 
-def _note(encoder: Any, backend: str) -> str:
-    drop = encoder.config.attention_probs_dropout_prob
-    if not drop:
-        return ""
-    return (
-        f"in training it also computes padding, because attention_probs_dropout_prob={drop} drops "
-        "out attention weights: set it to 0 in the config before you build the model"
-    )
-
-
-FAMILY = Family(rules=[Rule(bert.BertEncoder, BertEncoder, _why_not, _note)])
+FAMILY = Family(rules=[Rule(bert.BertEncoder, BertEncoder, _why_not)])

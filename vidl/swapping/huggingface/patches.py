@@ -14,8 +14,10 @@ from vidl.swapping.report import Change
 # The module that owns the convolution and the name of its attribute, by the folder that defines
 # the module. For VideoMAE see huggingface/videomae.py.
 OWNERS = {
+    "beit": ("BeitPatchEmbeddings", "projection"),
     "bridgetower": ("BridgeTowerVisionEmbeddings", "patch_embedding"),
     "clip": ("CLIPVisionEmbeddings", "patch_embedding"),
+    "data2vec": ("Data2VecVisionPatchEmbeddings", "projection"),
     "siglip": ("SiglipVisionEmbeddings", "patch_embedding"),
     "timesformer": ("TimesformerPatchEmbeddings", "projection"),
     "vit": ("ViTPatchEmbeddings", "projection"),
