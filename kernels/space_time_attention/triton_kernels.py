@@ -171,12 +171,12 @@ def backward_tiles(
 def table_tile(max_keys: int, D: int, dtype: torch.dtype) -> Tile:
     """The tile of the kernel for the gradient of the table.
 
-    Wider rows of keys are fewer steps, but leave one program a multiprocessor.
+    More keys are fewer steps, but leave one program a multiprocessor, or spill on sm_89.
     """
     if dtype == torch.float32:
         side = 64 if max_keys > 32 and D <= 64 else 32
         return Tile("blocked", SLOT, side, warps=4)
-    keys = min(_power_of_2(max_keys), 128 if D <= 32 else 64)
+    keys = min(_power_of_2(max_keys), 64)
     # Left to itself, the compiler spills on sm_80 in order not to use more than 168 registers.
     return Tile("blocked", SLOT, keys, warps=1 if keys == 32 else 4, registers=255)
 
