@@ -239,8 +239,8 @@ def test_as_accurate_as_torch(scores, hide, dtype):
     check_accuracy(CASES, dtype, "native", scores, hide)
 
 
-# Triton's interpreter takes seconds for thousands of rows or groups.
-SOME = [case for case in CASES if case not in ("windows", "many groups")]
+# Triton takes no limits yet, and its interpreter takes seconds for thousands of rows or groups.
+SOME = [case for case in CASES if case not in ("windows", "many groups", "causal words")]
 
 
 @pytest.mark.parametrize(
