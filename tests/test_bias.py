@@ -240,7 +240,8 @@ def test_as_accurate_as_torch(scores, hide, dtype):
 
 
 # Triton takes no limits yet, and its interpreter takes seconds for thousands of rows or groups.
-SOME = [case for case in CASES if case not in ("windows", "many groups", "causal words")]
+LEFT_OUT = ("windows", "many groups", "causal words", "prefixes with CLS")
+SOME = [case for case in CASES if case not in LEFT_OUT]
 
 
 @pytest.mark.parametrize(
