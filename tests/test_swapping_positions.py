@@ -218,6 +218,8 @@ def test_the_report():
 
 @pytest.mark.parametrize("name", ["Beit", "Data2VecVision"])
 def test_a_pruned_model_compiles(name):
+    if name == "Beit" and torch.__version__ < (2, 12):
+        pytest.skip("under torch 2.11 transformers makes a mask in compiled code")
     case = CASES[name]
     model, images = case.model(), case.inputs()["pixel_values"]
     vidl.prune(model, 0.6, [0])

@@ -37,7 +37,7 @@ class Table:
     def __add__(self, other: Any) -> Any:
         """The sum with another table of the same grid; with a mask, the sum of two matrices."""
         if not isinstance(other, Table):
-            return self.dense() + other
+            return other if self.table is None else self.dense() + other
         ids = other.ids if self.ids is None else self.ids
         if self.table is None:
             return Table(other.table, other.window, ids)
