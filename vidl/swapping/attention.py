@@ -5,12 +5,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vidl.kernels import library
 from vidl.kernels.groups import Groups, Positions
 from vidl.nn.pruning import Scores, scored_attention
+
+Window = tuple[int, int]
 
 
 def attend(
@@ -88,3 +91,24 @@ def speed(device: torch.device, dtype: torch.dtype, head_size: int, backend: str
     if reason is None:
         reason = f"no vidl kernel is known to be faster on {device.type}"
     return f"not faster: backend='auto' keeps PyTorch's attention, because {reason}"
+
+
+def positions_of(window: Window, x: Tensor, ids: Tensor | None) -> Positions:
+    """The positions of CLS and patches in a grid, for attention in one group a sample.
+
+    Args:
+        window: height and width of the grid.
+        x: tokens, CLS first, [B, N, C].
+        ids: which patches the others are, [B, N - 1] int64; None: all, in order.
+    """
+    if ids is None:
+        return all_positions(*window, x.shape[0], x.device)
+    rows = F.pad(ids + 1, (1, 0))  # CLS comes first
+    return all_positions(*window, 1, x.device).select(rows.flatten())
+
+
+@cached
+def all_positions(height: int, width: int, samples: int, device: torch.device) -> Positions:
+    """CLS and all patches of each sample."""
+    patches = torch.arange(height * width, device=device)[None]
+    return Positions.grid(patches, (1, height, width)).with_global().repeat(samples)

@@ -3,17 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vidl.kernels.groups import Positions
 from vidl.nn.pruning import Pruning
-from vidl.swapping.attention import attend, cached
+from vidl.swapping.attention import Window, all_positions, attend, positions_of
 from vidl.swapping.prune import Plan
 from vidl.swapping.registry import state_of
-
-Window = tuple[int, int]
 
 
 class Table:
@@ -70,13 +65,6 @@ class Table:
             self.ids[layer + 1] = ids
 
 
-@cached
-def all_positions(height: int, width: int, samples: int, device: torch.device) -> Positions:
-    """CLS and all patches of each sample."""
-    patches = torch.arange(height * width, device=device)[None]
-    return Positions.grid(patches, (1, height, width)).with_global().repeat(samples)
-
-
 def fits(bias: Any, window: Window, interpolates: bool) -> bool:
     """Whether transformers reads a table as it is for this grid of patches.
 
@@ -102,12 +90,7 @@ def attention(
     state = state_of(module)
     assert state is not None
     heads, ids = options.pop("heads"), options.pop("ids", None)
-    positions = None
-    if table.table is not None and ids is None:
-        positions = all_positions(*table.window, x.shape[0], x.device)
-    elif table.table is not None:
-        rows = F.pad(ids + 1, (1, 0))  # CLS comes first
-        positions = all_positions(*table.window, 1, x.device).select(rows.flatten())
+    positions = None if table.table is None else positions_of(table.window, x, ids)
     q, k, v = (p(x).unflatten(-1, (heads, -1)) for p in projections)
     more: Any = {"bias": table.table, "positions": positions, "backend": state.backend}
     return attend(q, k, v, **options, **more)

@@ -5,19 +5,14 @@ from functools import partial
 from typing import Any
 
 import timm.models.beit as timm_beit
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidl.kernels.groups import Positions
 from vidl.nn.pruning import Pruning, Scores
-from vidl.swapping.attention import attend, cached
+from vidl.swapping.attention import attend, positions_of
 from vidl.swapping.prune import plan_of
 from vidl.swapping.registry import Family, Rule, Tower, original, remember, state_of
 from vidl.swapping.timm.attention import attention_speed, biased_qkv, no_dropout
 from vidl.swapping.timm.tokens import KeptTokens, refuse_grids
-
-Window = tuple[int, int]
 
 
 class Attention(timm_beit.Attention):
@@ -59,21 +54,6 @@ class Attention(timm_beit.Attention):
 def drops(attention: timm_beit.Attention) -> bool:
     """Whether attention weights are dropped out now."""
     return attention.training and attention.attn_drop.p > 0
-
-
-def positions_of(window: Window, x: Tensor, ids: Tensor | None) -> Positions:
-    """The positions of the tokens x [B, N, C], see `Attention.scored`."""
-    if ids is None:
-        return all_positions(*window, x.shape[0], x.device)
-    rows = F.pad(ids + 1, (1, 0))  # CLS comes first
-    return all_positions(*window, 1, x.device).select(rows.flatten())
-
-
-@cached
-def all_positions(height: int, width: int, samples: int, device: torch.device) -> Positions:
-    """CLS and all patches of each sample."""
-    patches = torch.arange(height * width, device=device)[None]
-    return Positions.grid(patches, (1, height, width)).with_global().repeat(samples)
 
 
 class Block(timm_beit.Block):
