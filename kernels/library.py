@@ -54,6 +54,9 @@ class Op:
     # The fastest composition of PyTorch's operations: arguments and results as of `reference`.
     torch: Callable[..., Any] | None = None
     only_for_backward: int = 0  # so many results at the end serve `backward` alone
+    # Adapts arguments that the kernels of a backend cannot take: adapt(call, backend, *arguments)
+    # returns what `call` returns for these arguments.
+    adapt: Callable[..., Any] | None = None
     setup_context: Callable[..., None] | None = None  # as torch.library.register_autograd has it
     backward: Callable[..., Any] | None = None  # backward(<name>_bwd of this backend, ctx, *grads)
     # The reason why a backend cannot take arguments with these facts (see why_not), or None.
@@ -168,7 +171,10 @@ def run(name: str, backend: str, *args: Any, **hints: Any) -> Any:
     if backend == "reference":
         assert op.reference is not None
         return op.reference(*args)
-    results = _call(name, backend, *args)
+    if op.adapt is None:
+        results = _call(name, backend, *args)
+    else:
+        results = op.adapt(functools.partial(_call, name, backend), backend, *args)
     if op.only_for_backward:
         results = results[: -op.only_for_backward]
         return results[0] if len(results) == 1 else results
@@ -375,7 +381,19 @@ def by_rule(name: str, device: str, dtype: torch.dtype, **facts: Any) -> str:
     for backend in kernels:
         if why_not(backend, name, device, dtype, **facts) is None:
             return backend
+    if device == "cpu":
+        _say_not_built()
     return composition  # it runs everywhere
+
+
+@assume_constant
+@functools.cache
+def _say_not_built() -> None:
+    """Say once, at the first op on the CPU, that an installation has no kernels for it."""
+    record = build_record()
+    if record["file"] is None and record.get("reason") != "VIDL_BUILD=none":
+        reason = record.get("reason") or record["error"]
+        choices.log.warning(f"vidl: using torch on the CPU, {reason}; see `vidl info`")
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -148,6 +148,11 @@ struct LdMatrix {
 };
 inline void ldmatrix(const char* name, int n, bool trans, uint32_t* out, const void* row,
                      Site site) {
+#if defined(CUDA_ON_CPU_PROFILE)  // counted, not computed
+  if (int(self->lane) < 8 * n) profile::load_matrix(row, __builtin_return_address(0));
+  std::fill_n(out, n, 0u);
+  return;
+#endif
   LdMatrix mine{{}, out};
   // The first 8 lanes hold the row addresses of matrix 0, the next 8 of matrix 1, ...
   if (int(self->lane) < 8 * n) {
@@ -199,6 +204,10 @@ __attribute__((noinline)) void multiply(uint32_t, Mma** all) {
 }
 template <class T>
 void mma(const char* name, float* d, const uint32_t* a, const uint32_t* b, Site site) {
+#if defined(CUDA_ON_CPU_PROFILE)  // counted, not computed
+  profile::multiply(!self->copies.empty(), __builtin_return_address(0));
+  return;
+#endif
   Mma mine{d, a, b};
   block->collective(name, ~0u, mine, site, true, multiply<T>);
 }
@@ -226,11 +235,11 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));    \
   }
 #else
-#define DEFINE_MMA(T, type)                                                                  \
-  template <>                                                                                \
-  inline void mma_m16n8k16<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], \
-                              cuda_on_cpu::Site site) {                                      \
-    cuda_on_cpu::mma<T>("mma.m16n8k16." type, d, a, b, site);                                \
+#define DEFINE_MMA(T, type)                                                                    \
+  template <>                                                                                  \
+  __device__ __forceinline__ void mma_m16n8k16<T>(                                             \
+      float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], cuda_on_cpu::Site site) { \
+    cuda_on_cpu::mma<T>("mma.m16n8k16." type, d, a, b, site);                                  \
   }
 #endif
 DEFINE_MMA(bf16, "bf16")

@@ -34,6 +34,16 @@ __device__ __forceinline__ Members keys_of(const Groups& groups, int64_t g) {
                  groups.max_keys);
 }
 
+// The group of an entry.
+__device__ __forceinline__ int64_t group_of(const Groups& groups, int64_t entry) {
+  int64_t low = 0, high = groups.G;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (groups.key_offsets[middle] <= entry ? low : high) = middle;
+  }
+  return low;
+}
+
 // Starts to copy `rows` rows of a group, from member `start` on; zeros beyond the group's end. Four
 // addresses are computed before their copies start: each needs an index from memory, and a copy
 // would wait for it.

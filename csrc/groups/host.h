@@ -125,7 +125,8 @@ inline Bias bias_of(const std::string& op, const BiasTensors& tensors, const Gro
       list(tensors.key_bias, "key_bias", ScalarType::Float, groups.num_keys));
   if (!tensors.table) return bias;
   const Tensor& table = *tensors.table;
-  STD_TORCH_CHECK(bias.query_codes != nullptr && bias.key_codes != nullptr, op,
+  // Pointers to no codes are null.
+  STD_TORCH_CHECK(tensors.query_codes && tensors.key_codes, op,
                   ": need query_codes and key_codes with a bias");
   STD_TORCH_CHECK(table.scalar_type() == ScalarType::Float && table.is_contiguous() &&
                       table.dim() == 2 && table.size(0) == H && table.size(1) > 0 &&

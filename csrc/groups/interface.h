@@ -21,8 +21,7 @@ struct Groups {
   int64_t G, E;
   int64_t num_queries, num_keys;  // rows of q, rows of k and v
   int64_t max_queries, max_keys;  // upper bounds for any group
-  // [num_queries]: query row i sees so many keys of its group, the first. Null: all. The CUDA
-  // kernels take none.
+  // [num_queries]: query row i sees so many keys of its group, the first. Null: all.
   const int32_t* query_limits;
 };
 
@@ -35,6 +34,18 @@ struct Bias {
   const float* key_bias;                   // [num_keys]
   int64_t rows;
   int32_t shift;
+};
+
+// What the logits of a call depend on beside the products of queries and keys. Each CUDA kernel has
+// an instance of its own for every kind: those without a bias spend nothing on it.
+struct Plain {
+  static constexpr bool kLimited = false, kBiased = false;
+};
+struct Limited {  // queries see the first keys of their group
+  static constexpr bool kLimited = true, kBiased = false;
+};
+struct Biased {  // a table, numbers for the keys or both; limits or none
+  static constexpr bool kLimited = true, kBiased = true;
 };
 
 }  // namespace vidl

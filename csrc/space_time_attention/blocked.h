@@ -8,70 +8,21 @@
 // 16 N H D bytes for 14 n N H D, with seven matmuls instead of five. Every block of queries reads
 // the keys from L2 again.
 #pragma once
+#include "groups/blocks.h"
 #include "space_time_attention/warp.h"
 
 namespace vidl {
 namespace {
 
-constexpr int kBlock = 64;  // queries or keys of a block of a long group: 16 a warp
-constexpr int kBlockThreads = kBlock / 16 * 32;
-
-// The block of queries, or of keys, that a block of threads computes.
-struct Work {
-  int64_t g;
-  int h, start;
-};
-
-// Every group has `blocks` blocks; or, if that is 0, group g has those from offsets[g] / kBlock + g
-// on, which always suffices and wastes at most one block per group, however unequal the groups are.
-__device__ __forceinline__ Work find_work(const int32_t* offsets, const SpaceTimeAttention& a,
-                                          int64_t blocks) {
-  const int64_t item = blockIdx.x / a.H;
-  const int h = static_cast<int>(blockIdx.x % a.H);
-  if (blocks > 0) return {item / blocks, h, static_cast<int>(item % blocks) * kBlock};
-  int64_t low = 0, high = a.groups.G;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (offsets[middle] / kBlock + middle <= item ? low : high) = middle;
-  }
-  const int64_t start = (item - low - offsets[low] / kBlock) * kBlock;
-  return {low, h, start < 0 || start > INT32_MAX ? INT32_MAX : static_cast<int>(start)};
-}
-
-// Loads the rows of x, and of y unless it is null, block by block into two pairs of tiles, and
-// calls body(tile of x, tile of y, start) while the next pair is loading. also(start, parity) may
-// start more copies.
-template <class T, int D, class Also, class Body>
-__device__ __forceinline__ void stream(T* memory, const Strided& x, const Strided* y, int h,
-                                       const Members& group, Also also, Body body) {
-  constexpr int kTile = kBlock * kStride<D>;
-  const auto fetch = [&](int start) {
-    const int parity = start / kBlock % 2;
-    T* const to = memory + parity * 2 * kTile;
-    copy_rows<T, D>(to, kBlock, x, h, group, start, threadIdx.x, kBlockThreads);
-    if (y != nullptr) {
-      copy_rows<T, D>(to + kTile, kBlock, *y, h, group, start, threadIdx.x, kBlockThreads);
-    }
-    also(start, parity);
-    cp_async_commit();
-  };
-  if (group.count > 0) fetch(0);
-  for (int start = 0; start < group.count; start += kBlock) {
-    cp_async_wait();
-    __syncthreads();  // the block is there, and nobody reads the one before any more
-    if (start + kBlock < group.count) fetch(start + kBlock);
-    const T* const tile = memory + start / kBlock % 2 * 2 * kTile;
-    body(tile, tile + kTile, start);
-  }
-}
-
-template <class T, int D>
+template <class T, int D, class Kind>
 __global__ void __launch_bounds__(kBlockThreads)
     blocked_forward_kernel(SpaceTimeAttention a, Forward f, int64_t blocks) {
   DYNAMIC_SHARED(T, memory);
-  const Work work = find_work(a.groups.query_offsets, a, blocks);
-  const Members queries = queries_of(a.groups, work.g), keys = keys_of(a.groups, work.g);
+  const Work work = find_work(a.groups.query_offsets, a.groups, blocks, a.H);
+  const Members queries = queries_of(a.groups, work.g);
+  Members keys = keys_of(a.groups, work.g);
   if (work.start >= queries.count) return;
+  if (Kind::kLimited) keys = seen_keys(a.groups, queries, keys, work.start);
   const int first = work.start + threadIdx.x / 32 * 16;
   T* const q = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
   copy_rows<T, D>(q, 16, a.q, work.h, queries, first, lane_id(), 32);
@@ -80,21 +31,27 @@ __global__ void __launch_bounds__(kBlockThreads)
   __syncwarp();
   Rows16<D> rows;
   rows.load(q);
+  const QueryLogits<Kind> all(a, work.h, queries, keys, first, terms_behind<T, D>(memory, 5, 0));
+  const int seen = all.most();
   float most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
   Square out[D / 16];
   clear<D>(out);
   stream<T, D>(
-      memory + kBlock * kStride<D>, a.k, &a.v, work.h, keys, [](int, int) {},
+      memory + kBlock * kStride<D>, a.k, &a.v, work.h, keys,
+      [&](int start, int) {
+        if (Kind::kBiased)
+          terms_behind<T, D>(memory, 5, start).template copy<kBlock>(a, keys, start);
+      },
       [&](const T* k, const T* v, int start) {
-        const int count = min(keys.count - start, kBlock);
+        const QueryLogits<Kind> logit = all.from(start, terms_behind<T, D>(memory, 5, start));
+        const int count = min(seen - start, kBlock);
         const float before[2] = {most[0], most[1]};
         Square weights[kBlock / 16];
 #pragma unroll
         for (int n = 0; n < kBlock / 16; n++) {
           if (16 * n < count) multiply_transposed<T, D>(weights[n], rows, k, 16 * n);
         }
-        scale_logits(weights, count, a.scale * kLog2E, most,
-                     [&](int, int column) { return column < count; });
+        scale_logits(weights, count, most, logit);
         float factor[2];  // rescales the sums so far, which are relative to a smaller maximum
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -110,6 +67,7 @@ __global__ void __launch_bounds__(kBlockThreads)
         add_values<T, D>(out, weights, v, count);
       });
   const Normaliser row(most, sum);
+  clear_rows<Kind, D>(out, row.inverse[0] == 0.0f, row.inverse[1] == 0.0f);
   __syncwarp();
   store_rows<T, D>(static_cast<T*>(f.out), a.H, work.h, q, out, row.inverse[0], row.inverse[1],
                    [&](int r) { return first + r < queries.count ? queries.row(first + r) : -1; });
@@ -123,16 +81,17 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 // A warp computes the scores of 16 keys: their weights, transposed, summed over the queries.
-template <class T, int D>
+template <class T, int D, class Kind>
 __global__ void __launch_bounds__(kBlockThreads, 4)
     blocked_scores_kernel(SpaceTimeAttention a, Forward f, int64_t blocks) {
   DYNAMIC_SHARED(T, memory);
-  const Work work = find_work(a.groups.key_offsets, a, blocks);
+  const Work work = find_work(a.groups.key_offsets, a.groups, blocks, a.H);
   Members queries = queries_of(a.groups, work.g);
   const Members keys = keys_of(a.groups, work.g);
   if (work.start >= keys.count) return;
   const float share = queries.count > 0 ? share_of(a.scores, 0, queries.count) : 0.0f;
   if (a.scores == Scores::kCls) queries.count = min(queries.count, 1);
+  if (Kind::kLimited) queries = seeing_queries(a.groups, queries, keys, work.start);
   const int first = work.start + threadIdx.x / 32 * 16;
   T* const k = memory + threadIdx.x / 32 * 16 * kStride<D>;
   copy_rows<T, D>(k, 16, a.k, work.h, keys, first, lane_id(), 32);
@@ -141,6 +100,7 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
   __syncwarp();
   Rows16<D> rows;
   rows.load(k);
+  const KeyLogits<Kind> logit(a, work.h, keys, first);
   float sums[2] = {};
   stream<T, D>(
       memory + kBlock * kStride<D>, a.q, nullptr, work.h, queries, [](int, int) {},
@@ -152,10 +112,15 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
           for (int e = 0; e < 4; e++) {
             const int j = e / 2, l = e % 2, query = start + 16 * n + column_of_lane(j) + l;
             if (query >= queries.count) continue;
-            const float lse = f.lse[work.h * a.groups.num_queries + queries.row(query)] * kLog2E;
+            const int64_t row = queries.row(query);
+            const float lse = f.lse[work.h * a.groups.num_queries + row] * kLog2E;
+            const int limit = Kind::kLimited ? limit_of(a.groups, queries, keys, query) : 0;
+            const int offset = Kind::kBiased ? offset_of(a.bias, row) : 0;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-              sums[i] += exp2_approx(weights[j][2 * i + l] * (a.scale * kLog2E) - lse);
+              const float x = logit.scaled(i, offset, weights[j][2 * i + l]);
+              if (Kind::kLimited && (logit.key[i] >= limit || lse == -INFINITY)) continue;
+              sums[i] += exp2_approx(x - lse);
             }
           }
         }
@@ -169,14 +134,16 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
   }
 }
 
-template <class T, int D>
+template <class T, int D, class Kind>
 __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
     query_backward_kernel(SpaceTimeAttention a, Backward b, int64_t blocks) {
   constexpr int kTile = kBlock * kStride<D>;
   DYNAMIC_SHARED(T, memory);
-  const Work work = find_work(a.groups.query_offsets, a, blocks);
-  const Members queries = queries_of(a.groups, work.g), keys = keys_of(a.groups, work.g);
+  const Work work = find_work(a.groups.query_offsets, a.groups, blocks, a.H);
+  const Members queries = queries_of(a.groups, work.g);
+  Members keys = keys_of(a.groups, work.g);
   if (work.start >= queries.count) return;
+  if (Kind::kLimited) keys = seen_keys(a.groups, queries, keys, work.start);
   const int lane = lane_id(), first = work.start + threadIdx.x / 32 * 16;
   T* const q = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
   T* const grad_out = q + kTile;
@@ -200,9 +167,20 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
                  : 0.0f;
     share[i] = share_of(a.scores, query, queries.count) / static_cast<float>(a.H);
   }
-  const auto weight_of = [&](float logit, int i, bool real) {
-    return real ? exp2_approx(logit * (a.scale * kLog2E) - lse[i]) : 0.0f;
+  QueryLogits<Kind> all(a, work.h, queries, keys, first, terms_behind<T, D>(memory, 6, 0));
+  all.hide(lse);
+  const auto copy_terms = [&](int start, int) {
+    if (Kind::kBiased) terms_behind<T, D>(memory, 6, start).template copy<kBlock>(a, keys, start);
   };
+  const auto weight_of = [&](float product, int i, int start, int key) {
+    const bool real = all.sees(i, key);
+    const auto logit = all.from(start, terms_behind<T, D>(memory, 6, start));
+    // Without a bias the factor is computed here: ptxas then needs fewer registers.
+    const float scaled =
+        Kind::kBiased ? logit.scaled(i, key - start, product) : product * (a.scale * kLog2E);
+    return real ? exp2_approx(scaled - lse[i]) : 0.0f;
+  };
+  const int seen = all.most();
   const auto score_grad = [&](int key) {
     return b.grad_scores != nullptr && key < keys.count ? b.grad_scores[keys.first + key] : 0.0f;
   };
@@ -212,15 +190,14 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   if (b.grad_scores != nullptr && (a.scores == Scores::kMean || work.start == 0)) {
     float more[2] = {};
     stream<T, D>(
-        buffers, a.k, nullptr, work.h, keys, [](int, int) {},
-        [&](const T* k, const T*, int start) {
-          for (int n = 0; n < kBlock / 16 && start + 16 * n < keys.count; n++) {
+        buffers, a.k, nullptr, work.h, keys, copy_terms, [&](const T* k, const T*, int start) {
+          for (int n = 0; n < kBlock / 16 && start + 16 * n < seen; n++) {
             Square weights;
             multiply_transposed<T, D>(weights, rows, k, 16 * n);
 #pragma unroll
             for (int e = 0; e < 8; e++) {
               const int key = start + 16 * n + column_of_lane(e / 4) + e % 2, i = e / 2 % 2;
-              more[i] += weight_of(weights[e / 4][e % 4], i, key < keys.count) * score_grad(key);
+              more[i] += weight_of(weights[e / 4][e % 4], i, start, key) * score_grad(key);
             }
           }
         });
@@ -231,27 +208,26 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
 
   Square sums[D / 16];
   clear<D>(sums);
-  stream<T, D>(
-      buffers, a.k, &a.v, work.h, keys, [](int, int) {},
-      [&](const T* k, const T* v, int start) {
+  stream<T, D>(buffers, a.k, &a.v, work.h, keys, copy_terms,
+               [&](const T* k, const T* v, int start) {
 #pragma unroll
-        for (int n = 0; n < kBlock / 16; n++) {
-          if (start + 16 * n >= keys.count) break;
-          Square weights, grads;
-          multiply_transposed<T, D>(weights, rows, k, 16 * n);
-          multiply_transposed<T, D>(grads, grad_rows, v, 16 * n);
+                 for (int n = 0; n < kBlock / 16; n++) {
+                   if (start + 16 * n >= seen) break;
+                   Square weights, grads;
+                   multiply_transposed<T, D>(weights, rows, k, 16 * n);
+                   multiply_transposed<T, D>(grads, grad_rows, v, 16 * n);
 #pragma unroll
-          for (int e = 0; e < 8; e++) {
-            const int key = start + 16 * n + column_of_lane(e / 4) + e % 2, i = e / 2 % 2;
-            float& x = grads[e / 4][e % 4];
-            x += score_grad(key) * share[i] - delta[i];
-            x *= weight_of(weights[e / 4][e % 4], i, key < keys.count);
-          }
-          uint32_t packed[4];
-          pack<T>(packed, grads);
-          accumulate<T, D>(sums, packed, k, 16 * n);
-        }
-      });
+                   for (int e = 0; e < 8; e++) {
+                     const int key = start + 16 * n + column_of_lane(e / 4) + e % 2, i = e / 2 % 2;
+                     float& x = grads[e / 4][e % 4];
+                     x += score_grad(key) * share[i] - delta[i];
+                     x *= weight_of(weights[e / 4][e % 4], i, start, key);
+                   }
+                   uint32_t packed[4];
+                   pack<T>(packed, grads);
+                   accumulate<T, D>(sums, packed, k, 16 * n);
+                 }
+               });
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int query = first + row_of_lane(i);
@@ -259,22 +235,28 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
       b.delta[work.h * a.groups.num_queries + queries.row(query)] = delta[i];
     }
   }
+  clear_rows<Kind, D>(sums, all.limit[0] == 0, all.limit[1] == 0);
   __syncwarp();
   store_rows<T, D>(static_cast<T*>(b.grad_q), a.H, work.h, q, sums, a.scale, a.scale,
                    [&](int r) { return first + r < queries.count ? queries.row(first + r) : -1; });
 }
 
 // A warp computes 16 keys: weights and their gradients are transposed.
-template <class T, int D>
+template <class T, int D, class Kind>
 __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
     key_backward_kernel(SpaceTimeAttention a, Backward b, int64_t blocks) {
   constexpr int kTile = kBlock * kStride<D>;
   DYNAMIC_SHARED(T, memory);
   SHARED(float, lse, [2][kBlock]);  // of the queries in the two buffers
   SHARED(float, delta, [2][kBlock]);
-  const Work work = find_work(a.groups.key_offsets, a, blocks);
-  const Members queries = queries_of(a.groups, work.g), keys = keys_of(a.groups, work.g);
+  const Work work = find_work(a.groups.key_offsets, a.groups, blocks, a.H);
+  const Members all_queries = queries_of(a.groups, work.g), keys = keys_of(a.groups, work.g);
   if (work.start >= keys.count) return;
+  const Members queries =
+      Kind::kLimited ? seeing_queries(a.groups, all_queries, keys, work.start) : all_queries;
+  // Of the queries in the two buffers, behind six tiles: how many keys they see, their offsets.
+  int* const limits = reinterpret_cast<int*>(memory + 6 * kTile);
+  int* const offsets = limits + 2 * kBlock;
   const int lane = lane_id(), first = work.start + threadIdx.x / 32 * 16;
   T* const k = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
   T* const v = k + kTile;
@@ -287,15 +269,17 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   constexpr bool kHeld = D <= 96;  // longer rows do not fit into the registers beside both sums
   key_rows.load(k);
   if (kHeld) value_rows.load(v);
+  const KeyLogits<Kind> logit(a, work.h, keys, first);
   float grad_score[2] = {};
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int key = first + row_of_lane(i);
     if (b.grad_scores != nullptr && key < keys.count) {
-      const float share = share_of(a.scores, 0, queries.count) / static_cast<float>(a.H);
+      const float share = share_of(a.scores, 0, all_queries.count) / static_cast<float>(a.H);
       grad_score[i] = b.grad_scores[keys.first + key] * share;
     }
   }
+  const int first_query = queries.first - all_queries.first;  // in its group
   Square grad_k[D / 16], grad_v[D / 16];
   clear<D>(grad_k);
   clear<D>(grad_v);
@@ -310,6 +294,12 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
           cp_async_4(&lse[parity][i], b.lse + at, real);
         } else {
           cp_async_4(&delta[parity][i], b.delta + at, real);
+        }
+        if (!Kind::kLimited) return;
+        if (threadIdx.x < kBlock) {
+          limits[parity * kBlock + i] = limit_of(a.groups, queries, keys, query);
+        } else if (Kind::kBiased) {
+          offsets[parity * kBlock + i] = real ? offset_of(a.bias, queries.row(query)) : 0;
         }
       },
       [&](const T* q, const T* grad_out, int start) {
@@ -327,8 +317,11 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
             const int column = 16 * n + column_of_lane(e / 4) + e % 2, i = e / 2 % 2;
             float& weight = weights[e / 4][e % 4];
             float& x = grads[e / 4][e % 4];
-            weight = exp2_approx(weight * (a.scale * kLog2E) - lse[parity][column] * kLog2E);
-            if (a.scores == Scores::kMean || start + column == 0) x += grad_score[i];
+            const int at = parity * kBlock + column;
+            const float level = lse[parity][column] * kLog2E;
+            weight = exp2_approx(logit.scaled(i, Kind::kBiased ? offsets[at] : 0, weight) - level);
+            if (Kind::kLimited && (logit.key[i] >= limits[at] || level == -INFINITY)) weight = 0.0f;
+            if (a.scores == Scores::kMean || first_query + start + column == 0) x += grad_score[i];
             x = weight * (x - delta[parity][column]);
           }
           uint32_t packed[4];

@@ -2,7 +2,8 @@
 // after cpu/vectors.h (see there).
 //
 // All rows are converted to float32 first. Keys are also transposed, so that both matmuls of the
-// forward and all five of the backward read contiguous rows. A block of queries meets all keys at
+// forward and all five of the backward read contiguous rows. Values narrower than keys are padded
+// to whole vectors there, and multiplied in their own width. A block of queries meets all keys at
 // once: one softmax without rescaling. The scale is applied inside the softmax: scaled queries
 // would be rounded once more. A negative scale negates the queries, so that the greatest logit
 // still has the greatest weight. With a bias the logits are scaled before it is added.
@@ -13,9 +14,9 @@ VIDL_VECTOR_INLINE void forward(const SpaceTimeAttention& a, const Forward& f, i
                                 Scratch& scratch) {
   const Groups& groups = a.groups;
   const auto [first_query, queries, first_key, keys] = group_of(groups, g);
-  const int64_t D = a.D;
+  const int64_t D = a.D, Dv = a.Dv, width = round_up(Dv, kKeyStep);
   const float sign = a.scale < 0 ? -1.0f : 1.0f, scale = a.scale * sign;
-  T* const out = static_cast<T*>(f.out) + h * D;
+  T* const out = static_cast<T*>(f.out) + h * Dv;
   float* const scores = f.scores == nullptr ? nullptr : f.scores + h * groups.E + first_key;
   const bool biased = is_given(a.bias);
   const GroupBias bias = bias_of(a.bias, groups, h, first_key, keys, scratch);
@@ -23,7 +24,7 @@ VIDL_VECTOR_INLINE void forward(const SpaceTimeAttention& a, const Forward& f, i
     if (scores != nullptr) memset(scores, 0, keys * sizeof(float));
     for (int64_t i = 0; i < queries; i++) {
       const int64_t row = row_of(groups.query_rows, first_query + i);
-      for (int64_t d = 0; d < D; d++) out[row * a.H * D + d] = static_cast<T>(0.0f);
+      for (int64_t d = 0; d < Dv; d++) out[row * a.H * Dv + d] = static_cast<T>(0.0f);
       f.lse[h * groups.num_queries + row] = -INFINITY;
     }
     return;
@@ -33,13 +34,13 @@ VIDL_VECTOR_INLINE void forward(const SpaceTimeAttention& a, const Forward& f, i
   float* const keys_across = scratch.take(D * columns);
   float* const weights = scratch.take(block * columns);
   float* const q = scratch.take(block * D);
-  float* const sums = scratch.take(block * D);
+  float* const sums = scratch.take(block * width);
   float* const block_scores = scratch.take(columns);
   float* const lost = scratch.take(columns);
   memset(lost, 0, columns * sizeof(float));
   read_rows<T>(a.k, groups.key_rows, first_key, keys, columns, h, D, D, 1.0f, values);
   transpose(values, columns, D, D, keys_across, columns);
-  read_rows<T>(a.v, groups.key_rows, first_key, keys, keys, h, D, D, 1.0f, values);
+  read_rows<T>(a.v, groups.key_rows, first_key, keys, keys, h, Dv, width, 1.0f, values);
   if (scores != nullptr) memset(scores, 0, keys * sizeof(float));
 
   for (int64_t start = 0; start < queries; start += block) {
@@ -64,11 +65,11 @@ VIDL_VECTOR_INLINE void forward(const SpaceTimeAttention& a, const Forward& f, i
       inverse[i] = sum.inverse;
       f.lse[h * groups.num_queries + row] = sum.lse;
     }
-    multiply<false>(count, D, seen.most, weights, columns, 1, values, D, sums, D);
+    multiply<false>(count, width, seen.most, weights, columns, 1, values, width, sums, width);
     for (int64_t i = 0; i < count; i++) {
       const int64_t row = row_of(groups.query_rows, first + i);
-      if (seen.keys(i) == 0) memset(sums + i * D, 0, D * sizeof(float));
-      write_row(sums + i * D, D, inverse[i], out + row * a.H * D);
+      if (seen.keys(i) == 0) memset(sums + i * width, 0, width * sizeof(float));
+      write_row(sums + i * width, Dv, inverse[i], out + row * a.H * Dv);
     }
     if (scores == nullptr) continue;
     const int64_t scored = a.scores == Scores::kMean ? count : start == 0 ? 1 : 0;
@@ -89,7 +90,7 @@ VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b,
                                  int64_t h, float* grad_table, Scratch& scratch) {
   const Groups& groups = a.groups;
   const auto [first_query, queries, first_key, keys] = group_of(groups, g);
-  const int64_t D = a.D;
+  const int64_t D = a.D, Dv = a.Dv, width = round_up(Dv, kKeyStep);
   const float sign = a.scale < 0 ? -1.0f : 1.0f, scale = a.scale * sign;
   const bool biased = is_given(a.bias);
   const GroupBias bias = bias_of(a.bias, groups, h, first_key, keys, scratch);
@@ -98,28 +99,31 @@ VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b,
   const int64_t columns = round_up(keys, kKeyStep), block = queries_at_once(columns + 1);
   float* const k = scratch.take(columns * D);
   float* const keys_across = scratch.take(D * columns);
-  float* const values_across = scratch.take(D * columns);
+  float* const values_across = scratch.take(width * columns);
   const QuerySum grad_k = query_sum(keys * D, queries, block, scratch);
-  const QuerySum grad_v = query_sum(keys * D, queries, block, scratch);
+  const QuerySum grad_v = query_sum(keys * width, queries, block, scratch);
   float* const weights = scratch.take(block * columns);
   float* const grads = scratch.take(block * columns);
   float* const q = scratch.take(block * D);
-  float* const grad_out = scratch.take(block * D);
+  float* const grad_out = scratch.take(block * width);
   float* const sums = scratch.take(block * D);
-  read_rows<T>(a.v, groups.key_rows, first_key, keys, columns, h, D, D, 1.0f, k);
-  transpose(k, columns, D, D, values_across, columns);
+  read_rows<T>(a.v, groups.key_rows, first_key, keys, columns, h, Dv, width, 1.0f, k);
+  transpose(k, columns, width, width, values_across, columns);
   read_rows<T>(a.k, groups.key_rows, first_key, keys, columns, h, D, D, 1.0f, k);
   transpose(k, columns, D, D, keys_across, columns);
 
-  const Strided grads_of_out = {b.grad_out, a.H * D, D};
+  const TableSums table = table_sums(grad_table, bias, queries, keys, scratch);
+  const Strided grads_of_out = {b.grad_out, a.H * Dv, Dv};
   for (int64_t start = 0; start < queries; start += block) {
     const int64_t count = queries - start < block ? queries - start : block;
     const int64_t first = first_query + start;
     read_rows<T>(a.q, groups.query_rows, first, count, count, h, D, D, sign, q);
-    read_rows<T>(grads_of_out, groups.query_rows, first, count, count, h, D, D, 1.0f, grad_out);
+    read_rows<T>(grads_of_out, groups.query_rows, first, count, count, h, Dv, width, 1.0f,
+                 grad_out);
     const Seen seen = seen_by_block(groups, first, count, keys, bias.first);
     multiply<false>(count, seen.columns, D, q, D, 1, keys_across, columns, weights, columns);
-    multiply<false>(count, seen.columns, D, grad_out, D, 1, values_across, columns, grads, columns);
+    multiply<false>(count, seen.columns, Dv, grad_out, width, 1, values_across, columns, grads,
+                    columns);
     for (int64_t i = 0; i < count; i++) {
       const int64_t row = row_of(groups.query_rows, first + i);
       const float level = level_of(b.lse[h * groups.num_queries + row], logit_scale);
@@ -153,10 +157,11 @@ VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b,
         store(grad + j, normal * (load(grad + j) - delta));
       }
       if (own == 1) grad[0] = 0.0f * grad[0];  // one key always has all the weight
-      if (grad_table != nullptr) add_to_table(grad, own, bias, row, grad_table);
+      if (grad_table != nullptr) add_to_table(grad, own, bias, row, table);
     }
     // Both gradients are scaled when they are written.
-    multiply<true>(seen.most, D, count, weights, 1, columns, grad_out, D, grad_v.part, D);
+    multiply<true>(seen.most, width, count, weights, 1, columns, grad_out, width, grad_v.part,
+                   width);
     multiply<true>(seen.most, D, count, grads, 1, columns, q, D, grad_k.part, D);
     end_block(grad_v, start, block, queries);
     end_block(grad_k, start, block, queries);
@@ -167,15 +172,17 @@ VIDL_VECTOR_INLINE void backward(const SpaceTimeAttention& a, const Backward& b,
       write_row(sums + i * D, D, a.scale, grad_q + row * a.H * D);
     }
   }
+  end_sums(table, bias);
   for (int64_t j = 0; j < keys; j++) {
     const int64_t entry = first_key + j;
     if (b.entry_grad_k != nullptr) {  // rows that several groups share are summed afterwards
       write_row(grad_k.total + j * D, D, scale, b.entry_grad_k + (entry * a.H + h) * D);
-      memcpy(b.entry_grad_v + (entry * a.H + h) * D, grad_v.total + j * D, D * sizeof(float));
+      write_row(grad_v.total + j * width, Dv, 1.0f, b.entry_grad_v + (entry * a.H + h) * Dv);
     } else {
       const int64_t row = row_of(groups.key_rows, entry);
       write_row(grad_k.total + j * D, D, scale, static_cast<T*>(b.grad_k) + (row * a.H + h) * D);
-      write_row(grad_v.total + j * D, D, 1.0f, static_cast<T*>(b.grad_v) + (row * a.H + h) * D);
+      write_row(grad_v.total + j * width, Dv, 1.0f,
+                static_cast<T*>(b.grad_v) + (row * a.H + h) * Dv);
     }
   }
 }

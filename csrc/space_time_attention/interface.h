@@ -10,30 +10,34 @@ enum class Scores : int32_t { kNone, kCls, kMean };
 
 struct SpaceTimeAttention {
   Groups groups;
-  Bias bias;  // the CUDA kernels take none
+  Bias bias;
   Strided q, k, v;
-  int64_t H, D;
+  int64_t H, D, Dv;  // Dv: channels of v and out, at most D; on CUDA equal to D
   float scale;
   Scores scores;
   Dtype dtype;
 };
 
 struct Forward {
-  void* out;           // [num_queries, H, D]
+  void* out;           // [num_queries, H, Dv]
   float* lse;          // [H, num_queries]
   float* scores;       // [H, E] or null
   float* mean_scores;  // [E] or null: the mean of `scores` over the heads
 };
 
 struct Backward {
-  const void *grad_out, *out;          // [num_queries, H, D]
+  const void *grad_out, *out;          // [num_queries, H, Dv]
   const float *lse, *grad_scores;      // [H, num_queries]; [E] or null
   void *grad_q, *grad_k, *grad_v;      // as q, k, v, contiguous
-  float *entry_grad_k, *entry_grad_v;  // [E, H, D], or null without entries
+  float *entry_grad_k, *entry_grad_v;  // [E, H, D] and [E, H, Dv], or null without entries
   float* delta;                        // [H, num_queries], for the kernels of long groups
-  float* bias_parts;                   // [parts, H, bias.rows], or null: sums over some groups
+  // The gradient of the table, [H, bias.rows], or null: the sum of `parts` of [H, bias.rows], in
+  // their order.
+  float *grad_bias, *bias_parts;
   int64_t parts;
 };
+
+constexpr int64_t kMostBiased = 64;  // the largest head size with kernels for Biased
 
 // Which CUDA kernels a call launches, by its longest group and the shared memory of a block.
 enum class Size {

@@ -9,6 +9,7 @@
 
 #include "space_time_attention/blocked.h"
 #include "space_time_attention/packed.h"
+#include "space_time_attention/table.h"
 #include "space_time_attention/whole.h"
 #include "space_time_attention/wide.h"
 
@@ -46,18 +47,6 @@ __global__ void __launch_bounds__(kSumThreads)
   *reinterpret_cast<uint32_t*>(static_cast<T*>(b.grad_v) + to) = pack2<T>(v.x, v.y);
 }
 
-constexpr int64_t div_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-// Blocks of threads for the members of all groups, and of every group; 0: see find_work().
-struct Blocks {
-  int64_t all, of_group;
-};
-Blocks blocks_of(const SpaceTimeAttention& a, int64_t longest, int64_t members) {
-  const int64_t G = a.groups.G, of_group = div_up(longest, kBlock), fewest = members / kBlock + G;
-  if (G * of_group <= 2 * fewest) return {G * of_group * a.H, of_group};
-  return {fewest * a.H, 0};
-}
-
 // Blocks of threads for groups that are packed into warps.
 int64_t packed_blocks(const Groups& groups, int64_t H) {
   const int64_t slot = std::max(groups.max_queries, groups.max_keys);
@@ -71,32 +60,39 @@ Size fitting(Size size, int64_t bytes) {
 
 }  // namespace
 
-template <class T, int D>
+template <class T, int D, class Kind>
 int forward(const SpaceTimeAttention& a, const Forward& f, void* stream) {
   constexpr int64_t kRow = kStride<D> * sizeof(T);
   const Groups& groups = a.groups;
   const int64_t keys = round_up_16(groups.max_keys);
   const int64_t squares = round_up_16(groups.max_queries) / 16;
   const int64_t warps = std::clamp<int64_t>(squares, 1, kForwardWarps);
-  const int64_t bytes = (2 * keys + 16 * warps) * kRow + warps * keys * sizeof(float);
-  const Size size = fitting(size_of(groups.max_queries, groups.max_keys), bytes);
+  const int64_t bytes = (2 * keys + 16 * warps) * kRow + warps * keys * sizeof(float) +
+                        (Kind::kBiased ? keys * KeyTerms::kBytes : 0);
+  constexpr int64_t kBlockedBytes = 5 * kBlock * kRow + (Kind::kBiased ? kTermsBytes : 0);
+  // With limits alone, the kernel of 256 keys does not fit into the registers.
+  constexpr bool kManyKeys = D == 32 || Kind::kBiased || !Kind::kLimited;
+  const Size by_length = size_of(groups.max_queries, groups.max_keys);
+  const Size size = kManyKeys || keys <= 128 ? fitting(by_length, bytes) : Size::kBlocked;
   int error = 0;
   if (size == Size::kPacked) {
-    error = launch(packed_forward_kernel<T, D>, packed_blocks(groups, a.H), 32 * kPackedWarps,
+    error = launch(packed_forward_kernel<T, D, Kind>, packed_blocks(groups, a.H), 32 * kPackedWarps,
                    kPackedWarps * 3 * 16 * kRow, stream, a, f);
   } else if (size != Size::kBlocked) {
-    const auto kernel = keys <= 64    ? whole_forward_kernel<T, D, 4>
-                        : keys <= 128 ? whole_forward_kernel<T, D, 8>
-                                      : whole_forward_kernel<T, D, 16>;
+    auto kernel =
+        keys <= 64 ? whole_forward_kernel<T, D, 4, Kind> : whole_forward_kernel<T, D, 8, Kind>;
+    if constexpr (kManyKeys) {
+      if (keys > 128) kernel = whole_forward_kernel<T, D, 16, Kind>;
+    }
     error = launch(kernel, groups.G * a.H, 32 * warps, bytes, stream, a, f);
   } else {
-    const Blocks blocks = blocks_of(a, groups.max_queries, groups.num_queries);
-    const Blocks key_blocks = blocks_of(a, groups.max_keys, groups.E);
-    error = launch(blocked_forward_kernel<T, D>, blocks.all, kBlockThreads, 5 * kBlock * kRow,
+    const Blocks blocks = blocks_of(groups, a.H, groups.max_queries, groups.num_queries);
+    const Blocks key_blocks = blocks_of(groups, a.H, groups.max_keys, groups.E);
+    error = launch(blocked_forward_kernel<T, D, Kind>, blocks.all, kBlockThreads, kBlockedBytes,
                    stream, a, f, blocks.of_group);
     if (error == 0 && f.scores != nullptr) {
-      error = launch(blocked_scores_kernel<T, D>, key_blocks.all, kBlockThreads, 5 * kBlock * kRow,
-                     stream, a, f, key_blocks.of_group);
+      error = launch(blocked_scores_kernel<T, D, Kind>, key_blocks.all, kBlockThreads,
+                     3 * kBlock * kRow, stream, a, f, key_blocks.of_group);
     }
   }
   if (error != 0 || f.scores == nullptr) return error;
@@ -104,39 +100,61 @@ int forward(const SpaceTimeAttention& a, const Forward& f, void* stream) {
                 groups.E);
 }
 
+// The gradient of the table, after the other gradients.
 template <class T, int D>
+int table_backward(const SpaceTimeAttention& a, const Backward& b, void* stream) {
+  const Blocks blocks = blocks_of(a.groups, a.H, a.groups.max_queries, a.groups.num_queries);
+  const int64_t tables = kTableWarps * a.bias.rows * int64_t{sizeof(float)};
+  const int64_t bytes = table_backward_bytes<T, D>();
+  const bool shared = bytes + tables <= most_shared_bytes();
+  const int64_t parts = shared ? b.parts : b.parts / kTableWarps;
+  const int error =
+      launch(table_backward_kernel<T, D>, parts * a.H, kBlockThreads, bytes + (shared ? tables : 0),
+             stream, a, b, blocks.of_group, blocks.all / a.H, shared);
+  if (error != 0) return error;
+  const int64_t numbers = a.H * a.bias.rows;
+  return launch(sum_parts_kernel, div_up(numbers, kPartThreads), kPartThreads, 0, stream,
+                b.bias_parts, b.parts, numbers, b.grad_bias);
+}
+
+template <class T, int D, class Kind>
 int backward(const SpaceTimeAttention& a, const Backward& b, void* stream) {
   constexpr int64_t kRow = kStride<D> * sizeof(T);
   const Groups& groups = a.groups;
   const int64_t queries = round_up_16(groups.max_queries), keys = round_up_16(groups.max_keys);
   const int64_t most = queries > keys ? queries : keys;
   const Size by_length = size_of(groups.max_queries, groups.max_keys);
-  const int64_t bytes = by_length == Size::kWide ? WideGroup<T, D>::bytes(queries, keys)
-                                                 : whole_backward_bytes<T, D>(queries, keys);
+  const int64_t bytes = by_length == Size::kWide ? WideGroup<T, D, Kind>::bytes(queries, keys)
+                                                 : whole_backward_bytes<T, D, Kind>(queries, keys);
+  constexpr int64_t kBlockedBytes = 6 * kBlock * kRow + (Kind::kLimited ? kTermsBytes : 0);
   // Wide kernels exist up to D = 64, with which four tensors of 256 rows fit into sm_80.
   const bool wide = by_length == Size::kWide && D > 64;
   const Size size = wide ? Size::kBlocked : fitting(by_length, bytes);
   int error = 0;
   if (size == Size::kPacked) {
-    error = launch(packed_backward_kernel<T, D>, packed_blocks(groups, a.H), 32 * kPackedWarps,
-                   kPackedWarps * 4 * 16 * kRow, stream, a, b);
+    error = launch(packed_backward_kernel<T, D, Kind>, packed_blocks(groups, a.H),
+                   32 * kPackedWarps, kPackedWarps * 4 * 16 * kRow, stream, a, b);
   } else if (size == Size::kWhole) {
     const auto kernel =
-        most <= 64 ? whole_backward_kernel<T, D, 4> : whole_backward_kernel<T, D, 8>;
+        most <= 64 ? whole_backward_kernel<T, D, 4, Kind> : whole_backward_kernel<T, D, 8, Kind>;
     error = launch(kernel, groups.G * a.H, 2 * most, bytes, stream, a, b);
   } else if (size == Size::kWide) {
     if constexpr (D <= 64) {
-      error = launch(wide_backward_kernel<T, D>, groups.G * a.H, 2 * most, bytes, stream, a, b);
+      error =
+          launch(wide_backward_kernel<T, D, Kind>, groups.G * a.H, 2 * most, bytes, stream, a, b);
     }
   } else {
-    const Blocks query_blocks = blocks_of(a, groups.max_queries, groups.num_queries);
-    const Blocks key_blocks = blocks_of(a, groups.max_keys, groups.E);
-    error = launch(query_backward_kernel<T, D>, query_blocks.all, kBlockThreads, 6 * kBlock * kRow,
-                   stream, a, b, query_blocks.of_group);
+    const Blocks query_blocks = blocks_of(groups, a.H, groups.max_queries, groups.num_queries);
+    const Blocks key_blocks = blocks_of(groups, a.H, groups.max_keys, groups.E);
+    error = launch(query_backward_kernel<T, D, Kind>, query_blocks.all, kBlockThreads,
+                   kBlockedBytes, stream, a, b, query_blocks.of_group);
     if (error == 0) {
-      error = launch(key_backward_kernel<T, D>, key_blocks.all, kBlockThreads, 6 * kBlock * kRow,
+      error = launch(key_backward_kernel<T, D, Kind>, key_blocks.all, kBlockThreads, kBlockedBytes,
                      stream, a, b, key_blocks.of_group);
     }
+  }
+  if constexpr (Kind::kBiased) {
+    if (error == 0 && b.grad_bias != nullptr) error = table_backward<T, D>(a, b, stream);
   }
   if (error != 0 || groups.entry_offsets == nullptr) return error;
   const int64_t pairs = groups.num_keys * a.H * D / 2;

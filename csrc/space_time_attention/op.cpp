@@ -51,7 +51,7 @@ struct Cpu {
 
   static void backward(const SpaceTimeAttention& a, const Backward& b, const Tensor&) {
     check_entries(kOp, a.groups);
-    if (b.bias_parts == nullptr) {
+    if (b.grad_bias == nullptr) {
       const auto items = VIDL_FOR_THIS_CPU(backward_items);
       parallel_for(0, a.groups.G * a.H, grain(a),
                    [&](int64_t begin, int64_t end) { items(a, b, begin, end); });
@@ -59,10 +59,16 @@ struct Cpu {
       const auto parts = VIDL_FOR_THIS_CPU(backward_parts);
       parallel_for(0, b.parts * a.H, 1,
                    [&](int64_t begin, int64_t end) { parts(a, b, begin, end); });
+      sum_parts(b.bias_parts, b.parts, a.H * a.bias.rows, b.grad_bias);
     }
     if (a.groups.entry_offsets == nullptr) return;
     sum_entries(a.groups, b.entry_grad_k, a.H * a.D, b.grad_k, a.dtype);
-    sum_entries(a.groups, b.entry_grad_v, a.H * a.D, b.grad_v, a.dtype);
+    sum_entries(a.groups, b.entry_grad_v, a.H * a.Dv, b.grad_v, a.dtype);
+  }
+
+  // The groups are divided alike for any number of threads, so that the sums have the same bits.
+  static int64_t parts(const SpaceTimeAttention& a) {
+    return std::min<int64_t>(a.groups.G, kMostParts);
   }
 };
 #endif
@@ -73,7 +79,7 @@ struct Cuda {
   static Tensor readable(const Tensor& x) {
     const bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 &&
                          x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 && x.stride(2) == 1;
-    if (aligned || x.numel() == 0) return x;
+    if (aligned) return x;
     Tensor copy = new_tensor(x, {x.size(0), x.size(1), x.size(2)});
     torch::stable::copy_(copy, x);
     return copy;
@@ -81,10 +87,12 @@ struct Cuda {
 
   static void check(const SpaceTimeAttention& a) {  // the kernels check the lists of the groups
     STD_TORCH_CHECK(a.dtype != Dtype::kFloat32, kOp, ": need float16 or bfloat16 on CUDA");
-    STD_TORCH_CHECK(a.bias.table == nullptr && a.bias.key_bias == nullptr, kOp,
-                    ": the CUDA kernels take no bias and no key_bias");
-    STD_TORCH_CHECK(a.groups.query_limits == nullptr, kOp,
-                    ": the CUDA kernels take no groups with query_limits");
+    STD_TORCH_CHECK(a.Dv == a.D, kOp, ": the CUDA kernels need v as wide as q, got ", a.Dv,
+                    " channels for ", a.D);
+    const bool biased = a.bias.table != nullptr || a.bias.key_bias != nullptr;
+    STD_TORCH_CHECK(!biased || a.D <= kMostBiased, kOp,
+                    ": the CUDA kernels take a bias and a key_bias for head sizes up to ",
+                    kMostBiased, ", got ", a.D);
   }
 
   static void forward(const SpaceTimeAttention& a, const Forward& f, const Tensor& q) {
@@ -93,6 +101,12 @@ struct Cuda {
 
   static void backward(const SpaceTimeAttention& a, const Backward& b, const Tensor& q) {
     check_cuda(vidl_space_time_attention_bwd_cuda(&a, &b, current_stream(q)));
+  }
+
+  // A block of threads takes a part; or each of its four warps, if their tables do not fit into it.
+  static int64_t parts(const SpaceTimeAttention& a) {
+    const int64_t blocks = a.groups.G * ((a.groups.max_queries + 63) / 64);
+    return std::min<int64_t>((blocks + 3) / 4 * 4, kMostParts);
   }
 };
 #endif
@@ -109,6 +123,10 @@ SpaceTimeAttention attention_of(Tensor& q, Tensor& k, Tensor& v, const GroupTens
   a.v = strided(kOp, v, "v");
   a.H = q.size(1);
   a.D = q.size(2);
+  a.Dv = v.size(2);
+  const bool fits = k.size(1) == a.H && k.size(2) == a.D && v.size(0) == k.size(0) &&
+                    v.size(1) == a.H && a.Dv <= a.D;
+  STD_TORCH_CHECK(fits, kOp, ": need k as q, and v as k with at most ", a.D, " channels");
   a.bias = bias_of(kOp, bias, a.groups, a.H);
   STD_TORCH_CHECK(a.D % 16 == 0, kOp, ": need D a multiple of 16, got ", a.D);
   a.scale = static_cast<float>(scale);
@@ -127,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> space_time_attention(Tensor q, Tensor k, Tens
   const SpaceTimeAttention a = attention_of<Device>(q, k, v, groups, bias, scale, scores);
   const int64_t num_queries = a.groups.num_queries;
   const int64_t scored = a.scores == Scores::kNone ? 0 : a.groups.E;
-  Tensor out = new_tensor(q, {num_queries, a.H, a.D});
+  Tensor out = new_tensor(q, {num_queries, a.H, a.Dv});
   Tensor lse = new_tensor(q, {a.H, num_queries}, ScalarType::Float);
   Tensor by_head = new_tensor(q, {a.H, scored}, ScalarType::Float);
   Tensor mean = new_tensor(q, {scored}, ScalarType::Float);
@@ -149,6 +167,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> space_time_attention_bwd(
   const int64_t num_queries = a.groups.num_queries;
   grad_out = Device::readable(contiguous_of(grad_out));
   out = Device::readable(contiguous_of(out));
+  STD_TORCH_CHECK(grad_out.dim() == 3 && grad_out.size(0) == num_queries &&
+                      grad_out.size(1) == a.H && grad_out.size(2) == a.Dv,
+                  kOp, "_bwd: need grad_out [num_queries, H, Dv], as out");
   lse = contiguous_of(lse);
   if (a.scores == Scores::kNone) grad_scores.reset();
   if (grad_scores) grad_scores = contiguous_of(*grad_scores);
@@ -160,10 +181,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> space_time_attention_bwd(
   Tensor grad_k = grad_of_keys(a.groups, k);
   Tensor grad_v = grad_of_keys(a.groups, v);
   Tensor entry_grad_k = new_tensor(k, {entries, a.H, a.D}, ScalarType::Float);
-  Tensor entry_grad_v = new_tensor(k, {entries, a.H, a.D}, ScalarType::Float);
+  Tensor entry_grad_v = new_tensor(k, {entries, a.H, a.Dv}, ScalarType::Float);
   Tensor delta = new_tensor(q, {a.H, num_queries}, ScalarType::Float);
-  // The groups are divided alike for any number of threads, so that the sums have the same bits.
-  const int64_t parts = need_bias ? std::min<int64_t>(a.groups.G, kMostParts) : 0;
+  const int64_t parts = need_bias ? Device::parts(a) : 0;
   Tensor bias_parts = new_tensor(q, {parts, a.H, a.bias.rows}, ScalarType::Float);
   Tensor grad_bias = need_bias ? new_tensor(q, {a.H, a.bias.rows}, ScalarType::Float)
                                : new_tensor(q, {0}, ScalarType::Float);
@@ -177,12 +197,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> space_time_attention_bwd(
                       shared ? static_cast<float*>(entry_grad_k.data_ptr()) : nullptr,
                       shared ? static_cast<float*>(entry_grad_v.data_ptr()) : nullptr,
                       static_cast<float*>(delta.data_ptr()),
+                      need_bias ? static_cast<float*>(grad_bias.data_ptr()) : nullptr,
                       need_bias ? static_cast<float*>(bias_parts.data_ptr()) : nullptr,
                       parts};
   Device::backward(a, b, q);
-  if (need_bias) {
-    sum_parts(b.bias_parts, parts, a.H * a.bias.rows, static_cast<float*>(grad_bias.data_ptr()));
-  }
   return {grad_q, grad_k, grad_v, grad_bias};
 }
 

@@ -41,10 +41,67 @@ struct Pack {
     return item / a.H * groups < a.groups.G;
   }
 
-  // Bit c is set if key c belongs to the group of query r and both are among `rows`.
-  __device__ __forceinline__ uint32_t seen_by(int r, int rows) const {
+  // Bit c is set if key c is one of the first `most` of the group of query r and both are among
+  // `rows`.
+  __device__ __forceinline__ uint32_t seen_by(int r, int rows, int most) const {
     const uint32_t real = __ballot_sync(kAllLanes, rows >= 0);
-    return real >> r & 1 ? real >> 16 & ((1u << slot) - 1) << r / slot * slot : 0u;
+    return real >> r & 1 ? real >> 16 & ((1u << most) - 1) << r / slot * slot : 0u;
+  }
+};
+
+// The logits of the lane's two queries.
+template <class Kind>
+struct PackedLogits {
+  static constexpr bool kLimited = Kind::kLimited;
+  float scale;
+  uint32_t seen[2];        // bits of keys
+  int offset[2], code[4];  // Biased, as the rest; of the lane's queries and keys
+  float bias[4];
+  Table table;
+
+  __device__ __forceinline__ PackedLogits(const SpaceTimeAttention& a, const Pack& group, int rows)
+      : scale(a.scale * kLog2E), table(a.bias, group.h) {
+    const bool is_query = lane_id() < 16 && rows >= 0;
+    const int slot = group.slot;
+    int most = slot;
+    if (Kind::kLimited && is_query && a.groups.query_limits != nullptr)
+      most = within(a.groups.query_limits[rows], slot);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int r = row_of_lane(i);
+      seen[i] = group.seen_by(r, rows, Kind::kLimited ? __shfl_sync(kAllLanes, most, r) : slot);
+    }
+    if constexpr (Kind::kBiased) {
+      const bool is_key = lane_id() >= 16 && rows >= 0;
+      const bool has_table = a.bias.table != nullptr;
+      const int place = is_query              ? offset_of(a.bias, rows)
+                        : is_key && has_table ? a.bias.key_codes[rows]
+                                              : 0;
+      const float more = is_key && a.bias.key_bias != nullptr ? a.bias.key_bias[rows] : 0.0f;
+#pragma unroll
+      for (int i = 0; i < 2; i++) offset[i] = __shfl_sync(kAllLanes, place, row_of_lane(i));
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int key = 16 + column_of_lane(e / 2) + e % 2;
+        code[e] = __shfl_sync(kAllLanes, place, key);
+        bias[e] = __shfl_sync(kAllLanes, more, key);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void hide(const float (&lse)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (Kind::kBiased && lse[i] == -INFINITY) seen[i] = 0;
+    }
+  }
+  __device__ __forceinline__ bool sees(int i, int column) const {
+    return (seen[i] >> column & 1) != 0;
+  }
+  __device__ __forceinline__ float scaled(int i, int column, float x) const {
+    if (!Kind::kBiased) return x * scale;
+    const int e = column / 8 * 2 + column % 2;
+    return x * scale + (table.at(code[e], offset[i]) + bias[e]) * kLog2E;
   }
 };
 
@@ -81,7 +138,7 @@ __device__ __forceinline__ bool finite(const T* tile) {
 // A sum runs over the rows of all groups of a warp, and a weight of zero does not stop NaN of
 // another group. If a tile holds NaN or infinity, the groups of the warp are therefore computed one
 // after another.
-template <class T, int D>
+template <class T, int D, class Kind>
 __global__ void __launch_bounds__(32 * kPackedWarps)
     packed_forward_kernel(SpaceTimeAttention a, Forward f) {
   constexpr int kTile = 16 * kStride<D>;
@@ -104,14 +161,12 @@ __global__ void __launch_bounds__(32 * kPackedWarps)
       __syncwarp();
       continue;
     }
-    const uint32_t seen[2] = {group.seen_by(row_of_lane(0), rows),
-                              group.seen_by(row_of_lane(1), rows)};
+    const PackedLogits<Kind> logit(a, group, rows);
     Square weights[1], out[D / 16];
-    const Normaliser softmax =
-        weigh_keys<T, D>(q, k, 16, a.scale * kLog2E, weights,
-                         [&](int i, int column) { return (seen[i] >> column & 1) != 0; });
+    const Normaliser softmax = weigh_keys<T, D>(q, k, 16, weights, logit);
     clear<D>(out);
     add_values<T, D>(out, weights, v, 16);
+    clear_rows<Kind, D>(out, softmax.inverse[0] == 0.0f, softmax.inverse[1] == 0.0f);
     __syncwarp();
     store_rows<T, D>(static_cast<T*>(f.out), a.H, group.h, q, out, softmax.inverse[0],
                      softmax.inverse[1], [&](int r) { return __shfl_sync(kAllLanes, rows, r); });
@@ -127,9 +182,13 @@ __global__ void __launch_bounds__(32 * kPackedWarps)
     if (f.scores == nullptr) continue;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      const int j = e / 2, l = e % 2, key = 16 + column_of_lane(j) + l;
-      const float score =
-          sum_of_column(weights[0][j][l] * share[0] + weights[0][j][2 + l] * share[1]);
+      const int j = e / 2, l = e % 2, column = column_of_lane(j) + l, key = 16 + column;
+      float sum = 0.0f;  // of the queries of this group: others may be NaN
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        if (logit.sees(i, column)) sum += weights[0][j][2 * i + l] * share[i];
+      }
+      const float score = sum_of_column(sum);
       const int row = __shfl_sync(kAllLanes, rows, key);
       const int place = __shfl_sync(kAllLanes, group.place, key);
       if (row >= 0 && lane_id() < 4) f.scores[group.h * a.groups.E + place] = score;
@@ -137,7 +196,7 @@ __global__ void __launch_bounds__(32 * kPackedWarps)
   }
 }
 
-template <class T, int D>
+template <class T, int D, class Kind>
 __global__ void __launch_bounds__(32 * kPackedWarps)
     packed_backward_kernel(SpaceTimeAttention a, Backward b) {
   constexpr int kTile = 16 * kStride<D>;
@@ -164,13 +223,12 @@ __global__ void __launch_bounds__(32 * kPackedWarps)
       __syncwarp();
       continue;
     }
-    float lse[2], share[2], grad_score[4];
-    uint32_t seen[2];
+    float lse[2], share[2], grad_score[4], delta[2];
+    PackedLogits<Kind> logit(a, group, rows);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int r = row_of_lane(i), row = __shfl_sync(kAllLanes, rows, r);
       const int count = __shfl_sync(kAllLanes, group.count, r);
-      seen[i] = group.seen_by(r, rows);
       lse[i] = row < 0 ? 0.0f : b.lse[group.h * a.groups.num_queries + row] * kLog2E;
       share[i] = row < 0 ? 0.0f : share_of(a.scores, r % group.slot, count) / float(a.H);
     }
@@ -181,11 +239,25 @@ __global__ void __launch_bounds__(32 * kPackedWarps)
       const int place = __shfl_sync(kAllLanes, group.place, key);
       grad_score[e] = b.grad_scores != nullptr && row >= 0 ? b.grad_scores[place] : 0.0f;
     }
+    logit.hide(lse);
     Square weights[1], grads[1];
     differentiate<T, D>(
-        q, grad_out, k, v, 16, a.scale * kLog2E, lse, weights, grads,
-        [&](int i, int column) { return (seen[i] >> column & 1) != 0; },
+        q, grad_out, k, v, 16, lse, weights, grads, delta, logit,
         [&](int i, int column) { return grad_score[column / 8 * 2 + column % 2] * share[i]; });
+    // The gradient of a weight, or a number of the table, may be NaN in one group of the warp.
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+      const int i = e / 2 % 2, column = column_of_lane(e / 4) + e % 2;
+      if (!logit.sees(i, column)) weights[0][e / 4][e % 4] = grads[0][e / 4][e % 4] = 0.0f;
+    }
+    if (Kind::kBiased && b.grad_bias != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int row = __shfl_sync(kAllLanes, rows, row_of_lane(i));
+        if (row >= 0 && lane_id() % 4 == 0)
+          b.delta[group.h * a.groups.num_queries + row] = delta[i];
+      }
+    }
     uint32_t across[4], down[4];
     pack<T>(across, weights[0]);
     transpose(across);
@@ -213,6 +285,7 @@ __global__ void __launch_bounds__(32 * kPackedWarps)
     pack<T>(down, grads[0]);
     clear<D>(sums);
     accumulate<T, D>(sums, down, k, 0);
+    clear_rows<Kind, D>(sums, logit.seen[0] == 0, logit.seen[1] == 0);
     __syncwarp();
     store_rows<T, D>(static_cast<T*>(b.grad_q), a.H, group.h, grad_out, sums, a.scale, a.scale,
                      row_of);

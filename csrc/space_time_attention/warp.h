@@ -1,64 +1,11 @@
 // space_time_attention on CUDA: the softmax of 16 queries by a warp, forward and backward.
 #pragma once
-#include "groups/device.h"
+#include "groups/logits.h"
+#include "groups/softmax.h"
 #include "space_time_attention/interface.h"
 
 namespace vidl {
 namespace {
-
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;  // exponentials are to the base two
-
-__device__ __forceinline__ float sum_of_row(float x) {
-  x += __shfl_xor_sync(kAllLanes, x, 1);
-  return x + __shfl_xor_sync(kAllLanes, x, 2);
-}
-__device__ __forceinline__ float max_of_row(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-}
-__device__ __forceinline__ float sum_of_column(float x) {  // of the sixteen rows, given two
-  x += __shfl_xor_sync(kAllLanes, x, 4);
-  x += __shfl_xor_sync(kAllLanes, x, 8);
-  return x + __shfl_xor_sync(kAllLanes, x, 16);
-}
-
-// Scales the logits of 16 queries with `count` keys. A logit is -inf unless sees(i, column):
-// the query of the lane's row i attends to that key. `most` is raised to the maximum of a row.
-template <int kSquares, class Sees>
-__device__ __forceinline__ void scale_logits(Square (&logits)[kSquares], int count, float scale,
-                                             float (&most)[2], Sees sees) {
-#pragma unroll
-  for (int n = 0; n < kSquares; n++) {
-#pragma unroll
-    for (int e = 0; e < 8; e++) {
-      const int j = e / 4, i = e / 2 % 2;
-      float& x = logits[n][j][e % 4];
-      x = 16 * n < count && sees(i, 16 * n + column_of_lane(j) + e % 2) ? x * scale : -INFINITY;
-      most[i] = fmaxf(most[i], x);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 2; i++) most[i] = max_of_row(most[i]);
-}
-
-// Turns logits into exponentials relative to `most`; a lane adds those of its columns to `sum`.
-template <int kSquares>
-__device__ __forceinline__ void exponentiate(Square (&logits)[kSquares], int count,
-                                             const float (&most)[2], float (&sum)[2]) {
-  float top[2];
-#pragma unroll
-  for (int i = 0; i < 2; i++) top[i] = most[i] == -INFINITY ? 0.0f : most[i];  // no key so far
-#pragma unroll
-  for (int n = 0; n < kSquares; n++) {
-    if (16 * n >= count) continue;
-#pragma unroll
-    for (int e = 0; e < 8; e++) {
-      float& x = logits[n][e / 4][e % 4];
-      x = exp2_approx(x - top[e / 2 % 2]);
-      sum[e / 2 % 2] += x;
-    }
-  }
-}
 
 // out += weights times values
 template <class T, int D, int kSquares>
@@ -73,24 +20,10 @@ __device__ __forceinline__ void add_values(Square (&out)[D / 16], const Square (
   }
 }
 
-// 1 / the sum of the weights, and the log-sum-exp, of the lane's rows; 0 and -inf without keys.
-struct Normaliser {
-  float inverse[2], lse[2];
-
-  __device__ __forceinline__ Normaliser(const float (&most)[2], const float (&sum)[2]) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const float total = sum_of_row(sum[i]);
-      inverse[i] = total == 0.0f ? 0.0f : 1.0f / total;
-      lse[i] = total == 0.0f ? -INFINITY : most[i] * kLn2 + logf(total);
-    }
-  }
-};
-
 // The weights of 16 queries that meet all their keys at once, before the division by their sum.
-template <class T, int D, int kSquares, class Sees>
-__device__ __forceinline__ Normaliser weigh_keys(const T* q, const T* k, int count, float scale,
-                                                 Square (&weights)[kSquares], Sees sees) {
+template <class T, int D, int kSquares, class Logit>
+__device__ __forceinline__ Normaliser weigh_keys(const T* q, const T* k, int count,
+                                                 Square (&weights)[kSquares], const Logit& logit) {
   float most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 #pragma unroll
   for (int e = 0; e < 8 * kSquares; e++) weights[e / 8][e / 4 % 2][e % 4] = 0.0f;
@@ -105,7 +38,7 @@ __device__ __forceinline__ Normaliser weigh_keys(const T* q, const T* k, int cou
       multiply<T>(weights[n], left, right);
     }
   }
-  scale_logits(weights, count, scale, most, sees);
+  scale_logits(weights, count, most, logit);
   exponentiate(weights, count, most, sum);
   return Normaliser(most, sum);
 }
@@ -113,12 +46,14 @@ __device__ __forceinline__ Normaliser weigh_keys(const T* q, const T* k, int cou
 // Recomputes whole rows of weights of 16 queries, and computes the gradients of their logits before
 // the scale. `lse` is to the base two; more(i, column) is added to the gradient of a weight. The
 // weights of a row are divided by their sum again, which differs from one by the rounding error of
-// the log-sum-exp: their gradient is a difference, in which that error would show.
-template <class T, int D, int kSquares, class Sees, class More>
+// the log-sum-exp: their gradient is a difference, in which that error would show. `delta` becomes
+// the sum of the weights times their gradients.
+template <class T, int D, int kSquares, class Logit, class More>
 __device__ __forceinline__ void differentiate(const T* q, const T* grad_out, const T* k, const T* v,
-                                              int count, float scale, const float (&lse)[2],
+                                              int count, const float (&lse)[2],
                                               Square (&weights)[kSquares],
-                                              Square (&grads)[kSquares], Sees sees, More more) {
+                                              Square (&grads)[kSquares], float (&delta)[2],
+                                              const Logit& logit, More more) {
   float sum[2] = {}, total[2] = {};
   Rows16<D> rows;
   rows.load(q);
@@ -128,10 +63,10 @@ __device__ __forceinline__ void differentiate(const T* q, const T* grad_out, con
     multiply_transposed<T, D>(weights[n], rows, k, 16 * n);
 #pragma unroll
     for (int e = 0; e < 8; e++) {
-      const int i = e / 2 % 2;
+      const int i = e / 2 % 2, column = 16 * n + column_of_lane(e / 4) + e % 2;
       float& x = weights[n][e / 4][e % 4];
-      const bool seen = sees(i, 16 * n + column_of_lane(e / 4) + e % 2);
-      x = seen ? exp2_approx(x * scale - lse[i]) : 0.0f;
+      const float scaled = logit.scaled(i, column, x);
+      x = logit.sees(i, column) ? exp2_approx(scaled - lse[i]) : 0.0f;
       sum[i] += x;
     }
   }
@@ -144,11 +79,10 @@ __device__ __forceinline__ void differentiate(const T* q, const T* grad_out, con
     for (int e = 0; e < 8; e++) {
       const int i = e / 2 % 2, column = 16 * n + column_of_lane(e / 4) + e % 2;
       float& x = grads[n][e / 4][e % 4];
-      x = sees(i, column) ? x + more(i, column) : 0.0f;
+      x = logit.sees(i, column) ? x + more(i, column) : 0.0f;
       total[i] += weights[n][e / 4][e % 4] * x;
     }
   }
-  float delta[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     sum[i] = sum_of_row(sum[i]);
@@ -192,6 +126,18 @@ __device__ __forceinline__ float output_times_grad(const void* output, int64_t H
     }
   }
   return dot + __shfl_xor_sync(kAllLanes, dot, 1);
+}
+
+// Writes the delta of the warp's 16 queries from `first` on, for the gradient of the table.
+__device__ __forceinline__ void store_delta(const SpaceTimeAttention& a, const Backward& b, int h,
+                                            const Members& queries, int first,
+                                            const float (&delta)[2]) {
+  if (b.grad_bias == nullptr || lane_id() % 4 != 0) return;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int query = first + row_of_lane(i);
+    if (query < queries.count) b.delta[h * a.groups.num_queries + queries.row(query)] = delta[i];
+  }
 }
 
 // Stores the gradients of 16 keys and values from `first` on, or of their entries. Only this warp

@@ -15,12 +15,15 @@ namespace {
 constexpr int kWideRows = 256, kWideQueries = 32;
 
 // The rows of one group and head in shared memory.
-template <class T, int D>
+template <class T, int D, class Kind>
 struct WideGroup {
   T *q, *grad_out, *k, *v;
   T* grads;       // [kWideQueries, stride]: of the logits, before the scale
   float2* known;  // [queries]: log-sum-exp to the base two, delta
   int stride;
+  int2* places;    // [queries]: how many keys a query sees, its offset; Limited and Biased
+  int* most_seen;  // [queries / 16]: by any of 16 queries
+  KeyTerms terms;  // Biased
 
   __device__ WideGroup(T* memory, int queries, int keys)
       : q(memory),
@@ -29,19 +32,24 @@ struct WideGroup {
         v(k + keys * kStride<D>),
         grads(v + keys * kStride<D>),
         known(reinterpret_cast<float2*>(grads + kWideQueries * (keys + 8))),
-        stride(keys + 8) {}
+        stride(keys + 8),
+        places(reinterpret_cast<int2*>(known + queries)),
+        most_seen(reinterpret_cast<int*>(places + queries)),
+        terms(most_seen + queries / 16, keys) {}
 
   static int64_t bytes(int64_t queries, int64_t keys) {
     const int64_t rows = 2 * (queries + keys) * kStride<D> + kWideQueries * (keys + 8);
-    return rows * sizeof(T) + queries * sizeof(float2);
+    const int64_t limits = queries * sizeof(int2) + queries / 16 * sizeof(int);
+    return rows * sizeof(T) + queries * sizeof(float2) + (Kind::kLimited ? limits : 0) +
+           (Kind::kBiased ? keys * KeyTerms::kBytes : 0);
   }
 };
 
 // Writes the log-sum-exp (to the base two) and delta of a warp's 16 queries to shared memory.
-template <class T, int D>
+template <class T, int D, class Kind>
 __device__ __forceinline__ void prepare_queries(const SpaceTimeAttention& a, const Backward& b,
                                                 int h, const Members& queries, const Members& keys,
-                                                const WideGroup<T, D>& group, int first) {
+                                                const WideGroup<T, D, Kind>& group, int first) {
   const float dot =
       output_times_grad<T, D>(b.out, a.H, h, queries, first, group.grad_out + first * kStride<D>);
   float lse[2], more[2] = {};
@@ -52,32 +60,40 @@ __device__ __forceinline__ void prepare_queries(const SpaceTimeAttention& a, con
     lse[i] = query < queries.count ? b.lse[h * a.groups.num_queries + queries.row(query)] * kLog2E
                                    : INFINITY;
   }
+  QueryLogits<Kind> logit(a, h, queries, keys, first, group.terms);
+  logit.hide(lse);
+  const int count = logit.most();
   if (b.grad_scores != nullptr && (a.scores == Scores::kMean || first == 0)) {
-    const float scale = a.scale * kLog2E;
     Rows16<D> rows;
     rows.load(group.q + first * kStride<D>);
-    for (int n = 0; n < keys.count; n += 16) {
+    for (int n = 0; n < count; n += 16) {
       Square weights;
       multiply_transposed<T, D>(weights, rows, group.k, n);
 #pragma unroll
       for (int e = 0; e < 8; e++) {
         const int key = n + column_of_lane(e / 4) + e % 2, i = e / 2 % 2;
-        if (key >= keys.count) continue;
-        const float weight = exp2_approx(weights[e / 4][e % 4] * scale - lse[i]);
+        if (!logit.sees(i, key)) continue;
+        const float weight = exp2_approx(logit.scaled(i, key, weights[e / 4][e % 4]) - lse[i]);
         more[i] += weight * b.grad_scores[keys.first + key];
       }
     }
   }
+  if (Kind::kLimited && lane_id() == 0) group.most_seen[first / 16] = count;
+  float delta[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int r = row_of_lane(i), query = first + r;
     const float share = share_of(a.scores, query, queries.count) / static_cast<float>(a.H);
-    const float delta = __shfl_sync(kAllLanes, dot, 2 * r) + sum_of_row(more[i]) * share;
-    if (lane_id() % 4 == 0) group.known[query] = make_float2(lse[i], delta);
+    delta[i] = __shfl_sync(kAllLanes, dot, 2 * r) + sum_of_row(more[i]) * share;
+    if (lane_id() % 4 != 0) continue;
+    group.known[query] = make_float2(lse[i], delta[i]);
+    if (Kind::kLimited)
+      group.places[query] = make_int2(logit.limit[i], Kind::kBiased ? logit.offset[i] : 0);
   }
+  if (Kind::kBiased) store_delta(a, b, h, queries, first, delta);
 }
 
-template <class T, int D>
+template <class T, int D, class Kind>
 __global__ void __launch_bounds__(2 * kWideRows)
     wide_backward_kernel(SpaceTimeAttention a, Backward b) {
   DYNAMIC_SHARED(T, memory);
@@ -85,8 +101,8 @@ __global__ void __launch_bounds__(2 * kWideRows)
   const int h = static_cast<int>(blockIdx.x % a.H);
   const Members queries = queries_of(a.groups, g), keys = keys_of(a.groups, g);
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, start = 16 * warp;
-  const WideGroup<T, D> group(memory, round_up_16(a.groups.max_queries),
-                              round_up_16(a.groups.max_keys));
+  const WideGroup<T, D, Kind> group(memory, round_up_16(a.groups.max_queries),
+                                    round_up_16(a.groups.max_keys));
   const int query_rows = round_up_16(queries.count), key_rows = round_up_16(keys.count);
   const Strided grads_of_out = {b.grad_out, a.H * D, D};
   copy_rows<T, D>(group.q, query_rows, a.q, h, queries, 0, threadIdx.x, blockDim.x);
@@ -94,13 +110,14 @@ __global__ void __launch_bounds__(2 * kWideRows)
   copy_rows<T, D>(group.k, key_rows, a.k, h, keys, 0, threadIdx.x, blockDim.x);
   copy_rows<T, D>(group.v, key_rows, a.v, h, keys, 0, threadIdx.x, blockDim.x);
   cp_async_commit();
+  if (Kind::kBiased) group.terms.store(a.bias, keys, key_rows, threadIdx.x, blockDim.x);
   cp_async_wait();
   __syncthreads();
-  if (start < queries.count) prepare_queries<T, D>(a, b, h, queries, keys, group, start);
+  if (start < queries.count) prepare_queries<T, D, Kind>(a, b, h, queries, keys, group, start);
   __syncthreads();  // every query's delta is there
 
   const bool has_keys = start < keys.count;
-  const float scale = a.scale * kLog2E;
+  const KeyLogits<Kind> logit(a, h, keys, start);
   float grad_score[2] = {};  // of the lane's keys
   if (b.grad_scores != nullptr) {
     const float share = share_of(a.scores, 0, queries.count) / static_cast<float>(a.H);
@@ -118,6 +135,7 @@ __global__ void __launch_bounds__(2 * kWideRows)
     for (int n = 0; n < kWideQueries; n += 16) {
       const int query = first + n;
       if (!has_keys || query >= queries.count) continue;
+      if (Kind::kLimited && group.most_seen[query / 16] <= start) continue;
       Square weights, grads;
       multiply_tiles<T, D>(weights, group.k, start, group.q, query);
       multiply_tiles<T, D>(grads, group.v, start, group.grad_out, query);
@@ -127,8 +145,10 @@ __global__ void __launch_bounds__(2 * kWideRows)
         float& weight = weights[e / 4][e % 4];
         float& x = grads[e / 4][e % 4];
         const float2 known = group.known[column];
-        weight = exp2_approx(weight * scale - known.x);
-        if (start + row_of_lane(i) >= keys.count) weight = 0.0f;
+        int2 place;
+        if (Kind::kLimited) place = group.places[column];
+        weight = exp2_approx(logit.scaled(i, Kind::kBiased ? place.y : 0, weight) - known.x);
+        if (start + row_of_lane(i) >= (Kind::kLimited ? place.x : keys.count)) weight = 0.0f;
         if (a.scores == Scores::kMean || column == 0) x += grad_score[i];
         x = weight * (x - known.y);
       }
@@ -145,7 +165,8 @@ __global__ void __launch_bounds__(2 * kWideRows)
       const int n = square / (D / 16) * 16, d = square % (D / 16) * 16;
       if (first + n >= queries.count) continue;
       Square sums = {};
-      for (int key = 0; key < keys.count; key += 16) {
+      const int seen = Kind::kLimited ? group.most_seen[(first + n) / 16] : keys.count;
+      for (int key = 0; key < seen; key += 16) {
         uint32_t left[4], right[4];
         load_square<true, false>(left, group.grads, group.stride, n, key);
         load_square<true, true>(right, group.k, kStride<D>, key, d);
@@ -157,6 +178,7 @@ __global__ void __launch_bounds__(2 * kWideRows)
       for (int i = 0; i < 4; i++) {
         const int query = first + n + row_of_lane(i % 2);
         if (query >= queries.count) continue;
+        if (Kind::kLimited && group.places[query].x == 0) packed[i] = 0;
         T* const to = static_cast<T*>(b.grad_q) + (queries.row(query) * a.H + h) * D;
         *reinterpret_cast<uint32_t*>(to + d + column_of_lane(i / 2)) = packed[i];
       }

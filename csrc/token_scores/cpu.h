@@ -181,7 +181,8 @@ VIDL_VECTOR_INLINE void first_query_grads(const TokenScores& s, const Gradients&
     if (grad_tables != nullptr && queries > 0) {
       const GroupBias bias = bias_of(s.bias, groups, head, first_key, keys, scratch);
       const int64_t seen = first_query_sees(s, query, first_key, keys);
-      add_to_table(grads + h * keys, seen, bias, query, grad_tables + h * s.bias.rows);
+      float* const table = grad_tables + h * s.bias.rows;
+      add_to_table(grads + h * keys, seen, bias, query, {table, table});
     }
     for (int64_t j = 0; j < keys; j++) grads[h * keys + j] *= s.scale;
     if (b.grad_logits != nullptr) {
@@ -299,6 +300,7 @@ VIDL_VECTOR_INLINE void mean_grads(const TokenScores& s, const Gradients& b, int
   float* const sums = scratch.take(block * width);
   float* const grad = scratch.take(columns);
   float* const table_grads = scratch.take(columns + kWidth);
+  const TableSums table = table_sums(grad_table, bias, queries, keys, scratch);
   memset(grad, 0, columns * sizeof(float));
   for (int64_t j = 0; j < keys; j++) grad[j] = b.grad_scores[first_key + j];
   read_rows<T>(s.k, groups.key_rows, first_key, keys, columns, h, s.D, width, 1.0f, k);
@@ -326,7 +328,7 @@ VIDL_VECTOR_INLINE void mean_grads(const TokenScores& s, const Gradients& b, int
       if (own == 1) line[0] = 0.0f * line[0];  // one key always has all the weight
       if (grad_table == nullptr) continue;
       for (int64_t j = 0; j < used; j += kWidth) store(table_grads + j, load(line + j) / number);
-      add_to_table(table_grads, own, bias, query, grad_table);
+      add_to_table(table_grads, own, bias, query, table);
     }
     multiply<true>(seen.most, width, count, weights, 1, columns, q, width, grad_k.part, width);
     end_block(grad_k, start, block, queries);
@@ -337,6 +339,7 @@ VIDL_VECTOR_INLINE void mean_grads(const TokenScores& s, const Gradients& b, int
       write_row(sums + i * width, s.D, share, static_cast<T*>(b.grad_q) + (query * s.H + h) * s.D);
     }
   }
+  end_sums(table, bias);
   for (int64_t j = 0; j < keys; j++) {
     const int64_t entry = first_key + j;
     if (b.entry_grad_k != nullptr) {  // rows that several groups share are summed afterwards

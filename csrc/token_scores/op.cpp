@@ -1,5 +1,5 @@
-// token_scores on the CPU, one to four heads of one group at a time. Schema and contract:
-// kernels/token_scores/op.py; the loops: cpu.h.
+// token_scores: the CPU, one to four heads of one group at a time, and the host side of the CUDA
+// kernels in cuda.cu. Schema and contract: kernels/token_scores/op.py; the loops of the CPU: cpu.h.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -13,6 +13,7 @@
 #include "cpu/scratch.h"
 #include "groups/host.h"
 #include "groups/sums.h"
+#include "token_scores/interface.h"
 #include "torch/dtype.h"
 
 namespace vidl {
@@ -20,16 +21,9 @@ namespace {
 
 using torch::stable::parallel_for;
 
-struct TokenScores {
-  Groups groups;
-  Bias bias;
-  Strided q, k, v;
-  int64_t H, D;
-  int64_t heads;  // of an item of "cls"
-  float scale;
-  Dtype dtype;
-};
+const char* const kOp = "token_scores";
 
+#ifndef VIDL_EMULATED
 struct Gradients {
   const float* grad_scores;  // [E]
   const float* weights;      // [H, E], or for "mean" the log-sum-exp [H, num_queries]
@@ -46,11 +40,6 @@ struct Gradients {
 #define VIDL_SOURCE "token_scores/cpu.h"
 #include "cpu/levels.h"
 
-const char* const kOp = "token_scores";
-
-// x, or a copy of it if the channels of a head are not neighbours.
-Tensor readable(const Tensor& x) { return x.dim() == 3 && x.stride(2) != 1 ? contiguous_of(x) : x; }
-
 // How many of `heads` heads, over all groups, one item of "cls" takes. Two neighbouring heads are
 // read in one long piece; one if a thread would get less than four items.
 int64_t heads_of_item(int64_t heads) {
@@ -62,15 +51,49 @@ int64_t items_of_cls(const TokenScores& s, int64_t parts) {
   return parts * ((s.H + s.heads - 1) / s.heads);
 }
 
+struct Cpu {
+  // x, or a copy of it if the channels of a head are not neighbours.
+  static Tensor readable(const Tensor& x) {
+    return x.dim() == 3 && x.stride(2) != 1 ? contiguous_of(x) : x;
+  }
+
+  static void prepare(TokenScores& s) {
+    check_lists(kOp, s.groups);
+    s.heads = heads_of_item(s.groups.G * s.H);
+  }
+};
+#endif
+
+#if defined(VIDL_CUDA) || defined(VIDL_EMULATED)
+struct Cuda {
+  // x, or a contiguous copy of it if a row has gaps or does not begin at a multiple of 16 bytes.
+  static Tensor readable(const Tensor& x) {
+    const bool aligned =
+        x.dim() != 3 || (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 &&
+                         x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 && x.stride(2) == 1);
+    if (aligned) return x;
+    Tensor copy = new_tensor(x, {x.size(0), x.size(1), x.size(2)});
+    torch::stable::copy_(copy, x);
+    return copy;
+  }
+
+  static void prepare(TokenScores& s) {  // the kernels check the lists of the groups
+    STD_TORCH_CHECK(s.dtype != Dtype::kFloat32, kOp, ": need float16 or bfloat16 on CUDA");
+    STD_TORCH_CHECK(s.D % 32 == 0 && s.D > 0 && s.D <= 128, kOp,
+                    ": the CUDA kernels need head sizes 32, 64, 96 or 128, got ", s.D);
+  }
+};
+#endif
+
 // The checked inputs of forward and backward. q, k and v become readable.
+template <class Device>
 TokenScores scores_of(OptionalTensor& q, Tensor& k, OptionalTensor& v, const GroupTensors& groups,
                       const BiasTensors& bias, double scale) {
-  k = readable(k);
-  if (q) q = readable(*q);
-  if (v) v = readable(*v);
+  k = Device::readable(k);
+  if (q) q = Device::readable(*q);
+  if (v) v = Device::readable(*v);
   TokenScores s = {};
   s.groups = groups_of(kOp, groups, q, k);
-  check_lists(kOp, s.groups);
   if (q) s.q = strided(kOp, *q, "q");
   s.k = strided(kOp, k, "k");
   if (v) s.v = strided(kOp, *v, "v");
@@ -80,10 +103,11 @@ TokenScores scores_of(OptionalTensor& q, Tensor& k, OptionalTensor& v, const Gro
   s.scale = static_cast<float>(scale);
   STD_TORCH_CHECK(std::isfinite(s.scale), kOp, ": need a finite scale, got ", scale);
   s.dtype = dtype_of(k);
-  s.heads = heads_of_item(s.groups.G * s.H);
+  Device::prepare(s);
   return s;
 }
 
+#ifndef VIDL_EMULATED
 // How many of `items` items, which share the work equally, are worth a thread.
 int64_t grain(int64_t items, int64_t work) {
   return std::max<int64_t>(1, items * 65536 / std::max<int64_t>(work, 1));
@@ -120,7 +144,7 @@ void weigh_by_length(const TokenScores& s, const float* norms, float* scores) {
 std::tuple<Tensor, Tensor, Tensor> token_scores(OptionalTensor q, Tensor k, OptionalTensor v,
                                                 OptionalTensor lse, GroupTensors groups,
                                                 BiasTensors bias, double scale, std::string kind) {
-  const TokenScores s = scores_of(q, k, v, groups, bias, scale);
+  const TokenScores s = scores_of<Cpu>(q, k, v, groups, bias, scale);
   const auto floats = [&](std::vector<int64_t> shape) {
     return new_tensor(k, shape, ScalarType::Float);
   };
@@ -269,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_scores_bwd(Tensor grad_scores, 
                                                             BiasTensors bias, bool need_bias,
                                                             double scale, std::string kind) {
   OptionalTensor query = q;
-  const TokenScores s = scores_of(query, k, v, groups, bias, scale);
+  const TokenScores s = scores_of<Cpu>(query, k, v, groups, bias, scale);
   STD_TORCH_CHECK(!need_bias || s.bias.table != nullptr, kOp, "_bwd: need a bias for its gradient");
   check_entries(kOp, s.groups);
   grad_scores = contiguous_of(grad_scores);
@@ -321,12 +345,133 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_scores_bwd(Tensor grad_scores, 
   return results();
 }
 
+#endif
+
+#if defined(VIDL_CUDA) || defined(VIDL_EMULATED)
+Score score_of(const std::string& kind) {
+  return kind == "cls"     ? Score::kCls
+         : kind == "mean"  ? Score::kMean
+         : kind == "value" ? Score::kValue
+                           : Score::kSimilarity;
+}
+
+void check_values(const TokenScores& s, const OptionalTensor& v) {
+  STD_TORCH_CHECK(v && v->dim() == 3 && v->size(0) == s.groups.num_keys && v->size(1) == s.H &&
+                      v->size(2) == s.D,
+                  kOp, ": need v of the shape of k");
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_scores_cuda(OptionalTensor q, Tensor k, OptionalTensor v,
+                                                     OptionalTensor lse, GroupTensors groups,
+                                                     BiasTensors bias, double scale,
+                                                     std::string name) {
+  const DeviceScope scope(k);
+  const Score kind = score_of(name);
+  const TokenScores s = scores_of<Cuda>(q, k, v, groups, bias, scale);
+  STD_TORCH_CHECK(q || kind == Score::kSimilarity, kOp, ": need q");
+  if (kind == Score::kValue) check_values(s, v);
+  if (kind != Score::kMean) lse.reset();
+  if (lse) lse = contiguous_of(*lse);
+  STD_TORCH_CHECK(!lse || (lse->scalar_type() == ScalarType::Float &&
+                           lse->numel() == s.H * s.groups.num_queries),
+                  kOp, ": need lse [H, num_queries] in float32");
+  const auto floats = [&](bool used, const std::vector<int64_t>& shape) {
+    return new_tensor(k, used ? shape : std::vector<int64_t>{0}, ScalarType::Float);
+  };
+  Tensor scores = floats(true, {s.groups.E});
+  Tensor by_head = floats(kind != Score::kSimilarity, {s.H, s.groups.E});
+  Tensor own_lse = floats(kind == Score::kMean && !lse, {s.H, s.groups.num_queries});
+  Tensor norms = floats(kind == Score::kValue, {s.groups.num_keys});
+  const int64_t directions = kind == Score::kSimilarity ? s.groups.E : 0;
+  Tensor of_keys = new_tensor(k, {directions, 2, s.D}, ScalarType::Half);
+  const ScoresForward f = {static_cast<float*>(scores.data_ptr()),
+                           static_cast<float*>(by_head.data_ptr()),
+                           static_cast<float*>(lse ? lse->data_ptr() : own_lse.data_ptr()),
+                           lse.has_value(),
+                           static_cast<float*>(norms.data_ptr()),
+                           of_keys.data_ptr()};
+  check_cuda(vidl_token_scores_cuda(&s, kind, &f, current_stream(k)));
+  return {scores, kind == Score::kMean ? own_lse : by_head, norms};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_scores_bwd_cuda(
+    Tensor grad_scores, Tensor weights, Tensor norms, Tensor q, Tensor k, OptionalTensor v,
+    GroupTensors groups, BiasTensors bias, bool need_bias, double scale, std::string name) {
+  const DeviceScope scope(k);
+  const Score kind = score_of(name);
+  OptionalTensor query = q;
+  const TokenScores s = scores_of<Cuda>(query, k, v, groups, bias, scale);
+  const int64_t E = s.groups.E, num_queries = s.groups.num_queries;
+  const bool mean = kind == Score::kMean, value = kind == Score::kValue;
+  STD_TORCH_CHECK(!need_bias || s.bias.table != nullptr, kOp, "_bwd: need a bias for its gradient");
+  grad_scores = contiguous_of(grad_scores);
+  weights = contiguous_of(weights);
+  norms = contiguous_of(norms);
+  STD_TORCH_CHECK(grad_scores.numel() == E && weights.numel() == s.H * (mean ? num_queries : E),
+                  kOp, "_bwd: need grad_scores [E] for ", E, " entries and the forward's weights");
+  if (value) check_values(s, v);
+  STD_TORCH_CHECK(!value || norms.numel() == s.groups.num_keys, kOp,
+                  "_bwd: need the norms of the rows of v");
+  const bool shared = s.groups.entry_offsets != nullptr;
+  const auto floats = [&](bool used, const std::vector<int64_t>& shape) {
+    return new_tensor(k, used ? shape : std::vector<int64_t>{0}, ScalarType::Float);
+  };
+  const std::vector<int64_t> queries = {num_queries, s.H, s.D};
+  // The first query of each group alone has a gradient of "cls".
+  Tensor grad_q = mean ? new_tensor(q, queries) : torch::stable::new_zeros(q, queries);
+  Tensor grad_k = grad_of_keys(s.groups, k);
+  Tensor grad_v = value ? grad_of_keys(s.groups, *v) : new_tensor(k, {0});
+  Tensor grad_attention = floats(value, {E}), grad_norms = floats(value, {E});
+  Tensor grad_logits = floats(shared && !mean, {s.H, E});
+  Tensor entry_grad_k = floats(shared && mean, {E, s.H, s.D});
+  Tensor total = floats(mean, {s.H, num_queries}), delta = floats(mean, {s.H, num_queries});
+  // For "mean" a block of threads takes a part; or each of its four warps, if their tables do not
+  // fit into it.
+  const int64_t blocks = s.groups.G * (mean ? (s.groups.max_queries + 63) / 64 : 1);
+  const int64_t parts =
+      need_bias ? std::min<int64_t>(mean ? (blocks + 3) / 4 * 4 : blocks, kMostParts) : 0;
+  Tensor bias_parts = floats(need_bias, {parts, s.H, s.bias.rows});
+  Tensor grad_bias = floats(need_bias, {s.H, s.bias.rows});
+  const auto given = [](bool used, Tensor& x) {
+    return used ? static_cast<float*>(x.data_ptr()) : nullptr;
+  };
+  const ScoresBackward b = {static_cast<const float*>(grad_scores.data_ptr()),
+                            static_cast<const float*>(weights.data_ptr()),
+                            static_cast<const float*>(norms.data_ptr()),
+                            grad_q.data_ptr(),
+                            grad_k.data_ptr(),
+                            grad_v.data_ptr(),
+                            given(value, grad_attention),
+                            given(value, grad_norms),
+                            given(shared && !mean, grad_logits),
+                            given(shared && mean, entry_grad_k),
+                            given(mean, total),
+                            given(mean, delta),
+                            given(need_bias, grad_bias),
+                            given(need_bias, bias_parts),
+                            parts};
+  check_cuda(vidl_token_scores_bwd_cuda(&s, kind, &b, current_stream(k)));
+  return {grad_q, grad_k, grad_v, grad_bias};
+}
+#endif
+
 }  // namespace
 }  // namespace vidl
 
-#ifndef VIDL_EMULATED
+#ifdef VIDL_EMULATED
+STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
+  m.impl("token_scores_emulated", TORCH_BOX(vidl::unbundled<&vidl::token_scores_cuda>));
+  m.impl("token_scores_bwd_emulated", TORCH_BOX(vidl::unbundled<&vidl::token_scores_bwd_cuda>));
+}
+#else
 STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
   m.impl("token_scores", TORCH_BOX(vidl::unbundled<&vidl::token_scores>));
   m.impl("token_scores_bwd", TORCH_BOX(vidl::unbundled<&vidl::token_scores_bwd>));
 }
+#ifdef VIDL_CUDA
+STABLE_TORCH_LIBRARY_IMPL(vidl, CUDA, m) {
+  m.impl("token_scores", TORCH_BOX(vidl::unbundled<&vidl::token_scores_cuda>));
+  m.impl("token_scores_bwd", TORCH_BOX(vidl::unbundled<&vidl::token_scores_bwd_cuda>));
+}
+#endif
 #endif

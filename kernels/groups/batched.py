@@ -4,10 +4,14 @@ Unlike `Padded`, nothing is copied where the groups are equal and the rows in th
 padding is written once by row. So the gradients need no sums, but for rows in several groups.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .bias import NO_BIAS, Bias
+from .indices import kept_index
 from .membership import Arguments, group_of
 
 
@@ -20,12 +24,20 @@ class Batched:
         longest: an upper bound of the members of a group.
         count: the number of all members.
         repeated: whether a row may be a member of several groups.
+        made_of: the tensors and numbers that these lists are made of; default: the lists.
     """
 
     def __init__(
-        self, offsets: Tensor, rows: Tensor | None, longest: int, count: int, repeated: bool = False
+        self,
+        offsets: Tensor,
+        rows: Tensor | None,
+        longest: int,
+        count: int,
+        repeated: bool = False,
+        made_of: Sequence[Any] | None = None,
     ) -> None:
         self.offsets, self.rows, self.repeated = offsets, rows, repeated
+        self.made_of = (offsets, rows, longest) if made_of is None else (*made_of, longest)
         # At least one member, of zeros: an operation over nothing is an error or NaN.
         self.shape = (offsets.shape[0] - 1, max(longest, 1))
         # All groups have exactly `longest` members if so many fill them.
@@ -74,6 +86,10 @@ class Batched:
         first = x.index_select(0, self.offsets[:-1].clamp(max=x.shape[0] - 1))[:, None]
         return first.masked_fill(self.empty()[(...,) + (None,) * x.ndim], 0)
 
+    def cleared(self, x: Tensor) -> Tensor:
+        """x, [G, longest, H, D], with zeros in groups that have no members here."""
+        return x if self.equal else x.masked_fill(self.empty()[:, None, None, None], 0)
+
     def empty(self) -> Tensor:
         """Which groups have no members, [G]."""
         return self.offsets.diff() == 0
@@ -103,15 +119,27 @@ def batched_parts(
     assert groups.query_rows is not None and groups.key_rows is not None
     G = groups.query_offsets.shape[0] - 1 - num_global
     Q, E = num_queries - num_global, groups.num_entries(num_keys) - num_keys
+    of_queries = groups.query_offsets, groups.query_rows, num_global
+    of_keys = groups.key_offsets, groups.key_rows, num_global
     offsets = groups.query_offsets[: G + 1], groups.key_offsets[: G + 1]
     local = (
-        Batched(offsets[0], groups.query_rows[:Q], groups.max_queries, Q),
-        Batched(offsets[1], groups.key_rows[:E], max_local_keys, E, repeated=True),
+        Batched(
+            *(offsets[0], groups.query_rows[:Q], groups.max_queries, Q),
+            made_of=("local", *of_queries),
+        ),
+        Batched(
+            *(offsets[1], groups.key_rows[:E], max_local_keys, E),
+            repeated=True,
+            made_of=("local", *of_keys),
+        ),
     )
     offsets = groups.query_offsets[G:] - Q, groups.key_offsets[G:] - E
     whole = (
-        Batched(offsets[0], groups.query_rows[Q:], 1, num_global),
-        Batched(offsets[1], None, groups.max_keys, num_keys),  # all rows, in order
+        Batched(
+            *(offsets[0], groups.query_rows[Q:], 1, num_global), made_of=("whole", *of_queries)
+        ),
+        # All rows, in order.
+        Batched(*(offsets[1], None, groups.max_keys, num_keys), made_of=("whole", *of_keys)),
     )
     return [local, whole]
 
@@ -149,11 +177,7 @@ def mask_of(
         seen, unseen = place < limit.clamp(min=1)[:, :, None], limit == 0
     mask: Tensor | None = None
     if bias.table is not None:
-        assert bias.query_codes is not None and bias.key_codes is not None
-        query_codes, key_codes = queries.batch(bias.query_codes), keys.batch(bias.key_codes)
-        if queries.in_order and keys.in_order and period == queries.shape[1]:
-            query_codes, key_codes = query_codes[:1], key_codes[:1]
-        mask = bias.of(query_codes[:, :, None], key_codes[:, None]).transpose(0, 1)
+        mask = bias.of(_index_of(queries, keys, bias, period)).transpose(0, 1)
     if bias.key_bias is not None:
         added = keys.batch(bias.key_bias)[:, None]
         visible = added > float("-inf")
@@ -166,6 +190,22 @@ def mask_of(
     if mask is None:
         return seen, unseen
     return mask if seen is None else mask.masked_fill(~seen, float("-inf")), unseen
+
+
+def _index_of(queries: Batched, keys: Batched, bias: Bias, period: int) -> Tensor:
+    """The rows of the table, [G or 1, longest queries, longest keys]."""
+    codes, key_codes, table = bias.query_codes, bias.key_codes, bias.table
+    assert codes is not None and key_codes is not None and table is not None
+    once = queries.in_order and keys.in_order and period == queries.shape[1]
+
+    def make() -> Tensor:
+        of_queries, of_keys = queries.batch(codes), keys.batch(key_codes)
+        if once:
+            of_queries, of_keys = of_queries[:1], of_keys[:1]
+        return bias.rows_of(of_queries[:, :, None], of_keys[:, None])
+
+    of_table = table.shape[1], bias.shift
+    return kept_index(codes, [key_codes, *of_table, once, *queries.made_of, *keys.made_of], make)
 
 
 def logits_of(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:

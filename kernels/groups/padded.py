@@ -56,15 +56,17 @@ def attention_weights(
     """
     high = torch.promote_types(k.dtype, torch.float32)
     logits = torch.einsum("gqhd,gkhd->ghqk", queries.pad(q), keys.pad(k)).to(high) * scale
-    real = keys.real[:, None]
+    # Not for queries beyond a group's end: NaN in a key would reach the gradient of the table.
+    real = queries.real[:, :, None] & keys.real[:, None]
     if limits is not None:
         place = torch.arange(keys.longest, device=limits.device)
-        real = place < queries.pad(limits)[:, :, None]
+        real = real & (place < queries.pad(limits)[:, :, None])
     seen = real
     if bias.table is not None:
         assert bias.query_codes is not None and bias.key_codes is not None
         query_codes, key_codes = queries.pad(bias.query_codes), keys.pad(bias.key_codes)
-        logits = logits + bias.of(query_codes[:, :, None], key_codes[:, None]).transpose(0, 1)
+        index = bias.rows_of(query_codes[:, :, None], key_codes[:, None])
+        logits = logits + bias.of(index).transpose(0, 1)
     if bias.key_bias is not None:
         key_bias = keys.pad(bias.key_bias)
         logits = logits + key_bias[:, None, None, :]

@@ -35,12 +35,14 @@ def key_codes(codes_ptr, key, real):
 
 
 @triton.jit
-def seen_keys(key_bias_ptr, key, real):
-    """Which keys are not hidden, and what is added to the base-2 logits of each."""
+def seen_keys(key_bias_ptr, key, real, BASE_2: tl.constexpr = True):
+    """Which keys are not hidden, and what is added to the logits of each."""
     if key_bias_ptr is None:
         return real, tl.zeros(key.shape, tl.float32)
     else:
-        key_bias = tl.load(key_bias_ptr + key, mask=real, other=float("-inf")) * LOG2_E
+        key_bias = tl.load(key_bias_ptr + key, mask=real, other=float("-inf"))
+        if BASE_2:
+            key_bias *= LOG2_E
         return key_bias != float("-inf"), key_bias
 
 
@@ -57,16 +59,17 @@ def load_keys(
     row_stride,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BASE_2: tl.constexpr = True,
 ):
     """Keys number j of a group.
 
     Returns:
         Whether they exist, whether they are not hidden either, their rows, D numbers of each, their
-        codes, and what is added to their base-2 logits.
+        codes, and what is added to their logits.
     """
     real = j < members
     row = rows_at(rows_ptr, first + j, real, count)
-    seen, key_bias = seen_keys(key_bias_ptr, row, real)
+    seen, key_bias = seen_keys(key_bias_ptr, row, real, BASE_2)
     k = load_rows(k_ptr, row * row_stride, seen, D, BLOCK_D)
     return real, seen, row, k, key_codes(key_codes_ptr, row, real), key_bias
 
@@ -91,8 +94,18 @@ def head_table(last, h):
 
 
 @triton.jit
-def add_bias(logits, table_ptr, key_bias_ptr, last, table, query_code, key_code, key_bias):
-    """Base-2 logits with the bias.
+def add_bias(
+    logits,
+    table_ptr,
+    key_bias_ptr,
+    last,
+    table,
+    query_code,
+    key_code,
+    key_bias,
+    BASE_2: tl.constexpr = True,
+):
+    """Logits with the bias, to base 2 or to base e.
 
     Args:
         last: the last row of the table, or None.
@@ -102,7 +115,10 @@ def add_bias(logits, table_ptr, key_bias_ptr, last, table, query_code, key_code,
     """
     if table_ptr is not None:
         row = within(key_code - query_code, last)
-        logits += tl.load(table_ptr + table + row) * LOG2_E
+        added = tl.load(table_ptr + table + row)
+        if BASE_2:
+            added *= LOG2_E
+        logits += added
     if key_bias_ptr is not None:
         logits += key_bias
     return logits

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vidl.kernels import choices, gpu, library
@@ -35,6 +36,7 @@ from . import pytorch, reference
 
 Scores = Literal["cls", "mean"]
 HEAD_SIZES = (32, 64, 80, 96, 128)
+BIASED_HEAD_SIZES = (32, 64)  # of the CUDA C++ kernels that take a bias
 
 
 def _limits(
@@ -45,18 +47,21 @@ def _limits(
     bias: bool = False,
     query_limits: bool = False,
 ) -> str | None:
-    if bias and backend != "triton" and (backend, device) != ("native", "cpu"):
-        return "its CUDA kernels take no bias and no key_bias"
-    if query_limits and (backend, device) != ("native", "cpu"):
-        return "its kernels take no groups with query_limits"
     if head_size not in HEAD_SIZES:
         return f"head sizes are {', '.join(map(str, HEAD_SIZES))}, not {head_size}"
-    if backend != "triton" and (backend, device) != ("native", "cpu") and dtype == torch.float32:
+    if backend == "triton" or (backend, device) == ("native", "cpu"):
+        return None
+    if dtype == torch.float32:
         return "its CUDA kernels multiply in float16 and bfloat16 only"
+    if bias and head_size not in BIASED_HEAD_SIZES:
+        sizes = " and ".join(map(str, BIASED_HEAD_SIZES))
+        return f"its CUDA kernels take a bias and a key_bias for heads of {sizes}, not {head_size}"
     if (backend, device) == ("native", "cuda") and (given := gpu.shared_memory()) is not None:
         # The backward of long groups (blocked.h): six tiles of 64 rows, and the log-sum-exp and
-        # delta of two tiles of queries. All other kernels have one that needs less.
+        # delta of two tiles of queries. All other kernels have one that needs less. Limits and a
+        # bias add numbers of two tiles, the gradient of a table those of 64 x 64 pairs (table.h).
         needed = 6 * 64 * (head_size + 8) * 2 + 4 * 64 * 4
+        needed += (1024 if bias or query_limits else 0) + (512 + 64 * 72 * 4 if bias else 0)
         if needed > given:
             return (
                 f"heads of {head_size} need {needed} bytes of shared memory for a block, this GPU "
@@ -70,7 +75,7 @@ def _fake(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
     entries = groups.num_entries(k.shape[0])
     high = torch.promote_types(q.dtype, torch.float32)
     return (
-        torch.empty_like(q, memory_format=torch.contiguous_format),
+        q.new_empty(*q.shape[:2], v.shape[2]),
         q.new_empty(q.shape[1], q.shape[0], dtype=high),
         q.new_empty(entries if scores else 0, dtype=high),
     )
@@ -97,12 +102,13 @@ def _pairs(groups: Arguments) -> int:
 
 def _flops(q, k, v, *rest, **kwargs) -> int:
     _, H, D = q.shape
-    return 2 * 2 * _pairs(split(rest)[0]) * H * D
+    return 2 * _pairs(split(rest)[0]) * H * (D + v.shape[2])
 
 
 def _flops_bwd(grad_out, grad_scores, q, k, v, out, lse, *rest, **kwargs) -> int:
     _, H, D = q.shape
-    return 5 * 2 * _pairs(split(rest)[0]) * H * D
+    # Three matmuls are as wide as q and k, two as v.
+    return 2 * _pairs(split(rest)[0]) * H * (3 * D + 2 * v.shape[2])
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -145,6 +151,21 @@ def _backward(bwd: Callable[..., Any], ctx, grad_out, grad_lse, grad_scores):
     return grad_q, grad_k, grad_v, *(None,) * 9, grad_bias if need_bias else None, *(None,) * 6
 
 
+def _adapt(
+    call: Callable[..., Any], backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad v for kernels that need it as wide as q, and cut the output.
+
+    With q and k of D channels and v of Dv, this costs a copy of v and of the output, of D channels
+    each, and (D - Dv) / 2D of the FLOPs.
+    """
+    D, Dv = q.shape[2], v.shape[2]
+    if Dv == D or (backend, q.device.type) == ("native", "cpu"):
+        return call(q, k, v, *rest)
+    out, lse, scores = call(q, k, F.pad(v, (0, D - Dv)), *rest)
+    return out[..., :Dv].contiguous(), lse, scores
+
+
 library.define(
     library.Op(
         "space_time_attention_bwd(Tensor grad_out, Tensor? grad_scores, Tensor q, Tensor k, "
@@ -164,6 +185,7 @@ library.define(
         flops=_flops,
         reference=reference.space_time_attention,
         torch=pytorch.space_time_attention,
+        adapt=_adapt,
         limits=_limits,
         setup_context=_setup_context,
         backward=_backward,
@@ -230,12 +252,17 @@ def space_time_attention(
             80, 96 or 128 (any, for "torch" and "reference"). The last dimension is contiguous, or
             copied; the others have any stride: slices of a fused [total, 3, H, D] buffer need no
             copy.
-        k, v: [num_keys, H, D], the same dtype and device.
+        k: [num_keys, H, D], the same dtype and device.
+        v: [num_keys, H, Dv], the same; Dv is at most D. Channels of q and k beyond Dv add to the
+            logits only. "native" on the CPU computes Dv channels; "native" on CUDA, "triton" and
+            fused attention of "torch" pad v to D: a copy of v and of the output, and (D - Dv) / 2D
+            of the FLOPs.
         groups: which queries attend to which keys. With `query_limits` (`groups.causal`,
             `Groups.prefix`, `groups.padded`) a query sees the first keys of its group only; a query
             that sees none counts as one of a group without keys.
         bias: [positions.rows, H], any floating dtype: a table of what is added to the logits, by
-            the relative position of query and key. Differentiable.
+            the relative position of query and key. Differentiable. "native" on CUDA takes `bias`
+            and `key_bias` for heads of 32 and 64.
         positions: which row of `bias` belongs to a query and a key.
         key_bias: [num_keys] float32, added to all logits of a key: -inf hides it. A query whose
             keys are all hidden counts as one without keys. Not differentiable.
@@ -252,8 +279,8 @@ def space_time_attention(
             differentiable twice only under `sdpa_kernel(SDPBackend.MATH)`.
 
     Returns:
-        The output [num_queries, H, D]; with options a tuple of the output, the log-sum-exp and the
-        scores, as far as requested.
+        The output [num_queries, H, Dv]; with options a tuple of the output, the log-sum-exp and
+        the scores, as far as requested.
 
     Raises:
         TypeError: a dtype is not one of those above, or `groups` is something else.
@@ -295,6 +322,7 @@ def choose(
     """The backend of a call: see `library.choose`."""
     kind, (rows, H, D) = q.device.type, q.shape
     limited = groups.query_limits is not None
+    narrow = {} if v.shape[2] == D else {"value_size": v.shape[2]}
 
     def key() -> choices.Key | None:
         return choices.key(
@@ -309,6 +337,7 @@ def choose(
             query_limits=limited,
             lse=return_lse,
             scores=return_scores or "",
+            **narrow,
         )
 
     facts = {"head_size": D, "bias": is_given(bias), "query_limits": limited}
@@ -319,12 +348,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, groups: Groups, return_scores: Score
     if not isinstance(groups, Groups):
         raise TypeError(f"need groups made by vidl.ops.Groups, got {type(groups).__name__}")
     check_tensors(groups=groups.query_offsets, q=q, k=k, v=v)
-    queries, keys = q.shape, k.shape
-    fits = len(queries) == len(keys) == 3 and queries[1:] == keys[1:] and v.shape == keys
-    if not fits:
+    queries, keys, values = q.shape, k.shape, v.shape
+    fits = len(queries) == len(keys) == len(values) == 3
+    fits = fits and queries[1:] == keys[1:] and values[:2] == keys[:2]
+    if not fits or values[2] > keys[2]:
         raise ValueError(
-            "need q [num_queries, H, D] and k, v [num_keys, H, D], got "
-            f"{tuple(queries)}, {tuple(keys)}, {tuple(v.shape)}"
+            "need q [num_queries, H, D], k [num_keys, H, D] and v [num_keys, H, Dv], Dv at most "
+            f"D, got {tuple(queries)}, {tuple(keys)} and {tuple(values)}"
         )
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise TypeError(

@@ -35,7 +35,7 @@ HALF = (torch.float16, torch.bfloat16)
 def space_time_attention(
     q: Tensor,  # [num_queries, H, D]
     k: Tensor,  # [num_keys, H, D]
-    v: Tensor,  # [num_keys, H, D]
+    v: Tensor,  # [num_keys, H, Dv]
     *rest: Any,  # the arguments of the groups, those of the bias, scale, scores
     lse: bool = True,
     num_global: int = 0,
@@ -54,7 +54,7 @@ def space_time_attention(
         is_causal: of `Groups`; without a bias, SDPA needs no mask of the limits then.
 
     Returns:
-        The output [num_queries, H, D], the log-sum-exp [H, num_queries] or [0], the scores [E] or
+        The output [num_queries, H, Dv], the log-sum-exp [H, num_queries] or [0], the scores [E] or
         [0].
     """
     groups, bias, (scale, scores) = split(rest)
@@ -64,7 +64,9 @@ def space_time_attention(
     packed = not equal and not lse and not scores and not is_given(bias) and limits is None
     if packed and (call := packed_attention(q)):
         queries, keys = batched(groups, q.shape[0], k.shape[0])
-        out = call(queries.gather(q), keys.gather(k), keys.gather(v), groups, scale)
+        values = keys.gather(_widened(v, q.shape[-1]))  # it takes tensors of one width
+        out = call(queries.gather(q), keys.gather(k), values, groups, scale)
+        out = _cut(out, v.shape[-1])
         nothing = q.new_empty(0, dtype=torch.float32)
         return put_back(out, groups.query_rows), nothing, nothing
     results = [
@@ -97,7 +99,7 @@ def _attend(
     """The output and the log-sum-exp of the members of some groups, and the scores of their keys.
 
     Returns:
-        The output [members, H, D], the log-sum-exp [members, H] or [0], the scores [entries] or
+        The output [members, H, Dv], the log-sum-exp [members, H] or [0], the scores [entries] or
         [0].
     """
     high = torch.promote_types(q.dtype, torch.float32)
@@ -107,6 +109,8 @@ def _attend(
     is_causal = is_causal and not is_given(bias) and q.shape[1] == k.shape[1]
     if is_causal and not lse and not scores and not _has_tangent(q, k, v):
         return queries.members(_sdpa(q, k, v, None, scale, is_causal)), log_sum, importance
+    if bias.table is not None:  # NaN in keys without queries would reach the table's gradient
+        k = queries.cleared(k)
     mask, unseen = mask_of(queries, keys, limits, bias, period)
     # Queries that see none of the keys that their group has.
     hidden = None if limits is None and bias.key_bias is None else unseen
@@ -149,6 +153,10 @@ def _sdpa(
     if _has_tangent(q, k, v):  # the fused kernels of SDPA have no forward-mode derivative
         weights = logits_of(q, k, mask, scale).softmax(-1)
         return (weights.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
+    D, Dv = q.shape[-1], v.shape[-1]
+    if Dv < D and q.device.type == "cpu":
+        # Its fused attention takes tensors of one width.
+        return _cut(_sdpa(q, k, _widened(v, D), mask, scale, is_causal), Dv)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if is_causal:
         mask = None
@@ -163,6 +171,16 @@ def _sdpa(
         some = mask if mask is None or mask.shape[0] == 1 else mask[part]
         outs.append(attend(q[part], k[part], v[part], some))
     return torch.cat(outs).transpose(1, 2)
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """x with zeros as further channels."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _cut(x: Tensor, width: int) -> Tensor:
+    """The first channels of x."""
+    return x if x.shape[-1] == width else x[..., :width].contiguous()
 
 
 def _has_tangent(*tensors: Tensor) -> bool:

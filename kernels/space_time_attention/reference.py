@@ -11,13 +11,13 @@ from vidl.kernels.groups import Padded, attention_weights, split
 def space_time_attention(
     q: Tensor,  # [num_queries, H, D]
     k: Tensor,  # [num_keys, H, D]
-    v: Tensor,  # [num_keys, H, D]
+    v: Tensor,  # [num_keys, H, Dv]
     *rest: Any,  # the arguments of the groups, those of the bias, scale, scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pad every group to the longest, mask, softmax; put the results back in their rows.
 
     Returns:
-        The output [num_queries, H, D], the log-sum-exp [H, num_queries], the scores [E] or [0].
+        The output [num_queries, H, Dv], the log-sum-exp [H, num_queries], the scores [E] or [0].
     """
     groups, bias, (scale, scores) = split(rest)
     queries = Padded(groups.query_offsets, groups.query_rows, groups.max_queries)

@@ -13,6 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels.groups.triton_bias import add_bias, head_table, load_keys, query_codes
+from vidl.kernels.groups.triton_limits import (
+    key_limits,
+    queries_of_keys,
+    seen_by,
+    zero_single,
+    zero_unseeing,
+)
 from vidl.kernels.groups.triton_rows import (
     find_group,
     load_block,
@@ -46,6 +53,7 @@ def blocked_forward_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    query_limits_ptr,  # [num_queries] or None
     table_ptr,  # [H, last + 1] or None
     query_codes_ptr,  # [num_queries] or None
     key_codes_ptr,  # [num_keys] or None
@@ -92,6 +100,7 @@ def blocked_forward_kernel(
         q_ptr, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
     )
     query_code = query_codes(query_codes_ptr, query, real_query, shift)
+    limit = first_key + key_limits(query_limits_ptr, query, real_query, keys)
     table = head_table(last, h)
     k_ptr += h * k_head
     v_ptr += h * v_head
@@ -100,6 +109,8 @@ def blocked_forward_kernel(
     out = tl.zeros([BLOCK_QUERIES, BLOCK_D], tl.float32)
     # Places in the list of keys take fewer registers than numbers within the group.
     last_key = first_key + keys
+    if query_limits_ptr is not None:
+        last_key = tl.max(limit, 0)
     for at in range(first_key, last_key, BLOCK_KEYS):
         j = at + tl.arange(0, BLOCK_KEYS)
         _, seen, key, k, key_code, key_bias = load_keys(
@@ -112,11 +123,15 @@ def blocked_forward_kernel(
             *(logits, table_ptr, key_bias_ptr, last, table),
             *(query_code[:, None], key_code[None, :], key_bias[None, :]),
         )
-        logits = tl.where(seen[None, :], logits, float("-inf"))
+        pair = seen_by(query_limits_ptr, seen[None, :], j[None, :], limit[:, None])
+        logits = tl.where(pair, logits, float("-inf"))
         weights, rescale, highest, total = online_softmax(
-            logits, highest, total, BASE_2=True, HIDDEN=key_bias_ptr is not None
+            *(logits, highest, total),
+            BASE_2=True,
+            HIDDEN=key_bias_ptr is not None or query_limits_ptr is not None,
         )
         out = out * rescale[:, None] + multiply(weights.to(v.dtype), v)
+    out = zero_unseeing(query_limits_ptr, out, total != 0.0)
     total = tl.where(total == 0.0, 1.0, total)
     lse = (highest + tl.log2(total)) * LN_2  # -inf without keys
     store_rows(out_ptr, (query * H + h) * D, out / total[:, None], real_query, D, BLOCK_D)
@@ -135,6 +150,7 @@ def blocked_scores_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    query_limits_ptr,  # [num_queries] or None
     table_ptr,  # [H, last + 1] or None
     query_codes_ptr,  # [num_queries] or None
     key_codes_ptr,  # [num_keys] or None
@@ -198,12 +214,19 @@ def blocked_scores_kernel(
             )
             weights = tl.exp2(logits - tl.load(highest_ptr + query))
             scores = weights / tl.load(total_ptr + query)
+            if query_limits_ptr is not None:
+                limit = key_limits(query_limits_ptr, query, query >= 0, keys)
+                scores = tl.where(seen & (j < limit), scores, 0.0)
     else:
-        for at in range(0, queries, BLOCK_QUERIES):
+        begin, end = queries_of_keys(
+            query_limits_ptr, query_rows_ptr, first_query, queries, num_queries, start
+        )
+        for at in range(begin // BLOCK_QUERIES * BLOCK_QUERIES, end, BLOCK_QUERIES):
             i = at + tl.arange(0, BLOCK_QUERIES)
             real_query, query, q = load_block(
                 q_ptr, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
             )
+            limit = key_limits(query_limits_ptr, query, real_query, keys)
             highest = tl.load(highest_ptr + query, mask=real_query, other=0.0)
             share = 1.0 / tl.load(total_ptr + query, mask=real_query, other=1.0)
             query_code = query_codes(query_codes_ptr, query, real_query, shift)
@@ -213,7 +236,10 @@ def blocked_scores_kernel(
                 *(query_code[None, :], key_code[:, None], key_bias[:, None]),
             )
             weights = tl.exp2(logits - highest[None, :]) * share[None, :]
-            weights = tl.sum(tl.where(real_query[None, :], weights, 0.0), 1)
+            pair = real_query[None, :]
+            if query_limits_ptr is not None:
+                pair = seen_by(query_limits_ptr, seen[:, None], j[:, None], limit[None, :])
+            weights = tl.sum(tl.where(pair, weights, 0.0), 1)
             scores, lost = add_compensated(weights, scores, lost)
         scores = scores / tl.maximum(queries, 1)
     if key_bias_ptr is not None:  # without keys that count, the maximum is -inf
@@ -229,10 +255,12 @@ def block_back(
     lse,
     i,
     query_code,
+    limit,
     grad_scores_ptr,
     k_ptr,  # of this head
     v_ptr,  # of this head
     key_rows_ptr,
+    query_limits_ptr,  # [num_queries] or None
     table_ptr,
     key_codes_ptr,
     key_bias_ptr,
@@ -267,7 +295,7 @@ def block_back(
         lse[:, None],
         grad_score[None, :],
         (i == 0)[:, None],
-        seen[None, :],
+        seen_by(query_limits_ptr, seen[None, :], j[None, :], limit[:, None]),
         scale,
         (
             table_ptr,
@@ -297,6 +325,7 @@ def query_backward_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    query_limits_ptr,  # [num_queries] or None
     table_ptr,  # [H, last + 1] or None
     query_codes_ptr,  # [num_queries] or None
     key_codes_ptr,  # [num_keys] or None
@@ -353,11 +382,14 @@ def query_backward_kernel(
     if SCORES == "mean":
         share = share / queries
     query_code = query_codes(query_codes_ptr, query, real_query, shift)
-    query_side = (q, grad_out, lse, i, query_code)
+    limit = first_key + key_limits(query_limits_ptr, query, real_query, keys)
+    query_side = (q, grad_out, lse, i, query_code, limit)
     bias = (table_ptr, key_codes_ptr, key_bias_ptr, last, head_table(last, h))
-    key_side = (grad_scores_ptr, k_ptr, v_ptr, key_rows_ptr)
+    key_side = (grad_scores_ptr, k_ptr, v_ptr, key_rows_ptr, query_limits_ptr)
     # Places in the list of keys take fewer registers than numbers within the group.
     last_key = first_key + keys
+    if query_limits_ptr is not None:
+        last_key = tl.max(limit, 0)
     members = (k_row, v_row, last_key, num_keys, share)
     out = load_rows(out_ptr, here, real_query, D, BLOCK_D)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
@@ -389,6 +421,7 @@ def query_backward_kernel(
             at, *query_side, *key_side, *bias, *members, scale, D, BLOCK_D, BLOCK_KEYS, SCORES
         )
         grad_logits = weights * inverse[:, None] * (grads - delta[:, None])
+        grad_logits = zero_single(query_limits_ptr, grad_logits, limit[:, None] - first_key)
         grad_q += multiply(grad_logits.to(k.dtype), k)
     store_rows(grad_q_ptr, here, grad_q * logit_slope(keys, scale), real_query, D, BLOCK_D)
 
@@ -407,6 +440,7 @@ def key_backward_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    query_limits_ptr,  # [num_queries] or None
     table_ptr,  # [H, last + 1] or None
     query_codes_ptr,  # [num_queries] or None
     key_codes_ptr,  # [num_keys] or None
@@ -462,11 +496,15 @@ def key_backward_kernel(
     delta_ptr += h * num_queries
     grad_k = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
-    for at in range(0, queries, BLOCK_QUERIES):
+    begin, end = queries_of_keys(
+        query_limits_ptr, query_rows_ptr, first_query, queries, num_queries, start
+    )
+    for at in range(begin // BLOCK_QUERIES * BLOCK_QUERIES, end, BLOCK_QUERIES):
         i = at + tl.arange(0, BLOCK_QUERIES)
         real_query, query, q = load_block(
             q_ptr, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
         )
+        limit = key_limits(query_limits_ptr, query, real_query, keys)
         grad_out = load_rows(grad_out_ptr, (query * H + h) * D, real_query, D, BLOCK_D)
         lse = tl.load(lse_ptr + query, mask=real_query, other=0.0)
         delta = tl.load(delta_ptr + query, mask=real_query, other=0.0)
@@ -479,7 +517,12 @@ def key_backward_kernel(
             lse[None, :],
             grad_score[:, None],
             (i == 0)[None, :],
-            seen[:, None] & real_query[None, :],
+            seen_by(
+                query_limits_ptr,
+                seen[:, None] & real_query[None, :],
+                j[:, None],
+                limit[None, :],
+            ),
             scale,
             (
                 table_ptr,
@@ -499,6 +542,7 @@ def key_backward_kernel(
             weights *= inverse[None, :]
         grad_v += multiply(weights.to(v.dtype), grad_out)
         grad_logits = weights * (grads - delta[None, :])
+        grad_logits = zero_single(query_limits_ptr, grad_logits, limit[None, :])
         grad_k += multiply(grad_logits.to(q.dtype), q)
     entry = key
     if SHARED:

@@ -11,6 +11,10 @@ in order. kernels/groups/ also has what this op shares with token_scores.
 A table of relative positions is read once more for each pair of a query and a key, 4 bytes from the
 cache, at a row that the codes of both give. Hidden keys are not read.
 
+Queries with limits see the first keys of their group. Blocked kernels end with the last key that a
+query of their block sees, and leave out the queries before the first and after the last that see a
+key of their block.
+
 Heads of 80 and 96 channels are padded to 128. Two blocks (64 + 16, 64 + 32) would need 37% and 25%
 fewer tensor core instructions, but two sets of addresses, which do not fit the registers of sm_80
 in the backward kernels.
@@ -48,7 +52,7 @@ def space_time_attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(call.H, call.num_queries, dtype=torch.float32)
     head_scores = q.new_empty(call.H, call.E, dtype=torch.float32) if scores else None
-    tile = forward_tile(*call.longest, call.D, q.dtype, call.biased)
+    tile = forward_tile(*call.longest, call.D, q.dtype, call.biased or call.limited)
     forward = {
         "packed": triton_packed.forward,
         "whole": triton_whole.forward,
@@ -86,7 +90,9 @@ def space_time_attention_bwd(
         entry_k, entry_v = (
             k.new_empty(call.E, call.H, call.D, dtype=torch.float32) for _ in range(2)
         )
-    query_tile, key_tile = backward_tiles(*call.longest, call.D, q.dtype, scores, call.biased)
+    query_tile, key_tile = backward_tiles(
+        *(*call.longest, call.D, q.dtype, scores), call.biased, call.limited
+    )
     results = (grad_q, entry_k, entry_v)
     delta = inverse = None
     if key_tile.kind == "blocked" or need_bias:
@@ -118,29 +124,41 @@ def space_time_attention_bwd(
 
 
 def forward_tile(
-    max_queries: int, max_keys: int, D: int, dtype: torch.dtype, biased: bool = False
+    max_queries: int, max_keys: int, D: int, dtype: torch.dtype, selective: bool = False
 ) -> Tile:
-    """The size class and the tile of a forward pass."""
+    """The size class and the tile of a forward pass.
+
+    Args:
+        selective: whether there is a bias, or queries have limits.
+    """
     if dtype == torch.float32:
-        tile = _float32_tile(max_keys, D, biased)
+        tile = _float32_tile(max_keys, D, selective)
         # Left to itself, the compiler spills on sm_89 in order not to use more than 72 registers.
-        return replace(tile, registers=128) if biased and tile.keys == SLOT else tile
+        if selective and tile.keys == SLOT:
+            return replace(tile, registers=128 if D <= 64 else 255)
+        return tile
     if max(max_queries, max_keys) <= SLOT:
         return _packed_tile(D)
     queries = 16 if max_queries <= 16 else 64
     if max_keys <= 128:  # 256 keys would leave one program a multiprocessor, or spill on sm_80
         keys = _power_of_2(max_keys)
-        if biased and keys > 64:
+        if selective and keys > 64:
             queries = min(queries, 32)
-        few = (keys < 64 and D <= 64) if biased else (keys <= 64 or D <= 64)
+        few = (keys < 64 and D <= 64) if selective else (keys <= 64 or D <= 64)
         # Left to itself, the compiler spills on sm_90 in order not to use more than 128 registers.
-        registers = 255 if biased and not few else None
+        registers = 255 if selective and not few else None
         return Tile("whole", queries, keys, warps=4 if few else 8, registers=registers)
     return _blocked_tile(queries, D)
 
 
 def backward_tiles(
-    max_queries: int, max_keys: int, D: int, dtype: torch.dtype, scores: str, biased: bool = False
+    max_queries: int,
+    max_keys: int,
+    D: int,
+    dtype: torch.dtype,
+    scores: str,
+    biased: bool = False,
+    limited: bool = False,
 ) -> tuple[Tile, Tile]:
     """The tiles of the kernel for queries, which only blocked groups need, and of that for keys.
 
@@ -148,17 +166,21 @@ def backward_tiles(
     gradients.
     """
     if dtype == torch.float32:
-        return _float32_tile(max_keys, D, biased), _float32_tile(max_keys, D, biased)
+        tile = _float32_tile(max_keys, D, biased or limited)
+        return tile, tile
     if max(max_queries, max_keys) <= SLOT:
         return _packed_tile(D), _packed_tile(D)
     keys = _power_of_2(max_keys)
-    if biased:
-        # Rows of the table and their addresses take registers: smaller tiles, or more warps.
-        if keys <= 64 or (keys <= 128 and (D <= 32 or (D <= 64 and not scores))):
+    if biased or limited:
+        # Rows of the table and limits take registers: smaller tiles, or more warps.
+        few = D <= 32 or (D <= 64 and not scores and not (biased and limited))
+        if keys <= 64 or (keys <= 128 and few):
             tile = Tile("whole", 32, keys, warps=4 if keys <= 32 else 8, stages=2)
         else:
             tile = Tile("blocked", 32, keys=64, warps=8, stages=2)
-        return replace(_blocked_tile(32, D), warps=8), tile
+        query_tile = replace(_blocked_tile(32, D), warps=8)
+        # Left to itself, the compiler spills on sm_90 in order not to use more than 128 registers.
+        return replace(query_tile, registers=168) if limited and D > 64 else query_tile, tile
     if keys <= 32 or (D <= 64 and keys <= 64):
         tile = Tile("whole", 32, keys, warps=4, stages=2)
     elif keys <= 64 or (keys <= 128 and (D <= 32 or (D <= 64 and scores != "mean"))):
@@ -183,7 +205,7 @@ def table_tile(max_keys: int, D: int, dtype: torch.dtype) -> Tile:
     return Tile("blocked", SLOT, keys, warps=1 if keys == 32 else 4, registers=255)
 
 
-def _float32_tile(max_keys: int, D: int, biased: bool) -> Tile:
+def _float32_tile(max_keys: int, D: int, selective: bool) -> Tile:
     """Exact matmuls have no tensor cores and are unrolled: larger blocks spill registers.
 
     Both backward kernels of blocked groups use the same blocks, and so round alike.
@@ -191,10 +213,10 @@ def _float32_tile(max_keys: int, D: int, biased: bool) -> Tile:
     if max_keys <= (64 if D <= 64 else 32):
         keys = max(SLOT, triton.next_power_of_2(max_keys))
         # Left to itself, the compiler spills on sm_80 in order not to use more than 80 registers.
-        registers = (168 if biased else 128) if keys == 32 and D <= 64 else None
+        registers = (168 if selective else 128) if keys == 32 and D <= 64 else None
         return Tile("whole", 16, keys, warps=4 if keys == SLOT else 8, registers=registers)
     side = 32 if D <= 64 else 16
-    return Tile("blocked", side, side, warps=8, registers=168 if biased and D <= 32 else None)
+    return Tile("blocked", side, side, warps=8, registers=168 if selective and D <= 32 else None)
 
 
 def _blocked_tile(queries: int, D: int) -> Tile:
@@ -237,6 +259,15 @@ def ahead_of_time() -> None:
     _launch(64, torch.float16, *sizes[1], biased=True, hidden=True)
     for D, keys in itertools.product((32, 64, 128), (785, 8, 32, 64)):
         _launch(D, torch.float32, 785, keys, biased=True, hidden=D == 64)
+    for D, size in itertools.product((64, 32, 128), sizes[:5]):
+        _launch(D, torch.bfloat16, *size, limited=True)
+    for D, size in itertools.product((64, 128), sizes[:4]):
+        _launch(D, torch.bfloat16, *size, scores="mean", shared=True, limited=True)
+        _launch(D, torch.bfloat16, *size, biased=True, hidden=D == 64, limited=True)
+    _launch(64, torch.bfloat16, *sizes[2], scores="cls", limited=True)
+    for D, keys in itertools.product((64, 128), (785, 8, 32, 64)):
+        _launch(D, torch.float32, 785, keys, limited=True)
+        _launch(D, torch.float32, 785, keys, scores="mean", biased=True, limited=True)
 
 
 def _launch(
@@ -248,6 +279,7 @@ def _launch(
     shared: bool = False,
     biased: bool = False,
     hidden: bool = False,
+    limited: bool = False,
 ) -> None:
     q, k, v = torch.zeros(2, 3, 2, D, dtype=dtype).unbind(1)
     offsets, rows = torch.tensor([0, 2], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
@@ -256,7 +288,8 @@ def _launch(
         entry_offsets = torch.tensor([0, 2, 2], dtype=torch.int32)
         rest = (offsets, offsets, rows, rows, entry_offsets, rows)
     bias = Bias(torch.zeros(2, 7), rows, rows, 3, None) if biased else NO_BIAS
-    rest += (max_queries, max_keys, None, *bias[:4], torch.zeros(2) if hidden else None)
+    rest += (max_queries, max_keys, rows if limited else None)
+    rest += (*bias[:4], torch.zeros(2) if hidden else None)
     out, lse, importance = space_time_attention(q, k, v, *rest, 1.0, scores)
     grad_scores = importance if scores else None
     space_time_attention_bwd(out, grad_scores, q, k, v, out, lse, *rest, biased, 1.0, scores)

@@ -17,6 +17,13 @@ from vidl.kernels.groups.triton_bias import (
     query_codes,
     seen_keys,
 )
+from vidl.kernels.groups.triton_limits import (
+    has_seen,
+    key_limits,
+    seen_by,
+    zero_single,
+    zero_unseeing,
+)
 from vidl.kernels.groups.triton_rows import load_rows, rows_at, span, store_rows
 from vidl.kernels.groups.triton_softmax import (
     LOG2_E,
@@ -54,6 +61,7 @@ def packed_forward_kernel(
     key_offsets_ptr,  # [G + 1]
     query_rows_ptr,  # [num_queries] or None
     key_rows_ptr,  # [E] or None
+    query_limits_ptr,  # [num_queries] or None
     table_ptr,  # [H, last + 1] or None
     query_codes_ptr,  # [num_queries] or None
     key_codes_ptr,  # [num_keys] or None
@@ -90,6 +98,7 @@ def packed_forward_kernel(
     query = rows_at(query_rows_ptr, first_query + i, real_query, num_queries)
     key = rows_at(key_rows_ptr, first_key + i, real_key, num_keys)
     seen, key_bias = seen_keys(key_bias_ptr, key, real_key)
+    limit = key_limits(query_limits_ptr, query, real_query, keys)
     q = load_rows(q_ptr, query * q_row + h * q_head, real_query, D, BLOCK_D)
     k = load_rows(k_ptr, key * k_row + h * k_head, seen, D, BLOCK_D)
     v = load_rows(v_ptr, key * v_row + h * v_head, seen, D, BLOCK_D)
@@ -101,9 +110,12 @@ def packed_forward_kernel(
         *(logits, table_ptr, key_bias_ptr, last, table, query_code, key_code),
         key_bias[:, None, :],
     )
-    logits = tl.where(seen[:, None, :], logits, float("-inf"))
-    weights, total, lse = softmax(logits, any_seen(keys, seen, key_bias_ptr))
+    pair = seen_by(query_limits_ptr, seen[:, None, :], i[:, None, :], limit[:, :, None])
+    has_keys = has_seen(query_limits_ptr, any_seen(keys, seen, key_bias_ptr), pair)
+    logits = tl.where(pair, logits, float("-inf"))
+    weights, total, lse = softmax(logits, has_keys)
     out = multiply(weights.to(v.dtype), v) / total[:, :, None]
+    out = zero_unseeing(query_limits_ptr, out, has_keys)
     store_rows(out_ptr, (query * H + h) * D, out, real_query, D, BLOCK_D)
     tl.store(lse_ptr + h * num_queries + query, lse, mask=real_query)
     if scores_ptr is not None:
@@ -123,6 +135,7 @@ def packed_backward_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    query_limits_ptr,  # [num_queries] or None
     table_ptr,  # [H, last + 1] or None
     query_codes_ptr,  # [num_queries] or None
     key_codes_ptr,  # [num_keys] or None
@@ -161,6 +174,7 @@ def packed_backward_kernel(
     query = rows_at(query_rows_ptr, first_query + i, real_query, num_queries)
     key = rows_at(key_rows_ptr, first_key + i, real_key, num_keys)
     seen, key_bias = seen_keys(key_bias_ptr, key, real_key)
+    limit = key_limits(query_limits_ptr, query, real_query, keys)
     query_code = query_codes(query_codes_ptr, query, real_query, shift)
     key_code = key_codes(key_codes_ptr, key, real_key)
     table = head_table(last, h)
@@ -182,7 +196,12 @@ def packed_backward_kernel(
         lse[:, None, :],
         grad_score[:, :, None],
         (i == 0)[:, None, :],
-        seen[:, :, None] & real_query[:, None, :],
+        seen_by(
+            query_limits_ptr,
+            seen[:, :, None] & real_query[:, None, :],
+            i[:, :, None],
+            limit[:, None, :],
+        ),
         scale,
         (
             table_ptr,
@@ -199,7 +218,8 @@ def packed_backward_kernel(
     delta = tl.sum(weights * grads, 1)
     if delta_ptr is not None:
         tl.store(delta_ptr + h * num_queries + query, delta, mask=real_query)
-    grad_logits = (weights * (grads - delta[:, None, :])).to(q.dtype)
+    grad_logits = weights * (grads - delta[:, None, :])
+    grad_logits = zero_single(query_limits_ptr, grad_logits, limit[:, None, :]).to(q.dtype)
     entry = key
     if SHARED:
         entry = (first_key + i).to(tl.int64)

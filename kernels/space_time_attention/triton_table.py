@@ -1,83 +1,22 @@
 """The gradient of the table of relative positions: sums of the gradients of logits, by row.
 
-The keys of all groups, in blocks, are divided into at most 64 parts, alike on every device. A
-program adds up one head of one part in a table of its own in global memory; a second kernel adds
-the tables in order. There are no atomics: the queries of a tile are added one after the other, and
-the keys of one query have different rows of the table, but for two kinds.
-
-- Rows at the ends of the table, where the codes of global tokens are limited, are masked sums.
-- Keys with equal codes are numbered, and added one number after the other. Keys at different places
-  all have number 0.
-
-The limit is the latency of the cache: 8 bytes read and written a pair of a query and a key, in
-queries * keys / BLOCK_KEYS steps of a group that depend on each other. The matmuls of a tile,
-4 * D FLOPs a pair, are computed once more.
+The keys of all groups, in blocks, are divided into parts; kernels/groups/triton_table.py adds them
+up. The matmuls of a tile, 4 * D FLOPs a pair of a query and a key, are computed once more.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels.groups.triton_bias import head_table, load_keys, query_codes
+from vidl.kernels.groups.triton_limits import key_limits, queries_of_keys, seen_by, zero_single
 from vidl.kernels.groups.triton_rows import find_group, load_block, load_rows
 from vidl.kernels.groups.triton_softmax import weights_back
-from vidl.kernels.triton_launch import OPTIONS
+from vidl.kernels.groups.triton_table import MOST_PARTS, add_queries, rank_of, sum_of_tables
 from vidl.kernels.triton_offsets import within
 from vidl.kernels.triton_sums import add_compensated
 
 from .triton_call import AttentionCall, Tile
-
-# Tables that are added up, at most.
-MOST_PARTS = 64
-# Numbers of a program that adds them.
-SUMS = 256
-
-
-@triton.jit
-def rank_of(key_code, real, BLOCK_KEYS: tl.constexpr):
-    """How many keys before each have the same code, and the greatest such number."""
-    j = tl.arange(0, BLOCK_KEYS)
-    code = tl.where(real, key_code, 0)
-    same = (code[:, None] == code[None, :]) & (j[:, None] < j[None, :])
-    rank = tl.where(real, tl.sum((same & real[:, None]).to(tl.int32), 0), 0)
-    return rank, tl.max(rank, 0)
-
-
-@triton.jit
-def add_query(grad_logits, row, now, last, sums_ptr):
-    """Add the gradients of the logits of one query, [keys], to the inner rows of the table.
-
-    Args:
-        row: of the table, [keys].
-        now: the keys to add, [keys]: their rows differ.
-        sums_ptr: the table of this program, [last + 1].
-    """
-    mask = now & (row > 0) & (row < last)
-    total = tl.load(sums_ptr + row, mask=mask, other=0.0) + grad_logits
-    tl.store(sums_ptr + row, total, mask=mask)
-    tl.debug_barrier()  # the next query may have the same rows
-
-
-@triton.jit
-def add_queries(grad_logits, row, now, last, sums_ptr):
-    """The same for a tile, [keys, queries], one query after the other.
-
-    It is split into halves until a query is a vector: the numbers stay in the registers of their
-    thread. Masks that select a query would execute all loads and stores of the tile for each.
-    """
-    KEYS: tl.constexpr = grad_logits.shape[0]
-    HALF: tl.constexpr = grad_logits.shape[1] // 2
-    even, odd = tl.split(tl.reshape(grad_logits, [KEYS, HALF, 2]))
-    even_row, odd_row = tl.split(tl.reshape(row, [KEYS, HALF, 2]))
-    if HALF > 1:
-        add_queries(even, even_row, now, last, sums_ptr)
-        add_queries(odd, odd_row, now, last, sums_ptr)
-    else:
-        even, even_row = tl.reshape(even, [KEYS]), tl.reshape(even_row, [KEYS])
-        odd, odd_row = tl.reshape(odd, [KEYS]), tl.reshape(odd_row, [KEYS])
-        add_query(even, even_row, now, last, sums_ptr)
-        add_query(odd, odd_row, now, last, sums_ptr)
 
 
 @triton.jit(
@@ -98,6 +37,7 @@ def table_backward_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    query_limits_ptr,  # [num_queries] or None
     table_ptr,  # [H, last + 1]
     query_codes_ptr,  # [num_queries]
     key_codes_ptr,  # [num_keys]
@@ -160,11 +100,15 @@ def table_backward_kernel(
             if SCORES == "mean":
                 grad_score = grad_score / tl.maximum(queries, 1)
         rank, highest_rank = rank_of(key_code, real_key, BLOCK_KEYS)
-        for at in range(0, queries, BLOCK_QUERIES):
+        begin, end = queries_of_keys(
+            query_limits_ptr, query_rows_ptr, first_query, queries, num_queries, start
+        )
+        for at in range(begin // BLOCK_QUERIES * BLOCK_QUERIES, end, BLOCK_QUERIES):
             i = at + tl.arange(0, BLOCK_QUERIES)
             real_query, query, q = load_block(
                 q_ptr, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
             )
+            limit = key_limits(query_limits_ptr, query, real_query, keys)
             grad_out = load_rows(grad_out_ptr, (query * H + h) * D, real_query, D, BLOCK_D)
             lse = tl.load(lse_ptr + query, mask=real_query, other=0.0)
             delta = tl.load(delta_ptr + query, mask=real_query, other=0.0)
@@ -177,7 +121,12 @@ def table_backward_kernel(
                 lse[:, None],
                 grad_score[None, :],
                 (i == 0)[:, None],
-                seen[None, :] & real_query[:, None],
+                seen_by(
+                    query_limits_ptr,
+                    seen[None, :] & real_query[:, None],
+                    j[None, :],
+                    limit[:, None],
+                ),
                 scale,
                 (
                     table_ptr,
@@ -195,6 +144,7 @@ def table_backward_kernel(
                 inverse = tl.load(inverse_ptr + h * num_queries + query, mask=real_query, other=0.0)
                 weights *= inverse[:, None]
             grad_logits = weights * (grads - delta[:, None])
+            grad_logits = zero_single(query_limits_ptr, grad_logits, limit[:, None])
             row = within(key_code[None, :] - query_code[:, None], last)
             ends = tl.sum(tl.where(row == 0, grad_logits, 0.0), 0)
             least, lost_least = add_compensated(ends, least, lost_least)
@@ -206,25 +156,6 @@ def table_backward_kernel(
                 add_queries(grad_logits, row, rank == number, last, sums_ptr)
     tl.store(sums_ptr, tl.sum(least, 0))
     tl.store(sums_ptr + last, tl.sum(most, 0), mask=last > 0)
-
-
-@triton.jit(do_not_specialize=["parts", "count"])
-def table_sum_kernel(
-    sums_ptr,  # [parts, count]
-    grad_ptr,  # [count]
-    parts,
-    count,
-    BLOCK: tl.constexpr,
-):
-    """The sum of all parts, in order; bound by memory."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    lost = tl.zeros([BLOCK], tl.float32)
-    for _ in range(0, parts):
-        x = tl.load(sums_ptr + at, mask=at < count, other=0.0)
-        total, lost = add_compensated(x, total, lost)
-        sums_ptr += count
-    tl.store(grad_ptr + at, total, mask=at < count)
 
 
 def backward(
@@ -264,8 +195,4 @@ def backward(
             SEARCH=search,
             **tile.options,
         )
-    grad = torch.empty_like(table)
-    table_sum_kernel[(triton.cdiv(table.numel(), SUMS),)](
-        sums, grad, parts, table.numel(), SUMS, **OPTIONS
-    )
-    return grad
+    return sum_of_tables(sums)

@@ -19,6 +19,13 @@ from vidl.kernels.groups.triton_bias import (
     load_keys,
     query_codes,
 )
+from vidl.kernels.groups.triton_limits import (
+    has_seen,
+    key_limits,
+    seen_by,
+    zero_single,
+    zero_unseeing,
+)
 from vidl.kernels.groups.triton_rows import (
     find_group,
     load_block,
@@ -59,6 +66,7 @@ def whole_forward_kernel(
     key_offsets_ptr,  # [G + 1]
     query_rows_ptr,  # [num_queries] or None
     key_rows_ptr,  # [E] or None
+    query_limits_ptr,  # [num_queries] or None
     table_ptr,  # [H, last + 1] or None
     query_codes_ptr,  # [num_queries] or None
     key_codes_ptr,  # [num_keys] or None
@@ -102,7 +110,7 @@ def whole_forward_kernel(
         *(D, BLOCK_D),
     )
     v = load_rows(v_ptr + h * v_head, key * v_row, seen, D, BLOCK_D)
-    has_keys = any_seen(keys, seen, key_bias_ptr)
+    group_has_keys = any_seen(keys, seen, key_bias_ptr)
     table = head_table(last, h)
     q_ptr += h * q_head
     # Places in the list of queries take fewer registers than numbers within the group.
@@ -117,14 +125,18 @@ def whole_forward_kernel(
             q_ptr, query_rows_ptr, 0, last_query, i, num_queries, q_row, D, BLOCK_D
         )
         query_code = query_codes(query_codes_ptr, query, real_query, shift)
+        limit = key_limits(query_limits_ptr, query, real_query, keys)
         logits = multiply(q, transpose(k)) * (scale * LOG2_E)
         logits = add_bias(
             *(logits, table_ptr, key_bias_ptr, last, table),
             *(query_code[:, None], key_code[None, :], key_bias[None, :]),
         )
-        logits = tl.where(seen[None, :], logits, float("-inf"))
+        pair = seen_by(query_limits_ptr, seen[None, :], j[None, :], limit[:, None])
+        has_keys = has_seen(query_limits_ptr, group_has_keys, pair)
+        logits = tl.where(pair, logits, float("-inf"))
         weights, total, lse = softmax(logits, has_keys)
         out = multiply(weights.to(v.dtype), v) / total[:, None]
+        out = zero_unseeing(query_limits_ptr, out, has_keys)
         store_rows(out_ptr, (query * H + h) * D, out, real_query, D, BLOCK_D)
         tl.store(lse_ptr + h * num_queries + query, lse, mask=real_query)
         if SCORES != "":
@@ -146,6 +158,7 @@ def whole_backward_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    query_limits_ptr,  # [num_queries] or None
     table_ptr,  # [H, last + 1] or None
     query_codes_ptr,  # [num_queries] or None
     key_codes_ptr,  # [num_keys] or None
@@ -209,6 +222,7 @@ def whole_backward_kernel(
         grad_out = load_rows(grad_out_ptr, here, real_query, D, BLOCK_D)
         lse = tl.load(lse_ptr + query, mask=real_query, other=0.0)
         query_code = query_codes(query_codes_ptr, query, real_query, shift)
+        limit = key_limits(query_limits_ptr, query, real_query, keys)
         weights, grads = weights_back(  # [keys, queries]
             q,
             k,
@@ -217,7 +231,12 @@ def whole_backward_kernel(
             lse[None, :],
             grad_score[:, None],
             (i == 0)[None, :],
-            seen[:, None] & real_query[None, :],
+            seen_by(
+                query_limits_ptr,
+                seen[:, None] & real_query[None, :],
+                j[:, None],
+                limit[None, :],
+            ),
             scale,
             (
                 table_ptr,
@@ -240,7 +259,8 @@ def whole_backward_kernel(
         delta = tl.sum(weights * grads, 0)
         if delta_ptr is not None:
             tl.store(delta_ptr + h * num_queries + query, delta, mask=real_query)
-        grad_logits = (weights * (grads - delta[None, :])).to(q.dtype)
+        grad_logits = weights * (grads - delta[None, :])
+        grad_logits = zero_single(query_limits_ptr, grad_logits, limit[None, :]).to(q.dtype)
         grad_k += multiply(grad_logits, q)
         grad_q = multiply(transpose(grad_logits), k) * factor
         store_rows(grad_q_ptr, here, grad_q, real_query, D, BLOCK_D)

@@ -1,7 +1,7 @@
 """token_scores: the importance of each token, from queries and keys instead of attention weights.
 
-    cls:         scores[j] = mean over heads: softmax_j(scale q_first . k_j)
-    mean:        scores[j] = mean over heads and queries i: softmax_j(scale q_i . k_j)
+    cls:         scores[j] = mean over heads: softmax_j(scale q_first . k_j + bias)
+    mean:        scores[j] = mean over heads and queries i: softmax_j(scale q_i . k_j + bias)
     value:       scores[j] = cls[j] |v_j| / sum over the keys i of the group: cls[i] |v_i|
     similarity:  scores[j] = - max over odd keys i of the group: cosine(k_j, k_i), for even j
 
@@ -16,9 +16,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vidl.kernels import choices, library
+from vidl.kernels import choices, gpu, library
 from vidl.kernels.arguments import check_tensors, finite, in_dtype
 from vidl.kernels.groups import (
     BIAS_SCHEMA,
@@ -33,6 +34,7 @@ from vidl.kernels.groups import (
 from . import pytorch, reference
 
 LARGEST_HEAD = 128
+HEAD_SIZES = (32, 64, 96, 128)  # of the CUDA C++ kernels; others are padded to the next
 
 
 def _limits(
@@ -42,14 +44,48 @@ def _limits(
     head_size: int = 64,
     bias: bool = False,
     query_limits: bool = False,
+    kind: str = "cls",
 ) -> str | None:
-    if bias and (backend, device) != ("native", "cpu"):
-        return "its kernels take no bias and no key_bias"
-    if query_limits and (backend, device) != ("native", "cpu"):
-        return "its kernels take no groups with query_limits"
-    if backend == "triton" and head_size > LARGEST_HEAD:
+    if (backend, device) == ("native", "cpu"):
+        return None
+    if head_size > LARGEST_HEAD:
         return f"head sizes are at most {LARGEST_HEAD}, not {head_size}"
+    if backend == "triton":
+        return None
+    if dtype == torch.float32:
+        return "its CUDA kernels multiply in float16 and bfloat16 only"
+    if (backend, device) == ("native", "cuda") and (given := gpu.shared_memory()) is not None:
+        # Tiles of 64 rows: six of "similarity", three of "mean" beside the numbers of two tiles of
+        # queries; the gradient of a table adds those of 64 x 64 pairs (csrc/groups/table.h).
+        tile = 64 * (_padded(head_size) + 8) * 2
+        needed = {"similarity": 6 * tile, "mean": 3 * tile + 2 * 64 * 5 * 4}.get(kind, 0)
+        needed += 2048 + 64 * 72 * 4 if kind == "mean" and bias else 0
+        if needed > given:
+            return (
+                f'"{kind}" with heads of {head_size} needs {needed} bytes of shared memory for a '
+                f"block, this GPU has {given}"
+            )
     return None
+
+
+def _padded(head_size: int) -> int:
+    return next(size for size in HEAD_SIZES if size >= head_size)
+
+
+def _adapt(
+    call: Callable[..., Any],
+    backend: str,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad heads to a size that the CUDA C++ kernels have: a copy. Zeros change no score."""
+    D, cuda = k.shape[2], k.device.type == "cuda" or backend not in library.BACKENDS
+    if backend == "triton" or not cuda or D in HEAD_SIZES:
+        return call(q, k, v, *rest)
+    wider = (0, _padded(D) - D)
+    return call(*(x if x is None else F.pad(x, wider) for x in (q, k, v)), *rest)
 
 
 def _fake(q, k, v, lse, *rest) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,6 +194,7 @@ library.define(
         torch=pytorch.token_scores,
         only_for_backward=2,
         limits=_limits,
+        adapt=_adapt,
         setup_context=_setup_context,
         backward=_backward,
     )
@@ -185,8 +222,9 @@ def cls_attention_scores(
     queries gives zeros, and so does a query that sees no key.
 
     Args:
-        q: [num_queries, H, D] float32, float16 or bfloat16; D at most 128 for "triton". The last
-            dimension is contiguous, or copied; the others have any stride.
+        q: [num_queries, H, D] float32, float16 or bfloat16. The last dimension is contiguous, or
+            copied; the others have any stride. "triton" and "native" on CUDA take D up to 128, and
+            the latter float16 and bfloat16 only; it pads D to 32, 64, 96 or 128, a copy.
         k: [num_keys, H, D], the same dtype and device.
         groups: which queries attend to which keys, as for `space_time_attention`.
         bias, positions, key_bias: what is added to the logits, as for `space_time_attention`.
@@ -250,6 +288,9 @@ def value_weighted_scores(
     v: Tensor,
     groups: Groups,
     *,
+    bias: Tensor | None = None,
+    positions: Positions | None = None,
+    key_bias: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -262,18 +303,23 @@ def value_weighted_scores(
     class token: drop the first entry and divide by the sum of the others.
 
     Args:
-        q, k, groups, scale, backend: see `cls_attention_scores`.
-        v: [num_keys, H, D], the same dtype and device.
+        q, k, groups, bias, positions, key_bias, scale, backend: see `cls_attention_scores`.
+        v: [num_keys, H, Dv], the same dtype and device; Dv is at most D. Narrower values are padded
+            to D: a copy.
 
     Returns:
-        The scores, see `cls_attention_scores`. Gradients flow to q, k and v.
+        The scores, see `cls_attention_scores`. Gradients flow to q, k, v and bias.
 
     Raises:
         TypeError, ValueError, RuntimeError: see `cls_attention_scores`.
 
     Source: ATS, arXiv 2111.15667, 3.1.
     """
-    return _score("value", groups, backend, scale, q=q, k=k, v=v)
+    check_tensors(k=k, v=v)
+    if k.ndim == v.ndim == 3 and v.shape[2] < k.shape[2]:
+        v = F.pad(v, (0, k.shape[2] - v.shape[2]))  # zeros add nothing to a norm
+    added = bias, positions, key_bias
+    return _score("value", groups, backend, scale, added=added, q=q, k=k, v=v)
 
 
 def key_similarity_scores(k: Tensor, groups: Groups, *, backend: str = "auto") -> Tensor:
@@ -338,7 +384,7 @@ def _score(
             **facts,
         )
 
-    backend = library.choose(backend, "token_scores", device, dtype, key, **facts)
+    backend = library.choose(backend, "token_scores", device, dtype, key, kind=kind, **facts)
     lse = None if lse is None else lse.detach().contiguous()
     args = (q, k, v, lse, *groups.arguments(), *bias, scale, kind)
     return library.run("token_scores", backend, *args)
@@ -351,7 +397,10 @@ def _check(groups: Groups, tensors: dict[str, Tensor], lse: Tensor | None) -> No
     k = tensors["k"]
     if any(x.ndim != 3 or x.shape[1:] != k.shape[1:] for x in tensors.values()):
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
-        raise ValueError(f"need q [num_queries, H, D] and k, v [num_keys, H, D], got {shapes}")
+        raise ValueError(
+            "need q [num_queries, H, D], k [num_keys, H, D] and v [num_keys, H, at most D], got "
+            f"{shapes}"
+        )
     if not k.is_floating_point() or any(x.dtype != k.dtype for x in tensors.values()):
         dtypes = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
         raise TypeError(f"need one floating dtype, got {dtypes}")

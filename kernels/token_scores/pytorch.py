@@ -31,6 +31,8 @@ def token_scores(
     assert q is not None
     queries, keys = batched(groups, q.shape[0], k.shape[0])
     batch = keys.batch(k)
+    if bias.table is not None:  # NaN in keys without queries would reach the table's gradient
+        batch = queries.cleared(batch)
     mask, unseen = mask_of(queries, keys, groups.query_limits, bias)
     if kind == "mean":
         logits = logits_of(queries.batch(q), batch, mask, scale)

@@ -11,10 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vidl.kernels.groups import group_of
+from vidl.kernels.groups.triton_bias import add_bias, head_table, load_keys, query_codes
 from vidl.kernels.groups.triton_entries import sum_entries
+from vidl.kernels.groups.triton_limits import key_limits
 from vidl.kernels.groups.triton_rows import (
     find_group,
-    load_block,
     load_rows,
     rows_at,
     span,
@@ -30,14 +31,14 @@ from .triton_call import ScoresCall
 def _first_query(
     q_ptr, query_rows_ptr, first_query, num_queries, q_row, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """The first query of a group, [BLOCK_D], and its row."""
+    """The first query of a group, [BLOCK_D], and its row, [1]."""
     one = tl.arange(0, 1)
     row = rows_at(query_rows_ptr, first_query + one, one == 0, num_queries)
     q = load_rows(q_ptr, row * q_row, row >= 0, D, BLOCK_D)
-    return tl.sum(q.to(tl.float32), 0), tl.sum(row)
+    return tl.sum(q.to(tl.float32), 0), row
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "shift", "last"])
 def cls_forward_kernel(
     q_ptr,  # [num_queries, H, D]
     k_ptr,  # [num_keys, H, D]
@@ -45,6 +46,11 @@ def cls_forward_kernel(
     key_offsets_ptr,  # [G + 1]
     query_rows_ptr,  # [num_queries] or None
     key_rows_ptr,  # [E] or None
+    query_limits_ptr,  # [num_queries] or None
+    table_ptr,  # [H, last + 1] or None
+    query_codes_ptr,  # [num_queries] or None
+    key_codes_ptr,  # [num_keys] or None
+    key_bias_ptr,  # [num_keys] or None
     weights_ptr,  # [H, E]
     q_row,
     q_head,
@@ -55,6 +61,8 @@ def cls_forward_kernel(
     num_queries,
     E,
     num_keys,
+    shift,
+    last,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -73,30 +81,43 @@ def cls_forward_kernel(
             tl.store(weights_ptr + at + j, tl.zeros([BLOCK_KEYS], tl.float32), mask=at + j < keys)
         return
     k_ptr += h * k_head
-    q, _ = _first_query(
+    q, query = _first_query(
         q_ptr + h * q_head, query_rows_ptr, first_query, num_queries, q_row, D, BLOCK_D
     )
+    seen_keys = keys
+    if query_limits_ptr is not None:
+        seen_keys = tl.max(key_limits(query_limits_ptr, query, query >= 0, keys), 0)
+    query_code = query_codes(query_codes_ptr, query, query >= 0, shift)
+    table = head_table(last, h)
     highest = tl.full([BLOCK_KEYS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_KEYS], tl.float32)
-    for at in range(0, keys, BLOCK_KEYS):
-        real, key, k = load_block(
-            k_ptr, key_rows_ptr, first_key, keys, at + j, num_keys, k_row, D, BLOCK_D
+    for at in range(0, seen_keys, BLOCK_KEYS):
+        real, seen, key, k, key_code, key_bias = load_keys(
+            *(k_ptr, key_rows_ptr, key_codes_ptr, key_bias_ptr, first_key, seen_keys, at + j),
+            *(num_keys, k_row, D, BLOCK_D),
+            BASE_2=False,
         )
         k = k.to(tl.float32)
         logits = tl.sum(k * q[None, :], 1) * scale
+        logits = add_bias(
+            *(logits, table_ptr, key_bias_ptr, last, table, query_code, key_code, key_bias),
+            BASE_2=False,
+        )
         tl.store(weights_ptr + at + j, logits, mask=real)
         # An online softmax in every lane; a lane that has no key yet contributes nothing.
-        higher = tl.where(real, tl.where(logits > highest, logits, highest), highest)
+        higher = tl.where(seen, tl.where(logits > highest, logits, highest), highest)
         rescale = tl.where(higher == highest, 1.0, tl.exp(highest - higher))
-        total = total * rescale + tl.where(real, tl.exp(logits - higher), 0.0)
+        total = total * rescale + tl.where(seen, tl.exp(logits - higher), 0.0)
         highest = higher
     top = tl.max(highest, 0)
     total = tl.sum(tl.where(total == 0, 0.0, total * tl.exp(highest - top)), 0)
+    if query_limits_ptr is not None or key_bias_ptr is not None:  # perhaps no key is seen
+        top = tl.where(total == 0, 0.0, top)
+        total = tl.where(total == 0, 1.0, total)
     tl.debug_barrier()  # makes the logits of other threads visible
     for at in range(0, keys, BLOCK_KEYS):
-        real = at + j < keys
-        logits = tl.load(weights_ptr + at + j, mask=real, other=0.0)
-        tl.store(weights_ptr + at + j, tl.exp(logits - top) / total, mask=real)
+        logits = tl.load(weights_ptr + at + j, mask=at + j < seen_keys, other=float("-inf"))
+        tl.store(weights_ptr + at + j, tl.exp(logits - top) / total, mask=at + j < keys)
 
 
 @triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys"])
@@ -109,6 +130,7 @@ def cls_backward_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    key_bias_ptr,  # [num_keys] or None
     grad_q_ptr,  # [num_queries, H, D], zeros
     grad_k_ptr,  # [num_keys, H, D], or None where rows are shared
     grad_logits_ptr,  # [H, E], or None where they are not
@@ -145,14 +167,13 @@ def cls_backward_kernel(
     q = tl.zeros([BLOCK_D], tl.float32)
     row = tl.zeros([1], tl.int64)
     if queries > 0:
-        q, one = _first_query(
+        q, row = _first_query(
             q_ptr + h * q_head, query_rows_ptr, first_query, num_queries, q_row, D, BLOCK_D
         )
-        row += one
     grad_q = tl.zeros([BLOCK_D], tl.float32)
     for at in range(0, keys, BLOCK_KEYS):
-        real, key, k = load_block(
-            *(k_ptr + h * k_head, key_rows_ptr, first_key, keys, at + j),
+        real, seen, key, k, code, added = load_keys(
+            *(k_ptr + h * k_head, key_rows_ptr, None, key_bias_ptr, first_key, keys, at + j),
             *(num_keys, k_row, D, BLOCK_D),
         )
         k = k.to(tl.float32)
@@ -314,19 +335,20 @@ def cls_back(
             weights,
             call.q,
             call.k,
-            *call.index,
+            *call.members,
+            call.bias.key_bias,
             grad_q,
             None if call.shared else grad_k,
             grad_logits,
             *call.strides,
-            *call.sizes,
+            *call.sizes[:5],
             scale,
             **call.head,
             **call.keys,
             **call.options,
         )
     if call.shared and call.num_keys * call.H:
-        query_offsets, key_offsets, query_rows, _ = call.index
+        query_offsets, key_offsets, query_rows, _ = call.members
         heads = min(triton.next_power_of_2(call.H), 16)
         cls_rows_kernel[(call.num_keys * triton.cdiv(call.H, heads),)](
             grad_logits,
@@ -355,7 +377,7 @@ def value_scores(call: ScoresCall, weights: Tensor, v: Tensor) -> tuple[Tensor, 
             norms,
             *call.key_index,
             scores,
-            *call.sizes[3:],
+            *call.sizes[3:5],
             BLOCK_KEYS=1024,
             **OPTIONS,
         )
@@ -376,7 +398,7 @@ def value_back(
             *call.key_index,
             grad_attention,
             grad_norms,
-            *call.sizes[3:],
+            *call.sizes[3:5],
             SHARED=call.shared,
             BLOCK_KEYS=1024,
             **OPTIONS,

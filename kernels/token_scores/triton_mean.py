@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidl.kernels.groups.triton_bias import add_bias, head_table, load_keys, query_codes
 from vidl.kernels.groups.triton_entries import sum_entries
+from vidl.kernels.groups.triton_limits import key_limits, queries_of_keys, seen_by, zero_single
 from vidl.kernels.groups.triton_rows import find_group, load_block, store_rows
 from vidl.kernels.groups.triton_softmax import logit_slope, multiply, online_softmax
 from vidl.kernels.triton_sums import add_compensated
@@ -23,9 +25,17 @@ def _key_block(
     at,
     q,
     lse,
+    query_code,
+    limit,
     grad_scores_ptr,
     k_ptr,  # of this head
     key_rows_ptr,
+    query_limits_ptr,
+    table_ptr,
+    key_codes_ptr,
+    key_bias_ptr,
+    last,
+    table,
     k_row,
     first_key,
     keys,
@@ -37,15 +47,23 @@ def _key_block(
 ):
     """A block of keys from number `at` on: k, the weights, and the gradients of the scores."""
     j = at + tl.arange(0, BLOCK_KEYS)
-    real_key, _, k = load_block(
-        k_ptr, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
+    real_key, seen, _, k, key_code, key_bias = load_keys(
+        *(k_ptr, key_rows_ptr, key_codes_ptr, key_bias_ptr, first_key, keys, j, num_keys, k_row),
+        *(D, BLOCK_D),
+        BASE_2=False,
     )
     grad = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0)
     logits = multiply(q, tl.trans(k)) * scale
-    return k, tl.where(real_key[None, :], tl.exp(logits - lse[:, None]), 0.0), grad
+    logits = add_bias(
+        *(logits, table_ptr, key_bias_ptr, last, table),
+        *(query_code[:, None], key_code[None, :], key_bias[None, :]),
+        BASE_2=False,
+    )
+    pair = seen_by(query_limits_ptr, seen[None, :], j[None, :], limit[:, None])
+    return k, tl.where(pair, tl.exp(logits - lse[:, None]), 0.0), grad
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "shift", "last", "blocks"])
 def lse_kernel(
     q_ptr,
     k_ptr,
@@ -53,6 +71,11 @@ def lse_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    query_limits_ptr,  # [num_queries] or None
+    table_ptr,  # [H, last + 1] or None
+    query_codes_ptr,  # [num_queries] or None
+    key_codes_ptr,  # [num_keys] or None
+    key_bias_ptr,  # [num_keys] or None
     lse_ptr,  # [H, num_queries]
     q_row,
     q_head,
@@ -63,6 +86,8 @@ def lse_kernel(
     num_queries,
     E,
     num_keys,
+    shift,
+    last,
     blocks,
     scale,
     D: tl.constexpr,
@@ -83,30 +108,40 @@ def lse_kernel(
     real_query, query, q = load_block(
         q_ptr + h * q_head, query_rows_ptr, first_query, queries, i, num_queries, q_row, D, BLOCK_D
     )
+    query_code = query_codes(query_codes_ptr, query, real_query, shift)
+    limit = key_limits(query_limits_ptr, query, real_query, keys)
+    end = keys
+    if query_limits_ptr is not None:
+        end = tl.max(limit, 0)
+    table = head_table(last, h)
+    k_ptr += h * k_head
     highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
-    for at in range(0, keys, BLOCK_KEYS):
+    for at in range(0, end, BLOCK_KEYS):
         j = at + tl.arange(0, BLOCK_KEYS)
-        real_key, _, k = load_block(
-            k_ptr + h * k_head, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
+        _, seen, _, k, key_code, key_bias = load_keys(
+            *(k_ptr, key_rows_ptr, key_codes_ptr, key_bias_ptr, first_key, keys, j, num_keys),
+            *(k_row, D, BLOCK_D),
+            BASE_2=False,
         )
         logits = multiply(q, tl.trans(k)) * scale
-        logits = tl.where(real_key[None, :], logits, float("-inf"))
-        _, _, highest, total = online_softmax(logits, highest, total, BASE_2=False)
-    lse = highest + tl.log(tl.where(keys > 0, total, 1.0))  # -inf without keys
+        logits = add_bias(
+            *(logits, table_ptr, key_bias_ptr, last, table),
+            *(query_code[:, None], key_code[None, :], key_bias[None, :]),
+            BASE_2=False,
+        )
+        pair = seen_by(query_limits_ptr, seen[None, :], j[None, :], limit[:, None])
+        logits = tl.where(pair, logits, float("-inf"))
+        _, _, highest, total = online_softmax(
+            *(logits, highest, total),
+            BASE_2=False,
+            HIDDEN=key_bias_ptr is not None or query_limits_ptr is not None,
+        )
+    lse = highest + tl.log(tl.where(total == 0.0, 1.0, total))  # -inf without keys
     tl.store(lse_ptr + h * num_queries + query, lse, mask=real_query)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "G",
-        "H",
-        "num_queries",
-        "E",
-        "num_keys",
-        "blocks",
-    ]
-)
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "shift", "last", "blocks"])
 def mean_forward_kernel(
     q_ptr,
     k_ptr,
@@ -114,6 +149,11 @@ def mean_forward_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    query_limits_ptr,  # [num_queries] or None
+    table_ptr,  # [H, last + 1] or None
+    query_codes_ptr,  # [num_queries] or None
+    key_codes_ptr,  # [num_keys] or None
+    key_bias_ptr,  # [num_keys] or None
     lse_ptr,  # [H, num_queries]
     weights_ptr,  # [H, E]
     q_row,
@@ -125,6 +165,8 @@ def mean_forward_kernel(
     num_queries,
     E,
     num_keys,
+    shift,
+    last,
     blocks,
     scale,
     D: tl.constexpr,
@@ -143,12 +185,18 @@ def mean_forward_kernel(
         return
     j = start + tl.arange(0, BLOCK_KEYS)
     k_ptr += h * k_head
-    real_key, key, k = load_block(
-        k_ptr, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
+    real_key, seen, _, k, key_code, key_bias = load_keys(
+        *(k_ptr, key_rows_ptr, key_codes_ptr, key_bias_ptr, first_key, keys, j, num_keys, k_row),
+        *(D, BLOCK_D),
+        BASE_2=False,
     )
+    table = head_table(last, h)
     total = tl.zeros([BLOCK_KEYS], tl.float32)
     lost = tl.zeros([BLOCK_KEYS], tl.float32)
-    for at in range(0, queries, BLOCK_QUERIES):
+    begin, end = queries_of_keys(
+        query_limits_ptr, query_rows_ptr, first_query, queries, num_queries, start
+    )
+    for at in range(begin // BLOCK_QUERIES * BLOCK_QUERIES, end, BLOCK_QUERIES):
         i = at + tl.arange(0, BLOCK_QUERIES)
         real_query, query, q = load_block(
             q_ptr + h * q_head,
@@ -162,14 +210,24 @@ def mean_forward_kernel(
             BLOCK_D,
         )
         lse = tl.load(lse_ptr + h * num_queries + query, mask=real_query, other=0.0)
+        query_code = query_codes(query_codes_ptr, query, real_query, shift)
+        limit = key_limits(query_limits_ptr, query, real_query, keys)
         logits = multiply(k, tl.trans(q)) * scale
+        logits = add_bias(
+            *(logits, table_ptr, key_bias_ptr, last, table),
+            *(query_code[None, :], key_code[:, None], key_bias[:, None]),
+            BASE_2=False,
+        )
         weights = tl.exp(logits - lse[None, :])
-        weights = tl.sum(tl.where(real_query[None, :], weights, 0.0), 1)
+        pair = real_query[None, :]
+        if query_limits_ptr is not None or key_bias_ptr is not None:
+            pair = seen_by(query_limits_ptr, pair & seen[:, None], j[:, None], limit[None, :])
+        weights = tl.sum(tl.where(pair, weights, 0.0), 1)
         total, lost = add_compensated(weights, total, lost)
     tl.store(weights_ptr + h * E + first_key + j, total / tl.maximum(queries, 1), mask=real_key)
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "shift", "last", "blocks"])
 def mean_queries_kernel(
     grad_scores_ptr,  # [E]
     lse_ptr,  # [H, num_queries]
@@ -179,6 +237,11 @@ def mean_queries_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    query_limits_ptr,  # [num_queries] or None
+    table_ptr,  # [H, last + 1] or None
+    query_codes_ptr,  # [num_queries] or None
+    key_codes_ptr,  # [num_keys] or None
+    key_bias_ptr,  # [num_keys] or None
     total_ptr,  # [H, num_queries]
     delta_ptr,  # [H, num_queries]
     grad_q_ptr,  # [num_queries, H, D]
@@ -191,6 +254,8 @@ def mean_queries_kernel(
     num_queries,
     E,
     num_keys,
+    shift,
+    last,
     blocks,
     scale,
     D: tl.constexpr,
@@ -217,13 +282,23 @@ def mean_queries_kernel(
     )
     lse = tl.load(lse_ptr + h * num_queries + query, mask=real_query, other=0.0)
     k_ptr += h * k_head
-    operands = (q, lse, grad_scores_ptr, k_ptr, key_rows_ptr, k_row, first_key, keys, num_keys)
+    query_code = query_codes(query_codes_ptr, query, real_query, shift)
+    limit = key_limits(query_limits_ptr, query, real_query, keys)
+    end = keys
+    if query_limits_ptr is not None:
+        end = tl.max(limit, 0)
+    query_side = (q, lse, query_code, limit)
+    key_side = (grad_scores_ptr, k_ptr, key_rows_ptr, query_limits_ptr)
+    bias = (table_ptr, key_codes_ptr, key_bias_ptr, last, head_table(last, h))
+    members = (k_row, first_key, keys, num_keys)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
     delta = tl.zeros([BLOCK_QUERIES], tl.float32)
     lost = tl.zeros([BLOCK_QUERIES], tl.float32)
     lost_delta = tl.zeros([BLOCK_QUERIES], tl.float32)
-    for at in range(0, keys, BLOCK_KEYS):
-        _, weights, grad = _key_block(at, *operands, scale, D, BLOCK_D, BLOCK_KEYS)
+    for at in range(0, end, BLOCK_KEYS):
+        _, weights, grad = _key_block(
+            at, *query_side, *key_side, *bias, *members, scale, D, BLOCK_D, BLOCK_KEYS
+        )
         total, lost = add_compensated(tl.sum(weights, 1), total, lost)
         delta, lost_delta = add_compensated(tl.sum(weights * grad[None, :], 1), delta, lost_delta)
     total = tl.where(total == 0, 1.0, total)  # no keys
@@ -231,9 +306,12 @@ def mean_queries_kernel(
     tl.store(total_ptr + h * num_queries + query, total, mask=real_query)
     tl.store(delta_ptr + h * num_queries + query, delta, mask=real_query)
     grad_q = tl.zeros([BLOCK_QUERIES, BLOCK_D], tl.float32)
-    for at in range(0, keys, BLOCK_KEYS):
-        k, weights, grad = _key_block(at, *operands, scale, D, BLOCK_D, BLOCK_KEYS)
+    for at in range(0, end, BLOCK_KEYS):
+        k, weights, grad = _key_block(
+            at, *query_side, *key_side, *bias, *members, scale, D, BLOCK_D, BLOCK_KEYS
+        )
         grad_logits = weights / total[:, None] * (grad[None, :] - delta[:, None])
+        grad_logits = zero_single(query_limits_ptr, grad_logits, limit[:, None])
         grad_q += multiply(grad_logits.to(k.dtype), k)
     share = scale / (H * queries.to(tl.float32))
     store_rows(
@@ -241,7 +319,7 @@ def mean_queries_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "blocks"])
+@triton.jit(do_not_specialize=["G", "H", "num_queries", "E", "num_keys", "shift", "last", "blocks"])
 def mean_keys_kernel(
     grad_scores_ptr,  # [E]
     lse_ptr,  # [H, num_queries]
@@ -251,6 +329,11 @@ def mean_keys_kernel(
     key_offsets_ptr,
     query_rows_ptr,
     key_rows_ptr,
+    query_limits_ptr,  # [num_queries] or None
+    table_ptr,  # [H, last + 1] or None
+    query_codes_ptr,  # [num_queries] or None
+    key_codes_ptr,  # [num_keys] or None
+    key_bias_ptr,  # [num_keys] or None
     total_ptr,  # [H, num_queries]
     delta_ptr,  # [H, num_queries]
     grad_k_ptr,  # [num_keys, H, D], or [E, H, D] where rows are shared
@@ -263,6 +346,8 @@ def mean_keys_kernel(
     num_queries,
     E,
     num_keys,
+    shift,
+    last,
     blocks,
     scale,
     D: tl.constexpr,
@@ -282,12 +367,18 @@ def mean_keys_kernel(
         return
     j = start + tl.arange(0, BLOCK_KEYS)
     k_ptr += h * k_head
-    real_key, key, k = load_block(
-        k_ptr, key_rows_ptr, first_key, keys, j, num_keys, k_row, D, BLOCK_D
+    real_key, seen, key, k, key_code, key_bias = load_keys(
+        *(k_ptr, key_rows_ptr, key_codes_ptr, key_bias_ptr, first_key, keys, j, num_keys, k_row),
+        *(D, BLOCK_D),
+        BASE_2=False,
     )
+    table = head_table(last, h)
     grad = tl.load(grad_scores_ptr + first_key + j, mask=real_key, other=0.0)
     grad_k = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
-    for at in range(0, queries, BLOCK_QUERIES):
+    begin, end = queries_of_keys(
+        query_limits_ptr, query_rows_ptr, first_query, queries, num_queries, start
+    )
+    for at in range(begin // BLOCK_QUERIES * BLOCK_QUERIES, end, BLOCK_QUERIES):
         i = at + tl.arange(0, BLOCK_QUERIES)
         real_query, query, q = load_block(
             q_ptr + h * q_head,
@@ -303,10 +394,20 @@ def mean_keys_kernel(
         lse = tl.load(lse_ptr + h * num_queries + query, mask=real_query, other=0.0)
         total = tl.load(total_ptr + h * num_queries + query, mask=real_query, other=1.0)
         delta = tl.load(delta_ptr + h * num_queries + query, mask=real_query, other=0.0)
+        query_code = query_codes(query_codes_ptr, query, real_query, shift)
+        limit = key_limits(query_limits_ptr, query, real_query, keys)
         logits = multiply(k, tl.trans(q)) * scale
+        logits = add_bias(
+            *(logits, table_ptr, key_bias_ptr, last, table),
+            *(query_code[None, :], key_code[:, None], key_bias[:, None]),
+            BASE_2=False,
+        )
         weights = tl.exp(logits - lse[None, :]) / total[None, :]
-        weights = tl.where(real_key[:, None] & real_query[None, :], weights, 0.0)
+        pair = seen[:, None] & real_query[None, :]
+        pair = seen_by(query_limits_ptr, pair, j[:, None], limit[None, :])
+        weights = tl.where(pair, weights, 0.0)
         grad_logits = weights * (grad[:, None] - delta[None, :])
+        grad_logits = zero_single(query_limits_ptr, grad_logits, limit[None, :])
         grad_k += multiply(grad_logits.to(q.dtype), q)
     if SHARED:
         key = (first_key + j).to(tl.int64)
@@ -359,7 +460,8 @@ def mean_scores(call: ScoresCall, lse: Tensor | None, scale: float) -> tuple[Ten
 
 def mean_back(
     call: ScoresCall, grad_scores: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q and k; the sum of the weights of every query, and delta."""
     grad_q = torch.empty_like(call.q, memory_format=torch.contiguous_format)
     grad_k = call.grad_of_keys(call.k)
     entry_k = call.empty(call.E, call.H, call.D) if call.shared else grad_k
@@ -407,4 +509,4 @@ def mean_back(
         )
     if call.shared:
         sum_entries(call, [entry_k], [grad_k])
-    return grad_q, grad_k
+    return grad_q, grad_k, total, delta

@@ -23,7 +23,9 @@
 //   thread is a fiber of its own to ThreadSanitizer.
 // An Error is a C++ exception thrown out of launch().
 //
-// Not emulated: timing, bank conflicts, the weak memory model, wgmma, TMA, clusters, blocks that
+// A profile build (profile.h) counts bank conflicts, sectors and instructions of the tensor cores.
+//
+// Not emulated: timing, the weak memory model, wgmma, TMA, clusters, blocks that
 // wait for one another. A thread that spins on memory must call __nanosleep() in the loop, or the
 // block never makes progress.
 #pragma once
@@ -70,6 +72,13 @@ void AnnotateIgnoreReadsEnd(const char*, int);
 void AnnotateIgnoreWritesBegin(const char*, int);
 void AnnotateIgnoreWritesEnd(const char*, int);
 }
+#endif
+// PROFILE(f(...)) calls cuda_on_cpu::profile::f in a profile build.
+#if defined(CUDA_ON_CPU_PROFILE)
+#include "profile.h"
+#define PROFILE(call) ::cuda_on_cpu::profile::call
+#else
+#define PROFILE(call) static_cast<void>(0)
 #endif
 #if !defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
 #define CUDA_ON_CPU_UCONTEXT 1
@@ -366,7 +375,10 @@ struct Block {
       switch_context(*me, *to, false);
     }
   }
-  void resume(Fiber* f) { self = f, threadIdx = f->index; }
+  void resume(Fiber* f) {
+    self = f, threadIdx = f->index;
+    PROFILE(run_lane(f->warp, f->lane));
+  }
 
   std::string who_waits() const {  // groups the blocked threads by what they wait for
     std::map<std::string, std::pair<unsigned, unsigned>> groups;
@@ -510,9 +522,11 @@ struct Block {
 #if defined(__SANITIZE_THREAD__)
     host.tsan = __tsan_get_current_fiber();
 #endif
+    PROFILE(begin_block(arena, arena_bytes, threads));
     Fiber* first = next();
     resume(first);
     switch_context(host, *first, false);
+    PROFILE(end_block(shared_used - l.shared));
     block = nullptr, self = nullptr;
     abandoned = error != nullptr;
 #if defined(__SANITIZE_ADDRESS__)
@@ -582,6 +596,7 @@ struct Block {
         Fiber& f = fibers[w * 32 + std::countr_zero(m)];
         f.result = static_cast<int>(b.votes), f.waits_for = nullptr;
       }
+      PROFILE(join_lanes(b.name, w, b.lanes[w], exists[w] & ~exited[w]));
       make_ready(w, std::exchange(b.lanes[w], 0));
     }
     b.arrived = b.waiting = b.votes = 0;
@@ -616,6 +631,7 @@ struct Block {
     }
     if (complete) {
       finish(need, all);
+      PROFILE(join_lanes(name, w, need, exists[w] & ~exited[w]));
       for (uint32_t m = need; m; m &= m - 1)
         fibers[w * 32 + std::countr_zero(m)].waits_for = nullptr;
       waiting[w] &= ~need;
@@ -677,6 +693,7 @@ void start_copy(const char* name, void* to, const void* from, bool valid) {  // 
   check_aligned(to, bytes, name);
   check_aligned(from, bytes, name);
   check_shared(to, bytes, name);
+  PROFILE(copy(to, from, bytes, valid, __builtin_return_address(0)));
   std::memset(to, 0xFF, bytes);  // undefined until the wait
   TsanIgnore ignore;
   self->copies.push_back({to, from, bytes, valid ? bytes : 0u, self->groups});
@@ -795,6 +812,9 @@ inline void run_grid(Launch launch) {
     try {
       for (size_t t; (t = ticket++) < blocks;) {
         size_t i = o.seed ? order[t] : t;
+#if defined(CUDA_ON_CPU_PROFILE)
+        if (!profile::takes_block(i)) continue;
+#endif
         Rng mix{o.seed * 0x100000001b3u + i};
         runner->run(launch, {unsigned(i % g.x), unsigned(i / g.x % g.y), unsigned(i / g.x / g.y)},
                     o.seed ? mix() | 1 : 0);
@@ -850,7 +870,10 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
     note_launch(file, address, block, shared_bytes);
   }
   const size_t most = asked_shared(address) == 0 ? kFreeShared : max_shared();
+  PROFILE(begin_launch(address, size_t(grid.x) * grid.y * grid.z, block.x * block.y * block.z,
+                       shared_bytes));
   run_grid({invoke, &call, grid, block, shared_bytes, most});
+  PROFILE(end_launch());
   return cudaSuccess;
 }
 

@@ -1,40 +1,16 @@
 // The kernels of space_time_attention on small groups of every size class, against loops in double;
 // every output is watched. tests/test_cuda_on_cpu.py also plants bugs in the kernels: this program
 // must find them.
-#include "check.h"
+#include "groups.h"
 #include "space_time_attention/interface.h"
 
 namespace {
 
 using vidl::Backward;
-using vidl::Dtype;
 using vidl::Forward;
 using vidl::Scores;
 using vidl::Size;
 using vidl::SpaceTimeAttention;
-using Numbers = std::vector<double>;
-
-// [rows, H, D] of a dtype. Rows are padded with NaN.
-class Tensor : public Buffer {
- public:
-  Tensor(Dtype dtype, size_t n) : Buffer(n * (dtype == Dtype::kFloat32 ? 4 : 2)), dtype(dtype) {
-    std::memset(data(), 0xFF, bytes());
-  }
-  double operator[](size_t i) const {
-    if (dtype == Dtype::kFloat32) return static_cast<const float*>(data())[i];
-    if (dtype == Dtype::kFloat16) return float(static_cast<const fp16*>(data())[i]);
-    return float(static_cast<const bf16*>(data())[i]);
-  }
-  void set(size_t i, float x) {
-    if (dtype == Dtype::kFloat32) static_cast<float*>(data())[i] = x;
-    if (dtype == Dtype::kFloat16) static_cast<fp16*>(data())[i] = x;
-    if (dtype == Dtype::kBFloat16) static_cast<bf16*>(data())[i] = x;
-  }
-  float* floats() const { return static_cast<float*>(data()); }
-  const Dtype dtype;
-};
-
-enum Rows { kInOrder, kGathered, kShared };
 
 struct Case {
   std::vector<int> queries, keys;  // of every group
@@ -43,43 +19,18 @@ struct Case {
   Scores scores;
   Rows rows;
   float scale;
+  Limits limits = kAll;
+  int table_rows = 0;  // 0: no table
+  bool key_bias = false;
   int poisoned = -1;  // a group with NaN and infinity in it
 };
 
-std::vector<int32_t> offsets_of(const std::vector<int>& sizes) {
-  std::vector<int32_t> offsets = {0};
-  for (const int size : sizes) offsets.push_back(offsets.back() + size);
-  return offsets;
-}
-int64_t longest(const std::vector<int>& sizes) {
-  return *std::max_element(sizes.begin(), sizes.end());
-}
-
 // The inputs of a case, and the results of the kernels.
-struct Problem {
+struct Problem : Lists {
   explicit Problem(const Case& c)
-      : c(c),
-        query_offsets(offsets_of(c.queries)),
-        key_offsets(offsets_of(c.keys)),
-        num_queries(query_offsets.back()),
-        E(key_offsets.back()),
-        num_keys(c.rows == kShared ? (E + 1) / 2 : E),
-        line(c.H * c.D + 8) {
-    for (int i = 0; i < num_queries; i++) query_rows.push_back(num_queries - 1 - i);
-    for (int e = 0; e < E; e++)
-      key_rows.push_back(c.rows == kShared ? e * 5 % num_keys : E - 1 - e);
-    if (c.rows == kInOrder) {
-      for (int i = 0; i < num_queries; i++) query_rows[i] = i;
-      for (int e = 0; e < E; e++) key_rows[e] = e;
-    }
-    entry_offsets = {0};
-    for (int row = 0; row < num_keys; row++) {
-      for (int e = 0; e < E; e++) {
-        if (key_rows[e] == row) entries.push_back(e);
-      }
-      entry_offsets.push_back(int(entries.size()));
-    }
-    for (auto* list : {&query_rows, &key_rows, &entry_offsets, &entries}) list->shrink_to_fit();
+      : Lists(c.queries, c.keys, c.rows, c.limits, c.table_rows), c(c), line(c.H * c.D + 8) {
+    for (size_t i = 0; i < size_t(c.H * c.table_rows); i++) table.set(i, 2 * number(i, 6));
+    for (int i = 0; i < num_keys; i++) key_bias.set(i, bias_of_key(i));
     fill(q, 1), fill(k, 2), fill(v, 3);
     for (size_t i = 0; i < size_t(num_queries * c.H * c.D); i++) grad_out.set(i, number(i, 4));
     for (int e = 0; e < E; e++) grad_scores.set(e, number(e, 5));
@@ -93,9 +44,11 @@ struct Problem {
     }
   }
 
-  static float number(size_t i, int which) {  // an eighth of an integer, in [-1, 1]
-    return float(int((i * 7919 * which + i / 13 + which) % 17) - 8) / 8;
+  int64_t parts() const {
+    const int64_t blocks = int64_t(c.queries.size()) * ((longest(c.queries) + 63) / 64);
+    return std::min<int64_t>((blocks + 3) / 4 * 4, 64);
   }
+
   void fill(Tensor& x, int which) {
     const int64_t rows = int64_t(x.bytes()) / 2 / line;
     for (int64_t i = 0; i < rows * c.H * c.D; i++) {
@@ -105,34 +58,12 @@ struct Problem {
 
   SpaceTimeAttention attention() const {
     const auto strided = [&](const Tensor& x) { return vidl::Strided{x.data(), line, c.D}; };
-    const bool gathered = c.rows != kInOrder;
-    const bool shared = c.rows == kShared;
-    return {{query_offsets.data(), key_offsets.data(), gathered ? query_rows.data() : nullptr,
-             gathered ? key_rows.data() : nullptr, shared ? entry_offsets.data() : nullptr,
-             shared ? entries.data() : nullptr, int64_t(c.queries.size()), E, num_queries, num_keys,
-             longest(c.queries), longest(c.keys)},
-            {},  // no bias
-            strided(q),
-            strided(k),
-            strided(v),
-            c.H,
-            c.D,
-            c.scale,
-            c.scores,
+    return {groups(),   bias(table.floats(), c.key_bias ? key_bias.floats() : nullptr),
+            strided(q), strided(k),
+            strided(v), c.H,
+            c.D,        c.D,
+            c.scale,    c.scores,
             c.dtype};
-  }
-
-  // Runs `kernel`, which must write every element of the outputs exactly once.
-  template <class F>
-  static void watched(std::vector<Tensor*> outputs, F kernel) {
-    std::vector<std::unique_ptr<cuda_on_cpu::Watch>> watches;
-    for (Tensor* x : outputs) {
-      const size_t element = x->dtype == Dtype::kFloat32 ? 4 : 2;
-      if (x->bytes() == 0) continue;
-      watches.emplace_back(new cuda_on_cpu::Watch(x->data(), x->bytes(), element, "output"));
-    }
-    CHECK(kernel() == 0);
-    for (const auto& watch : watches) watch->expect_all_written();
   }
 
   void run(bool watch = true) {
@@ -159,16 +90,16 @@ struct Problem {
                         shared ? entry_grad_k.floats() : nullptr,
                         shared ? entry_grad_v.floats() : nullptr,
                         delta.floats(),
-                        nullptr,
-                        0};
+                        c.table_rows > 0 ? grad_bias.floats() : nullptr,
+                        c.table_rows > 0 ? bias_parts.floats() : nullptr,
+                        parts()};
     outputs = {&grad_q, &grad_k, &grad_v};
+    if (c.table_rows > 0) outputs.push_back(&grad_bias);
     if (!watch) outputs.clear();
     watched(outputs, [&] { return vidl_space_time_attention_bwd_cuda(&a, &b, nullptr); });
   }
 
   const Case c;
-  std::vector<int32_t> query_offsets, key_offsets, query_rows, key_rows, entry_offsets, entries;
-  const int num_queries, E, num_keys;
   const int64_t line;
   Tensor q{c.dtype, size_t(num_queries * line)}, k{c.dtype, size_t(num_keys * line)},
       v{c.dtype, size_t(num_keys * line)};
@@ -183,6 +114,10 @@ struct Problem {
       grad_v{c.dtype, size_t(num_keys * c.H * c.D)};
   Tensor entry_grad_k{Dtype::kFloat32, size_t(E * c.H * c.D)};
   Tensor entry_grad_v{Dtype::kFloat32, size_t(E * c.H * c.D)};
+  Tensor table{Dtype::kFloat32, size_t(c.H * c.table_rows)},
+      grad_bias{Dtype::kFloat32, size_t(c.H * c.table_rows)},
+      bias_parts{Dtype::kFloat32, size_t(parts() * c.H * c.table_rows)},
+      key_bias{Dtype::kFloat32, size_t(num_keys)};
 };
 
 // The expected results, group by group.
@@ -193,7 +128,8 @@ struct Truth {
         scores(p.E),
         grad_q(p.num_queries * p.c.H * p.c.D),
         grad_k(p.num_keys * p.c.H * p.c.D),
-        grad_v(p.num_keys * p.c.H * p.c.D) {
+        grad_v(p.num_keys * p.c.H * p.c.D),
+        grad_bias(p.c.H * p.c.table_rows) {
     for (size_t g = 0; g < p.c.queries.size(); g++) {
       for (int64_t h = 0; h < p.c.H; h++) group(p, int(g), h);
     }
@@ -201,11 +137,12 @@ struct Truth {
 
   void group(const Problem& p, int g, int64_t h) {
     const int64_t H = p.c.H, D = p.c.D;
-    const int queries = p.c.queries[g], keys = p.c.keys[g];
+    const int queries = p.c.queries[g];
     for (int i = 0; i < queries; i++) {
       const int64_t row = p.query_rows[p.query_offsets[g] + i];
       const bool scored = p.c.scores == Scores::kMean || (p.c.scores == Scores::kCls && i == 0);
       const double share = !scored ? 0 : p.c.scores == Scores::kMean ? 1.0 / queries : 1.0;
+      const int keys = p.limits[row];
       Numbers weight(keys), grad(keys);
       double sum = 0, total = 0;
       for (int j = 0; j < keys; j++) {
@@ -215,14 +152,22 @@ struct Truth {
           product += p.q[row * p.line + h * D + d] * p.k[key(p, entry) * p.line + h * D + d];
           grad[j] += p.grad_out[(row * H + h) * D + d] * p.v[key(p, entry) * p.line + h * D + d];
         }
-        sum += weight[j] = std::exp(product * p.c.scale);
+        product *= p.c.scale;
+        if (p.c.table_rows > 0)
+          product += p.table[h * p.c.table_rows + p.row_of(int(row), int(key(p, entry)))];
+        if (p.c.key_bias) product += p.key_bias[key(p, entry)];
+        sum += weight[j] = std::exp(product);
         grad[j] += p.grad_scores[entry] * share / H;
       }
       lse[h * p.num_queries + row] = std::log(sum);
+      if (sum == 0) continue;
       for (int j = 0; j < keys; j++) total += (weight[j] /= sum) * grad[j];
       for (int j = 0; j < keys; j++) {
         const int entry = p.key_offsets[g] + j;
         const double logit = weight[j] * (grad[j] - total) * p.c.scale;
+        if (p.c.table_rows > 0)
+          grad_bias[h * p.c.table_rows + p.row_of(int(row), int(key(p, entry)))] +=
+              weight[j] * (grad[j] - total);
         scores[entry] += weight[j] * share / H;
         for (int d = 0; d < D; d++) {
           const int64_t here = (row * H + h) * D + d, there = (key(p, entry) * H + h) * D + d;
@@ -237,21 +182,8 @@ struct Truth {
   }
   static int64_t key(const Problem& p, int entry) { return p.key_rows[entry]; }
 
-  Numbers out, lse, scores, grad_q, grad_k, grad_v;
+  Numbers out, lse, scores, grad_q, grad_k, grad_v, grad_bias;
 };
-
-// Equal up to rounding of the inputs of products to 16 bits; infinite alike.
-void expect_close(const char* name, const Tensor& x, const Numbers& truth, Dtype dtype) {
-  double most = 0.1;
-  for (const double t : truth) most = std::isfinite(t) ? std::max(most, std::abs(t)) : most;
-  const double allowed = most * (dtype == Dtype::kFloat16 ? 0.004 : 0.03);
-  for (size_t i = 0; i < truth.size(); i++) {
-    if (x[i] == truth[i] || std::abs(x[i] - truth[i]) <= allowed) continue;
-    failures++;
-    std::printf("%s[%zu] is %g, not %g\n", name, i, x[i], truth[i]);
-    return;
-  }
-}
 
 void check(const Case& c) {
   const int before = failures;
@@ -264,10 +196,43 @@ void check(const Case& c) {
   expect_close("grad_q", p.grad_q, truth.grad_q, c.dtype);
   expect_close("grad_k", p.grad_k, truth.grad_k, c.dtype);
   expect_close("grad_v", p.grad_v, truth.grad_v, c.dtype);
+  expect_close("grad_bias", p.grad_bias, truth.grad_bias, c.dtype);
   if (failures == before) return;
   std::printf("  in groups of");
   for (size_t g = 0; g < c.queries.size(); g++) std::printf(" %dx%d", c.queries[g], c.keys[g]);
-  std::printf(", D = %d, scores %d\n", int(c.D), int(c.scores));
+  std::printf(", D = %d, scores %d, limits %d, table %d, key bias %d\n", int(c.D), int(c.scores),
+              int(c.limits), c.table_rows, int(c.key_bias));
+}
+
+// A query that sees no key gives zeros, whatever is in the keys.
+void check_no_keys(Case c) {
+  c.poisoned = 0;
+  Problem p(c);
+  for (const int32_t row : p.query_rows) {
+    p.q.set(row * p.line, 1.0f), p.grad_out.set(row * c.H * c.D, 1.0f);
+    p.limits[row] = row % 2 == 0 ? 0 : p.limits[row];
+  }
+  p.run();
+  for (int row = 0; row < p.num_queries; row += 2) {
+    for (int64_t d = 0; d < c.H * c.D; d++) {
+      const int64_t at = row * c.H * c.D + d;
+      if (p.out[at] == 0.0 && p.grad_q[at] == 0.0) continue;
+      failures++;
+      std::printf("query %d of %d without keys: %g, %g\n", row, p.num_queries, p.out[at],
+                  p.grad_q[at]);
+      return;
+    }
+  }
+}
+
+// Every order of threads and blocks gives the same bits.
+void check_bits(const Case& c) {
+  Problem first(c), second(c);
+  cuda_on_cpu::options().seed = 1, first.run();
+  cuda_on_cpu::options().seed = 2, second.run();
+  for (auto x : {&Problem::grad_q, &Problem::grad_k, &Problem::grad_v, &Problem::grad_bias}) {
+    CHECK(std::memcmp((first.*x).data(), (second.*x).data(), (first.*x).bytes()) == 0);
+  }
 }
 
 // NaN in one group leaves the others unchanged, bit for bit.
@@ -341,11 +306,41 @@ int main() {
        kShared,
        -0.2f},
       {{20}, {280}, 1, 32, kBFloat16, kNone, kGathered, 0.2f},
+      // limits, in every class
+      {{8, 7, 8, 0, 3}, {8, 8, 5, 4, 0}, 2, 32, kBFloat16, kMean, kGathered, 0.3f, kCausal},
+      {{16, 1, 5}, {9, 16, 5}, 1, 32, kFloat16, kCls, kInOrder, -0.2f, kDrawn},
+      {{70, 33}, {81, 20}, 1, 32, kFloat16, kMean, kGathered, -0.2f, kDrawn},
+      {{50, 50}, {49, 49}, 1, 32, kBFloat16, kNone, kShared, 0.3f, kCausal},
+      {{17, 0, 5}, {100, 3, 0}, 2, 32, kBFloat16, kCls, kInOrder, 0.3f, kPadded},
+      {{140, 64, 0}, {150, 128, 3}, 1, 32, kFloat16, kMean, kInOrder, 0.3f, kCausal},
+      {{40, 137}, {197, 40}, 1, 32, kBFloat16, kCls, kShared, -0.2f, kDrawn},
+      {{200, 64}, {300, 128}, 1, 32, kFloat16, kCls, kInOrder, 0.3f, kCausal},
+      {{300, 3}, {130, 128}, 1, 32, kBFloat16, kMean, kShared, 0.3f, kDrawn},
+      {{70, 20}, {280, 260}, 1, 32, kBFloat16, kNone, kGathered, 0.2f, kPadded},
+      // a table, numbers for the keys, or both
+      {{8, 7, 8, 0, 3}, {8, 8, 5, 4, 0}, 2, 32, kFloat16, kMean, kGathered, 0.3f, kDrawn, 31, true},
+      {{1, 2, 3, 3, 2}, {3, 2, 1, 3, 3}, 1, 32, kBFloat16, kNone, kInOrder, 0.3f, kDrawn, 1},
+      {{16, 1}, {9, 16}, 1, 32, kFloat16, kCls, kInOrder, -0.2f, kAll, 0, true},
+      {{70, 33}, {81, 20}, 2, 32, kFloat16, kMean, kGathered, -0.2f, kDrawn, 90, true},
+      {{40, 50}, {49, 49}, 1, 32, kBFloat16, kNone, kShared, 0.3f, kCausal, 30},
+      {{17, 0, 5}, {100, 3, 0}, 1, 32, kFloat16, kCls, kInOrder, 0.3f, kAll, 2, true},
+      {{140, 64, 0}, {150, 128, 3}, 1, 32, kFloat16, kMean, kInOrder, 0.3f, kDrawn, 120, true},
+      {{40, 17}, {197, 197}, 1, 32, kBFloat16, kCls, kShared, -0.2f, kAll, 64},
+      {{200, 64}, {300, 128}, 1, 32, kFloat16, kMean, kInOrder, 0.3f, kCausal, 200, true},
+      {{70, 3}, {280, 280}, 1, 32, kBFloat16, kNone, kShared, 0.3f, kAll, 50},
+      // tables that do not fit into shared memory
+      {{70, 30, 5}, {81, 20, 5}, 1, 32, kFloat16, kNone, kGathered, 0.3f, kAll, 12000},
   };
   count_seeds(2, [&] {
     for (const Case& c : cases) check(c);
     check_poison({{5, 3, 4}, {5, 3, 4}, 1, 32, kBFloat16, kNone, kGathered, 0.3f});
     check_poison({{5, 7, 8}, {2, 7, 8}, 1, 32, kFloat16, kMean, kInOrder, 0.3f});
+    check_poison({{5, 7, 8}, {2, 7, 8}, 1, 32, kFloat16, kMean, kInOrder, 0.3f, kCausal, 9, true});
+    for (const int size : {7, 60, 140, 270}) {
+      check_no_keys({{size}, {size}, 1, 32, kFloat16, kNone, kInOrder, 0.3f, kCausal});
+      check_no_keys({{size}, {size}, 1, 32, kBFloat16, kNone, kInOrder, 0.3f, kDrawn, 30});
+    }
+    check_bits({{70, 33}, {81, 20}, 2, 32, kFloat16, kMean, kGathered, -0.2f, kAll, 90, true});
     return true;
   });
 #ifndef __SANITIZE_THREAD__  // groups that overlap write a row twice
