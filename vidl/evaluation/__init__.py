@@ -1,19 +1,27 @@
-"""Evaluation: retrieval, multiple choice and open-ended question answering."""
+"""Evaluation: retrieval, multiple choice, open-ended question answering and captions."""
 
+from vidl.evaluation.caption_metrics import bleu, cider_d, rouge_l
+from vidl.evaluation.captioning import Captioned, CaptionScores, captioning
 from vidl.evaluation.encoding import Options
 from vidl.evaluation.questions import Accuracy, multiple_choice, question_answering
-from vidl.evaluation.ranks import Ranking, ranking, ranks, reranked
+from vidl.evaluation.ranks import RankStatistics, rank_statistics, ranks, reranked
 from vidl.evaluation.retrieval import Retrieval, retrieval
 
 __all__ = [
     "Accuracy",
+    "CaptionScores",
+    "Captioned",
     "Options",
-    "Ranking",
+    "RankStatistics",
     "Retrieval",
+    "bleu",
+    "captioning",
+    "cider_d",
     "multiple_choice",
     "question_answering",
-    "ranking",
+    "rank_statistics",
     "ranks",
     "reranked",
     "retrieval",
+    "rouge_l",
 ]

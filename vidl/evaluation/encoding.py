@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 from vidl.data.dataset import ClipSet, Sample
 from vidl.data.formats import Row
 from vidl.data.loader import Loader
-from vidl.data.progress import progress
 from vidl.data.sampler import InOrder, Key
-from vidl.models import TwoTowers
+from vidl.models.abilities import Aligns, can
 from vidl.objectives.contrastive import rank_and_size
+from vidl.progress import progress
 
 Item = TypeVar("Item")
 
@@ -106,7 +106,7 @@ class Texts:
     """Encoded captions or questions.
 
     Attributes:
-        features: [B, embed_dim].
+        features: [B, embed_dim]; [B, 0] of a model that only matches.
         tokens: [B, L, C].
         attention_mask: [B, L].
     """
@@ -146,7 +146,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def encoded_clips(
-    model: TwoTowers, gallery: Gallery, options: Options, broken: dict[str, str]
+    model: Any, gallery: Gallery, options: Options, broken: dict[str, str]
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Encode the clips of this rank, batch by batch.
 
@@ -167,15 +167,15 @@ def encoded_clips(
         if not len(batch):
             continue
         video = batch.video.to(device_of(model))
-        if video.shape[2] == 1:  # an image is repeated to a clip, as in training
+        if video.shape[2] == 1 and model.recipe.stills == "repeat":  # as in training
             video = video.expand(-1, -1, model.recipe.frames, -1, -1)
         mask = None
         if options.masked:
-            mask = model.recipe.visual_mask(batch.index.to(video.device), 0)
+            mask = model.recipe.visual_mask(batch.index.to(video.device), 0, video.shape[2])
         yield batch.index.tolist(), model.encode_clips(video, mask)
 
 
-def encode_texts(model: TwoTowers, gallery: Gallery, texts: Sequence[str]) -> Texts:
+def encode_texts(model: Any, gallery: Gallery, texts: Sequence[str]) -> Texts:
     """Encode captions or questions in one batch.
 
     Args:
@@ -198,7 +198,9 @@ def encode_texts(model: TwoTowers, gallery: Gallery, texts: Sequence[str]) -> Te
     device = device_of(model)
     ids, attention_mask = ids.to(device), attention_mask.to(device)
     tokens = model.encode_text(ids, attention_mask, words=count)
-    return Texts(model.text_features(tokens), tokens, attention_mask)
+    aligned = can(model, Aligns)
+    features = model.text_features(tokens, attention_mask) if aligned else tokens[:, 0, :0]
+    return Texts(features, tokens, attention_mask)
 
 
 def of_all_ranks(own: Any) -> list[Any]:

@@ -21,9 +21,15 @@ from vidl.evaluation.encoding import (
     of_all_ranks,
 )
 from vidl.evaluation.ranks import ranks
-from vidl.evaluation.retrieval import broken_lines, match_scores, matches
-from vidl.models import TwoTowers
-from vidl.models.answering import UNKNOWN, Answering
+from vidl.evaluation.retrieval import (
+    broken_lines,
+    check_compares,
+    check_matches,
+    match_scores,
+    matches,
+)
+from vidl.models.abilities import Aligns, need
+from vidl.models.answering import UNKNOWN, Answers
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Accuracy:
     Attributes:
         questions: number of questions.
         right: number of correct answers.
-        answerable: number of questions whose answer is among the model's classes.
+        answerable: number of questions whose answer is among the model's answers.
         broken: clips that could not be read, and why; questions about them count as wrong.
     """
 
@@ -60,7 +66,7 @@ class Accuracy:
 
 
 def multiple_choice(
-    model: TwoTowers,
+    model: Any,
     dataset: ClipSet,
     options: Options = Options(),  # noqa: B008  (it is frozen)
     *,
@@ -79,11 +85,17 @@ def multiple_choice(
             None: with the fusion encoder if the model was trained to match.
 
     Raises:
-        ValueError: a row has no options, or the model was not trained to match.
+        ValueError: a row has no options, or the model was not trained to match, or has no features,
+            as `fused` needs it.
     """
-    if fused and not matches(model):
-        raise ValueError("need a model trained with vtm for fused=True, e.g. Smaug with vtm > 0")
+    if fused is None:
+        check_compares(model, "for multiple choice")
+    elif fused:
+        check_matches(model, "for fused=True")
     by_match = matches(model) if fused is None else fused
+
+    if not by_match:
+        need(model, Aligns, to="for multiple choice")
 
     def right(clips: Tensor, rows: Sequence[Row], partner: Tensor, gallery: Gallery) -> Tensor:
         count = torch.tensor([len(row.options) for row in rows])
@@ -115,16 +127,18 @@ def multiple_choice(
 
 
 def question_answering(
-    model: Answering,
+    model: Answers,
     dataset: ClipSet,
     options: Options = Options(),  # noqa: B008  (it is frozen)
 ) -> Accuracy:
-    """Open-ended question answering with the classes of a model.
+    """Open-ended question answering with the known answers of a model.
 
-    Runs over all ranks. An answer is correct if it equals the answer of the row exactly.
+    The answer with the highest score is given, the first of those with equal scores. It is correct
+    if it equals the answer of the row exactly. Runs over all ranks.
 
     Args:
-        model: fine-tuned; otherwise see `retrieval`.
+        model: `vidl.models.Answering` or `vidl.models.Ranking`, fine-tuned; otherwise see
+            `retrieval`.
         dataset: rows with a question and an answer.
         options: batches, masks, pruning.
 
@@ -135,8 +149,8 @@ def question_answering(
     def right(clips: Tensor, rows: Sequence[Row], partner: Tensor, gallery: Gallery) -> Tensor:
         texts = encode_texts(model.model, gallery, [row.question or "" for row in rows])
         partner = partner.to(clips.device)
-        logits = model.answer(clips, texts.tokens, texts.attention_mask, partner)
-        return logits.argmax(1).cpu() == model.numbers(row.answer for row in rows)
+        scores = model.answer(clips, texts.tokens, texts.attention_mask, partner)
+        return scores.argmax(1).cpu() == model.numbers(row.answer for row in rows)
 
     def check(row: Row) -> bool:
         if not row.question or row.answer is None:

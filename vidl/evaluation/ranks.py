@@ -12,7 +12,7 @@ AT = (1, 5, 10)
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranking:
+class RankStatistics:
     """Statistics of the ranks of all queries.
 
     Attributes:
@@ -56,7 +56,9 @@ def ranks(scores: Tensor, correct: Tensor) -> Tensor:
     return 1 + (~(scores < best) & ~correct).sum(1)
 
 
-def ranking(ranks: Tensor, readable: Tensor | None = None, at: Sequence[int] = AT) -> Ranking:
+def rank_statistics(
+    ranks: Tensor, readable: Tensor | None = None, at: Sequence[int] = AT
+) -> RankStatistics:
     """Recall, median and mean of ranks.
 
     Args:
@@ -74,7 +76,7 @@ def ranking(ranks: Tensor, readable: Tensor | None = None, at: Sequence[int] = A
     recall = {k: 100 * ((ranks <= k) & hits).double().mean().item() for k in at}
     values = ranks.double()
     # with an even number of ranks, the mean of the middle two, as in numpy
-    return Ranking(len(ranks), recall, values.quantile(0.5).item(), values.mean().item())
+    return RankStatistics(len(ranks), recall, values.quantile(0.5).item(), values.mean().item())
 
 
 def reranked(similarity: Tensor, matching: Tensor, correct: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from vidl.evaluation.encoding import (
     of_all_ranks,
     shown,
 )
-from vidl.evaluation.ranks import Ranking, ranking, ranks, reranked
-from vidl.models import TwoTowers
+from vidl.evaluation.ranks import RankStatistics, rank_statistics, ranks, reranked
+from vidl.models.abilities import Aligns, Matches, can, need
 from vidl.objectives.contrastive import rank_and_size
 
 DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
@@ -35,7 +35,8 @@ class Retrieval:
 
     Attributes:
         clips, captions: number of clips and captions, including broken clips.
-        rankings: "t2v" and "v2t", by the similarity of features.
+        rankings: "t2v" and "v2t", by the similarity of features; by the matching of all pairs if
+            the model has no features.
         rerank: number of candidates that were re-ranked for each query; 0: none.
         reranked: "t2v" and "v2t" after re-ranking; empty without it.
         broken: clips that could not be read, and why. A broken clip and its captions get the last
@@ -44,9 +45,9 @@ class Retrieval:
 
     clips: int
     captions: int
-    rankings: dict[str, Ranking]
+    rankings: dict[str, RankStatistics]
     rerank: int = 0
-    reranked: dict[str, Ranking] = dataclasses.field(default_factory=dict)
+    reranked: dict[str, RankStatistics] = dataclasses.field(default_factory=dict)
     broken: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -78,7 +79,7 @@ def broken_lines(broken: dict[str, str]) -> list[str]:
 
 
 def retrieval(
-    model: TwoTowers,
+    model: Any,
     dataset: ClipSet,
     options: Options = Options(),  # noqa: B008  (it is frozen)
     *,
@@ -88,10 +89,12 @@ def retrieval(
 
     Every clip is compared with every caption by the similarity of features. With `rerank` the
     fusion encoder re-ranks the best candidates of each query in both directions, as in ALBEF and
-    Singularity. If a clip has several captions, each of them is a query for t2v, and the best one
+    Singularity. A model without features scores all pairs by its matching head, as ViLT does:
+    clips are encoded once and their tokens kept in CPU memory, but the cost grows with clips times
+    captions. If a clip has several captions, each of them is a query for t2v, and the best one
     counts for v2t. Rows with the same clip are one clip. Runs over all ranks of torch.distributed;
     every rank returns the same result. Sources: ALBEF, arXiv 2107.07651, 3.4; Singularity, arXiv
-    2206.03428.
+    2206.03428; ViLT, arXiv 2102.03334.
 
     Args:
         model: not wrapped (for DDP pass its `module`) and not sharded.
@@ -101,15 +104,19 @@ def retrieval(
             tokens of all clips are then kept in CPU memory.
 
     Raises:
-        ValueError: a clip has no caption, the data set is for training, or `rerank` is set and the
-            model was not trained to match.
+        ValueError: a clip has no caption, the data set is for training, the model neither has
+            features nor was trained to match, or `rerank` is set and it does not have both.
     """
     if rerank < 0:
         raise ValueError(f"need rerank >= 0, got {rerank}")
-    if rerank and not matches(model):
-        raise ValueError("need a model trained with vtm to re-rank, e.g. Smaug with vtm > 0")
+    check_compares(model, "for retrieval")
+    if rerank:
+        need(model, Aligns, to="to re-rank (without features all pairs are matched)")
+        check_matches(model, "to re-rank")
     gallery = Gallery(dataset)
-    captions, clip_of = _captions(gallery)
+    of_clips = captions_of(gallery)
+    captions = [text for own in of_clips for text in own]
+    clip_of = torch.arange(len(gallery)).repeat_interleave(torch.tensor([*map(len, of_clips)]))
     with evaluating(model, options):
         similarity, read, matching, broken = _compare(model, gallery, captions, options, rerank)
     correct = clip_of == torch.arange(len(gallery))[:, None]  # [clips, captions]
@@ -118,30 +125,47 @@ def retrieval(
     second = {}
     for key, scores in matching.items():
         views = (x.T if key == "t2v" else x for x in (similarity, scores, correct))
-        second[key] = ranking(reranked(*views), hits[key])
-    rankings = {key: ranking(first[key], hits[key]) for key in first}
+        second[key] = rank_statistics(reranked(*views), hits[key])
+    rankings = {key: rank_statistics(first[key], hits[key]) for key in first}
     return Retrieval(len(gallery), len(captions), rankings, rerank, second, broken)
 
 
 def matches(model: Any) -> bool:
     """Whether a model was trained with the matching loss."""
-    return hasattr(model, "match") and model.recipe.vtm > 0
+    return can(model, Matches) and model.recipe.vtm > 0
 
 
-def _captions(gallery: Gallery) -> tuple[list[str], Tensor]:
-    """The captions of all clips, and the clip of each caption, [captions]."""
-    captions, clip_of = [], []
+def check_matches(model: Any, to: str) -> None:
+    """Raise ValueError unless a model was trained with the matching loss."""
+    need(model, Matches, to=to)
+    if not matches(model):
+        raise ValueError(f"need a model trained with vtm > 0 {to}, got vtm=0")
+
+
+def check_compares(model: Any, to: str) -> None:
+    """Raise ValueError unless a model has features or was trained with the matching loss."""
+    need(model, Aligns, Matches, to=to)
+    if not can(model, Aligns):
+        check_matches(model, to)
+
+
+def captions_of(gallery: Gallery) -> list[list[str]]:
+    """The captions of each clip.
+
+    Raises:
+        ValueError: a clip has none.
+    """
+    captions = []
     for clip, rows in enumerate(gallery.rows):
         own = [text for row in rows for text in gallery.dataset.row(row).captions]
         if not own:
             raise ValueError(f"need a caption of every clip, got none of {gallery.row(clip).media}")
-        captions += own
-        clip_of += [clip] * len(own)
-    return captions, torch.tensor(clip_of)
+        captions.append(own)
+    return captions
 
 
 def _compare(
-    model: TwoTowers, gallery: Gallery, captions: list[str], options: Options, rerank: int
+    model: Any, gallery: Gallery, captions: list[str], options: Options, rerank: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, str]]:
     """Similarities [clips, captions], which clips were read, matching scores, broken clips.
 
@@ -151,9 +175,14 @@ def _compare(
     # Equal captions are encoded once, so that rounding cannot break a tie.
     numbers = {text: number for number, text in enumerate(dict.fromkeys(captions))}
     text_of = torch.tensor([numbers[text] for text in captions])
-    texts = _all_texts(model, gallery, list(numbers), options, keep=rerank > 0)
+    aligned = can(model, Aligns)
+    texts = _all_texts(model, gallery, list(numbers), options, keep=rerank > 0 or not aligned)
     broken: dict[str, str] = {}
-    own, tokens = _similarities(model, gallery, texts, options, broken, keep=rerank > 0)
+    tokens: dict[int, Tensor] = {}
+    if aligned:
+        own, tokens = _similarities(model, gallery, texts, options, broken, keep=rerank > 0)
+    else:
+        own = _all_pairs(model, gallery, texts, options, broken)
     broken = {name: why for part in of_all_ranks(broken) for name, why in part.items()}
     similarity = torch.full((len(gallery), len(numbers)), -math.inf)
     read = torch.zeros(len(gallery), dtype=torch.bool)
@@ -175,7 +204,7 @@ def _compare(
 
 
 def _all_texts(
-    model: TwoTowers, gallery: Gallery, captions: list[str], options: Options, keep: bool
+    model: Any, gallery: Gallery, captions: list[str], options: Options, keep: bool
 ) -> Texts:
     """All captions on the CPU; each rank encodes a part. `keep`: with their tokens."""
     rank, ranks = rank_and_size()
@@ -192,7 +221,7 @@ def _all_texts(
 
 
 def _similarities(
-    model: TwoTowers,
+    model: Any,
     gallery: Gallery,
     texts: Texts,
     options: Options,
@@ -209,6 +238,23 @@ def _similarities(
         if keep:
             kept |= zip(numbers, tokens.cpu(), strict=True)
     return similarities, kept
+
+
+def _all_pairs(
+    model: Any, gallery: Gallery, texts: Texts, options: Options, broken: dict[str, str]
+) -> list[tuple[list[int], Tensor]]:
+    """Matching scores of this rank's clips with all captions, in batches of pairs."""
+    tokens: dict[int, Tensor] = {}
+    for numbers, clips in encoded_clips(model, gallery, options, broken):
+        tokens |= zip(numbers, clips.cpu(), strict=True)
+    own = torch.tensor(list(tokens), dtype=torch.int64)
+    count = len(texts.features)
+    scores = torch.empty(len(own) * count)
+    starts = range(0, len(scores), options.text_batch)
+    for at in shown(starts, "batches of pairs", options):
+        pairs = torch.arange(at, min(at + options.text_batch, len(scores)))
+        scores[pairs] = _matched(model, texts, tokens, own[pairs // count], pairs % count)
+    return [(own.tolist(), scores.view(len(own), count))]
 
 
 def _best(similarity: Tensor, read: Tensor, k: int) -> dict[str, Tensor]:
@@ -231,9 +277,16 @@ def _matching(
     pairs = wanted[own].nonzero()  # ordered by clip: a batch has few clips
     for batch in shown(pairs.split(options.text_batch), "re-ranking pairs", options):
         clips, captions = own[batch[:, 0]], batch[:, 1]
-        distinct, partner = clips.unique(return_inverse=True)
-        visual = torch.stack([tokens[clip] for clip in distinct.tolist()]).to(device_of(model))
-        yield clips, captions, match_scores(model, visual, texts[captions], partner).cpu()
+        yield clips, captions, _matched(model, texts, tokens, clips, captions)
+
+
+def _matched(
+    model: Any, texts: Texts, tokens: dict[int, Tensor], clips: Tensor, captions: Tensor
+) -> Tensor:
+    """The log-odds of pairs, on the CPU; the tokens of a clip are sent to the device once."""
+    distinct, partner = clips.unique(return_inverse=True)
+    visual = torch.stack([tokens[clip] for clip in distinct.tolist()]).to(device_of(model))
+    return match_scores(model, visual, texts[captions], partner).cpu()
 
 
 def match_scores(model: Any, clips: Tensor, texts: Texts, partner: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Open-ended question answering: a classifier of known answers on the fusion encoder."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,54 +10,73 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidl.kernels.arguments import check_count, check_dtype, check_shape, check_tensors
-from vidl.masking import VisualMask
-from vidl.models.smaug import Smaug
+from vidl.models.abilities import Joins, Joint, need
+from vidl.models.finetuned import FineTuned
 
 UNKNOWN = -1
 
 
-class Answering(nn.Module):
-    """A pre-trained model with a classifier of answers on its fusion encoder.
+class Answers(FineTuned, ABC):
+    """A pre-trained model that answers questions: what its two forms share.
 
-        logits = Linear(GELU(Linear(CLS of the question fused with the clip)))
-
-    Questions replace captions, and answers are classes. The hidden layer is twice as wide as CLS,
-    as in ALPRO and VIOLET. Sources: ALPRO, arXiv 2112.09583, 4; VIOLET, arXiv 2111.12681.
+    Questions replace captions. A subclass adds the layers that give an answer, `answer` and `loss`.
 
     Args:
-        model: pre-trained; the parts that answering does not use (projections, heads, decoder) are
-            frozen.
-        answers: the classes; see `frequent_answers`.
+        model: pre-trained, with the ability `Joins`; the parts that answering does not use
+            (projections, heads, decoders) are frozen.
+        answers: the possible answers; see `frequent_answers`.
 
     Raises:
-        ValueError: the model has no fusion layers, or the answers are empty or not distinct.
+        ValueError: the model cannot fuse, or the answers are empty or not distinct.
     """
 
-    def __init__(self, model: Smaug, answers: Sequence[str]) -> None:
-        super().__init__()
-        if not isinstance(model, Smaug) or not model.recipe.fusion_layers:
-            raise ValueError(
-                f"need a model with fusion layers to answer, got {type(model).__name__}"
-            )
+    def __init__(self, model: Any, answers: Sequence[str]) -> None:
+        need(model, Joins, to="to answer")
+        super().__init__(model)
+        if not getattr(model.recipe, "fusion_layers", 1):
+            raise ValueError("need a model with fusion_layers >= 1 to answer, got 0")
         if isinstance(answers, str) or not isinstance(answers, Sequence):
             raise TypeError(f"need answers as a list of str, got {type(answers).__name__}")
         if not all(isinstance(answer, str) for answer in answers):
             raise TypeError(f"need answers as a list of str, got {list(answers)[:5]}")
         if not answers or len(set(answers)) < len(answers):
             raise ValueError(f"need answers that differ, got {len(answers)}: {list(answers)[:5]}")
-        self.model, self.recipe, self.answers = model, model.recipe, list(answers)
+        self.answers = list(answers)
         self._numbers = {answer: number for number, answer in enumerate(answers)}
-        used = (model.vision, model.text.embeddings, model.text.encoder, model.selector)
-        learning = {id(p) for part in used for p in part.parameters() if p.requires_grad}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in learning)
-        model.time.requires_grad_(True)
-        width = model.recipe.text_width
-        hidden, last = nn.Linear(width, 2 * width), nn.Linear(2 * width, len(answers))
-        for layer in (hidden, last):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-        self.head = nn.Sequential(hidden, nn.GELU(), last)
+        for name, parameter in model.named_parameters():
+            if name.startswith(model.not_joining):
+                parameter.requires_grad_(False)
+
+    @abstractmethod
+    def answer(
+        self,
+        clips: Tensor,
+        text: Tensor,
+        attention_mask: Tensor,
+        partner: Tensor | None = None,
+        words: int | None = None,
+    ) -> Tensor:
+        """The scores of all answers to each question, [S, answers].
+
+        Args:
+            clips: tokens of B clips, from `encode_clips`.
+            text, attention_mask: tokens of questions, [S, L, C] from `encode_text`, and [S, L].
+            partner: the clip of each question, [S] int64; None: question b has clip b (S = B).
+            words: an upper bound of the words in the questions; see `vidl.nn.Bert`.
+        """
+
+    @abstractmethod
+    def loss(
+        self, joint: Joint, attention_mask: Tensor, answers: Tensor, words: int | None = None
+    ) -> Tensor:
+        """The loss of each question, [B] float32; that of a question without an answer is unused.
+
+        Args:
+            joint: the questions fused with their clips.
+            attention_mask: [B, L], nonzero at words.
+            answers: numbers of the right answers, [B] int64, all known.
+            words: an upper bound of the words in the questions.
+        """
 
     def forward(
         self,
@@ -74,7 +93,7 @@ class Answering(nn.Module):
         """The loss of a batch of questions.
 
         Args:
-            video, ids, attention_mask, samples, step, words: see `TwoTowers`.
+            video, ids, attention_mask, samples, step, words: see `System.forward`.
             answers: [B] int64, from `numbers`; unknown answers are ignored. None: the first answer
                 for every question, for a trial run.
             clip_ids: not used.
@@ -88,28 +107,51 @@ class Answering(nn.Module):
         check_tensors(ids=ids, answers=answers)
         check_dtype("answers", answers, torch.int64)
         check_shape("answers", answers, ids.shape[0])
-        clips = self.encode_clips(video, self.recipe.visual_mask(samples, step))
+        mask = self.recipe.visual_mask(samples, step, video.shape[2])
+        clips = self.encode_clips(video, mask)
         text = self.encode_text(ids, attention_mask, words=words)
-        logits = self.answer(clips, text, attention_mask, words=words)
+        joint = self.model.join(clips, text, attention_mask, words=words)
+        known = answers != UNKNOWN
+        losses = self.loss(joint, attention_mask, answers.where(known, 0), words)
         # If no answer of the batch is known, the loss and its gradients are 0.
-        total = F.cross_entropy(logits.float(), answers, ignore_index=UNKNOWN, reduction="sum")
-        loss = total / (answers != UNKNOWN).sum().clamp(min=1)
+        loss = losses.where(known, 0).sum() / known.sum().clamp(min=1)
         return {"loss": loss, "qa": loss}
-
-    @property
-    def vision(self) -> Any:
-        """The clip encoder of the model."""
-        return self.model.vision
-
-    def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
-        """See `TwoTowers.encode_clips`."""
-        return self.model.encode_clips(video, mask)
 
     def encode_text(
         self, ids: Tensor, attention_mask: Tensor | None = None, *, words: int | None = None
     ) -> Tensor:
-        """See `TwoTowers.encode_text`; the text is a question."""
+        """See `Encodes.encode_text`; the text is a question."""
         return self.model.encode_text(ids, attention_mask, words=words)
+
+    def numbers(self, answers: Iterable[str | None]) -> Tensor:
+        """The numbers of these answers, [B] int64; -1: unknown."""
+        answers = _checked(answers)
+        return torch.tensor([self._numbers.get(answer or "", UNKNOWN) for answer in answers])
+
+
+class Answering(Answers):
+    """A pre-trained model with a classifier of answers on its fusion encoder.
+
+        logits = Linear(GELU(Linear(the pooled question and clip)))
+
+    Questions replace captions, and answers are classes. The hidden layer is twice as wide as its
+    input, as in ALPRO and VIOLET. Sources: ALPRO, arXiv 2112.09583, 4; VIOLET, arXiv 2111.12681.
+
+    Args:
+        model, answers: see `Answers`; the answers are the classes.
+
+    Raises:
+        ValueError: see `Answers`.
+    """
+
+    def __init__(self, model: Any, answers: Sequence[str]) -> None:
+        super().__init__(model, answers)
+        width = model.joined_width
+        hidden, last = nn.Linear(width, 2 * width), nn.Linear(2 * width, len(answers))
+        for layer in (hidden, last):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.head = nn.Sequential(hidden, nn.GELU(), last)
 
     def answer(
         self,
@@ -119,23 +161,14 @@ class Answering(nn.Module):
         partner: Tensor | None = None,
         words: int | None = None,
     ) -> Tensor:
-        """The logits of all answers to each question, [S, answers].
+        """The logits of all answers to each question, [S, answers]; see `Answers.answer`."""
+        return self.head(self.model.join(clips, text, attention_mask, partner, words).pooled)
 
-        Arguments are those of `Smaug.fuse`.
-        """
-        fused = self.model.fuse(clips, text, attention_mask, partner, words)
-        return self.head(fused[:, 0])
-
-    def numbers(self, answers: Iterable[str | None]) -> Tensor:
-        """The classes of these answers, [B] int64; -1: unknown."""
-        answers = _checked(answers)
-        return torch.tensor([self._numbers.get(answer or "", UNKNOWN) for answer in answers])
-
-    @contextmanager
-    def unpruned(self) -> Iterator[None]:
-        """See `TwoTowers.unpruned`."""
-        with self.model.unpruned():
-            yield
+    def loss(
+        self, joint: Joint, attention_mask: Tensor, answers: Tensor, words: int | None = None
+    ) -> Tensor:
+        """The cross-entropy of each question, [B]; see `Answers.loss`."""
+        return F.cross_entropy(self.head(joint.pooled).float(), answers, reduction="none")
 
 
 def frequent_answers(answers: Iterable[str | None], most: int) -> list[str]:

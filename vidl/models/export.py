@@ -8,8 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from vidl.files import replaced
-from vidl.models.two_towers import TwoTowers, check_model
-from vidl.nn import Bert
+from vidl.models.system import check_model
+from vidl.models.two_towers import TwoTowers
+from vidl.nn import Bert, SpaceTimeTransformer, ViT
 from vidl.nn.bert import EPS
 from vidl.nn.divided import TIME
 
@@ -27,13 +28,26 @@ _DISTILBERT = {
 }
 
 
+def _check_encoders(model: Any) -> None:
+    """Raise unless timm and transformers have classes for both encoders."""
+    check_model(model)
+    for name, kinds in (("vision", (ViT, SpaceTimeTransformer)), ("text", (Bert,))):
+        part = getattr(model, name, None)
+        if not isinstance(part, kinds):
+            known = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(
+                f"cannot export {type(model).__name__}: need {name} as {known}, got "
+                f"{type(part).__name__}"
+            )
+
+
 def vision_weights(model: TwoTowers) -> dict[str, Tensor]:
     """The frame encoder under the parameter names of timm's `VisionTransformer(num_classes=0)`.
 
     For `vidl.nn.ViT` these are all weights: without mask and pruning, timm computes the same. For
     `vidl.nn.SpaceTimeTransformer` these are the spatial layers.
     """
-    check_model(model)
+    _check_encoders(model)
     state = model.vision.state_dict()
     return {name: x for name, x in state.items() if not any(part in name for part in TIME)}
 
@@ -43,7 +57,7 @@ def text_weights(model: TwoTowers) -> dict[str, Tensor]:
 
     Without segments, under those of `DistilBertModel`. Fusion layers and heads are left out.
     """
-    check_model(model)
+    _check_encoders(model)
     text = model.text
     fusion = tuple(
         f"encoder.layer.{text.text_layers + layer}." for layer in range(text.fusion_layers)
@@ -57,7 +71,7 @@ def text_weights(model: TwoTowers) -> dict[str, Tensor]:
 
 def text_config(model: TwoTowers) -> dict[str, Any]:
     """The config.json for `text_weights`, as transformers reads it."""
-    check_model(model)
+    _check_encoders(model)
     text = model.text
     recipe, embeddings = model.recipe, text.embeddings
     first: Any = text.encoder.layer[0]  # type: ignore[index]
@@ -90,7 +104,7 @@ def vision_options(model: TwoTowers) -> dict[str, Any]:
     Raises:
         ValueError: tubelet_size > 1, which timm's `VisionTransformer` does not support.
     """
-    check_model(model)
+    _check_encoders(model)
     r = model.recipe
     if r.tubelet_size > 1:
         raise ValueError(

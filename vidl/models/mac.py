@@ -6,7 +6,10 @@ import math
 from torch import Tensor
 
 from vidl.masking import VisualMask, mask_words
-from vidl.models.recipe import Recipe
+from vidl.models.cards import Card
+from vidl.models.learning import contrast
+from vidl.models.recipe import VitRecipe
+from vidl.models.system import Inputs, Seen
 from vidl.models.two_towers import TwoTowers
 from vidl.nn import Bert, Projection, SpaceTimeTransformer
 from vidl.nn.divided import TimeGroups
@@ -14,7 +17,7 @@ from vidl.objectives import ContrastiveLoss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MacRecipe(Recipe):
+class MacRecipe(VitRecipe):
     """Sizes and masks of `Mac`.
 
     Stated by the paper, or by Frozen in Time, on which it builds: 4 frames, ViT-B/16, masks that
@@ -70,6 +73,13 @@ class Mac(TwoTowers):
     Source: MAC, arXiv 2212.00986, figure 2.
     """
 
+    card = Card(
+        "MAC", "2212.00986", "visible patches of all frames", "two encoders",
+        "CC3M, WebVid-2M", "4 frames, ViT-B/16, DistilBERT, projection to 256, temperature 0.05",
+        "mask_ratio, word_ratio, the groups of temporal attention",
+    )  # fmt: skip
+    objectives = {"vtc": contrast}
+
     def __init__(self, recipe: MacRecipe) -> None:
         super().__init__()
         if not isinstance(recipe, MacRecipe):
@@ -87,31 +97,18 @@ class Mac(TwoTowers):
         self.project_text = Projection(r.text_width, r.embed_dim, relu=True)
         self.contrast = ContrastiveLoss(r.temperature, learned=False, form="sum", gather=r.gather)
 
-    def forward(
-        self,
-        video: Tensor,
-        ids: Tensor,
-        attention_mask: Tensor,
-        samples: Tensor,
-        step: int | Tensor = 0,
-        *,
-        clip_ids: Tensor | None = None,
-        words: int | None = None,
-    ) -> dict[str, Tensor]:
-        """The loss of a batch: "loss" and "vtc" are the same scalar.
-
-        Arguments and errors are those of `TwoTowers`.
-        """
-        self.check_batch(video, ids, attention_mask, samples, clip_ids)
+    def see(self, inputs: Inputs) -> Seen:
+        """Encode the visible patches of each clip, and the captions with masked words."""
         r = self.recipe
-        v = self.embed_clips(video, r.visual_mask(samples, step))
+        mask = r.visual_mask(inputs.samples, inputs.step)
+        clips = self.encode_clips(inputs.video, mask)
         hidden = mask_words(
-            r.seed, step, samples, ids, attention_mask, r.word_ratio,
+            r.seed, inputs.step, inputs.samples, inputs.ids, inputs.attention_mask, r.word_ratio,
             replace="mask", vocabulary=r.vocabulary,
         )  # fmt: skip
-        t = self.embed_text(hidden.ids, attention_mask, words=words)
-        loss = self.contrast(v, t, clip_ids)
-        return {"loss": loss, "vtc": loss}
+        text = self.encode_text(hidden.ids, inputs.attention_mask, words=inputs.words)
+        v, t = self.clip_features(clips), self.text_features(text)
+        return Seen(inputs, mask, clips, text, v, t)
 
     def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
         """CLS and the tokens of the visible patches, [B, 1 + K, C]."""

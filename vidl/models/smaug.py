@@ -9,25 +9,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vidl.kernels.arguments import check_dtype, check_floating, check_shape, check_tensors
-from vidl.kernels.select_tokens import kept_count
 from vidl.kernels.select_tokens.op import Fuse
-from vidl.masking import VisualMask, mask_words
-from vidl.models.recipe import Recipe
-from vidl.models.two_towers import TwoTowers
-from vidl.nn import Bert, FrameSelector, MaeDecoder, Projection, Pruning, ViT
+from vidl.masking import VisualMask
+from vidl.models.cards import Card
+from vidl.models.fusing import Fusing, FusionRecipe
+from vidl.models.learning import contrast, fill_words, match_hard, reconstruct_pixels
+from vidl.models.system import Inputs, Seen
+from vidl.nn import FrameSelector, MaeDecoder, Pruning, ViT
 from vidl.nn.vit import Frames
-from vidl.objectives import (
-    ContrastiveLoss,
-    MaskedPatchLoss,
-    hard_negatives,
-    masked_word_loss,
-    matching_loss,
-)
+from vidl.objectives import MaskedPatchLoss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SmaugRecipe(Recipe):
+class SmaugRecipe(FusionRecipe):
     """Sizes, masks and losses of `Smaug`.
 
     The parts of the paper that we could access name the components and their order: visible patches
@@ -39,35 +33,24 @@ class SmaugRecipe(Recipe):
     Attributes:
         mask: "frame" or "tube": every frame keeps the same number of patches.
         mask_ratio: share of masked patches, in [0, 1); 0 also disables MVM.
-        prune_layers: layers of the vision encoder that prune tokens, counted from 0.
-        keep_rate: share of the tokens that each of them keeps, in (0, 1]; 1: no pruning.
         fuse: how pruned tokens are fused into one; "sum" is EViT's fused token; None: dropped.
         frame_time: where the time embedding of a frame is added: "before" the encoder, so that VTC,
             which averages over frames, sees their order; or "after" it, for the fusion only.
         frames_kept: number of frames that the caption selects.
-        fusion_layers: layers of BERT after its `text_layers` that attend to the clip.
         decoder_width, decoder_depth, decoder_heads: of the MVM decoder.
-        vtc, vtm, mlm, mvm: weights of the losses; a loss with weight 0 is not computed.
-        temperature: initial temperature of VTC; it is learned.
+        mvm: weight of masked visual modelling.
 
-    The other fields and the errors are those of `vidl.models.Recipe`.
+    The other fields and the errors are those of `vidl.models.FusionRecipe`.
     """
 
     mask_ratio: float = 0.65
-    prune_layers: tuple[int, ...] = (3, 6, 9)
     keep_rate: float = 0.7
     fuse: Fuse | None = "sum"
     frame_time: Literal["before", "after"] = "after"
     frames_kept: int = 2
-    text_layers: int = 9
-    fusion_layers: int = 3
-    word_ratio: float = 0.5
     decoder_width: int = 512
     decoder_depth: int = 4
     decoder_heads: int = 8
-    vtc: float = 1.0
-    vtm: float = 1.0
-    mlm: float = 1.0
     mvm: float = 1.0
 
     def __post_init__(self) -> None:
@@ -77,27 +60,20 @@ class SmaugRecipe(Recipe):
                 f"need mask 'frame' or 'tube' (frames keep equally many patches), got {self.mask!r}"
             )
         self._at_least(1, "decoder_width", "decoder_heads")
-        self._at_least(0, "decoder_depth", "fusion_layers", "vtc", "vtm", "mlm", "mvm")
-        if wrong := [layer for layer in self.prune_layers if not 0 <= layer < self.depth]:
-            raise ValueError(f"need prune_layers in [0, {self.depth}), the depth, got {wrong}")
-        if not 0 < self.keep_rate <= 1:
-            raise ValueError(f"need keep_rate in (0, 1], got {self.keep_rate}")
+        self._at_least(0, "decoder_depth", "mvm")
         if not 1 <= self.frames_kept <= self.grid[0]:
             raise ValueError(
                 f"need frames_kept in [1, {self.grid[0]}], the frames of a clip, got "
                 f"{self.frames_kept}: lower it, or raise frames"
             )
-        if (self.vtm or self.mlm) and not self.fusion_layers:
-            raise ValueError("need fusion_layers >= 1 for vtm and mlm, or vtm=0 and mlm=0")
 
     def tokens(self) -> dict[str, int]:
         """Tokens of one clip at each stage."""
         T, n = self.grid[0], self.visible // self.grid[0]
         tokens = {"patches": math.prod(self.grid), "encoder": T * (1 + n)}
-        for layer in self.prune_layers:
-            kept = kept_count(n, self.keep_rate)
-            n = kept + (self.fuse is not None) if kept < n else n
-            tokens[f"after layer {layer}"] = T * (1 + n)
+        for layer, left in self._kept(n, extra=int(self.fuse is not None)):
+            tokens[f"after layer {layer}"] = T * (1 + left)
+            n = left
         return tokens | {"fusion": self.frames_kept * (1 + n)}
 
     def variants(self) -> dict[str, "SmaugRecipe"]:
@@ -124,7 +100,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Smaug(TwoTowers):
+class Smaug(Fusing):
     """Sparse masked pre-training on clips and captions.
 
     Patches are masked at random and only visible patches are embedded. A ViT encodes each frame
@@ -133,6 +109,16 @@ class Smaug(TwoTowers):
     and masked pixels (MVM). A learned time embedding is added to each frame (our choice: without it
     the model cannot see the order of frames). Source: SMAUG, arXiv 2211.11446, figure 2.
     """
+
+    card = Card(
+        "SMAUG", "2211.11446", "visible patches of each frame", "two encoders and fusion, decoder",
+        "not reported", "components and their order", "all hyperparameters",
+    )  # fmt: skip
+    objectives = {
+        "vtc": contrast, "vtm": match_hard, "mlm": fill_words, "mvm": reconstruct_pixels
+    }  # fmt: skip
+    pretraining_only = ("decoder.", *Fusing.pretraining_only)
+    not_joining = ("decoder.", *Fusing.not_joining)
 
     def __init__(self, recipe: SmaugRecipe) -> None:
         super().__init__()
@@ -145,17 +131,11 @@ class Smaug(TwoTowers):
             backend=r.backend, **r.embedding,
         )  # fmt: skip
         self.time = nn.Parameter(torch.zeros(r.grid[0], r.width))
-        self.text = Bert(
-            r.vocabulary.size, r.text_width, r.text_layers, r.fusion_layers, r.text_heads,
-            visual_width=r.width, dropout=r.dropout, mlm_head=r.mlm > 0, backend=r.backend,
-        )  # fmt: skip
+        self.add_text(r)
         self.selector = FrameSelector(
             r.width, r.text_width, r.frames_kept, r.grid[0], backend=r.backend
         )
-        self.project_clip = Projection(r.width, r.embed_dim)
-        self.project_text = Projection(r.text_width, r.embed_dim)
-        self.contrast = ContrastiveLoss(r.temperature, gather=r.gather)
-        self.matches = nn.Linear(r.text_width, 2)
+        self.add_heads(r)
         if r.mvm > 0 and r.mask_ratio > 0:
             self.decoder = MaeDecoder(
                 (1, *r.grid[1:]), r.patch_size, r.width, tubelet_size=r.tubelet_size,
@@ -166,55 +146,12 @@ class Smaug(TwoTowers):
                 r.patch_size, r.tubelet_size, mean=r.mean, std=r.std, backend=r.backend
             )
 
-    def forward(
-        self,
-        video: Tensor,
-        ids: Tensor,
-        attention_mask: Tensor,
-        samples: Tensor,
-        step: int | Tensor = 0,
-        *,
-        clip_ids: Tensor | None = None,
-        words: int | None = None,
-    ) -> dict[str, Tensor]:
-        """The losses of a batch: "loss", their weighted sum, "vtc", "vtm", "mlm" and "mvm".
-
-        Arguments and errors are those of `TwoTowers`.
-        """
-        self.check_batch(video, ids, attention_mask, samples, clip_ids)
-        r = self.recipe
-        mask = r.visual_mask(samples, step)
-        frames = self.encode_frames(video, mask)
-        clips = self.in_time(frames, video.shape[0])
-        text = self.encode_text(ids, attention_mask, words=words)
-        v, t = (
-            self.clip_features(clips),
-            self.text_features(text),
-        )  # [B, T, embed_dim], [B, embed_dim]
-
-        losses = {}
-        if r.vtc:
-            losses["vtc"] = self.contrast(v, t, clip_ids)
-        if r.vtm:
-            similarity = self.similarity(v, t)
-            negatives = hard_negatives(r.seed, step, samples, similarity, clip_ids)
-            captions, partner = negatives.pairs()
-            most = None if words is None else 2 * words + ids.numel()
-            pairs = self.match(clips, text[captions], attention_mask[captions], partner, most)
-            losses["vtm"] = matching_loss(pairs, negatives)
-        if r.mlm:
-            hidden = mask_words(
-                r.seed, step, samples, ids, attention_mask, r.word_ratio, vocabulary=r.vocabulary
-            )
-            text = self.encode_text(hidden.ids, attention_mask, words=words)
-            logits = self.text.predict_words(
-                self.fuse(clips, text, attention_mask, words=words), hidden.positions
-            )
-            losses["mlm"] = masked_word_loss(logits, hidden.labels)
-        if r.mvm and mask is not None:
-            losses["mvm"] = self.pixels(self.reconstruct(frames, mask), video, mask.ids_mask)
-        total = sum(getattr(r, name) * loss for name, loss in losses.items())
-        return {"loss": total, **losses}
+    def see(self, inputs: Inputs) -> Seen:
+        """Encode the visible patches of each clip, and the captions."""
+        mask = self.recipe.visual_mask(inputs.samples, inputs.step)
+        frames = self.encode_frames(inputs.video, mask)
+        clips = self.in_time(frames, inputs.video.shape[0])
+        return self.with_captions(inputs, mask, clips, frames)
 
     def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
         """The tokens of each frame after pruning, [B, T, N, C]."""
@@ -234,63 +171,23 @@ class Smaug(TwoTowers):
             return tokens
         return tokens + self.time[: tokens.shape[1], None]
 
-    def fuse(
-        self,
-        clips: Tensor,
-        text: Tensor,
-        attention_mask: Tensor,
-        partner: Tensor | None = None,
-        words: int | None = None,
-    ) -> Tensor:
-        """Captions fused with the frames that each caption selects from a clip, [S, L, C].
-
-        Args:
-            clips: [B, T, N, C].
-            text, attention_mask: [S, L, C] from `Bert.encode`, and [S, L].
-            partner: the clip of each caption, [S] int64; None: caption b has clip b (S = B).
-            words: an upper bound of the words in the captions; see `vidl.nn.Bert`.
-        """
-        tensors = dict(clips=clips, text=text, attention_mask=attention_mask, partner=partner)
-        check_tensors(("attention_mask", "partner"), **tensors)
-        check_floating(clips=clips, text=text)
-        check_shape("clips", clips, "B", "T", "N", self.recipe.width)
-        check_shape("text", text, "S", "L", self.recipe.text_width)
-        if partner is not None:
-            check_dtype("partner", partner, torch.int64)
-            check_shape("partner", partner, text.shape[0])
-        elif clips.shape[0] != text.shape[0]:
-            raise ValueError(
-                f"need partner for {text.shape[0]} captions in text and {clips.shape[0]} clips"
-            )
+    def tokens_of(
+        self, clips: Tensor, text: Tensor, partner: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens of the frames that each caption selects, [S, N, C]."""
         clips = clips if partner is None else clips[partner]
         selected = self.selector(clips[:, :, 0], text[:, 0], clips)
-        return self.text.fuse(text, attention_mask, selected.tokens.flatten(1, 2), words=words)
-
-    def match(
-        self,
-        clips: Tensor,
-        text: Tensor,
-        attention_mask: Tensor,
-        partner: Tensor | None = None,
-        words: int | None = None,
-    ) -> Tensor:
-        """The logits of "does not match" and "matches" for each caption and its clip, [S, 2].
-
-        Arguments are those of `fuse`.
-        """
-        pairs = self.fuse(clips, text, attention_mask, partner, words)
-        return self.matches(pairs[:, 0])
+        return selected.tokens.flatten(1, 2), None
 
     @contextmanager
     def unpruned(self) -> Iterator[None]:
         """A context in which all visible tokens and all frames are kept."""
-        rate, frames = self.vision.keep_rate, self.selector.keep
+        frames = self.selector.keep
         try:
-            self.vision.set_keep_rate(1.0)
             self.selector.keep = self.recipe.grid[0]
-            yield
+            with super().unpruned():
+                yield
         finally:
-            self.vision.set_keep_rate(rate)
             self.selector.keep = frames
 
     def reconstruct(self, frames: Frames, mask: VisualMask) -> Tensor:

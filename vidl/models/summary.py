@@ -18,7 +18,7 @@ from torch.utils.flop_counter import (
 )
 
 from vidl.kernels.arguments import check_count
-from vidl.models.two_towers import check_model
+from vidl.models.system import check_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,8 @@ def summarize(model: Any, *, batch: int = 2, words: int = 32, steps: int = 0) ->
     check_count("batch", batch, 2)
     check_count("words", words, 1)
     check_count("steps", steps)
-    if words > (longest := model.text.embeddings.max_positions):
+    limits = [m.max_positions for m in model.modules() if hasattr(m, "max_positions")]
+    if words > (longest := min(limits, default=words)):
         raise ValueError(f"need words <= {longest}, the longest caption, got {words}")
     device = next(model.parameters()).device
     variants = {name: type(model)(r).to(device) for name, r in model.recipe.variants().items()}
@@ -137,18 +138,6 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=missing)
 
 
-def example(recipe: Any, batch: int, words: int, device: torch.device | str = "cpu") -> Any:
-    """A random batch as the arguments of a model: uint8 clips, captions of `words` tokens."""
-    size = (batch, 3, recipe.frames, recipe.image_size, recipe.image_size)
-    ids = torch.randint(recipe.vocabulary.size, (batch, words), device=device)
-    return {
-        "video": torch.randint(256, size, dtype=torch.uint8, device=device),
-        "ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "samples": torch.arange(batch, device=device),
-    }
-
-
 def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -156,8 +145,8 @@ def _size(module: nn.Module) -> int:
 def _count(model: Any, batch: int, words: int) -> Cost:
     device = next(model.parameters()).device
     with flop_counter() as flops:
-        with _kept(model) as sizes:
-            loss = model(**example(model.recipe, batch, words, device))["loss"]
+        with saved_bytes(model) as sizes:
+            loss = model(**model.recipe.example(batch, words, device))["loss"]
         forward = flops.get_total_flops()
         loss.backward()
         backward = flops.get_total_flops() - forward
@@ -167,7 +156,7 @@ def _count(model: Any, batch: int, words: int) -> Cost:
 
 
 @contextmanager
-def _kept(model: nn.Module) -> Iterator[dict[int, int]]:
+def saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
     """The bytes of each storage saved for the backward pass, without parameters."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     sizes: dict[int, int] = {}
@@ -190,7 +179,7 @@ def _time(variants: dict[str, Any], batch: int, words: int, steps: int) -> dict[
     for step in range(steps + 1):
         for name, model in variants.items():
             device = next(model.parameters()).device
-            inputs = example(model.recipe, batch, words, device)
+            inputs = model.recipe.example(batch, words, device)
             begin = time.perf_counter()
             model(**inputs, step=step)["loss"].backward()
             if device.type == "cuda":

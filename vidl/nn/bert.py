@@ -19,16 +19,57 @@ from vidl.kernels.arguments import (
 )
 from vidl.kernels.groups import Groups
 from vidl.kernels.library import check_backend
-from vidl.kernels.space_time_attention import space_time_attention
 from vidl.nn.arguments import check_dropout, check_heads, check_state
 from vidl.nn.captions import Captions
 from vidl.nn.checkpoints import load_or_explain
+from vidl.nn.keys_of_text import KeysOfText
+from vidl.nn.merged import Merged
+from vidl.nn.pruning import Scores, scored_attention
 
 EPS = 1e-12
 BASE_WIDTH = 768
 
 
-class Bert(nn.Module):
+class PredictsWords(nn.Module):
+    """Word embeddings, and BERT's head that predicts words, with them as its output layer.
+
+    A subclass creates `embeddings` and calls `add_word_head`, or has no head.
+    """
+
+    embeddings: "BertEmbeddings"
+    width: int
+
+    def add_word_head(self) -> None:
+        """Create the head, named as `cls` in Hugging Face's `BertForMaskedLM`."""
+        self.cls = nn.Module()
+        self.cls.predictions = _MlmHead(self.width, self.embeddings.word_embeddings.num_embeddings)
+
+    def predict_words(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Compute logits of words, only at the given positions.
+
+        Args:
+            hidden: tokens of captions, [B, L, C], such as the output of `Bert.fuse`.
+            positions: [M] int64 in [0, B L), as from `vidl.masking.mask_words`.
+
+        Returns:
+            [M, vocab_size].
+
+        Raises:
+            ValueError: the model was built without `mlm_head=True`.
+        """
+        if not hasattr(self, "cls"):
+            raise ValueError(f"need {type(self).__name__}(mlm_head=True) to predict words")
+        head: Any = self.cls
+        check_tensors(hidden=hidden, positions=positions, model=head.predictions.bias)
+        check_floating(hidden=hidden)
+        check_shape("hidden", hidden, "B", "L", self.width)
+        check_dtype("positions", positions, torch.int64)
+        check_shape("positions", positions, "M")
+        rows = hidden.flatten(0, 1).index_select(0, positions)
+        return head.predictions(rows, self.embeddings.word_embeddings.weight)
+
+
+class Bert(PredictsWords):
     """BERT whose last layers fuse captions with visual tokens.
 
     The first `text_layers` are BERT's. The `fusion_layers` after them also attend to the visual
@@ -51,6 +92,7 @@ class Bert(nn.Module):
         token_types: number of segment embeddings (captions use the first); 0: none, as in
             DistilBERT.
         dropout: rate for hidden states.
+        merge_layers: layers after these in which words and clip are one sequence; see `merge`.
         mlm_head: add a head that predicts words, with the word embedding as its output layer, named
             as `cls` in `BertForMaskedLM`.
         backend: of the attention.
@@ -73,6 +115,7 @@ class Bert(nn.Module):
         dropout: float = 0.1,
         *,
         mlm_head: bool = False,
+        merge_layers: int = 0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -81,31 +124,31 @@ class Bert(nn.Module):
             ("vocab_size", vocab_size, 1), ("text_layers", text_layers, 0),
             ("fusion_layers", fusion_layers, 0), ("mlp_width", mlp_width, 1),
             ("visual_width", visual_width, 1), ("max_positions", max_positions, 1),
-            ("token_types", token_types, 0),
+            ("token_types", token_types, 0), ("merge_layers", merge_layers, 0),
         ):  # fmt: skip
             if count is not None or name not in ("mlp_width", "visual_width"):
                 check_count(name, count, least)  # type: ignore[arg-type]
         check_dropout(dropout)
         check_flag("mlm_head", mlm_head)
         check_backend(backend)
-        if text_layers + fusion_layers < 1:
+        if text_layers + fusion_layers + merge_layers < 1:
             raise ValueError(
-                f"need at least one layer, got text_layers={text_layers} and "
-                f"fusion_layers={fusion_layers}"
+                f"need at least one layer, got text_layers={text_layers}, "
+                f"fusion_layers={fusion_layers} and merge_layers={merge_layers}"
             )
         self.text_layers, self.fusion_layers, self.backend = text_layers, fusion_layers, backend
+        self.merge_layers = merge_layers
         self.width, self.visual_width = width, width if visual_width is None else visual_width
-        self.embeddings = _Embeddings(vocab_size, width, max_positions, token_types, dropout)
+        self.embeddings = BertEmbeddings(vocab_size, width, max_positions, token_types, dropout)
         mlp_width = 4 * width if mlp_width is None else mlp_width
-        fused = [None] * text_layers + [self.visual_width] * fusion_layers
+        fused = [None] * text_layers + [self.visual_width] * fusion_layers + [None] * merge_layers
         self.encoder = nn.Module()
         self.encoder.layer = nn.ModuleList(
-            _Layer(width, num_heads, mlp_width, dropout, visual) for visual in fused
+            BertLayer(width, num_heads, mlp_width, dropout, visual) for visual in fused
         )
         if mlm_head:
-            self.cls = nn.Module()
-            self.cls.predictions = _MlmHead(width, vocab_size)
-        self.apply(functools.partial(_initialise, width=width))
+            self.add_word_head()
+        self.apply(functools.partial(initialise, width=width))
 
     def encode(
         self, ids: Tensor, attention_mask: Tensor | None = None, *, words: int | None = None
@@ -124,18 +167,9 @@ class Bert(nn.Module):
         Raises:
             ValueError: shapes do not fit, or captions are longer than `max_positions`.
         """
-        words_of: Any = self.embeddings.word_embeddings.weight
-        optional = ("attention_mask",)
-        check_tensors(optional, ids=ids, attention_mask=attention_mask, model=words_of)
-        check_dtype("ids", ids, torch.int64)
-        if ids.ndim != 2 or ids.shape[1] > self.embeddings.max_positions:
-            raise ValueError(
-                f"need ids [B, L], L at most {self.embeddings.max_positions}, got "
-                f"{tuple(ids.shape)}"
-            )
-        captions = Captions(ids, attention_mask, words)
+        captions = self._read(ids, attention_mask, words)
         x = self.embeddings(captions.pack(ids), captions.columns())
-        groups = captions.joint()
+        groups = self._own(captions)
         for layer in self._layers()[: self.text_layers]:
             x = layer(x, groups, self.backend)
         return captions.unpack(x)
@@ -150,11 +184,13 @@ class Bert(nn.Module):
         cu_visual: Tensor | None = None,
         max_visual: int | None = None,
         words: int | None = None,
+        keys: KeysOfText | None = None,
     ) -> Tensor:
         """Run the fusion layers: captions attend to themselves and to visual tokens.
 
         Keys and values of a clip are computed once, for all captions that attend to it, as in the
-        positive and negative pairs of video-text matching.
+        positive and negative pairs of video-text matching; after a layer of `keys`, for each
+        caption.
 
         Args:
             text: output of `encode`, [B, L, C].
@@ -167,56 +203,77 @@ class Bert(nn.Module):
             max_visual: an upper bound of the tokens of any clip in a packed `visual`.
             words: number of rows to compute: the number of words, or an upper bound; see
                 `Captions`.
+            keys: which visual tokens later fusion layers see; None: all.
 
         Returns:
             [B, L, C], zero at padding.
 
         Raises:
-            ValueError: shapes do not fit, or there are no fusion layers.
+            ValueError: shapes do not fit, there are no fusion layers, or `keys` is given with
+                packed visual tokens.
         """
         tensors = dict(text=text, attention_mask=attention_mask, visual=visual)
         optional = ("attention_mask", "partner", "cu_visual")
         check_tensors(optional, **tensors, partner=partner, cu_visual=cu_visual)
         check_floating(text=text, visual=visual)
-        self._check_fuse(text, visual, partner, cu_visual, max_visual)
+        if not self.fusion_layers:
+            raise ValueError("need Bert(fusion_layers=...) with at least 1 layer to fuse")
+        check_shape("text", text, "B", "L", self.width)
+        self._check_visual(text.shape[0], visual, partner, cu_visual, max_visual)
+        self._check_keys(keys, cu_visual)
         captions = Captions(text, attention_mask, words)
-        if cu_visual is None:
-            S, max_visual = visual.shape[:2]
-            visual = visual.flatten(0, 1)
-            cu_keys = torch.arange(S + 1, dtype=torch.int32, device=visual.device) * max_visual
-        else:
-            cu_keys = cu_visual
-        assert max_visual is not None
-        own = captions.joint()
-        cross = captions.cross(cu_keys, visual.shape[0], max_visual, partner, cu_visual is None)
         x = captions.pack(text)
-        for layer in self._layers()[self.text_layers :]:
-            x = layer(x, own, self.backend, visual, cross)
+        x = self._fused(captions, x, visual, partner, cu_visual, max_visual, keys)
         return captions.unpack(x)
 
-    def predict_words(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Compute logits of words, only at the given positions.
+    def merge(
+        self,
+        text: Tensor,
+        attention_mask: Tensor | None,
+        clips: Tensor,
+        *,
+        partner: Tensor | None = None,
+        words: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the merge layers: a caption and its clip are one sequence for self-attention.
+
+        Source: ALPRO, arXiv 2112.09583, 3.1.
 
         Args:
-            hidden: output of `fuse` or `encode`, [B, L, C].
-            positions: [M] int64 in [0, B L), as from `vidl.masking.mask_words`.
+            text: output of `encode`, [B, L, C].
+            attention_mask: [B, L], nonzero at words; None: no padding.
+            clips: tokens of S clips, [S, N, C].
+            partner: the clip of each caption, [B] int64 in [0, S); None: caption b has clip b, and
+                S = B.
+            words: number of rows of words to compute, or an upper bound; see `Captions`.
 
         Returns:
-            [M, vocab_size].
+            The captions, [B, L, C], zero at padding, and the clip of each, [B, N, C].
 
         Raises:
-            ValueError: the model was built without `mlm_head=True`.
+            ValueError: shapes do not fit, or there are no merge layers.
         """
-        if not hasattr(self, "cls"):
-            raise ValueError("need Bert(mlm_head=True) to predict words")
-        head: Any = self.cls
-        check_tensors(hidden=hidden, positions=positions, model=head.predictions.bias)
-        check_floating(hidden=hidden)
-        check_shape("hidden", hidden, "B", "L", self.width)
-        check_dtype("positions", positions, torch.int64)
-        check_shape("positions", positions, "M")
-        rows = hidden.flatten(0, 1).index_select(0, positions)
-        return head.predictions(rows, self.embeddings.word_embeddings.weight)
+        tensors = dict(text=text, attention_mask=attention_mask, clips=clips, partner=partner)
+        check_tensors(("attention_mask", "partner"), **tensors)
+        check_floating(text=text, clips=clips)
+        if not self.merge_layers:
+            raise ValueError("need Bert(merge_layers=...) with at least 1 layer to merge")
+        check_shape("text", text, "B", "L", self.width)
+        check_shape("clips", clips, "S", "N", self.width)
+        if partner is not None:
+            check_dtype("partner", partner, torch.int64)
+            check_shape("partner", partner, text.shape[0])
+        elif clips.shape[0] != text.shape[0]:
+            raise ValueError(
+                f"need partner for {text.shape[0]} captions in text and {clips.shape[0]} clips"
+            )
+        clips = clips if partner is None else clips[partner]
+        merged = Merged(clips, Captions(text, attention_mask, words))
+        x, groups = merged.rows(clips, text), merged.joint()
+        for layer in self._layers()[self.text_layers + self.fusion_layers :]:
+            x = layer(x, groups, self.backend)
+        clips, text = merged.split(x)
+        return text, clips
 
     def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load the weights of Hugging Face's BERT or DistilBERT, with or without its heads.
@@ -230,17 +287,11 @@ class Bert(nn.Module):
                 checkpoint's output layer is not its word embedding.
         """
         check_state(state_dict)
-        weights = {_own_name(name): weight for name, weight in state_dict.items()}
+        weights = {bert_name(name): weight for name, weight in state_dict.items()}
         skipped = ["pooler.", "cls.seq_relationship.", "embeddings.position_ids"]
         skipped += [] if hasattr(self, "cls") else ["cls."]
         weights = {n: w for n, w in weights.items() if not n.startswith(tuple(skipped))}
-        decoder = weights.pop("cls.predictions.decoder.weight", None)
-        words = weights.get("embeddings.word_embeddings.weight")
-        if decoder is not None and words is not None and not torch.equal(decoder, words):
-            raise ValueError("need a checkpoint whose output layer is its word embedding")
-        bias = weights.pop("cls.predictions.decoder.bias", None)
-        if bias is not None:
-            weights.setdefault("cls.predictions.bias", bias)
+        weights = with_tied_head(weights)
         crossing = [name for name in self.state_dict() if ".crossattention." in name]
         fresh = not any(".crossattention." in name for name in weights)
         load_or_explain(self, weights, may_miss=crossing if fresh else ())
@@ -250,17 +301,75 @@ class Bert(nn.Module):
         assert isinstance(layers, nn.ModuleList)
         return layers
 
-    def _check_fuse(
+    def _own(self, captions: Captions) -> Groups:
+        """The groups of self-attention."""
+        return captions.joint()
+
+    def _read(self, ids: Tensor, attention_mask: Tensor | None, words: int | None) -> Captions:
+        """Check the ids of captions, and pack them."""
+        words_of: Any = self.embeddings.word_embeddings.weight
+        optional = ("attention_mask",)
+        check_tensors(optional, ids=ids, attention_mask=attention_mask, model=words_of)
+        check_dtype("ids", ids, torch.int64)
+        if ids.ndim != 2 or ids.shape[1] > self.embeddings.max_positions:
+            raise ValueError(
+                f"need ids [B, L], L at most {self.embeddings.max_positions}, got "
+                f"{tuple(ids.shape)}"
+            )
+        return Captions(ids, attention_mask, words)
+
+    def _fused(
         self,
-        text: Tensor,
+        captions: Captions,
+        x: Tensor,
+        visual: Tensor,
+        partner: Tensor | None,
+        cu_visual: Tensor | None,
+        max_visual: int | None,
+        keys: KeysOfText | None = None,
+    ) -> Tensor:
+        """The packed words `x` of captions after the fusion layers."""
+        if cu_visual is None:
+            S, max_visual = visual.shape[:2]
+            visual = visual.flatten(0, 1)
+            cu_keys = torch.arange(S + 1, dtype=torch.int32, device=visual.device) * max_visual
+        else:
+            cu_keys = cu_visual
+        assert max_visual is not None
+        own = self._own(captions)
+        cross = captions.cross(cu_keys, visual.shape[0], max_visual, partner, cu_visual is None)
+        clips = visual
+        last = self.text_layers + self.fusion_layers
+        for number, layer in enumerate(self._layers()[self.text_layers : last]):
+            if keys is None or number != keys.layer or not keys.drops(max_visual):
+                x = layer(x, own, self.backend, clips, cross)
+                continue
+            x, scores = layer(x, own, self.backend, clips, cross, "cls")
+            scores = scores.view(captions.batch, max_visual)
+            kept = keys.select(visual.unflatten(0, (-1, max_visual)), scores, partner, self.backend)
+            clips, count = kept.flatten(0, 1), kept.shape[1]
+            steps = torch.arange(kept.shape[0] + 1, dtype=torch.int32, device=clips.device)
+            cross = captions.cross(steps * count, clips.shape[0], count, None, True)
+        return x
+
+    def _check_keys(self, keys: KeysOfText | None, cu_visual: Tensor | None) -> None:
+        if keys is not None and not isinstance(keys, KeysOfText):
+            raise TypeError(f"need keys=KeysOfText(keep_rate, ...), got {keys!r}")
+        if keys is not None and keys.layer >= self.fusion_layers:
+            raise ValueError(
+                f"need keys with a layer below fusion_layers={self.fusion_layers}, got {keys}"
+            )
+        if keys is not None and cu_visual is not None:
+            raise ValueError("need equally many tokens in every clip with keys, got cu_visual")
+
+    def _check_visual(
+        self,
+        B: int,
         visual: Tensor,
         partner: Tensor | None,
         cu_visual: Tensor | None,
         max_visual: int | None,
     ) -> None:
-        if not self.fusion_layers:
-            raise ValueError("need Bert(fusion_layers=...) with at least 1 layer to fuse")
-        check_shape("text", text, "B", "L", self.width)
         if (cu_visual is None) != (max_visual is None):
             raise ValueError("need cu_visual and max_visual together, for packed visual tokens")
         packed = cu_visual is not None
@@ -274,17 +383,19 @@ class Bert(nn.Module):
                 f"need visual [S, N, {self.visual_width}], or [total, {self.visual_width}] with "
                 f"cu_visual, got {tuple(visual.shape)}"
             )
-        B = text.shape[0]
         clips = visual.shape[0] if cu_visual is None else cu_visual.shape[0] - 1
         if partner is None and clips != B:
-            raise ValueError(f"need partner for {B} captions in text and {clips} clips in visual")
+            raise ValueError(f"need partner for {B} captions and {clips} clips in visual")
         if partner is not None:
             check_dtype("partner", partner, torch.int64)
             check_shape("partner", partner, B)
 
 
-class _Embeddings(nn.Module):
-    """Word, position and segment embeddings."""
+class BertEmbeddings(nn.Module):
+    """Word, position and segment embeddings of packed words, and LayerNorm.
+
+    Parameters are named as in Hugging Face's `BertEmbeddings`.
+    """
 
     def __init__(
         self, vocab_size: int, width: int, max_positions: int, token_types: int, dropout: float
@@ -304,7 +415,7 @@ class _Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(x + self.position_embeddings(columns)))
 
 
-class _Layer(nn.Module):
+class BertLayer(nn.Module):
     """Self-attention, cross-attention if `visual_width` is given, and MLP, on packed rows."""
 
     def __init__(
@@ -325,10 +436,22 @@ class _Layer(nn.Module):
         backend: str,
         visual: Tensor | None = None,
         cross: Groups | None = None,
-    ) -> Tensor:
+        scores: Scores | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """The rows after the layer; with `scores`, also the importance of the keys of `cross`."""
         x = self.attention(x, x, groups, backend)
-        if visual is not None:
+        importance = None
+        if scores is not None:
+            assert visual is not None
+            attention: Any = self.crossattention
+            x, importance = attention.scored(x, visual, cross, backend, scores)
+        elif visual is not None:
             x = self.crossattention(x, visual, cross, backend)
+        x = self.mlp(x)
+        return x if scores is None else (x, importance)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """The MLP, then residual and LayerNorm."""
         return self.output(F.gelu(self.intermediate.dense(x)), x)  # type: ignore[operator]
 
 
@@ -345,12 +468,34 @@ class BertAttention(nn.Module):
         self.output = _Residual(width, width, dropout)
 
     def forward(self, x: Tensor, context: Tensor, groups: Groups, backend: str) -> Tensor:
+        return self.scored(x, context, groups, backend, None)[0]
+
+    def scored(
+        self, x: Tensor, context: Tensor, groups: Groups, backend: str, scores: Scores | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rows, and the importance of each key of the groups as in `Pruning`, or None."""
+        return self.attend(x, *self.keys(context), groups, backend, scores)
+
+    def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the rows of a context, [rows, H, D] both."""
         project: Any = self.self
-        q, k, v = (
-            y.unflatten(1, (self.heads, -1))
-            for y in (project.query(x), project.key(context), project.value(context))
-        )
-        return self.output(space_time_attention(q, k, v, groups, backend=backend).flatten(1), x)
+        k, v = project.key(context), project.value(context)
+        return k.unflatten(1, (self.heads, -1)), v.unflatten(1, (self.heads, -1))
+
+    def attend(
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        groups: Groups,
+        backend: str,
+        scores: Scores | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`scored` with given keys and values."""
+        project: Any = self.self
+        q = project.query(x).unflatten(1, (self.heads, -1))
+        out, importance = scored_attention(q, k, v, groups, scores, backend=backend)
+        return self.output(out.flatten(1), x), importance
 
 
 class _Residual(nn.Module):
@@ -382,7 +527,24 @@ class _MlmHead(nn.Module):
         return F.linear(x, words, self.bias)
 
 
-def _initialise(module: nn.Module, width: int) -> None:
+def with_tied_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without the output layer of the word head, which is the word embedding.
+
+    Raises:
+        ValueError: it is not.
+    """
+    weights = dict(weights)
+    decoder = weights.pop("cls.predictions.decoder.weight", None)
+    words = weights.get("embeddings.word_embeddings.weight")
+    if decoder is not None and words is not None and not torch.equal(decoder, words):
+        raise ValueError("need a checkpoint whose output layer is its word embedding")
+    bias = weights.pop("cls.predictions.decoder.bias", None)
+    if bias is not None:
+        weights.setdefault("cls.predictions.bias", bias)
+    return weights
+
+
+def initialise(module: nn.Module, width: int) -> None:
     """BERT's initialisation: normal with a deviation of 0.02; biases and the padding word zero.
 
     In models narrower than BERT's 768 channels, linear layers get a larger deviation, which makes
@@ -417,7 +579,7 @@ _RENAMED = {
 }
 
 
-def _own_name(name: str) -> str:
+def bert_name(name: str) -> str:
     for pattern, ours in _RENAMED.items():
         name = re.sub(pattern, ours, name)
     return name

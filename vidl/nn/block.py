@@ -263,3 +263,34 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, residual branches are left out at random.
+
+    What stays is divided by 1 - rate. Random numbers are drawn as by timm's `DropPath`. Source:
+    Deep Networks with Stochastic Depth, arXiv 1603.09382, 3.
+
+    Args:
+        rate: the share of branches that are left out, in [0, 1).
+    """
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= finite("drop_path", rate) < 1:
+            raise ValueError(f"need drop_path in [0, 1), got {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor, together: int = 1) -> Tensor:
+        """Leave out the branch of rows of x, [rows, ...].
+
+        Args:
+            together: so many consecutive rows, those of a clip, are left out together.
+        """
+        if self.rate == 0 or not self.training:
+            return x
+        kept = x.new_empty(x.shape[0] // together, *(1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * kept.div_(1 - self.rate).repeat_interleave(together, 0)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"

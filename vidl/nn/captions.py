@@ -103,11 +103,28 @@ class Captions:
         order = torch.arange(self.rows, device=self.device) if self.order is None else self.order
         return order % self.length if self.length else order
 
+    def lengths(self) -> Tensor:
+        """The number of words of each caption, [B] int32."""
+        if self.order is None:
+            return torch.full((self.batch,), self.length, dtype=torch.int32, device=self.device)
+        return self.offsets[: self.batch + 1].diff()
+
     def joint(self) -> Groups:
         """Groups in which the words of a caption attend to one another."""
         if self.order is None:
             return Groups.equal(self.batch, self.length, device=self.device)
         return Groups.joint(self.offsets, self.rows, self.length)
+
+    def causal(self) -> Groups:
+        """Groups in which a word attends to itself and to the words of its caption before it."""
+        return self.joint().causal()
+
+    def cu_words(self) -> Tensor:
+        """Where the words of each caption begin among the packed rows, [B + 1] int32."""
+        if self.order is None:
+            steps = torch.arange(self.batch + 1, dtype=torch.int32, device=self.device)
+            return steps * self.length
+        return self.offsets[: self.batch + 1]
 
     def cross(
         self, cu_keys: Tensor, num_keys: int, max_keys: int, partner: Tensor | None, equal: bool
@@ -116,7 +133,8 @@ class Captions:
 
         Args:
             cu_keys: offsets of the S sequences of keys, [S + 1] int32.
-            num_keys: total number of keys.
+            num_keys: total number of keys; with `partner`, keys after the last sequence are not
+                used.
             max_keys: an upper bound of the keys of any sequence.
             partner: the sequence of each caption, [B] int64; several captions may share a sequence,
                 and a sequence may have none. None: caption b attends to sequence b.
@@ -131,11 +149,8 @@ class Captions:
         if partner is not None:
             check_dtype("partner", partner, torch.int64)
             check_shape("partner", partner, self.batch)
-        if self.order is None:
-            steps = torch.arange(self.batch + 1, dtype=torch.int32, device=self.device)
-            offsets, tails = steps * self.length, 0
-        else:
-            offsets, tails = self.offsets, self.tails
+        padded = self.order is not None
+        offsets, tails = (self.offsets, self.tails) if padded else (self.cu_words(), 0)
         if partner is None:
             if equal and self.order is None:
                 return Groups.equal(self.batch, self.length, keys=max_keys, device=self.device)

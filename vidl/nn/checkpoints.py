@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Prefixes of the encoder's weights in larger models: OpenAI's CLIP and open_clip; Hugging Face's
-# CLIP; Hugging Face's ViT and MAE with a head; Frozen in Time.
-TOWERS = ("visual.", "vision_model.", "vit.", "module.video_model.", "video_model.")
+# CLIP; Hugging Face's ViT, MAE and BEiT with a head; Frozen in Time.
+TOWERS = ("visual.", "vision_model.", "vit.", "beit.", "module.video_model.", "video_model.")
 
 _BLOCK = r"(?:encoder\.|transformer\.)?(?:layers?|resblocks)\.(\d+)\."
 RENAMES = [
@@ -33,6 +33,9 @@ RENAMES = [
         (_BLOCK + r"attention\.(?:o_proj|output\.dense)\.", r"blocks.\1.attn.proj."),
         (_BLOCK + r"(?:mlp\.c_fc|mlp\.fc1|intermediate\.dense)\.", r"blocks.\1.mlp.fc1."),
         (_BLOCK + r"(?:mlp\.c_proj|mlp\.fc2|output\.dense)\.", r"blocks.\1.mlp.fc2."),
+        (_BLOCK + r"lambda_([12])$", r"blocks.\1.gamma_\2"),
+        (_BLOCK + r"(?:attention\.attention\.)?relative_position_bias\.", r"blocks.\1.attn."),
+        (r"(?:encoder\.)?(?:shared_position_bias|relative_position_bias)\.", "rel_pos_bias."),
     )
 ]
 
@@ -41,8 +44,8 @@ def timm_names(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], lis
     """The weights of a ViT under timm's names.
 
     It renames the weights of timm (ViT, DeiT; MAE has the same names), OpenAI's CLIP, open_clip,
-    and Hugging Face's ViT, ViTMAE and CLIP, and joins separate query, key and value projections.
-    Unknown names stay as they are.
+    and Hugging Face's ViT, ViTMAE, CLIP and BEiT, and joins separate query, key and value
+    projections. Unknown names stay as they are.
 
     Returns:
         The weights, and the names of weights outside the vision tower of a larger model.

@@ -40,28 +40,33 @@ def resize_table(
 
 
 def inflate_table(table: Tensor, grid: Grid, frames: int) -> Tensor:
-    """Repeat the table of one frame for all displacements in time, as for pretrained image models.
+    """Repeat a table for the displacements in time of a longer clip.
+
+    The displacements of the longer clip are spread over those of the table, and each gets the
+    numbers of the nearest. So a table of one frame, as of a pretrained image model, is repeated.
 
     Args:
         table: [rows, H], as `Positions.grid` reads it, with or without the three rows of a global
             token.
-        grid: 1 frame, rows and columns of patches.
+        grid: frames, rows and columns of patches.
         frames: of the clip that the new table is for.
 
     Returns:
         The table for the grid (frames, rows, columns).
 
     Raises:
-        TypeError, ValueError: the table is not of this grid, which has one frame.
+        TypeError, ValueError: the table is not of this grid.
 
-    Source: SViTT, arXiv 2304.08809, 3.2; Video Swin, arXiv 2106.13230, 3.3.
+    Source: SViTT, arXiv 2304.08809, 3.2; Video Swin, arXiv 2106.13230, 3.3. The authors' code of
+    SViTT rounds displacements down, which favours those into the future.
     """
     sizes = _sizes(table, "grid", grid)
     check_count("frames", frames, least=1)
-    if grid[0] != 1:
-        raise ValueError(f"need a grid of one frame, got {grid}")
     count = math.prod(sizes)
-    return torch.cat([table[:count].repeat(2 * frames - 1, 1), table[count:]])
+    middle = 2 * torch.arange(2 * frames - 1, device=table.device) + 1  # of each, doubled
+    nearest = middle * sizes[0] // (2 * (2 * frames - 1))
+    planes = table[:count].unflatten(0, (sizes[0], -1))[nearest]
+    return torch.cat([planes.flatten(0, 1), table[count:]])
 
 
 def _sizes(table: Tensor, name: str, grid: Grid) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
 """Token pruning: which tokens a layer drops, and where in the layer it drops them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -117,6 +117,27 @@ def check_pruning(pruning: Pruning | None) -> None:
         raise TypeError(f"need pruning=Pruning(keep_rate, ...), got {pruning!r}")
 
 
+def check_prune_layers(
+    layers: Sequence[int], depth: int, pruning: Pruning | None
+) -> tuple[int, ...]:
+    """The layers that prune, each once and in order.
+
+    Raises:
+        TypeError, ValueError: they are no ints, or beyond the depth, or come without `pruning`.
+    """
+    check_pruning(pruning)
+    if not isinstance(layers, (tuple, list)):
+        raise TypeError(f"need prune_layers as a list of ints, got {layers!r}")
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"need prune_layers as a list of ints, got {layers!r}")
+    if wrong := sorted(layer for layer in layers if not 0 <= layer < depth):
+        raise ValueError(f"need prune_layers in [0, {depth}), the depth, got {wrong}")
+    if layers and pruning is None:
+        raise ValueError("need pruning=Pruning(keep_rate, ...) with prune_layers, got None")
+    return tuple(sorted(set(layers)))
+
+
 def run_layer(
     x: Tensor,
     attention: Callable[[Tensor, Scores | None], tuple[Tensor, Tensor | None]],
@@ -163,7 +184,7 @@ def scored_attention(
         k, v: [keys, H, D].
         groups: which queries attend to which keys; for `scores`, whole samples.
         scores: as in `Pruning`; None: the output only.
-        options: of `vidl.ops.space_time_attention`; with the scores "value" only scale and backend.
+        options: of `vidl.ops.space_time_attention`.
 
     Returns:
         The output, [queries, H, D], and the scores, [keys] float32, or None.

@@ -22,7 +22,7 @@ from vidl.nn.arguments import check_layer, check_state
 from vidl.nn.block import LAYER_NORM, Block
 from vidl.nn.checkpoints import load_or_explain, resample_position, timm_names
 from vidl.nn.patch_embed import MaskedPatchEmbed
-from vidl.nn.pruning import Pruning, check_pruning
+from vidl.nn.pruning import Pruning, check_prune_layers
 
 # Parts of published checkpoints outside the encoder: classifiers, MAE's decoder, CLIP's projection,
 # and the index buffers of Hugging Face.
@@ -36,11 +36,13 @@ NOT_ENCODER = (
 class Frames:
     """The tokens of each frame after the encoder, and their patches.
 
+    An encoder of whole clips, such as `Beit(joint=True)`, has one row for each clip.
+
     Attributes:
         tokens: CLS and the K tokens that stayed, after the final norm, [B T, 1 + K, C]; frame t of
-            clip b is row b T + t.
-        ids: index of each of the K tokens' patch in its frame, [B T, K] int64; -1 for a fused
-            token.
+            clip b is row b T + t. [B, 1 + K, C] for whole clips.
+        ids: index of each of the K tokens' patch in its frame, [B T, K] int64, or in its clip, [B,
+            K]; -1 for a fused token.
         kept: `ids` after each layer that pruned, by the layer's index.
     """
 
@@ -103,19 +105,10 @@ class ViT(nn.Module):
         layer: Any = (num_heads, mlp_ratio, qkv_bias, act_layer, norm_layer, backend)
         check_layer(embed_dim, *layer, width="embed_dim")
         check_flag("pre_norm", pre_norm)
-        check_pruning(pruning)
         if init_values is not None:
             finite("init_values", init_values)
-        if not isinstance(prune_layers, (tuple, list)):
-            raise TypeError(f"need prune_layers as a list of ints, got {prune_layers!r}")
-        for layer in prune_layers:
-            if isinstance(layer, bool) or not isinstance(layer, int):
-                raise TypeError(f"need prune_layers as a list of ints, got {prune_layers!r}")
-        if wrong := sorted(layer for layer in prune_layers if not 0 <= layer < depth):
-            raise ValueError(f"need prune_layers in [0, {depth}), the depth, got {wrong}")
-        if prune_layers and pruning is None:
-            raise ValueError("need pruning=Pruning(keep_rate, ...) with prune_layers, got None")
-        self.embed_dim, self.prune_layers = embed_dim, tuple(sorted(set(prune_layers)))
+        self.embed_dim = embed_dim
+        self.prune_layers = check_prune_layers(prune_layers, depth, pruning)
         self.patch_embed = MaskedPatchEmbed(
             patch_size, in_chans, embed_dim, tubelet_size, not pre_norm,
             mean=mean, std=std, backend=backend,

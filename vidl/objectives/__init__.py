@@ -1,8 +1,9 @@
-"""Losses: contrastive (VTC), matching (VTM), masked words (MLM) and masked pixels (MVM)."""
+"""Losses: contrastive (VTC), matching (VTM), masked words (MLM) and pixels (MVM), and WPA."""
 
 from vidl.objectives.contrastive import ContrastiveLoss, gather_with_gradient
 from vidl.objectives.masked import MaskedPatchLoss, masked_word_loss
 from vidl.objectives.matching import Negatives, hard_negatives, matching_loss
+from vidl.objectives.transport import transport_plan, word_patch_alignment
 
 __all__ = [
     "ContrastiveLoss",
@@ -12,4 +13,6 @@ __all__ = [
     "hard_negatives",
     "masked_word_loss",
     "matching_loss",
+    "transport_plan",
+    "word_patch_alignment",
 ]

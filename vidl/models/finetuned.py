@@ -1,0 +1,47 @@
+"""What a model that got layers for a task shares with a system."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from vidl.masking import VisualMask
+
+
+class FineTuned(nn.Module):
+    """A pre-trained model, `model`, to which a subclass adds layers for a task.
+
+    Args:
+        model: one of `vidl.models`.
+    """
+
+    pretraining_only: tuple[str, ...] = ()
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.recipe = model, model.recipe
+
+    def starts(self) -> dict[str, Any]:
+        """See `System.starts`."""
+        return self.model.starts()
+
+    def set_keep_rate(self, keep_rate: float) -> None:
+        """See `System.set_keep_rate`."""
+        self.model.set_keep_rate(keep_rate)
+
+    def resized(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `System.resized`; for weights of the model with its layers for the task."""
+        own = {n.removeprefix("model."): x for n, x in weights.items() if n.startswith("model.")}
+        others = {n: x for n, x in weights.items() if not n.startswith("model.")}
+        return others | {f"model.{name}": x for name, x in self.model.resized(own).items()}
+
+    def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
+        """See `Encodes.encode_clips`."""
+        return self.model.encode_clips(video, mask)
+
+    @contextmanager
+    def unpruned(self) -> Iterator[None]:
+        """See `System.unpruned`."""
+        with self.model.unpruned():
+            yield

@@ -1,0 +1,264 @@
+"""TimeSformer: attention over time, then within each frame, on visible patches."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidl.kernels.arguments import check_count, check_floating, check_shape, check_tensors, require
+from vidl.kernels.groups import Groups
+from vidl.nn.arguments import check_groups, check_layer, check_state
+from vidl.nn.block import LAYER_NORM, Attention, Mlp, attend
+from vidl.nn.checkpoints import load_or_explain
+from vidl.nn.patch_embed import MaskedPatchEmbed
+from vidl.nn.vit import encoder_weights, frame_ids, frames_of, grid_of, initialise
+
+# Parameters that image models do not have.
+TIME = ("temporal_", "time_embed")
+
+
+class TimeSformerBlock(nn.Module):
+    """Attention over time, attention within each frame, and MLP, in the order of TimeSformer.
+
+        t = x + temporal_fc(time(temporal_norm1(x)))                        without CLS
+        y = t + space(norm1(t)),  CLS: x + mean over frames of space(norm1([x, t of the frame]))
+        out = y + mlp(norm2(y))
+
+    In spatial attention every frame has a copy of CLS, whose outputs are averaged. Parameters are
+    named as in the authors' code, those of the spatial part as in timm. `temporal_fc` begins at
+    zero, as in ALPRO, so that a new block is a ViT block. Sources: TimeSformer, arXiv 2102.05095,
+    3; ALPRO, arXiv 2112.09583, 3.1.
+
+    Args:
+        dim, num_heads, mlp_ratio, qkv_bias, act_layer, norm_layer: as in `Block`.
+        backend: of both attentions.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = LAYER_NORM,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_layer(dim, num_heads, mlp_ratio, qkv_bias, act_layer, norm_layer, backend)
+        self.dim, self.backend = dim, backend
+        self.temporal_norm1 = norm_layer(dim)
+        self.temporal_attn = Attention(dim, num_heads, qkv_bias)
+        self.temporal_fc = nn.Linear(dim, dim)
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer)
+        self.reset_time()
+
+    def reset_time(self) -> None:
+        """Set `temporal_fc` to zero, so that attention over time adds nothing at first."""
+        for parameter in self.temporal_fc.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, frames: int, space: Groups, time: Groups) -> Tensor:
+        """Transform the tokens of clips.
+
+        Args:
+            x: CLS and the patches of each clip, frame by frame, [B, 1 + T K, C].
+            frames: T.
+            space: groups of the B T (1 + K) rows of CLS and patches of each frame.
+            time: groups of the B T K patches.
+
+        Returns:
+            [B, 1 + T K, C].
+        """
+        check_tensors(x=x)
+        check_floating(x=x)
+        check_shape("x", x, "B", "N", self.dim)
+        check_count("frames", frames, 1)
+        if (x.shape[1] - 1) % frames:
+            raise ValueError(f"need x as CLS and patches of {frames} frames, got {tuple(x.shape)}")
+        cls, patches = x[:, :1], x[:, 1:]
+        rows = patches.flatten(0, 1)
+        check_groups("time", time, rows)
+        moved, _ = attend(self.temporal_attn, self.temporal_norm1(rows), time, None, self.backend)
+        patches = patches + self.temporal_fc(moved).view_as(patches)
+        of_frames = patches.unflatten(1, (frames, -1))
+        y = torch.cat([cls[:, None].expand(-1, frames, -1, -1), of_frames], 2)  # [B, T, 1 + K, C]
+        rows = y.flatten(0, 2)
+        check_groups("space", space, rows)
+        out, _ = attend(self.attn, self.norm1(rows), space, None, self.backend)
+        out = out.view_as(y)
+        x = torch.cat([cls + out[:, :, :1].mean(1), patches + out[:, :, 1:].flatten(1, 2)], 1)
+        return x + self.mlp(self.norm2(x))
+
+
+class TimeSformer(nn.Module):
+    """Divided space-time transformer whose CLS is in every frame, on the visible patches of clips.
+
+    A patch attends to the patches at its place in the other frames, then to its frame and CLS; see
+    `TimeSformerBlock`. All frames of a clip must show the same places, as with a tube mask.
+    Parameters are named as in the authors' code, and those of the spatial part as in timm. Sources:
+    TimeSformer, arXiv 2102.05095; ALPRO, arXiv 2112.09583, 3.1.
+
+    Args:
+        img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias: as in
+            `ViT`.
+        act_layer, norm_layer: as in `ViT`.
+        num_frames: the largest number of frames; clips may have fewer.
+        tubelet_size: as in `ViT`.
+        mean, std: normalisation of uint8 clips, as in `MaskedPatchEmbed`.
+        backend: of all ops.
+
+    Raises:
+        ValueError: options do not fit together.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = LAYER_NORM,
+        *,
+        num_frames: int = 4,
+        tubelet_size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_count("num_frames", num_frames, 1)
+        check_count("depth", depth)
+        layer: Any = (num_heads, mlp_ratio, qkv_bias, act_layer, norm_layer, backend)
+        check_layer(embed_dim, *layer, width="embed_dim")
+        self.grid = grid_of(img_size, patch_size)
+        self.embed_dim, self.num_frames = embed_dim, num_frames
+        self.patch_embed = MaskedPatchEmbed(
+            patch_size, in_chans, embed_dim, tubelet_size, mean=mean, std=std, backend=backend
+        )
+        patches = self.grid[0] * self.grid[1]
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, embed_dim))
+        self.time_embed = nn.Parameter(torch.zeros(1, num_frames, embed_dim))
+        options: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, backend=backend)
+        blocks = [
+            TimeSformerBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, **options)
+            for _ in range(depth)
+        ]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm_layer(embed_dim)
+        initialise(self)
+        for block in blocks:
+            block.reset_time()
+
+    def forward(self, video: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Encode the visible patches of clips.
+
+        Args:
+            video: [B, C, T, H, W], or images [B, C, H, W]; uint8 or floating point, any strides; T
+                up to `num_frames`.
+            ids_keep: visible patches in (time, row, column) order, [B, K] int64, the same places in
+                every frame; None: all.
+
+        Returns:
+            CLS and the tokens of the visible patches, frame by frame, after the final norm, [B, 1 +
+            K, C].
+
+        Raises:
+            ValueError: the clip or the ids have another shape.
+            RuntimeError: frames show different places (on CUDA as a device-side assertion).
+        """
+        check_tensors(("ids_keep",), video=video, ids_keep=ids_keep, model=self.cls_token)
+        if video.ndim == 4:
+            video = video.unsqueeze(2)
+        B, T = video.shape[0], frames_of(video, ids_keep, self.grid, self.patch_embed)
+        if self.num_frames < T:
+            raise ValueError(f"need video of at most num_frames={self.num_frames} frames, got {T}")
+        ids = frame_ids(B, T, self.grid[0] * self.grid[1], ids_keep, video.device)
+        if ids_keep is not None:
+            places = ids.unflatten(0, (B, T))
+            require(
+                (places == places[:, :1]).all(),
+                "need ids_keep with the same places in every frame: a mask of kind 'tube'",
+            )
+        position = (self.time_embed[0, :T], self.pos_embed[0, 1:])
+        x = self.patch_embed(video, ids_keep, position=position)  # [B, K, C]
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
+        x = torch.cat([cls, x], 1)
+        space = Groups.equal(B * T, 1 + ids.shape[1], device=x.device)
+        time = _through_time(B, T, ids.shape[1], x.device)
+        for block in self.blocks:
+            x = block(x, T, space, time)
+        return self.norm(x)
+
+    def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> list[str]:
+        """Load the weights of a TimeSformer, of the authors or of Hugging Face, or of an image ViT.
+
+        From an image model (see `ViT.load_pretrained` for the names) only spatial attention is
+        loaded. Attention over time keeps its weights: in a new model it adds nothing. Position
+        embeddings are resampled (bicubic) to this model's grid, and embeddings of time to its
+        number of frames (nearest), as the authors do.
+
+        Args:
+            state_dict: the weights by name.
+
+        Returns:
+            The names of weights that were skipped because they are outside the encoder.
+
+        Raises:
+            ValueError: other weights are missing, unexpected, or of another shape (all are named).
+        """
+        check_state(state_dict)
+        state, skipped = encoder_weights({_name(n): x for n, x in state_dict.items()}, self)
+        own = [name for name in self.state_dict() if any(part in name for part in TIME)]
+        image = not any(name in state for name in own)
+        if "time_embed" in state and state["time_embed"].shape[1] != self.num_frames:
+            time = state["time_embed"].float().mT
+            resized = F.interpolate(time, self.num_frames, mode="nearest").mT
+            state["time_embed"] = resized.to(state["time_embed"].dtype)
+        load_or_explain(self, state, may_miss=own if image else ())
+        return skipped
+
+
+def _through_time(B: int, T: int, n: int, device: torch.device) -> Groups:
+    """Groups of the n rows of each frame of B clips: the rows at one place, in all frames."""
+    rows = torch.arange(B * T * n, device=device, dtype=torch.int32)
+    rows = rows.view(B, T, n).transpose(1, 2).flatten()
+    offsets = torch.arange(B * n + 1, device=device, dtype=torch.int32) * T
+    ends = torch.arange(B + 1, device=device, dtype=torch.int32) * (T * n)
+    sample = torch.arange(B, device=device).repeat_interleave(n)
+    return Groups(
+        offsets, offsets, rows, rows, T, T, B * T * n, B * T * n, uniform=True, row_offsets=ends,
+        max_rows=T * n, group_sample=sample, checked=True,
+    )  # fmt: skip
+
+
+_LAYER = r"^encoder\.layer\.(\d+)\."
+_RENAMED = {
+    r"^(timesformer|model|module)\.": "",
+    r"^embeddings\.time_embeddings$": "time_embed",
+    _LAYER + r"temporal_layernorm\.": r"blocks.\1.temporal_norm1.",
+    _LAYER + r"temporal_attention\.attention\.qkv\.": r"blocks.\1.temporal_attn.qkv.",
+    _LAYER + r"temporal_attention\.output\.dense\.": r"blocks.\1.temporal_attn.proj.",
+    _LAYER + r"temporal_dense\.": r"blocks.\1.temporal_fc.",
+    _LAYER + r"attention\.attention\.qkv\.": r"blocks.\1.attn.qkv.",
+}
+
+
+def _name(name: str) -> str:
+    """The authors' name of a weight of Hugging Face's `TimesformerModel`."""
+    for pattern, ours in _RENAMED.items():
+        name = re.sub(pattern, ours, name)
+    return name
