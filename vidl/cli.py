@@ -7,6 +7,7 @@ import argparse
 import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,8 +24,11 @@ SPINS = "1000"
 # Modules of the extras in pyproject.toml: the package that has the module, and the extra.
 EXTRAS = {
     "PIL": ("pillow", "data"), "av": ("av", "data"), "matplotlib": ("matplotlib", "bench"),
-    "pyarrow": ("pyarrow", "data"), "safetensors": ("safetensors", "train"),
-    "timm": ("timm", "timm"), "tokenizers": ("tokenizers", "data"),
+    "huggingface_hub": ("huggingface_hub", "hub"), "pyarrow": ("pyarrow", "data"),
+    "safetensors": ("safetensors", "train"),
+    "shtab": ("shtab", "completion"), "timm": ("timm", "timm"),
+    "tensorboard": ("tensorboard", "trackers"), "mlflow": ("mlflow-skinny", "trackers"),
+    "tokenizers": ("tokenizers", "data"), "wandb": ("wandb", "trackers"),
     "transformers": ("transformers", "hf"), "webdataset": ("webdataset", "shards"),
 }  # fmt: skip
 
@@ -37,15 +41,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vidl {vidl.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_info(commands)
+    _add_init(commands)
     _add_bench(commands)
     bench_commands.add(commands)
+    _add_systems(commands)
+    _add_recipe(commands)
     _add_summary(commands)
     _add_data(commands)
     _add_pretrain(commands)
     _add_finetune(commands)
     _add_eval(commands)
     _add_export(commands)
+    _add_completion(commands)
+    _set_parsers(parser)
     return parser
+
+
+def _set_parsers(parser: argparse.ArgumentParser) -> None:
+    """Let each command report errors with its own usage."""
+    parser.set_defaults(parser=parser)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                _set_parsers(child)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         words[:2] = [" ".join(words[:2])]
     try:
         args = _parse(parser, words)
-        return args.run(parser, args)
+        return args.run(args.parser, args)
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
         if module not in EXTRAS:
@@ -93,7 +111,7 @@ def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
     if hasattr(args, "overrides") and not [word for word in rest if word.startswith("-")]:
         args.overrides, rest = [*args.overrides, *rest], []
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
 
 
@@ -135,6 +153,30 @@ def _info(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
     facts = info.collect()
     print(json.dumps(facts, indent=2) if args.json else info.render(facts))
+    return 0
+
+
+def _add_init(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "init",
+        help="write a commented configuration for your own clips",
+        description="Write NAME.yaml, a configuration of `vidl pretrain` for your own clips: every "
+        "field with its meaning. A file that exists is never overwritten.",
+    )
+    add = command.add_argument
+    add("name", metavar="NAME", help="name of the run; its clips default to NAME.json")
+    add("overrides", nargs="*", metavar="SECTION.FIELD=VALUE", help="e.g. model.preset=small")
+    command.set_defaults(run=_init)
+
+
+def _init(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl.training import template
+
+    try:
+        file = template.write(args.name, args.overrides)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"wrote {file}; name your annotations in data.files, then: vidl pretrain --config {file}")
     return 0
 
 
@@ -207,13 +249,61 @@ def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _add_systems(commands: argparse._SubParsersAction) -> None:
+    about = "list the systems: features, architecture, objectives, data and tasks of each"
+    command = commands.add_parser("systems", help=about, description=f"L{about[1:]}.")
+    add = command.add_argument
+    add("--write", nargs="+", type=Path, metavar="FILE", help="Markdown files to update between "
+        "<!-- systems --> and <!-- /systems -->")  # fmt: skip
+    command.set_defaults(run=_systems)
+
+
+def _systems(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl.models import MODELS, cards
+
+    if not args.write:
+        print(cards.text(MODELS))
+    for file in args.write or ():
+        try:
+            cards.update(file, cards.markdown(MODELS))
+        except (OSError, ValueError) as error:
+            parser.error(f"{file}: {error}")
+    return 0
+
+
+def _add_recipe(commands: argparse._SubParsersAction) -> None:
+    about = "print a recipe: what its paper states, all fields, tokens and FLOPs"
+    command = commands.add_parser("recipe", help=about, description=f"P{about[1:]}.")
+    add = command.add_argument
+    add("model", help="a model of `vidl systems`")
+    add("overrides", nargs="*", metavar="FIELD=VALUE", help="recipe fields, e.g. mask_ratio=0.5")
+    add("--preset", default="base", help="tiny, small, base or another (default: base)")
+    command.set_defaults(run=_recipe)
+
+
+def _recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl import models, overrides
+    from vidl.models import cards
+    from vidl.training.config import explain_recipe
+
+    try:
+        model = models.create(args.model, args.preset, **overrides.parse(args.overrides))
+    except ValueError as error:
+        parser.error(str(error))
+    print(cards.describe(args.model, models.MODELS[args.model]))
+    print(f"\nfields, preset {args.preset}:")
+    print("\n".join(explain_recipe(model.recipe)))
+    print(f"\n{models.summarize(model)}")
+    return 0
+
+
 def _add_summary(commands: argparse._SubParsersAction) -> None:
     about = "print tokens, parameters, FLOPs and memory of a model: dense, masked and pruned"
     command = commands.add_parser("summary", help=about, description=f"P{about[1:]}.")
     add = command.add_argument
-    add("model", help="smaug or mac")
+    add("model", help="a model of `vidl systems`")
     add("overrides", nargs="*", metavar="FIELD=VALUE", help="recipe fields, e.g. mask_ratio=0.5")
-    add("--preset", default="base", help="tiny, small or base (default: base)")
+    add("--preset", default="base", help="tiny, small, base or another (default: base)")
     add("--batch", type=int, default=2, help="batch size (default: 2)")
     add("--words", type=int, default=32, help="tokens of each caption (default: 32)")
     add("--steps", type=int, default=0, help="steps to time (default: 0)")
@@ -314,6 +404,28 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     add("--seed", type=int, default=0, help="seed of the sampled frames and crops")
     part.set_defaults(run=_data_speed)
 
+    part = parts.add_parser(
+        "shard",
+        help="write webdataset shards of smaller clips, for large data",
+        description="Decode every clip once and write it, smaller and without sound, to tar files "
+        "with its captions, in random order. `data.source=shards` reads them. Continues where an "
+        "earlier call was interrupted. Exit status 1 if any clip is broken.",
+    )
+    _add_source(part)
+    add = part.add_argument
+    add("out", type=Path, help="folder of the shards")
+    size = part.add_mutually_exclusive_group()
+    size.add_argument("--short", type=int, default=256, metavar="PIXELS", help="shorter side; "
+                      "smaller clips keep their size (default: 256)")  # fmt: skip
+    size.add_argument("--copy", action="store_true", help="copy files as they are, and cut out "
+                      "annotated parts")  # fmt: skip
+    add("--per-shard", type=int, default=1000, help="samples of a shard (default: 1000)")
+    add("--seed", type=int, default=0, help="seed of the order")
+    add(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)"
+    )
+    part.set_defaults(run=_data_shard)
+
 
 def _add_source(part: argparse.ArgumentParser) -> None:
     about = (
@@ -360,6 +472,15 @@ def _data_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> in
 
     options = {"workers": args.workers, "outside": args.outside}
     return 1 if commands.check(args.file, args.media, **options) else 0
+
+
+@_report_errors
+def _data_shard(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl.data import commands
+
+    options = {name: getattr(args, name) for name in ("per_shard", "seed", "workers", "outside")}
+    short = None if args.copy else args.short
+    return 1 if commands.shard(args.file, args.media, args.out, short=short, **options) else 0
 
 
 @_report_errors
@@ -425,18 +546,23 @@ def _pretrain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     except ValueError as error:
         parser.error(str(error))
     tuning.before_training(config, args.tune)
-    pretrain(config)
-    return 0
+    return _status(pretrain(config))
+
+
+def _status(result: dict[str, Any]) -> int:
+    """130 after Ctrl-C, as shells expect; a run that SIGTERM stopped ended as it should."""
+    return 130 if result["signal"] == signal.SIGINT else 0
 
 
 def _add_finetune(commands: argparse._SubParsersAction) -> None:
-    about = "fine-tune a pre-trained model for retrieval or question answering"
+    about = "fine-tune a pre-trained model for retrieval, question answering or captions"
     command = commands.add_parser("finetune", help=about, description=about.capitalize() + ".")
     tasks = command.add_subparsers(title="tasks", metavar="TASK", required=True)
     for task, about in (
         ("retrieval", "for retrieval, with the losses of the model"),
         ("qa", "for question answering: a classifier of the most frequent answers on the fusion "
-            "encoder"),
+            "encoder, or a decoder that ranks them"),
+        ("caption", "for captions: a decoder that writes them word by word"),
     ):  # fmt: skip
         part = tasks.add_parser(
             task,
@@ -444,7 +570,8 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
             description=f"Fine-tune a pre-trained model {about}. The configuration defaults to "
             "that of the pre-training run with model.mask_ratio=0, optimizer.lr=1e-5 and "
             "run.folder=finetuned (and model.word_ratio=0 for mac), but without its data: name "
-            "data.files. Run the same command again to resume a run that was stopped.",
+            "data.files, unless they are moving_shapes. Run the same command again to resume a run "
+            "that was stopped.",
             add_help=False,
         )
         _add_configuration(part)
@@ -452,6 +579,10 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
         add("--weights", type=Path, required=True, metavar="RUN", help="a run or a checkpoint")
         if task == "qa":
             add("--answers", type=int, default=1500, help="size of the answer set (default: 1500)")
+            about = "classifier of answers, or ranking by a decoder (default: classifier)"
+            add("--form", choices=("classifier", "ranking"), default="classifier", help=about)
+        if task == "caption":
+            add("--layers", type=int, default=3, help="layers of the decoder (default: 3)")
         part.set_defaults(run=_finetune, task=task)
 
 
@@ -460,36 +591,44 @@ def _finetune(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from vidl.training import configuration, finetune
 
     try:
-        config = configuration(args.weights, args.config, args.overrides)
+        config = configuration(args.weights, args.config, args.overrides, task=args.task)
     except ValueError as error:
         parser.error(str(error))
     tuning.before_training(config, args.tune)
-    finetune(args.task, config, **({"answers": args.answers} if args.task == "qa" else {}))
-    return 0
+    names = {"qa": ("answers", "form"), "caption": ("layers",)}.get(args.task, ())
+    options = {name: getattr(args, name) for name in names}
+    return _status(finetune(args.task, config, **options))
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "eval",
-        help="evaluate a trained model: retrieval, multiple choice, question answering",
+        help="evaluate a trained model: retrieval, multiple choice, question answering, captions",
         description="Evaluate a trained model: retrieval in both directions (retrieval), multiple "
-        "choice (mc) or open questions (qa). A clip that cannot be read counts as a miss and is "
+        "choice (mc), open questions (qa) or captions by BLEU-4, ROUGE-L and CIDEr-D (caption; "
+        "--json also has the captions). A clip that cannot be read counts as a miss and is "
         "listed; it is never replaced. On several GPUs: torchrun --nproc-per-node 8 -m vidl eval "
         "...",
     )
     add = command.add_argument
-    add("task", choices=("retrieval", "mc", "qa"), help="the task")
+    add("task", choices=("retrieval", "mc", "qa", "caption"), help="the task")
     add("--weights", type=Path, required=True, metavar="RUN", help="a run or a checkpoint")
     add(
         "--data",
         type=Path,
         metavar="FILE",
-        help="annotations as for `vidl data check`; default: the synthetic clips of a run on "
-        "moving_shapes",
+        help="annotations as for `vidl data check`; default: synthetic clips, options or questions "
+        "if the run is on moving_shapes",
     )
     add("--media", type=Path, help="folder of the clips; default: as for `vidl data check`")
     _add_outside(command)
     add("--rerank", type=int, default=0, metavar="K", help="re-rank the top K (default: 0)")
+    about = "caption: beginnings that are followed; 1: greedy (default: 5)"
+    add("--beams", type=int, metavar="K", help=about)
+    about = "caption: scores are log p / words^X (default: 1)"
+    add("--length-penalty", type=float, metavar="X", help=about)
+    about = "caption: the longest, in words and [SEP] (default: as in training)"
+    add("--words", type=int, help=about)
     add("--batch", type=int, default=32, help="batch size (default: 32)")
     add("--workers", type=int, default=0, help="processes that read clips (default: 0)")
     add("--masked", action="store_true", help="mask clips as in training (default: no mask)")
@@ -511,6 +650,11 @@ def _eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
     if args.rerank and args.task != "retrieval":
         parser.error(f"--rerank is for retrieval, not {args.task}")
+    names = ("beams", "length_penalty", "words")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if given and args.task != "caption":
+        option = f"--{next(iter(given))}".replace("_", "-")
+        parser.error(f"{option} is for caption, not {args.task}")
     options = Options(
         batch_size=args.batch,
         workers=args.workers,
@@ -521,8 +665,9 @@ def _eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     with parallel.ranks(args.device) as ranks:
         data = None if args.data is None else (args.data, args.media)
         result = runs.evaluate(
-            args.weights, args.task, data, ranks, options, args.rerank, outside=args.outside
-        )
+            args.weights, args.task, data, ranks, options, args.rerank,
+            caption=runs.CaptionOptions(**given), outside=args.outside,
+        )  # fmt: skip
         if ranks.first:
             print(result)
         if ranks.first and args.json is not None:
@@ -548,6 +693,24 @@ def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     model = getattr(trained.model, "model", trained.model)
     for file in export(model, args.out, trained.tokenizer):
         print(file)
+    return 0
+
+
+def _add_completion(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "completion",
+        help="print the completion of a shell",
+        description="Print a script that completes the commands and options of vidl, for example: "
+        "vidl completion bash > ~/.local/share/bash-completion/completions/vidl",
+    )
+    command.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell")
+    command.set_defaults(run=_completion)
+
+
+def _completion(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    import shtab
+
+    print(shtab.complete(build_parser(), args.shell))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The commands `vidl data convert | check | preview | speed`."""
+"""The commands `vidl data convert | check | preview | speed | shard`."""
 
 import io
 import statistics
@@ -17,10 +17,11 @@ from vidl.data.cache import CachedClips
 from vidl.data.dataset import Clips, text_of
 from vidl.data.folders import matching
 from vidl.data.formats import Row
-from vidl.data.progress import progress
 from vidl.data.sampler import Key
+from vidl.data.sharding import Sharding, write_shards
 from vidl.data.video import BrokenClip
 from vidl.files import replaced
+from vidl.progress import progress
 
 
 def convert(
@@ -69,6 +70,20 @@ def _inspect(name: str) -> video.Facts | BrokenClip:
         return video.inspect(name)
     except BrokenClip as error:
         return error
+
+
+def shard(file: Path, media: Path | None, to: Path, *, short: int | None, per_shard: int,
+          seed: int, workers: int, outside: bool = False) -> int:  # fmt: skip
+    """Write webdataset shards; returns the number of broken clips."""
+    rows = annotations.load((file, media), outside=outside)
+    begin = time.perf_counter()
+    written = write_shards(rows, to, Sharding(short, per_shard, seed), workers=workers)
+    for name, reason in written.broken:
+        print(f"broken     {name}: {reason}")
+    size, seconds = written.size / 1e6, time.perf_counter() - begin
+    print(f"{to}: {written.samples} samples in {written.shards} shards, {size:.1f} MB, "
+          f"{len(written.broken)} broken, {seconds:.1f} s")  # fmt: skip
+    return len(written.broken)
 
 
 def preview(

@@ -1,7 +1,11 @@
 """Batches from worker processes, with exact resumption and a report of broken clips."""
 
+import atexit
+import functools
+import multiprocessing
 import os
 import pickle
+import signal
 import time
 import traceback
 from collections.abc import Iterator
@@ -60,12 +64,15 @@ class Loader:
         self._workers = max(1, workers)
         options: dict[str, Any] = {"batch_size": None} if streams else {"batch_sampler": sampler}
         if workers:
+            # Set before multiprocessing ends the workers by a signal, when this process exits.
+            ending = multiprocessing.get_context(context).Event()
+            atexit.register(ending.set)
             options |= {"prefetch_factor": prefetch, "persistent_workers": not streams}
+            options |= {"worker_init_fn": functools.partial(_begin_worker, ending)}
         self._loader: DataLoader[Any] = DataLoader(
             _Stream(dataset) if isinstance(dataset, ShardStream) else _Rows(dataset),
             num_workers=workers,
             collate_fn=_identity,
-            worker_init_fn=_begin_worker,
             pin_memory=torch.cuda.is_available() if pin is None else pin,
             generator=torch.Generator(),  # otherwise each epoch draws from the global generator
             multiprocessing_context=context if workers else None,
@@ -182,8 +189,21 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def _begin_worker(worker: int) -> None:
-    """One thread per worker: several in each worker would compete for the cores."""
+def _end(ending: Any, number: int, frame: Any) -> None:
+    """Ignore a signal, unless the training process ends; the second one ends this process."""
+    if ending.is_set():
+        os._exit(0)
+    signal.signal(number, signal.SIG_DFL)
+
+
+def _begin_worker(ending: Any, worker: int) -> None:
+    """One thread per worker, and no end by a signal that is for the training process.
+
+    Several threads in each worker would compete for the cores. Ctrl-C and schedulers signal all
+    processes; the training process finishes its step with the batches of the workers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, functools.partial(_end, ending))
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)

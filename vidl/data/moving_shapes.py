@@ -1,12 +1,13 @@
 """Synthetic clips of moving shapes whose captions name colour, shape and motion.
 
-For training and retrieval without files. Every motion has its reverse, and shapes start anywhere:
-neither a single frame nor the unordered frames of a clip distinguish a motion from its reverse. So
-a model that ignores time fails.
+For training, retrieval, open questions and multiple choice without files. Every motion has its
+reverse, and shapes start anywhere: neither a single frame nor the unordered frames of a clip
+distinguish a motion from its reverse. So a model that ignores time fails.
 """
 
 import itertools
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from vidl.data.dataset import ClipSet, Sample
+from vidl.data.dataset import ClipSet, Sample, text_of
 from vidl.data.formats import Row
 from vidl.data.sampler import Key
 from vidl.data.text import Tokenizer
@@ -40,6 +41,8 @@ MOTIONS = (
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPLITS = ("train", "val", "test")
 DIFFICULTIES = (1, 2, 3)
+TASKS = ("caption", "question", "choice")
+OPTIONS = 4  # of a choice
 REACH = 0.4  # how far a shape moves, relative to the size of the frame
 
 
@@ -67,9 +70,16 @@ class MovingShapes(ClipSet):
     colour and each shape is seen in training, but not the combinations of the other splits. Clips
     depend on (seed, split, index) only; an epoch has `length` clips.
 
+    The text of a clip is its caption; or a question with an answer of one or two words, such as
+    "which way does the red circle move?" and "left" (see `questions`); or a choice of four captions
+    of the same coloured shapes, whose motions differ. One of the wrong captions describes the clip
+    played backwards, unless that has the same caption.
+
     Args:
         split: "train", "val" or "test".
         length: number of clips.
+        task: what the rows have: "caption"; "question", with an answer; or "choice", with options.
+            The clips do not depend on it.
         difficulty: 1, 2 or 3.
         frames: frames of a clip, T.
         size: height and width of a frame.
@@ -81,8 +91,8 @@ class MovingShapes(ClipSet):
             the seed.
 
     Raises:
-        ValueError: unknown split or difficulty, `length` is too large for `same_looks`, or `looks`
-            is smaller than the number of shapes in a clip.
+        ValueError: unknown split, difficulty or task, `length` is too large for `same_looks`, or
+            `looks` is smaller than the number of shapes in a clip.
     """
 
     def __init__(
@@ -90,6 +100,7 @@ class MovingShapes(ClipSet):
         split: str,
         length: int,
         *,
+        task: str = "caption",
         difficulty: int = 1,
         frames: int = 8,
         size: int = 64,
@@ -102,8 +113,10 @@ class MovingShapes(ClipSet):
         if split not in SPLITS or difficulty not in DIFFICULTIES:
             wanted = f"a split among {', '.join(SPLITS)} and a difficulty of 1, 2 or 3"
             raise ValueError(f"need {wanted}, got {split!r} and {difficulty!r}")
+        if task not in TASKS:
+            raise ValueError(f"need a task among {', '.join(TASKS)}, got {task!r}")
         super().__init__(seed=seed, tokenizer=tokenizer, words=words)
-        self.split, self.length, self.difficulty = split, length, difficulty
+        self.split, self.length, self.difficulty, self.task = split, length, difficulty, task
         self.frames, self.size, self.same_looks = frames, size, same_looks
         self._motions, self._looks = motions(difficulty), coloured_shapes(split)
         self._shown = 2 if difficulty == 3 else 1
@@ -132,21 +145,44 @@ class MovingShapes(ClipSet):
             rng = generator(self.seed, 0, 0, f"{self.split} looks")
             motion = rng.sample(self._motions, self.length)[index]
         looks = rng.sample(self._looks[index % self._groups :: self._groups], self._shown)
+        return self._acting(looks, motion)
+
+    def _acting(self, looks: Sequence[tuple[str, str]], motion: tuple[str, ...]) -> list[Actor]:
+        """Coloured shapes with a combination of motions from `motions`."""
         parts = [(part,) for part in motion] if self.difficulty == 3 else [motion]
         return [Actor(*look, part) for look, part in zip(looks, parts, strict=True)]
 
     def caption(self, index: int) -> str:
         """The caption of a clip."""
-        return " and ".join(actor.text for actor in self.actors(index))
+        return caption_of(self.actors(index))
 
     def row(self, index: int) -> Row:
-        return Row(f"moving_shapes/{self.split}/{index}", captions=[self.caption(index)])
+        media, actors = f"moving_shapes/{self.split}/{index}", self.actors(index)
+        if self.task == "caption":
+            return Row(media, captions=[caption_of(actors)])
+        rng = generator(self.seed, 0, index, f"{self.split} {self.task}")
+        if self.task == "question":
+            question, answer = rng.choice(questions(actors))
+            return Row(media, question=question, answer=answer)
+        options = self._options(actors, rng)
+        return Row(media, options=options, correct=options.index(caption_of(actors)))
+
+    def _options(self, actors: list[Actor], rng: random.Random) -> list[str]:
+        """Captions of these shapes, in random order: the right one and wrong ones."""
+        looks = [(actor.colour, actor.shape) for actor in actors]
+        motion = tuple(part for actor in actors for part in actor.motions)
+        backwards = tuple(MOTIONS[MOTIONS.index(part) ^ 1] for part in motion)
+        if self.difficulty == 2:
+            backwards = backwards[::-1]
+        chosen = list(dict.fromkeys([motion, backwards]))
+        others = [other for other in self._motions if other not in chosen]
+        chosen += rng.sample(others, OPTIONS - len(chosen))
+        rng.shuffle(chosen)
+        return [caption_of(self._acting(looks, other)) for other in chosen]
 
     def read(self, key: Key) -> Sample:
         row = self.row(key.index)
-        return Sample(
-            self._draw(self.actors(key.index), key.index), key.index, row, row.captions[0]
-        )
+        return Sample(self._draw(self.actors(key.index), key.index), key.index, row, text_of(row))
 
     def _draw(self, actors: list[Actor], index: int) -> Tensor:
         """Draw the actors on a noisy grey background: uint8 [T, H, W, 3]."""
@@ -179,6 +215,49 @@ def motions(difficulty: int) -> list[tuple[str, ...]]:
     if difficulty == 2:
         return list(itertools.permutations(MOTIONS, 2))
     return list(itertools.product(MOTIONS, repeat=2))
+
+
+def caption_of(actors: Sequence[Actor]) -> str:
+    """The caption of the shapes of a clip."""
+    return " and ".join(actor.text for actor in actors)
+
+
+def questions(actors: Sequence[Actor]) -> list[tuple[str, str]]:
+    """All questions about the shapes of a clip, with their answers: number, motion, shape, colour.
+
+    A shape is named by its colour, or by its motion, only if no other one has the same.
+    """
+    asked = [("how many shapes are there?", ("one", "two")[len(actors) - 1])]
+    for actor in actors:
+        others = [other for other in actors if other is not actor]
+        asked += [_question_of_motion(actor, number) for number in range(len(actor.motions))]
+        if all(other.colour != actor.colour for other in others):
+            asked.append((f"which shape is {actor.colour}?", actor.shape))
+        for motion in actor.motions:
+            if not any(motion in other.motions for other in others):
+                asked.append((f"what colour is the shape that {motion}?", actor.colour))
+    return asked
+
+
+def _question_of_motion(actor: Actor, number: int) -> tuple[str, str]:
+    """A question about one of the motions of a shape, and its answer."""
+    verb, *directions = actor.motions[number].replace(" and ", " ").split()
+    name = f"the {actor.colour} {actor.shape}"
+    when = (" at the start", " at the end")[number] if len(actor.motions) > 1 else ""
+    if verb == "moves":
+        return f"which way does {name} move{when}?", " ".join(directions)
+    if verb == "circles":
+        return f"which way does {name} turn{when}?", directions[0]
+    return f"does {name} grow or shrink{when}?", verb.removesuffix("s")
+
+
+def words_of_questions() -> list[str]:
+    """Questions and answers that have every word of `questions`, except colours and shapes."""
+    clips = [
+        [Actor("red", "circle", pair)] for pair in zip(MOTIONS[::2], MOTIONS[1::2], strict=True)
+    ]
+    clips.append([Actor("red", "circle", MOTIONS[:1]), Actor("blue", "ring", MOTIONS[1:2])])
+    return [text for actors in clips for pair in questions(actors) for text in pair]
 
 
 def coloured_shapes(split: str) -> list[tuple[str, str]]:

@@ -192,6 +192,62 @@ def inspect(source: Source, *, stream: int | None = None) -> Facts:
     return Facts(len(times), seconds, declared, width, height)
 
 
+def frames(
+    source: Source, *, start: float | None = None, end: float | None = None
+) -> Iterator[tuple[float, Any]]:
+    """Decode all frames of a part of a video, or an image, with PyAV.
+
+    Args:
+        source, start, end: see `read_clip`.
+
+    Yields:
+        Time after the begin of the part, in seconds, and the frame: uint8 [H, W, 3], a NumPy array.
+        The first frame has time 0; it is the one that is shown when the part begins.
+
+    Raises:
+        BrokenClip: the file cannot be read, has no frame in the part, or a frame is damaged.
+    """
+    from av.video.reformatter import VideoReformatter
+
+    _check_source(source)
+    part = Part(1, None, _seconds("start", start), _seconds("end", end))
+    with _breaking(source), open_container(source) as container:
+        stream = video_stream(container, None)
+        packets = _packets(container, stream, part.start or 0, part.end or math.inf)
+        times = _times(packets) if _timed(stream, packets) else [0]
+        origin = stream.start_time if stream.start_time is not None else min(times, default=0)
+        second = float(1 / stream.time_base)
+        begin, stop = (part.start or 0) * second, math.inf if end is None else end * second
+        exif = orientation_of_still(bytes(packets[0])) if packets and is_still(container) else None
+        reformatter = VideoReformatter()  # see _pictures
+
+        def picture(frame: Any) -> Any:
+            if frame.is_corrupt:
+                raise ValueError("a frame is damaged")
+            upright = UPRIGHT[exif or orientation_of(frame)]
+            return upright(reformatter.reformat(frame, format="rgb24").to_ndarray())
+
+        first, shown, time = True, None, 0.0
+        for tick, frame in _decode(stream, packets):
+            time = tick - origin
+            if time >= stop:
+                break
+            if time <= begin:
+                shown = frame
+                continue
+            if first:
+                yield 0.0, picture(shown or frame)
+                first = False
+                if shown is None:
+                    continue
+            yield (time - begin) / second, picture(frame)
+        if first:
+            part.instants(0, time + _last_ticks(stream, packets), second)  # an error if it is empty
+            if shown is None:
+                raise ValueError("no frames")
+            yield 0.0, picture(shown)
+
+
 def as_clip(pictures: Tensor) -> Tensor:
     """View frames [..., T, H, W, 3] as a clip [..., 3, T, H, W] for the ops; no copy."""
     return pictures.movedim(-1, -4)

@@ -47,7 +47,7 @@ def attend(
     return out.view(B, N, -1), None if importance is None else importance.view(B, M)
 
 
-T = TypeVar("T", Groups, Positions)
+T = TypeVar("T", Groups, Positions, Tensor)
 
 
 def cached(build: Callable[..., T]) -> Callable[..., T]:

@@ -109,7 +109,8 @@ def prune(
         towers = _towers(model)
         for name, module, tower in towers:
             _check_layers(name, module, tower, layers)
-            if reason := _why_not(module, tower, pruning, layers):
+            reason = _why_not_around(model, name, tower) or _why_not(module, tower, pruning, layers)
+            if reason:
                 raise ValueError(f"cannot prune {_called(name, module)}: {reason}")
         for name, module, tower in towers:
             changes += tuple(_install(name, module, tower, pruning, layers, backend))
@@ -150,6 +151,15 @@ def _check_layers(name: str, module: nn.Module, tower: Tower, layers: Sequence[i
         raise ValueError(
             f"need layers in [0, {depth}), those of {_called(name, module)}, got {layers}"
         )
+
+
+def _why_not_around(model: nn.Module, name: str, tower: Tower) -> str | None:
+    """The reason of a module that contains the tower of this name, or None."""
+    path = name.split(".") if name else []
+    for end in range(len(path)):
+        if reason := tower.around(model.get_submodule(".".join(path[:end]))):
+            return reason
+    return None
 
 
 def _why_not(

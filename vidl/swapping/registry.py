@@ -41,6 +41,7 @@ FAMILIES = {
     "timm.beit": "timm.models.beit",
     "timm.swin": "timm.models.swin_transformer",
     "torchvision.swin": "torchvision.models.video.swin_transformer",
+    "torchvision.mvit": "torchvision.models.video.mvit",
 }
 
 # The first and the last version that the tests ran with.
@@ -112,6 +113,8 @@ class Tower:
         prefix: returns the number of tokens in front that always stay.
         why_not: returns the reason why these layers cannot be pruned, given the model, the
             `vidl.nn.Pruning` and the layers, or None; changes nothing.
+        around: returns the reason why a module that contains such a model needs all of its tokens,
+            or None; changes nothing.
         every: replace all layers, because they must know what other layers dropped.
         setup, undo: as in `Rule`.
     """
@@ -122,6 +125,7 @@ class Tower:
     layers: Callable[[Any], Sequence[nn.Module]]
     prefix: Callable[[Any], int]
     why_not: Callable[[Any, Any, Sequence[int]], str | None]
+    around: Callable[[nn.Module], str | None] = never
     every: bool = False
     setup: Callable[[nn.Module], None] | None = None
     undo: Callable[[nn.Module], None] | None = None

@@ -14,6 +14,11 @@ from vidl import models
 from vidl import overrides as grammar
 from vidl.files import replaced
 from vidl.models import Recipe
+from vidl.models.recipe import types_of
+from vidl.training.trackers import Tracker
+
+# What the rows of moving_shapes have.
+Text = Literal["caption", "question", "choice"]
 
 
 def _field(default: Any, about: str) -> Any:
@@ -26,8 +31,8 @@ def _field(default: Any, about: str) -> Any:
 class Model:
     """The model. Any field of its recipe may be set in this section too."""
 
-    name: str = _field("smaug", "smaug or mac")
-    preset: str = _field("tiny", "tiny (trains on a CPU), small or base")
+    name: str = _field("smaug", "a model of `vidl systems`")
+    preset: str = _field("tiny", "tiny (trains on a CPU), small, base, or another of the model")
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -38,9 +43,16 @@ class Start:
     model: str | None = _field(
         None, "all weights: folder of a run, a checkpoint or a file of weights"
     )
-    vision: str | None = _field(None, "vision encoder: weights of ViT, DeiT, MAE or CLIP")
+    vision: str | None = _field(
+        None, "vision encoder: weights of ViT, DeiT, MAE or CLIP; or hf-hub:REPOSITORY"
+    )
     text: str | None = _field(
-        None, "text encoder: weights of BERT or DistilBERT; needs their data.tokenizer"
+        None,
+        "text encoder: weights of BERT or DistilBERT, or a repository such as bert-base-uncased; "
+        "needs their data.tokenizer",
+    )
+    teacher: str | None = _field(
+        None, "alpro: a run of alpro, frozen, that tells which entities a part of a clip shows"
     )
 
 
@@ -59,7 +71,8 @@ class Data:
         False, "annotations may name files outside the folder of the clips; only if you trust them"
     )
     tokenizer: str | None = _field(
-        None, "tokenizer.json or vocab.txt; default: built from captions"
+        None,
+        "tokenizer.json, vocab.txt or a repository of the Hub; default: built from captions",
     )
     words: int = _field(32, "tokens of a caption, including [CLS] and [SEP]")
     batch_size: int = _field(16, "clips of one forward pass on one rank")
@@ -77,6 +90,9 @@ class Data:
         "clip", "samples with the same clip, or caption, are not negatives of each other"
     )
     clips: int = _field(10_000, "moving_shapes: clips of an epoch")
+    task: Text = _field(
+        "caption", "moving_shapes: the text of a clip; `vidl finetune` and `eval` set it"
+    )
     difficulty: int = _field(1, "moving_shapes: 1, 2 or 3")
     looks: int = _field(0, "moving_shapes: different coloured shapes in a batch; 0: no limit")
 
@@ -135,7 +151,9 @@ class Run:
         "step of the checkpoint to resume from, e.g. if the newest is damaged; later ones are "
         "renamed; default: the newest",
     )
-    tensorboard: bool = _field(True, "also write TensorBoard files, if it is installed")
+    trackers: list[Tracker] = _field(
+        [], "tensorboard, wandb (offline) or mlflow; several as a list"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +165,7 @@ class Evaluation:
     media: str | None = _field(None, "folder of its clips; default: beside each annotation file")
     rerank: int = _field(0, "re-rank so many top results with the fusion encoder; 0: none")
     pairs: int = _field(
-        100, "moving_shapes: clips of its val set; their captions differ only in the motion"
+        100, "moving_shapes: clips of its val set; captions of retrieval differ in the motion only"
     )
 
 
@@ -307,28 +325,31 @@ def explain() -> str:
                 shown = "" if default in (None, []) else f" (default {_shown(default)})"
                 lines += [_paragraph(name, field.metadata["about"] + shown)]
         if section == "model":
-            lines += _recipe_fields()
+            lines += ["  fields of every recipe (`vidl recipe NAME` prints those of one):"]
+            lines += explain_recipe(Recipe)
         lines += [""]
     return "\n".join(lines)
 
 
-def _recipe_fields() -> list[str]:
-    """The fields of the recipes, from the docstrings of the recipes."""
-    kinds = {"any model": Recipe}
-    for name, (_, presets) in models.MODELS.items():
-        kinds[name] = type(presets["base"])
-    lines = []
-    for name, kind in kinds.items():
-        about = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2]
-        about = textwrap.dedent(about.split("\n\n")[0])
-        entries = about.replace("\n    ", " ").splitlines()
-        lines += [f"  recipe of {name}:"]
-        for entry in entries:
-            fields, _, text = entry.partition(": ")
-            names = [n for n in fields.split(", ") if n not in GIVEN]
-            if names:
-                lines += [_paragraph(", ".join(f"model.{n}" for n in names), text)]
-    return lines
+def explain_recipe(recipe: Recipe | type[Recipe]) -> list[str]:
+    """The fields of a recipe that a configuration may set: meaning and value, or default."""
+    about = meanings(recipe if isinstance(recipe, type) else type(recipe))
+    return [
+        _paragraph(f"model.{field.name}", f"{about[field.name]} ({_shown(value)})")
+        for field in dataclasses.fields(recipe)
+        if field.name not in GIVEN and (value := getattr(recipe, field.name)) is not None
+    ]
+
+
+def meanings(kind: type) -> dict[str, str]:
+    """The meaning of each field of a recipe class, from its docstring and those of its bases."""
+    about: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        text = inspect.cleandoc(vars(base).get("__doc__") or "").partition("Attributes:\n")[2]
+        entries = textwrap.dedent(text.split("\n\n")[0]).replace("\n    ", " ").splitlines()
+        for names, _, meaning in (entry.partition(": ") for entry in entries):
+            about |= dict.fromkeys(names.split(", "), meaning)
+    return about
 
 
 def _paragraph(name: str, text: str) -> str:
@@ -347,5 +368,5 @@ def _hints(model: str, preset: str) -> dict[str, Any]:
         for name, hint in get_type_hints(kind).items()
     }
     del hints["model.recipe"]
-    recipe = get_type_hints(type(models.recipe(model, preset)))
+    recipe = types_of(models.recipe(model, preset))
     return hints | {f"model.{name}": hint for name, hint in recipe.items() if name not in GIVEN}

@@ -1,28 +1,35 @@
-"""Fine-tuning of a pre-trained model for retrieval or question answering."""
+"""Fine-tuning of a pre-trained model for retrieval, question answering or captions."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from vidl.data.dataset import Batch
-from vidl.evaluation import Options, question_answering
-from vidl.files import replaced
-from vidl.models import Answering, frequent_answers
+from vidl.data.dataset import Batch, ClipSet
+from vidl.evaluation import Options, captioning, question_answering
+from vidl.models import Answers, Captioning, Ranking, frequent_answers
 from vidl.training import parallel, sources
 from vidl.training.config import Config
 from vidl.training.frozen import frozen
 from vidl.training.lock import locked
 from vidl.training.loop import Training
-from vidl.training.runs import ANSWERS, folder_of
+from vidl.training.runs import (
+    ANSWERS,
+    DECODER,
+    FORMS,
+    TEXTS,
+    answering,
+    folder_of,
+    read_answers,
+    read_layers,
+    write_answers,
+    write_layers,
+)
 
-TASKS = ("retrieval", "qa")
+TASKS = ("retrieval", "qa", "caption")
 # Defaults that differ from the pre-training run: no visual mask, and the learning rate of
 # Singularity (arXiv 2206.03428, appendix).
 DEFAULTS = {"model.mask_ratio": 0.0, "optimizer.lr": 1e-5, "run.folder": "finetuned"}
-DEFAULTS_OF = {"mac": {"model.word_ratio": 0.0}}
+DEFAULTS_OF = {"mac": {"model.word_ratio": 0.0}, "alpro": {"model.pem": 0.0}}
 # Fields that a run never hands on: the run of a stranger must not choose what is read here.
 SOURCES = (
     "data.source", "data.files", "data.media", "data.outside", "evaluation.files",
@@ -31,7 +38,11 @@ SOURCES = (
 
 
 def configuration(
-    weights: str | Path, file: str | Path | None = None, overrides: Sequence[str] = ()
+    weights: str | Path,
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    task: str = "retrieval",
 ) -> Config:
     """The configuration of a fine-tuning run, based on that of the pre-training run.
 
@@ -41,10 +52,12 @@ def configuration(
         weights: the pre-training run or one of its checkpoints.
         file, overrides: see `Config.read`; they take precedence over `DEFAULTS`, and `DEFAULTS`
             over the values of the pre-training run.
+        task: see `finetune`.
 
     Raises:
-        ValueError: no such run, or the configuration is invalid.
+        ValueError: unknown task, no such run, or the configuration is invalid.
     """
+    _check_task(task)
     folder = folder_of(weights)
     base = Config.read(folder / "config.yaml").values() | DEFAULTS
     synthetic = base["data.source"] == "moving_shapes"
@@ -53,71 +66,138 @@ def configuration(
         base["data.source"] = "moving_shapes"
     base |= DEFAULTS_OF.get(base["model.name"], {})
     base |= {"start.model": str(weights), "start.vision": None, "start.text": None}
-    base |= {"data.tokenizer": str(folder / "tokenizer.json")}
+    base["start.teacher"] = None
+    base |= {"data.tokenizer": str(folder / "tokenizer.json"), "data.task": TEXTS[task]}
     return Config.read(file, overrides, base)
 
 
-def finetune(task: str, config: Config, *, answers: int = 1500) -> dict[str, Any]:
+def finetune(
+    task: str, config: Config, *, answers: int = 1500, form: str = "classifier", layers: int = 3
+) -> dict[str, Any]:
     """Fine-tune the model at `config.start.model`.
 
     The loop is that of `pretrain`, and so is resumption. For "qa" the rows are questions, and the
-    model becomes a `vidl.models.Answering` with the most frequent answers; they are saved in the
-    run's answers.json.
+    model becomes a `vidl.models.Answering` or a `vidl.models.Ranking` with the most frequent
+    answers; the form and the answers are saved in the run's answers.json. For "caption" it becomes
+    a `vidl.models.Captioning`, whose number of layers is saved in the run's decoder.json.
 
     Args:
-        task: "retrieval" or "qa".
+        task: "retrieval", "qa" or "caption".
         config: from `configuration`.
         answers: size of the answer set of "qa".
+        form: how "qa" answers: "classifier" or "ranking".
+        layers: layers of the decoder of "caption".
 
     Returns:
         See `pretrain`.
 
     Raises:
-        ValueError: unknown task, the model does not support it, or see `pretrain`.
+        ValueError: unknown task or form, the model does not support it, the run that is resumed has
+            another form or other layers, captions are longer than the decoder, or see `pretrain`.
     """
-    if task not in TASKS:
-        raise ValueError(f"need a task among {', '.join(TASKS)}, got {task!r}")
+    _check_task(task)
+    if form not in FORMS:
+        raise ValueError(f"need a form among {', '.join(FORMS)}, got {form!r}")
+    sources.require_text(config, TEXTS[task])
     folder = Path(config.run.folder)
     with parallel.ranks(config.run.device) as ranks, locked(folder, ranks), frozen(folder, ranks):
         if task == "retrieval":
             return Training(config, ranks).run()
-        return Questions(config, ranks, answers).run()
+        if task == "caption":
+            return Captions(config, ranks, layers).run()
+        return Questions(config, ranks, answers, form).run()
 
 
-class Questions(Training):
+def _check_task(task: str) -> None:
+    if task not in TASKS:
+        raise ValueError(f"need a task among {', '.join(TASKS)}, got {task!r}")
+
+
+class Heads(Training):
+    """A fine-tuning run whose model has layers for a task."""
+
+    def begin_with(self, model: Any, weights: dict[str, Any]) -> None:
+        """Load the weights of a pre-training run, or of a run for the same task."""
+        tuned = any(name.startswith("model.") for name in weights)
+        super().begin_with(model if tuned else model.model, weights)
+        if isinstance(model, (Ranking, Captioning)) and not tuned:
+            model.start_decoder()
+
+
+class Questions(Heads):
     """A fine-tuning run for question answering."""
 
-    def __init__(self, config: Config, ranks: parallel.Ranks, most: int) -> None:
+    def __init__(self, config: Config, ranks: parallel.Ranks, most: int, form: str) -> None:
         folder = Path(config.run.folder)
-        kept = folder / ANSWERS
-        if kept.is_file():
-            self.answers = json.loads(kept.read_text())
+        kept = (folder / ANSWERS).is_file()
+        if kept:
+            self.form, self.answers = read_answers(folder)
         else:
-            rows = sources.annotated(config)
-            self.answers = frequent_answers((row.answer for row in rows), most)
-        super().__init__(config, ranks, accuracy if config.evaluation.files else None)
-        if ranks.first and not kept.is_file():
-            with replaced(kept) as unfinished:
-                unfinished.write_text(json.dumps(self.answers))
+            self.form, self.answers = form, frequent_answers(sources.training_answers(config), most)
+        if self.form != form:
+            raise ValueError(
+                f"{folder} has a run with form {self.form}: need the same to resume it, or another "
+                f"run.folder, got {form}"
+            )
+        super().__init__(config, ranks, accuracy if evaluated(config) else None)
+        if ranks.first and not kept:
+            write_answers(folder, form, self.answers)
         ranks.wait()
 
-    def new_model(self) -> Answering:
-        return Answering(super().new_model(), self.answers)
-
-    def begin_with(self, model: nn.Module, weights: dict[str, Any]) -> None:
-        whole: Any = model
-        answered = any(name.startswith("head.") for name in weights)
-        super().begin_with(whole if answered else whole.model, weights)
+    def new_model(self) -> Answers:
+        return answering(super().new_model(), self.form, self.answers, self.tokenizer)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         numbers = self.model.numbers(row.answer for row in batch.rows)
         return super()._inputs(batch) | {"answers": numbers.to(self.ranks.device)}
 
 
+class Captions(Heads):
+    """A fine-tuning run for captions."""
+
+    def __init__(self, config: Config, ranks: parallel.Ranks, layers: int) -> None:
+        folder = Path(config.run.folder)
+        kept = read_layers(folder) if (folder / DECODER).is_file() else None
+        if kept not in (None, layers):
+            raise ValueError(
+                f"{folder} has a run with layers={kept}: need the same to resume it, or another "
+                f"run.folder, got {layers}"
+            )
+        self.layers = layers
+        super().__init__(config, ranks, scores if evaluated(config) else None)
+        if ranks.first and kept is None:
+            write_layers(folder, layers)
+        ranks.wait()
+
+    def new_model(self) -> Captioning:
+        model = Captioning(super().new_model(), self.tokenizer, layers=self.layers)
+        if self.config.data.words > model.longest:
+            raise ValueError(
+                f"need data.words <= {model.longest}, the positions of the decoder, got "
+                f"{self.config.data.words}"
+            )
+        return model
+
+
+def evaluated(config: Config) -> bool:
+    """Whether the configuration has an evaluation set."""
+    return bool(config.evaluation.files) or config.data.source == "moving_shapes"
+
+
 def accuracy(training: Any) -> dict[str, float]:
     """The accuracy on the evaluation set of the configuration, in percent."""
-    config = training.config
-    dataset = sources.open_searched(config, training.recipe, training.tokenizer)
-    assert dataset is not None  # the caller checks evaluation.files
-    options = Options(batch_size=config.data.batch_size, dtype=training.dtype, quiet=True)
+    dataset, options = _evaluation_set(training, "qa")
     return {"accuracy": question_answering(training.whole_model(), dataset, options).accuracy}
+
+
+def scores(training: Any) -> dict[str, float]:
+    """The metrics of greedy captions of the evaluation set of the configuration."""
+    dataset, options = _evaluation_set(training, "caption")
+    return captioning(training.whole_model(), dataset, options, beams=1).numbers()
+
+
+def _evaluation_set(training: Any, task: str) -> tuple[ClipSet, Options]:
+    config = training.config
+    dataset = sources.open_searched(config, training.recipe, training.tokenizer, task=task)
+    assert dataset is not None  # the caller checks that there is one
+    return dataset, Options(batch_size=config.data.batch_size, dtype=training.dtype, quiet=True)

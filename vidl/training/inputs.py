@@ -21,7 +21,7 @@ def arguments(
     """The arguments of a model's `forward`.
 
     Args:
-        batch: has `ids`. Images are repeated to clips of `recipe.frames` frames.
+        batch: has `ids`. Images are clips of one frame, or repeated; see `recipe.stills`.
         recipe: recipe of the model.
         step: step of the run.
         match: samples with the same "clip", or the same "caption", are not negatives of each other.
@@ -37,7 +37,7 @@ def arguments(
     batch = batch.to(device)
     assert batch.ids is not None and batch.attention_mask is not None
     video = batch.video
-    if video.shape[2] == 1:
+    if video.shape[2] == 1 and recipe.stills == "repeat":
         video = video.expand(-1, -1, recipe.frames, -1, -1)
     return {
         "video": video,

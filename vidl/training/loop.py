@@ -2,34 +2,34 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 from vidl import models
 from vidl.data.dataset import Batch
+from vidl.data.text import load_tokenizer
 from vidl.data.video import generator
-from vidl.models.summary import example
 from vidl.nn.checkpoints import load_or_explain
-from vidl.training import checkpoints, measures, optimizer, parallel, sources
+from vidl.training import checkpoints, measures, names, optimizer, parallel, sources, trackers
 from vidl.training.config import Config
 from vidl.training.frozen import frozen
 from vidl.training.frozen import save as save_choices
 from vidl.training.inputs import arguments
 from vidl.training.lock import locked
+from vidl.training.losses import Losses
 from vidl.training.progress import Progress
+from vidl.training.runs import folder_of
+from vidl.training.signals import stop_signals
 
-# Weights of modules that only the pre-training losses use.
-OPTIONAL = ("decoder.", "text.cls.")
 # From a run to its metrics at the current step, such as the recall of retrieval.
 Evaluate = Callable[["Training"], Mapping[str, Any]]
 
@@ -50,7 +50,8 @@ def pretrain(config: Config, evaluate: Evaluate | None = None) -> dict[str, Any]
             logged. Default: retrieval, if the configuration has an evaluation set.
 
     Returns:
-        "step", whether the run is "finished", and the last record of its log.
+        "step", whether the run is "finished", the "signal" that ended it (0: none), and the last
+        record of its log.
 
     Raises:
         ValueError: the folder has a run with another configuration, a damaged checkpoint, or is in
@@ -58,6 +59,7 @@ def pretrain(config: Config, evaluate: Evaluate | None = None) -> dict[str, Any]
         Diverged: the loss or a weight is not finite; the last checkpoint has finite weights.
         RuntimeError: from data and model.
     """
+    sources.require_text(config, "caption")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     folder = Path(config.run.folder)
@@ -84,6 +86,7 @@ class Training:
     ) -> None:
         import safetensors.torch  # noqa: F401  fail now, not when the first checkpoint is saved
 
+        trackers.require(config.run.trackers)
         self.config, self.ranks = config, ranks
         self.evaluate = evaluate or measures.chosen(config)
         self.folder = Path(config.run.folder)
@@ -102,6 +105,7 @@ class Training:
         self.optimizer = optimizer.make(self.parallel, config.optimizer)
         self.step = 0
         self.record: dict[str, Any] = {}
+        self.losses = Losses()
         self.abandoned: list[Path] = []
         if self.checkpoint is not None:
             self._resume(self.checkpoint)
@@ -118,7 +122,8 @@ class Training:
         if changed:
             raise ValueError(
                 f"{self.folder} has a run with another {', '.join(changed)}: need the same to "
-                "resume it, or another run.folder"
+                f"resume it, or another run.folder (start.model={self.folder} begins with its "
+                "weights)"
             )
         if self.ranks.first:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -142,34 +147,70 @@ class Training:
         model = self.new_model()
         if self.checkpoint is None:
             if start.model is not None:
-                self.begin_with(model, checkpoints.weights_of(start.model))
-            if start.vision is not None:
-                model.vision.load_pretrained(checkpoints.weights_of(start.vision))
-            if start.text is not None:
-                model.text.load_pretrained(checkpoints.weights_of(start.text))
+                file = names.local(start.model, "start.model", names.WEIGHTS, marked=True)
+                self._check_system(file)
+                self.begin_with(model, checkpoints.weights_of(file))
+            for part, source in (("vision", start.vision), ("text", start.text)):
+                if source is not None:
+                    file = names.local(source, f"start.{part}", names.WEIGHTS)
+                    model.starts()[part].load_pretrained(checkpoints.weights_of(file))
+            self._teach(model)
         model = model.to(self.ranks.device).train()
         parallel.freeze_unused(model, self._example())
         if run.checkpoint_activations:
             parallel.recompute(model)
         return model
 
+    def _teach(self, model: Any) -> None:
+        """Give a model that learns from a frozen one the weights of `start.teacher`."""
+        teacher = self.config.start.teacher
+        if teacher is not None:
+            models.abilities.need(model, models.Taught, to="for start.teacher")
+            self._check_system(teacher, "start.teacher")
+            if self.config.data.source == "shards":
+                raise ValueError(
+                    "need data.source clips or moving_shapes with start.teacher, which reads all "
+                    "captions in advance, got shards"
+                )
+            tokenizer = load_tokenizer(folder_of(teacher))
+            captions = itertools.islice(sources.captions(self.config), sources.CAPTIONS)
+            model.teach(checkpoints.weights_of(teacher), tokenizer, captions)
+        elif models.can(model, models.Taught) and not model.taught:
+            raise ValueError(
+                f"need start.teacher, a run of {self.config.model.name} with model.pem=0, or "
+                "model.pem=0"
+            )
+
+    def _check_system(self, path: str, field: str = "start.model") -> None:
+        """Raise if the weights come from a run of another system."""
+        try:
+            folder = folder_of(path)
+        except ValueError:  # a file of weights
+            return
+        theirs, own = Config.read(folder / "config.yaml").model.name, self.config.model.name
+        if theirs != own:
+            raise ValueError(
+                f"need {field} as a run of {own}, the model.name, got one of {theirs}: {path}"
+            )
+
     def new_model(self) -> Any:
         """The model with random weights."""
-        return models.MODELS[self.config.model.name][0](self.recipe)
+        return models.MODELS[self.config.model.name].model(self.recipe)
 
-    def begin_with(self, model: nn.Module, weights: dict[str, Any]) -> None:
-        """Load weights; those of modules in `OPTIONAL` that this model does not have are skipped.
+    def begin_with(self, model: Any, weights: dict[str, Any]) -> None:
+        """Load weights; those for pre-training only that this model does not have are skipped.
 
         Raises:
             ValueError: weights are missing or have another shape; lists each of them.
         """
-        own = model.state_dict()
-        kept = [name for name in weights if name in own or not name.startswith(OPTIONAL)]
-        load_or_explain(model, {name: weights[name] for name in kept})
+        own, optional = model.state_dict(), model.pretraining_only
+        kept = [name for name in weights if name in own or not name.startswith(optional)]
+        load_or_explain(model, model.resized({name: weights[name] for name in kept}))
 
     def _resume(self, checkpoint: Path) -> None:
         state = checkpoints.load(checkpoint, self.parallel, self.optimizer, self.ranks.device)
         self.step, self.record = state["step"], state["record"]
+        self.losses = Losses(state["losses"])
         loaders = state["loaders"]
         same = len(loaders) == self.ranks.world_size
         self.loader.load_state_dict(loaders[self.ranks.rank if same else 0])
@@ -192,7 +233,11 @@ class Training:
             Diverged: a weight is not finite; the checkpoints before are kept.
         """
         self._check_weights()
-        state = {"loaders": self.ranks.gathered(self.loader.state_dict()), "record": self.record}
+        state = {
+            "loaders": self.ranks.gathered(self.loader.state_dict()),
+            "record": self.record,
+            "losses": self.losses.state(self.ranks),
+        }
         checkpoints.save(
             self.folder,
             self.step,
@@ -225,31 +270,41 @@ class Training:
         run, steps = self.config.run, self.config.schedule.steps
         progress = None
         if self.ranks.first:
-            progress = Progress(self.folder, self.step, steps, tensorboard=run.tensorboard)
+            values = self.config.values()
+            progress = Progress(self.folder, self.step, steps, trackers=run.trackers, values=values)
             about = f"{self.config.model.name}, {self.ranks.world_size} rank(s)"
             progress.say(f"{self.folder}: {about}, from step {self.step} to {steps}")
             for path in self.abandoned:
                 progress.say(f"renamed a later checkpoint: {path}")
-        with _stop_signals() as stopped:
-            self._steps(progress, stopped)
+        try:
+            with stop_signals(self.ranks.first) as received:
+                self._steps(progress, received)
+        finally:
+            if progress is not None:
+                progress.close()
+        number = max(self.ranks.gathered(received()))
         self._finish(progress)
-        return {"finished": self.step >= steps, **self.record, "step": self.step}
+        finished = self.step >= steps
+        return {"finished": finished, "signal": number, **self.record, "step": self.step}
 
-    def _steps(self, progress: Progress | None, stopped: Callable[[], bool]) -> None:
+    def _steps(self, progress: Progress | None, received: Callable[[], int]) -> None:
         run, steps = self.config.run, self.config.schedule.steps
         saved, stop = self.step if self.checkpoint else -1, False
         every = self.config.evaluation.every
         batches, watch = iter(self.loader), _Watch(self)
         while self.step < steps and not stop:
             losses, norm = self._make_step(batches)
+            self.losses.add(losses)
             self.step += 1
+            if progress is not None:
+                progress.step(self.step)
             last = self.step == steps
             if last or self.step % run.log_every == 0:
-                self._log(losses, norm, watch, progress)
+                self._log(norm, watch, progress)
             if self.evaluate and (last or (every and self.step % every == 0)):
                 self._evaluate(progress)
                 watch = _Watch(self)
-            stop = self.ranks.any(stopped())
+            stop = self.ranks.any(received() > 0)
             if last or stop or self.step % run.save_every == 0:
                 self._check_loss(float(self.ranks.mean(losses["loss"].float().clone())))
                 self.save()
@@ -299,7 +354,7 @@ class Training:
 
     def _example(self) -> dict[str, Any]:
         """Random inputs of the model."""
-        return example(self.recipe, 2, self.config.data.words, self.ranks.device)
+        return self.recipe.example(2, self.config.data.words, self.ranks.device)
 
     def _autocast(self) -> Any:
         if self.dtype is None:
@@ -310,18 +365,15 @@ class Training:
         if not over or not hasattr(self.recipe, "keep_rate"):
             return
         rate = optimizer.keep_rate(self.step, self.recipe.keep_rate, self.config.schedule)
-        self.model.vision.set_keep_rate(rate)
+        self.model.set_keep_rate(rate)
 
-    def _log(
-        self, losses: dict[str, Tensor], norm: Tensor, watch: "_Watch", progress: Progress | None
-    ) -> None:
-        names = list(losses)
-        values = self.ranks.mean(torch.stack([losses[name].float() for name in names])).tolist()
-        means = dict(zip(names, values, strict=True))
+    def _log(self, norm: Tensor, watch: "_Watch", progress: Progress | None) -> None:
+        means = self.losses.means(self.ranks)
         self._check_loss(means["loss"])
         rate = self.optimizer.param_groups[0]["lr"]
         self.record = {**means, "lr": rate, "grad_norm": float(norm), **watch.read(self)}
-        self.record["losses"] = [name for name in names if name != "loss"]
+        self.record["losses"] = [name for name in means if name != "loss"]
+        self.losses = Losses()
         if progress is not None:
             progress.record(self.step, self.record)
 
@@ -339,13 +391,16 @@ class Training:
         reports = [report for report in self.ranks.gathered(self.loader.report()) if report]
         if progress is None:
             return
-        progress.close()
         for report in reports:
             progress.say(report)
         if self.step < self.config.schedule.steps:
             progress.say(f"stopped at step {self.step}; run the same command to resume")
         else:
             progress.say(f"saved {checkpoints.newest(self.folder)}")
+            progress.say(
+                f"this run is finished; to train longer, begin another with its weights: "
+                f"start.model={self.folder} run.folder={self.folder}-2"
+            )
 
 
 class _Watch:
@@ -373,25 +428,3 @@ class _Watch:
             "tokens_per_second": speed * training.recipe.visible,
             "data_wait": min(waited, 1.0),
         }
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or Ctrl-C was received; a second one ends the process at once."""
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def note(number: int, frame: Any) -> None:
-        seen.append(number)
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

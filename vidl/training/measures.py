@@ -5,6 +5,7 @@ from typing import Any
 
 from vidl.evaluation import Options, Retrieval, retrieval
 from vidl.evaluation.retrieval import matches
+from vidl.models import Aligns, can
 from vidl.training import sources
 from vidl.training.config import Config
 
@@ -47,6 +48,7 @@ def search(training: Any) -> Retrieval:
     if dataset is None:
         raise ValueError("need evaluation.files to evaluate retrieval")
     model = training.whole_model()
-    rerank = config.evaluation.rerank if matches(model) else 0
+    # A model without features matches all pairs: nothing is left to re-rank.
+    rerank = config.evaluation.rerank if matches(model) and can(model, Aligns) else 0
     options = Options(batch_size=config.data.batch_size, dtype=training.dtype, quiet=True)
     return retrieval(model, dataset, options, rerank=rerank)

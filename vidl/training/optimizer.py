@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from vidl.training.config import Optimizer, Schedule
 from vidl.training.muon import Muon
 
-# Temperatures, and embeddings of positions, times and special tokens.
+# Temperatures, and embeddings and tables of positions, times and special tokens.
 NO_DECAY = re.compile(
     r"(^|\.)(time|temperature|\w*pos_embed|temporal_embed|cls_token|mask_token"
-    r"|(position|token_type)_embeddings\.weight)$"
+    r"|relative_position_bias_table|(position|token_type)_embeddings\.weight)$"
 )
 
 

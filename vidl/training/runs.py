@@ -13,17 +13,39 @@ from vidl.data.dataset import TooManyBroken
 from vidl.data.text import Tokenizer, load_tokenizer
 from vidl.evaluation import (
     Accuracy,
+    CaptionScores,
     Options,
     Retrieval,
+    captioning,
     multiple_choice,
     question_answering,
     retrieval,
 )
-from vidl.models import Answering
+from vidl.files import replaced
+from vidl.models import Answering, Answers, Captioning, Ranking, System
+from vidl.models.captioning import BEAMS
 from vidl.training import checkpoints, parallel, sources
-from vidl.training.config import Config
+from vidl.training.config import Config, Text
 
 ANSWERS = "answers.json"
+DECODER = "decoder.json"
+# How a model answers questions: by a classifier, or by a decoder that ranks answers.
+FORMS = ("classifier", "ranking")
+# The text that each task needs of moving_shapes, as data.task.
+TEXTS: dict[str, Text] = {
+    "retrieval": "caption", "mc": "choice", "qa": "question", "caption": "caption",
+}  # fmt: skip
+# The models of tasks with layers of their own, which `vidl finetune` adds.
+FINETUNED: dict[str, Any] = {"qa": Answers, "caption": Captioning}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionOptions:
+    """How captions are written; see `vidl.evaluation.captioning`."""
+
+    words: int | None = None
+    beams: int = BEAMS
+    length_penalty: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +53,8 @@ class Trained:
     """A trained model with its tokenizer and configuration.
 
     Attributes:
-        model: a model of `vidl.models`; `Answering` if the run has answers.
+        model: a model of `vidl.models`; `Answering` or `Ranking` if the run has answers,
+            `Captioning` if it has a decoder of captions.
         tokenizer: tokenizer of the captions.
         config: configuration of the run.
     """
@@ -71,11 +94,66 @@ def open_run(path: str | Path, device: torch.device | str = "cpu") -> Trained:
     config = Config.read(folder / "config.yaml")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     recipe = config.recipe(vocabulary=sources.vocabulary(tokenizer))
-    model = models.MODELS[config.model.name][0](recipe)
+    model = models.MODELS[config.model.name].model(recipe)
     if (folder / ANSWERS).is_file():
-        model = Answering(model, json.loads((folder / ANSWERS).read_text()))
+        model = answering(model, *read_answers(folder), tokenizer)
+    elif (folder / DECODER).is_file():
+        model = Captioning(model, tokenizer, layers=read_layers(folder))
     model.load_state_dict(checkpoints.weights_of(path))
     return Trained(model.to(device).eval(), tokenizer, config)
+
+
+def answering(model: Any, form: str, answers: list[str], tokenizer: Tokenizer) -> Answers:
+    """The model with the layers that give an answer, in one of `FORMS`."""
+    if form == "ranking":
+        return Ranking(model, answers, tokenizer)
+    return Answering(model, answers)
+
+
+def read_answers(folder: Path) -> tuple[str, list[str]]:
+    """The form and the answers of a run for question answering, as `write_answers` stored them.
+
+    Raises:
+        ValueError: the file has something else.
+    """
+    kept = json.loads((folder / ANSWERS).read_text())
+    if (
+        not isinstance(kept, dict)
+        or kept.keys() != {"form", "answers"}
+        or kept["form"] not in FORMS
+    ):
+        raise ValueError(
+            f"need an object of form ({' or '.join(FORMS)}) and answers in {folder / ANSWERS}, got "
+            f"{kept!r:.80}"
+        )
+    return kept["form"], kept["answers"]
+
+
+def write_answers(folder: Path, form: str, answers: list[str]) -> None:
+    """Store the form and the answers of a run, atomically."""
+    with replaced(folder / ANSWERS) as unfinished:
+        unfinished.write_text(json.dumps({"form": form, "answers": answers}))
+
+
+def read_layers(folder: Path) -> int:
+    """The layers of the decoder of a run for captions, as `write_layers` stored them.
+
+    Raises:
+        ValueError: the file has something else.
+    """
+    kept = json.loads((folder / DECODER).read_text())
+    layers = kept.get("layers") if isinstance(kept, dict) else None
+    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+        raise ValueError(
+            f"need an object with layers of 1 or more in {folder / DECODER}, got {kept!r:.80}"
+        )
+    return layers
+
+
+def write_layers(folder: Path, layers: int) -> None:
+    """Store the layers of the decoder of a run, atomically."""
+    with replaced(folder / DECODER) as unfinished:
+        unfinished.write_text(json.dumps({"layers": layers}))
 
 
 def evaluate(
@@ -86,29 +164,34 @@ def evaluate(
     options: Options,
     rerank: int = 0,
     *,
+    caption: CaptionOptions = CaptionOptions(),  # noqa: B008  (it is frozen)
     outside: bool = False,
-) -> Retrieval | Accuracy:
+) -> Retrieval | Accuracy | CaptionScores:
     """Evaluate the model of a run.
 
     Args:
         path: see `open_run`.
-        task: "retrieval", "mc" or "qa".
+        task: "retrieval", "mc", "qa" or "caption".
         data: annotation file and the folder of its media; None: the synthetic evaluation set of
             moving_shapes. Files that the run's configuration names are not read: the run may be
             that of a stranger.
         ranks: this rank.
         options: batches, masks, pruning.
         rerank: see `vidl.evaluation.retrieval`.
+        caption: how captions are written.
         outside: see `vidl.data.annotations.Annotations`.
 
     Raises:
-        ValueError: no such run, its model does not support the task, or there are no data.
+        ValueError: unknown task, no such run, its model does not support the task, or there are no
+            data.
         TooManyBroken: no clip at all can be read; the folder is probably wrong.
     """
+    if task not in TEXTS:
+        raise ValueError(f"need a task among {', '.join(TEXTS)}, got {task!r}")
     trained = open_run(path, ranks.device)
     model, config = trained.model, trained.config
-    if (task == "qa") != isinstance(model, Answering):
-        needed = "a run of `vidl finetune qa`" if task == "qa" else f"a run for {task}"
+    if not isinstance(model, FINETUNED.get(task, System)):
+        needed = f"a run of `vidl finetune {task}`" if task in FINETUNED else f"a run for {task}"
         raise ValueError(f"need {needed}, got {type(model).__name__} at {path}")
     file, media = data or (None, None)
     chosen = dataclasses.replace(
@@ -116,14 +199,16 @@ def evaluate(
         files=[] if file is None else [str(file)],
         media=None if media is None else str(media),
     )
-    trusted = dataclasses.replace(config.data, outside=outside)
-    config = dataclasses.replace(config, evaluation=chosen, data=trusted)
-    dataset = sources.open_searched(config, model.recipe, trained.tokenizer)
+    source = dataclasses.replace(config.data, outside=outside, task=TEXTS[task])
+    config = dataclasses.replace(config, evaluation=chosen, data=source)
+    dataset = sources.open_searched(config, model.recipe, trained.tokenizer, task=task)
     if dataset is None:
         raise ValueError(f"need data to evaluate {path}: name an annotation file (--data)")
-    result: Retrieval | Accuracy
+    result: Retrieval | Accuracy | CaptionScores
     if task == "qa":
         result = question_answering(model, dataset, options)
+    elif task == "caption":
+        result = captioning(model, dataset, options, **vars(caption))
     elif task == "mc":
         result = multiple_choice(model, dataset, options)
     else:

@@ -1,20 +1,21 @@
 """Create the data sets and the tokenizer of a run from its configuration."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from vidl.data.cache import CachedClips
 from vidl.data.dataset import Clips, ClipSet
 from vidl.data.loader import Loader
-from vidl.data.moving_shapes import MovingShapes, motions
+from vidl.data.moving_shapes import MovingShapes, motions, words_of_questions
 from vidl.data.sampler import EpochSampler
 from vidl.data.shards import ShardStream
 from vidl.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from vidl.masking import Vocabulary
 from vidl.models import Recipe
 from vidl.training.config import Config
+from vidl.training.names import TOKENIZER, local
 
 # Captions from which a vocabulary is built, at most.
 CAPTIONS = 1_000_000
@@ -37,12 +38,12 @@ def open_tokenizer(config: Config, resumed: Path | None) -> Tokenizer:
     if resumed is not None:
         return load_tokenizer(resumed / "tokenizer.json")
     if data.tokenizer is not None:
-        return load_tokenizer(data.tokenizer)
+        return load_tokenizer(local(data.tokenizer, "data.tokenizer", TOKENIZER))
     if config.start.model is not None and (Path(config.start.model) / "tokenizer.json").is_file():
         return load_tokenizer(config.start.model)
     if data.source == "shards":
         raise ValueError("need data.tokenizer with data.source 'shards'")
-    return train_tokenizer(itertools.islice(_captions(config), CAPTIONS))
+    return train_tokenizer(itertools.islice(captions(config), CAPTIONS))
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
@@ -74,7 +75,7 @@ def open_clips(config: Config, recipe: Recipe, tokenizer: Tokenizer | None) -> C
     sizes: dict[str, Any] = dict(frames=recipe.frames, size=recipe.image_size)
     words: dict[str, Any] = dict(seed=config.run.seed, tokenizer=tokenizer, words=data.words)
     if data.source == "moving_shapes":
-        sizes |= dict(difficulty=data.difficulty, looks=data.looks)
+        sizes |= dict(task=data.task, difficulty=data.difficulty, looks=data.looks)
         return MovingShapes("train", data.clips, **sizes, **words)
     rows = [] if data.source == "shards" else annotated(config)
     kind = CachedClips if data.cache else Clips
@@ -83,14 +84,21 @@ def open_clips(config: Config, recipe: Recipe, tokenizer: Tokenizer | None) -> C
     )
 
 
-def open_searched(config: Config, recipe: Recipe, tokenizer: Tokenizer) -> ClipSet | None:
-    """The evaluation set, if there is one."""
+def open_searched(
+    config: Config, recipe: Recipe, tokenizer: Tokenizer, *, task: str = "retrieval"
+) -> ClipSet | None:
+    """The evaluation set of a task, if there is one.
+
+    For retrieval the clips of moving_shapes differ in their motion only.
+    """
     chosen, data = config.evaluation, config.data
-    sizes: dict[str, Any] = dict(frames=recipe.frames, size=recipe.image_size)
+    sizes: dict[str, Any] = dict(frames=recipe.evaluation_frames, size=recipe.image_size)
     words: dict[str, Any] = dict(seed=config.run.seed, tokenizer=tokenizer, words=data.words)
     if data.source == "moving_shapes" and not chosen.files:
-        pairs = min(chosen.pairs, len(motions(data.difficulty)))
-        sizes |= dict(difficulty=data.difficulty, same_looks=True)
+        pairs, retrieval = chosen.pairs, task == "retrieval"
+        if retrieval:
+            pairs = min(pairs, len(motions(data.difficulty)))
+        sizes |= dict(task=data.task, difficulty=data.difficulty, same_looks=retrieval)
         return MovingShapes("val", pairs, **sizes, **words)
     if not chosen.files:
         return None
@@ -104,15 +112,32 @@ def annotated(config: Config) -> Any:
     return _load(config.data.files, config.data.media, config.data.outside)
 
 
+def require_text(config: Config, text: str) -> None:
+    """Raise a ValueError if the clips of moving_shapes have another text."""
+    if config.data.source == "moving_shapes" and config.data.task != text:
+        raise ValueError(f"need data.task={text} for this task, got {config.data.task}")
+
+
+def training_answers(config: Config) -> Iterator[str | None]:
+    """The answers of the training rows."""
+    if config.data.source == "moving_shapes":
+        dataset = open_clips(config, config.recipe(), None)
+        return (dataset.row(index).answer for index in range(len(dataset)))
+    return (row.answer for row in annotated(config))
+
+
 def _load(files: list[str], media: str | None, outside: bool) -> Any:
     from vidl.data import annotations
 
     return annotations.load(*((file, media) for file in files), outside=outside)
 
 
-def _captions(config: Config) -> Iterable[str]:
+def captions(config: Config) -> Iterable[str]:
+    """The training captions, and words that a vocabulary also needs."""
     if config.data.source == "moving_shapes":
         dataset = open_clips(config, config.recipe(), None)
         assert isinstance(dataset, MovingShapes)
-        return (dataset.caption(index) for index in range(len(dataset)))
+        texts = (dataset.caption(index) for index in range(len(dataset)))
+        # For fine-tuning, which keeps the vocabulary of the run.
+        return itertools.chain(words_of_questions(), texts)
     return (text for row in annotated(config) for text in (*row.captions, row.question or ""))

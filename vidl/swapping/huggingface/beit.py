@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vidl.nn.pruning import Scores
 from vidl.swapping.attention import speed
 from vidl.swapping.huggingface.attention import Visible, collected
+from vidl.swapping.huggingface.grids import needs_grid
 from vidl.swapping.huggingface.positions import (
     Table,
     Window,
@@ -175,6 +176,7 @@ FAMILY = Family(
             layers=lambda model: model.layers,
             prefix=lambda model: 1,
             why_not=_why_not,
+            around=needs_grid,
             every=True,
             setup=set_up,
             undo=undo,

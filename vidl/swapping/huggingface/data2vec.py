@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from vidl.nn.pruning import Scores
 from vidl.swapping.attention import speed
+from vidl.swapping.huggingface.grids import needs_grid
 from vidl.swapping.huggingface.positions import (
     Table,
     attention,
@@ -188,6 +189,7 @@ FAMILY = Family(
             layers=lambda model: model.encoder.layer,
             prefix=lambda model: 1,
             why_not=_why_not,
+            around=needs_grid,
             every=True,
         )
     ],

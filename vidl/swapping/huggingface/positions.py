@@ -113,11 +113,6 @@ def why_not(model: Any, pruning: Pruning, layers: Sequence[int]) -> str | None:
     """The reason why layers cannot be pruned, or None."""
     if getattr(model.embeddings, "mask_token", None) is not None:
         return "it predicts masked patches, so it needs all of them"
-    if pruning.scores == "value":
-        return (
-            "scores='value' does not take its relative position bias into account; need "
-            "scores='cls', 'mean' or 'similarity'"
-        )
     if pruning.fuse is not None:
         return "a fused token has no position for the relative position bias; need fuse=None"
     if drop := model.config.attention_probs_dropout_prob:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vidl.nn.pruning import Pruning, Scores
 from vidl.swapping.attention import attend
 from vidl.swapping.huggingface.attention import Visible, refuse
+from vidl.swapping.huggingface.grids import needs_grid
 from vidl.swapping.prune import plan_of, without_class_token
 from vidl.swapping.registry import Family, Tower, state_of
 
@@ -107,7 +108,8 @@ def _why_not_videomae(model: Any, pruning: Pruning, layers: Sequence[int]) -> st
 def _tower(model: Any, layer: Any, swapped: Any) -> Tower:
     """A model that keeps its class: only its layers change."""
     return Tower(
-        model, model, {layer: swapped}, lambda model: model.layers, lambda model: 1, _why_not
+        *(model, model, {layer: swapped}, lambda model: model.layers, lambda model: 1, _why_not),
+        around=needs_grid,
     )
 
 
@@ -122,6 +124,7 @@ FAMILY = Family(
             lambda model: model.videomae.encoder.layer,
             lambda model: 0,
             _why_not_videomae,
+            around=needs_grid,
         ),
     ]
 )

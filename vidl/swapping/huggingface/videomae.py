@@ -99,6 +99,23 @@ class VideoMAEForPreTraining(videomae.VideoMAEForPreTraining):
             attentions=outputs.attentions,
         )
 
+    def original_arguments(
+        self, pixel_values: Tensor, bool_masked_pos: Tensor, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The arguments of the original model: a normalised clip and a boolean mask."""
+        mean, std = normalisation(pixel_values)
+        if mean is not None and std is not None:
+            scale = [
+                torch.tensor(x, device=pixel_values.device)[:, None, None] for x in (mean, std)
+            ]
+            pixel_values = (pixel_values / 255 - scale[0]) / scale[1]
+        if bool_masked_pos.dtype != torch.bool:
+            N = self.videomae.embeddings.num_patches
+            ids, size = bool_masked_pos, (len(bool_masked_pos), N)
+            masked = torch.ones(size, dtype=torch.bool, device=ids.device)
+            bool_masked_pos = masked.scatter(1, ids, False)
+        return {"pixel_values": pixel_values, "bool_masked_pos": bool_masked_pos, **kwargs}
+
 
 def visible_patches(mask: Tensor, B: int, N: int, device: torch.device) -> Tensor:
     """The visible patches of each clip, [B, K] int64.

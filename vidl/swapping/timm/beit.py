@@ -12,7 +12,7 @@ from vidl.swapping.attention import attend, positions_of
 from vidl.swapping.prune import plan_of
 from vidl.swapping.registry import Family, Rule, Tower, original, remember, state_of
 from vidl.swapping.timm.attention import attention_speed, biased_qkv, no_dropout
-from vidl.swapping.timm.tokens import KeptTokens, refuse_grids
+from vidl.swapping.timm.tokens import KeptTokens, needs_grid, refuse_grids
 
 
 class Attention(timm_beit.Attention):
@@ -124,11 +124,6 @@ def undo(model: Any) -> None:
 
 def why_not(model: Any, pruning: Pruning, layers: Sequence[int]) -> str | None:
     """The reason why these layers cannot be pruned, or None."""
-    if pruning.scores == "value":
-        return (
-            "scores='value' does not take its relative position bias into account; need "
-            "scores='cls', 'mean' or 'similarity'"
-        )
     if pruning.fuse is not None:
         return "a fused token has no position for the relative position bias; need fuse=None"
     for layer, block in enumerate(model.blocks):
@@ -150,6 +145,7 @@ FAMILY = Family(
             layers=lambda model: model.blocks,
             prefix=lambda model: model.num_prefix_tokens,
             why_not=why_not,
+            around=needs_grid,
             every=True,
             setup=set_up,
             undo=undo,

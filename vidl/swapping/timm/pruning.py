@@ -13,7 +13,7 @@ from torch import Tensor
 from vidl.nn.pruning import Pruning, Scores
 from vidl.swapping.prune import plan_of, without_class_token
 from vidl.swapping.registry import Family, Tower, original, state_of
-from vidl.swapping.timm.tokens import KeptTokens, refuse_grids
+from vidl.swapping.timm.tokens import KeptTokens, needs_grid, refuse_grids
 from vidl.swapping.timm.vit import VisionTransformer
 
 
@@ -175,6 +175,7 @@ def tower(original: Any, swapped: Any, every: bool) -> Tower:
         layers=lambda model: model.blocks,
         prefix=lambda model: model.num_prefix_tokens,
         why_not=why_not,
+        around=needs_grid,
         every=every,
     )
 

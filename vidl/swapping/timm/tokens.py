@@ -4,7 +4,8 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
 
 from vidl.swapping.registry import state_of
 
@@ -55,6 +56,13 @@ class KeptTokens:
                 ids = torch.nn.functional.pad(ids, (0, 1), value=fused)
         if ids is not None:
             self.ids[layer + 1] = ids
+
+
+def needs_grid(module: nn.Module) -> str | None:
+    """The reason why a module around a model, as `features_only=True` makes it, needs a grid."""
+    if isinstance(module, FeatureGetterNet) and module.output_fmt == "NCHW":
+        return "features_only=True returns grids of tokens; need output_fmt='NLC'"
+    return None
 
 
 def refuse_grids(model: Any, forward: Any, *args: Any, **options: Any) -> Any:
