@@ -1,4 +1,4 @@
-"""The commands `vidl tune`, `vidl savings` and `vidl bench compare|report|summary`.
+"""The commands `vidl tune|savings|estimate` and `vidl bench compare|report|summary`.
 
 `vidl bench` itself is in vidl/cli.py. Imports are inside the functions, so that `vidl --help`
 stays fast.
@@ -22,6 +22,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     _add_report(commands)
     _add_summary(commands)
     _add_savings(commands)
+    _add_estimate(commands)
     tuning.add(commands)
 
 
@@ -142,9 +143,9 @@ def _add_savings(commands: argparse._SubParsersAction) -> None:
         "after comparing losses and gradients. The baseline is the same model in plain PyTorch.",
     )
     add = command.add_argument
-    add("model", help="smaug or mac")
+    add("model", help="a model of `vidl systems`")
     add("overrides", nargs="*", metavar="FIELD=VALUE", help="recipe fields, as in mask_ratio=0.5")
-    add("--preset", help="tiny, small or base (default base; --quality: the configuration's)")
+    add("--preset", help="a preset of the model (default base; --quality: the configuration's)")
     add("--batch", type=int, help="clips per step (default 4 on a CPU, 64 on a GPU)")
     add("--steps", type=int, default=20, help="steps of each cell (default 20)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
@@ -203,6 +204,52 @@ def _savings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if args.scaling:
         return _print(args, scaling.run(plan, write), scaling.table)
     return _print(args, savings.run(plan, write), summary.table)
+
+
+def _add_estimate(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "estimate",
+        help="estimate step time, memory and GPU-hours of a recipe on a GPU that is not there",
+        description="Estimate the time of pre-training steps, dense and sparse, on a GPU, from the "
+        "FLOPs and bytes of a step on the CPU and published rates. Prints ranges and assumptions; "
+        "nothing is measured on a GPU.",
+    )
+    add = command.add_argument
+    add("model", help="a model of `vidl systems`")
+    add("overrides", nargs="*", metavar="FIELD=VALUE", help="recipe fields, as in mask_ratio=0.5")
+    add("--gpu", required=True, choices=("h200", "h100", "a100", "a6000"), help="the card")
+    add("--gpus", type=int, default=1, help="GPUs of one machine (default 1)")
+    add("--preset", default="base", help="a preset of the model (default base)")
+    add("--batch", type=int, default=64, help="clips per step and GPU (default 64)")
+    add("--epochs", type=float, default=10, help="epochs of the schedule (default 10)")
+    add("--clips", type=int, default=5_440_000, help="clips per epoch (default 5,440,000)")
+    command.set_defaults(run=_estimate)
+
+
+def _estimate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    from vidl import overrides
+    from vidl.bench.training import estimate, savings
+
+    if args.gpus < 1:
+        parser.error(f"need gpus >= 1, got {args.gpus}")
+    try:
+        plan = savings.plan(
+            args.model,
+            args.preset,
+            overrides.parse(args.overrides),
+            batch=args.batch,
+            device="cpu",
+            epochs=args.epochs,
+            clips=args.clips,
+            need_savings=False,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    card = estimate.CARDS[args.gpu]
+    rows = list(estimate.rows(plan))
+    estimates = [estimate.estimate(row, card, plan, args.gpus) for row in rows]
+    print(estimate.table(plan, card, args.gpus, estimates))
+    return 0
 
 
 def _before(plan: Any, wanted: bool | None) -> None:

@@ -12,7 +12,6 @@ A description (`bench/ops/<op>.py`) defines `SHAPES`, `PARAMETERS`, `make`, `wor
 
 import itertools
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 
@@ -22,8 +21,9 @@ from vidl.bench.measure import hardware, timing
 from vidl.bench.measure.cases import Case, Plan, plan, short
 from vidl.bench.measure.check import check
 from vidl.bench.measure.record import Record, records, table, write
+from vidl.progress import Bar
 
-__all__ = ["dry_run", "plan", "progress", "run", "table", "write"]
+__all__ = ["dry_run", "plan", "run", "table", "write"]
 
 
 def dry_run(plan: Plan, as_json: bool = False) -> Iterator[str]:
@@ -50,35 +50,37 @@ def run(plan: Plan, budget: float | None = None) -> Iterator[list[Record]]:
     started, before = time.monotonic(), torch.get_num_threads()
     cases = plan.cases if budget is None else interleaved(plan.cases)
     total, done = len(plan.threads) * sum(len(case.modes(plan.modes)) for case in cases), 0
+    bar = Bar(total)
     try:
         # Convolutions choose their fastest algorithm, and do not round float32 to TF32.
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
         for number, case in enumerate(cases):
             if budget is not None and time.monotonic() - started > budget:
                 left = ", ".join(f"{c.op} · {c.shape} · {short(c.dtype)}" for c in cases[number:])
-                progress(f"[{done}/{total}] {budget:g} s are over; not measured: {left}")
+                bar.say(f"[{done}/{total}] {budget:g} s are over; not measured: {left}")
                 break
-            progress(f"[{done + 1}/{total}] {case.op} · {case.shape}: comparing the results")
+            bar.begin(done + 1, f"{case.op} · {case.shape}: comparing the results")
             if case.device == "cuda":  # otherwise later shapes hit the recompilation limit
                 torch.compiler.reset()
             checked = check(case)
             for threads in plan.threads:
                 torch.set_num_threads(threads)
-                progress("measuring the copy and matmul rates")
                 limits = hardware.limits(case.device, threads, case.dtype)
                 for mode in case.modes(plan.modes):
                     done += 1
-                    progress(
-                        f"[{done}/{total}] {case.op} · {case.shape} · {short(case.dtype)}"
-                        f" · {mode} · {threads} threads"
+                    bar.begin(
+                        done,
+                        f"{case.op} · {case.shape} · {short(case.dtype)} · {mode} · "
+                        f"{threads} threads",
                     )
                     trials = [trial.in_mode(mode) for trial in checked]
                     timed = [trial.candidate for trial in trials if trial.status == "ok"]
                     times = timing.measure(timed, case, mode, plan.quick)
+                    bar.clear()
                     yield records(case, mode, threads, limits, trials, times, plan.quick)
     finally:
         torch.set_num_threads(before)
-        progress("")
+        bar.clear()
 
 
 def interleaved(cases: Sequence[Case]) -> list[Case]:
@@ -88,11 +90,3 @@ def interleaved(cases: Sequence[Case]) -> list[Case]:
         by_op.setdefault(case.op, []).append(case)
     rounds = itertools.zip_longest(*by_op.values())
     return [case for cases in rounds for case in cases if case is not None]
-
-
-def progress(text: str) -> None:
-    """Show progress on stderr: one changing line on a terminal, else the numbered lines."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-    elif text.startswith("["):
-        print(text, file=sys.stderr, flush=True)

@@ -184,6 +184,8 @@ class Spread:
 
     @property
     def range(self) -> str:
+        if self.lowest == self.highest:
+            return times(self.median)
         return f"{digits(self.lowest)} to {times(self.highest)}"
 
     def __str__(self) -> str:

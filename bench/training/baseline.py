@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidl.nn import Bert
+from vidl.kernels.groups import Groups
+from vidl.nn import Bert, KeysOfText
 from vidl.nn.bert import BertAttention
 from vidl.nn.divided import DividedBlock, SpaceTimeTransformer
+from vidl.nn.pruning import Scores
 from vidl.nn.vit import frames_of
 
 
@@ -142,13 +144,21 @@ class BaselineSpaceTime(SpaceTimeTransformer):
 class BaselineAttention(BertAttention):
     """Attention over padded captions; `groups` is a boolean mask, True for words, or None."""
 
-    def forward(self, x: Tensor, context: Tensor, groups: Any, backend: str) -> Tensor:
+    def scored(
+        self, x: Tensor, context: Tensor, groups: Any, backend: str, scores: Scores | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(groups, Groups):  # not of captions
+            return super().scored(x, context, groups, "torch", scores)
         project: Any = self.self
         q, k, v = (
             heads(y, self.heads)
             for y in (project.query(x), project.key(context), project.value(context))
         )
-        return self.output(attention(q, k, v, groups), x)
+        out = self.output(attention(q, k, v, groups), x)
+        if scores is None:
+            return out, None
+        logits = q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5
+        return out, logits.float().softmax(-1).mean(1)[:, 0]
 
 
 class BaselineBert(Bert):
@@ -166,15 +176,32 @@ class BaselineBert(Bert):
     def fuse(
         self, text: Tensor, attention_mask: Tensor | None, visual: Tensor, *,
         partner: Tensor | None = None, cu_visual: Tensor | None = None,
-        max_visual: int | None = None, words: int | None = None,
+        max_visual: int | None = None, words: int | None = None, keys: KeysOfText | None = None,
     ) -> Tensor:  # fmt: skip
         if cu_visual is not None:
             raise ValueError("need equally many tokens in every clip, got cu_visual")
         visual = visual if partner is None else visual[partner]
         x, mask = text, _keys(attention_mask)
-        for layer in self._layers()[self.text_layers :]:
-            x = layer(x, mask, "", visual, None)
+        last = self.text_layers + self.fusion_layers
+        for number, layer in enumerate(self._layers()[self.text_layers : last]):
+            if keys is None or number != keys.layer or not keys.drops(visual.shape[1]):
+                x = layer(x, mask, "", visual, None)
+            else:
+                x, scores = layer(x, mask, "", visual, None, "cls")
+                visual = keys.select(visual, scores, backend="torch")
         return x
+
+    def merge(
+        self, text: Tensor, attention_mask: Tensor | None, clips: Tensor, *,
+        partner: Tensor | None = None, words: int | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        clips = clips if partner is None else clips[partner]
+        x, mask = torch.cat([text, clips], 1), None
+        if attention_mask is not None:
+            mask = _keys(F.pad(attention_mask != 0, (0, clips.shape[1]), value=True))
+        for layer in self._layers()[self.text_layers + self.fusion_layers :]:
+            x = layer(x, mask, "")
+        return x[:, : text.shape[1]], x[:, text.shape[1] :]
 
 
 def _keys(attention_mask: Tensor | None) -> Tensor | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vidl.bench.training.steps import Cell
+from vidl.nn import Bert, MaskedPatchEmbed
 
 PARTS = (
     *("embed", "attention", "selection", "MLP", "text", "fusion", "decoder", "losses"),
@@ -71,7 +72,7 @@ def breakdown(cell: Cell, steps: int = 3) -> dict[str, float]:
     measured = []
     for _ in range(steps):
         clock = Clock(cell.device)
-        with _marked(cell.model, clock):
+        with marked(cell.model, clock):
             clock.enter("other")
             loss = cell.forward()["loss"]
             clock.enter("losses")
@@ -84,7 +85,7 @@ def breakdown(cell: Cell, steps: int = 3) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _marked(model: Any, clock: Clock) -> Iterator[None]:
+def marked(model: Any, clock: Clock) -> Iterator[None]:
     """Within this context, modules at which a part starts or ends have hooks."""
     hooks = []
 
@@ -92,11 +93,11 @@ def _marked(model: Any, clock: Clock) -> Iterator[None]:
         before = clock.enter(part)
         tensors = isinstance(value, tuple)
         values = value if tensors else (value,)
-        marked = tuple(
+        results = tuple(
             _Mark.apply(x, clock, before) if isinstance(x, Tensor) and x.requires_grad else x
             for x in values
         )
-        return marked if tensors else marked[0]
+        return results if tensors else results[0]
 
     def begins(module: nn.Module, part: str) -> None:
         hooks.append(module.register_forward_pre_hook(lambda m, args: mark(part, args)))
@@ -121,28 +122,34 @@ def _marked(model: Any, clock: Clock) -> Iterator[None]:
 Place = Callable[[nn.Module, str], None]
 
 
-def _place(model: Any, begins: Place, ends: Place) -> None:
+# Parts of the modules beside the encoders, by the name of the model's attribute.
+BESIDE = {
+    "selector": "fusion", "late": "attention", "decoder": "decoder", "pixels": "losses",
+    "contrast": "losses", "matches": "losses", "project_clip": "losses", "project_text": "losses",
+}  # fmt: skip
+
+
+def _place(model: nn.Module, begins: Place, ends: Place) -> None:
     """Call `begins` and `ends` with the modules at which each part starts and ends."""
-    begins(model.vision.patch_embed, "embed")
-    ends(model.vision.patch_embed, "other")
-    for block in model.vision.blocks:
-        begins(getattr(block, "norm3", block.norm1), "attention")
-        if getattr(block, "pruning", None) is not None:
-            ends(block.attn.proj, "selection")
-        begins(block.norm2, "MLP")
-        ends(block, "other")
-    begins(model.text.embeddings, "text")
-    for number, layer in enumerate(model.text.encoder.layer):
-        begins(layer, "text" if number < model.text.text_layers else "fusion")
-        ends(layer, "other")
-    for name, part in (
-        ("selector", "fusion"), ("decoder", "decoder"), ("pixels", "losses"),
-        ("contrast", "losses"), ("matches", "losses"),
-        ("project_clip", "losses"), ("project_text", "losses"),
-    ):  # fmt: skip
-        if hasattr(model, name):
-            begins(getattr(model, name), part)
-            ends(getattr(model, name), "other")
-    head = getattr(model.text, "cls", None)
-    if head is not None:
-        begins(head.predictions, "losses")
+    for name, module in model.named_modules():
+        whole: Any = module
+        if (first := name.partition(".")[0]) in BESIDE:
+            if first == name:
+                begins(module, BESIDE[name])
+                ends(module, "other")
+        elif isinstance(module, MaskedPatchEmbed):
+            begins(module, "embed")
+            ends(module, "other")
+        elif all(hasattr(module, part) for part in ("norm1", "norm2", "attn", "mlp")):
+            begins(getattr(module, "norm3", whole.norm1), "attention")
+            if getattr(module, "pruning", None) is not None:
+                ends(whole.attn.proj, "selection")
+            begins(whole.norm2, "MLP")
+            ends(module, "other")
+        elif isinstance(module, Bert):
+            begins(whole.embeddings, "text")
+            for number, layer in enumerate(whole.encoder.layer):
+                begins(layer, "text" if number < module.text_layers else "fusion")
+                ends(layer, "other")
+            if hasattr(module, "cls"):
+                begins(whole.cls.predictions, "losses")

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from vidl.bench.measure.cases import BENCH, short
-from vidl.bench.measure.harness import progress
 from vidl.bench.measure.record import circumstances
 from vidl.bench.report.records import Record
+from vidl.progress import Bar
 from vidl.training import Config, pretrain
 
 EXAMPLES = BENCH.parent / "examples"
@@ -94,20 +94,20 @@ def run(plan: Plan, write: Callable[[list[Record]], object] = lambda records: No
     """
     configs = {row: _with(plan.config, fields) for row, fields in rows(plan.config).items()}
     fastest = dict.fromkeys(configs, math.inf)
+    bar = Bar(plan.seeds)  # lines only: every run shows a bar of its own
     for number in range(1, TRIAL_ROUNDS + 1):
         for row, config in configs.items():
-            progress(f"[0/{plan.seeds}] {plan.shape}: {row}, trial {number} of {TRIAL_ROUNDS}")
+            bar.say(f"[0/{plan.seeds}] {plan.shape}: {row}, trial {number} of {TRIAL_ROUNDS}")
             fastest[row] = min(fastest[row], _seconds_per_step(config, plan.seconds))
     steps = {row: max(1, round(plan.seconds / least)) for row, least in fastest.items()}
     runs: dict[str, list[Record]] = {row: [] for row in configs}
     records: list[Record] = []
     for seed in range(plan.seeds):
         for row, config in configs.items():
-            progress(f"[{seed + 1}/{plan.seeds}] {plan.shape}: {row}, {steps[row]} steps")
+            bar.say(f"[{seed + 1}/{plan.seeds}] {plan.shape}: {row}, {steps[row]} steps")
             runs[row].append(_train(config, steps[row], seed))
         records = list(_records(plan, configs, runs))
         write(records)
-    progress("")
     return records
 
 
@@ -146,7 +146,7 @@ def _run(
         warmup = min(config.schedule.warmup, steps // 10)
         config = dataclasses.replace(
             config,
-            run=dataclasses.replace(config.run, tensorboard=False, **options),
+            run=dataclasses.replace(config.run, **options),
             schedule=dataclasses.replace(config.schedule, steps=steps, warmup=warmup),
             evaluation=dataclasses.replace(config.evaluation, every=0),
         )

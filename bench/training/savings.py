@@ -19,12 +19,12 @@ import torch
 from vidl import models
 from vidl.bench.measure import energy, hardware, timing
 from vidl.bench.measure.cases import short
-from vidl.bench.measure.harness import progress
 from vidl.bench.measure.record import circumstances
 from vidl.bench.report.records import Record
 from vidl.bench.training import loading
 from vidl.bench.training.breakdown import breakdown
 from vidl.bench.training.steps import Agreement, Cell, agreement_of, cells, flops, loss_of
+from vidl.progress import Bar
 
 # GPU-hours are projected for the schedule of Singularity, on which SMAUG builds; the SMAUG and MAC
 # papers do not report theirs. CC3M and WebVid-2M have 5.4 million samples.
@@ -67,8 +67,12 @@ def plan(
     epochs: float = EPOCHS,
     clips: int = CLIPS,
     budget: float | None = None,
+    need_savings: bool = True,
 ) -> Plan:
     """Plan a measurement.
+
+    Args:
+        need_savings: refuse a recipe that neither masks nor prunes.
 
     Raises:
         ValueError: the model, preset, field or device does not exist, or a number is out of range.
@@ -83,7 +87,7 @@ def plan(
             f"need batch >= 2, steps >= 1, epochs > 0 and clips >= 1, got {batch}, {steps}, "
             f"{epochs} and {clips}"
         )
-    if recipe.variants()["dense"] == list(recipe.variants().values())[-1]:
+    if need_savings and recipe.variants()["dense"] == list(recipe.variants().values())[-1]:
         raise ValueError(f"{name} with these fields neither masks nor prunes: nothing to save")
     return Plan(
         name, preset, overrides or {}, recipe, batch, steps, device, compiled, epochs, clips, budget
@@ -128,11 +132,12 @@ def run(plan: Plan, write: Callable[[list[Record]], object] = lambda records: No
         One record per cell.
     """
     started = time.monotonic()
-    progress(f"[1/4] {plan.shape}: building the models")
+    bar = Bar(plan.steps + 4)
+    bar.begin(1, f"{plan.shape}: building the models")
     measured = [Measured(c) for c in cells(plan.recipe, plan.batch, plan.device, plan.compiled)]
-    progress(f"[2/4] {plan.shape}: comparing losses and gradients")
+    bar.begin(2, f"{plan.shape}: comparing losses and gradients")
     _compare(measured)
-    progress(f"[3/4] {plan.shape}: warming up, measuring memory")
+    bar.begin(3, f"{plan.shape}: warming up, measuring memory")
     for m in _fit(measured):
         _attempt(m, _weigh)
     rate = hardware.matmul_rate(plan.device, torch.get_num_threads(), _dtype(measured[0].cell))
@@ -140,15 +145,15 @@ def run(plan: Plan, write: Callable[[list[Record]], object] = lambda records: No
         spent = time.monotonic() - started
         if plan.budget is not None and step >= 3 and spent > plan.budget:
             break
-        progress(f"[4/4] {plan.shape}: timing, step {step + 1} of {plan.steps}")
+        bar.begin(step + 4, f"{plan.shape}: timing, step {step + 1} of {plan.steps}")
         _time_step(measured, step)
         if step == 0:
             write(records(plan, measured, rate))
     for m in _fit(measured):
         _attempt(m, _look_inside)
-    progress(f"[4/4] {plan.shape}: reading clips")
+    bar.begin(bar.total, f"{plan.shape}: reading clips")
     speed = loading.clips_per_second(plan.recipe, plan.name, plan.preset, plan.batch)
-    progress("")
+    bar.clear()
     done = [record | {"loading": speed} for record in records(plan, measured, rate)]
     write(done)
     return done

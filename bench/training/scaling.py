@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from vidl.bench.measure import hardware
 from vidl.bench.measure.cases import short
-from vidl.bench.measure.harness import progress
 from vidl.bench.measure.record import circumstances
 from vidl.bench.report.records import Record
 from vidl.bench.training.baseline import baseline_of
 from vidl.bench.training.savings import Plan, peak, seconds
-from vidl.bench.training.steps import Cell, agreement_of, batch_of, name_of
-from vidl.models import MODELS
+from vidl.bench.training.steps import Cell, agreement_of, batch_of
+from vidl.models import MODELS, name_of
+from vidl.progress import Bar
 
 MASKS = (0.0, 0.25, 0.5, 0.65, 0.75, 0.9, 0.95)
 FRAMES = (1, 2, 4, 8, 16, 32)
@@ -71,14 +71,13 @@ def run(plan: Plan, write: Callable[[list[Record]], object] = lambda records: No
     """Measure every point; `write` is called with the records of each one once it is measured."""
     measured: list[Record] = []
     planned = list(points(plan))
-    for number, point in enumerate(planned, 1):
-        progress(
-            f"[{number}/{len(planned)}] {plan.name} {plan.preset}: {point.axis} {point.value:g}"
-        )
-        records = _measure(plan, point)
-        write(records)
-        measured += records
-    progress("")
+    with Bar(len(planned)) as bar:
+        for number, point in enumerate(planned, 1):
+            bar.begin(number, f"{plan.name} {plan.preset}: {point.axis} {point.value:g}")
+            records = _measure(plan, point)
+            bar.clear()
+            write(records)
+            measured += records
     return measured
 
 
@@ -106,7 +105,7 @@ def encoders(point: Point, device: str) -> list[Cell]:
     """The encoder in eager PyTorch and in vidl."""
     torch.manual_seed(0)
     recipe = point.recipe
-    ours = Encoder(MODELS[name_of(recipe)][0](recipe).vision).to(device).train()
+    ours = Encoder(MODELS[name_of(recipe)].model(recipe).vision).to(device).train()
     inputs = batch_of(recipe, point.batch, device)
     mask = recipe.visual_mask(inputs["samples"], 0)
     visible = {"video": inputs["video"], "ids_keep": None if mask is None else mask.ids_keep}

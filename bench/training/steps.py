@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vidl import models
 from vidl.bench.measure.check import SLACK
 from vidl.bench.training.baseline import baseline_of
-from vidl.models.summary import example, flop_counter
+from vidl.models.summary import flop_counter
 from vidl.nn.captions import rounded_words
 
 # Words of a caption, with [CLS] and [SEP]; typical of WebVid and CC3M.
@@ -87,7 +87,7 @@ def cells(recipe: Any, batch: int, device: str, compiled: bool = False) -> Itera
     dtype = torch.bfloat16 if device == "cuda" else None
     for row, variant in (("dense", variants[0]), ("sparse", variants[-1])):
         torch.manual_seed(0)
-        model = models.MODELS[name_of(recipe)][0](variant).to(device).train()
+        model = models.MODELS[models.name_of(recipe)].model(variant).to(device).train()
         baseline = baseline_of(model)
         adam = fused_adamw(model)
         inputs = batch_of(variant, batch, device)
@@ -103,18 +103,11 @@ def cells(recipe: Any, batch: int, device: str, compiled: bool = False) -> Itera
         yield Cell(row, "vidl", model, model, adam, ours, dtype, "ours")
 
 
-def name_of(recipe: Any) -> str:
-    """The name of the model to which a recipe belongs."""
-    return next(
-        n for n, (_, presets) in models.MODELS.items() if type(recipe) is type(presets["base"])
-    )
-
-
 def batch_of(recipe: Any, batch: int, device: str) -> dict[str, Any]:
     """A random batch; captions have 8 to 24 words and are padded to the longest."""
     lengths = [SHORTEST + 5 * i % (LONGEST - SHORTEST + 1) for i in range(batch)]
     torch.manual_seed(1)
-    inputs = example(recipe, batch, max(lengths), device)
+    inputs = recipe.example(batch, max(lengths), device)
     column = torch.arange(max(lengths), device=device)
     mask = column < torch.tensor(lengths, device=device)[:, None]
     return inputs | {"attention_mask": mask.to(torch.int64)}

@@ -26,12 +26,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         "backend='auto' then takes it, in all processes of this user.",
     )
     add = command.add_argument
-    about = "smaug or mac, or a configuration file of `vidl pretrain`; default: shapes of the bench"
+    about = "a model of `vidl systems`, or a file for `vidl pretrain`; default: shapes of the bench"
     add("target", nargs="?", metavar="MODEL|CONFIG", help=about)
     add("overrides", nargs="*", metavar="FIELD=VALUE", help="recipe fields, or section.field=value")
     add("--ops", metavar="LIST", help="only these ops")
     add("--shapes", metavar="PATTERN", help="without a model: only shapes whose name matches")
-    add("--preset", default="base", help="of a model: tiny, small or base (default: base)")
+    add("--preset", default="base", help="of a model: tiny, small, base or another (default: base)")
     add("--batch", type=int, help="of a model: clips of a step (default: that of vidl savings)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on CUDA, else float32")

@@ -12,7 +12,6 @@ from vidl.bench.measure import cases
 from vidl.bench.training import savings, steps
 from vidl.bench.tuning.calls import Recorded, recorded
 from vidl.kernels import choices
-from vidl.models.summary import example
 from vidl.training import Config
 
 Calls = dict[choices.Key, Recorded]
@@ -46,7 +45,7 @@ def of_recipe(
 def of_config(config: Config, *, device: str, dtype: torch.dtype | None = None) -> Calls:
     """The calls of a training step of a run."""
     recipe: Any = config.recipe()
-    inputs = example(recipe, max(2, config.data.batch_size), config.data.words, device)
+    inputs = recipe.example(max(2, config.data.batch_size), config.data.words, device)
     if dtype is None:
         low = config.run.precision == "bfloat16" or (
             config.run.precision == "auto" and device == "cuda"
@@ -58,7 +57,7 @@ def of_config(config: Config, *, device: str, dtype: torch.dtype | None = None) 
 def _of_step(
     name: str, recipe: Any, inputs: dict[str, Any], device: str, dtype: torch.dtype
 ) -> Calls:
-    model: Any = models.MODELS[name][0](recipe).to(device).train()
+    model: Any = models.MODELS[name].model(recipe).to(device).train()
     autocast: Any = contextlib.nullcontext()
     if dtype != torch.float32:
         autocast = torch.autocast(device, dtype)

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from vidl.bench.measure.harness import progress
 from vidl.bench.tuning.calls import Recorded, recorded
 from vidl.bench.tuning.process import Measured, Worker
 from vidl.kernels import choices, library
+from vidl.progress import Bar
 
 MARGIN = 1.05  # a faster backend must be so many times as fast as that of the rule
 
@@ -79,7 +79,7 @@ def tune_calls(
     """
     started, calls = time.monotonic(), list(calls)
     outcomes = []
-    with Worker(timeout, seconds, modules) as worker:
+    with Worker(timeout, seconds, modules) as worker, Bar(len(calls)) as bar:
         for number, call in enumerate(calls, 1):
             kept = entries(call)
             if kept and not again:
@@ -88,9 +88,8 @@ def tune_calls(
             if budget is not None and time.monotonic() - started > budget:
                 outcomes.append(Outcome(call, "left"))
                 continue
-            progress(f"[{number}/{len(calls)}] {call.key.op}: {call.key}")
+            bar.begin(number, f"{call.key.op}: {call.key}")
             outcomes.append(_choose(call, worker.measure(call)))
-    progress("")
     return outcomes
 
 
