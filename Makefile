@@ -1,7 +1,7 @@
 # The commands of a contributor. Each target installs what it needs into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-torch lint format bench gpu gpu-build docs clean
+.PHONY: help demo test test-slow test-torch lint format api bench gpu gpu-build wheel docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -62,8 +62,19 @@ format: $(DEPS) ## format the sources with ruff and clang-format
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*.h)
 
+api: $(READY) ## write the public names and signatures to tests/api.txt, which a test compares
+	$(VENV)/bin/python tests/api.py > tests/api.txt.new && mv tests/api.txt.new tests/api.txt
+
 bench: $(READY) ## time every op against its baselines; ARGS="--write" keeps the results
 	$(VENV)/bin/vidl bench $(ARGS)
+
+wheel: $(DEPS) ## build a wheel and an sdist in dist; VIDL_BUILD=cuda adds the CUDA kernels
+	@rm -rf dist
+	VIDL_BUILD=$(VIDL_BUILD) PATH="$(abspath $(VENV)/bin):$$PATH" $(VENV)/bin/python -m build --no-isolation
+	# The library is part of torch's process: what torch brings is not copied into the wheel.
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(VENV)/bin/auditwheel repair --exclude 'libtorch*' -w dist dist/*-linux_*.whl
+	@rm dist/*-linux_*.whl
+	@ls dist
 
 docs: $(READY) ## build the manual in docs/_build/html
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html

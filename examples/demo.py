@@ -22,7 +22,6 @@ from sparse_clip import stages
 from vidl import models
 from vidl.data import annotations, crops
 from vidl.data.dataset import TooManyBroken
-from vidl.models.summary import example
 from vidl.training import Config, checkpoints, measures, pretrain
 
 HERE = Path(__file__).parent
@@ -126,7 +125,7 @@ def step_times(preset, repetitions):
             variants[name, backend] = models.Smaug(variant)
     batch, calls = 2, []
     for model in variants.values():
-        inputs = example(model.recipe, batch, 24)
+        inputs = model.recipe.example(batch, 24)
         calls.append(functools.partial(step, model, inputs))
     times = milliseconds(calls, repetitions)
     return {key: time / batch for key, time in zip(variants, times, strict=True)}

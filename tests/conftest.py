@@ -48,12 +48,33 @@ SMOKE = {
 }
 
 
-def pytest_collection_modifyitems(items) -> None:
+def pytest_collection_modifyitems(config, items) -> None:
     for item in items:
         smoke = SMOKE.get(item.path.stem, {}).get(getattr(item, "originalname", ""), [])
         ends = tuple(f"-cuda-{case}]" for case in smoke)
         if item.get_closest_marker("gpu") and item.name.endswith(ends):
             item.add_marker(pytest.mark.gpu_smoke)
+        if interpreted(item) and (
+            item.get_closest_marker("slow_interpreted")
+            or item.callspec.params.get("dtype") == torch.float16
+        ):
+            item.add_marker(pytest.mark.slow)
+    if "VIDL_SLOW_PART" in os.environ:
+        part, parts = map(int, os.environ["VIDL_SLOW_PART"].split("/"))
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        left_out = {item for i, item in enumerate(slow) if i % parts != part}
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def interpreted(item) -> bool:
+    """Whether the test runs Triton's interpreter, which takes seconds for a large input.
+
+    Its float16 tests are slow ones: they compute as the float32 tests do, with other roundings.
+    """
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    place = parameters.get("where", parameters.get("place", parameters.get("backend")))
+    return place in ("triton", Where("triton", "cpu"))
 
 
 def pytest_runtest_setup(item) -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ FLAGS += ["-fvisibility=hidden", f"-I{ROOT / 'csrc'}", f"-I{EMULATOR}"]
 # Programs are compiled for one head size only, in a fraction of the time.
 FEW = ["-DVIDL_HEAD_SIZES=32"]
 KINDS = {
+    "library": ["-O1"],  # compiled faster than with -O2
     "plain": ["-O2"],
     "ucontext": ["-O2", "-DCUDA_ON_CPU_UCONTEXT"],
     "quick": ["-O0"],
@@ -46,13 +48,42 @@ def load() -> None:
 def build() -> Path:
     """The operator library: every cuda.cu, emulated, and the host code of its op."""
     torch_dir = Path(torch.__file__).parent
-    host = [f"-isystem{torch_dir / 'include'}", "-DVIDL_EMULATED"]
+    host = [f"-isystem{torch_dir / 'include'}", f"-DVIDL_EMULATED={torch.__version__}"]
     host += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
     kernels = sorted(ROOT.glob("csrc/*/cuda.cu"))
     sources = [(file.with_name("op.cpp"), host) for file in kernels]
-    sources += [(file, []) for file in kernels]
+    sources += [(file, ["-DVIDL_SPLIT"]) for file in kernels]
+    sources += [(unit, []) for unit in _units_of_attention()]
     link = ["-shared", f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-    return _link("library.so", sources, KINDS["plain"], link)
+    return _link("library.so", sources, KINDS["library"], link)
+
+
+def _units_of_attention() -> Iterator[Path]:
+    """A source for every dtype, head size and kind, as in CMakeLists.txt, for parallel builds."""
+    folder = ROOT / "csrc/space_time_attention"
+    sizes = re.search(r"^#define VIDL_HEAD_SIZES (.+)$", (folder / "cuda.cu").read_text(), re.M)
+    most = re.search(r"kMostBiased = (\d+)", (folder / "interface.h").read_text())
+    assert sizes and most
+    kinds = ("Plain", "Limited", "Biased")
+    for D, kind, T in itertools.product(map(int, sizes[1].split(",")), kinds, ("bf16", "fp16")):
+        if kind == "Biased" and int(most[1]) < D:
+            continue
+        yield unit_of_attention(T, D, kind)
+
+
+def unit_of_attention(T: str, D: int, kind: str) -> Path:
+    """A source with the kernels of attention for one dtype, head size and kind."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    options = f"<{T}, {D}, vidl::{kind}>(const vidl::SpaceTimeAttention&"
+    file = BUILD / f"attention-{T}-{D}-{kind}.cu"
+    unfinished = file.with_name(f"{os.getpid()}-{file.name}")
+    unfinished.write_text(
+        '#include "space_time_attention/launch.h"\n'
+        f"template int vidl::forward{options}, const vidl::Forward&, void*);\n"
+        f"template int vidl::backward{options}, const vidl::Backward&, void*);\n"
+    )
+    unfinished.replace(file)
+    return file
 
 
 def program(name: str, kind: str = "plain", bug: tuple[str, str] | None = None) -> Path:
@@ -66,6 +97,28 @@ def program(name: str, kind: str = "plain", bug: tuple[str, str] | None = None) 
     if (kernels := ROOT / f"csrc/{name}/cuda.cu").is_file():
         sources.append((_planted(kernels, *bug) if bug else kernels, FEW))
     return _link(f"{name}-{kind}", sources, KINDS[kind], [])
+
+
+def profiler(op: str, kind: str = "Plain") -> Path:
+    """The program of cuda_on_cpu/profile_<op>.cpp, which counts what the kernels of an op ask for.
+
+    Args:
+        kind: of attention: Plain or Biased.
+    """
+    name = f"profile_{op}"
+    watched = ["-fsanitize=thread", "-DCUDA_ON_CPU_PROFILE", "-Wno-unused-parameter"]
+    kernels = [ROOT / f"csrc/{op}/cuda.cu"]
+    if op == "space_time_attention":
+        kernels = [unit_of_attention("bf16", 64, kind)]
+        watched += ["-DVIDL_PROFILE_BIASED"] if kind == "Biased" else []
+        name += f"-{kind}"
+    # Not optimised, so that an access of the source is one access. Without -fsanitize=thread for
+    # the linker: profile.cpp takes the place of its library.
+    sources: list[tuple[Path, list[str]]] = [(EMULATOR / "profile.cpp", ["-O2"])]
+    sources += [
+        (file, watched) for file in (EMULATOR / f"profile_{op}.cpp", *kernels) if file.is_file()
+    ]
+    return _link(name, sources, ["-O0", "-g"], ["-pie", "-ldl"])
 
 
 def _planted(kernels: Path, right: str, wrong: str) -> Path:
@@ -110,14 +163,14 @@ def _link(
 
 
 def _compile(source: Path, flags: list[str]) -> Path:
-    contents = [file.read_bytes() for file in sorted(_with_headers(source))]
-    key = _hash([str(source), torch.__version__, *flags], contents)
+    contents = [file.read_bytes() for file in sorted(with_headers(source))]
+    key = _hash([str(source), *flags], contents)
     file = BUILD / f"{source.stem}-{key}.o"
     _make(file, [*FLAGS, *flags, "-x", "c++", "-c", str(source)])
     return file
 
 
-def _with_headers(file: Path) -> set[Path]:
+def with_headers(file: Path) -> set[Path]:
     """A source and our headers that it includes, directly or indirectly."""
     files, todo = set(), [file]
     while todo:

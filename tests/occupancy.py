@@ -17,10 +17,15 @@ import torch
 
 from vidl.ops import (
     Groups,
+    Positions,
+    cls_attention_scores,
+    key_similarity_scores,
     masked_patch_embed,
     masked_patch_loss,
+    mean_attention_scores,
     select_tokens,
     space_time_attention,
+    value_weighted_scores,
 )
 
 
@@ -45,12 +50,28 @@ class Multiprocessor:
 MULTIPROCESSORS = {"sm_80": Multiprocessor(164 * 1024), "sm_90": Multiprocessor(228 * 1024)}
 
 
-def attention(size: int, shared: bool = False) -> None:
-    """Forward and backward in groups of `size` rows, of one head of 64, with scores."""
+def attention(size: int, shared: bool = False, causal: bool = False, reach: int = 0) -> None:
+    """Forward and backward in groups of `size` rows, of one head of 64, with scores.
+
+    Args:
+        shared: with a global key.
+        causal: a row sees those before it.
+        reach: greatest distance of rows in a table of relative positions; 0 for none.
+    """
     groups = Groups.equal(2, size)
-    groups = groups.with_global() if shared else groups
+    groups = groups.with_global() if shared else groups.causal() if causal else groups
     q, k, v = torch.randn(groups.num_keys, 3, 1, 64).bfloat16().requires_grad_().unbind(1)
-    out, scores = space_time_attention(q, k, v, groups, return_scores="mean", backend="emulated")
+    bias = positions = None
+    if reach:
+        positions = Positions.sequence(groups.query_offsets, groups.num_queries, reach)
+        bias = torch.zeros(positions.rows, 1, requires_grad=True)
+    out, scores = space_time_attention(
+        *(q, k, v, groups),
+        bias=bias,
+        positions=positions,
+        return_scores="mean",
+        backend="emulated",
+    )
     (out.float().sum() + scores.square().sum()).backward()
 
 
@@ -83,6 +104,31 @@ def selection(fuse: str | None) -> None:
     selected.tokens.float().sum().backward()
 
 
+def scores(kind: str, size: int, shared: bool = False, reach: int = 0) -> None:
+    """Forward and backward of a kind of scores in groups of `size` rows, of one head of 64.
+
+    Args:
+        shared, reach: as for `attention`.
+    """
+    groups = Groups.equal(2, size)
+    groups = groups.with_global() if shared else groups
+    q, k, v = torch.randn(groups.num_keys, 3, 1, 64).bfloat16().requires_grad_().unbind(1)
+    if kind == "similarity":
+        key_similarity_scores(k, groups, backend="emulated")
+        return
+    bias = positions = None
+    if reach:
+        positions = Positions.sequence(groups.query_offsets, groups.num_queries, reach)
+        bias = torch.zeros(positions.rows, 1, requires_grad=True)
+    options = {"bias": bias, "positions": positions, "backend": "emulated"}
+    if kind == "value":
+        out = value_weighted_scores(q, k, v, groups, **options)
+    else:
+        score = cls_attention_scores if kind == "cls" else mean_attention_scores
+        out = score(q, k, groups, **options)
+    out.square().sum().backward()
+
+
 EXAMPLES: dict[str, Callable[[], None]] = {
     "groups of 8": lambda: attention(8),
     "groups of 50": lambda: attention(50),
@@ -92,6 +138,16 @@ EXAMPLES: dict[str, Callable[[], None]] = {
     "groups of 256": lambda: attention(256),
     "groups of 273": lambda: attention(273),
     "groups of 69 and a global key": lambda: attention(69, shared=True),
+    "causal groups of 8": lambda: attention(8, causal=True),
+    "causal groups of 50": lambda: attention(50, causal=True),
+    "causal groups of 128": lambda: attention(128, causal=True),
+    "causal groups of 197": lambda: attention(197, causal=True),
+    "causal groups of 273": lambda: attention(273, causal=True),
+    "groups of 8, a table of 31 rows": lambda: attention(8, reach=15),
+    "groups of 49, a table of 169 rows": lambda: attention(49, reach=84),
+    "groups of 98, a table of 507 rows": lambda: attention(98, reach=253),
+    "groups of 197, a table of 731 rows": lambda: attention(197, reach=365),
+    "groups of 392, a table of 2535 rows": lambda: attention(392, reach=1267),
     "16 x 16 patches, uint8": lambda: patches(torch.uint8),
     "16 x 16 patches, bfloat16": lambda: patches(torch.bfloat16),
     "128 x 128 patches, bfloat16": lambda: patches(torch.bfloat16, 128),
@@ -99,6 +155,15 @@ EXAMPLES: dict[str, Callable[[], None]] = {
     "loss of 16 x 16 patches, bfloat16": lambda: loss(torch.bfloat16, "videomae"),
     "138 of 196 tokens": lambda: selection(None),
     "138 of 196 tokens, fused": lambda: selection("sum"),
+    "cls in groups of 50": lambda: scores("cls", 50),
+    "cls in groups of 273": lambda: scores("cls", 273),
+    "cls in groups of 273 and a global key": lambda: scores("cls", 273, shared=True),
+    "cls in groups of 273, a table of 545 rows": lambda: scores("cls", 273, reach=272),
+    "value in groups of 273": lambda: scores("value", 273),
+    "mean in groups of 273": lambda: scores("mean", 273),
+    "mean in groups of 273 and a global key": lambda: scores("mean", 273, shared=True),
+    "mean in groups of 273, a table of 545 rows": lambda: scores("mean", 273, reach=272),
+    "similarity in groups of 273": lambda: scores("similarity", 273),
 }
 
 

@@ -122,6 +122,7 @@ BIASES = {
     "key_bias": optional(FLOATS) | cut(0) | values(double=torch.rand(6).double()),
 }
 QKV = FLOATS | cut(0, 1, 2) | {"double": lambda x: x.double()}
+VALUES = without(QKV, "cut2") | {"wide": lambda x: torch.rand(*x.shape[:2], 33)}
 PATCH = values(
     none=None, text="abc", number=2, short=(2, 4), halves=(2, 4.0, 4), zero=(2, 0, 4),
     negative=(2, -4, 4), indivisible=(3, 4, 4), bools=(True, 4, 4), tensor=torch.ones(3),
@@ -201,7 +202,7 @@ OPS = {
         {
             "q": QKV,
             "k": QKV,
-            "v": QKV,
+            "v": VALUES,
             "groups": GROUPS | values(rows=ops.Groups.equal(2, 4)),
             "scale": optional(FACTOR),
             "return_lse": FLAG,
@@ -242,7 +243,7 @@ OPS = {
     "value_weighted_scores": Call(
         ops.value_weighted_scores,
         functools.partial(scores_call, "q", "k", "v"),
-        {"q": QKV, "k": QKV, "v": QKV, "groups": GROUPS, "scale": optional(FACTOR)},
+        {"q": QKV, "k": QKV, "v": VALUES, "groups": GROUPS, "scale": optional(FACTOR)},
     ),
     "key_similarity_scores": Call(
         ops.key_similarity_scores,
@@ -538,6 +539,32 @@ OBJECTIVES = {
         lambda: dict(logits=torch.rand(9, 2), negatives=negatives()),
         {"logits": FLOATS | cut(0, 1), "negatives": OTHER | values(number=3, tensor=THREE)},
     ),
+    "transport_plan": Call(
+        objectives.transport_plan,
+        lambda: dict(cost=torch.rand(2, 4, 3), words=PRESENT, patches=torch.ones(2, 3)),
+        {
+            "cost": FLOATS | cut(0, 1, 2),
+            "words": PADDING | values(none=None),
+            "patches": PADDING | values(none=None),
+            "beta": FACTOR | values(zero=0.0, negative=-1.0),
+            "iterations": POSITIVE,
+        },
+    ),
+    "word_patch_alignment": Call(
+        objectives.word_patch_alignment,
+        lambda: dict(
+            text=torch.rand(2, 4, 8), clips=torch.rand(2, 3, 8), words=PRESENT,
+            patches=torch.ones(2, 3),
+        ),
+        {
+            "text": FLOATS | cut(0, 1, 2),
+            "clips": FLOATS | cut(0, 1, 2),
+            "words": PADDING | values(none=None),
+            "patches": PADDING,
+            "beta": FACTOR | values(zero=0.0, negative=-1.0),
+            "iterations": POSITIVE,
+        },
+    ),
 }  # fmt: skip
 
 LAYER = dict(dim=8, num_heads=2, mlp_ratio=2.0, qkv_bias=True)
@@ -571,7 +598,13 @@ NUM_WORDS = optional(COUNT) | values(many=99)
 
 @functools.cache
 def bert():
-    return nn.Bert(200, 8, 1, 1, 2, mlp_width=16, max_positions=6, dropout=0.0, mlm_head=True)
+    options = dict(mlp_width=16, max_positions=6, dropout=0.0, mlm_head=True, merge_layers=1)
+    return nn.Bert(200, 8, 1, 1, 2, **options)
+
+
+@functools.cache
+def words_decoder():
+    return nn.WordsDecoder(200, 8, 1, 2, mlp_width=16, max_positions=6, dropout=0.0)
 
 
 @functools.cache
@@ -580,8 +613,40 @@ def vit():
 
 
 @functools.cache
+def joint_vit():
+    return nn.JointViT(4 * 2, 4, embed_dim=8, depth=1, num_heads=2, num_frames=2)
+
+
+@functools.cache
+def mae():
+    return nn.JointViT(
+        8, 4, embed_dim=8, depth=1, num_heads=2, num_frames=4, tubelet_size=None,
+        position="sincos_2d", class_token=True,
+    )  # fmt: skip
+
+
+def merged():
+    return nn.Merged(torch.rand(2, 3, 8), nn.Captions(WORDS, PRESENT))
+
+
+@functools.cache
+def beit():
+    return nn.Beit(**ENCODER, prune_layers=[0], pruning=nn.Pruning(0.5))
+
+
+@functools.cache
+def sparse_beit():
+    return nn.Beit(**ENCODER, joint=True, num_frames=2, edges=nn.Edges(2, 1))
+
+
+@functools.cache
 def divided():
     return nn.SpaceTimeTransformer(**ENCODER)
+
+
+@functools.cache
+def timesformer():
+    return nn.TimeSformer(**ENCODER, num_frames=2)
 
 
 @functools.cache
@@ -616,9 +681,139 @@ def patch_embed():
     return nn.MaskedPatchEmbed(4, 3, 8, 2)
 
 
+PRUNE_LAYERS = values(
+    none=None, text="a", number=0, large=[1], negative=[-1], halves=[0.5], texts=["a"],
+    bools=[False],
+)  # fmt: skip
+INT = values(none=None, text="x", half=0.5, bool=True, list=[1], tensor=torch.zeros(2))
+FRAME_IDS = torch.tensor([[0, 3], [1, 2]])  # two patches of four in two frames
+DROP_PATH = RATE | values(one=1.0)  # in [0, 1)
+
+
+def in_time():
+    return nn.groups_in_time(FRAME_IDS, 2, 4)
+
+
 STATE = values(none=None, text="x", number=3, list=[], values={"norm.weight": 3})
 PARTNER = torch.tensor([1, 0])
 NN = {
+    "Beit": Call(
+        nn.Beit,
+        lambda: ENCODER | dict(
+            joint=True, num_frames=2, edges=nn.Edges(2, 1), prune_layers=[0],
+            pruning=nn.Pruning(0.5),
+        ),
+        without(ENCODERS, "qkv_bias", "tubelet_size")
+        | {
+            "init_values": optional(FACTOR),
+            "num_frames": POSITIVE,
+            "joint": FLAG | values(no=False),
+            "time": optional(OPTION) | values(joint="last"),
+            "edges": values(text="x", number=3, object=object()),
+            "prune_layers": PRUNE_LAYERS,
+            "pruning": PRUNING
+            | values(none=None, fused=nn.Pruning(0.5, fuse="sum"), mean=nn.Pruning(0.5, "mean")),
+            "drop_path": DROP_PATH,
+            "final_norm": FLAG,
+            "backend": OPTION,
+        },
+    ),
+    "Beit.forward": Call(
+        lambda **a: beit()(**a),
+        lambda: dict(
+            video=torch.rand(2, 3, 2, 8, 8), ids_keep=torch.tensor([[0, 3, 5, 6]] * 2),
+            time=torch.rand(2, 8),
+        ),
+        {
+            "video": VIDEO | cut(0),
+            "ids_keep": optional(IDS) | cut(0, 1),
+            "time": optional(FLOATS) | cut(0, 1),
+        },
+    ),
+    "Beit.forward, edges": Call(
+        lambda **a: sparse_beit()(**a),
+        lambda: dict(video=torch.rand(2, 3, 2, 8, 8), step=1, seed=2),
+        {
+            "video": without(VIDEO, "cut2") | values(long=torch.rand(2, 3, 3, 8, 8)),
+            "step": INT,
+            "seed": INT,
+        },
+    ),
+    "Beit.set_keep_rate": Call(
+        lambda **a: beit().set_keep_rate(**a), lambda: dict(keep_rate=0.5), {"keep_rate": SHARE}
+    ),
+    "Beit.load_pretrained": Call(
+        lambda **a: beit().load_pretrained(**a),
+        lambda: dict(state_dict=beit().state_dict(), mode="bilinear"),
+        {"state_dict": STATE, "mode": OPTION},
+    ),
+    "Edges": Call(
+        nn.Edges,
+        lambda: dict(block=4, random=1, local=1),
+        {"block": POSITIVE, "random": COUNT, "local": POSITIVE | values(even=2)},
+    ),
+    "Edges.groups": Call(
+        nn.Edges(2, 1).groups,
+        lambda: dict(batch=2, length=8, seed=3),
+        {"batch": COUNT, "length": COUNT, "seed": INT},
+    ),
+    "BertInTime": Call(
+        nn.BertInTime,
+        lambda: dict(width=8, layers=1, num_heads=2, mlp_width=16, dropout=0.1),
+        {
+            "width": POSITIVE,
+            "layers": COUNT,
+            "num_heads": HEADS,
+            "mlp_width": optional(POSITIVE),
+            "dropout": RATE,
+            "backend": OPTION,
+        },
+    ),
+    "BertInTime.forward": Call(
+        lambda **a: nn.BertInTime(8, 1, 2, 16)(**a),
+        lambda: dict(x=torch.rand(2, 3, 8), time=in_time()),
+        {"x": FLOATS | cut(0, 1, 2), "time": GROUPS | values(rows=ops.Groups.equal(2, 2))},
+    ),
+    "FramesInTime": Call(
+        nn.FramesInTime,
+        lambda: dict(dim=8, num_heads=2, qkv_bias=True),
+        {
+            **{name: LAYERS[name] for name in ("dim", "num_heads", "qkv_bias", "norm_layer")},
+            "gate": FLAG,
+            "drop_path": DROP_PATH,
+            "backend": OPTION,
+        },
+    ),
+    "FramesInTime.forward": Call(
+        lambda **a: nn.FramesInTime(8, 2)(**a),
+        lambda: dict(x=torch.rand(2, 3, 8), time=in_time()),
+        {"x": FLOATS | cut(0, 1, 2), "time": GROUPS | values(rows=ops.Groups.equal(2, 2))},
+    ),
+    "groups_in_time": Call(
+        nn.groups_in_time,
+        lambda: dict(ids=FRAME_IDS, frames=2, patches=4, every=False),
+        {
+            "ids": without(IDS, "meta") | cut(0) | values(large=FRAME_IDS + 1),
+            "frames": POSITIVE | values(uneven=3),
+            "patches": COUNT | values(few=2),
+            "every": FLAG,
+        },
+    ),
+    "KeysOfText": Call(
+        nn.KeysOfText,
+        lambda: dict(keep_rate=0.5, layer=0, prefix=1),
+        {"keep_rate": SHARE, "layer": COUNT, "prefix": COUNT},
+    ),
+    "KeysOfText.select": Call(
+        nn.KeysOfText(0.5).select,
+        lambda: dict(clips=torch.rand(2, 4, 8), scores=torch.rand(2, 4), partner=PARTNER),
+        {
+            "clips": FLOATS | cut(1),
+            "scores": FLOATS | cut(0, 1),
+            "partner": optional(IDS) | cut(0),
+            "backend": OPTION,
+        },
+    ),
     "Bert": Call(
         nn.Bert,
         lambda: dict(
@@ -637,7 +832,22 @@ NN = {
             "token_types": COUNT,
             "dropout": RATE,
             "mlm_head": FLAG,
+            "merge_layers": COUNT,
             "backend": OPTION,
+        },
+    ),
+    "Bert.merge": Call(
+        lambda **a: bert().merge(**a),
+        lambda: dict(
+            text=torch.rand(2, 4, 8), attention_mask=PRESENT, clips=torch.rand(2, 3, 8),
+            partner=PARTNER,
+        ),
+        {
+            "text": FLOATS | cut(0, 1, 2),
+            "attention_mask": PADDING,
+            "clips": FLOATS | cut(2),
+            "partner": optional(IDS) | cut(0),
+            "words": NUM_WORDS,
         },
     ),
     "Bert.encode": Call(
@@ -663,6 +873,7 @@ NN = {
             "cu_visual": values(unneeded=CU),
             "max_visual": values(unneeded=3),
             "words": NUM_WORDS,
+            "keys": values(text="x", number=0.5, object=object(), late=nn.KeysOfText(0.5, 1)),
         },
     ),
     "Bert.fuse, packed": Call(
@@ -891,6 +1102,40 @@ NN = {
             "ids_keep": optional(IDS) | cut(0, 1),
         },
     ),
+    "TimeSformer": Call(
+        nn.TimeSformer,
+        lambda: dict(ENCODER),
+        ENCODERS | {"num_frames": POSITIVE, "backend": OPTION},
+    ),
+    "TimeSformer.forward": Call(
+        lambda **a: timesformer()(**a),
+        lambda: dict(video=torch.rand(2, 3, 2, 8, 8), ids_keep=torch.tensor([[0, 3, 4, 7]] * 2)),
+        {
+            "video": FLOATS | cut(1, 3, 4) | values(long=torch.rand(2, 3, 5, 8, 8)),
+            "ids_keep": optional(IDS) | cut(0, 1) | values(other=torch.tensor([[0, 3, 4, 6]] * 2)),
+        },
+    ),
+    "TimeSformer.load_pretrained": Call(
+        lambda **a: timesformer().load_pretrained(**a),
+        lambda: dict(state_dict=timesformer().state_dict()),
+        {"state_dict": STATE},
+    ),
+    "TimeSformerBlock": Call(
+        nn.TimeSformerBlock, lambda: dict(LAYER), LAYERS | {"backend": OPTION}
+    ),
+    "TimeSformerBlock.forward": Call(
+        lambda **a: timesformer().blocks[0](**a),
+        lambda: dict(
+            x=torch.rand(2, 5, 8), frames=2, space=ops.Groups.equal(4, 3),
+            time=ops.Groups.equal(4, 2),
+        ),
+        {
+            "x": FLOATS | cut(0, 1, 2),
+            "frames": POSITIVE | values(many=3),
+            "space": GROUPS | values(rows=ops.Groups.equal(2, 4)),
+            "time": GROUPS | values(rows=ops.Groups.equal(2, 5)),
+        },
+    ),
     "SpaceTimeTransformer.load_pretrained": Call(
         lambda **a: divided().load_pretrained(**a),
         lambda: dict(state_dict=divided().state_dict(), frames="zeros"),
@@ -906,6 +1151,53 @@ NN = {
         lambda: dict(table=torch.rand(8, 2), grid=(1, 1, 3), frames=2),
         {"table": without(FLOATS, "meta") | cut(0), "grid": GRID, "frames": POSITIVE},
     ),
+    "WordsDecoder": Call(
+        nn.WordsDecoder,
+        lambda: dict(
+            vocab_size=20, width=8, layers=1, num_heads=2, mlp_width=16, visual_width=8,
+            max_positions=6, token_types=2, dropout=0.1,
+        ),
+        {
+            "vocab_size": POSITIVE,
+            "width": POSITIVE,
+            "layers": POSITIVE,
+            "num_heads": HEADS,
+            "mlp_width": optional(POSITIVE),
+            "visual_width": optional(POSITIVE),
+            "max_positions": POSITIVE,
+            "token_types": COUNT,
+            "dropout": RATE,
+            "backend": OPTION,
+        },
+    ),
+    "WordsDecoder.forward": Call(
+        lambda **a: words_decoder()(**a),
+        lambda: dict(
+            ids=WORDS, attention_mask=PRESENT, visual=torch.rand(2, 3, 8), partner=PARTNER
+        ),
+        {
+            "ids": IDS | cut(0, 1) | values(long=torch.ones(2, 7).long()),
+            "attention_mask": PADDING,
+            "visual": FLOATS | cut(2),
+            "partner": optional(IDS) | cut(0),
+            "cu_visual": values(unneeded=CU),
+            "max_visual": values(unneeded=3),
+            "words": NUM_WORDS,
+        },
+    ),
+    "WordsDecoder.write": Call(
+        lambda **a: words_decoder().write(**a),
+        lambda: dict(visual=torch.rand(2, 3, 8), texts=2),
+        {
+            "visual": FLOATS | cut(2),
+            "texts": POSITIVE,
+            "cu_visual": values(unneeded=CU),
+            "max_visual": values(unneeded=3),
+        },
+    ),
+    "WordsDecoder.start_from": Call(
+        lambda **a: words_decoder().start_from(**a), lambda: dict(text=bert()), {"text": MODULE}
+    ),
     "ViT": Call(
         nn.ViT,
         lambda: ENCODER | dict(prune_layers=[0], pruning=nn.Pruning(0.5)),
@@ -913,10 +1205,7 @@ NN = {
         | {
             "init_values": optional(FACTOR),
             "pre_norm": FLAG,
-            "prune_layers": values(
-                none=None, text="a", number=0, large=[1], negative=[-1], halves=[0.5], texts=["a"],
-                bools=[False],
-            ),
+            "prune_layers": PRUNE_LAYERS,
             "pruning": PRUNING | values(none=None),
             "backend": OPTION,
         },
@@ -932,6 +1221,82 @@ NN = {
             "ids_keep": optional(IDS) | cut(0, 1),
             "time": optional(FLOATS) | cut(0, 1),
         },
+    ),
+    "JointViT": Call(
+        nn.JointViT,
+        lambda: ENCODER | dict(tubelet_size=2, num_frames=2),
+        without(ENCODERS, "tubelet_size")
+        | {"num_frames": POSITIVE, "embed_dim": POSITIVE, "backend": OPTION}
+        | {"position": OPTION, "class_token": FLAG},
+    ),
+    "JointViT.embed, by frame": Call(
+        lambda **a: mae().embed(**a),
+        lambda: dict(
+            video=torch.rand(2, 3, 4, 8, 8), ids_keep=torch.tensor([[0, 3, 5]] * 2),
+            time=torch.rand(4, 8),
+        ),
+        {"video": VIDEO | cut(0), "ids_keep": optional(IDS) | cut(0), "time": optional(FLOATS)
+         | cut(0, 1)},
+    ),
+    "JointViT.embed": Call(
+        lambda **a: joint_vit().embed(**a),
+        lambda: dict(video=torch.rand(2, 3, 4, 8, 8), ids_keep=torch.tensor([[0, 3, 5]] * 2)),
+        {"video": VIDEO | cut(0), "ids_keep": optional(IDS) | cut(0)}
+        | {"time": values(given=torch.rand(2, 8), text="x")},
+    ),
+    "JointViT.forward": Call(
+        lambda **a: joint_vit()(**a),
+        lambda: dict(x=torch.rand(6, 8), groups=ops.Groups.equal(2, 3)),
+        {"x": FLOATS | cut(0, 1), "groups": without(GROUPS, "none")},
+    ),
+    "JointViT.load_pretrained": Call(
+        lambda **a: joint_vit().load_pretrained(**a),
+        lambda: dict(state_dict=joint_vit().state_dict()),
+        {"state_dict": STATE},
+    ),
+    "Merged": Call(
+        nn.Merged,
+        lambda: dict(clips=torch.rand(2, 3, 8), captions=nn.Captions(WORDS, PRESENT)),
+        {"clips": FLOATS | cut(0), "captions": OTHER | values(number=3, tensor=WORDS)},
+    ),
+    "Merged.rows": Call(
+        lambda **a: merged().rows(**a),
+        lambda: dict(clips=torch.rand(2, 3, 8), text=torch.rand(2, 4, 8)),
+        {"clips": FLOATS | cut(0, 1, 2), "text": FLOATS | cut(0, 1)},
+    ),
+    "Merged.split": Call(
+        lambda **a: merged().split(**a),
+        lambda: dict(x=merged().rows(torch.rand(2, 3, 8), torch.rand(2, 4, 8))),
+        {"x": FLOATS | cut(0)},
+    ),
+    "Words": Call(
+        nn.Words,
+        lambda: dict(vocab_size=200, width=8, max_positions=16, token_types=2, dropout=0.1),
+        {
+            **{name: POSITIVE for name in ("vocab_size", "width", "max_positions")},
+            "token_types": COUNT,
+            "dropout": RATE,
+            "mlm_head": FLAG,
+        },
+    ),
+    "Words.predict_words": Call(
+        lambda **a: nn.Words(200, 8, 16, mlm_head=True).predict_words(**a),
+        lambda: dict(hidden=TEXT, positions=torch.arange(3)),
+        {"hidden": FLOATS | cut(2), "positions": IDS},
+    ),
+    "Words.forward": Call(
+        lambda **a: nn.Words(200, 8, 16)(**a),
+        lambda: dict(ids=WORDS, attention_mask=PRESENT),
+        {
+            "ids": IDS | cut(0, 1) | values(long=torch.ones(2, 600).long()),
+            "attention_mask": PADDING,
+            "words": NUM_WORDS,
+        },
+    ),
+    "Words.load_pretrained": Call(
+        lambda **a: nn.Words(200, 8, 16).load_pretrained(**a),
+        lambda: dict(state_dict=nn.Words(200, 8, 16).state_dict()),
+        {"state_dict": STATE},
     ),
     "ViT.set_keep_rate": Call(
         lambda **a: vit().set_keep_rate(**a), lambda: dict(keep_rate=0.5), {"keep_rate": SHARE}
@@ -962,9 +1327,77 @@ def mac():
     return models.Mac(models.MacRecipe(**TINY))
 
 
+FUSION = dict(prune_layers=(0,), fusion_layers=1)
+OWN_FIELDS = {
+    "simvtp": dict(
+        frames=4,
+        tubelet_size=1,
+        text_layers=0,
+        embed_dim=8,
+        decoder_width=8,
+        decoder_depth=1,
+        decoder_heads=2,
+    ),
+    "vlc": dict(frames=4, text_layers=0, decoder_width=8, decoder_depth=1, decoder_heads=2),
+    "singularity": FUSION | dict(frames=4),
+    "vindlu": FUSION,
+    "svitt": FUSION | dict(fusion_layers=2, block=4, random_blocks=1),
+    "alpro": dict(mask_ratio=0.5, mask="tube", merge_layers=1, text_layers=1, entities=3),
+}
+
+
+@functools.cache
+def system(name):
+    entry = models.MODELS[name]
+    return entry.model(type(entry.presets["base"])(**TINY | OWN_FIELDS[name]))
+
+
+def of_systems():
+    """The calls of the other systems."""
+    calls = {}
+    for name in OWN_FIELDS:
+        entry, model = models.MODELS[name], functools.partial(system, name)
+        kind, recipe = entry.model.__name__, type(entry.presets["base"])
+        calls[recipe.__name__] = Call(recipe, lambda n=name: TINY | OWN_FIELDS[n], OWN_RECIPE[name])
+        calls[kind] = Call(
+            entry.model,
+            lambda m=model: dict(recipe=m().recipe),
+            {"recipe": OTHER | values(number=3, other=models.MacRecipe(**TINY))},
+        )
+        calls[f"{kind}.forward"] = Call(lambda m=model, **a: m()(**a), batch, BATCH)
+        width = 8 if name == "simvtp" else 4
+        calls |= encoders(kind, model, width if models.can(entry.model, models.Aligns) else None)
+        clips = CLIPS[:, 0] if name in ("simvtp", "svitt", "vlc", "alpro") else CLIPS
+        fuse = FUSE | {"clips": FLOATS | cut(clips.ndim - 1)}
+        join = lambda c=clips: dict(  # noqa: E731
+            clips=c, text=TEXT, attention_mask=PRESENT, partner=PARTNER
+        )
+        calls[f"{kind}.join"] = Call(lambda m=model, **a: m().join(**a), join, fuse)
+        calls[f"{kind}.match"] = Call(lambda m=model, **a: m().match(**a), join, fuse)
+    return calls
+
+
 @functools.cache
 def answering():
     return models.Answering(models.Smaug(models.SmaugRecipe(**TINY, **SMAUG)), ["yes", "no"])
+
+
+def tokenized(texts, words):
+    """A tokenizer, as far as `Ranking` needs one: [CLS], one word, [SEP]."""
+    ids = torch.tensor([[101, 3 + number, 102] for number, _ in enumerate(texts)])
+    return ids, torch.ones_like(ids)
+
+
+@functools.cache
+def ranked():
+    smaug = models.Smaug(models.SmaugRecipe(**TINY, **SMAUG))
+    return models.Ranking(smaug, ["yes", "no"], tokenized, layers=1)
+
+
+@functools.cache
+def captioning():
+    smaug = models.Smaug(models.SmaugRecipe(**TINY, **SMAUG))
+    return models.Captioning(smaug, tokenized, layers=1).eval()
 
 
 def batch(**extra):
@@ -1001,10 +1434,46 @@ FUSE = {
     "partner": optional(IDS) | cut(0),
     "words": NUM_WORDS,
 }
+LOSSES = {name: FACTOR | values(negative=-1.0) for name in ("vtc", "vtm", "mlm")}
+PRUNED = {
+    "prune_layers": values(
+        none=None, text="a", large=(1,), negative=(-1,), halves=(0.5,), bools=(False,)
+    ),
+    "keep_rate": SHARE,
+    "fusion_layers": POSITIVE,
+    **LOSSES,
+}  # fmt: skip
+VIT = {
+    **{name: POSITIVE for name in ("patch_size", "width", "heads")},
+    "depth": COUNT,
+}
+MERGED = {
+    **{name: POSITIVE for name in ("decoder_width", "decoder_heads")},
+    "decoder_depth": COUNT,
+    "text_layers": values(one=1),
+    "text_width": values(other=16),
+    **{name: FACTOR | values(negative=-1.0) for name in ("vtm", "mlm", "mvm")},
+}
+OWN_RECIPE = {
+    "simvtp": MERGED | {"embed_dim": values(other=16), "vtc": LOSSES["vtc"]},
+    "vlc": MERGED
+    | {"wpa": FACTOR | values(negative=-1.0), "mask": values(clip="clip"),
+       "tubelet_size": values(two=2)},
+    "singularity": PRUNED
+    | {"frames_tested": COUNT, "ensemble": OPTION, "time_layers": COUNT,
+       "mask": values(clip="clip"), "tubelet_size": values(two=2)},
+    "vindlu": PRUNED
+    | {"time": OPTION, "drop_path": RATE | values(one=1.0), "mask": values(clip="clip")},
+    "svitt": PRUNED | {"block": COUNT, "random_blocks": COUNT, "keep_keys": SHARE},
+    "alpro": LOSSES
+    | {"pem": LOSSES["vtc"], "mask": values(frame="frame"), "merge_layers": POSITIVE,
+       "entities": POSITIVE, "threshold": RATE, "text_width": values(other=16),
+       "text_layers": POSITIVE},
+}  # fmt: skip
 RECIPE = {
-    **{name: POSITIVE for name in ("frames", "image_size", "patch_size", "tubelet_size", "width")},
-    **{name: POSITIVE for name in ("heads", "text_width", "text_heads", "embed_dim")},
-    **{name: COUNT for name in ("depth", "text_layers", "seed")},
+    **{name: POSITIVE for name in ("frames", "image_size", "tubelet_size")},
+    **{name: POSITIVE for name in ("text_width", "text_heads", "embed_dim")},
+    **{name: COUNT for name in ("text_layers", "seed")},
     "mask": OPTION,
     "mask_ratio": RATE | values(one=1.0),
     "dropout": RATE,
@@ -1028,18 +1497,44 @@ ENCODE_TEXT = {
 
 
 def encoders(name, model, embed_dim=4):
-    """The calls that all models have."""
+    """The calls that all models have; with `embed_dim` those of features too."""
     text = lambda: dict(ids=WORDS, attention_mask=PRESENT)  # noqa: E731
-    clips = lambda: dict(video=batch()["video"], mask=visual_mask())  # noqa: E731
-    return {
+    own = lambda: model().recipe.visual_mask(SAMPLES, 0) or visual_mask()  # noqa: E731
+    clips = lambda: dict(video=batch()["video"], mask=own())  # noqa: E731
+    calls = {
         f"{name}.encode_clips": Call(lambda **a: model().encode_clips(**a), clips, ENCODE_CLIPS),
-        f"{name}.embed_clips": Call(lambda **a: model().embed_clips(**a), clips, ENCODE_CLIPS),
         f"{name}.encode_text": Call(lambda **a: model().encode_text(**a), text, ENCODE_TEXT),
+    }
+    if embed_dim is None:
+        return calls
+    return calls | {
+        f"{name}.embed_clips": Call(lambda **a: model().embed_clips(**a), clips, ENCODE_CLIPS),
         f"{name}.embed_text": Call(lambda **a: model().embed_text(**a), text, ENCODE_TEXT),
         f"{name}.similarity": Call(
             lambda **a: model().similarity(**a),
             lambda: dict(clips=torch.rand(2, embed_dim), text=torch.rand(3, embed_dim)),
             {"clips": without(FLOATS, "more") | cut(1)} | {"text": FLOATS | cut(1)},
+        ),
+    }
+
+
+def answers(name, model):
+    """The calls that all models which answer questions have."""
+    return {
+        f"{name}.forward": Call(
+            lambda **a: model()(**a),
+            lambda: batch(answers=torch.tensor([0, -1])),
+            BATCH | {"answers": optional(IDS) | cut(0)},
+        ),
+        f"{name}.answer": Call(
+            lambda **a: model().answer(**a),
+            lambda: dict(clips=CLIPS, text=TEXT, attention_mask=PRESENT, partner=PARTNER),
+            FUSE,
+        ),
+        f"{name}.numbers": Call(
+            lambda **a: model().numbers(**a),
+            lambda: dict(answers=["yes", None, "other"]),
+            {"answers": values(none=None, text="yes", number=3, numbers=[1], lists=[["yes"]])},
         ),
     }
 
@@ -1057,6 +1552,12 @@ class Words:
 
 
 MODEL = MODULE | values(linear=torch.nn.Linear(2, 2))
+ANSWERS = {
+    "model": MODEL | values(mac=models.Mac),
+    "answers": values(
+        none=None, text="yes", number=3, empty=[], twice=["a", "a"], numbers=[1, 2], nones=[None]
+    ),
+}
 MODELS = {
     "recipe": Call(
         models.recipe,
@@ -1068,7 +1569,15 @@ MODELS = {
         lambda: dict(name="smaug", preset="tiny") | TINY | SMAUG,
         {"name": OPTION, "preset": OPTION, "widht": values(unknown=3), "width": POSITIVE},
     ),
-    "Recipe": Call(models.Recipe, lambda: dict(TINY), RECIPE),
+    # The two bases have no objects of their own.
+    "Recipe": Call(models.MacRecipe, lambda: dict(TINY), RECIPE),
+    "VitRecipe": Call(models.MacRecipe, lambda: dict(TINY), VIT),
+    "FusionRecipe": Call(models.FusionRecipe, lambda: TINY | FUSION, PRUNED),
+    "can": Call(
+        models.can,
+        lambda: dict(model=mac(), ability=models.Aligns),
+        {"model": OTHER | values(number=3), "ability": OTHER | values(number=3)},
+    ),
     "MacRecipe": Call(
         models.MacRecipe, lambda: dict(TINY), {"time": OPTION, "mask": values(clip="clip")}
     ),
@@ -1104,6 +1613,7 @@ MODELS = {
     "Mac.forward": Call(lambda **a: mac()(**a), batch, BATCH),
     **encoders("Smaug", smaug),
     **encoders("Mac", mac),
+    **of_systems(),
     "Smaug.fuse": Call(
         lambda **a: smaug().fuse(**a),
         lambda: dict(clips=CLIPS, text=TEXT, attention_mask=PRESENT, partner=PARTNER),
@@ -1117,28 +1627,31 @@ MODELS = {
     "Answering": Call(
         models.Answering,
         lambda: dict(model=models.Smaug(smaug().recipe), answers=["yes", "no"]),
+        ANSWERS,
+    ),
+    "Ranking": Call(
+        models.Ranking,
+        lambda: dict(
+            model=models.Smaug(smaug().recipe), answers=["yes", "no"], tokenizer=tokenized,
+            layers=1, top=2,
+        ),
+        ANSWERS | {"tokenizer": CALLABLE, "layers": POSITIVE, "top": POSITIVE},
+    ),
+    **answers("Answering", answering),
+    **answers("Ranking", ranked),
+    "Captioning": Call(
+        models.Captioning,
+        lambda: dict(model=models.Smaug(smaug().recipe), tokenizer=tokenized, layers=1),
+        {"model": MODEL | values(mac=models.Mac), "tokenizer": CALLABLE, "layers": POSITIVE},
+    ),
+    "Captioning.forward": Call(lambda **a: captioning()(**a), batch, BATCH),
+    "Captioning.generate": Call(
+        lambda **a: captioning().generate(**a),
+        lambda: dict(clips=CLIPS, words=3, beams=2, length_penalty=1.0),
         {
-            "model": MODEL | values(mac=models.Mac),
-            "answers": values(
-                none=None, text="yes", number=3, empty=[], twice=["a", "a"], numbers=[1, 2],
-                nones=[None],
-            ),
+            "clips": FLOATS | cut(3), "words": POSITIVE | values(many=600), "beams": POSITIVE,
+            "length_penalty": FACTOR,
         },
-    ),
-    "Answering.forward": Call(
-        lambda **a: answering()(**a),
-        lambda: batch(answers=torch.tensor([0, -1])),
-        BATCH | {"answers": optional(IDS) | cut(0)},
-    ),
-    "Answering.answer": Call(
-        lambda **a: answering().answer(**a),
-        lambda: dict(clips=CLIPS, text=TEXT, attention_mask=PRESENT, partner=PARTNER),
-        FUSE,
-    ),
-    "Answering.numbers": Call(
-        lambda **a: answering().numbers(**a),
-        lambda: dict(answers=["yes", None, "other"]),
-        {"answers": values(none=None, text="yes", number=3, numbers=[1], lists=[["yes"]])},
     ),
     "frequent_answers": Call(
         models.frequent_answers,
@@ -1250,7 +1763,19 @@ def test_every_public_function_is_in_the_table():
     done = {"Groups"}  # test_groups.py
     # Results, which no caller makes; and bases.
     done |= {"RunLengths", "Selected", "Frames", "SelectedFrames", "MaskedWords", "VisualMask"}
-    done |= {"Negatives", "Cost", "Summary", "TwoTowers"}
+    done |= {
+        "Negatives",
+        "Cost",
+        "Answers",
+        "Summary",
+        "System",
+        "TwoTowers",
+        "Inputs",
+        "Seen",
+        "Joint",
+    }
+    done |= {"Card", "Entry", "Encodes", "Aligns", "Joins", "Matches", "Describes", "FineTuned"}
+    done |= {"Taught"}
     for module in (ops, masking, objectives, nn, models):
         for name in module.__all__:
             if inspect.isroutine(getattr(module, name)) or inspect.isclass(getattr(module, name)):

@@ -206,6 +206,35 @@ def biased(groups, scores, dtype):
     return out, score, grads
 
 
+def limited(groups, scores, dtype):
+    """With limits of any value."""
+    limits = torch.arange(groups.num_queries).int() % 7
+    limits[::5], limits[3], limits[4] = MOST, LEAST, -1
+    return attend(replace(groups, query_limits=limits, checked=True), scores, dtype)
+
+
+def scored_with_bias(groups, kind, dtype):
+    """With codes and limits of any value."""
+    q, k, _ = (x.detach().requires_grad_() for x in fused(groups, 1, 32, dtype, "cpu"))
+    codes = torch.arange(groups.num_keys).int()
+    codes[::20], codes[3], codes[4] = MOST, LEAST, -1
+    limits = codes.roll(2) % 30
+    limits[::5], limits[3], limits[4] = MOST, LEAST, -1
+    table = torch.linspace(-1, 1, 9)[:, None].requires_grad_()
+    key_bias = torch.linspace(-1, 1, groups.num_keys)
+    key_bias[1::4] = -torch.inf
+    function = {"cls": cls_attention_scores, "mean": mean_attention_scores}[kind]
+    score = function(
+        *(q, k, replace(groups, query_limits=limits, checked=True)),
+        bias=table,
+        positions=Positions(codes, codes.flip(0), 9, 2),
+        key_bias=key_bias,
+        backend="triton",
+    )
+    grads = torch.autograd.grad(score.sum(), (q, k, table))
+    return torch.zeros(groups.num_queries, 1), score, grads
+
+
 def scored(groups, kind, dtype):
     q, k, v = (x.detach().requires_grad_() for x in fused(groups, 1, 32, dtype, "cpu"))
     function, leaves = {
@@ -224,17 +253,16 @@ def slow(*run):
 
 
 RUNS = [
-    *(
-        (attend, size, "mean", dtype)
-        for size in (6, 20)
-        for dtype in (torch.float32, torch.float16)
-    ),
-    (attend, 6, "cls", torch.float16),
-    (attend, 80, "cls", torch.float16),
-    (attend, 40, "mean", torch.float32),
-    *((biased, 6, kind, torch.float16) for kind in ("cls", "mean")),
-    (biased, 40, "mean", torch.float32),
-    *((scored, 20, kind, torch.float32) for kind in ("cls", "mean", "value", "similarity")),
+    *((run, 6, "mean", torch.float32) for run in (attend, biased, limited)),
+    *((scored, 6, kind, torch.float32) for kind in ("cls", "mean", "value", "similarity")),
+    *(slow(attend, size, "mean", torch.float16) for size in (6, 20)),
+    *(slow(attend, size, "cls", torch.float16) for size in (6, 80)),
+    slow(attend, 40, "mean", torch.float32),
+    *(slow(biased, 6, kind, torch.float16) for kind in ("cls", "mean")),
+    slow(biased, 40, "mean", torch.float32),
+    *(slow(limited, size, "mean", torch.float16) for size in (6, 40)),
+    *(slow(scored_with_bias, 20, kind, torch.float32) for kind in ("cls", "mean")),
+    *(slow(scored, 20, kind, torch.float32) for kind in ("cls", "mean", "value", "similarity")),
 ]
 
 
@@ -258,7 +286,7 @@ def test_bad_rows_leave_other_groups_alone(run, size, kind, dtype):
 def test_bad_lists_stay_in_range(run, size, kind, dtype):
     groups = lists(size)
     with checked("triton", "space_time_attention"):
-        for x in (MOST, LEAST, 0):
+        for x in (MOST, LEAST):
             changed = {}
             for name in (
                 *("query_offsets", "key_offsets", "query_rows", "key_rows"),

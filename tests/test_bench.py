@@ -238,7 +238,13 @@ def test_records_say_what_was_measured(capsys):
     assert strongest <= baselines and len(baselines) >= 3
 
 
-@pytest.mark.parametrize("op", cases.operations())
+@pytest.mark.parametrize(
+    "op",
+    [
+        pytest.param(op, marks=[pytest.mark.slow] if op == "swapped" else [])
+        for op in cases.operations()
+    ],
+)
 def test_every_op_is_timed_in_the_modes_that_it_has(op, monkeypatch, capsys):
     shapes = importlib.import_module(f"vidl.bench.ops.{op}").SHAPES
     first = next(iter(shapes))

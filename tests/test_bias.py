@@ -1,6 +1,10 @@
 """Attention with a table of relative positions and a number for each key, against plain PyTorch."""
 
+import copy
+import gc
 import math
+import pickle
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -11,12 +15,14 @@ from torch.nn import functional as F
 from where import Where
 
 from vidl.kernels import library
+from vidl.kernels.groups import Bias, indices
 from vidl.ops import (
     Groups,
     Positions,
     cls_attention_scores,
     mean_attention_scores,
     space_time_attention,
+    value_weighted_scores,
 )
 
 OP = "space_time_attention"
@@ -105,6 +111,12 @@ def clips():
     return Groups.equal(2, PATCHES + 1), positions
 
 
+def long_clips():
+    patches = torch.arange(256)[None]
+    positions = Positions.grid(patches, (4, 8, 8)).with_global().repeat(2)
+    return Groups.equal(2, 257), positions
+
+
 def many_groups():
     """More groups than parts, in which the gradient of the table is added up."""
     patches = torch.arange(4).expand(150, -1)
@@ -124,6 +136,7 @@ CASES = {
     "any codes": anywhere,
     "repeated codes": repeated_codes,
     "clips with CLS": clips,
+    "long clips with CLS": long_clips,
     "many groups": many_groups,
 }
 
@@ -142,7 +155,8 @@ def hiding(groups):
 
 def definition(q, k, v, table, groups, positions, key_bias=None, scale=0.2, scores=None):
     """Group by group: the output, the log-sum-exp, and the scores if they are asked for."""
-    out, lse, importance = torch.zeros_like(q), q.new_full(q.shape[1::-1], -math.inf), []
+    out, importance = q.new_zeros(*q.shape[:2], v.shape[2]), []
+    lse = q.new_full(q.shape[1::-1], -math.inf)
     query_steps, key_steps = groups.query_offsets.tolist(), groups.key_offsets.tolist()
     query_rows, key_rows = (
         torch.arange(count) if rows is None else rows.long()
@@ -173,11 +187,11 @@ def definition(q, k, v, table, groups, positions, key_bias=None, scale=0.2, scor
     return [out, lse, *([torch.cat(importance)] if scores else [])]
 
 
-def inputs(groups, positions, dtype, H=2, D=32):
+def inputs(groups, positions, dtype, H=2, D=32, Dv=None):
     generator = torch.Generator().manual_seed(1)
     sizes = [groups.num_queries, groups.num_keys, groups.num_keys]
     rows = (torch.randn(n, H, D + 8, generator=generator).to(dtype) for n in sizes)
-    q, k, v = (x[..., :D] for x in rows)
+    q, k, v = (x[..., :width] for x, width in zip(rows, (D, D, Dv or D), strict=True))
     table = torch.randn(positions.rows, H, generator=generator).to(dtype)
     return q, k, v, table
 
@@ -191,31 +205,31 @@ def results(compute, q, k, v, table, scores):
     return [out, lse[torch.isfinite(lse)], *importance, *torch.autograd.grad(loss, leaves)]
 
 
-def compared(case, dtype, backend, scores=None, hide=False):
+def compared(case, dtype, backend, scores=None, hide=False, device="cpu", Dv=None):
     groups, positions = CASES[case]()
-    given = inputs(groups, positions, dtype)
+    given = inputs(groups, positions, dtype, Dv=Dv)
     key_bias = hiding(groups) if hide else None
 
-    def ours(name, dtype):
+    def ours(name, dtype, device="cpu"):
         def compute(q, k, v, table):
             return space_time_attention(
-                *(q, k, v, groups),
+                *(q, k, v, groups.to(device)),
                 bias=table,
-                positions=positions,
-                key_bias=key_bias,
+                positions=positions.to(device),
+                key_bias=key_bias if key_bias is None else key_bias.to(device),
                 scale=0.2,
                 return_lse=True,
                 return_scores=scores,
                 backend=name,
             )
 
-        return results(compute, *(x.to(dtype) for x in given), scores)
+        return results(compute, *(x.to(device, dtype) for x in given), scores)
 
     def define(q, k, v, table):
         return definition(q, k, v, table, groups, positions, key_bias, 0.2, scores)
 
     return (
-        ours(backend, dtype),
+        ours(backend, dtype, device),
         ours("reference", dtype),
         results(define, *(x.double() for x in given), scores),
     )
@@ -232,6 +246,18 @@ def test_equals_the_definition(backend, case, scores, hide):
         torch.testing.assert_close(our, truth, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("scores", [None, "cls", "mean"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_narrow_values(backend, scores):
+    """With a bias, hidden keys and limits."""
+    dtype = torch.float32 if backend == "native" else torch.float64
+    for case in ("windows of some tokens", "prefixes with CLS"):
+        ours, _, true = compared(case, dtype, backend, scores, hide=True, Dv=20)
+        for our, truth in zip(ours, true, strict=True):
+            near = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"atol": 2e-5}
+            torch.testing.assert_close(our.double(), truth, **({"rtol": 2e-5} | near))
+
+
 @pytest.mark.parametrize("hide", [False, True], ids=["all keys", "hidden keys"])
 @pytest.mark.parametrize("scores", [None, "cls", "mean"])
 def test_as_accurate_as_torch(scores, hide, dtype):
@@ -239,26 +265,47 @@ def test_as_accurate_as_torch(scores, hide, dtype):
     check_accuracy(CASES, dtype, "native", scores, hide)
 
 
-# Triton takes no limits yet, and its interpreter takes seconds for thousands of rows or groups.
-LEFT_OUT = ("windows", "many groups", "causal words", "prefixes with CLS")
-SOME = [case for case in CASES if case not in LEFT_OUT]
-
-
 @pytest.mark.parametrize(
-    "scores, hide",
+    "place",
     [
-        ("mean", True),
-        *(pytest.param(*run, marks=pytest.mark.slow) for run in ((None, False), ("cls", True))),
+        Where("emulated", "cpu"),
+        pytest.param(Where("native", "cuda"), marks=pytest.mark.gpu),
     ],
+    ids=str,
 )
-def test_triton_is_as_accurate_as_torch(scores, hide, dtype):
-    Where("triton", "cpu").skip_unless_runs(OP, dtype)
-    check_accuracy(SOME, dtype, "triton", scores, hide)
+@pytest.mark.parametrize("scores, hide", [("mean", True), (None, False), ("cls", True)])
+def test_cuda_is_as_accurate_as_torch(scores, hide, dtype, place):
+    place.skip_unless_runs(OP, dtype)
+    check_accuracy(CASES, dtype, place.backend, scores, hide, place.device)
 
 
-def check_accuracy(cases, dtype, backend, scores, hide):
+# Triton's interpreter takes seconds for thousands of rows or groups.
+LEFT_OUT = ("windows", "many groups", "long clips with CLS")
+SOME = [case for case in CASES if case not in LEFT_OUT]
+FEW = ["frames with CLS", "a global token", "words", "repeated codes"]
+
+
+def runs(cases, first, *others):
+    """The first run on few layouts, on some as a slow test; the others on `cases`, slow too."""
+    return [
+        pytest.param(FEW, *first, id=f"few-{first}"),
+        pytest.param(SOME, *first, id=f"some-{first}", marks=pytest.mark.slow),
+        *(pytest.param(cases, *run, id=str(run), marks=pytest.mark.slow) for run in others),
+    ]
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize(
+    "cases, scores, hide", runs(FEW, ("mean", True), (None, False), ("cls", True))
+)
+def test_triton_is_as_accurate_as_torch(cases, scores, hide, dtype, backend):
+    Where(backend, "cpu").skip_unless_runs(OP, dtype)
+    check_accuracy(cases, dtype, backend, scores, hide)
+
+
+def check_accuracy(cases, dtype, backend, scores, hide, device="cpu"):
     """Each result over all layouts together: PyTorch may be exact on one by luck."""
-    computed = [compared(case, dtype, backend, scores, hide) for case in cases]
+    computed = [compared(case, dtype, backend, scores, hide, device) for case in cases]
     for of_cases in zip(*(zip(*parts, strict=True) for parts in computed), strict=True):
         together = ([x.flatten() for x in parts] for parts in zip(*of_cases, strict=True))
         assert_as_accurate(*map(torch.cat, together), dtype, order=0.5)
@@ -278,7 +325,20 @@ def test_separate_scores_equal_the_definition(backend, case, kind, hide):
 @pytest.mark.parametrize("kind", ["cls", "mean", "mean, given the log-sum-exp"])
 def test_separate_scores_as_accurate_as_torch(kind, hide, dtype):
     Where("native", "cpu").skip_unless_runs("token_scores", dtype)
-    computed = [scored(case, dtype, "native", kind, hide) for case in CASES]
+    check_scores(CASES, dtype, "native", kind, hide)
+
+
+@pytest.mark.parametrize("backend", ["triton", "emulated"])
+@pytest.mark.parametrize(
+    "cases, kind, hide", runs(SOME, ("cls", True), ("mean", False), ("mean, given", True))
+)
+def test_separate_scores_of_kernels_are_as_accurate_as_torch(cases, kind, hide, dtype, backend):
+    Where(backend, "cpu").skip_unless_runs("token_scores", dtype)
+    check_scores(cases, dtype, backend, kind, hide)
+
+
+def check_scores(cases, dtype, backend, kind, hide):
+    computed = [scored(case, dtype, backend, kind, hide) for case in cases]
     for of_cases in zip(*(zip(*parts, strict=True) for parts in computed), strict=True):
         together = ([x.flatten() for x in parts] for parts in zip(*of_cases, strict=True))
         assert_as_accurate(*map(torch.cat, together), dtype)
@@ -315,6 +375,62 @@ def scored(case, dtype, backend, kind, hide):
     )
 
 
+@pytest.mark.parametrize("hide", [False, True], ids=["all keys", "hidden keys"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_values_weigh_scores_with_a_bias(backend, hide):
+    Where(backend, "cpu").skip_unless_runs("token_scores")
+    for case in ("frames with CLS", "words", "causal words"):
+        groups, positions = CASES[case]()
+        given = inputs(groups, positions, torch.float32)
+        key_bias = hiding(groups) if hide else None
+        options = {"positions": positions, "key_bias": key_bias, "scale": 0.2}
+        group = torch.arange(groups.num_groups).repeat_interleave(groups.key_offsets.diff())
+
+        def compute(q, k, v, table, name, groups=groups, options=options):
+            return value_weighted_scores(q, k, v, groups, bias=table, **options, backend=name)
+
+        def define(q, k, v, table, _, groups=groups, options=options, group=group):
+            added = table, groups, options["positions"], options["key_bias"]
+            weighted = definition(q, k, k, *added, 0.2, "cls")[2] * v.norm(dim=(1, 2))
+            total = weighted.new_zeros(groups.num_groups).index_add(0, group, weighted)
+            return weighted / torch.where(total == 0, 1, total)[group]
+
+        runs = []
+        for f, name, dtype in (
+            *((compute, name, torch.float32) for name in (backend, "reference")),
+            (define, "", torch.float64),
+        ):
+            leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+            runs.append(gradients(f(*leaves, name), leaves))
+        for of_one in zip(*runs, strict=True):
+            assert_as_accurate(*of_one, torch.float32)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_keys_of_a_group_without_queries_reach_no_table(backend):
+    Where(backend, "cpu").skip_unless_runs(OP)
+    groups = Groups(
+        torch.tensor([0, 0, 3]).int(), torch.tensor([0, 4, 7]).int(), None, None, max_queries=3,
+        max_keys=4, num_queries=3, num_keys=7,
+    )  # fmt: skip
+    positions = Positions.cross(torch.arange(3)[None], (1, 1, 3), torch.arange(7)[None], (1, 1, 7))
+    q, k, v, table = inputs(groups, positions, torch.float32)
+    table = table.requires_grad_()
+    grads = []
+    for bad in (0.0, math.nan):
+        keys = torch.cat([torch.full_like(k[:4], bad), k[4:]])
+        out, scores = space_time_attention(
+            *(q, keys, v, groups), bias=table, positions=positions, return_scores="mean",
+            backend=backend,
+        )  # fmt: skip
+        more = mean_attention_scores(
+            q, keys, groups, bias=table, positions=positions, backend=backend
+        )
+        loss = out.square().sum() + (scores[4:] + more[4:]).square().sum()
+        grads += torch.autograd.grad(loss, table)
+    assert grads[0].isfinite().all() and torch.equal(*grads)
+
+
 @pytest.mark.parametrize("kind", SEPARATE)
 def test_separate_scores_have_the_same_bits_with_any_number_of_threads(kind):
     Where("native", "cpu").skip_unless_runs("token_scores")
@@ -344,11 +460,16 @@ def test_only_a_bias_of_the_keys():
         torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize("case", ["frames with CLS", "repeated codes"])
+@pytest.mark.parametrize("case", ["frames with CLS", "repeated codes", "causal words"])
 def test_triton_gives_the_same_bits_every_time(case):
     Where("triton", "cpu").skip_unless_runs(OP)
-    runs = [compared(case, torch.float16, "triton", "mean", hide=True)[0] for _ in range(2)]
-    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+    for compute in (
+        lambda: compared(case, torch.float16, "triton", "mean", hide=True)[0],
+        lambda: scored(case, torch.float16, "triton", "cls", hide=True)[0],
+        lambda: scored(case, torch.float16, "triton", "mean", hide=True)[0],
+    ):
+        for one, other in zip(compute(), compute(), strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("case", ["windows", "a global token", "many groups"])
@@ -379,6 +500,24 @@ def test_a_table_without_gradient_gets_none(backend):
     assert torch.equal(both[0], alone) and both[1].abs().max() > 0
 
 
+def test_a_frozen_table_launches_nothing(tmp_path, monkeypatch):
+    Where("emulated", "cpu").skip_unless_runs(OP, torch.float16)
+    groups, positions = CASES["frames with CLS"]()
+    q, k, v, table = inputs(groups, positions, torch.float16)
+    options = {"positions": positions, "backend": "emulated"}
+    counts = []
+    for frozen in (True, False):
+        table.requires_grad_(not frozen)
+        out = space_time_attention(q.requires_grad_(), k, v, groups, bias=table, **options)
+        notes = tmp_path / str(frozen)
+        notes.touch()
+        monkeypatch.setenv("CUDA_ON_CPU_LAUNCHES", str(notes))
+        out.sum().backward()
+        monkeypatch.delenv("CUDA_ON_CPU_LAUNCHES")
+        counts.append(len(notes.read_text().splitlines()))
+    assert counts == [1, 3]
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_second_derivatives(backend):
     groups, positions = CASES["words"]()
@@ -392,6 +531,54 @@ def test_second_derivatives(backend):
 
     assert torch.autograd.gradcheck(attend, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(attend, leaves, fast_mode=True)
+
+
+def test_torch_makes_the_rows_of_the_table_once(monkeypatch):
+    """Not again for another layer, a backward pass or the scores; but for codes that changed."""
+    calls, rows_of = [], Bias.rows_of
+
+    def spy(self, query_codes, key_codes):
+        calls.append(query_codes.shape)
+        return rows_of(self, query_codes, key_codes)
+
+    monkeypatch.setattr(Bias, "rows_of", spy)
+    groups, positions = windows(PATCHES)
+    q, k, v, table = inputs(groups, positions, torch.float64)
+    table.requires_grad_()
+
+    def attend(positions, groups=groups):
+        options = {"bias": table, "positions": positions, "backend": "torch"}
+        out = space_time_attention(q, k, v, groups, **options)
+        torch.autograd.grad(out.sum(), table)
+        cls_attention_scores(q, k, groups, **options)
+        return out
+
+    with torch.inference_mode():
+        space_time_attention(q, k, v, groups, bias=table, positions=positions, backend="torch")
+    first = attend(positions)
+    assert torch.equal(attend(positions), first) and len(calls) == 1
+    for other in (
+        positions.to("cpu"),
+        copy.deepcopy(positions),
+        pickle.loads(pickle.dumps(positions)),
+    ):
+        assert torch.equal(attend(other), first)
+    moved = Groups.window(ids(), GRID, WINDOW)
+    unshifted = attend(positions, moved)
+    assert not torch.equal(unshifted, first) and torch.equal(attend(positions), first)
+    calls.clear()
+    positions.key_codes.add_(1)
+    assert not torch.equal(attend(positions), first) and len(calls) == 1
+
+
+def test_the_rows_of_the_table_are_freed_with_the_codes():
+    groups, positions = equal_frames()
+    q, k, v, table = inputs(groups, positions, torch.float32)
+    space_time_attention(q, k, v, groups, bias=table, positions=positions, backend="torch")
+    kept = weakref.ref(indices._kept[positions.query_codes][0].rows)
+    del positions
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.parametrize("table", [True, False])
@@ -457,24 +644,14 @@ def test_autocast_keeps_the_table():
     assert table.grad.dtype == torch.float32
 
 
-def test_the_other_kernels_refuse_a_bias():
-    """Those in C++ on CUDA, and scores by Triton; a backend requested by name never falls back."""
-    reason = library.why_not("native", OP, "cuda", torch.bfloat16, bias=True)
-    assert "its CUDA kernels take no bias" in reason or "no cuda kernel was built" in reason
+def test_the_cuda_kernels_refuse_a_bias():
+    """C++ on CUDA with other head sizes; a backend requested by name never falls back."""
     limits = library.OPS[OP].limits
     options = {"device": "cuda", "dtype": torch.bfloat16, "bias": True}
-    assert limits("native", **options) == "its CUDA kernels take no bias and no key_bias"
-    assert limits("triton", **options) is None
-    groups, positions = CASES["windows"]()
-    q, k, _, table = inputs(groups, positions, torch.float32)
-    for options in ({"bias": table, "positions": positions}, {"key_bias": q[:, 0, 0].clone()}):
-        for scores in SEPARATE.values():
-            with pytest.raises(RuntimeError, match="triton: its kernels take no bias"):
-                scores(q, k, groups, **options, backend="triton")
-    bias = (table.t().contiguous(), positions.query_codes, positions.key_codes, 74, None)
-    with pytest.raises(RuntimeError, match="the Triton kernels take no bias"):
-        rest = (None, None, *groups.arguments(), *bias, 1.0, "cls")
-        library.kernel("token_scores", "triton")(q, k, *rest)
+    reason = "its CUDA kernels take a bias and a key_bias for heads of 32 and 64, not 80"
+    assert limits("native", **options, head_size=80) == reason
+    assert limits("native", **options, head_size=32) is None
+    assert limits("triton", **options, head_size=80) is None
 
 
 @pytest.mark.parametrize(
@@ -526,3 +703,6 @@ def test_the_registered_op_checks_its_bias(backend, change, message):
         bias[i] = value
     with pytest.raises(RuntimeError, match=message):
         library.kernel(OP, backend)(q, k, v, *groups.arguments(), *bias, 1.0, "")
+    with pytest.raises(RuntimeError, match=message):
+        rest = (*groups.arguments(), *bias, 1.0, "mean")
+        library.kernel("token_scores", backend)(q, k, None, None, *rest)

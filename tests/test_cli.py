@@ -211,8 +211,9 @@ for command in ast.literal_eval(sys.argv[1]):
 COMMANDS = [
     *(["info"], ["bench"], ["bench", "compare"], ["bench", "report"], ["bench", "summary"]),
     *(["savings"], ["summary"], ["pretrain"], ["finetune"], ["finetune", "retrieval"]),
-    *(["finetune", "qa"], ["eval"], ["export"], ["data"], ["data", "convert"], ["data", "check"]),
-    *(["data", "preview"], ["data", "speed"]),
+    *(["finetune", "qa"], ["finetune", "caption"], ["eval"], ["export"], ["data"]),
+    *(["data", "convert"], ["data", "check"], ["data", "preview"], ["data", "speed"]),
+    *(["data", "shard"], ["init"], ["completion"], ["estimate"]),
 ]
 
 
@@ -244,6 +245,7 @@ def test_commands_name_the_extra_that_they_need(tmp_path):
     folder = f"run.folder={tmp_path / 'new'}"
     needed = {
         ("info",): None,
+        ("completion", "bash"): "shtab",
         ("bench", "--dry-run"): None,
         ("savings", "mac", "--preset", "tiny", "--dry-run"): None,
         ("savings", "mac", "--preset", "tiny", "--dry-run", "--quality", "1"): None,
@@ -261,7 +263,7 @@ def test_commands_name_the_extra_that_they_need(tmp_path):
     expected = []
     for command, package in needed.items():
         if package is not None:
-            extra = "train" if package == "safetensors" else "data"
+            extra = {"safetensors": "train", "shtab": "completion"}.get(package, "data")
             install = f"pip install 'vidl-kernels[{extra}]'"
             expected.append(f'vidl {command[0]} needs {package} (extra "{extra}"): {install}')
         expected.append(f"{list(command)} {int(package is not None)}")
@@ -333,3 +335,48 @@ def test_waiting_threads_sleep_early(given, spins):
     if reported is None:
         pytest.skip("this torch does not use libgomp")
     assert reported[1] == spins if spins else reported[1] != SPINS
+
+
+def test_init_writes_every_field_with_its_meaning(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "mine", "model.mask_ratio=0.5", "schedule.steps=7"]) == 0
+    assert "vidl pretrain --config mine.yaml" in capsys.readouterr().out
+    text = Path("mine.yaml").read_text()
+    given = ["data.files=[mine.json]", "run.folder=runs/mine"]
+    config = Config.read("mine.yaml")
+    assert config == Config.read(None, [*given, "model.mask_ratio=0.5", "schedule.steps=7"])
+    for name in config.values():
+        assert re.search(rf"  # .+\n  {name.partition('.')[2]}: ", text), name
+    assert "  # keep_rate: " in text and "  mask_ratio: 0.5\n" in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+    for words, message in (
+        (["mine"], "mine.yaml exists"),
+        (["../mine"], "need NAME as a plain file name, got '../mine'"),
+        (["other", "model.mask_ration=0.5"], "did you mean 'model.mask_ratio'?"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["init", *words])
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert Path("mine.yaml").read_text() == text and not Path("other.yaml").exists()
+
+
+def test_completion_is_a_script_of_the_shell(capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    words = "COMP_WORDS=(vidl finetune retrieval --w); COMP_CWORD=3"
+    done = subprocess.run(
+        ["bash", "-c", f"{script}\n{words}; _shtab_vidl; echo ${{COMPREPLY[@]}}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["--weights"], done
+
+
+@pytest.mark.parametrize(
+    "words", [["init"], ["pretrain", "a=1"], ["bench", "fly"], ["eval", "--x"]]
+)
+def test_an_error_shows_the_usage_of_its_command(words, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert capsys.readouterr().err.startswith(f"usage: vidl {words[0]} ")

@@ -152,8 +152,76 @@ BUGS = {
             "",
         ),
         "a query attends to one key too many": (
-            "return column < count; }",
-            "return column <= count; }",
+            "? limit[i] : count);",
+            "? limit[i] : count + 1);",
+        ),
+        "a query sees one key too many": (
+            "? limit[i] : count);",
+            "? limit[i] + 1 : count);",
+        ),
+        "a query of a pack sees one key too few": (
+            "within(a.groups.query_limits[rows], slot)",
+            "within(a.groups.query_limits[rows] - 1, slot)",
+        ),
+        "squares that nobody wrote are read": (
+            "if (Kind::kLimited && most_seen[row / 16] <= start) continue;",
+            "",
+        ),
+        "gradients that nobody wrote are read": (
+            "Kind::kLimited ? group.most_seen[(first + n) / 16] : keys.count",
+            "keys.count",
+        ),
+        "a wide group's keys are seen by all": (
+            "(Kind::kLimited ? place.x : keys.count)",
+            "keys.count",
+        ),
+        "keys of long groups are seen by all": ("logit.key[i] >= limits[at] || ", ""),
+        "the last query that sees a block is skipped": (
+            "before = max(before, i + 1);",
+            "before = max(before, i);",
+        ),
+        "a block of keys is not fetched": (
+            "most = max(most, limit_of(groups, queries, keys, start + i));",
+            "most = max(most, limit_of(groups, queries, keys, start + i) - 64);",
+        ),
+        "NaN reaches queries without keys": (
+            "if (e / 2 % 2 == 0 ? first : second) sums",
+            "if (false) sums",
+        ),
+        "a row of a wide group without keys is NaN": (
+            "if (Kind::kLimited && group.places[query].x == 0) packed[i] = 0;",
+            "",
+        ),
+        "hidden keys of a query without others have weights": (
+            "if (Kind::kBiased && lse[i] == -INFINITY) limit[i] = 0;",
+            "",
+        ),
+        "rows of the table are not limited": (
+            "within(wrapping_sum(code, offset), last)",
+            "wrapping_sum(code, offset)",
+        ),
+        "the bias of the keys is forgotten": (" + terms.bias[column];", ";"),
+        "a query has the code of another": (
+            "offset[i] = query < queries.count ? offset_of(a.bias, queries.row(query)) : 0;",
+            "offset[i] = query < queries.count ? offset_of(a.bias, queries.row(first)) : 0;",
+        ),
+        "gradients of the first row are forgotten": ("table[0] += first_row;", ""),
+        "the table of a warp is forgotten": ("w < kTableWarps; w++", "w < kTableWarps - 1; w++"),
+        "a part of the table is forgotten": (
+            "part < parts; part++",
+            "part < parts - 1; part++",
+        ),
+        "later keys of one code are forgotten": (
+            "const int rounds = max_of_warp(max(rank[0], rank[1])) + 1;",
+            "const int rounds = 1;",
+        ),
+        "ranks are read before they are written": (
+            "__syncthreads();  // the ranks are there",
+            "",
+        ),
+        "tables are read before they are complete": (
+            "__syncthreads();  // the tables of all warps are there",
+            "",
         ),
         "the last query of a group is forgotten": (
             "if (member < group.count) row =",
@@ -194,6 +262,82 @@ BUGS = {
             "within(groups.entries[n], groups.E - 1) * channels",
             "int64_t{groups.entries[n]} * channels",
         ),
+    },
+    "token_scores": {
+        "sums are read before they are written": (
+            "__syncthreads();  // the numbers of all warps are there",
+            "",
+        ),
+        "gradients of warps are read before they are written": (
+            "__syncthreads();  // the sums of all warps are there",
+            "",
+        ),
+        "the gradient of a warp is forgotten": (
+            "w < kTeamWarps; w++) grad_q[i] +=",
+            "w < kTeamWarps - 1; w++) grad_q[i] +=",
+        ),
+        "the first query sees one key too few": (
+            "limit_of(s.groups, queries, keys, 0);\n  float* const to",
+            "limit_of(s.groups, queries, keys, 0) - 1;\n  float* const to",
+        ),
+        "keys that are not seen have weights": (
+            "to[j] = j < seen ? to[j] / sum : 0.0f;",
+            "to[j] = to[j] / sum;",
+        ),
+        "keys that are not seen are read": (
+            "if (j >= seen || unit >= D / 8 ||",
+            "if (j >= count || unit >= D / 8 ||",
+        ),
+        "entries have the query of another group": ("group_of(groups, entry));", "0);"),
+        "norms leave out heads": ("count = static_cast<int>(s.H) * units;", "count = units;"),
+        "values are not divided by their norm": ("grad / b.norms[row]);", "grad);"),
+        "two lanes add to a row of the table": ("to % 32 == lane", "to % 16 == lane % 16"),
+        "rows are read before they are there": (
+            "cp_async_wait();\n  __syncwarp();  // all lanes' rows are there",
+            "__syncwarp();  // all lanes' rows are there",
+        ),
+        "blocks of keys are read before they are written": (
+            "cp_async_wait();\n    __syncthreads();  // the block",
+            "__syncthreads();  // the block",
+        ),
+        "blocks of keys are overwritten while they are read": (
+            "__syncthreads();  // the block is there, and nobody reads the one before any more",
+            "__syncwarp();",
+        ),
+        "queries have the numbers of the block before": (
+            "numbers[(2 * n + parity) * kBlock + column]",
+            "numbers[(2 * n + 1 - parity) * kBlock + column]",
+        ),
+        "queries sum keys that they do not see": ("logit.key[i] >= limits[at] ||", ""),
+        "queries beyond the last have weights": (
+            "if (start + column < queries.count) block[i] += x;",
+            "block[i] += x;",
+        ),
+        "delta is not subtracted": ("grad[i] - terms.number(2, parity, column)", "grad[i]"),
+        "gradients leave the range of float16": (
+            "const bool usual = exponent > 0 && exponent < 254;",
+            "const bool usual = false;",
+        ),
+        "a query has the offset of another": (
+            "Kind::kBiased && real ? offset_of(s.bias, row) : 0;",
+            "Kind::kBiased && real ? offset_of(s.bias, 0) : 0;",
+        ),
+        "NaN reaches queries without keys": (
+            "if (e / 2 % 2 == 0 ? first : second) sums",
+            "if (false) sums",
+        ),
+        "a small part of a cosine is forgotten": (
+            "multiply<fp16>(small, hi_rows.x[d], right);",
+            "",
+        ),
+        "a maximum ignores NaN": ("wrong[i] += cosine - cosine;", ""),
+        "odd keys lie among the even ones": ("keys.first + even.count", "keys.first"),
+        "keys meet one odd key too many": (
+            "if (column >= halves.odd.count) continue;",
+            "if (column > halves.odd.count) continue;",
+        ),
+        "rows out of range are read": ("within(rows[first + i], total - 1)", "rows[first + i]"),
+        "a group is longer than its bound": ("within(end - begin, longest)", "end - begin"),
     },
 }
 RACES = ["syncthreads", "syncwarp", "two_blocks", "two_warps"]

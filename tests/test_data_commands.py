@@ -12,7 +12,7 @@ from clips import EXAMPLES
 
 from vidl.cli import main
 from vidl.data import parsing, video
-from vidl.data.progress import progress
+from vidl.progress import progress
 
 av = pytest.importorskip("av")
 commands = pytest.importorskip("vidl.data.commands")
@@ -171,4 +171,5 @@ def test_progress_is_shown_on_terminals_only(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert list(progress([1, 2], "counting")) == [1, 2]
-    assert "counting: 2/2, 0 s left" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "ETA 0:00:00" in shown and "counting 2/2" in shown

@@ -4,6 +4,8 @@ import collections
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -582,3 +584,30 @@ def test_other_shards_cannot_resume(shards, tmp_path):
         file.write(bytes(512))
     with pytest.raises(ValueError, match="need the 2 shards of the interrupted run"):
         Loader(stream_of(copies), limit=1).load_state_dict(state)
+
+
+SIGNALLED = """
+import multiprocessing, subprocess, sys
+from vidl.data.loader import Loader
+from vidl.data.moving_shapes import MovingShapes
+from vidl.data.sampler import EpochSampler
+
+clips = MovingShapes("train", 64, frames=1, size=16)
+loader = Loader(clips, EpochSampler(clips.kinds(), batch_size=2), workers=2)
+batches = iter(loader)
+next(batches)
+workers = [str(process.pid) for process in multiprocessing.active_children()]
+for name in ("-INT", "-TERM"):
+    subprocess.run(["kill", name, *workers], check=True)
+for _ in range(6):  # more than were read in advance
+    next(batches)
+print(len(workers), "workers")
+"""
+
+
+def test_workers_end_with_their_parent_only():
+    """A scheduler signals all processes of a run, which still finishes its step."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0 and done.stdout == "2 workers\n", done.stderr

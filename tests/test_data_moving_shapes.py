@@ -9,8 +9,19 @@ import torch
 
 from vidl.data import moving_shapes
 from vidl.data.loader import Loader
-from vidl.data.moving_shapes import COLOURS, MOTIONS, SHAPES, MovingShapes, coloured_shapes, path
+from vidl.data.moving_shapes import (
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    Actor,
+    MovingShapes,
+    coloured_shapes,
+    path,
+    questions,
+    words_of_questions,
+)
 from vidl.data.sampler import EpochSampler, Key
+from vidl.data.text import train_tokenizer
 
 
 def looks(shapes, count):
@@ -121,6 +132,112 @@ def test_clips_depend_on_seed_and_index_only():
     )
 
 
+def answer_from(actors, question):
+    """The answer that a clip of these shapes gives, read from the words of the question."""
+    words = question.removesuffix("?").split()
+    if words[:2] == ["how", "many"]:
+        return {1: "one", 2: "two"}[len(actors)]
+    if words[:2] == ["which", "shape"]:
+        (actor,) = (actor for actor in actors if actor.colour == words[-1])
+        return actor.shape
+    if words[1] == "colour":
+        motion = question.removesuffix("?").partition(" that ")[2]
+        (actor,) = (actor for actor in actors if motion in actor.motions)
+        return actor.colour
+    at = words.index("the")
+    (actor,) = (a for a in actors if [a.colour, a.shape] == words[at + 1 : at + 3])
+    assert ("at the" in question) == (len(actor.motions) > 1)
+    motion = actor.motions[-1 if question.endswith("at the end?") else 0].split()
+    verb = {"move": "moves", "turn": "circles"}.get(words[at + 3])
+    if verb is None:
+        assert words[at + 3 : at + 6] == ["grow", "or", "shrink"]
+        return {"grows": "grow", "shrinks": "shrink"}[" ".join(motion)]
+    assert motion[0] == verb
+    return " ".join(word for word in motion[1:] if word != "and")
+
+
+@pytest.mark.parametrize("difficulty", [1, 2, 3])
+def test_questions_have_the_answers_of_their_clips(difficulty):
+    options = dict(difficulty=difficulty, size=16, frames=2)
+    shapes = MovingShapes("train", 600, task="question", **options)
+    seen = set()
+    for index in range(len(shapes)):
+        row = shapes.row(index)
+        assert row.answer == answer_from(shapes.actors(index), row.question)
+        assert 1 <= len(row.answer.split()) <= 2 and not row.captions and not row.options
+        seen.add(" ".join(row.question.split()[:2]))
+    assert seen == {"how many", "which shape", "what colour", "which way", "does the"}
+    # The clips are those of the captions, and the text of a sample is the question.
+    batch, captions = (
+        MovingShapes("train", 9, task=task, **options).__getitems__([Key(0, 3), Key(2, 3)])
+        for task in ("question", "caption")
+    )
+    assert torch.equal(batch.video, captions.video)
+    assert batch.text == [shapes.row(3).question] * 2
+
+
+def test_a_question_has_one_answer():
+    one, other = Actor("red", "ring", ("grows",)), Actor("red", "cross", ("grows",))
+    named = [("which way does the red ring move?", "up left")]
+    assert questions([Actor("red", "ring", ("moves up and left",))])[1:2] == named
+    asked = dict(questions([one, other]))
+    assert asked == {
+        "how many shapes are there?": "two",
+        "does the red ring grow or shrink?": "grow",
+        "does the red cross grow or shrink?": "grow",
+    }
+    asked = dict(questions([one, Actor("blue", "ring", ("shrinks",))]))
+    assert asked["which shape is red?"] == asked["which shape is blue?"] == "ring"
+    assert asked["what colour is the shape that shrinks?"] == "blue"
+    for difficulty in (1, 2, 3):
+        shapes = MovingShapes("val", 200, difficulty=difficulty)
+        for index in range(200):
+            asked = [question for question, _ in questions(shapes.actors(index))]
+            assert len(set(asked)) == len(asked)
+
+
+@pytest.mark.parametrize("difficulty", [1, 2, 3])
+def test_choices_differ_in_motion_only(difficulty):
+    shapes = MovingShapes("val", 400, task="choice", difficulty=difficulty)
+    captioned = MovingShapes("val", 400, difficulty=difficulty)
+    places, backwards = [], 0
+    for index in range(len(shapes)):
+        row, actors = shapes.row(index), shapes.actors(index)
+        assert row.options[row.correct] == captioned.caption(index)
+        assert len(set(row.options)) == 4 and row.question is None
+        looks = {word for actor in actors for word in (actor.colour, actor.shape)}
+        for option in row.options:
+            assert set(option.split()) & {*COLOURS, *SHAPES} == looks
+            assert all(f"{actor.colour} {actor.shape} " in option for actor in actors)
+        reverse = [
+            Actor(a.colour, a.shape, tuple(MOTIONS[MOTIONS.index(m) ^ 1] for m in a.motions[::-1]))
+            for a in actors
+        ]
+        backwards += reverse == actors or moving_shapes.caption_of(reverse) in row.options
+        places.append(row.correct)
+    assert backwards == len(shapes)  # the clip played backwards is never missing
+    assert all(60 < places.count(place) < 140 for place in range(4))
+
+
+def test_rows_of_a_task_depend_on_seed_and_index_only():
+    for task in ("question", "choice"):
+        one, again, other = (MovingShapes("val", 50, task=task, seed=s) for s in (0, 0, 1))
+        rows = [[shapes.row(index) for index in range(50)] for shapes in (one, again, other)]
+        assert rows[0] == rows[1] != rows[2]
+
+
+def test_the_vocabulary_has_the_words_of_questions():
+    captions = MovingShapes("train", 400, difficulty=2)
+    texts = [captions.caption(index) for index in range(400)]
+    tokenizer = train_tokenizer([*words_of_questions(), *texts])
+    for difficulty in (1, 2, 3):
+        shapes = MovingShapes("train", 200, task="question", difficulty=difficulty)
+        for row in map(shapes.row, range(200)):
+            for text in (row.question.removesuffix("?"), row.answer):
+                count = int(tokenizer([text], 32)[1].sum())
+                assert count == 2 + len(text.split()), text  # no word in pieces
+
+
 @pytest.mark.parametrize("difficulty, looks", [(1, 1), (1, 5), (2, 4), (3, 7)])
 def test_looks_limits_the_coloured_shapes_of_a_batch(difficulty, looks):
     shapes = MovingShapes("train", 400, size=8, frames=1, difficulty=difficulty, looks=looks)
@@ -138,6 +255,8 @@ def test_invalid_arguments():
         MovingShapes("dev", 5)
     with pytest.raises(ValueError, match="got 'test' and 4"):
         MovingShapes("test", 5, difficulty=4)
+    with pytest.raises(ValueError, match="need a task among caption, question, choice, got 'qa'"):
+        MovingShapes("test", 5, task="qa")
     with pytest.raises(ValueError, match="need 1 or more clips of difficulty 1, got 0"):
         MovingShapes("test", 0)
     with pytest.raises(ValueError, match="need looks >= 2 at difficulty 3, got 1"):

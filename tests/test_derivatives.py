@@ -174,6 +174,7 @@ def test_forward_over_reverse_is_refused(case):
             torch.autograd.grad(out, leaves, tangent)
 
 
+@pytest.mark.slow_interpreted
 def test_a_dual_level_alone_changes_nothing(case):
     function, leaves = case
     with forward_ad.dual_level():
@@ -226,6 +227,7 @@ def test_second_derivatives_of_the_attention_interface_are_refused():
         model(inputs_embeds=forward_ad.make_dual(x, torch.ones_like(x)))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(case, reentrant):
     function, leaves = case
@@ -234,6 +236,7 @@ def test_checkpointing(case, reentrant):
     assert all(map(torch.equal, [x.grad for x in leaves], plain))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.filterwarnings("ignore")  # jit.trace is deprecated, and warns of every check of shapes
 def test_a_traced_graph_has_the_op(case):
     function, leaves = case

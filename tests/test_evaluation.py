@@ -22,11 +22,12 @@ from vidl.evaluation import (
     Options,
     multiple_choice,
     question_answering,
-    ranking,
+    rank_statistics,
     ranks,
     reranked,
     retrieval,
 )
+from vidl.models import Aligns, can
 
 SMALL = dict(image_size=32, width=64, heads=2, text_width=64, text_heads=2, depth=2)
 SMALL |= dict(text_layers=1, frames=2)
@@ -76,10 +77,22 @@ def captioned(count, captions=1):
     ]
 
 
+PRUNED = dict(prune_layers=(0,), fusion_layers=1)
+OWN = {
+    "smaug": SMAUG,
+    "singularity": PRUNED | dict(frames=1, frames_tested=2),
+    "vindlu": PRUNED,
+    "svitt": PRUNED | dict(fusion_layers=2, block=4, random_blocks=1),
+    "vlc": dict(text_layers=0, decoder_width=16, decoder_depth=1, decoder_heads=1),
+    "alpro": dict(merge_layers=1, entities=4),
+    "simvtp": dict(embed_dim=64, text_layers=0, decoder_width=16, decoder_depth=1, decoder_heads=1),
+}
+
+
 def tiny(name, **overrides):
     torch.manual_seed(0)
     words = dataclasses.replace(models.recipe(name).vocabulary, size=120)
-    options = SMALL | (SMAUG if name == "smaug" else {}) | dict(vocabulary=words)
+    options = SMALL | OWN.get(name, {}) | dict(vocabulary=words)
     model = models.create(name, "tiny", **(options | overrides))
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "embedding" not in name:
@@ -112,13 +125,13 @@ def test_constant_scores_give_the_worst_rank():
 
 
 def test_statistics_of_ranks():
-    summary = ranking(torch.tensor([1, 2, 6, 11]))
+    summary = rank_statistics(torch.tensor([1, 2, 6, 11]))
     assert summary.recall == {1: 25.0, 5: 50.0, 10: 75.0}
     assert (summary.queries, summary.median, summary.mean) == (4, 4.0, 5.0)
     # With a single candidate a miss also has rank 1, but is still a miss.
-    assert ranking(torch.tensor([1]), torch.tensor([False])).recall[1] == 0
+    assert rank_statistics(torch.tensor([1]), torch.tensor([False])).recall[1] == 0
     with pytest.raises(ValueError, match="need at least one query"):
-        ranking(torch.tensor([], dtype=torch.int64))
+        rank_statistics(torch.tensor([], dtype=torch.int64))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -143,20 +156,25 @@ def test_reranked_candidates_come_first(seed):
         assert result[query] == 8 - worse
 
 
+def similarities(model, data):
+    """The similarity of every clip and every caption, one by one, [clips, captions]."""
+    model.eval()
+    clips = [data.read(Key(0, i)).pictures.permute(3, 0, 1, 2)[None] for i in range(len(data))]
+    texts = [data.tokenizer([text], 8) for row in data.rows for text in row.captions]
+    with torch.no_grad():
+        v, t = [model.embed_clips(clip) for clip in clips], [model.embed_text(*x) for x in texts]
+        return torch.tensor([[model.similarity(x, y).item() for y in t] for x in v])
+
+
 @pytest.mark.parametrize("name", models.MODELS)
 @pytest.mark.parametrize("captions", [1, 3])
 def test_retrieval_equals_a_plain_loop(name, captions):
     model, data = tiny(name), Stored(captioned(7, captions))
     result = retrieval(model, data, QUIET)
     assert (result.clips, result.captions, result.broken) == (7, 7 * captions, {})
-    model.eval()
-    clips = [data.read(Key(0, i)).pictures.permute(3, 0, 1, 2)[None] for i in range(7)]
-    texts = [data.tokenizer([text], 8) for row in data.rows for text in row.captions]
-    with torch.no_grad():
-        v, t = [model.embed_clips(clip) for clip in clips], [model.embed_text(*x) for x in texts]
-        scores = [[model.similarity(clip, text).item() for text in t] for clip in v]
+    scores = (similarities if can(model, Aligns) else all_pairs)(model, data).tolist()
     by_caption, by_clip = [], []
-    for j in range(len(texts)):
+    for j in range(7 * captions):
         own = j // captions
         by_caption.append(sum(scores[i][j] >= scores[own][j] for i in range(7)))
     for i in range(7):
@@ -248,6 +266,75 @@ def test_reranking_equals_a_plain_loop():
     assert result.reranked != result.rankings
 
 
+class OnlyMatches(torch.nn.Module):
+    """A model without features: the encoders and the matching head of another."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.recipe, self.sizes = model, model.recipe, []
+        for name in ("encode_clips", "encode_text", "join", "unpruned"):
+            setattr(self, name, getattr(model, name))
+
+    joined_width = 64
+
+    def match(self, clips, text, *rest):
+        self.sizes.append(len(text))
+        return self.model.match(clips, text, *rest)
+
+
+def all_pairs(model, data):
+    """The log-odds of every clip and every caption, pair by pair."""
+    rows = []
+    with torch.no_grad():
+        for number in range(len(data)):
+            clip = data.read(Key(0, number)).pictures.permute(3, 0, 1, 2)[None]
+            v, row = model.eval().encode_clips(clip), []
+            for text in (text for other in data.rows for text in other.captions):
+                ids, mask = data.tokenizer([text], 8)
+                logits = model.match(v, model.encode_text(ids, mask), mask)
+                row.append((logits[0, 1] - logits[0, 0]).item())
+            rows.append(row)
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("text_batch", [1, 3, 14, 1000])
+def test_a_model_without_features_matches_all_pairs(text_batch):
+    model, data = OnlyMatches(tiny("smaug")), Stored(captioned(7, 2))
+    scores = all_pairs(model, data)
+    correct = torch.arange(14)[None] // 2 == torch.arange(7)[:, None]
+    model.sizes.clear()
+    result = retrieval(model, data, dataclasses.replace(QUIET, text_batch=text_batch))
+    distinct = len({text for row in data.rows for text in row.captions})
+    assert sum(model.sizes) == 7 * distinct and max(model.sizes) == min(text_batch, 7 * distinct)
+    assert result.rankings == {
+        "t2v": rank_statistics(ranks(scores.T, correct.T)),
+        "v2t": rank_statistics(ranks(scores, correct)),
+    }
+    assert (result.rerank, result.reranked, result.clips, result.captions) == (0, {}, 7, 14)
+
+
+def test_a_broken_clip_is_a_miss_for_a_model_without_features():
+    data = Stored(captioned(4), broken=["2.mp4"])
+    result = retrieval(OnlyMatches(tiny("smaug")), data, QUIET)
+    assert result.broken == {"2.mp4": "no frames"} and result.rankings["t2v"].recall[10] == 75
+    none = retrieval(OnlyMatches(tiny("smaug")), Stored(captioned(1), broken=["0.mp4"]), QUIET)
+    assert none.rankings["t2v"].recall[10] == none.rankings["v2t"].recall[10] == 0
+
+
+def test_errors_of_models_without_features():
+    model, data = OnlyMatches(tiny("smaug")), Stored(captioned(2))
+    with pytest.raises(ValueError, match="need a model that compares features .* to re-rank"):
+        retrieval(model, data, QUIET, rerank=2)
+    with pytest.raises(ValueError, match="need a model that compares features .* multiple choice"):
+        multiple_choice(model, Stored(choices(2)), QUIET, fused=False)
+    for evaluated in (retrieval, multiple_choice):
+        with pytest.raises(ValueError, match=r"need .* trained with vtm > 0 for .*, got vtm=0"):
+            evaluated(OnlyMatches(tiny("smaug", vtm=0.0)), data, QUIET)
+        complaint = "compares features of clips and captions or matches .*: smaug, mac.*got Linear"
+        with pytest.raises(ValueError, match=complaint):
+            evaluated(torch.nn.Linear(2, 2), data, QUIET)
+
+
 def test_reranking_with_a_perfect_matcher(monkeypatch):
     """A fusion encoder that scores all re-ranked candidates correctly."""
     model, data = tiny("smaug").eval(), Stored(captioned(8))
@@ -308,7 +395,9 @@ def choices(count, question=None):
     ]
 
 
-@pytest.mark.parametrize("name, fused", [("smaug", True), ("smaug", False), ("mac", None)])
+@pytest.mark.parametrize(
+    "name, fused", [("smaug", True), ("smaug", False), ("mac", None), ("vlc", None)]
+)
 @pytest.mark.parametrize("question", [None, "who sings"])
 def test_multiple_choice_equals_a_plain_loop(name, fused, question):
     model, data = tiny(name), Stored(choices(9, question), broken=["2.mp4"])
@@ -324,7 +413,7 @@ def test_multiple_choice_equals_a_plain_loop(name, fused, question):
         for text in row.options:
             ids, mask = data.tokenizer([f"{question} {text}" if question else text], 8)
             with torch.no_grad():
-                if fused:
+                if fused or name == "vlc":
                     match = model.match(
                         model.encode_clips(clip), model.encode_text(ids, mask), mask
                     )
@@ -401,7 +490,7 @@ def test_answers():
     assert models.frequent_answers(["b", "a", "c", "c", None, ""], 2) == ["c", "a"]
     with pytest.raises(ValueError, match="need answers|need most"):
         models.frequent_answers([None], 3)
-    with pytest.raises(ValueError, match="need a model with fusion layers to answer, got Mac"):
+    with pytest.raises(ValueError, match="need a model that fuses .* to answer: smaug.*got Mac"):
         models.Answering(tiny("mac"), ["yes"])
     with pytest.raises(ValueError, match="need answers that differ"):
         models.Answering(tiny("smaug"), ["yes", "yes"])
@@ -419,9 +508,10 @@ def _rank(rank, rendezvous, out):
     model, data = tiny("smaug"), Stored(captioned(7, 2), broken=["3.mp4"])
     result = retrieval(model, data, QUIET, rerank=4)
     assert len(data.reads) in (3, 4)  # half of the clips
+    matched = retrieval(OnlyMatches(model), data, QUIET)
     chosen = multiple_choice(model, Stored(choices(9), broken=["2.mp4"]), QUIET)
     with open(f"{out}/{rank}.json", "w") as file:
-        file.write(f"[{result.to_json()}, {chosen.to_json()}]")
+        file.write(f"[{result.to_json()}, {matched.to_json()}, {chosen.to_json()}]")
     dist.destroy_process_group()
 
 
@@ -429,8 +519,9 @@ def test_two_ranks_equal_one(tmp_path):
     mp.spawn(_rank, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
     data = Stored(captioned(7, 2), broken=["3.mp4"])
     result = retrieval(tiny("smaug"), data, QUIET, rerank=4)
+    matched = retrieval(OnlyMatches(tiny("smaug")), data, QUIET)
     chosen = multiple_choice(tiny("smaug"), Stored(choices(9), broken=["2.mp4"]), QUIET)
-    alone = json.loads(f"[{result.to_json()}, {chosen.to_json()}]")
+    alone = json.loads(f"[{result.to_json()}, {matched.to_json()}, {chosen.to_json()}]")
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
 
@@ -454,7 +545,7 @@ def test_table_of_moving_shapes():
         ("smaug", Stored([Row("1.mp4", question="what?", answer="yes")]), 0, "need a caption of"),
         ("smaug", Stored(captioned(2), train=True), 0, "need a data set made with train=False"),
         ("smaug", MovingShapes("val", 2), 0, "need a data set with a tokenizer"),
-        ("mac", Stored(captioned(2)), 2, "need a model trained with vtm to re-rank"),
+        ("mac", Stored(captioned(2)), 2, "need a model that matches .* to re-rank: smaug.*got Mac"),
         ("mac", Stored(captioned(2)), -1, "need rerank >= 0"),
     ],
 )
@@ -474,7 +565,7 @@ def test_a_tokenizer_of_another_model():
         Options(batch_size=0)
     with pytest.raises(ValueError, match="need options and the correct one of each row"):
         multiple_choice(tiny("mac"), Stored(captioned(2)), QUIET)
-    with pytest.raises(ValueError, match="need a model trained with vtm for fused=True"):
+    with pytest.raises(ValueError, match="need a model that matches .* for fused=True: smaug"):
         multiple_choice(tiny("mac"), Stored(choices(2)), QUIET, fused=True)
     with pytest.raises(ValueError, match="need a question and an answer in each row"):
         question_answering(answering(), Stored(captioned(2)), QUIET)

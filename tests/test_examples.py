@@ -2,11 +2,19 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from vidl.bench.training import quality
+from vidl.training import Config, pretrain
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
+ONE_STEP = [
+    "data.clips=200", "data.batch_size=4", "data.workers=0", "schedule.steps=1",
+    "schedule.warmup=0", "evaluation.pairs=4",
+]  # fmt: skip
 
 
 def load(name, monkeypatch):
@@ -101,6 +109,36 @@ def test_clips_have_captions_and_an_attribution():
     assert "CC BY 4.0" in readme and all(file in readme for file in files)
 
 
+def test_questions_and_choices_are_about_the_clips(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    monkeypatch.setenv("VIDL_CACHE", str(tmp_path))
+    from vidl.data import annotations
+
+    clips = [row["video"] for row in json.loads((EXAMPLES / "clips.json").read_text())]
+    questions, choices = (
+        list(annotations.load(EXAMPLES / name)) for name in ("questions.json", "choices.json")
+    )
+    for rows in (questions, choices):
+        assert {row.media for row in rows} == {str(EXAMPLES / "clips" / clip) for clip in clips}
+    assert len(questions) >= 70 and len(choices) == len(clips)
+    asked = {(row.media, row.question) for row in questions}
+    assert len(asked) == len(questions)  # a question has one answer
+    for row in questions:
+        assert re.fullmatch(r"[a-z0-9][a-z0-9 -]*\?", row.question), row
+        # Answers are compared letter by letter.
+        assert re.fullmatch(r"[a-z0-9-]+( [a-z0-9-]+){0,2}", row.answer), row
+        signed = re.search(r"sign_(\w+)\.mp4", row.media)
+        if signed and "which word" in row.question:
+            assert row.answer == signed[1]
+    for row in choices:
+        assert len(row.options) in (4, 5) and len(set(row.options)) == len(row.options), row
+        assert all(re.fullmatch(r"[a-z][a-z ,-]*[a-z]", option) for option in row.options), row
+        signed = re.search(r"sign_(\w+)\.mp4", row.media)
+        assert not signed or row.options[row.correct].endswith(f" signs the word {signed[1]}")
+    places = [row.correct for row in choices]
+    assert max(map(places.count, places)) <= len(places) / 3  # a constant answer is no good
+
+
 def test_sparse_clip(monkeypatch, tmp_path, capsys):
     sparse_clip = load("sparse_clip", monkeypatch)
     clip = EXAMPLES / "clips" / "fruit_conveyor.mp4"
@@ -133,3 +171,17 @@ def test_demo(monkeypatch, tmp_path, capsys):
         assert demo.open_image(tmp_path / f"{name}.png").size == (4 * 228, 5 * 228)
     assert demo.main(["schedule.stops=4", "--out", str(tmp_path)]) == 1
     assert "schedule.steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "file", sorted(EXAMPLES.glob("moving_shapes_*.yaml")), ids=lambda file: file.stem
+)
+def test_moving_shapes(file, tmp_path):
+    """A step of each configuration, dense and sparse; clips of a batch differ in their motion."""
+    for row in ("dense", "sparse"):
+        given = [*ONE_STEP, f"run.folder={tmp_path / row}"]
+        config = Config.read(file, given)
+        assert file.stem == f"moving_shapes_{config.model.name}" and config.data.looks == 1
+        given += [f"model.{name}={value}" for name, value in quality.rows(config)[row].items()]
+        result = pretrain(Config.read(file, given))
+        assert result["finished"] and "t2v R@1" in result["evaluation"]

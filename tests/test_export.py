@@ -14,7 +14,7 @@ from vidl.masking import Vocabulary
 from vidl.models.export import export, text_weights, vision_weights
 
 SMALL = dict(image_size=32, width=64, heads=2, text_width=64, text_heads=2, dropout=0.0)
-NAMES = sorted(models.MODELS)
+NAMES = ["mac", "smaug"]  # others have encoders without a class in timm or transformers
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import pytest
 import torch
 from clips import write_video
 
+from vidl import models
 from vidl.cli import main
 from vidl.data.dataset import Clips
 from vidl.data.shards import ShardStream
 from vidl.evaluation import Accuracy, Retrieval
-from vidl.training import Config, configuration, open_run, pretrain, runs
+from vidl.training import Config, configuration, finetune, open_run, pretrain, runs
 
 pytest.importorskip("safetensors")
 pytest.importorskip("yaml")
@@ -21,7 +22,7 @@ TINY = [
     "model.text_width=32", "model.text_heads=2", "model.text_layers=1", "model.dropout=0",
     "data.source=moving_shapes", "data.clips=20", "data.words=12", "data.batch_size=4",
     "data.workers=0", "evaluation.pairs=5", "schedule.steps=2", "schedule.warmup=1",
-    "run.threads=1", "run.device=cpu", "run.tensorboard=false", "run.log_every=1",
+    "run.threads=1", "run.device=cpu", "run.log_every=1",
 ]  # fmt: skip
 SMAUG = ["model.fusion_layers=1", "model.decoder_width=32", "model.frames_kept=1"]
 SMAUG += ["model.prune_layers=[1]"]
@@ -125,15 +126,22 @@ def test_shards_run_no_command(shard):
         ShardStream(["a.tar", shard], clips, 2)
 
 
-def test_finetuning_for_question_answering(pretrained, clips, tmp_path, capsys):
+@pytest.mark.parametrize("form", runs.FORMS)
+def test_finetuning_for_question_answering(pretrained, clips, form, tmp_path, capsys):
     command = [
-        "finetune", "qa", "--weights", str(pretrained["smaug"]), "--answers", "1",
+        "finetune", "qa", "--weights", str(pretrained["smaug"]), "--answers", "1", "--form", form,
         f"run.folder={tmp_path}/qa", "data.source=clips", f"data.files=[{clips}/questions.json]",
         "data.broken=1", "data.batch_size=2", f"evaluation.files=[{clips}/questions.json]",
         "schedule.steps=2",
     ]  # fmt: skip
     assert main(command) == 0
-    assert json.loads((tmp_path / "qa/answers.json").read_text()) == ["red"]
+    stored = json.loads((tmp_path / "qa/answers.json").read_text())
+    assert stored == {"form": form, "answers": ["red"]}
+    if form == "ranking":  # the decoder starts with the text encoder of the pre-training run
+        name = "embeddings.word_embeddings.weight"
+        before = open_run(pretrained["smaug"]).model.text.state_dict()[name]
+        after = open_run(tmp_path / "qa").model.decoder.state_dict()[name]
+        torch.testing.assert_close(after, before, rtol=0, atol=5e-5)  # after two steps of 1e-5
     result = tmp_path / "qa.json"
     arguments = ["--weights", f"{tmp_path}/qa", "--json", str(result)]
     capsys.readouterr()
@@ -144,10 +152,127 @@ def test_finetuning_for_question_answering(pretrained, clips, tmp_path, capsys):
     assert "4 questions, 2 correct: 50.0 %" in (shown := capsys.readouterr().out)
     assert "1 clip could not be read" in shown and "d.mp4" in shown
     assert main(["eval", "retrieval", *arguments]) == 1
-    assert "need a run for retrieval, got Answering" in capsys.readouterr().err
+    name = type(open_run(tmp_path / "qa").model).__name__
+    assert f"need a run for retrieval, got {name}" in capsys.readouterr().err
     other = [*command[4:], f"run.folder={tmp_path}/mac"]
     assert main(["finetune", "qa", "--weights", str(pretrained["mac"]), *other]) == 1
-    assert "need a model with fusion layers to answer, got Mac" in capsys.readouterr().err
+    assert "need a model that fuses captions with clips to answer: smaug" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", runs.FORMS)
+def test_questions_about_moving_shapes(pretrained, form, tmp_path, capsys):
+    folder = tmp_path / "qa"
+    command = [
+        "finetune", "qa", "--weights", str(pretrained["smaug"]), "--form", form,
+        f"run.folder={folder}", "schedule.steps=2", "run.save_every=1", "data.words=16",
+        "optimizer.lr=0.01", "schedule.warmup=0", "model.dropout=0.1",
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert "step 2: accuracy" in capsys.readouterr().err
+    trained = open_run(folder)
+    assert trained.config.data.task == "question"
+    assert type(trained.model).__name__ == {"classifier": "Answering", "ranking": "Ranking"}[form]
+    assert {"one", "circle"} <= set(trained.model.answers)
+    before = open_run(pretrained["smaug"]).model.state_dict()
+    after = trained.model.model.state_dict()
+    assert not torch.equal(before["vision.cls_token"], after["vision.cls_token"])
+    # It resumes: the same second step, bit for bit.
+    shutil.rmtree(folder / "checkpoints/step-00000002")
+    other = [f"--form={other}" for other in runs.FORMS if other != form]
+    assert main([*command, *other]) == 1
+    assert f"has a run with form {form}: need the same to resume" in capsys.readouterr().err
+    assert main(command) == 0
+    again = open_run(folder).model.state_dict()
+    for name, weight in trained.model.state_dict().items():
+        assert torch.equal(weight, again[name]), name
+    capsys.readouterr()
+    assert main(["eval", "qa", "--weights", str(folder)]) == 0
+    assert "5 questions, " in capsys.readouterr().out
+    # A run goes on from the weights of another one that answers.
+    options = ["schedule.steps=1", f"run.folder={tmp_path}/more"]
+    assert main([*command[:2], "--weights", str(folder), "--form", form, *options]) == 0
+
+
+def test_captions_of_moving_shapes(pretrained, tmp_path, capsys):
+    folder, result = tmp_path / "captions", tmp_path / "captions.json"
+    command = [
+        "finetune", "caption", "--weights", str(pretrained["smaug"]), "--layers", "2",
+        f"run.folder={folder}", "schedule.steps=2", "run.save_every=1", "evaluation.pairs=14",
+        "optimizer.lr=0.01", "schedule.warmup=0", "model.dropout=0.1",
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert "step 2: BLEU-4" in capsys.readouterr().err
+    trained = open_run(folder)
+    assert type(trained.model).__name__ == "Captioning" and trained.config.data.task == "caption"
+    assert len(trained.model.decoder.encoder.layer) == 2
+    # It resumes: the same second step, bit for bit.
+    shutil.rmtree(folder / "checkpoints/step-00000002")
+    assert main([*command, "--layers", "1"]) == 1
+    assert "has a run with layers=2: need the same to resume it" in capsys.readouterr().err
+    assert main(command) == 0
+    again = open_run(folder).model.state_dict()
+    for name, weight in trained.model.state_dict().items():
+        assert torch.equal(weight, again[name]), name
+    # More clips than motions, and all their captions.
+    evaluate = ["eval", "caption", "--weights", str(folder), "--json", str(result)]
+    capsys.readouterr()
+    assert main([*evaluate, "--beams", "2", "--words", "6", "--length-penalty", "0.5"]) == 0
+    assert "14 clips: BLEU-4 " in capsys.readouterr().out
+    stored = json.loads(result.read_text())
+    assert len(stored["clips"]) == 14 and stored["broken"] == {}
+    assert all(len(clip["caption"].split()) <= 6 for clip in stored["clips"])
+    assert len({clip["references"][0].split(" ", 3)[3] for clip in stored["clips"]}) > 4
+    # A run goes on from the weights of another one that writes.
+    more = ["--weights", str(folder), "--layers", "2", "schedule.steps=1"]
+    assert main(["finetune", "caption", *more, f"run.folder={tmp_path}/more"]) == 0
+
+
+def test_errors_of_captions(pretrained, tmp_path, capsys):
+    command = ["finetune", "caption", f"run.folder={tmp_path}/run", "--weights"]
+    assert main([*command, str(pretrained["mac"])]) == 1
+    able = ", ".join(name for name in models.MODELS if name != "mac")
+    assert f"to write captions: {able}; got Mac" in capsys.readouterr().err
+    assert main([*command, str(pretrained["smaug"]), "data.words=513"]) == 1
+    assert "need data.words <= 512, the positions of the decoder" in capsys.readouterr().err
+    weights = ["--weights", str(pretrained["smaug"])]
+    assert main(["eval", "caption", *weights]) == 1
+    assert "need a run of `vidl finetune caption`, got Smaug" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["eval", "retrieval", *weights, "--length-penalty", "1"])
+    assert "--length-penalty is for caption, not retrieval" in capsys.readouterr().err
+    (tmp_path / "decoder.json").write_text('{"layers": 0}')
+    with pytest.raises(ValueError, match="need an object with layers of 1 or more in .*, got"):
+        runs.read_layers(tmp_path)
+
+
+def test_multiple_choice_of_moving_shapes(pretrained, capsys):
+    for name in pretrained:
+        assert main(["eval", "mc", "--weights", str(pretrained[name])]) == 0
+        assert "5 questions, " in capsys.readouterr().out
+
+
+def test_a_task_needs_its_text(pretrained, tmp_path, capsys):
+    command = ["finetune", "qa", "--weights", str(pretrained["smaug"]), "data.task=caption"]
+    assert main([*command, f"run.folder={tmp_path}/qa"]) == 1
+    assert "need data.task=question for this task, got caption" in capsys.readouterr().err
+    options = ["data.task=choice", f"run.folder={tmp_path}/run"]
+    with pytest.raises(ValueError, match="need data.task=caption for this task, got choice"):
+        pretrain(Config.read(None, [*TINY, *SMAUG, *options]))
+    with pytest.raises(ValueError, match="need a task among retrieval, qa, caption, got 'mc'"):
+        configuration(pretrained["smaug"], task="mc")
+    config = configuration(pretrained["smaug"], task="qa")
+    with pytest.raises(ValueError, match="need a form among classifier, ranking, got 'both'"):
+        finetune("qa", config, form="both")
+    ranks = runs.parallel.Ranks(0, 1, torch.device("cpu"))
+    with pytest.raises(ValueError, match="need a task among retrieval, mc, qa, caption, got 'vqa'"):
+        runs.evaluate(pretrained["smaug"], "vqa", None, ranks, runs.Options())
+
+
+def test_answers_of_a_stranger(tmp_path):
+    for text in ('["red"]', '{"form": "both", "answers": ["red"]}', '{"form": "ranking"}'):
+        (tmp_path / "answers.json").write_text(text)
+        with pytest.raises(ValueError, match="need an object of form .* and answers in .*, got"):
+            runs.read_answers(tmp_path)
 
 
 def test_evaluation_on_the_command_line(pretrained, clips, tmp_path, capsys):

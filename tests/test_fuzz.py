@@ -20,18 +20,20 @@ def library_op(op):
     return op if op in library.OPS else "token_scores"
 
 
-@pytest.mark.parametrize("backend, count", [("native", 100), ("reference", 20)])
+@pytest.mark.parametrize("backend, count", [("native", 100), ("emulated", 100), ("reference", 20)])
 @pytest.mark.parametrize("op", OPS)
 def test_some_cases(op, backend, count):
-    Where(backend, "cpu").skip_unless_runs(library_op(op))
+    Where(backend, "cpu").skip_unless_runs(library_op(op), torch.float16)
     sweep(op, backend, range(count if op in library.OPS else count // 4))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend, count", [("native", 3000), ("reference", 1000), ("triton", 24)])
+@pytest.mark.parametrize(
+    "backend, count", [("native", 3000), ("emulated", 2000), ("reference", 1000), ("triton", 24)]
+)
 @pytest.mark.parametrize("op", OPS)
 def test_many_cases(op, backend, count):
-    Where(backend, "cpu").skip_unless_runs(library_op(op))
+    Where(backend, "cpu").skip_unless_runs(library_op(op), torch.float16)
     sweep(op, backend, range(count))
 
 

@@ -116,6 +116,7 @@ def test_ops_import_nothing_from_above(file):
 LAYERS = [
     "files",
     "overrides",
+    "progress",
     "kernels",
     "ops",
     "nn",

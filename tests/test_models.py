@@ -1,4 +1,4 @@
-"""SMAUG and MAC: outputs, gradients and costs, with the kernels and the reference."""
+"""The systems: outputs, gradients and costs, with the kernels and the reference."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import torch
 
 from vidl import models
 from vidl.cli import main
-from vidl.models.summary import example, flop_counter
+from vidl.models.summary import flop_counter
 from vidl.nn import Bert, ViT
 
 SMALL = dict(image_size=32, width=64, heads=2, text_width=64, text_heads=2, dropout=0.0)
@@ -15,20 +15,30 @@ WORDS = models.recipe("mac").vocabulary
 TINY = dict(SMALL, vocabulary=dataclasses.replace(WORDS, size=200))
 
 
+OWN = {
+    "simvtp": dict(embed_dim=64),
+    "vlc": dict(frames=2, word_ratio=0.3),
+    "alpro": dict(word_ratio=0.3),
+    "svitt": dict(block=8, random_blocks=1),
+}
+
+
 def tiny(name, **overrides):
     torch.manual_seed(0)
-    return models.create(name, "tiny", **(TINY | overrides))
+    return models.create(name, "tiny", **(TINY | OWN.get(name, {}) | overrides))
 
 
 def batch(model, B=4, words=9):
     torch.manual_seed(1)
-    inputs = example(model.recipe, B, words)
+    inputs = model.recipe.example(B, words)
     inputs["attention_mask"][1, 5:] = 0  # captions differ in length
     return inputs
 
 
-@pytest.mark.parametrize("tubelet_size", [1, 2])
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize(
+    "name, tubelet_size",
+    [*((name, 1) for name in models.MODELS), ("smaug", 2), ("mac", 2), ("simvtp", 2)],
+)
 def test_every_parameter_learns(name, tubelet_size):
     model = tiny(name, tubelet_size=tubelet_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -37,9 +47,13 @@ def test_every_parameter_learns(name, tubelet_size):
         optimizer.zero_grad()
         model(**batch(model), step=step)["loss"].backward()
         optimizer.step()
-    fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    fixed = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
+    if name == "alpro":  # its frozen model learns nothing
+        frozen = [key for key in fixed if key.startswith("prompter.")]
+        assert frozen == [key for key, _ in model.prompter.named_parameters(prefix="prompter")]
+        fixed = [key for key in fixed if key not in frozen]
     assert fixed == ["decoder.decoder_pos_embed"] * (
-        name == "smaug"
+        name in ("smaug", "simvtp", "vlc")
     )  # fixed sine-cosine embedding of MAE
     grads = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
     assert not [key for key, grad in grads.items() if grad is None or not grad.isfinite().all()]
@@ -77,6 +91,27 @@ def test_a_resumed_run_draws_the_same_masks():
 
 
 @pytest.mark.parametrize("name", models.MODELS)
+def test_native_equals_reference(name):
+    """The losses of one step and the gradients of all parameters."""
+    results = []
+    for backend in ("reference", "native"):
+        model = tiny(name, backend=backend)
+        losses = model(**batch(model), step=1)
+        losses["loss"].backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([*losses.values(), *grads])
+    for truth, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+
+
+# The others, in `make test-slow`, run the same ops.
+FIRST = ("smaug", "mac")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in FIRST else pytest.mark.slow) for n in models.MODELS],
+)
 def test_kernels_and_reference_learn_the_same(name):
     """Fifty steps on noise with equal weights, masks and optimizer."""
     curves = []
@@ -205,8 +240,8 @@ def test_invalid_recipes(name, overrides, complaint):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="need a model among smaug, mac, got 'simvtp'"):
-        models.create("simvtp")
+    with pytest.raises(ValueError, match="need a model among smaug, mac, .*, got 'violet'"):
+        models.create("violet")
     with pytest.raises(ValueError, match="need a preset among tiny, small, base, got 'huge'"):
         models.create("mac", "huge")
 
@@ -215,7 +250,7 @@ def test_summary_on_the_command_line(capsys):
     small = [f"{name}={value}" for name, value in SMALL.items()]
     assert main(["summary", "mac", *small, "--preset", "tiny", "--words", "6"]) == 0
     assert "forward" in capsys.readouterr().out
-    for wrong in (["simvtp"], ["mac", "width"], ["mac", "wide=3"], ["mac", "--batch", "1"]):
+    for wrong in (["violet"], ["mac", "width"], ["mac", "wide=3"], ["mac", "--batch", "1"]):
         with pytest.raises(SystemExit):
             main(["summary", *wrong])
         assert "need" in (error := capsys.readouterr().err) or "has no" in error

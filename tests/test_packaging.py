@@ -263,6 +263,14 @@ def test_auto_without_a_compiler_installs_and_says_why(tree, tmp_path):
     record = json.loads(zipfile.ZipFile(wheel).read("vidl/_build.json"))
     assert record["cpu"] is False and record["cuda"] is False
     assert "no cpu kernels: " in record["reason"] and "no cuda kernels: " in record["reason"]
+    python, _ = environment(tmp_path / "environment", wheel)
+    twice = call(python, USE + USE, tmp_path).stderr
+    assert twice.count("vidl: using torch on the CPU, no cuda kernels: ") == 1
+
+
+def test_no_kernels_as_requested_say_nothing(installed, tmp_path):
+    _, python, _ = installed
+    assert "vidl: " not in call(python, USE, tmp_path).stderr
 
 
 @needs_compiler
@@ -286,6 +294,11 @@ def test_the_library_is_built_rebuilt_and_removed(tmp_path):
     wheel = build("build_wheel", tree, tmp_path / "wheel", VIDL_BUILD="auto", **no_cuda)
     assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
     assert {"vidl/_C.so", "vidl/_build.json"} <= files_of(wheel)
+    repair = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch*"]
+    subprocess.run([*repair, "-w", tmp_path, wheel], check=True, env=os.environ | {"PATH": TOOLS})
+    (repaired,) = tmp_path.glob("*.whl")
+    assert re.search(r"-py3-none-manylinux[\w.]+\.whl$", repaired.name)
+    assert {n for n in files_of(repaired) if not n.endswith("/")} == files_of(wheel)
     record = json.loads(zipfile.ZipFile(wheel).read("vidl/_build.json"))
     assert record["cpu"] is True and record["cuda"] is False
     assert record["stable_abi"] == "2.10" and record["torch"] and record["compiler"]

@@ -220,6 +220,20 @@ def test_an_inflated_table_ignores_time():
     assert torch.equal(inflated[rows(clip)], expected)
 
 
+@pytest.mark.parametrize("old, new", [(2, 3), (4, 8), (3, 3), (4, 2)])
+def test_a_table_is_inflated_to_the_nearest_displacement(old, new):
+    planes, special = torch.arange(2 * old - 1.0), torch.full((3, 2), -1.0)
+    table = torch.cat([planes.repeat_interleave(3)[:, None].expand(-1, 2), special])
+    inflated = inflate_table(table, (old, 1, 2), new)
+    assert torch.equal(inflated[-3:], special)
+    got = inflated[:-3].view(2 * new - 1, 3, 2)
+    assert torch.equal(got, got[:, :1, :1].expand_as(got))
+    time = got[:, 0, 0] - (old - 1)  # the displacement whose numbers each one gets
+    assert torch.equal(time, -time.flip(0))
+    wanted = torch.arange(1 - new, new) * (2 * old - 1) / (2 * new - 1)
+    assert ((time - wanted).abs() <= 0.5).all()
+
+
 def test_wrong_tables():
     table = torch.randn(15, 2)
     with pytest.raises(ValueError, match=r"need table \[21, H\], or 3 rows more"):
@@ -228,8 +242,8 @@ def test_wrong_tables():
         resize_table(table, (1, 2, 3), (2, 3, 3))
     with pytest.raises(ValueError, match="need mode 'bicubic' or 'bilinear'"):
         resize_table(table, (1, 2, 3), (1, 3, 3), "nearest")
-    with pytest.raises(ValueError, match="need a grid of one frame"):
-        inflate_table(torch.randn(45, 2), (2, 2, 3), 2)
+    with pytest.raises(ValueError, match=r"need table \[45, H\]"):
+        inflate_table(torch.randn(15, 2), (2, 2, 3), 2)
     with pytest.raises(TypeError, match="need table as a tensor"):
         inflate_table([1.0], (1, 2, 3), 2)
     with pytest.raises(TypeError, match="need table in a floating dtype"):

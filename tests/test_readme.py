@@ -159,6 +159,7 @@ def test_links_and_make_targets_exist():
         assert not [link for link in links if not (page.parent / link).exists()], page
 
 
+@pytest.mark.slow
 def test_the_manual_builds_without_warnings(tmp_path):
     pytest.importorskip("sphinx")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", ROOT / "docs", tmp_path]

@@ -21,7 +21,7 @@ FUZZ = """
 from fuzz.sweep import OPS, case_of, dtypes_of
 for op in OPS:
     for number in range(300):
-        case_of(op, number, dtypes_of("native")).run("native")
+        case_of(op, number, dtypes_of("native", op)).run("native")
     print(op)
 """
 

@@ -27,12 +27,23 @@ SMAUG = SMALL | dict(
     prune_layers=(0, 1), frames_kept=1, fusion_layers=1, decoder_width=64, decoder_depth=1,
     decoder_heads=2, mask_ratio=0.5,
 )  # fmt: skip
+BEIT = SMALL | dict(prune_layers=(0, 1), fusion_layers=1, mask_ratio=0.5, keep_rate=0.6)
 VARIANTS = [
     ("smaug", SMAUG),
     ("smaug", SMAUG | {"fuse": "mean", "mask": "tube"}),
     ("smaug", SMAUG | {"fuse": None, "mvm": 0.0, "mlm": 0.0}),
     ("smaug", SMAUG | {"frames": 4, "tubelet_size": 2}),
     ("mac", SMALL | {"frames": 4, "tubelet_size": 2}),
+    ("simvtp", SMALL | {"frames": 4, "tubelet_size": 2, "text_layers": 0, "embed_dim": 64,
+                        "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}),
+    *(("vlc", SMALL | {"frames": frames, "text_layers": 0, "decoder_width": 64,
+                       "decoder_depth": 1, "decoder_heads": 2}) for frames in (1, 2)),
+    ("alpro", SMALL | {"frames": 3, "merge_layers": 1, "entities": 4, "mask_ratio": 0.5}),
+    ("singularity", BEIT | {"frames": 1}),
+    ("singularity", BEIT | {"frames": 2, "frames_tested": 0, "time_layers": 1}),
+    ("vindlu", BEIT), ("vindlu", BEIT | {"time": "first", "mask": "frame"}),
+    ("svitt", BEIT | {"block": 4, "random_blocks": 1, "fusion_layers": 2}),
+    ("svitt", BEIT | {"block": 0, "fusion_layers": 2}),
     *(("mac", SMALL | {"time": time, "mask": mask})
       for time, mask in (("slot", "frame"), ("position", "frame"), ("position", "tube"),
                          ("position", "clip"), ("joint", "clip"), ("joint", "frame"))),

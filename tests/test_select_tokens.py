@@ -124,6 +124,7 @@ def hard_scores(B, N):
     return scores
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("backend", ["reference", "native", "triton", "emulated"])
 def test_the_order_is_total(backend):
     """Thousands of samples, with ties, NaN and infinities, against Python's sort."""
@@ -143,6 +144,7 @@ def test_the_order_is_total(backend):
             assert sorted(inverse) == [-1] * (N - K) + list(range(K))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize(
     "N, order", [(1030, "index"), (1568, "score"), (5000, "index"), (12_000, "index")]
 )

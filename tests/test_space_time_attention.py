@@ -11,15 +11,15 @@ from where import Where
 
 from vidl.kernels import library
 from vidl.kernels.groups import NO_BIAS
-from vidl.ops import Groups, space_time_attention
+from vidl.ops import Groups, ReplicatedGlobal, space_time_attention
 
 OP = "space_time_attention"
 
 
-def run(groups, H, D, dtype, device, backend, scores=None, compute=None, scale=None):
+def run(groups, H, D, dtype, device, backend, scores=None, compute=None, scale=None, Dv=None):
     """The results and the gradients of q, k and v in `dtype`, computed in `compute`."""
     q, k, v = (x.detach().to(compute or dtype) for x in fused(groups, H, D, dtype, device))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    leaves = [x.requires_grad_() for x in (q, k, v[..., :Dv])]
     options = {"scale": scale, "return_scores": scores, "backend": backend}
     out = space_time_attention(*leaves, groups, return_lse=True, **options)
     results = list(out) if scores else [out[0], out[1]]
@@ -34,12 +34,12 @@ def run(groups, H, D, dtype, device, backend, scores=None, compute=None, scale=N
     return [*results, *grad]
 
 
-def precisions(groups, H, D, dtype, where, scores=None, scale=None):
+def precisions(groups, H, D, dtype, where, scores=None, scale=None, Dv=None):
     """Ours, the reference in `dtype` and in float64, of each result and gradient, flattened."""
     placed = groups.to(where.device)
-    ours = run(placed, H, D, dtype, where.device, where.backend, scores, None, scale)
-    low = run(placed, H, D, dtype, where.device, "reference", scores, None, scale)
-    true = run(groups, H, D, dtype, "cpu", "reference", scores, torch.float64, scale)
+    ours = run(placed, H, D, dtype, where.device, where.backend, scores, None, scale, Dv)
+    low = run(placed, H, D, dtype, where.device, "reference", scores, None, scale, Dv)
+    true = run(groups, H, D, dtype, "cpu", "reference", scores, torch.float64, scale, Dv)
     for our, theirs, truth in zip(ours, low, true, strict=True):
         assert our.shape == truth.shape and our.dtype == theirs.dtype
         finite = torch.isfinite(truth)  # the log-sum-exp of no keys is -inf
@@ -68,6 +68,7 @@ def test_as_accurate_as_torch(name, scores, dtype, where):
     assert_right(dtype, list(precisions(GROUPS[name](), H, 64, dtype, where, scores)))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("D", [32, 80, 96, 128])
 def test_head_sizes(D, dtype, where):
     where.skip_unless_runs(OP, dtype)
@@ -77,6 +78,34 @@ def test_head_sizes(D, dtype, where):
     )
 
 
+NARROW = {
+    "frames": GROUPS["frames"],
+    "frames and a global token": GROUPS["frames and a global token"],
+    "frames and replicas of a global token": lambda: ReplicatedGlobal(GROUPS["frames"]()).groups,
+    "cross": GROUPS["cross"],
+    "queries without keys": GROUPS["queries without keys"],
+    "prefix": lambda: Groups.prefix(
+        torch.tensor([0, 3, 40]).int(), torch.tensor([0, 5, 9]).int(), 49, 41
+    ),
+}
+
+
+@pytest.mark.slow_interpreted
+@pytest.mark.parametrize("scores", [None, "cls", "mean"])
+def test_narrow_values(scores, dtype, where):
+    """Values of fewer channels than queries and keys."""
+    where.skip_unless_runs(OP, dtype)
+    if where.backend == "emulated" and (dtype == torch.float16) != (scores is None):
+        pytest.skip("slow: the kernels are those of padded values")
+    slow = where.device == "cpu" and where.backend != "native"
+    names = ["frames and a global token"] if slow else NARROW
+    for D, Dv in [(32, 16)] if slow else [(32, 16), (128, 96), (64, 33)]:
+        layouts = [NARROW[name]() for name in names]
+        results = (list(precisions(x, 1, D, dtype, where, scores, Dv=Dv)) for x in layouts)
+        assert_right(dtype, *results)
+
+
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("D", [32, 64, 80, 96, 128])
 def test_head_sizes_of_long_groups(D, dtype, where):
     """More queries or keys than a block of threads holds at a time."""
@@ -126,6 +155,7 @@ def test_more_groups_than_a_grid_has_rows(size, where):
         assert torch.equal(out, v)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("size", [2, 20, 140, 260])
 def test_rows_farther_apart_than_32_bits_count(size, where, tmp_path):
     """2**31 elements between the first row and the last; on the CPU in a sparse file."""
@@ -250,23 +280,51 @@ def test_gradcheck():
             )
 
 
-@pytest.mark.parametrize("begin, end, total", [(20, 55, 70), (4, 10, 15), (40, 180, 190)])
-def test_what_is_not_a_number_stays_in_its_group(begin, end, total, dtype, where):
+@pytest.mark.slow_interpreted
+@pytest.mark.parametrize(
+    "begin, end, total, scores, poisoned",
+    [
+        (20, 55, 70, "cls", "qkv"),
+        (40, 180, 190, "mean", "qkv"),
+        # Several groups in one matrix.
+        *((4, 10, 15, scores, name) for scores in ("cls", "mean") for name in "qkv"),
+    ],
+)
+def test_what_is_not_a_number_stays_in_its_group(begin, end, total, scores, poisoned, dtype, where):
     where.skip_unless_runs(OP, dtype)
     offsets = torch.tensor([0, begin, end, total]).int()
     groups = Groups.joint(offsets, total, int(offsets.diff().max())).to(where.device)
-    q, k, v = (x.detach().clone() for x in fused(groups, 2, 64, dtype, where.device))
-    clean = space_time_attention(q, k, v, groups, backend=where.backend)
-    for tensor in (q, k, v):
-        tensor[begin:end:7] = float("nan")
-        tensor[begin + 1 : end : 7] = float("inf")
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = space_time_attention(*leaves, groups, backend=where.backend)
+    inputs = [x.detach().clone() for x in fused(groups, 2, 64, dtype, where.device)]
+    options = {"groups": groups, "return_scores": scores, "backend": where.backend}
+    clean = space_time_attention(*inputs, **options)
+    for name, tensor in zip("qkv", inputs, strict=True):
+        if name in poisoned:
+            tensor[begin:end:7] = float("nan")
+            tensor[begin + 1 : end : 7] = float("inf")
+    leaves = [x.requires_grad_() for x in inputs]
+    results = space_time_attention(*leaves, **options)
     for rows in (slice(0, begin), slice(end, total)):
-        assert torch.equal(out[rows], clean[rows])
-        for grad in torch.autograd.grad(out[rows].sum(), leaves, retain_graph=True):
-            assert grad[rows].isfinite().all()
-    assert out[begin:end].isnan().any()
+        for result, same in zip(results, clean, strict=True):
+            assert torch.equal(result[rows], same[rows])
+            for grad in torch.autograd.grad(result[rows].sum(), leaves, retain_graph=True):
+                assert grad[rows].isfinite().all()
+    assert results[0][begin:end].isnan().any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_a_number_stays_in_its_group(bad, dtype, where):
+    """The gradient of a score of the second of three groups."""
+    where.skip_unless_runs(OP, dtype)
+    groups = Groups.joint(torch.tensor([0, 4, 10, 15]).int(), 15, 6).to(where.device)
+    leaves = [x.requires_grad_() for x in fused(groups, 2, 64, dtype, where.device)]
+    options = {"groups": groups, "return_scores": "mean", "backend": where.backend}
+    out, scores = space_time_attention(*leaves, **options)
+    given = torch.ones_like(out), torch.ones_like(scores)
+    clean = torch.autograd.grad((out, scores), leaves, given, retain_graph=True)
+    given[1][5] = bad
+    for grad, same in zip(torch.autograd.grad((out, scores), leaves, given), clean, strict=True):
+        for rows in (slice(0, 4), slice(10, 15)):
+            assert torch.equal(grad[rows], same[rows])
 
 
 def test_same_bits_every_time(where):
@@ -286,7 +344,8 @@ def test_threads_change_no_bit():
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(run(groups, 5, 64, torch.float32, "cpu", "native", "mean"))
+            args = (groups, 5, 64, torch.float32, "cpu", "native", "mean")
+            results.append([*run(*args), *run(*args, Dv=24)])
     finally:
         torch.set_num_threads(threads)
     for one, two, three in zip(*results, strict=True):
@@ -311,6 +370,45 @@ def test_opcheck(name, scores, where):
         library.kernel(f"{OP}_bwd", where.backend),
         (out, importance if scores else None, *plain, out, lse, *index, False, 0.2, scores),
     )
+
+
+def test_kernels_of_narrow_values(where):
+    dtype = where.widest(OP)
+    groups = GROUPS["frames and a global token"]().to(where.device)
+    q, k, v = (x.detach().requires_grad_() for x in fused(groups, 1, 32, dtype, where.device))
+    v = v.detach()[..., :13].requires_grad_()
+    index = (*groups.arguments(), *NO_BIAS)
+    forward = library.kernel(OP, where.backend)
+    if (where.backend, where.device) != ("native", "cpu"):
+        with pytest.raises(RuntimeError, match="need v as wide as"):
+            forward(q, k, v, *index, 0.2, "")
+        return
+    torch.library.opcheck(forward, (q, k, v, *index, 0.2, "cls"))
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, lse, scores = forward(q, k, v, *index, 0.2, "cls")
+    torch.library.opcheck(
+        library.kernel(f"{OP}_bwd", "native"),
+        (out, scores, q, k, v, out, lse, *index, False, 0.2, "cls"),
+    )
+    with pytest.raises(RuntimeError, match="v as k with at most 32 channels"):
+        forward(q, k, torch.zeros(*v.shape[:2], 33), *index, 0.2, "")
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "emulated"])
+def test_narrow_values_compile(backend):
+    Where(backend, "cpu").skip_unless_runs(OP, torch.bfloat16)
+    groups = GROUPS["cross"]()
+    leaves = [x.detach() for x in fused(groups, 2, 32, torch.bfloat16, "cpu")]
+    leaves = [x.requires_grad_() for x in (*leaves[:2], leaves[2][..., :16])]
+
+    def attend(q, k, v):
+        return space_time_attention(q, k, v, groups, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    expected = gradients(attend(*leaves), leaves)
+    assert expected[0].is_contiguous() and expected[0].shape == (60, 2, 16)
+    torch.testing.assert_close(gradients(compiled(*leaves), leaves), expected)
 
 
 def test_compiles_once_for_all_lengths(where):
@@ -344,7 +442,9 @@ def test_autocast(where):
         out, scores = space_time_attention(
             *args, groups, return_scores="cls", backend=where.backend
         )
-    assert out.dtype == torch.bfloat16 and scores.dtype == torch.float32
+        narrow = space_time_attention(*args[:2], args[2][..., :16], groups, backend=where.backend)
+    assert out.dtype == narrow.dtype == torch.bfloat16 and scores.dtype == torch.float32
+    torch.testing.assert_close(narrow, out[..., :16])
 
 
 def test_flops(where):
@@ -356,6 +456,11 @@ def test_flops(where):
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         space_time_attention(q, k, v, groups, backend=where.backend).sum().backward()
     assert counter.get_total_flops() == (2 + 5) * 2 * (3 * 3 + 7 * 7) * 2 * 32
+    if (where.backend, where.device) != ("native", "cpu"):
+        return  # others compute as many channels of values as of keys
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        space_time_attention(q, k, v[..., :8], groups, backend=where.backend).sum().backward()
+    assert counter.get_total_flops() == (4 * 32 + 3 * 8) * 2 * (3 * 3 + 7 * 7) * 2
 
 
 SMALL = Groups.equal(2, 4)
@@ -367,7 +472,8 @@ ROWS = torch.zeros(8, 2, 32)
     [
         (TypeError, "vidl.ops.Groups", {"groups": torch.zeros(3)}),
         (ValueError, r"\[num_queries, H, D\]", {"q": ROWS[0]}),
-        (ValueError, r"\[num_queries, H, D\]", {"v": ROWS[:, :, :16]}),
+        (ValueError, r"Dv at most D, got .* \(8, 2, 33\)", {"v": torch.zeros(8, 2, 33)}),
+        (ValueError, r"v \[num_keys, H, Dv\], .* \(8, 2\)", {"v": ROWS[:, :, 0]}),
         (ValueError, r"\[num_queries, H, D\]", {"q": ROWS[:, :1]}),
         (TypeError, "one floating dtype", {"k": ROWS.half()}),
         (TypeError, "one floating dtype", {x: ROWS.int() for x in "qkv"}),
@@ -459,6 +565,7 @@ def test_the_scale_is_finite(scale, backend):
         space_time_attention(ROWS, ROWS, ROWS, SMALL, scale=torch.ones(()), backend=backend)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("scores", ["mean", "cls"])
 @pytest.mark.parametrize("backend, queries, keys", [("native", 4096, 2736), ("triton", 512, 344)])
 def test_many_queries_are_as_accurate_as_torch(backend, queries, keys, scores):

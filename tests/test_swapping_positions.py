@@ -161,7 +161,7 @@ def gradients(model, out):
 
 
 @EVERY
-@pytest.mark.parametrize("scores", ["cls", "mean", "similarity"])
+@pytest.mark.parametrize("scores", ["cls", "mean", "value", "similarity"])
 def test_prune(name, scores):
     case = deeper(name)
     model = case.model().double()
@@ -196,7 +196,6 @@ def test_prune(name, scores):
 @pytest.mark.parametrize(
     "config, options, why",
     [
-        ({}, {"scores": "value"}, "scores='value' does not take its relative position"),
         ({}, {"fuse": "sum"}, "a fused token has no position"),
         ({"use_mask_token": True}, {}, "it predicts masked patches"),
     ],
@@ -205,6 +204,19 @@ def test_what_cannot_be_pruned(kind, config, options, why):
     model = simple(kind, RELATIVE | config)()
     with pytest.raises(ValueError, match=why):
         vidl.prune(model, 0.5, [0], **options)
+    assert not any(type(m).__module__.startswith("vidl") for m in model.modules())
+
+
+DENSE = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "num_labels": 3}
+
+
+@pytest.mark.parametrize(
+    "kind", ["BeitForSemanticSegmentation", "BeitBackbone", "Data2VecVisionForSemanticSegmentation"]
+)
+def test_models_that_need_a_grid_cannot_be_pruned(kind):
+    model = simple(kind, RELATIVE | DENSE)()
+    with pytest.raises(ValueError, match=f"cannot prune .*: {kind} needs .* whole grid of patches"):
+        vidl.prune(model, 0.5, [0])
     assert not any(type(m).__module__.startswith("vidl") for m in model.modules())
 
 

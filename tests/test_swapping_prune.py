@@ -21,6 +21,7 @@ pytest.importorskip("timm")
 
 from test_swapping_timm import MODELS, SIZE, VIT, assert_equal, images, make, results  # noqa: E402
 from timm.layers import apply_keep_indices_nlc  # noqa: E402
+from timm.models._features import FeatureGetterNet  # noqa: E402
 from timm.models.beit import Beit  # noqa: E402
 from timm.models.vision_transformer import ParallelScalingBlock  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
@@ -127,6 +128,7 @@ class Masked:
     [(name, "cls") for name in PRUNED]
     + [(name, "mean") for name in PRUNED]
     + [(name, "value") for name in ("ViT", "DeiT, distilled", "RoPE, shared keys", "DINOv3")]
+    + [("BEiT", "value"), ("BEiT, shared bias", "value")]
     + [(name, "similarity") for name in ("ViT", "SigLIP", "EVA, norms after", "RoPE, shared keys")],
 )
 def test_dropped_tokens_are_as_if_masked(name, scores, chosen, monkeypatch):
@@ -301,6 +303,18 @@ def test_again_with_another_rate_and_after_a_swap():
     assert torch.equal(model.forward_features(x), baseline)
 
 
+def test_features_need_a_grid():
+    """As `features_only=True` builds it."""
+    for name in ("ViT", "BEiT"):
+        model = FeatureGetterNet(deep(name), [3], output_fmt="NLC")
+        vidl.prune(model, RATE, [0])
+        assert model(images())[-1].shape[1] == 10
+        model = FeatureGetterNet(deep(name), [3])
+        with pytest.raises(ValueError, match="features_only=True returns grids.*'NLC'"):
+            vidl.prune(model, RATE, [0])
+        assert not any(type(m).__module__.startswith("vidl") for m in model.modules())
+
+
 def test_masks_are_refused_where_tokens_are_dropped():
     model, x = deep("ViT"), images()
     vidl.prune(model, RATE, LAYERS)
@@ -315,7 +329,6 @@ def test_masks_are_refused_where_tokens_are_dropped():
         (MODELS["SigLIP"], {}, "no class token; need scores='mean' or scores='similarity'"),
         (MODELS["SigLIP"], {"scores": "value"}, "no class token"),
         (MODELS["DINOv2"], {"scores": "similarity"}, "5 prefix tokens, .* one class token"),
-        (MODELS["BEiT"], {"scores": "value"}, "scores='value' does not take its relative position"),
         (MODELS["BEiT"], {"fuse": "sum"}, "a fused token has no position"),
         (MODELS["ViT"], {"layers": [2]}, r"layers in \[0, 2\).* got \[2\]"),
         (MODELS["ViT"], {"layers": []}, r"layers in \[0, 2\)"),

@@ -1,4 +1,4 @@
-"""Swapped Swin of torchvision and timm, against the unswapped models."""
+"""Swapped Swin of torchvision and timm, and MViT of torchvision, against the unswapped models."""
 
 import copy
 import pickle
@@ -16,12 +16,18 @@ from torchvision.models.swin_transformer import (  # noqa: E402
     ShiftedWindowAttention,
     ShiftedWindowAttentionV2,
 )
+from torchvision.models.video.mvit import (  # noqa: E402
+    MSBlockConfig,
+    MultiscaleAttention,
+    MViT,
+)
 from torchvision.models.video.swin_transformer import (  # noqa: E402
     ShiftedWindowAttention3d,
     SwinTransformer3d,
 )
 
 import vidl  # noqa: E402
+from vidl.kernels import library  # noqa: E402
 
 SIZES = dict(embed_dim=32, depths=[2, 2], num_heads=[1, 2], num_classes=5)
 
@@ -68,10 +74,13 @@ EVERY = pytest.mark.parametrize("name", MODELS)
 
 
 def make(name, dtype=torch.float32):
-    model, x = MODELS[name]()
+    return randomised(*MODELS[name](), "bias_table", dtype)
+
+
+def randomised(model, x, table, dtype):
     model = randomise(model)
     for key, weights in model.named_parameters():
-        if "bias_table" in key:
+        if table in key:
             weights.data *= 20  # so that errors of positions count
     return model.to(dtype), x.to(dtype).requires_grad_()
 
@@ -220,3 +229,114 @@ def test_what_is_left():
 def test_pruning_is_refused():
     with pytest.raises(ValueError, match="need a vision transformer that vidl can prune"):
         vidl.prune(make("torchvision, padded")[0], 0.5, [0])
+
+
+CUBE = [3, 3, 3]
+# Kernel and stride of q, and stride of k and v: queries on finer and coarser grids than keys.
+STAGES = [(CUBE, [1, 1, 1], [1, 4, 4]), (CUBE, [1, 2, 2], [1, 1, 1]), (CUBE, [1, 1, 1], [1, 2, 2])]
+FIRST = [([], [], [1, 4, 4]), (CUBE, [1, 2, 2], [1, 2, 2]), ([], [], [1, 1, 1])]
+
+
+def mvit(stages=STAGES, **options):
+    """Three layers of 1, 2 and 2 heads of 16 channels, for clips of 8 frames of 32 x 48."""
+    widths = [(16, 16), (16, 32), (32, 32)]
+    blocks = [
+        MSBlockConfig(C // 16, width, C, kernel, CUBE, stride, stride_kv)
+        for (width, C), (kernel, stride, stride_kv) in zip(widths, stages, strict=True)
+    ]
+    second = stages is STAGES
+    flags = dict(residual_pool=second, residual_with_cls_embed=False, rel_pos_embed=second)
+    flags |= dict(proj_after_attn=True, dropout=0.0, num_classes=5) | options
+    clips = torch.randn(2, 3, 8, 32, 48, generator=torch.Generator().manual_seed(1))
+    return MViT((32, 48), 8, blocks, **flags), clips
+
+
+MVITS = {
+    "MViTv2": mvit,
+    "MViTv2, class token in the residual": lambda: mvit(residual_with_cls_embed=True),
+    "MViT": lambda: mvit(FIRST),
+    "MViT, projection after the MLP": lambda: mvit(STAGES, proj_after_attn=False),
+}
+
+
+def make_mvit(name, dtype=torch.float32):
+    return randomised(*MVITS[name](), "rel_pos", dtype)
+
+
+@pytest.mark.parametrize("name", MVITS)
+def test_mvit_there_and_back(name):
+    model, x = make_mvit(name, torch.float64)
+    expected, weights, text = results(model, x), list(model.state_dict()), str(model)
+    report = vidl.swap(model)
+    assert [c.name for c in report.swapped] == [f"blocks.{i}.attn" for i in range(3)]
+    assert not report.left and list(model.state_dict()) == weights
+    ours = results(model, x)
+    close(ours, expected, 1e-11)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), ours[0])
+    vidl.unswap(model)
+    assert str(model) == text
+    assert all(torch.equal(a, b) for a, b in zip(results(model, x), expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["MViTv2", "MViT"])
+@pytest.mark.parametrize("case", ["float32", "bfloat16", "autocast"])
+def test_mvit_in_low_precision(case, name):
+    true = results(*make_mvit(name, torch.float64))
+    dtype = torch.float32 if case == "float32" else torch.bfloat16
+    model, x = make_mvit(name, torch.bfloat16 if case == "bfloat16" else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        low = results(model, x)
+        vidl.swap(model)
+        ours = results(model, x)
+    assert [a.dtype for a in ours] == [a.dtype for a in low]
+    assert_model_as_accurate(ours, low, true, dtype)
+
+
+def test_attention_of_mvit_compiles():
+    model, _ = make_mvit("MViTv2")
+    vidl.swap(model)
+    attention, size = model.blocks[1].attn, (2, 4, 6)
+    x = torch.randn(2, 49, 16, requires_grad=True)
+    expected = results(attention, x, lambda x: attention(x, size)[0])
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    close(results(attention, x, lambda x: compiled(x, size)[0]), expected, 1e-5)
+
+
+@pytest.mark.parametrize("stride_q, stride_kv", [((1, 1, 1), (1, 3, 3)), ((2, 2, 1), (1, 1, 2))])
+@pytest.mark.parametrize("size", [(4, 9, 9), (3, 7, 10), (1, 5, 4)])
+def test_attention_of_mvit_at_other_sizes(size, stride_q, stride_kv):
+    """Tables are interpolated, and grids of queries and keys do not divide each other."""
+    torch.manual_seed(0)
+    strides = (list(stride_q), list(stride_kv))
+    attention = MultiscaleAttention([4, 9, 9], 24, 48, 3, CUBE, CUBE, *strides, True, False, True)
+    for table in (attention.rel_pos_h, attention.rel_pos_w, attention.rel_pos_t):
+        table.data.normal_()
+    attention.double()
+    T, H, W = size
+    x = torch.randn(2, 1 + T * H * W, 24, dtype=torch.float64, requires_grad=True)
+    grid = attention(x, size)[1]
+    expected = results(attention, x, lambda x: attention(x, size)[0])
+    vidl.swap(attention)
+    assert attention(x, size)[1] == grid
+    close(results(attention, x, lambda x: attention(x, size)[0]), expected, 1e-11)
+
+
+def test_mvit_with_more_channels_than_kernels_take():
+    """The kernels take 128: 96 of a head and 22 of keys on a grid of 8 x 7 x 7, but not 36."""
+    if reason := library.why_not("native", "space_time_attention", "cpu", torch.float32):
+        pytest.skip(reason)
+    for stride, note in ((2, ""), (1, "head sizes are 32, 64, 80, 96, 128, not 136")):
+        strides = ([1, 1, 1], [1, stride, stride])
+        options = (96, 96, 1, CUBE, CUBE, *strides, True, False, True)
+        (change,) = vidl.swap(MultiscaleAttention([8, 14, 14], *options)).swapped
+        assert change.note.endswith(note) and bool(change.note) == bool(note)
+
+
+def test_pruning_and_masking_of_mvit_are_refused():
+    model = make_mvit("MViTv2")[0]
+    with pytest.raises(ValueError, match="need a vision transformer that vidl can prune"):
+        vidl.prune(model, 0.5, [0])
+    with pytest.raises(ValueError, match="MViT"):
+        vidl.mask(model, 0.5)

@@ -61,6 +61,19 @@ def test_attention(name, scores):
         assert_same(attention(groups, scores, lse), fused(groups, 2, 16, torch.float64, "cpu"))
 
 
+@pytest.mark.parametrize("scores", [None, "cls", "mean"])
+@pytest.mark.parametrize("name", GROUPS)
+def test_narrow_values(name, scores):
+    groups = GROUPS[name]()
+    q, k, v = fused(groups, 2, 16, torch.float64, "cpu")
+    for lse in (True, False):
+        assert_same(attention(groups, scores, lse), [q, k, v[..., :5]])
+    assert_same(
+        lambda q, k, v, backend: ops.value_weighted_scores(q, k, v, groups, backend=backend),
+        [q, k, v[..., :5]],
+    )
+
+
 def test_attention_of_any_groups():
     generator = random.Random(0)
     for _ in range(40):

@@ -230,7 +230,7 @@ def test_the_command_takes_a_configuration_and_shapes(tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["clip"], "need a model among smaug, mac, or a configuration file, got clip"),
+        (["clip"], "need a model among smaug, mac, .*, or a configuration file, got clip"),
         (["--ops", "attention"], "need ops among .*; got attention"),
         (["mac", "--preset", "tiny", "--ops", OP, "--device", "cpu"], "need ops that mac calls"),
         (["--dtype", "int8"], "need --dtype among float32, float16, bfloat16, got int8"),

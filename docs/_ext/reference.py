@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import inspect
 import re
-import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,27 +66,15 @@ def _tables() -> Iterator[str]:
 
 
 def _recipes() -> Iterator[str]:
-    abouts = _attributes(models.Recipe)
-    for name, (_, presets) in models.MODELS.items():
-        recipe = type(presets["base"])
-        own = abouts | _attributes(recipe)
+    for name, entry in models.MODELS.items():
+        base = entry.presets["base"]
+        about = config.meanings(type(base))
         rows = {
-            f"model.{field.name}": (getattr(presets["base"], field.name), own.get(field.name, ""))
-            for field in dataclasses.fields(recipe)
+            f"model.{field.name}": (getattr(base, field.name), about[field.name])
+            for field in dataclasses.fields(base)
             if field.name not in config.GIVEN
         }
         yield from _table(f"### Recipe of {name}", "Defaults of the preset base.", rows)
-
-
-def _attributes(recipe: type) -> dict[str, str]:
-    """The meaning of each field, from the docstring."""
-    about = inspect.cleandoc(recipe.__doc__ or "").partition("Attributes:\n")[2]
-    entries = textwrap.dedent(about.split("\n\n")[0]).replace("\n    ", " ").splitlines()
-    return {
-        name: text
-        for names, _, text in (entry.partition(": ") for entry in entries)
-        for name in names.split(", ")
-    }
 
 
 def _table(title: str, about: str, rows: dict[str, tuple[Any, str]]) -> Iterator[str]:

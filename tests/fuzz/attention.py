@@ -31,52 +31,91 @@ def gradients(
 
 
 class _Softmax:
-    """The attention weights of one group, and the units of what is computed from them."""
+    """The attention weights of one group, and the units of what is computed from them.
 
-    def __init__(self, q: Tensor, k: Tensor, scale: float) -> None:
+    Args:
+        queries, keys: rows of q and of k.
+    """
+
+    def __init__(
+        self, inputs: dict[str, Any], options: dict[str, Any], queries: list[int], keys: list[int]
+    ) -> None:
+        q, k = inputs["q"].double()[queries], inputs["k"].double()[keys]
+        scale = q.shape[2] ** -0.5 if options["scale"] is None else options["scale"]
         self.q, self.k, self.scale = q.detach().abs(), k.detach().abs(), abs(scale)
         logits = torch.einsum("qhd,khd->hqk", q, k) * scale
-        largest = logits.detach().amax(-1, keepdim=True)
+        terms = torch.einsum("qhd,khd->hqk", self.q, self.k) * self.scale
+        seen = torch.ones(len(queries), len(keys), dtype=torch.bool)
+        limits, table, key_bias = (
+            options["groups"].query_limits,
+            inputs.get("bias"),
+            inputs.get("key_bias"),
+        )
+        if limits is not None:
+            seen = torch.arange(len(keys)) < limits[queries][:, None]
+        self.rows: Tensor | None = None  # of the table, [queries, keys]
+        if table is not None:
+            self.rows = _rows_of(options["positions"], queries, keys)
+            added = table.double()[self.rows].permute(2, 0, 1)
+            logits, terms = logits + added, terms + added.detach().abs()
+        if key_bias is not None:
+            added = key_bias.double()[keys]
+            seen = seen & (added > -math.inf)
+            added = added.masked_fill(added == -math.inf, 0)
+            logits, terms = logits + added, terms + added.abs()
+        none = ~seen.any(-1, keepdim=True)
+        logits = logits.masked_fill(~seen, -math.inf)
+        largest = logits.detach().amax(-1, keepdim=True).masked_fill(none, 0)
         weights = (logits - largest).exp()
         total = weights.sum(-1, keepdim=True)
-        self.weights = weights / total
-        self.lse = (total.log() + largest)[..., 0].detach()
-        terms = torch.einsum("qhd,khd->hqk", self.q, self.k) * self.scale
+        self.weights = weights / total.masked_fill(none, 1)
+        self.lse = (total.detach().log() + largest)[..., 0]
         # An error of a logit is a relative error of all weights of its row.
         self.factor = 1 + terms.amax(-1, keepdim=True) + math.log(k.shape[0])
         # A weight that is smaller than the least normal number of float32 may be zero.
         info = torch.finfo(torch.float32)
-        self.sizes = (self.weights.detach() + info.tiny / info.eps) * self.factor
+        self.sizes = (self.weights.detach() + info.tiny / info.eps) * self.factor * seen
 
-    def grad_units(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Units of the gradients of q and k from those of the weights, [H, queries, keys]."""
+    def add_grad_units(
+        self, grad: Tensor, units: "_Rows", queries: list[int], keys: list[int], poisoned: bool
+    ) -> None:
+        """Add the units of the gradients, from those of the weights, [H, queries, keys]."""
         weights = self.weights.detach()
         grad = grad + (weights * grad).sum(-1, keepdim=True)
-        grad = self.sizes * grad * self.scale
-        return (
-            torch.einsum("hqk,khd->qhd", grad, self.k),
-            torch.einsum("hqk,qhd->khd", grad, self.q),
-        )
+        grad = self.sizes * grad
+        if self.rows is not None:
+            by_row = grad.permute(1, 2, 0).flatten(0, 1)
+            units.add("bias", self.rows.flatten().tolist(), by_row, poisoned)
+        grad = grad * self.scale
+        units.add("q", queries, torch.einsum("hqk,khd->qhd", grad, self.k), poisoned)
+        units.add("k", keys, torch.einsum("hqk,qhd->khd", grad, self.q), poisoned)
+
+
+def _rows_of(positions: Any, queries: list[int], keys: list[int]) -> Tensor:
+    """The rows of the table, [queries, keys]."""
+    difference = positions.query_codes.long()[queries][:, None] - positions.key_codes.long()[keys]
+    least = -positions.wrap
+    return difference.clamp(least, least + positions.rows - 1) % positions.rows
 
 
 def log_sum_exp(inputs: dict[str, Any], options: dict[str, Any]) -> Tensor:
     """The log-sum-exp of every query, [H, num_queries]; -inf without keys."""
-    q, k = inputs["q"].double(), inputs["k"].double()
-    scale = q.shape[2] ** -0.5 if options["scale"] is None else options["scale"]
+    q = inputs["q"].double()
     result = q.new_full((q.shape[1], q.shape[0]), -math.inf)
     for queries, keys in members(options["groups"]):
         if queries and keys:
-            result[:, queries] = _Softmax(q[queries], k[keys], scale).lse
+            result[:, queries] = _Softmax(inputs, options, queries, keys).lse
     return result
 
 
 class _Rows:
     """Rows of a result, written group by group; and units of gradients, which add up."""
 
-    def __init__(self, inputs: dict[str, Any], names: str) -> None:
+    def __init__(self, inputs: dict[str, Any]) -> None:
         self.units = {
             name: torch.zeros_like(inputs[name], memory_format=torch.contiguous_format).detach()
-            for name in names
+            for name in ("q", "k", "v", "bias")
+            if inputs.get(name) is not None
         }
 
     def add(self, name: str, rows: list[int], unit: Tensor, poisoned: bool) -> None:
@@ -91,17 +130,16 @@ def _in_order(parts: list[Tensor], rows: list[list[int]], empty: Tensor) -> Tens
 
 def attention(case: Case, inputs: dict[str, Any], options: dict[str, Any]) -> Numbers:
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
-    scale = q.shape[2] ** -0.5 if options["scale"] is None else options["scale"]
     groups = members(options["groups"])
     kind = options["return_scores"]
     outs, out_units, lses, lse_units, scores, score_units = [], [], [], [], [], []
     softmaxes: list[_Softmax | None] = []
     for g, (queries, keys) in enumerate(groups):
         free = math.nan if g in case.poisoned else 1.0
-        softmax = _Softmax(q[queries], k[keys], scale) if queries and keys else None
+        softmax = _Softmax(inputs, options, queries, keys) if queries and keys else None
         softmaxes.append(softmax)
         if softmax is None:
-            outs.append(q[queries] * 0)
+            outs.append(q[queries, :, : v.shape[2]] * 0)
             out_units.append(outs[-1].detach() * free)
             lses.append(q.new_full((len(queries), q.shape[1]), -math.inf))
             lse_units.append(torch.full_like(lses[-1], free))
@@ -117,9 +155,10 @@ def attention(case: Case, inputs: dict[str, Any], options: dict[str, Any]) -> Nu
         scores.append(softmax.weights[:, first].mean((0, 1)))
         score_units.append(softmax.sizes[:, first].mean((0, 1)) * free)
     rows = [queries for queries, _ in groups]
-    out = _in_order(outs, rows, q[:0])
+    empty = q[:0, :, : v.shape[2]]
+    out = _in_order(outs, rows, empty)
     values = {"out": out}
-    results = {"out": (out, _in_order(out_units, rows, q[:0]))}
+    results = {"out": (out, _in_order(out_units, rows, empty))}
     if options["return_lse"]:
         empty = q.new_zeros(0, q.shape[1])
         results["lse"] = (
@@ -135,7 +174,7 @@ def attention(case: Case, inputs: dict[str, Any], options: dict[str, Any]) -> Nu
     # The gradients of results that do not depend on a leaf are not asked for.
     grad_out = case.grad("out", out).abs() if out.requires_grad else torch.zeros_like(out)
     scored = kind is not None and values["scores"].requires_grad
-    units, entry = _Rows(inputs, "qkv"), 0
+    units, entry = _Rows(inputs), 0
     for g, ((queries, keys), softmax) in enumerate(zip(groups, softmaxes, strict=True)):
         entries = slice(entry, entry + len(keys))
         entry += len(keys)
@@ -152,13 +191,11 @@ def attention(case: Case, inputs: dict[str, Any], options: dict[str, Any]) -> Nu
                 of_weights[:, :1] += share
             else:
                 of_weights += share / len(queries)
-        unit_q, unit_k = softmax.grad_units(of_weights)
+        softmax.add_grad_units(of_weights, units, queries, keys, g in case.poisoned)
         unit_v = torch.einsum("hqk,qhd->khd", softmax.sizes, grad_out[queries])
-        units.add("q", queries, unit_q, g in case.poisoned)
-        units.add("k", keys, unit_k, g in case.poisoned)
         units.add("v", keys, unit_v, g in case.poisoned)
     for name, x in grads.items():
-        results[name] = (x, units.units[name[-1]])
+        results[name] = (x, units.units[name.removeprefix("grad ")])
     return results
 
 
@@ -167,7 +204,6 @@ def token_scores(case: Case, inputs: dict[str, Any], options: dict[str, Any]) ->
     if case.op == "key_similarity_scores":
         return _similarity(case, k, groups)
     q, v = inputs["q"], inputs.get("v")
-    scale = q.shape[2] ** -0.5 if options["scale"] is None else options["scale"]
     all_scores, all_units, kept = [k[:0].sum((1, 2))], [k.new_zeros(0)], []
     for g, (queries, keys) in enumerate(groups):
         free = math.nan if g in case.poisoned else 1.0
@@ -177,7 +213,7 @@ def token_scores(case: Case, inputs: dict[str, Any], options: dict[str, Any]) ->
             all_scores.append(k[keys].sum((1, 2)) * 0)
             all_units.append(all_scores[-1].detach() * free)
             continue
-        softmax = _Softmax(q[scoring], k[keys], scale)
+        softmax = _Softmax(inputs, options, scoring, keys)
         scores = softmax.weights.mean((0, 1))
         units = softmax.sizes.mean((0, 1))
         norms = total = None
@@ -199,7 +235,7 @@ def token_scores(case: Case, inputs: dict[str, Any], options: dict[str, Any]) ->
     if not grads:
         return results
     grad_out, entry = case.grad("out", out).abs(), 0
-    units = _Rows(inputs, "qk" if v is None else "qkv")
+    units = _Rows(inputs)
     for g, ((queries, keys), parts) in enumerate(zip(groups, kept, strict=True)):
         grad = grad_out[entry : entry + len(keys)]
         final = out.detach()[entry : entry + len(keys)]
@@ -219,11 +255,10 @@ def token_scores(case: Case, inputs: dict[str, Any], options: dict[str, Any]) ->
             units.add("v", keys, unit[:, None, None] * rows.abs(), False)
             grad = grad * norms
         share = grad / (k.shape[1] * len(scoring))
-        unit_q, unit_k = softmax.grad_units(share.expand(k.shape[1], len(scoring), -1))
-        units.add("q", scoring, unit_q, False)
-        units.add("k", keys, unit_k, False)
+        share = share.expand(k.shape[1], len(scoring), -1)
+        softmax.add_grad_units(share, units, scoring, keys, g in case.poisoned)
     for name, x in grads.items():
-        results[name] = (x, units.units[name[-1]])
+        results[name] = (x, units.units[name.removeprefix("grad ")])
     return results
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vidl import ops
-from vidl.ops import Groups
+from vidl.ops import Groups, Positions
 
 NAN, INF = float("nan"), float("inf")
 
@@ -47,7 +47,9 @@ class Case:
     def double(self) -> "Case":
         """The same case in float64, without poison."""
         inputs = {
-            name: x.detach().double() if x is not None and x.is_floating_point() else x
+            name: x.detach().double()
+            if x is not None and x.is_floating_point() and name != "key_bias"  # float32 only
+            else x
             for name, x in (self.inputs | self.clean).items()
         }
         return replace(self, inputs=inputs, poisoned=frozenset(), clean={})
@@ -221,6 +223,50 @@ class Draw:
             num_keys=num_keys,
         )
 
+    def limited(self, groups: Groups) -> Groups:
+        """The groups with limits of their queries, at times."""
+        kind = self.choice((None, None, None, "causal", "padded", "any"))
+        if kind is None:
+            return groups
+        if kind == "causal":
+            return groups.causal()
+        if kind == "padded":
+            return groups.padded(self.below(12, groups.num_groups))
+        limits = torch.zeros(groups.num_queries, dtype=torch.int32)
+        for queries, keys in members(groups):
+            limits[queries] = self.below(len(keys) + 1, len(queries)).int()
+        return replace(groups, query_limits=self.laid_out(limits))
+
+    def added(
+        self, inputs: dict[str, Tensor | None], options: dict[str, Any], dtype: torch.dtype
+    ) -> tuple[str, ...]:
+        """Add a table of biases and its positions, and a bias of the keys, at times.
+
+        Returns:
+            The names of the inputs that may need a gradient.
+        """
+        groups: Groups = options["groups"]
+        if self.often(0.3):
+            hidden = torch.rand(groups.num_keys, generator=self.seed) < self.choice((0, 0.2, 0.8))
+            key_bias = torch.randn(groups.num_keys, generator=self.seed)
+            inputs["key_bias"] = self.laid_out(key_bias.masked_fill(hidden, -INF))
+        if self.often(0.6):
+            return ()
+        rows = self.choice((1, 2, 3, 8, 20))
+        wrap = self.choice([n for n in (0, 0, 1, 2) if n < rows])
+        codes = [self._codes(n, rows) for n in (groups.num_queries, groups.num_keys)]
+        options["positions"] = Positions(*codes, rows, wrap)
+        heads = inputs["k"].shape[1]
+        inputs["bias"] = self.randn(rows, heads, dtype=self.choice((dtype, torch.float32)))
+        return ("bias",)
+
+    def _codes(self, count: int, rows: int) -> Tensor:
+        """Codes that repeat, some of them beyond any difference. All differences fit int32."""
+        far = self.choice((0, 0.2))
+        beyond = torch.rand(count, generator=self.seed) < far
+        codes = self.below(rows, count) - self.below(2, 1)
+        return self.laid_out(torch.where(beyond, self.choice((2**29, -(2**29))), codes).int())
+
     def leaves(self, *names: str) -> tuple[str, ...]:
         """Some of these inputs, mostly all."""
         return names if self.often(0.6) else tuple(n for n in names if self.often(0.5))
@@ -331,13 +377,16 @@ def _heads(
     if draw.often(0.3):
         longest = max(rows.values())
         buffer = torch.randn(longest, 3, H, D, generator=draw.seed) * scale
-        return {n: buffer.to(dtype)[: rows[n], "qkv".index(n)] for n in names}
-    tensors: dict[str, Tensor | None] = {}
-    for n in names:
-        tensors[n] = draw.randn(rows[n], H, D, dtype=dtype, scale=1 if n == "v" else scale)
-        if draw.often(0.05):
-            tensors[n] = tensors[n][:, :1].expand(rows[n], H, D)
-    return tensors
+        tensors = {n: buffer.to(dtype)[: rows[n], "qkv".index(n)] for n in names}
+    else:
+        tensors = {}
+        for n in names:
+            tensors[n] = draw.randn(rows[n], H, D, dtype=dtype, scale=1 if n == "v" else scale)
+            if draw.often(0.05):
+                tensors[n] = tensors[n][:, :1].expand(rows[n], H, D)
+    if "v" in names and draw.often(0.2):
+        tensors["v"] = tensors["v"][..., : draw.generator.randint(1, D)]
+    return {**tensors}
 
 
 def _poisoned(draw: Draw, case: Case) -> Case:
@@ -384,16 +433,19 @@ def _attention(draw: Draw, dtype: torch.dtype, op: str) -> Case:
         "return_lse": draw.often(0.5),
         "return_scores": draw.choice((None, "cls", "mean")),
     }
-    return _poisoned(draw, Case(op, 0, dtype, inputs, options, draw.leaves("q", "k", "v")))
+    options["groups"] = draw.limited(groups)
+    added = draw.added(inputs, options, dtype)
+    return _poisoned(draw, Case(op, 0, dtype, inputs, options, draw.leaves("q", "k", "v", *added)))
 
 
 def _scores(draw: Draw, dtype: torch.dtype, op: str) -> Case:
     groups = draw.groups()
     names = {"key_similarity_scores": "k", "value_weighted_scores": "qkv"}.get(op, "qk")
     inputs = _heads(draw, dtype, groups, (1, 2, 3, 5, 8, 16, 24, 31, 32, 33, 64, 80, 128), names)
-    options: dict[str, Any] = {"groups": groups}
-    leaves = () if names == "k" else draw.leaves(*names)
+    options: dict[str, Any] = {"groups": draw.limited(groups)}
+    leaves: tuple[str, ...] = ()
     if names != "k":
+        leaves = draw.leaves(*names, *draw.added(inputs, options, dtype))
         options["scale"] = draw.choice((None, None, 0.0, 0.3, -0.2, 1))
     if names == "qkv" and draw.often(0.2):  # some values are zero
         # Large logits leave a subnormal sum to the others, by which PyTorch divides to NaN.
