@@ -174,7 +174,7 @@ ACCEPTED: tuple[Accepted, ...] = (
     Accepted("grads[r * kGradStride + column] = grad;", "shared write", 2, _COPY),
     Accepted("table[row] += grad;", "shared read", 2.6, _TABLE),
     Accepted("table[row] += grad;", "shared write", 2.6, _TABLE),
-    Accepted("+= b.bias_parts[part * numbers", "global read", 1.2, "tables of any number of rows"),
+    Accepted("+= by_part[part * numbers", "global read", 1.2, "tables of any number of rows"),
 )
 
 
