@@ -14,6 +14,7 @@ import torch.distributed as dist
 from vidl import ops
 from vidl.kernels import choices, library
 from vidl.kernels.constant import assume_constant
+from vidl.kernels.space_time_attention import pytorch
 
 OP = "select_tokens"
 X, SCORES = torch.randn(2, 9, 16), torch.rand(2, 8)
@@ -350,3 +351,13 @@ def test_the_ops_do_not_import_the_compiler():
     code = "import sys, vidl.ops; print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_cached_constants_are_not_traced():
+    def run(x):
+        library.by_rule("select_tokens", "cpu", torch.float64)  # it may say why, once
+        return x + 1 if pytorch.provides("math", "sqrt") else x - 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)) == 1

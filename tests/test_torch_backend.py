@@ -205,7 +205,6 @@ def test_groups_are_not_padded_to_those_of_global_queries(kind, monkeypatch):
 
 def test_packed_attention_needs_the_function(monkeypatch):
     """FlashAttention 4 installs a package `flash_attn` without `flash_attn_varlen_func`."""
-    pytorch.provides.cache_clear()
     assert pytorch.provides("math", "sqrt") and not pytorch.provides("math", "flash_attn")
     assert not pytorch.provides("vidl_is_not_installed", "call")
     assert pytorch.packed_attention(torch.zeros(1, 1, 64, dtype=torch.bfloat16)) is None  # a CPU
