@@ -48,7 +48,7 @@ SMOKE = {
 }
 
 
-def pytest_collection_modifyitems(config, items) -> None:
+def pytest_collection_modifyitems(items) -> None:
     for item in items:
         smoke = SMOKE.get(item.path.stem, {}).get(getattr(item, "originalname", ""), [])
         ends = tuple(f"-cuda-{case}]" for case in smoke)
@@ -59,12 +59,6 @@ def pytest_collection_modifyitems(config, items) -> None:
             or item.callspec.params.get("dtype") == torch.float16
         ):
             item.add_marker(pytest.mark.slow)
-    if "VIDL_SLOW_PART" in os.environ:
-        part, parts = map(int, os.environ["VIDL_SLOW_PART"].split("/"))
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        left_out = {item for i, item in enumerate(slow) if i % parts != part}
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
 
 
 def interpreted(item) -> bool:
