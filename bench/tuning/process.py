@@ -93,7 +93,8 @@ class Worker:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
             while True:
-                event = self._next(self.timeout)
+                # A backend is timed from its first event on, not the start of its process.
+                event = self._next(START if current == "start" else self.timeout)
                 if "begin" in event:
                     current = event["begin"]
                 elif "refused" in event:
