@@ -202,8 +202,8 @@ def test_notebook(tmp_path, monkeypatch):
     notebook = nbformat.read(EXAMPLES / "savings.ipynb", as_version=4)
     assert not [cell for cell in notebook.cells if cell.get("outputs")], "clear its outputs"
 
-    client = nbclient.NotebookClient(notebook, timeout=500)
-    client.execute(resources={"metadata": {"path": str(tmp_path)}}, cwd=str(tmp_path))
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=500, resources=where).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     shown = "".join(o["text"] for o in outputs if o.get("name") == "stdout")
     assert "4 clips in 4 rows" in shown and "0 broken" in shown
