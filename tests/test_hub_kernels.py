@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -148,6 +148,23 @@ def test_an_unknown_kind_is_an_error(tmp_path):
     )
     assert done.returncode == 1 and "need cpu or cuda or none and a folder" in done.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_a_missing_build_tool_is_named(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "hub/pack.py", "cpu", tmp_path / "hub"],
+        env=os.environ | {"PATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "need cmake; install cmake and ninja" in done.stderr
+    assert variants(tmp_path / "hub").keys() == {"unfinished"}
+
+
+def test_architectures_of_the_metadata():
+    spec = spec_from_file_location("pack", ROOT / "hub/pack.py")
+    packing = module_from_spec(spec)
+    spec.loader.exec_module(packing)
+    names = packing.architectures({"cuda_architectures": "80-real;90a-real;100"})
+    assert names == ["8.0", "9.0a", "10.0+PTX"]
 
 
 @pytest.mark.slow
