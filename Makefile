@@ -1,7 +1,8 @@
 # The commands of a contributor. Each target installs what it needs into .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-torch lint format api bench gpu gpu-build wheel docs clean
+.PHONY: help demo test test-slow test-torch lint format api bench gpu gpu-build wheel hub-kernels docs
+.PHONY: clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,8 +28,9 @@ DEPS := $(VENV)/installed
 READY := $(VENV)/ready-$(VIDL_BUILD)
 TORCH_VENV := .venv-torch-$(TORCH)
 SOURCES := CMakeLists.txt setup.py vidl/__init__.py $(wildcard csrc/*.h csrc/*/*)
-# Install packages, or vidl itself, into the environment $(1).
-packages = $(1)/bin/uv pip install --quiet --python $(1)/bin/python -r pyproject.toml --all-extras
+# Install packages (all but the extra `peers`), or vidl itself, into the environment $(1).
+packages = $(1)/bin/uv pip install --quiet --python $(1)/bin/python -r pyproject.toml \
+  $(foreach extra,all test lint release docs,--extra $(extra))
 vidl = VIDL_BUILD=$(VIDL_BUILD) $(1)/bin/uv pip install --quiet --python $(1)/bin/python \
   --no-build-isolation --no-deps --reinstall-package vidl-kernels --editable .
 
@@ -75,6 +77,13 @@ wheel: $(DEPS) ## build a wheel and an sdist in dist; VIDL_BUILD=cuda adds the C
 	PATH="$(abspath $(VENV)/bin):$$PATH" $(VENV)/bin/auditwheel repair --exclude 'libtorch*' -w dist dist/*-linux_*.whl
 	@rm dist/*-linux_*.whl
 	@ls dist
+
+# For GPUs too with VIDL_BUILD=cuda. Triton and PyTorch alone serve other machines.
+hub-kernels: $(DEPS) ## pack the ops for the Hugging Face Hub in build/hub
+	@rm -rf build/hub
+	@for kind in none $(filter-out none,$(VIDL_BUILD:cuda=cpu cuda)); do \
+	  PATH="$(abspath $(VENV)/bin):$$PATH" $(VENV)/bin/python hub/pack.py $$kind build/hub || exit 1; \
+	done
 
 docs: $(READY) ## build the manual in docs/_build/html
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html

@@ -32,6 +32,9 @@ PYTORCH = ("torch", "reference")  # those written in PyTorch: any device, any fl
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# The namespace of the ops: "vidl", or the name of a kernel of the Hugging Face Hub (hub/pack.py).
+NAMESPACE = __name__.partition(".")[0]
+
 # The rule of "auto" where nothing was measured, for each device type: the first that can run.
 RULE = {"cpu": ("native", "torch")}
 RULE_ELSEWHERE = ("torch",)
@@ -71,13 +74,13 @@ OPS: dict[str, Op] = {}
 # The ops with kernels by name and backend, and those of them with a formula as nodes of autograd.
 _kernels: dict[tuple[str, str], Callable[..., Any]] = {}
 _nodes: dict[tuple[str, str], type[torch.autograd.Function]] = {}
-_library = torch.library.Library("vidl", "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def _library_files() -> Sequence[Path]:
     # Beside this package, or in a regular install that a source tree hides on sys.path.
     files = [Path(__file__).parents[1] / "_C.so"]
-    for installed in metadata.distributions(name="vidl-kernels"):
+    for installed in metadata.distributions(name="vidl-kernels") if NAMESPACE == "vidl" else ():
         files.append(Path(str(installed.locate_file("vidl/_C.so"))))
     return files
 
@@ -129,7 +132,7 @@ def interpreting() -> bool:
 
 
 def define(op: Op) -> None:
-    """Declare `vidl::<name>` and its twin `vidl::<name>_triton`; `<name>_bwd` comes before them."""
+    """Declare the op and its twin `<name>_triton`; `<name>_bwd` comes before them."""
     OPS[op.name] = op
     for backend in _suffixes:
         _declare(op, backend)
@@ -184,8 +187,8 @@ def run(name: str, backend: str, *args: Any, **hints: Any) -> Any:
 def _declare(op: Op, backend: str) -> None:
     name = op.name + _suffixes[backend]
     _library.define(op.schema.replace(op.name, name, 1))
-    torch.library.register_fake(f"vidl::{name}", op.fake, lib=_library)
-    packet = getattr(torch.ops.vidl, name)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", op.fake, lib=_library)
+    packet = getattr(getattr(torch.ops, NAMESPACE), name)
     register_flop_formula(packet, get_raw=True)(op.flops)
     _kernels[op.name, backend] = packet.default
     backward: Callable[..., Any] | None = None
@@ -197,7 +200,7 @@ def _declare(op: Op, backend: str) -> None:
         backward = functools.partial(_no_second_derivative, op.name.removesuffix("_bwd"))
     if backward is not None:
         torch.library.register_autograd(
-            f"vidl::{name}", backward, setup_context=op.setup_context, lib=_library
+            f"{NAMESPACE}::{name}", backward, setup_context=op.setup_context, lib=_library
         )
         _nodes[op.name, backend] = _node(packet.default, op.setup_context, backward)
     if backend == "triton":
@@ -300,7 +303,7 @@ def _why_not_here(backend: str, name: str, device: str, dtype: torch.dtype) -> s
 
 @functools.cache  # every call asks
 def _has_kernel(name: str, backend: str, device: str) -> bool:
-    op = f"vidl::{name}{_suffixes[backend]}"
+    op = f"{NAMESPACE}::{name}{_suffixes[backend]}"
     known: bool = torch._C._dispatch_has_kernel_for_dispatch_key(op, device.upper())
     return known
 

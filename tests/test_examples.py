@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,28 @@ def test_moving_shapes(file, tmp_path):
         given += [f"model.{name}={value}" for name, value in quality.rows(config)[row].items()]
         result = pretrain(Config.read(file, given))
         assert result["finished"] and "t2v R@1" in result["evaluation"]
+
+
+@pytest.mark.slow
+def test_notebook(tmp_path, monkeypatch):
+    """From a folder of clips to the savings table, in a kernel of Jupyter."""
+    nbformat, nbclient = map(pytest.importorskip, ("nbformat", "nbclient"))
+    pytest.importorskip("ipykernel")
+    (tmp_path / "clips").mkdir()
+    for name in ("bolts", "sign_eat", "sign_no", "worker"):
+        shutil.copy(EXAMPLES / f"clips/{name}.mp4", tmp_path / "clips")
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "VIDL_CACHE"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    notebook = nbformat.read(EXAMPLES / "savings.ipynb", as_version=4)
+    assert not [cell for cell in notebook.cells if cell.get("outputs")], "clear its outputs"
+
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=500, resources=where).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    shown = "".join(o["text"] for o in outputs if o.get("name") == "stdout")
+    assert "4 clips in 4 rows" in shown and "0 broken" in shown
+    assert [o["data"]["text/plain"] for o in outputs if "data" in o] == ["True"]  # finished
+    assert (tmp_path / "demo/savings/run").is_dir()
+    table = shown.split("speedup over dense, pytorch")[1]
+    assert re.search(r"dense +1\.00 x +\d\.\d\d x\n +sparse +\d\.\d\d x +\d\.\d\d x", table)

@@ -75,10 +75,14 @@ def call(python, code, cwd, **variables):
     )
 
 
-def succeed(*args, **variables):
+def succeed_all(*args, **variables):
     done = call(*args, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.splitlines()[-1]
+    return done.stdout
+
+
+def succeed(*args, **variables):
+    return succeed_all(*args, **variables).splitlines()[-1]
 
 
 def hook(name, tree, out, **variables):
@@ -234,6 +238,24 @@ def test_timm_and_transformers_work_in_the_root(hub, bare, tmp_path):
         assert available == "False" and file == "None"
 
 
+def test_versions_agree():
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "vidl/__init__.py").read_text())[1]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    first, *released = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first == "Unreleased"
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", heading) for heading in released)
+    assert not released or released[0].split(" - ")[0] == version
+
+
+def test_make_installs_every_extra_but_peers():
+    extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
+    extras = extras.split("\n[project")[0]
+    names = re.findall(r"^([a-z]+) = \[", extras, re.MULTILINE)
+    everything = re.search(r'^all = \["vidl-kernels\[(.+)\]"\]', extras, re.MULTILINE)[1].split(",")
+    make = re.search(r"foreach extra,([a-z ]+),", (ROOT / "Makefile").read_text())[1].split()
+    assert {*everything, "data", *make} == {*names} - {"peers"}  # data is part of train
+
+
 def test_an_unknown_build_fails(tree, tmp_path):
     done = hook("build_wheel", tree, tmp_path, VIDL_BUILD="bogus")
     assert done.returncode != 0
@@ -324,3 +346,22 @@ def test_the_library_is_built_rebuilt_and_removed(tmp_path):
     assert record == {"cpu": False, "cuda": False, "reason": "VIDL_BUILD=none"}
     again = build("build_wheel", tree, tmp_path / "wheel", VIDL_BUILD="none")
     assert "vidl/_C.so" not in files_of(again), "left over from an earlier build"
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_fresh_machine(tree, sdist, tmp_path):
+    """The sdist builds the library; its wheel and README's first program need no compiler."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path)
+    (source,) = tmp_path.iterdir()
+    wheel = build("build_wheel", source, tmp_path / "wheel", VIDL_BUILD="cpu")
+    python, site = environment(tmp_path / "environment", wheel)
+    alone = {"PATH": str(python.parent), **NO_COMPILER}
+    info = "import sys; sys.argv = ['vidl', 'info', '--json']; from vidl.cli import main; main()"
+    record = json.loads(succeed_all(python, info, tmp_path, **alone))["build"]
+    assert record["cpu"] is True and record["file"] == str(site / "vidl/_C.so")
+    program = re.search(r"^```python\n(.+?)^```", (tree / "README.md").read_text(), re.M | re.S)[1]
+    shown = succeed_all(python, program + "print(model(clips, bool_masked_pos=ids_keep).loss)",
+                        tmp_path, **alone)  # fmt: skip
+    assert "VideoMAE" in shown and "tensor(" in shown

@@ -225,7 +225,7 @@ Tensor frame_difference(Tensor video, std::vector<int64_t> patch, std::vector<do
 }  // namespace vidl
 
 #ifndef VIDL_EMULATED
-STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("frame_difference", TORCH_BOX(&vidl::frame_difference));
 }
 #endif

@@ -543,17 +543,17 @@ std::tuple<Tensor, Tensor, Tensor> masked_patch_embed_bwd(Tensor grad_out, Tenso
 }  // namespace vidl
 
 #ifdef VIDL_EMULATED
-STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("masked_patch_embed_emulated", TORCH_BOX(&vidl::masked_patch_embed<vidl::Cuda>));
   m.impl("masked_patch_embed_bwd_emulated", TORCH_BOX(&vidl::masked_patch_embed_bwd<vidl::Cuda>));
 }
 #else
-STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("masked_patch_embed", TORCH_BOX(&vidl::masked_patch_embed<vidl::Cpu>));
   m.impl("masked_patch_embed_bwd", TORCH_BOX(&vidl::masked_patch_embed_bwd<vidl::Cpu>));
 }
 #ifdef VIDL_CUDA
-STABLE_TORCH_LIBRARY_IMPL(vidl, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, m) {
   m.impl("masked_patch_embed", TORCH_BOX(&vidl::masked_patch_embed<vidl::Cuda>));
   m.impl("masked_patch_embed_bwd", TORCH_BOX(&vidl::masked_patch_embed_bwd<vidl::Cuda>));
 }

@@ -283,17 +283,17 @@ Tensor masked_patch_loss_bwd(Tensor grad, Tensor moments, Tensor prediction, Ten
 }  // namespace vidl
 
 #ifdef VIDL_EMULATED
-STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("masked_patch_loss_emulated", TORCH_BOX(&vidl::masked_patch_loss<vidl::Cuda>));
   m.impl("masked_patch_loss_bwd_emulated", TORCH_BOX(&vidl::masked_patch_loss_bwd<vidl::Cuda>));
 }
 #else
-STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("masked_patch_loss", TORCH_BOX(&vidl::masked_patch_loss<vidl::Cpu>));
   m.impl("masked_patch_loss_bwd", TORCH_BOX(&vidl::masked_patch_loss_bwd<vidl::Cpu>));
 }
 #ifdef VIDL_CUDA
-STABLE_TORCH_LIBRARY_IMPL(vidl, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, m) {
   m.impl("masked_patch_loss", TORCH_BOX(&vidl::masked_patch_loss<vidl::Cuda>));
   m.impl("masked_patch_loss_bwd", TORCH_BOX(&vidl::masked_patch_loss_bwd<vidl::Cuda>));
 }

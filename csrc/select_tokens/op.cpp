@@ -381,17 +381,17 @@ std::tuple<Tensor, Tensor> select_tokens_bwd(Tensor grad_tokens, OptionalTensor 
 }  // namespace vidl
 
 #ifdef VIDL_EMULATED
-STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("select_tokens_emulated", TORCH_BOX(&vidl::select_tokens<vidl::Cuda>));
   m.impl("select_tokens_bwd_emulated", TORCH_BOX(&vidl::select_tokens_bwd<vidl::Cuda>));
 }
 #else
-STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("select_tokens", TORCH_BOX(&vidl::select_tokens<vidl::Cpu>));
   m.impl("select_tokens_bwd", TORCH_BOX(&vidl::select_tokens_bwd<vidl::Cpu>));
 }
 #ifdef VIDL_CUDA
-STABLE_TORCH_LIBRARY_IMPL(vidl, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, m) {
   m.impl("select_tokens", TORCH_BOX(&vidl::select_tokens<vidl::Cuda>));
   m.impl("select_tokens_bwd", TORCH_BOX(&vidl::select_tokens_bwd<vidl::Cuda>));
 }

@@ -208,21 +208,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> space_time_attention_bwd(
 }  // namespace vidl
 
 #ifdef VIDL_EMULATED
-STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("space_time_attention_emulated",
          TORCH_BOX(vidl::unbundled<&vidl::space_time_attention<vidl::Cuda>>));
   m.impl("space_time_attention_bwd_emulated",
          TORCH_BOX(vidl::unbundled<&vidl::space_time_attention_bwd<vidl::Cuda>>));
 }
 #else
-STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("space_time_attention",
          TORCH_BOX(vidl::unbundled<&vidl::space_time_attention<vidl::Cpu>>));
   m.impl("space_time_attention_bwd",
          TORCH_BOX(vidl::unbundled<&vidl::space_time_attention_bwd<vidl::Cpu>>));
 }
 #ifdef VIDL_CUDA
-STABLE_TORCH_LIBRARY_IMPL(vidl, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, m) {
   m.impl("space_time_attention",
          TORCH_BOX(vidl::unbundled<&vidl::space_time_attention<vidl::Cuda>>));
   m.impl("space_time_attention_bwd",

@@ -459,17 +459,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_scores_bwd_cuda(
 }  // namespace vidl
 
 #ifdef VIDL_EMULATED
-STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("token_scores_emulated", TORCH_BOX(vidl::unbundled<&vidl::token_scores_cuda>));
   m.impl("token_scores_bwd_emulated", TORCH_BOX(vidl::unbundled<&vidl::token_scores_bwd_cuda>));
 }
 #else
-STABLE_TORCH_LIBRARY_IMPL(vidl, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("token_scores", TORCH_BOX(vidl::unbundled<&vidl::token_scores>));
   m.impl("token_scores_bwd", TORCH_BOX(vidl::unbundled<&vidl::token_scores_bwd>));
 }
 #ifdef VIDL_CUDA
-STABLE_TORCH_LIBRARY_IMPL(vidl, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, m) {
   m.impl("token_scores", TORCH_BOX(vidl::unbundled<&vidl::token_scores_cuda>));
   m.impl("token_scores_bwd", TORCH_BOX(vidl::unbundled<&vidl::token_scores_bwd_cuda>));
 }

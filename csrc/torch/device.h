@@ -15,6 +15,11 @@
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 
+// The namespace of the ops. A kernel of the Hugging Face Hub has its own (hub/pack.py).
+#ifndef TORCH_EXTENSION_NAME
+#define TORCH_EXTENSION_NAME vidl
+#endif
+
 extern "C" {
 AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
                                         AtenTensorHandle mat1, AtenTensorHandle mat2, double beta,

@@ -747,4 +747,4 @@ def group_of(offsets: Tensor, count: int) -> Tensor:
     return torch.searchsorted(offsets[1:].contiguous(), place, right=True)
 
 
-register(Groups, "vidl.Groups")
+register(Groups)

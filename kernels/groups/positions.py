@@ -333,4 +333,4 @@ def _rows(reach: Grid) -> int:
     return (2 * reach[0] - 1) * _strides(reach)[0]
 
 
-register(Positions, "vidl.Positions")
+register(Positions)

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 
-def register(kind: Any, name: str) -> None:
-    """Make a dataclass whose constructor takes `checked` a pytree of its tensors.
-
-    Args:
-        name: of the class in a serialized program.
-    """
+def register(kind: Any) -> None:
+    """Make a dataclass whose constructor takes `checked` a pytree of its tensors."""
+    # Its name in a serialized program, as in "vidl.Groups".
+    serialized = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
     names = [field.name for field in fields(kind)]
 
     def flatten(x: Any) -> tuple[list[Any], Any]:
@@ -25,4 +23,6 @@ def register(kind: Any, name: str) -> None:
         values = [o if t is None else t for t, o in zip(tensors, others, strict=True)]
         return kind(**dict(zip(names, values, strict=True)), checked=True)
 
-    torch.utils._pytree.register_pytree_node(kind, flatten, unflatten, serialized_type_name=name)
+    torch.utils._pytree.register_pytree_node(
+        kind, flatten, unflatten, serialized_type_name=serialized
+    )
