@@ -168,7 +168,7 @@ def encoded_clips(
             continue
         video = batch.video.to(device_of(model))
         if video.shape[2] == 1 and model.recipe.stills == "repeat":  # as in training
-            video = video.expand(-1, -1, model.recipe.frames, -1, -1)
+            video = video.expand(-1, -1, model.recipe.training_frames, -1, -1)
         mask = None
         if options.masked:
             mask = model.recipe.visual_mask(batch.index.to(video.device), 0, video.shape[2])

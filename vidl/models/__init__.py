@@ -18,6 +18,7 @@ from vidl.models.alpro import Alpro, AlproRecipe
 from vidl.models.answering import Answering, Answers, frequent_answers
 from vidl.models.captioning import Captioning
 from vidl.models.cards import Card
+from vidl.models.clipbert import ClipBert, ClipBertRecipe
 from vidl.models.finetuned import FineTuned
 from vidl.models.fusing import FusionRecipe
 from vidl.models.mac import Mac, MacRecipe
@@ -34,7 +35,7 @@ from vidl.models.vindlu import Vindlu, VindluRecipe
 from vidl.models.vlc import Vlc, VlcRecipe
 from vidl.overrides import convert
 
-from . import alpro, mac, simvtp, singularity, smaug, svitt, vindlu, vlc
+from . import alpro, clipbert, mac, simvtp, singularity, smaug, svitt, vindlu, vlc
 
 __all__ = [
     "MODELS",
@@ -45,6 +46,8 @@ __all__ = [
     "Answers",
     "Captioning",
     "Card",
+    "ClipBert",
+    "ClipBertRecipe",
     "Cost",
     "Describes",
     "Encodes",
@@ -116,6 +119,7 @@ MODELS: dict[str, Entry] = {
     "simvtp": Entry(SimVtp, simvtp.PRESETS),
     "vlc": Entry(Vlc, vlc.PRESETS),
     "alpro": Entry(Alpro, alpro.PRESETS),
+    "clipbert": Entry(ClipBert, clipbert.PRESETS),
 }
 
 

@@ -162,13 +162,15 @@ class Answering(Answers):
         words: int | None = None,
     ) -> Tensor:
         """The logits of all answers to each question, [S, answers]; see `Answers.answer`."""
-        return self.head(self.model.join(clips, text, attention_mask, partner, words).pooled)
+        pooled = self.model.join(clips, text, attention_mask, partner, words).pooled
+        return self.model.over_views(self.head(pooled))
 
     def loss(
         self, joint: Joint, attention_mask: Tensor, answers: Tensor, words: int | None = None
     ) -> Tensor:
         """The cross-entropy of each question, [B]; see `Answers.loss`."""
-        return F.cross_entropy(self.head(joint.pooled).float(), answers, reduction="none")
+        logits = self.model.over_views(self.head(joint.pooled).float())
+        return F.cross_entropy(logits, answers, reduction="none")
 
 
 def frequent_answers(answers: Iterable[str | None], most: int) -> list[str]:

@@ -72,7 +72,7 @@ def open_loader(
 def open_clips(config: Config, recipe: Recipe, tokenizer: Tokenizer | None) -> ClipSet:
     """The training clips; for shards, the sample options without rows."""
     data = config.data
-    sizes: dict[str, Any] = dict(frames=recipe.frames, size=recipe.image_size)
+    sizes: dict[str, Any] = dict(frames=recipe.training_frames, size=recipe.image_size)
     words: dict[str, Any] = dict(seed=config.run.seed, tokenizer=tokenizer, words=data.words)
     if data.source == "moving_shapes":
         sizes |= dict(task=data.task, difficulty=data.difficulty, looks=data.looks)
