@@ -32,7 +32,7 @@ class TooManyBroken(RuntimeError):
 class Sample:
     """One clip with its text."""
 
-    pictures: Tensor  # uint8 [T, H, W, 3]
+    pictures: Tensor  # uint8 [T, H, W, 3]; of a row with two clips the frames of both
     index: int
     row: Row
     text: str  # the chosen caption, or the question
@@ -205,12 +205,17 @@ class Clips(ClipSet):
         """The sample of a row, read from `source` if given, else from the row's media file."""
         rng = video.generator(self.seed, key.epoch, key.index) if self.train else None
         text = text_of(row, rng)
-        pictures = self.pictures(row, rng, source)
-        if rng is None:
-            return Sample(crops.centre_crop(pictures, self.size), key.index, row, text)
         flip = self.flip and not re.search(r"\b(left|right)", f"{text} {row.answer}".lower())
-        pictures = crops.random_crop(pictures, self.size, rng, scale=self.scale, flip=flip)
+        pictures = self._cropped(self.pictures(row, rng, source), rng, flip)
+        if row.second is not None:
+            other = self.pictures(dataclasses.replace(row, media=row.second), rng)
+            pictures = torch.cat([pictures, self._cropped(other, rng, flip)])
         return Sample(pictures, key.index, row, text)
+
+    def _cropped(self, pictures: Tensor, rng: random.Random | None, flip: bool) -> Tensor:
+        if rng is None:
+            return crops.centre_crop(pictures, self.size)
+        return crops.random_crop(pictures, self.size, rng, scale=self.scale, flip=flip)
 
     def pictures(
         self, row: Row, rng: random.Random | None, source: video.Source | None = None

@@ -22,6 +22,7 @@ from vidl.models.clipbert import ClipBert, ClipBertRecipe
 from vidl.models.finetuned import FineTuned
 from vidl.models.fusing import FusionRecipe
 from vidl.models.mac import Mac, MacRecipe
+from vidl.models.pairing import Pairing
 from vidl.models.ranking import Ranking
 from vidl.models.recipe import Recipe, VitRecipe, types_of
 from vidl.models.simvtp import SimVtp, SimVtpRecipe
@@ -60,6 +61,7 @@ __all__ = [
     "Mac",
     "MacRecipe",
     "Matches",
+    "Pairing",
     "Ranking",
     "Recipe",
     "Seen",
@@ -106,6 +108,7 @@ class Entry(NamedTuple):
             "retrieval": compares, "multiple choice": compares,
             "question answering": can(self.model, Joins),
             "captioning": can(self.model, Describes),
+            "pairs": can(self.model, Joins) and can(self.model, Describes),
         }  # fmt: skip
         return [task for task, able in can_do.items() if able]
 

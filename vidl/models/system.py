@@ -70,12 +70,14 @@ class System(nn.Module, ABC):
             without them accepts a checkpoint with them.
         not_joining: prefixes of the parameters that `Joins.join` does not use; answering freezes
             them.
+        normed_head: whether the classifier of answers has a LayerNorm.
     """
 
     card: ClassVar[Card]
     objectives: ClassVar[Mapping[str, Objective]] = {}
     pretraining_only: ClassVar[tuple[str, ...]] = ()
     not_joining: ClassVar[tuple[str, ...]] = ()
+    normed_head: ClassVar[bool] = False
     recipe: Any
 
     @abstractmethod

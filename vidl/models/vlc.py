@@ -141,6 +141,7 @@ class Vlc(Merging):
     }  # fmt: skip
     pretraining_only = ("text.cls.", *Merging.pretraining_only)
     not_joining = ("text.cls.", *Merging.not_joining)
+    normed_head = True
 
     def __init__(self, recipe: VlcRecipe) -> None:
         super().__init__()

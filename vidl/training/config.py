@@ -18,7 +18,7 @@ from vidl.models.recipe import types_of
 from vidl.training.trackers import Tracker
 
 # What the rows of moving_shapes have.
-Text = Literal["caption", "question", "choice"]
+Text = Literal["caption", "question", "choice", "pair"]
 
 
 def _field(default: Any, about: str) -> Any:
@@ -44,7 +44,9 @@ class Start:
         None, "all weights: folder of a run, a checkpoint or a file of weights"
     )
     vision: str | None = _field(
-        None, "vision encoder: weights of ViT, DeiT, MAE or CLIP; or hf-hub:REPOSITORY"
+        None,
+        "vision encoder: weights of ViT, DeiT, MAE or CLIP (clipbert: a ResNet of timm or "
+        "torchvision); or hf-hub:REPOSITORY",
     )
     text: str | None = _field(
         None,

@@ -78,6 +78,7 @@ def open_clips(config: Config, recipe: Recipe, tokenizer: Tokenizer | None) -> C
         sizes |= dict(task=data.task, difficulty=data.difficulty, looks=data.looks)
         return MovingShapes("train", data.clips, **sizes, **words)
     rows = [] if data.source == "shards" else annotated(config)
+    _require_pairs(rows, data.task == "pair", "data.files")
     kind = CachedClips if data.cache else Clips
     return kind(
         rows, train=True, flip=data.flip, scale=data.scale, decoder=data.decoder, **sizes, **words
@@ -103,6 +104,7 @@ def open_searched(
     if not chosen.files:
         return None
     rows = _load(chosen.files, chosen.media, data.outside)
+    _require_pairs(rows, task == "pair", "evaluation.files")
     kind = CachedClips if data.cache else Clips
     return kind(rows, train=False, decoder=data.decoder, **sizes, **words)
 
@@ -116,6 +118,16 @@ def require_text(config: Config, text: str) -> None:
     """Raise a ValueError if the clips of moving_shapes have another text."""
     if config.data.source == "moving_shapes" and config.data.task != text:
         raise ValueError(f"need data.task={text} for this task, got {config.data.task}")
+
+
+def _require_pairs(rows: Any, wanted: bool, field: str) -> None:
+    """Raise a ValueError if rows have two clips where they need one, or the reverse."""
+    pairs = rows.pairs() if len(rows) else []
+    if len(pairs) and not all(pairs == wanted):
+        row = rows[int((pairs != wanted).argmax())]
+        needed = "with second and label, for pairs of clips" if wanted else "of one clip"
+        given = "one" if wanted else "one with second (see `vidl finetune pair`)"
+        raise ValueError(f"need rows in {field} {needed}, got {given}: {row.media}")
 
 
 def training_answers(config: Config) -> Iterator[str | None]:
