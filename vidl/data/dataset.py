@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from vidl.data import crops, video
 from vidl.data.formats import Row
 from vidl.data.sampler import Key
+from vidl.data.sampling import SPANS, Sampling
 from vidl.data.text import Tokenizer
 from vidl.data.video import BrokenClip
 
@@ -160,10 +161,11 @@ class Clips(ClipSet):
         frames: frames of each video, T.
         size: height and width of a frame.
         train: true: random frames, crops, flips and captions; false: the middle frame of each
-            segment, centre crops, no flip and the first caption.
+            span, centre crops, no flip and the first caption.
         flip: flip half of the clips, except those whose text says left or right.
         scale: smallest and largest area of a random crop.
         decoder: see `read_clip`.
+        sampling: how the frames of a video are chosen.
         if_broken: see `ClipSet`; default: "replace" for training, else "count".
         seed, tokenizer, words: see `ClipSet`.
     """
@@ -178,6 +180,7 @@ class Clips(ClipSet):
         flip: bool = True,
         scale: tuple[float, float] = (0.5, 1.0),
         decoder: str = "auto",
+        sampling: Sampling = SPANS,
         seed: int = 0,
         if_broken: str | None = None,
         tokenizer: Tokenizer | None = None,
@@ -187,6 +190,7 @@ class Clips(ClipSet):
         super().__init__(seed=seed, if_broken=if_broken, tokenizer=tokenizer, words=words)
         self.rows, self.frames, self.size, self.train = rows, frames, size, train
         self.flip, self.scale, self.decoder = flip, scale, video.choose_decoder(decoder)
+        self.sampling = sampling
         self._images = kinds(rows)
 
     def __len__(self) -> int:
@@ -221,13 +225,15 @@ class Clips(ClipSet):
         self, row: Row, rng: random.Random | None, source: video.Source | None = None
     ) -> Tensor:
         """The frames of a sample before cropping: uint8 [T, H, W, 3]."""
+        still = row.kind == "image"
         return video.read_clip(
             row.media if source is None else source,
-            1 if row.kind == "image" else self.frames,
+            1 if still else self.frames,
             rng=rng,
             start=row.start,
             end=row.end,
             decoder=self.decoder,
+            sampling=SPANS if still else self.sampling,
         )
 
 

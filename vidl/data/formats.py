@@ -366,6 +366,25 @@ def _answer(entry: dict[str, Any]) -> tuple[str, str]:
     return name_field(entry, "question_id"), name_field(entry, "answer")
 
 
+def nlvr2(file: Path) -> Iterator[Row]:
+    """NLVR2: one {"identifier", "sentence", "label": "True" or "False"} a line, about two images.
+
+    Media: the identifier without its last number, and -img0.png and -img1.png; with "directory", as
+    in the training set, in this folder.
+    """
+
+    def row(entry: dict[str, Any]) -> Row:
+        name = text_field(entry, "identifier")
+        folder = name_field(entry, "directory", "")
+        stem = f"{folder}/" * bool(folder) + name.rpartition("-")[0]
+        fields = {"second": f"{stem}-img1.png", "label": entry["label"]}
+        captions = [text_field(entry, "sentence")]
+        second, label = _second(fields, captions)
+        return Row(f"{stem}-img0.png", "image", name, captions, second=second, label=label)
+
+    return checked(file, json_lines(file), row)
+
+
 FORMATS: dict[str, Callable[..., Iterator[Row]]] = {
     "common": common,
     "csv": columns,
@@ -376,4 +395,5 @@ FORMATS: dict[str, Callable[..., Iterator[Row]]] = {
     "activitynet": activitynet,
     "msrvtt-qa": msrvtt_qa,
     "activitynet-qa": activitynet_qa,
+    "nlvr2": nlvr2,
 }

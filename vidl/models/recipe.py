@@ -117,6 +117,10 @@ class Recipe(ABC):
         """Frames of a sample in training; more than `frames` if it is several clips."""
         return self.frames
 
+    def views_of(self, frames: int) -> int:
+        """The clips of a sample with so many frames."""
+        return 1
+
     @property
     def evaluation_frames(self) -> int:
         """Frames of a clip in evaluation."""

@@ -80,6 +80,12 @@ class Data:
     batch_size: int = _field(16, "clips of one forward pass on one rank")
     workers: int = _field(2, "loader processes on each rank; 0: the training process")
     decoder: str = _field("auto", "pyav, torchcodec or auto")
+    sampling: Literal["spans", "rate", "headtail"] = _field(
+        "spans",
+        "frames of a video: one of each equal span; at a fixed rate (data.rate); or half of each "
+        "half, in training",
+    )
+    rate: float = _field(7.5, "frames per second of data.sampling=rate")
     cache: bool = _field(
         False, "decode each clip once and keep its frames, downscaled, in $VIDL_CACHE"
     )
@@ -228,6 +234,13 @@ class Config:
             )
         if self.data.source != "moving_shapes" and not self.data.files:
             raise ValueError(f"need data.files with data.source {self.data.source!r}, got none")
+        if not self.data.rate > 0:
+            raise ValueError(f"need data.rate > 0, got {self.data.rate}")
+        if self.data.source == "moving_shapes" and self.data.sampling != "spans":
+            raise ValueError(
+                "need data.sampling=spans with data.source=moving_shapes, whose frames are drawn, "
+                f"got {self.data.sampling}"
+            )
         if self.start.text and not self.data.tokenizer:
             raise ValueError("need data.tokenizer, the tokenizer of start.text")
         if self.optimizer.name == "muon" and self.run.parallel == "fsdp":

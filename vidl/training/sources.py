@@ -10,6 +10,7 @@ from vidl.data.dataset import Clips, ClipSet
 from vidl.data.loader import Loader
 from vidl.data.moving_shapes import MovingShapes, motions, words_of_questions
 from vidl.data.sampler import EpochSampler
+from vidl.data.sampling import Sampling
 from vidl.data.shards import ShardStream
 from vidl.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from vidl.masking import Vocabulary
@@ -81,8 +82,9 @@ def open_clips(config: Config, recipe: Recipe, tokenizer: Tokenizer | None) -> C
     _require_pairs(rows, data.task == "pair", "data.files")
     kind = CachedClips if data.cache else Clips
     return kind(
-        rows, train=True, flip=data.flip, scale=data.scale, decoder=data.decoder, **sizes, **words
-    )
+        rows, train=True, flip=data.flip, scale=data.scale, decoder=data.decoder,
+        sampling=_sampling(config, recipe, recipe.training_frames), **sizes, **words,
+    )  # fmt: skip
 
 
 def open_searched(
@@ -106,7 +108,19 @@ def open_searched(
     rows = _load(chosen.files, chosen.media, data.outside)
     _require_pairs(rows, task == "pair", "evaluation.files")
     kind = CachedClips if data.cache else Clips
-    return kind(rows, train=False, decoder=data.decoder, **sizes, **words)
+    sampling = _sampling(config, recipe, recipe.evaluation_frames)
+    return kind(rows, train=False, decoder=data.decoder, sampling=sampling, **sizes, **words)
+
+
+def _sampling(config: Config, recipe: Recipe, frames: int) -> Sampling:
+    """How the frames of a sample are chosen; names the fields in its errors."""
+    data, views = config.data, recipe.views_of(frames)
+    if data.sampling == "headtail" and views > 1:
+        raise ValueError(
+            f"need data.sampling spans or rate with several views (model.views), got headtail and "
+            f"{views}"
+        )
+    return Sampling(kind=data.sampling, rate=data.rate, views=views)
 
 
 def annotated(config: Config) -> Any:
