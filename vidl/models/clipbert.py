@@ -8,7 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vidl.kernels.arguments import check_dtype, check_floating, check_shape, check_tensors
+from vidl.kernels.arguments import (
+    check_count,
+    check_dtype,
+    check_floating,
+    check_shape,
+    check_tensors,
+)
 from vidl.kernels.groups import Grid
 from vidl.masking import MaskedWords, VisualMask, mask_words
 from vidl.masking.visual import check_mask
@@ -256,6 +262,8 @@ class ClipBert(System):
         check_shape("clips", clips, "B", "views", "N", self.recipe.text_width)
         check_shape("text", text, "S", "L", self.recipe.text_width)
         check_shape("attention_mask", attention_mask, *text.shape[:2])
+        if words is not None:
+            check_count("words", words)
         S, views = text.shape[0], clips.shape[1]
         if partner is not None:
             check_dtype("partner", partner, torch.int64)

@@ -121,6 +121,7 @@ class Pairing(FineTuned):
         if clips.ndim < 4 or clips.shape[1] != 2:
             raise ValueError(f"need clips [B, 2, ..., C], got {tuple(clips.shape)}")
         check_shape("text", text, "S", "L", "C")
+        check_shape("attention_mask", attention_mask, *text.shape[:2])
         if words is not None:
             check_count("words", words)
         S = text.shape[0]
