@@ -276,7 +276,7 @@ def _named_as_in(folder: Path, rows: Iterable[Row]) -> Iterator[Row]:
     for file in files:
         by_stem.setdefault(file.with_suffix(""), str(file))
     for row in rows:
-        changed = {}
+        changed: dict[str, Any] = {}
         for name in ("media", "second"):
             if getattr(row, name) is None:
                 continue

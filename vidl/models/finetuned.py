@@ -24,8 +24,9 @@ def prepare_to_join(model: Any, to: str) -> None:
         raise TypeError(f"need model as a module, got {model!r}")
     if not getattr(model.recipe, "fusion_layers", 1):
         raise ValueError(f"need a model with fusion_layers >= 1 {to}, got 0")
+    unused: Any = model.not_joining
     for name, parameter in model.named_parameters():
-        if name.startswith(model.not_joining):
+        if name.startswith(unused):
             parameter.requires_grad_(False)
 
 

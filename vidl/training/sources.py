@@ -136,9 +136,11 @@ def require_text(config: Config, text: str) -> None:
 
 def _require_pairs(rows: Any, wanted: bool, field: str) -> None:
     """Raise a ValueError if rows have two clips where they need one, or the reverse."""
-    pairs = rows.pairs() if len(rows) else []
-    if len(pairs) and not all(pairs == wanted):
-        row = rows[int((pairs != wanted).argmax())]
+    if not len(rows):
+        return
+    wrong = rows.pairs() != wanted
+    if wrong.any():
+        row = rows[int(wrong.argmax())]
         needed = "with second and label, for pairs of clips" if wanted else "of one clip"
         given = "one" if wanted else "one with second (see `vidl finetune pair`)"
         raise ValueError(f"need rows in {field} {needed}, got {given}: {row.media}")
