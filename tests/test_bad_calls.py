@@ -613,6 +613,11 @@ def vit():
 
 
 @functools.cache
+def grid_features():
+    return nn.GridFeatures("test_resnet", 8, 8, mean=[0.5] * 3, std=[0.5] * 3)
+
+
+@functools.cache
 def joint_vit():
     return nn.JointViT(4 * 2, 4, embed_dim=8, depth=1, num_heads=2, num_frames=2)
 
@@ -1222,6 +1227,25 @@ NN = {
             "time": optional(FLOATS) | cut(0, 1),
         },
     ),
+    "GridFeatures": Call(
+        nn.GridFeatures,
+        lambda: dict(cnn="test_resnet", width=8, stride=8, places=4, dropout=0.0, mean=None,
+                     std=None),
+        {"cnn": OPTION, "width": POSITIVE, "stride": POSITIVE | values(four=4),
+         "places": POSITIVE, "dropout": RATE, "mean": MEAN, "std": STD},
+    ),
+    "GridFeatures.forward": Call(
+        lambda **a: grid_features()(**a),
+        lambda: dict(video=torch.rand(2, 3, 4, 32, 32), views=2,
+                     ids_keep=torch.tensor([[0, 3, 5, 6]] * 2)),
+        {"video": VIDEO | cut(0), "views": POSITIVE | values(three=3),
+         "ids_keep": optional(IDS) | cut(0, 1) | {"large": lambda x: x + 4}},
+    ),
+    "GridFeatures.load_pretrained": Call(
+        lambda **a: grid_features().load_pretrained(**a),
+        lambda: dict(state_dict=grid_features().cnn.state_dict()),
+        {"state_dict": STATE},
+    ),
     "JointViT": Call(
         nn.JointViT,
         lambda: ENCODER | dict(tubelet_size=2, num_frames=2),
@@ -1375,6 +1399,54 @@ def of_systems():
         calls[f"{kind}.join"] = Call(lambda m=model, **a: m().join(**a), join, fuse)
         calls[f"{kind}.match"] = Call(lambda m=model, **a: m().match(**a), join, fuse)
     return calls
+
+
+CLIPBERT = dict(
+    cnn="test_resnet", stride=8, image_size=32, frames=2, views=2, text_width=8, text_layers=1,
+    text_heads=2, dropout=0.0, mask_ratio=0.5, vocabulary=masking.Vocabulary(200),
+)  # fmt: skip
+
+
+@functools.cache
+def clipbert():
+    return models.ClipBert(models.ClipBertRecipe(**CLIPBERT))
+
+
+def of_clipbert():
+    """The calls of ClipBERT, whose CNN needs larger frames."""
+    recipe = {
+        **{name: POSITIVE for name in ("frames", "views", "views_tested", "text_layers")},
+        **{name: LOSSES["mlm"] for name in ("mlm", "vtm")},
+        "stride": POSITIVE | values(four=4), "image_size": POSITIVE | values(other=24),
+        "aggregate": OPTION, "mask": values(clip="clip"), "tubelet_size": values(two=2),
+    }  # fmt: skip
+    own = lambda **extra: batch(video=torch.zeros(2, 3, 4, 32, 32).byte()) | extra  # noqa: E731
+    video = dict(mask=clipbert().recipe.visual_mask(SAMPLES, 0), video=own()["video"])
+    join = lambda: dict(  # noqa: E731
+        clips=CLIPS, text=TEXT, attention_mask=PRESENT, partner=PARTNER
+    )
+    fuse = FUSE | {"attention_mask": without(PADDING, "none") | values(none=None)}
+    return {
+        "ClipBertRecipe": Call(models.ClipBertRecipe, lambda: CLIPBERT, recipe),
+        "ClipBert": Call(
+            models.ClipBert,
+            lambda: dict(recipe=clipbert().recipe),
+            {"recipe": OTHER | values(number=3, other=models.MacRecipe(**TINY))},
+        ),
+        "ClipBert.forward": Call(lambda **a: clipbert()(**a), own, BATCH),
+        "ClipBert.encode_clips": Call(
+            lambda **a: clipbert().encode_clips(**a),
+            lambda: video,
+            {"video": VIDEO, "mask": optional(VISUAL_MASK)},
+        ),
+        "ClipBert.join": Call(lambda **a: clipbert().join(**a), join, fuse),
+        "ClipBert.match": Call(lambda **a: clipbert().match(**a), join, fuse),
+    }
+
+
+@functools.cache
+def pairing():
+    return models.Pairing(models.Smaug(models.SmaugRecipe(**TINY, **SMAUG)))
 
 
 @functools.cache
@@ -1614,6 +1686,7 @@ MODELS = {
     **encoders("Smaug", smaug),
     **encoders("Mac", mac),
     **of_systems(),
+    **of_clipbert(),
     "Smaug.fuse": Call(
         lambda **a: smaug().fuse(**a),
         lambda: dict(clips=CLIPS, text=TEXT, attention_mask=PRESENT, partner=PARTNER),
@@ -1643,6 +1716,27 @@ MODELS = {
         models.Captioning,
         lambda: dict(model=models.Smaug(smaug().recipe), tokenizer=tokenized, layers=1),
         {"model": MODEL | values(mac=models.Mac), "tokenizer": CALLABLE, "layers": POSITIVE},
+    ),
+    "Pairing": Call(
+        models.Pairing,
+        lambda: dict(model=models.Smaug(smaug().recipe)),
+        {"model": MODEL | values(mac=models.Mac)},
+    ),
+    "Pairing.forward": Call(
+        lambda **a: pairing()(**a),
+        lambda: batch(labels=torch.tensor([True, False]), video=torch.zeros(2, 3, 8, 8, 8)),
+        BATCH | {"labels": without(optional(IDS), "flags") | cut(0)},
+    ),
+    "Pairing.encode_clips": Call(
+        lambda **a: pairing().encode_clips(**a),
+        lambda: dict(video=torch.zeros(2, 3, 8, 8, 8)),
+        {"video": VIDEO},
+    ),
+    "Pairing.compare": Call(
+        lambda **a: pairing().compare(**a),
+        lambda: dict(clips=torch.rand(2, 2, 4, 3, 8), text=TEXT, attention_mask=PRESENT,
+                     partner=PARTNER),
+        FUSE | {"clips": FLOATS | cut(1, 4)},
     ),
     "Captioning.forward": Call(lambda **a: captioning()(**a), batch, BATCH),
     "Captioning.generate": Call(

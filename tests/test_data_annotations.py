@@ -350,8 +350,8 @@ def test_tables_with_any_columns(tmp_path):
     assert rows("csv", put(tmp_path, "a.csv", text), columns=names) == wanted
     tabs = text.replace(",", "\t").replace("\t a dog", ", a dog")
     assert rows("csv", put(tmp_path, "a.tsv", tabs), columns=names) == wanted
-    with pytest.raises(ValueError, match="need fields among video, image, .*, got label"):
-        rows("csv", tmp_path / "a.csv", columns={"label": "text"})
+    with pytest.raises(ValueError, match="need fields among video, image, .*, got kind"):
+        rows("csv", tmp_path / "a.csv", columns={"kind": "text"})
     with pytest.raises(BadAnnotation, match="a.csv:2: need start as a number, got 'a.mp4'"):
         rows("csv", tmp_path / "a.csv", columns=names | {"start": "path"})
 

@@ -255,7 +255,9 @@ def test_invalid_arguments():
         MovingShapes("dev", 5)
     with pytest.raises(ValueError, match="got 'test' and 4"):
         MovingShapes("test", 5, difficulty=4)
-    with pytest.raises(ValueError, match="need a task among caption, question, choice, got 'qa'"):
+    with pytest.raises(
+        ValueError, match="need a task among caption, question, choice, pair, got 'qa'"
+    ):
         MovingShapes("test", 5, task="qa")
     with pytest.raises(ValueError, match="need 1 or more clips of difficulty 1, got 0"):
         MovingShapes("test", 0)

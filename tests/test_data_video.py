@@ -12,7 +12,8 @@ import torch
 from clips import EXAMPLES, HERE, STEP, numbers, shown_at, write_video
 
 from vidl.data import crops, pictures, video
-from vidl.data.video import BrokenClip, as_clip, inspect, instants, read_clip
+from vidl.data.sampling import instants
+from vidl.data.video import BrokenClip, as_clip, inspect, read_clip
 
 av = pytest.importorskip("av")
 numpy = pytest.importorskip("numpy")

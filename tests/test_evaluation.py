@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tiny import fitting
 
 from vidl import models
 from vidl.data.dataset import ClipSet, Sample
@@ -93,7 +94,7 @@ def tiny(name, **overrides):
     torch.manual_seed(0)
     words = dataclasses.replace(models.recipe(name).vocabulary, size=120)
     options = SMALL | OWN.get(name, {}) | dict(vocabulary=words)
-    model = models.create(name, "tiny", **(options | overrides))
+    model = models.create(name, "tiny", **fitting(name, options | overrides))
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "embedding" not in name:
             torch.nn.init.normal_(parameter, std=0.2)  # distinct features

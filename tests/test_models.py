@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import fitting
 
 from vidl import models
 from vidl.cli import main
@@ -20,12 +21,14 @@ OWN = {
     "vlc": dict(frames=2, word_ratio=0.3),
     "alpro": dict(word_ratio=0.3),
     "svitt": dict(block=8, random_blocks=1),
+    "clipbert": dict(word_ratio=0.3),
 }
 
 
 def tiny(name, **overrides):
     torch.manual_seed(0)
-    return models.create(name, "tiny", **(TINY | OWN.get(name, {}) | overrides))
+    fields = fitting(name, TINY | OWN.get(name, {}) | overrides)
+    return models.create(name, "tiny", **fields)
 
 
 def batch(model, B=4, words=9):

@@ -47,6 +47,8 @@ VARIANTS = [
     *(("mac", SMALL | {"time": time, "mask": mask})
       for time, mask in (("slot", "frame"), ("position", "frame"), ("position", "tube"),
                          ("position", "clip"), ("joint", "clip"), ("joint", "frame"))),
+    ("clipbert", dict(image_size=32, text_width=64, text_layers=1, text_heads=2, word_ratio=0.5,
+                      vocabulary=SMALL["vocabulary"])),
 ]  # fmt: skip
 
 read_clips = loading.clips_per_second  # other tests replace it

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import fitting
 
 from vidl import models
 from vidl.cli import main
@@ -35,6 +36,7 @@ OWN = {
     "alpro": dict(text_layers=1, merge_layers=1, entities=4),
     "vindlu": dict(prune_layers=(0,), text_layers=1, fusion_layers=1),
     "svitt": dict(prune_layers=(0,), text_layers=1, fusion_layers=2, block=4, random_blocks=1),
+    "clipbert": dict(frames=1, views=2, views_tested=3, text_layers=2),
 }  # fmt: skip
 RUN = [
     "data.source=moving_shapes", "data.clips=16", "data.words=12", "data.batch_size=4",
@@ -44,7 +46,7 @@ RUN = [
 
 
 def fields(name):
-    return SMALL | OWN[name]
+    return fitting(name, SMALL | OWN[name])
 
 
 def config(name, folder, *more):
@@ -137,6 +139,13 @@ def test_tokens_are_those_of_the_recipe(name):
     torch.manual_seed(0)
     model = models.create(name, "tiny", **fields(name))
     rows = []
+    video = model.recipe.example(2, 6)["video"]
+    mask = model.recipe.visual_mask(torch.arange(2), 0)
+    if name == "clipbert":  # the encoder sees words too
+        with torch.no_grad():
+            clips = model.encode_clips(video, mask)
+        assert clips.shape[:-1].numel() == 2 * model.recipe.tokens()["encoder"]
+        return
     blocks = model.vision.blocks
 
     def count(module, args, out):
@@ -145,11 +154,9 @@ def test_tokens_are_those_of_the_recipe(name):
 
     for block in (blocks[0], blocks[-1]):
         block.register_forward_hook(count)
-    video = model.recipe.example(2, 6)["video"]
     with torch.no_grad():
-        model.encode_clips(video, model.recipe.visual_mask(torch.arange(2), 0))
+        clips = model.encode_clips(video, mask)
         if not rows:  # the encoder runs later, on clips and words
-            clips = model.encode_clips(video, model.recipe.visual_mask(torch.arange(2), 0))
             model.vision(clips)
     tokens = model.recipe.tokens()
     after = [count for stage, count in tokens.items() if stage.startswith("after layer")]

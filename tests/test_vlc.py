@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from vidl import models
 from vidl.masking import Vocabulary, mask_words
+from vidl.models.learning import swap_half
 from vidl.models.system import Inputs
 from vidl.nn import JointViT
 
@@ -128,7 +129,7 @@ def plain_losses(model, inputs, w):
 
 def swap_of(model, inputs, step=STEP, clip_ids=None):
     names = ("video", "ids", "attention_mask", "samples")
-    return model.swap(Inputs(*(inputs[name] for name in names), step, clip_ids))
+    return swap_half(model.recipe, Inputs(*(inputs[name] for name in names), step, clip_ids))
 
 
 @pytest.mark.parametrize("fields", [

@@ -1,6 +1,7 @@
 """What the tests of vision modules share: small sizes, clips, weights, and scores of tokens."""
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
@@ -9,9 +10,17 @@ import torch.nn.functional as F
 from compare import gradients
 from torch import Tensor, nn
 
+from vidl import models
+
 SIZE = dict(img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=2)
 B, T, PATCHES, WIDTH, HEADS = 2, 3, 16, 64, 2
 GRID = (T, 4, 4)
+
+
+def fitting(name: str, fields: dict) -> dict:
+    """Those fields that the recipe of a system has."""
+    own = {field.name for field in dataclasses.fields(models.recipe(name))}
+    return {field: value for field, value in fields.items() if field in own}
 
 
 def clip(dtype: torch.dtype = torch.float32) -> Tensor:

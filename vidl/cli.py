@@ -347,7 +347,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         help="common (JSON list of {video or image, caption}, also questions and multiple choice; "
         "default), csv (see --columns; default for .csv, .tsv), webvid (CSV), cc3m (TSV), msrvtt "
         "(JSON, or the CSV of the 1k-A test), didemo, activitynet (paragraphs), msrvtt-qa, "
-        "activitynet-qa (*_q.json)",
+        "activitynet-qa (*_q.json), nlvr2 (JSON lines)",
     )
     about = "folder of the clips; file names in the table get the suffixes of its files"
     part.add_argument("--media", type=Path, help=about)
@@ -357,7 +357,8 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         "--columns",
         metavar="FIELD=COLUMN,...",
         help="csv: columns of a CSV or TSV file with a header, e.g. video=path,caption=text; "
-        "fields: video or image, caption, question, answer, id, start, end (default: the columns "
+        "fields: video or image, caption, question, answer, id, start, end, second, label "
+        "(default: the columns "
         "with these names, with file_name or path, and text)",
     )
     part.set_defaults(run=_data_convert)
@@ -555,7 +556,7 @@ def _status(result: dict[str, Any]) -> int:
 
 
 def _add_finetune(commands: argparse._SubParsersAction) -> None:
-    about = "fine-tune a pre-trained model for retrieval, question answering or captions"
+    about = "fine-tune a pre-trained model for retrieval, question answering, captions or pairs"
     command = commands.add_parser("finetune", help=about, description=about.capitalize() + ".")
     tasks = command.add_subparsers(title="tasks", metavar="TASK", required=True)
     for task, about in (
@@ -563,6 +564,7 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
         ("qa", "for question answering: a classifier of the most frequent answers on the fusion "
             "encoder, or a decoder that ranks them"),
         ("caption", "for captions: a decoder that writes them word by word"),
+        ("pair", "for sentences about two clips, as in NLVR2: does the sentence hold?"),
     ):  # fmt: skip
         part = tasks.add_parser(
             task,
@@ -603,15 +605,15 @@ def _finetune(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "eval",
-        help="evaluate a trained model: retrieval, multiple choice, question answering, captions",
+        help="evaluate a trained model: retrieval, multiple choice, questions, captions, pairs",
         description="Evaluate a trained model: retrieval in both directions (retrieval), multiple "
-        "choice (mc), open questions (qa) or captions by BLEU-4, ROUGE-L and CIDEr-D (caption; "
-        "--json also has the captions). A clip that cannot be read counts as a miss and is "
-        "listed; it is never replaced. On several GPUs: torchrun --nproc-per-node 8 -m vidl eval "
-        "...",
+        "choice (mc), open questions (qa), captions by BLEU-4, ROUGE-L and CIDEr-D (caption; "
+        "--json also has the captions) or sentences about two clips (pair). A clip that cannot be "
+        "read counts as a miss and is listed; it is never replaced. On several GPUs: torchrun "
+        "--nproc-per-node 8 -m vidl eval ...",
     )
     add = command.add_argument
-    add("task", choices=("retrieval", "mc", "qa", "caption"), help="the task")
+    add("task", choices=("retrieval", "mc", "qa", "caption", "pair"), help="the task")
     add("--weights", type=Path, required=True, metavar="RUN", help="a run or a checkpoint")
     add(
         "--data",
@@ -650,6 +652,8 @@ def _eval(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
     if args.rerank and args.task != "retrieval":
         parser.error(f"--rerank is for retrieval, not {args.task}")
+    if args.masked and args.task == "pair":
+        parser.error("--masked is not for pair: pairs of clips are not masked in evaluation")
     names = ("beams", "length_penalty", "words")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if given and args.task != "caption":

@@ -32,6 +32,8 @@ SCHEMA = pa.schema(
         ("correct", pa.int32()),
         ("start", pa.float64()),
         ("end", pa.float64()),
+        ("second", pa.string()),
+        ("label", pa.bool_()),
     ]
 )
 ROWS_AT_A_TIME = 100_000
@@ -73,11 +75,19 @@ class Annotations(Sequence[Row]):
         part = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[part - 1] if part else 0)
         (values,) = self._tables[part].slice(row, 1).to_pylist()
-        return Row(**values | {"media": str(self.parts[part][1] / values["media"])})
+        for name in ("media", "second"):
+            if values[name] is not None:
+                values[name] = str(self.parts[part][1] / values[name])
+        return Row(**values)
 
     def kinds(self) -> numpy.ndarray:
         """True for images, false for videos: bool [rows]."""
         columns = [pc.equal(table.column("kind"), "image").to_numpy() for table in self._tables]
+        return numpy.concatenate([numpy.zeros(0, bool), *columns])
+
+    def pairs(self) -> numpy.ndarray:
+        """True for rows of two clips: bool [rows]."""
+        columns = [pc.is_valid(table.column("second")).to_numpy() for table in self._tables]
         return numpy.concatenate([numpy.zeros(0, bool), *columns])
 
     # Pickle the paths, not the tables: workers map the same pages.
@@ -104,13 +114,14 @@ def _only_files(file: Path, table: pa.Table, outside: bool) -> None:
     Raises:
         ValueError: names the first such row.
     """
-    media = table.column("media")
-    for pattern, remedy in (
+    checks = (
         (URL, "vidl opens no URLs: download the files first"),
         (OUTSIDE, "if you trust this file, set data.outside=true or --outside"),
-    ):
+    )
+    for name, (pattern, remedy) in itertools.product(("media", "second"), checks):
         if outside and pattern == OUTSIDE:
             continue
+        media = table.column(name)
         row = pc.index(pc.match_substring_regex(media, pattern), True).as_py()
         if row >= 0:
             raise ValueError(
@@ -265,9 +276,13 @@ def _named_as_in(folder: Path, rows: Iterable[Row]) -> Iterator[Row]:
     for file in files:
         by_stem.setdefault(file.with_suffix(""), str(file))
     for row in rows:
-        path = Path(row.media)
-        # a converted file may have both suffixes: a.avi.mp4
-        stem = next((s for s in (path.with_suffix(""), path) if s in by_stem), None)
-        if stem is not None and not (folder / path).is_file():
-            row = replace(row, media=by_stem[stem])
-        yield row
+        changed: dict[str, Any] = {}
+        for name in ("media", "second"):
+            if getattr(row, name) is None:
+                continue
+            path = Path(getattr(row, name))
+            # a converted file may have both suffixes: a.avi.mp4
+            stem = next((s for s in (path.with_suffix(""), path) if s in by_stem), None)
+            if stem is not None and not (folder / path).is_file():
+                changed[name] = by_stem[stem]
+        yield replace(row, **changed)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from vidl.data import crops, video
 from vidl.data.dataset import Clips
 from vidl.data.formats import Row
+from vidl.data.sampling import SPANS
 from vidl.files import cache_folder, replaced
 
 # Cached frames per frame of a sample, and their short side as a multiple of the sample's size: a
@@ -27,7 +29,18 @@ class CachedClips(Clips):
     The cache has `DENSE` times as many frames as a sample, evenly spaced; random sampling chooses
     among them. It is stored in $VIDL_CACHE (default: ~/.cache/vidl) under a name that depends on
     the path, size and time of the file and on the options. Arguments are those of `Clips`.
+
+    Raises:
+        ValueError: the sampling is "rate".
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.sampling.kind == "rate":
+            raise ValueError(
+                "need data.sampling spans or headtail with data.cache=true, whose frames are "
+                "evenly spaced, got rate"
+            )
 
     def pictures(
         self, row: Row, rng: random.Random | None, source: video.Source | None = None
@@ -38,7 +51,8 @@ class CachedClips(Clips):
         still = row.kind == "image"
         count = 1 if still else DENSE * self.frames
         kept = self._kept(row, count)
-        instants = video.instants(0, count, 1 if still else self.frames, rng)
+        sampling = SPANS if still else self.sampling
+        instants = sampling.instants(0, count, 1 if still else self.frames, rng)
         return torch.from_numpy(kept[[int(instant) for instant in instants]])
 
     def _kept(self, row: Row, count: int) -> numpy.ndarray:

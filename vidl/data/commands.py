@@ -42,7 +42,8 @@ def check(file: Path, media: Path | None, *, workers: int, outside: bool = False
     video.choose_decoder("pyav")  # without it, every clip would be listed
     rows = annotations.load((file, media), outside=outside)
     # each clip once, in the order of the rows: with questions, a clip has several rows
-    names = list(dict.fromkeys(row.media for row in progress(rows, "reading rows")))
+    both = ((row.media, row.second) for row in progress(rows, "reading rows"))
+    names = list(dict.fromkeys(name for pair in both for name in pair if name is not None))
     frames, seconds = 0, 0.0
     broken: list[BrokenClip] = []
     truncated: list[str] = []
@@ -76,6 +77,8 @@ def shard(file: Path, media: Path | None, to: Path, *, short: int | None, per_sh
           seed: int, workers: int, outside: bool = False) -> int:  # fmt: skip
     """Write webdataset shards; returns the number of broken clips."""
     rows = annotations.load((file, media), outside=outside)
+    if rows.pairs().any():
+        raise ValueError(f"need rows of one clip to write shards, got rows with second: {file}")
     begin = time.perf_counter()
     written = write_shards(rows, to, Sharding(short, per_shard, seed), workers=workers)
     for name, reason in written.broken:

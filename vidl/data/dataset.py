@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from vidl.data import crops, video
 from vidl.data.formats import Row
 from vidl.data.sampler import Key
+from vidl.data.sampling import SPANS, Sampling
 from vidl.data.text import Tokenizer
 from vidl.data.video import BrokenClip
 
@@ -32,7 +33,7 @@ class TooManyBroken(RuntimeError):
 class Sample:
     """One clip with its text."""
 
-    pictures: Tensor  # uint8 [T, H, W, 3]
+    pictures: Tensor  # uint8 [T, H, W, 3]; of a row with two clips the frames of both
     index: int
     row: Row
     text: str  # the chosen caption, or the question
@@ -160,10 +161,11 @@ class Clips(ClipSet):
         frames: frames of each video, T.
         size: height and width of a frame.
         train: true: random frames, crops, flips and captions; false: the middle frame of each
-            segment, centre crops, no flip and the first caption.
+            span, centre crops, no flip and the first caption.
         flip: flip half of the clips, except those whose text says left or right.
         scale: smallest and largest area of a random crop.
         decoder: see `read_clip`.
+        sampling: how the frames of a video are chosen.
         if_broken: see `ClipSet`; default: "replace" for training, else "count".
         seed, tokenizer, words: see `ClipSet`.
     """
@@ -178,6 +180,7 @@ class Clips(ClipSet):
         flip: bool = True,
         scale: tuple[float, float] = (0.5, 1.0),
         decoder: str = "auto",
+        sampling: Sampling = SPANS,
         seed: int = 0,
         if_broken: str | None = None,
         tokenizer: Tokenizer | None = None,
@@ -187,6 +190,7 @@ class Clips(ClipSet):
         super().__init__(seed=seed, if_broken=if_broken, tokenizer=tokenizer, words=words)
         self.rows, self.frames, self.size, self.train = rows, frames, size, train
         self.flip, self.scale, self.decoder = flip, scale, video.choose_decoder(decoder)
+        self.sampling = sampling
         self._images = kinds(rows)
 
     def __len__(self) -> int:
@@ -205,24 +209,31 @@ class Clips(ClipSet):
         """The sample of a row, read from `source` if given, else from the row's media file."""
         rng = video.generator(self.seed, key.epoch, key.index) if self.train else None
         text = text_of(row, rng)
-        pictures = self.pictures(row, rng, source)
-        if rng is None:
-            return Sample(crops.centre_crop(pictures, self.size), key.index, row, text)
         flip = self.flip and not re.search(r"\b(left|right)", f"{text} {row.answer}".lower())
-        pictures = crops.random_crop(pictures, self.size, rng, scale=self.scale, flip=flip)
+        pictures = self._cropped(self.pictures(row, rng, source), rng, flip)
+        if row.second is not None:
+            other = self.pictures(dataclasses.replace(row, media=row.second), rng)
+            pictures = torch.cat([pictures, self._cropped(other, rng, flip)])
         return Sample(pictures, key.index, row, text)
+
+    def _cropped(self, pictures: Tensor, rng: random.Random | None, flip: bool) -> Tensor:
+        if rng is None:
+            return crops.centre_crop(pictures, self.size)
+        return crops.random_crop(pictures, self.size, rng, scale=self.scale, flip=flip)
 
     def pictures(
         self, row: Row, rng: random.Random | None, source: video.Source | None = None
     ) -> Tensor:
         """The frames of a sample before cropping: uint8 [T, H, W, 3]."""
+        still = row.kind == "image"
         return video.read_clip(
             row.media if source is None else source,
-            1 if row.kind == "image" else self.frames,
+            1 if still else self.frames,
             rng=rng,
             start=row.start,
             end=row.end,
             decoder=self.decoder,
+            sampling=SPANS if still else self.sampling,
         )
 
 

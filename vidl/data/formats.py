@@ -23,7 +23,9 @@ from vidl.data.parsing import (
 )
 
 # What `columns` can read from a table.
-FIELDS = ("video", "image", "caption", "question", "answer", "id", "start", "end")
+FIELDS = (
+    "video", "image", "caption", "question", "answer", "id", "start", "end", "second", "label",
+)  # fmt: skip
 # Other names of a file; the first one, with "text" for the caption, is that of Hugging Face.
 NAMES = ("file_name", "path")
 # Suffixes of files.
@@ -39,7 +41,8 @@ class Row:
     """One annotation of a video or image.
 
     Retrieval: `captions`. Open-ended questions: `question` and `answer`. Multiple choice: `options`
-    with the index `correct`, and optionally a `question`.
+    with the index `correct`, and optionally a `question`. A sentence about two clips: `captions`,
+    the other clip, `second`, and whether the sentence holds, `label`.
     """
 
     media: str  # file, relative to the folder of the media
@@ -52,6 +55,8 @@ class Row:
     correct: int | None = None
     start: float | None = None  # of the annotated part, in seconds
     end: float | None = None
+    second: str | None = None  # another file, of the same kind
+    label: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("captions", "options"):  # tuples are hashable
@@ -69,7 +74,8 @@ def common(file: Path) -> Iterator[Row]:
     A list of {"video" or "image": file, "caption": text or [text, ...]}; for questions
     {..., "question": text, "answer": text or [text]}; for multiple choice {..., "caption":
     [text, ...], "answer": index} or {..., "question": text, "options": [text, ...], "answer":
-    index}. Optional: "id" or "question_id", and "start" and "end" in seconds. A file may also be
+    index}; for a sentence about two clips {..., "second": file, "caption": text, "label": true or
+    false}. Optional: "id" or "question_id", and "start" and "end" in seconds. A file may also be
     named by "file_name" or "path", and a caption by "text", as in metadata.jsonl of Hugging Face.
     """
     if file.suffix == ".jsonl":
@@ -103,6 +109,7 @@ def _common_row(entry: dict[str, Any]) -> Row:
     if not captions and not options and answer is None:
         raise KeyError("caption")
     question = entry.get("question")
+    second, label = _second(entry, captions)
     return Row(
         media=media,
         kind=kind,
@@ -114,7 +121,25 @@ def _common_row(entry: dict[str, Any]) -> Row:
         correct=correct,
         start=number_field(entry, "start"),
         end=number_field(entry, "end"),
+        second=second,
+        label=label,
     )
+
+
+def _second(entry: dict[str, Any], captions: Sequence[str]) -> tuple[str | None, bool | None]:
+    """The second clip of a pair, and whether the sentence holds; None without a second clip."""
+    if entry.get("second") is None:
+        return None, None
+    label = entry.get("label")
+    if isinstance(label, str) and label.strip().lower() in ("true", "false"):
+        label = label.strip().lower() == "true"
+    if not isinstance(label, bool):
+        raise ValueError(f"need label as true or false in a row with second, got {label!r}")
+    if len(captions) != 1:
+        raise ValueError(f"need one caption in a row with second, got {len(captions)}")
+    if entry.get("start") is not None or entry.get("end") is not None:
+        raise ValueError("need a row with second without start and end, which are of one clip")
+    return text_field(entry, "second"), label
 
 
 def columns(file: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
@@ -123,7 +148,8 @@ def columns(file: Path, columns: Mapping[str, str] | None = None) -> Iterator[Ro
     Args:
         file: the annotations.
         columns: the column of each field: "video" or "image", "caption" or "question" and "answer",
-            and optionally "id", "start" and "end"; default: the columns with these names, with
+            and optionally "id", "start" and "end", or "second" and "label"; default: the columns
+            with these names, with
             "file_name" or "path" for the file and "text" for the caption.
 
     Raises:
@@ -144,8 +170,9 @@ def columns(file: Path, columns: Mapping[str, str] | None = None) -> Iterator[Ro
                     entry[field] = float(text)
                 except ValueError:
                     raise ValueError(f"need {field} as a number, got {text!r}") from None
-        if not entry.get("id", "x").strip():
-            del entry["id"]
+        for field in ("id", "second"):
+            if not entry.get(field, "x").strip():
+                del entry[field]
         return _common_row(entry)
 
     return checked(file, table(file, list(names.values()), delimiter), row)
@@ -339,6 +366,25 @@ def _answer(entry: dict[str, Any]) -> tuple[str, str]:
     return name_field(entry, "question_id"), name_field(entry, "answer")
 
 
+def nlvr2(file: Path) -> Iterator[Row]:
+    """NLVR2: one {"identifier", "sentence", "label": "True" or "False"} a line, about two images.
+
+    Media: the identifier without its last number, and -img0.png and -img1.png; with "directory", as
+    in the training set, in this folder.
+    """
+
+    def row(entry: dict[str, Any]) -> Row:
+        name = text_field(entry, "identifier")
+        folder = name_field(entry, "directory", "")
+        stem = f"{folder}/" * bool(folder) + name.rpartition("-")[0]
+        fields = {"second": f"{stem}-img1.png", "label": entry["label"]}
+        captions = [text_field(entry, "sentence")]
+        second, label = _second(fields, captions)
+        return Row(f"{stem}-img0.png", "image", name, captions, second=second, label=label)
+
+    return checked(file, json_lines(file), row)
+
+
 FORMATS: dict[str, Callable[..., Iterator[Row]]] = {
     "common": common,
     "csv": columns,
@@ -349,4 +395,5 @@ FORMATS: dict[str, Callable[..., Iterator[Row]]] = {
     "activitynet": activitynet,
     "msrvtt-qa": msrvtt_qa,
     "activitynet-qa": activitynet_qa,
+    "nlvr2": nlvr2,
 }

@@ -41,7 +41,7 @@ MOTIONS = (
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPLITS = ("train", "val", "test")
 DIFFICULTIES = (1, 2, 3)
-TASKS = ("caption", "question", "choice")
+TASKS = ("caption", "question", "choice", "pair")
 OPTIONS = 4  # of a choice
 REACH = 0.4  # how far a shape moves, relative to the size of the frame
 
@@ -73,13 +73,16 @@ class MovingShapes(ClipSet):
     The text of a clip is its caption; or a question with an answer of one or two words, such as
     "which way does the red circle move?" and "left" (see `questions`); or a choice of four captions
     of the same coloured shapes, whose motions differ. One of the wrong captions describes the clip
-    played backwards, unless that has the same caption.
+    played backwards, unless that has the same caption. A pair is two clips and a sentence, their
+    captions joined by "and"; in about half of the pairs it does not hold: a clip has the reverse of
+    one of the motions.
 
     Args:
         split: "train", "val" or "test".
         length: number of clips.
-        task: what the rows have: "caption"; "question", with an answer; or "choice", with options.
-            The clips do not depend on it.
+        task: what the rows have: "caption"; "question", with an answer; "choice", with options; or
+            "pair", with a second clip and a label. The clips, the first of a pair, do not depend
+            on it.
         difficulty: 1, 2 or 3.
         frames: frames of a clip, T.
         size: height and width of a frame.
@@ -137,8 +140,12 @@ class MovingShapes(ClipSet):
     def kinds(self) -> numpy.ndarray:
         return numpy.arange(self.length) % self._groups
 
-    def actors(self, index: int) -> list[Actor]:
-        """The shapes of a clip and their motions."""
+    def actors(self, index: int, *, second: bool = False) -> list[Actor]:
+        """The shapes of a clip and their motions; `second`: of the second clip of a pair."""
+        if second:
+            rng = generator(self.seed, 0, index, f"{self.split} second actors")
+            looks = rng.sample(self._looks[index % self._groups :: self._groups], self._shown)
+            return self._acting(looks, rng.choice(self._motions))
         rng = generator(self.seed, 0, index, f"{self.split} actors")
         motion = rng.choice(self._motions)
         if self.same_looks:
@@ -161,11 +168,25 @@ class MovingShapes(ClipSet):
         if self.task == "caption":
             return Row(media, captions=[caption_of(actors)])
         rng = generator(self.seed, 0, index, f"{self.split} {self.task}")
+        if self.task == "pair":
+            return self._pair(index, rng)
         if self.task == "question":
             question, answer = rng.choice(questions(actors))
             return Row(media, question=question, answer=answer)
         options = self._options(actors, rng)
         return Row(media, options=options, correct=options.index(caption_of(actors)))
+
+    def _pair(self, index: int, rng: random.Random) -> Row:
+        """Two clips and a sentence about both."""
+        clips = [self.actors(index), self.actors(index, second=True)]
+        label = rng.random() < 0.5
+        if not label:
+            actors = rng.choice(clips)
+            number = rng.randrange(len(actors))
+            actors[number] = _reversed(actors[number], rng)
+        names = [f"moving_shapes/{self.split}/{part}{index}" for part in ("", "second/")]
+        sentence = " and ".join(map(caption_of, clips))
+        return Row(names[0], captions=[sentence], second=names[1], label=label)
 
     def _options(self, actors: list[Actor], rng: random.Random) -> list[str]:
         """Captions of these shapes, in random order: the right one and wrong ones."""
@@ -182,11 +203,15 @@ class MovingShapes(ClipSet):
 
     def read(self, key: Key) -> Sample:
         row = self.row(key.index)
-        return Sample(self._draw(self.actors(key.index), key.index), key.index, row, text_of(row))
+        pictures = self._draw(self.actors(key.index), key.index, "places")
+        if row.second is not None:
+            other = self._draw(self.actors(key.index, second=True), key.index, "second places")
+            pictures = torch.cat([pictures, other])
+        return Sample(pictures, key.index, row, text_of(row))
 
-    def _draw(self, actors: list[Actor], index: int) -> Tensor:
+    def _draw(self, actors: list[Actor], index: int, purpose: str) -> Tensor:
         """Draw the actors on a noisy grey background: uint8 [T, H, W, 3]."""
-        rng = generator(self.seed, 0, index, f"{self.split} places")
+        rng = generator(self.seed, 0, index, f"{self.split} {purpose}")
         size = self.size
         noise = numpy.random.Generator(numpy.random.PCG64(rng.getrandbits(64)))
         grey = rng.uniform(30, 90) + 12 * noise.standard_normal((size, size), numpy.float32)
@@ -215,6 +240,13 @@ def motions(difficulty: int) -> list[tuple[str, ...]]:
     if difficulty == 2:
         return list(itertools.permutations(MOTIONS, 2))
     return list(itertools.product(MOTIONS, repeat=2))
+
+
+def _reversed(actor: Actor, rng: random.Random) -> Actor:
+    """The actor with one of its motions reversed."""
+    motions, number = list(actor.motions), rng.randrange(len(actor.motions))
+    motions[number] = MOTIONS[MOTIONS.index(motions[number]) ^ 1]
+    return Actor(actor.colour, actor.shape, tuple(motions))
 
 
 def caption_of(actors: Sequence[Actor]) -> str:

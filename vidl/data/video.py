@@ -1,7 +1,8 @@
 """Read frames of a video or image as uint8.
 
-Frames are chosen by time, not by number: a clip is cut into equal spans, and the frame shown at one
-instant of each span is read. So variable frame rates and wrong frame counts do not matter.
+Frames are chosen by time, not by number: `vidl.data.sampling` chooses instants, such as one of each
+equal span of a clip, and the frame shown at each instant is read. So variable frame rates and wrong
+frame counts do not matter.
 """
 
 import bisect
@@ -29,6 +30,7 @@ from vidl.data.pictures import (
     orientation_of,
     orientation_of_still,
 )
+from vidl.data.sampling import SPANS, Sampling
 
 # "auto" tries them in this order: PyAV is faster when it skips packets that it need not decode, and
 # it reports damaged frames (docs/contributors/measured.md, 2026-11-22).
@@ -90,33 +92,6 @@ def generator(seed: int, epoch: int, sample: int, purpose: str = "") -> random.R
     return random.Random(f"{seed} {epoch} {sample} {purpose}")
 
 
-def instants(
-    begin: float, end: float, frames: int, rng: random.Random | None = None
-) -> list[float]:
-    """One instant in each of `frames` equal spans of [begin, end).
-
-    instant i = begin + (i + u_i) (end - begin) / frames,  u_i = 1/2, or uniform in [0, 1)
-
-    Args:
-        begin: begin of the clip, in any unit.
-        end: end of the clip.
-        frames: number of spans, T.
-        rng: draws a random instant of each span (`rand`); None: the centres (`middle`).
-
-    Returns:
-        T instants, ascending.
-
-    Raises:
-        ValueError: frames < 1.
-
-    Source: Temporal Segment Networks, arXiv 1608.00859; `rand` and `middle` of Frozen in Time.
-    """
-    if frames < 1:
-        raise ValueError(f"need at least 1 frame, got {frames}")
-    span = end - begin  # divided last, so that instants of frames are exact
-    return [begin + (i + (rng.random() if rng else 0.5)) * span / frames for i in range(frames)]
-
-
 def read_clip(
     source: Source,
     frames: int,
@@ -126,6 +101,7 @@ def read_clip(
     end: float | None = None,
     stream: int | None = None,
     decoder: str = "auto",
+    sampling: Sampling = SPANS,
 ) -> Tensor:
     """Read `frames` frames spread over a video, or over a part of it.
 
@@ -142,12 +118,14 @@ def read_clip(
         end: end of the part, in seconds; default: the end of the last frame.
         stream: index of the video stream; default: FFmpeg's best stream.
         decoder: "pyav", "torchcodec" or "auto".
+        sampling: how the instants are chosen.
 
     Returns:
         The frames, upright, RGB: uint8 [T, H, W, 3]. `as_clip` views them as [3, T, H, W].
 
     Raises:
-        BrokenClip: the file cannot be read, does not have the part, or a frame is damaged.
+        BrokenClip: the file cannot be read, does not have the part, is shorter than a view, or a
+            frame is damaged.
         ModuleNotFoundError, NoDecoder: the decoder cannot run here; see `choose_decoder`.
         TypeError: the source is neither a file name nor bytes, or a number is something else.
         ValueError: frames < 1, `start` or `end` is not finite, or unknown decoder.
@@ -155,7 +133,7 @@ def read_clip(
     if frames < 1:
         raise ValueError(f"need at least 1 frame, got {frames}")
     _check_source(source)
-    part = Part(frames, rng, _seconds("start", start), _seconds("end", end))
+    part = Part(frames, rng, _seconds("start", start), _seconds("end", end), sampling)
     read = {"pyav": _read_by_pyav, "torchcodec": _read_by_torchcodec}[choose_decoder(decoder)]
     with _breaking(source):
         return read(source, part, stream)
@@ -298,6 +276,7 @@ class Part:
     rng: random.Random | None
     start: float | None
     end: float | None
+    sampling: Sampling = SPANS
 
     def instants(self, begin: float, end: float, second: float = 1) -> list[float]:
         """The requested instants of a video from `begin` to `end`, in units of 1/`second` s."""
@@ -307,7 +286,7 @@ class Part:
             wanted = f"{self.start or 0:g} s to {math.inf if self.end is None else self.end:g} s"
             given = f"{begin / second:g} s to {end / second:g} s"
             raise ValueError(f"need frames from {wanted}, got a video from {given}")
-        return instants(first, last, self.frames, self.rng)
+        return self.sampling.instants(first, last, self.frames, self.rng, second)
 
 
 # The functions for PyAV read all packets (compressed frames) of the part before they decode the

@@ -1,8 +1,9 @@
-"""Evaluation: retrieval, multiple choice, open-ended question answering and captions."""
+"""Evaluation: retrieval, multiple choice, open questions, captions and pairs of clips."""
 
 from vidl.evaluation.caption_metrics import bleu, cider_d, rouge_l
 from vidl.evaluation.captioning import Captioned, CaptionScores, captioning
 from vidl.evaluation.encoding import Options
+from vidl.evaluation.pairs import pairs_of_clips
 from vidl.evaluation.questions import Accuracy, multiple_choice, question_answering
 from vidl.evaluation.ranks import RankStatistics, rank_statistics, ranks, reranked
 from vidl.evaluation.retrieval import Retrieval, retrieval
@@ -18,6 +19,7 @@ __all__ = [
     "captioning",
     "cider_d",
     "multiple_choice",
+    "pairs_of_clips",
     "question_answering",
     "rank_statistics",
     "ranks",

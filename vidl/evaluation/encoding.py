@@ -59,8 +59,8 @@ class Options:
 class Gallery(ClipSet):
     """The distinct clips of a data set.
 
-    Rows with the same file, start and end are the same clip; with questions, a clip has several
-    rows. Clips that cannot be read are left out.
+    Rows with the same file, start and end are the same clip, or the same pair of clips; with
+    questions, a clip has several rows. Clips that cannot be read are left out.
 
     Args:
         dataset: a data set for evaluation (`train=False`).
@@ -82,7 +82,8 @@ class Gallery(ClipSet):
         numbers: dict[tuple[Any, ...], list[int]] = {}
         for index in range(len(dataset)):
             row = dataset.row(index)
-            numbers.setdefault((row.media, row.kind, row.start, row.end), []).append(index)
+            key = (row.media, row.second, row.kind, row.start, row.end)
+            numbers.setdefault(key, []).append(index)
         self.rows = list(numbers.values())
         if not self.rows:
             raise ValueError("need at least one row to evaluate, got none")
@@ -168,7 +169,7 @@ def encoded_clips(
             continue
         video = batch.video.to(device_of(model))
         if video.shape[2] == 1 and model.recipe.stills == "repeat":  # as in training
-            video = video.expand(-1, -1, model.recipe.frames, -1, -1)
+            video = video.expand(-1, -1, model.recipe.training_frames, -1, -1)
         mask = None
         if options.masked:
             mask = model.recipe.visual_mask(batch.index.to(video.device), 0, video.shape[2])

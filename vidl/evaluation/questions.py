@@ -34,7 +34,7 @@ from vidl.models.answering import UNKNOWN, Answers
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The result of `multiple_choice` and `question_answering`.
+    """The result of `multiple_choice`, `question_answering` and `pairs_of_clips`.
 
     Attributes:
         questions: number of questions.
@@ -123,7 +123,7 @@ def multiple_choice(
             raise ValueError(f"need options and the correct one of each row, got {row}")
         return True
 
-    return _answer_all(model, dataset, options, right, check)
+    return answer_all(model, dataset, options, right, check)
 
 
 def question_answering(
@@ -157,10 +157,10 @@ def question_answering(
             raise ValueError(f"need a question and an answer in each row, got none for {row.media}")
         return bool(model.numbers([row.answer])[0] != UNKNOWN)
 
-    return _answer_all(model, dataset, options, right, check)
+    return answer_all(model, dataset, options, right, check)
 
 
-def _answer_all(
+def answer_all(
     model: Any,
     dataset: ClipSet,
     options: Options,

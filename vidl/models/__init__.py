@@ -18,9 +18,11 @@ from vidl.models.alpro import Alpro, AlproRecipe
 from vidl.models.answering import Answering, Answers, frequent_answers
 from vidl.models.captioning import Captioning
 from vidl.models.cards import Card
+from vidl.models.clipbert import ClipBert, ClipBertRecipe
 from vidl.models.finetuned import FineTuned
 from vidl.models.fusing import FusionRecipe
 from vidl.models.mac import Mac, MacRecipe
+from vidl.models.pairing import Pairing
 from vidl.models.ranking import Ranking
 from vidl.models.recipe import Recipe, VitRecipe, types_of
 from vidl.models.simvtp import SimVtp, SimVtpRecipe
@@ -34,7 +36,7 @@ from vidl.models.vindlu import Vindlu, VindluRecipe
 from vidl.models.vlc import Vlc, VlcRecipe
 from vidl.overrides import convert
 
-from . import alpro, mac, simvtp, singularity, smaug, svitt, vindlu, vlc
+from . import alpro, clipbert, mac, simvtp, singularity, smaug, svitt, vindlu, vlc
 
 __all__ = [
     "MODELS",
@@ -45,6 +47,8 @@ __all__ = [
     "Answers",
     "Captioning",
     "Card",
+    "ClipBert",
+    "ClipBertRecipe",
     "Cost",
     "Describes",
     "Encodes",
@@ -57,6 +61,7 @@ __all__ = [
     "Mac",
     "MacRecipe",
     "Matches",
+    "Pairing",
     "Ranking",
     "Recipe",
     "Seen",
@@ -103,6 +108,7 @@ class Entry(NamedTuple):
             "retrieval": compares, "multiple choice": compares,
             "question answering": can(self.model, Joins),
             "captioning": can(self.model, Describes),
+            "pairs": can(self.model, Joins) and can(self.model, Describes),
         }  # fmt: skip
         return [task for task, able in can_do.items() if able]
 
@@ -116,6 +122,7 @@ MODELS: dict[str, Entry] = {
     "simvtp": Entry(SimVtp, simvtp.PRESETS),
     "vlc": Entry(Vlc, vlc.PRESETS),
     "alpro": Entry(Alpro, alpro.PRESETS),
+    "clipbert": Entry(ClipBert, clipbert.PRESETS),
 }
 
 

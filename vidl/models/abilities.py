@@ -39,7 +39,8 @@ class Joint:
     """Captions fused with clips.
 
     Attributes:
-        pooled: one vector for each pair, [S, joined_width].
+        pooled: one vector for each pair, [S, joined_width]; for each pair and view, [S, views,
+            joined_width], in a model with views (see `System.over_views`).
         text: the tokens of the captions, [S, L, C].
     """
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vidl.kernels.arguments import check_count, check_dtype, check_shape, check_tensors
-from vidl.models.abilities import Joins, Joint, need
-from vidl.models.finetuned import FineTuned
+from vidl.models.abilities import Joint
+from vidl.models.finetuned import FineTuned, classifier, prepare_to_join
 
 UNKNOWN = -1
 
@@ -31,10 +31,8 @@ class Answers(FineTuned, ABC):
     """
 
     def __init__(self, model: Any, answers: Sequence[str]) -> None:
-        need(model, Joins, to="to answer")
+        prepare_to_join(model, to="to answer")
         super().__init__(model)
-        if not getattr(model.recipe, "fusion_layers", 1):
-            raise ValueError("need a model with fusion_layers >= 1 to answer, got 0")
         if isinstance(answers, str) or not isinstance(answers, Sequence):
             raise TypeError(f"need answers as a list of str, got {type(answers).__name__}")
         if not all(isinstance(answer, str) for answer in answers):
@@ -43,9 +41,6 @@ class Answers(FineTuned, ABC):
             raise ValueError(f"need answers that differ, got {len(answers)}: {list(answers)[:5]}")
         self.answers = list(answers)
         self._numbers = {answer: number for number, answer in enumerate(answers)}
-        for name, parameter in model.named_parameters():
-            if name.startswith(model.not_joining):
-                parameter.requires_grad_(False)
 
     @abstractmethod
     def answer(
@@ -135,7 +130,8 @@ class Answering(Answers):
         logits = Linear(GELU(Linear(the pooled question and clip)))
 
     Questions replace captions, and answers are classes. The hidden layer is twice as wide as its
-    input, as in ALPRO and VIOLET. Sources: ALPRO, arXiv 2112.09583, 4; VIOLET, arXiv 2111.12681.
+    input, as in ALPRO and VIOLET; VLC has a LayerNorm before GELU. Sources: ALPRO, arXiv
+    2112.09583, 4; VIOLET, arXiv 2111.12681; VLC, arXiv 2205.09256.
 
     Args:
         model, answers: see `Answers`; the answers are the classes.
@@ -147,11 +143,7 @@ class Answering(Answers):
     def __init__(self, model: Any, answers: Sequence[str]) -> None:
         super().__init__(model, answers)
         width = model.joined_width
-        hidden, last = nn.Linear(width, 2 * width), nn.Linear(2 * width, len(answers))
-        for layer in (hidden, last):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-        self.head = nn.Sequential(hidden, nn.GELU(), last)
+        self.head = classifier(width, 2 * width, len(answers), normed=model.normed_head)
 
     def answer(
         self,
@@ -162,13 +154,15 @@ class Answering(Answers):
         words: int | None = None,
     ) -> Tensor:
         """The logits of all answers to each question, [S, answers]; see `Answers.answer`."""
-        return self.head(self.model.join(clips, text, attention_mask, partner, words).pooled)
+        pooled = self.model.join(clips, text, attention_mask, partner, words).pooled
+        return self.model.over_views(self.head(pooled))
 
     def loss(
         self, joint: Joint, attention_mask: Tensor, answers: Tensor, words: int | None = None
     ) -> Tensor:
         """The cross-entropy of each question, [B]; see `Answers.loss`."""
-        return F.cross_entropy(self.head(joint.pooled).float(), answers, reduction="none")
+        logits = self.model.over_views(self.head(joint.pooled).float())
+        return F.cross_entropy(logits, answers, reduction="none")
 
 
 def frequent_answers(answers: Iterable[str | None], most: int) -> list[str]:

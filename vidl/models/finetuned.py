@@ -7,6 +7,37 @@ from typing import Any
 from torch import Tensor, nn
 
 from vidl.masking import VisualMask
+from vidl.models.abilities import Joins, need
+
+
+def prepare_to_join(model: Any, to: str) -> None:
+    """Check that a model fuses texts with clips, and freeze what fusion does not use.
+
+    Args:
+        to: what it is needed for, e.g. "to answer".
+
+    Raises:
+        ValueError: the model cannot fuse.
+    """
+    need(model, Joins, to=to)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"need model as a module, got {model!r}")
+    if not getattr(model.recipe, "fusion_layers", 1):
+        raise ValueError(f"need a model with fusion_layers >= 1 {to}, got 0")
+    unused: Any = model.not_joining
+    for name, parameter in model.named_parameters():
+        if name.startswith(unused):
+            parameter.requires_grad_(False)
+
+
+def classifier(width: int, hidden: int, classes: int, *, normed: bool) -> nn.Sequential:
+    """Two linear layers with GELU between them, after a LayerNorm if `normed`."""
+    first, last = nn.Linear(width, hidden), nn.Linear(hidden, classes)
+    for layer in (first, last):
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)
+    norms = [nn.LayerNorm(hidden)] if normed else []
+    return nn.Sequential(first, *norms, nn.GELU(), last)
 
 
 class FineTuned(nn.Module):

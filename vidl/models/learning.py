@@ -2,11 +2,17 @@
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vidl.masking import mask_words
-from vidl.models.system import Seen
+from vidl.masking import mask_words, uniform
+from vidl.models.system import Inputs, Seen
 from vidl.objectives import hard_negatives, masked_word_loss, matching_loss
+
+# Stream of `uniform` for the samples whose clip is swapped; those of vidl.masking and
+# vidl.objectives are 1 to 5.
+SWAPS = 6 << 58
 
 
 def contrast(model: Any, seen: Seen) -> Tensor:
@@ -26,6 +32,33 @@ def match_hard(model: Any, seen: Seen) -> Tensor:
     most = None if words is None else 2 * words + inputs.ids.numel()
     pairs = model.match(seen.clips, seen.text[captions], mask, partner, most)
     return matching_loss(pairs, negatives)
+
+
+def swap_half(recipe: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The clip of each caption, [B] int64, and whether it is another one, [B] bool.
+
+    Half of the samples, rounded up, get a random other clip; all others are equally likely. A
+    sample whose batch has no other clip keeps its own.
+    """
+    samples = inputs.samples
+    B = samples.shape[0]
+    alike = torch.zeros(B, B, device=samples.device)
+    negatives = hard_negatives(recipe.seed, inputs.step, samples, alike, inputs.clip_ids)
+    drawn = uniform(recipe.seed, inputs.step, samples, 1, stream=SWAPS)[:, 0]
+    place = drawn.argsort(stable=True).argsort()
+    swapped = (place >= B // 2) & negatives.exist
+    own = torch.arange(B, device=samples.device)
+    return torch.where(swapped, negatives.clips, own), swapped
+
+
+def match_swapped(model: Any, seen: Seen) -> Tensor:
+    """VTM: does the caption describe the clip? Half of the clips are swapped.
+
+    `seen.more` has `pooled`, the vectors of the pairs, and `swapped`, [B] bool.
+    """
+    logits = model.over_views(model.matches(seen.more.pooled))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, (~seen.more.swapped).long())
 
 
 def fill_words(model: Any, seen: Seen) -> Tensor:

@@ -113,6 +113,15 @@ class Recipe(ABC):
         """The recipe "dense" (no mask, no pruning) first, and as it is last."""
 
     @property
+    def training_frames(self) -> int:
+        """Frames of a sample in training; more than `frames` if it is several clips."""
+        return self.frames
+
+    def views_of(self, frames: int) -> int:
+        """The clips of a sample with so many frames."""
+        return 1
+
+    @property
     def evaluation_frames(self) -> int:
         """Frames of a clip in evaluation."""
         return self.frames
@@ -144,7 +153,7 @@ class Recipe(ABC):
 
     def example(self, batch: int, words: int, device: torch.device | str = "cpu") -> dict[str, Any]:
         """A random batch as the arguments of a model: uint8 clips, captions of `words` tokens."""
-        size = (batch, 3, self.frames, self.image_size, self.image_size)
+        size = (batch, 3, self.training_frames, self.image_size, self.image_size)
         ids = torch.randint(self.vocabulary.size, (batch, words), device=device)
         return {
             "video": torch.randint(256, size, dtype=torch.uint8, device=device),

@@ -70,12 +70,14 @@ class System(nn.Module, ABC):
             without them accepts a checkpoint with them.
         not_joining: prefixes of the parameters that `Joins.join` does not use; answering freezes
             them.
+        normed_head: whether the classifier of answers has a LayerNorm.
     """
 
     card: ClassVar[Card]
     objectives: ClassVar[Mapping[str, Objective]] = {}
     pretraining_only: ClassVar[tuple[str, ...]] = ()
     not_joining: ClassVar[tuple[str, ...]] = ()
+    normed_head: ClassVar[bool] = False
     recipe: Any
 
     @abstractmethod
@@ -143,6 +145,10 @@ class System(nn.Module, ABC):
         """A context in which all visible tokens and all frames are kept."""
         yield
 
+    def over_views(self, scores: Tensor) -> Tensor:
+        """The scores of pairs, [S, ...], from those of a model for each pair, or pair and view."""
+        return scores
+
     def check_batch(
         self,
         video: Tensor,
@@ -156,7 +162,8 @@ class System(nn.Module, ABC):
         check_tensors(optional=("clip_ids",), **tensors, clip_ids=clip_ids)
         self.check_clips(video)
         still = self.recipe.stills == "one" and video.shape[2] == 1
-        check_shape("video", video, "B", 3, 1 if still else self.recipe.frames, "H", "W")
+        frames = 1 if still else self.recipe.training_frames
+        check_shape("video", video, "B", 3, frames, "H", "W")
         check_dtype("ids", ids, torch.int64)
         check_shape("ids", ids, video.shape[0], "L")
         check_shape("attention_mask", attention_mask, *ids.shape)
@@ -171,7 +178,7 @@ class System(nn.Module, ABC):
         check_video(video)
         size, frames = (
             self.recipe.image_size,
-            max(self.recipe.frames, self.recipe.evaluation_frames),
+            max(self.recipe.training_frames, self.recipe.evaluation_frames),
         )
         check_shape("video", video, "B", 3, "T", size, size)
         if video.shape[2] > frames or video.shape[2] % self.recipe.tubelet_size:

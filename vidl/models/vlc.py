@@ -6,21 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidl.masking import MaskedWords, VisualMask, mask_words, uniform
+from vidl.masking import MaskedWords, VisualMask, mask_words
 from vidl.models.cards import Card
-from vidl.models.learning import reconstruct_pixels
+from vidl.models.learning import match_swapped, reconstruct_pixels, swap_half
 from vidl.models.merging import MergedRecipe, Merging, fill_words_together
 from vidl.models.singularity import with_more_frames
 from vidl.models.system import Inputs, Seen
 from vidl.nn import JointViT, Merged, Words
-from vidl.objectives import hard_negatives, word_patch_alignment
-
-# Stream of `uniform` for the samples whose clip is swapped; those of vidl.masking and
-# vidl.objectives are 1 to 5.
-SWAPS = 6 << 58
+from vidl.objectives import word_patch_alignment
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,13 +100,6 @@ class Passes:
     pair_text: Tensor
 
 
-def match_swapped(model: "Vlc", seen: Seen) -> Tensor:
-    """VTM: does the caption describe the clip? Half of the clips are swapped."""
-    logits = model.matches(seen.more.pooled)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, (~seen.more.swapped).long())
-
-
 def align_words(model: "Vlc", seen: Seen) -> Tensor:
     """WPA: words and patches of matching pairs come closer, those of swapped ones move apart.
 
@@ -153,6 +141,7 @@ class Vlc(Merging):
     }  # fmt: skip
     pretraining_only = ("text.cls.", *Merging.pretraining_only)
     not_joining = ("text.cls.", *Merging.not_joining)
+    normed_head = True
 
     def __init__(self, recipe: VlcRecipe) -> None:
         super().__init__()
@@ -188,7 +177,7 @@ class Vlc(Merging):
             for ids in (hidden.ids, inputs.ids)
         ]
         own = torch.arange(inputs.ids.shape[0], device=clips.device)
-        partner, swapped = self.swap(inputs)
+        partner, swapped = swap_half(r, inputs)
         merged, x = self.together(
             clips, torch.cat(texts), inputs.attention_mask.repeat(2, 1),
             torch.cat([own, partner]), None if inputs.words is None else 2 * inputs.words,
@@ -197,22 +186,6 @@ class Vlc(Merging):
         pooled = self.pool(merged, x).chunk(2)[1]
         passes = Passes(hidden, own_clips, own_text, swapped, pooled, pair_clips, pair_text)
         return Seen(inputs, mask, clips, more=passes)
-
-    def swap(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """The clip of each caption, [B] int64, and whether it is another one, [B] bool.
-
-        Half of the samples, rounded up, get a random other clip; all others are equally likely. A
-        sample whose batch has no other clip keeps its own.
-        """
-        r, samples = self.recipe, inputs.samples
-        B = samples.shape[0]
-        alike = torch.zeros(B, B, device=samples.device)
-        negatives = hard_negatives(r.seed, inputs.step, samples, alike, inputs.clip_ids)
-        drawn = uniform(r.seed, inputs.step, samples, 1, stream=SWAPS)[:, 0]
-        place = drawn.argsort(stable=True).argsort()
-        swapped = (place >= B // 2) & negatives.exist
-        own = torch.arange(B, device=samples.device)
-        return torch.where(swapped, negatives.clips, own), swapped
 
     def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
         """CLS and the embedded visible patches, [B, 1 + N, C].

@@ -8,6 +8,7 @@ from vidl.nn.decoder import MaeDecoder
 from vidl.nn.divided import DividedBlock, SpaceTimeTransformer
 from vidl.nn.frame_selector import FrameSelector, SelectedFrames
 from vidl.nn.frames_in_time import BertInTime, FramesInTime, groups_in_time
+from vidl.nn.grid_features import GridFeatures
 from vidl.nn.joint_vit import JointViT
 from vidl.nn.keys_of_text import KeysOfText
 from vidl.nn.merged import Merged
@@ -31,6 +32,7 @@ __all__ = [
     "FrameSelector",
     "Frames",
     "FramesInTime",
+    "GridFeatures",
     "JointViT",
     "KeysOfText",
     "MaeDecoder",

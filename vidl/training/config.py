@@ -18,7 +18,7 @@ from vidl.models.recipe import types_of
 from vidl.training.trackers import Tracker
 
 # What the rows of moving_shapes have.
-Text = Literal["caption", "question", "choice"]
+Text = Literal["caption", "question", "choice", "pair"]
 
 
 def _field(default: Any, about: str) -> Any:
@@ -44,7 +44,9 @@ class Start:
         None, "all weights: folder of a run, a checkpoint or a file of weights"
     )
     vision: str | None = _field(
-        None, "vision encoder: weights of ViT, DeiT, MAE or CLIP; or hf-hub:REPOSITORY"
+        None,
+        "vision encoder: weights of ViT, DeiT, MAE or CLIP (clipbert: a ResNet of timm or "
+        "torchvision); or hf-hub:REPOSITORY",
     )
     text: str | None = _field(
         None,
@@ -78,6 +80,12 @@ class Data:
     batch_size: int = _field(16, "clips of one forward pass on one rank")
     workers: int = _field(2, "loader processes on each rank; 0: the training process")
     decoder: str = _field("auto", "pyav, torchcodec or auto")
+    sampling: Literal["spans", "rate", "headtail"] = _field(
+        "spans",
+        "frames of a video: one of each equal span; at a fixed rate (data.rate); or half of each "
+        "half, in training",
+    )
+    rate: float = _field(7.5, "frames per second of data.sampling=rate")
     cache: bool = _field(
         False, "decode each clip once and keep its frames, downscaled, in $VIDL_CACHE"
     )
@@ -226,6 +234,13 @@ class Config:
             )
         if self.data.source != "moving_shapes" and not self.data.files:
             raise ValueError(f"need data.files with data.source {self.data.source!r}, got none")
+        if not self.data.rate > 0:
+            raise ValueError(f"need data.rate > 0, got {self.data.rate}")
+        if self.data.source == "moving_shapes" and self.data.sampling != "spans":
+            raise ValueError(
+                "need data.sampling=spans with data.source=moving_shapes, whose frames are drawn, "
+                f"got {self.data.sampling}"
+            )
         if self.start.text and not self.data.tokenizer:
             raise ValueError("need data.tokenizer, the tokenizer of start.text")
         if self.optimizer.name == "muon" and self.run.parallel == "fsdp":

@@ -1,12 +1,14 @@
-"""Fine-tuning of a pre-trained model for retrieval, question answering or captions."""
+"""Fine-tuning of a pre-trained model for retrieval, questions, captions or pairs of clips."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vidl.data.dataset import Batch, ClipSet
-from vidl.evaluation import Options, captioning, question_answering
-from vidl.models import Answers, Captioning, Ranking, frequent_answers
+from vidl.evaluation import Options, captioning, pairs_of_clips, question_answering
+from vidl.models import Answers, Captioning, Pairing, Ranking, frequent_answers
 from vidl.training import parallel, sources
 from vidl.training.config import Config
 from vidl.training.frozen import frozen
@@ -23,9 +25,10 @@ from vidl.training.runs import (
     read_layers,
     write_answers,
     write_layers,
+    write_pair,
 )
 
-TASKS = ("retrieval", "qa", "caption")
+TASKS = ("retrieval", "qa", "caption", "pair")
 # Defaults that differ from the pre-training run: no visual mask, and the learning rate of
 # Singularity (arXiv 2206.03428, appendix).
 DEFAULTS = {"model.mask_ratio": 0.0, "optimizer.lr": 1e-5, "run.folder": "finetuned"}
@@ -79,10 +82,11 @@ def finetune(
     The loop is that of `pretrain`, and so is resumption. For "qa" the rows are questions, and the
     model becomes a `vidl.models.Answering` or a `vidl.models.Ranking` with the most frequent
     answers; the form and the answers are saved in the run's answers.json. For "caption" it becomes
-    a `vidl.models.Captioning`, whose number of layers is saved in the run's decoder.json.
+    a `vidl.models.Captioning`, whose number of layers is saved in the run's decoder.json. For
+    "pair" the rows have two clips, a caption and a label, and it becomes a `vidl.models.Pairing`.
 
     Args:
-        task: "retrieval", "qa" or "caption".
+        task: "retrieval", "qa", "caption" or "pair".
         config: from `configuration`.
         answers: size of the answer set of "qa".
         form: how "qa" answers: "classifier" or "ranking".
@@ -105,6 +109,8 @@ def finetune(
             return Training(config, ranks).run()
         if task == "caption":
             return Captions(config, ranks, layers).run()
+        if task == "pair":
+            return Pairs(config, ranks).run()
         return Questions(config, ranks, answers, form).run()
 
 
@@ -179,6 +185,29 @@ class Captions(Heads):
         return model
 
 
+class Pairs(Heads):
+    """A fine-tuning run for sentences about two clips."""
+
+    def __init__(self, config: Config, ranks: parallel.Ranks) -> None:
+        if config.data.source == "shards":
+            raise ValueError("need data.source clips or moving_shapes for pairs, got shards")
+        super().__init__(config, ranks, pair_accuracy if evaluated(config) else None)
+        if ranks.first:
+            write_pair(Path(config.run.folder))
+        ranks.wait()
+
+    def new_model(self) -> Pairing:
+        return Pairing(super().new_model())
+
+    def _example(self) -> dict[str, Any]:
+        example = super()._example()
+        return example | {"video": example["video"].repeat(1, 1, 2, 1, 1)}
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        labels = torch.tensor([bool(row.label) for row in batch.rows])
+        return super()._inputs(batch) | {"labels": labels.to(self.ranks.device)}
+
+
 def evaluated(config: Config) -> bool:
     """Whether the configuration has an evaluation set."""
     return bool(config.evaluation.files) or config.data.source == "moving_shapes"
@@ -188,6 +217,12 @@ def accuracy(training: Any) -> dict[str, float]:
     """The accuracy on the evaluation set of the configuration, in percent."""
     dataset, options = _evaluation_set(training, "qa")
     return {"accuracy": question_answering(training.whole_model(), dataset, options).accuracy}
+
+
+def pair_accuracy(training: Any) -> dict[str, float]:
+    """The accuracy on the pairs of the evaluation set of the configuration, in percent."""
+    dataset, options = _evaluation_set(training, "pair")
+    return {"accuracy": pairs_of_clips(training.whole_model(), dataset, options).accuracy}
 
 
 def scores(training: Any) -> dict[str, float]:

@@ -38,7 +38,7 @@ def arguments(
     assert batch.ids is not None and batch.attention_mask is not None
     video = batch.video
     if video.shape[2] == 1 and recipe.stills == "repeat":
-        video = video.expand(-1, -1, recipe.frames, -1, -1)
+        video = video.expand(-1, -1, recipe.training_frames, -1, -1)
     return {
         "video": video,
         "ids": batch.ids,

@@ -18,25 +18,27 @@ from vidl.evaluation import (
     Retrieval,
     captioning,
     multiple_choice,
+    pairs_of_clips,
     question_answering,
     retrieval,
 )
 from vidl.files import replaced
-from vidl.models import Answering, Answers, Captioning, Ranking, System
+from vidl.models import Answering, Answers, Captioning, Pairing, Ranking, System
 from vidl.models.captioning import BEAMS
 from vidl.training import checkpoints, parallel, sources
 from vidl.training.config import Config, Text
 
 ANSWERS = "answers.json"
 DECODER = "decoder.json"
+PAIR = "pair.json"
 # How a model answers questions: by a classifier, or by a decoder that ranks answers.
 FORMS = ("classifier", "ranking")
 # The text that each task needs of moving_shapes, as data.task.
 TEXTS: dict[str, Text] = {
-    "retrieval": "caption", "mc": "choice", "qa": "question", "caption": "caption",
+    "retrieval": "caption", "mc": "choice", "qa": "question", "caption": "caption", "pair": "pair",
 }  # fmt: skip
 # The models of tasks with layers of their own, which `vidl finetune` adds.
-FINETUNED: dict[str, Any] = {"qa": Answers, "caption": Captioning}
+FINETUNED: dict[str, Any] = {"qa": Answers, "caption": Captioning, "pair": Pairing}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class Trained:
 
     Attributes:
         model: a model of `vidl.models`; `Answering` or `Ranking` if the run has answers,
-            `Captioning` if it has a decoder of captions.
+            `Captioning` if it has a decoder of captions, `Pairing` if it compares two clips.
         tokenizer: tokenizer of the captions.
         config: configuration of the run.
     """
@@ -99,6 +101,8 @@ def open_run(path: str | Path, device: torch.device | str = "cpu") -> Trained:
         model = answering(model, *read_answers(folder), tokenizer)
     elif (folder / DECODER).is_file():
         model = Captioning(model, tokenizer, layers=read_layers(folder))
+    elif (folder / PAIR).is_file():
+        model = Pairing(model)
     model.load_state_dict(checkpoints.weights_of(path))
     return Trained(model.to(device).eval(), tokenizer, config)
 
@@ -156,6 +160,12 @@ def write_layers(folder: Path, layers: int) -> None:
         unfinished.write_text(json.dumps({"layers": layers}))
 
 
+def write_pair(folder: Path) -> None:
+    """Mark a run for pairs of clips, atomically."""
+    with replaced(folder / PAIR) as unfinished:
+        unfinished.write_text(json.dumps({"clips": 2}))
+
+
 def evaluate(
     path: str | Path,
     task: str,
@@ -171,7 +181,7 @@ def evaluate(
 
     Args:
         path: see `open_run`.
-        task: "retrieval", "mc", "qa" or "caption".
+        task: "retrieval", "mc", "qa", "caption" or "pair".
         data: annotation file and the folder of its media; None: the synthetic evaluation set of
             moving_shapes. Files that the run's configuration names are not read: the run may be
             that of a stranger.
@@ -209,12 +219,15 @@ def evaluate(
         result = question_answering(model, dataset, options)
     elif task == "caption":
         result = captioning(model, dataset, options, **vars(caption))
+    elif task == "pair":
+        result = pairs_of_clips(model, dataset, options)
     elif task == "mc":
         result = multiple_choice(model, dataset, options)
     else:
         result = retrieval(model, dataset, options, rerank=rerank)
     if result.broken:
-        names = {dataset.row(index).media for index in range(len(dataset))}
+        rows = map(dataset.row, range(len(dataset)))
+        names = {name for row in rows for name in (row.media, row.second) if name is not None}
         if names <= result.broken.keys():
             name, why = next(iter(result.broken.items()))
             raise TooManyBroken(

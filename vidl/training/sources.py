@@ -10,6 +10,7 @@ from vidl.data.dataset import Clips, ClipSet
 from vidl.data.loader import Loader
 from vidl.data.moving_shapes import MovingShapes, motions, words_of_questions
 from vidl.data.sampler import EpochSampler
+from vidl.data.sampling import Sampling
 from vidl.data.shards import ShardStream
 from vidl.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from vidl.masking import Vocabulary
@@ -72,16 +73,18 @@ def open_loader(
 def open_clips(config: Config, recipe: Recipe, tokenizer: Tokenizer | None) -> ClipSet:
     """The training clips; for shards, the sample options without rows."""
     data = config.data
-    sizes: dict[str, Any] = dict(frames=recipe.frames, size=recipe.image_size)
+    sizes: dict[str, Any] = dict(frames=recipe.training_frames, size=recipe.image_size)
     words: dict[str, Any] = dict(seed=config.run.seed, tokenizer=tokenizer, words=data.words)
     if data.source == "moving_shapes":
         sizes |= dict(task=data.task, difficulty=data.difficulty, looks=data.looks)
         return MovingShapes("train", data.clips, **sizes, **words)
     rows = [] if data.source == "shards" else annotated(config)
+    _require_pairs(rows, data.task == "pair", "data.files")
     kind = CachedClips if data.cache else Clips
     return kind(
-        rows, train=True, flip=data.flip, scale=data.scale, decoder=data.decoder, **sizes, **words
-    )
+        rows, train=True, flip=data.flip, scale=data.scale, decoder=data.decoder,
+        sampling=_sampling(config, recipe, recipe.training_frames), **sizes, **words,
+    )  # fmt: skip
 
 
 def open_searched(
@@ -103,8 +106,21 @@ def open_searched(
     if not chosen.files:
         return None
     rows = _load(chosen.files, chosen.media, data.outside)
+    _require_pairs(rows, task == "pair", "evaluation.files")
     kind = CachedClips if data.cache else Clips
-    return kind(rows, train=False, decoder=data.decoder, **sizes, **words)
+    sampling = _sampling(config, recipe, recipe.evaluation_frames)
+    return kind(rows, train=False, decoder=data.decoder, sampling=sampling, **sizes, **words)
+
+
+def _sampling(config: Config, recipe: Recipe, frames: int) -> Sampling:
+    """How the frames of a sample are chosen; names the fields in its errors."""
+    data, views = config.data, recipe.views_of(frames)
+    if data.sampling == "headtail" and views > 1:
+        raise ValueError(
+            f"need data.sampling spans or rate with several views (model.views), got headtail and "
+            f"{views}"
+        )
+    return Sampling(kind=data.sampling, rate=data.rate, views=views)
 
 
 def annotated(config: Config) -> Any:
@@ -116,6 +132,18 @@ def require_text(config: Config, text: str) -> None:
     """Raise a ValueError if the clips of moving_shapes have another text."""
     if config.data.source == "moving_shapes" and config.data.task != text:
         raise ValueError(f"need data.task={text} for this task, got {config.data.task}")
+
+
+def _require_pairs(rows: Any, wanted: bool, field: str) -> None:
+    """Raise a ValueError if rows have two clips where they need one, or the reverse."""
+    if not len(rows):
+        return
+    wrong = rows.pairs() != wanted
+    if wrong.any():
+        row = rows[int(wrong.argmax())]
+        needed = "with second and label, for pairs of clips" if wanted else "of one clip"
+        given = "one" if wanted else "one with second (see `vidl finetune pair`)"
+        raise ValueError(f"need rows in {field} {needed}, got {given}: {row.media}")
 
 
 def training_answers(config: Config) -> Iterator[str | None]:
