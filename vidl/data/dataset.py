@@ -58,6 +58,15 @@ class Batch:
         """The batch with its tensors on a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def split(self, size: int) -> list["Batch"]:
+        """Batches of `size` samples each; the last one has the rest."""
+        names = ("video", "index", "text", "rows", "ids", "attention_mask")
+        fields = {name: x for name in names if (x := getattr(self, name)) is not None}
+        return [
+            dataclasses.replace(self, **{name: x[i : i + size] for name, x in fields.items()})
+            for i in range(0, len(self), size)
+        ]
+
     def pin_memory(self) -> "Batch":
         """The batch in pinned memory; the loader calls this."""
         return self._map(lambda tensor: tensor.pin_memory())

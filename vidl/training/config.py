@@ -112,6 +112,11 @@ class Optimizer:
     accumulate: int = _field(
         1, "batches of a step; contrastive negatives come from one batch of all ranks"
     )
+    chunk: int = _field(
+        0,
+        "clips encoded at a time, for contrastive batches larger than the memory: the same "
+        "gradients for a second forward pass; 0: all of data.batch_size",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,6 +212,7 @@ class Config:
             "data.words": 3, "data.batch_size": 1, "data.workers": 0, "data.clips": 1,
             "data.looks": 0,
             "optimizer.lr": 0, "optimizer.clip": 0, "optimizer.accumulate": 1,
+            "optimizer.chunk": 0,
             "schedule.steps": 1, "schedule.warmup": 0, "schedule.prune_over": 0,
             "run.threads": 0, "run.log_every": 1, "run.save_every": 1, "run.keep": 1,
             "evaluation.every": 0, "evaluation.rerank": 0, "evaluation.pairs": 1,
@@ -223,6 +229,12 @@ class Config:
             raise ValueError(
                 f"need data.scale as two ascending shares of the area above 0, up to 1, got "
                 f"{list(self.data.scale)}"
+            )
+        chunk = self.optimizer.chunk
+        if chunk and self.data.batch_size % chunk:
+            raise ValueError(
+                f"need data.batch_size as a multiple of optimizer.chunk={chunk}, got "
+                f"{self.data.batch_size}"
             )
         if self.data.source != "moving_shapes" and not self.data.files:
             raise ValueError(f"need data.files with data.source {self.data.source!r}, got none")
