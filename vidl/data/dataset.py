@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vidl.data import crops, video
+from vidl.data.augment import augmentation, augmented
 from vidl.data.formats import Row
 from vidl.data.sampler import Key
 from vidl.data.text import Tokenizer
@@ -172,6 +173,7 @@ class Clips(ClipSet):
             segment, centre crops, no flip and the first caption.
         flip: flip half of the clips, except those whose text says left or right.
         scale: smallest and largest area of a random crop.
+        augment: see `vidl.data.augment.augmentation`; in training only.
         decoder: see `read_clip`.
         if_broken: see `ClipSet`; default: "replace" for training, else "count".
         seed, tokenizer, words: see `ClipSet`.
@@ -186,6 +188,7 @@ class Clips(ClipSet):
         train: bool,
         flip: bool = True,
         scale: tuple[float, float] = (0.5, 1.0),
+        augment: str = "none",
         decoder: str = "auto",
         seed: int = 0,
         if_broken: str | None = None,
@@ -196,6 +199,7 @@ class Clips(ClipSet):
         super().__init__(seed=seed, if_broken=if_broken, tokenizer=tokenizer, words=words)
         self.rows, self.frames, self.size, self.train = rows, frames, size, train
         self.flip, self.scale, self.decoder = flip, scale, video.choose_decoder(decoder)
+        self.augmentation = augmentation(augment)
         self._images = kinds(rows)
 
     def __len__(self) -> int:
@@ -219,6 +223,8 @@ class Clips(ClipSet):
             return Sample(crops.centre_crop(pictures, self.size), key.index, row, text)
         flip = self.flip and not re.search(r"\b(left|right)", f"{text} {row.answer}".lower())
         pictures = crops.random_crop(pictures, self.size, rng, scale=self.scale, flip=flip)
+        if self.augmentation is not None:
+            pictures = augmented(pictures, self.augmentation, rng)
         return Sample(pictures, key.index, row, text)
 
     def pictures(

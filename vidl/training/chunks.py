@@ -46,7 +46,7 @@ def check(model: nn.Module) -> None:
 
 
 def backward(
-    model: System,
+    model: Any,
     wrapped: nn.Module,
     inputs: Sequence[dict[str, Any]],
     seeds: Sequence[int],
@@ -58,7 +58,7 @@ def backward(
     """Add the gradients of a batch; every rank must call this.
 
     Args:
-        model: passes `check`.
+        model: a system that passes `check`.
         wrapped: the model, or what `parallel.wrap` made of it.
         inputs: the arguments of the model for each chunk; chunks have equally many samples.
         seeds: of the dropout of each chunk.
@@ -70,7 +70,7 @@ def backward(
         The losses of the batch, as the model's.
     """
     loss, grads_v, grads_t, others = _contrasted(model, wrapped, inputs, seeds, autocast, scale)
-    losses = {CONTRASTIVE: loss}
+    losses: dict[str, Any] = {CONTRASTIVE: loss}
     for number, (chunk, seed) in enumerate(zip(inputs, seeds, strict=True)):
         ends = number == len(inputs) - 1
         torch.manual_seed(seed)
@@ -84,13 +84,14 @@ def backward(
                 grads.append((part, torch.full_like(part, factor)))
             if ends:  # DDP waits for the gradients of all parameters in one backward pass
                 grads += others
-            torch.autograd.backward(*zip(*grads, strict=True))
+            roots, slopes = zip(*grads, strict=True)
+            torch.autograd.backward(roots, slopes)
     total = sum(_weight(model, name) * part for name, part in losses.items())
     return {"loss": total, **{name: losses[name] for name in model.objectives if name in losses}}
 
 
 def _contrasted(
-    model: System,
+    model: Any,
     wrapped: nn.Module,
     inputs: Sequence[dict[str, Any]],
     seeds: Sequence[int],

@@ -12,6 +12,7 @@ import yaml
 
 from vidl import models
 from vidl import overrides as grammar
+from vidl.data.augment import Augment
 from vidl.files import replaced
 from vidl.models import Recipe
 from vidl.models.recipe import types_of
@@ -60,11 +61,15 @@ class Start:
 class Data:
     """Training data. model.frames and model.image_size set the size of a clip."""
 
-    source: Literal["clips", "shards", "moving_shapes"] = _field(
-        "clips", "clips (annotation files), shards (webdataset) or moving_shapes (synthetic)"
+    source: Literal["clips", "shards", "datasets", "moving_shapes"] = _field(
+        "clips",
+        "clips (annotation files), shards (webdataset), datasets (tables streamed by Hugging Face "
+        "datasets) or moving_shapes (synthetic)",
     )
     files: list[str] = _field(
-        [], "annotations (.arrow, .json, .csv, folders), or shards (.tar); globs of them"
+        [],
+        "annotations (.arrow, .json, .csv, folders), shards (.tar) or tables of datasets "
+        "(.parquet, .arrow, .jsonl, .csv); globs of them",
     )
     media: str | None = _field(None, "folder of the clips; default: beside each annotation file")
     outside: bool = _field(
@@ -85,6 +90,11 @@ class Data:
         True, "flip half of the clips, except those whose caption says left or right"
     )
     scale: tuple[float, float] = _field((0.5, 1.0), "smallest and largest area of a random crop")
+    augment: Augment = _field(
+        "none",
+        "randaugment, trivialaugment or jitter (torchvision), the same for all frames of a clip; "
+        "none",
+    )
     broken: float = _field(0.1, "stop if a larger share of the clips cannot be read")
     match: Literal["clip", "caption"] = _field(
         "clip", "samples with the same clip, or caption, are not negatives of each other"
@@ -183,6 +193,8 @@ SECTIONS: dict[str, type] = {
     "evaluation": Evaluation,
     "run": Run,
 }
+# Sources that are read as a stream, so that their captions are not known in advance.
+STREAMS = ("shards", "datasets")
 # Fields that may change when a run resumes: they do not affect what is computed.
 FREE = ("run.", "evaluation.", "data.workers", "data.broken", "data.media", "data.outside")
 NOT_FREE = ("run.seed", "run.precision")
@@ -238,6 +250,11 @@ class Config:
             )
         if self.data.source != "moving_shapes" and not self.data.files:
             raise ValueError(f"need data.files with data.source {self.data.source!r}, got none")
+        if self.data.source == "moving_shapes" and self.data.augment != "none":
+            raise ValueError(
+                "need data.augment=none with data.source moving_shapes, whose captions name "
+                f"colours, got {self.data.augment}"
+            )
         if self.start.text and not self.data.tokenizer:
             raise ValueError("need data.tokenizer, the tokenizer of start.text")
         if self.optimizer.name == "muon" and self.run.parallel == "fsdp":

@@ -29,7 +29,7 @@ from vidl.training import (
     sources,
     trackers,
 )
-from vidl.training.config import Config
+from vidl.training.config import STREAMS, Config
 from vidl.training.frozen import frozen
 from vidl.training.frozen import save as save_choices
 from vidl.training.inputs import arguments
@@ -125,7 +125,7 @@ class Training:
         file = self.folder / "config.yaml"
         resumes = self.checkpoint is not None and file.exists()
         changed = self.config.changed(Config.read(file)) if resumes else []
-        if "data.batch_size" in changed and self.config.data.source != "shards":
+        if "data.batch_size" in changed and self.config.data.source not in STREAMS:
             # the global batch must be the same: the sampler compares it
             changed.remove("data.batch_size")
         if changed:
@@ -178,10 +178,10 @@ class Training:
         if teacher is not None:
             models.abilities.need(model, models.Taught, to="for start.teacher")
             self._check_system(teacher, "start.teacher")
-            if self.config.data.source == "shards":
+            if self.config.data.source in STREAMS:
                 raise ValueError(
                     "need data.source clips or moving_shapes with start.teacher, which reads all "
-                    "captions in advance, got shards"
+                    f"captions in advance, got {self.config.data.source}"
                 )
             tokenizer = load_tokenizer(folder_of(teacher))
             captions = itertools.islice(sources.captions(self.config), sources.CAPTIONS)
