@@ -3,6 +3,7 @@
 import json
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,6 +173,7 @@ def test_shards_of_other_programs(folder):
 def test_a_cluster_writes_what_a_process_writes(folder, monkeypatch, capsys):
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # of the nodes
     monkeypatch.chdir(folder)  # relative names, in the tasks too
     options = ["--short", "16", "--per-shard", "2"]
     assert cli.main(["data", "shard", "clips.json", "one", *options, "--workers", "1"]) == 1
@@ -184,7 +186,7 @@ def test_a_cluster_writes_what_a_process_writes(folder, monkeypatch, capsys):
         assert cli.main(["data", "shard", "clips.json", "two", *options, "--ray", "auto"]) == 1
         assert "2.mp4" in capsys.readouterr().out
         one, two = ({f.name: f for f in (folder / name).iterdir()} for name in ("one", "two"))
-        assert one.keys() == two.keys() and len(one) == 7
+        assert one.keys() == two.keys() and len(one) == 9
         for name, file in one.items():
             if name.startswith("video") and name.endswith("json"):
                 assert (
@@ -193,7 +195,7 @@ def test_a_cluster_writes_what_a_process_writes(folder, monkeypatch, capsys):
                 )
             else:
                 assert file.read_bytes() == two[name].read_bytes()
-        rows = annotations.load(folder / "clips.json")
+        rows = annotations.load("clips.json")
         monkeypatch.setattr(sharding, "_report", lambda shard: None)
         with pytest.raises(OSError, match="video-000000 is missing: need a folder that all nodes"):
             write_shards(rows, folder / "two", Sharding(short=16, per_shard=2), ray="auto")

@@ -24,6 +24,12 @@ from vidl.data.text import train_tokenizer  # noqa: E402
 BROKEN = {5, 14}
 
 
+@pytest.fixture(autouse=True)
+def _awake(monkeypatch):
+    """datasets sleeps for 5 s after its threads have read the last row of Parquet files."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05, raising=False)
+
+
 @pytest.fixture(scope="module")
 def good(folder):  # noqa: F811
     """The clips, of which two are broken."""
