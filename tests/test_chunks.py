@@ -29,7 +29,7 @@ SYSTEMS = {
 }
 
 
-def made(name, dropout):
+def model_of(name, dropout):
     torch.manual_seed(0)
     fields = {n: x for n, x in (SIZES | SYSTEMS[name]).items() if accepts(name, n)}
     model = models.create(name, "tiny", **fields, dropout=dropout).double().train()
@@ -54,10 +54,10 @@ def parts(inputs, size):
 
 
 def gradients(model):
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     for p in model.parameters():
         p.grad = None
-    return found
+    return grads
 
 
 def assert_equal(actual, expected):
@@ -69,7 +69,7 @@ def assert_equal(actual, expected):
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_gradients_are_those_of_the_whole_batch(name):
-    model, inputs = made(name, 0.0)
+    model, inputs = model_of(name, 0.0)
     losses = model(**inputs)
     (losses["loss"] / 4).backward()
     whole = gradients(model)
@@ -85,15 +85,15 @@ def test_gradients_are_those_of_the_whole_batch(name):
 @pytest.mark.parametrize("name", ["mac", "smaug", "simvtp"])
 def test_both_passes_have_the_same_dropout(name):
     """Equal to chunks that keep their graphs until the loss of all of them."""
-    model, inputs = made(name, 0.3)
+    model, inputs = model_of(name, 0.3)
     seeds, seen = [5, 6, 7], []
     for chunk, seed in zip(parts(inputs, 2), seeds, strict=True):
         torch.manual_seed(seed)
         seen.append(model(**chunk, losses=chunks.SEPARABLE))
-    v, t = (torch.cat([each[key] for each in seen]) for key in "vt")
+    v, t = (torch.cat([chunk[key] for chunk in seen]) for key in "vt")
     loss = model.weight("vtc") * model.contrast(v, t, inputs["clip_ids"])
     if "mvm" in seen[0]:
-        loss = loss + model.weight("mvm") * sum(each["mvm"] for each in seen) / 3
+        loss = loss + model.weight("mvm") * sum(chunk["mvm"] for chunk in seen) / 3
     loss.backward()
     whole = gradients(model)
     for order in (seeds, [5, 6, 8]):
@@ -107,7 +107,7 @@ def test_both_passes_have_the_same_dropout(name):
 
 def test_no_graph_holds_more_than_one_chunk(monkeypatch):
     """In the first pass nothing is kept, and the decoder of pixels does not run."""
-    model, inputs = made("smaug", 0.0)
+    model, inputs = model_of("smaug", 0.0)
     seen = []
     forward = model.forward
 

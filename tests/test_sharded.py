@@ -22,7 +22,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     whole, moved = ([*FSDP, f"run.folder={folder / name}"] for name in ("whole", "moved"))
     options = [[*whole, "run.save_every=2"], [*moved, "evaluation.every=2"], moved]
-    mp.spawn(_rank, ([(free_port(), each) for each in options],), nprocs=2)
+    mp.spawn(_rank, ([(free_port(), fields) for fields in options],), nprocs=2)
     return folder
 
 

@@ -152,7 +152,7 @@ def _on_cluster(job: "_Job", items: list[tuple[str, list[int]]], address: str) -
             ) from error
     try:
         write = ray.remote(_write)
-        waiting, running = deque(items), []
+        waiting, running = deque(items), list[Any]()
         most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         while waiting or running:
             while waiting and len(running) < most:

@@ -105,14 +105,14 @@ def _contrasted(
         with torch.no_grad(), autocast():
             seen = wrapped(**chunk, losses=())
         features.append((seen["v"], seen["t"]))
-    v, t = (torch.cat(each).requires_grad_() for each in zip(*features, strict=True))
+    v, t = (torch.cat(parts).requires_grad_() for parts in zip(*features, strict=True))
     clips = [ids for chunk in inputs if (ids := chunk.get("clip_ids")) is not None]
     with autocast():
         loss = model.contrast(v, t, torch.cat(clips) if clips else None)
     learned = [x for x in model.contrast.parameters() if x.requires_grad]
     factor = torch.full_like(loss, scale * _weight(model, CONTRASTIVE))
     grads = torch.autograd.grad(loss, [v, t, *learned], factor)
-    sizes = [len(each) for each, _ in features]
+    sizes = [len(part) for part, _ in features]
     of_learned = list(zip(learned, grads[2:], strict=True))
     return loss.detach(), grads[0].split(sizes), grads[1].split(sizes), of_learned
 

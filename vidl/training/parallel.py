@@ -184,5 +184,5 @@ def recompute(model: nn.Module) -> None:
     The ops are deterministic, so a pruning block selects the same tokens when it is recomputed.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = {block for each in lists for block in each}
+    blocks = {block for blocks in lists for block in blocks}
     apply_activation_checkpointing(model, check_fn=blocks.__contains__)

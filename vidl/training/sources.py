@@ -11,7 +11,6 @@ from vidl.data.loader import Loader
 from vidl.data.moving_shapes import MovingShapes, motions, words_of_questions
 from vidl.data.sampler import EpochSampler
 from vidl.data.shards import ShardStream
-from vidl.data.tables import TableStream
 from vidl.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from vidl.masking import Vocabulary
 from vidl.models import Recipe
@@ -66,6 +65,8 @@ def open_loader(
         place: dict[str, Any] = dict(rank=rank, world_size=world_size)
         if data.source == "shards":
             return Loader(ShardStream(data.files, dataset, data.batch_size, **place), **options)
+        from vidl.data.tables import TableStream
+
         place |= dict(media=data.media, outside=data.outside)
         return Loader(TableStream(data.files, dataset, data.batch_size, **place), **options)
     sampler = EpochSampler(
