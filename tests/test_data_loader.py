@@ -477,11 +477,11 @@ def test_shard_errors(shards, tmp_path):
 
 def test_globs_of_shards(shards):
     folder = Path(shards[0]).parent
-    assert stream_of([str(folder / "*.tar")]).shards == sorted(map(str, shards))
+    assert stream_of([str(folder / "*.tar")]).files == sorted(map(str, shards))
     with pytest.raises(ValueError, match=r"need files that match .*\*.tgz, got none"):
         stream_of([str(folder / "*.tgz")])
     url = "https://example.org/*.tar"  # a glob has no meaning there
-    assert stream_of([url]).shards == [url]
+    assert stream_of([url]).files == [url]
 
 
 def write_shard(file, samples):

@@ -1,7 +1,9 @@
 """Writing webdataset shards: the same clips and captions, continued after an interruption."""
 
 import json
+import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,3 +167,44 @@ def test_shards_of_other_programs(folder):
             sharding._add(tar, name, content)
     batch = read([shard], "video", 2)
     assert sorted(batch.text) == ["a clip", "only a text"] and not batch.broken
+
+
+@pytest.mark.slow
+def test_a_cluster_writes_what_a_process_writes(folder, monkeypatch, capsys):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # of the nodes
+    monkeypatch.chdir(folder)  # relative names, in the tasks too
+    options = ["--short", "16", "--per-shard", "2"]
+    assert cli.main(["data", "shard", "clips.json", "one", *options, "--workers", "1"]) == 1
+    with pytest.raises(ValueError, match="need ray .* Ray cluster, got 'auto': Could not find"):
+        write_shards(annotations.load("clips.json"), folder / "none", ray="auto")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        assert cli.main(["data", "shard", "clips.json", "two", *options, "--ray", "auto"]) == 1
+        (folder / "two/video-000001.tar").unlink()
+        assert cli.main(["data", "shard", "clips.json", "two", *options, "--ray", "auto"]) == 1
+        assert "2.mp4" in capsys.readouterr().out
+        one, two = ({f.name: f for f in (folder / name).iterdir()} for name in ("one", "two"))
+        assert one.keys() == two.keys() and len(one) == 9
+        for name, file in one.items():
+            if name.startswith("video") and name.endswith("json"):
+                assert (
+                    json.loads(file.read_text())["samples"]
+                    == json.loads(two[name].read_text())["samples"]
+                )
+            else:
+                assert file.read_bytes() == two[name].read_bytes()
+        rows = annotations.load("clips.json")
+        monkeypatch.setattr(sharding, "_report", lambda shard: None)
+        with pytest.raises(OSError, match="video-000000 is missing: need a folder that all nodes"):
+            write_shards(rows, folder / "two", Sharding(short=16, per_shard=2), ray="auto")
+    finally:
+        ray.shutdown()
+
+
+def test_ray_that_is_not_installed_is_named(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert cli.main(["data", "shard", str(folder / "clips.json"), str(folder / "out"),
+                     "--ray", "auto"]) == 1  # fmt: skip
+    assert 'needs ray (extra "ray"): pip install' in capsys.readouterr().err

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from safetensors.torch import load_file
 
 from vidl import cli, models
 from vidl.data import annotations
@@ -68,7 +67,7 @@ def records(folder):
 
 
 def same_weights(a, b):
-    one, other = (load_file(checkpoints.newest(Path(x)) / "model.safetensors") for x in (a, b))
+    one, other = (checkpoints.weights_of(x) for x in (a, b))
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
@@ -271,7 +270,9 @@ def test_schedules():
 
 
 @pytest.mark.parametrize(
-    "options", [MAC, SMAUG, [*MAC, "optimizer.name=muon"]], ids=["mac", "smaug", "muon"]
+    "options",
+    [MAC, SMAUG, [*MAC, "optimizer.name=muon"], [*MAC, "optimizer.chunk=2"]],
+    ids=["mac", "smaug", "muon", "chunks"],
 )
 def test_a_run_resumes_exactly(options, tmp_path):
     """Five steps per epoch, two batches per step; stopped in the middle of the second epoch."""
@@ -356,9 +357,14 @@ def test_files_of_a_run(tmp_path, capsys):
 
 
 def test_activation_checkpointing_computes_the_same(tmp_path):
-    train(tmp_path / "kept", SMAUG, "schedule.steps=3")
-    train(tmp_path / "again", SMAUG, "schedule.steps=3", "run.checkpoint_activations=true")
+    """Also the falling keep rate, with names that a run without it resumes from."""
+    options = [*SMAUG, "model.keep_rate=0.3"]
+    train(tmp_path / "kept", options)
+    train(tmp_path / "again", options, "run.save_every=3", "run.checkpoint_activations=true")
     assert records(tmp_path / "kept") == records(tmp_path / "again")
+    train(tmp_path / "again", options, "run.resume=3")
+    assert records(tmp_path / "kept") == records(tmp_path / "again")
+    assert same_weights(tmp_path / "kept", tmp_path / "again")
 
 
 def test_bfloat16_is_close(tmp_path):
@@ -638,10 +644,7 @@ def test_two_ranks_equal_one_with_twice_the_batch(tmp_path):
         for a, b in zip(one, two, strict=True):
             for key in ("loss", "grad_norm", "lr"):
                 assert b[key] == pytest.approx(a[key], rel=1e-4), (name, key)
-        one, two = (
-            load_file(checkpoints.newest(Path(x)) / "model.safetensors")
-            for x in (tmp_path / name, f"{tmp_path / name}-2")
-        )
+        one, two = (checkpoints.weights_of(x) for x in (tmp_path / name, f"{tmp_path / name}-2"))
         assert one.keys() == two.keys()
         for key in one:
             # Adam divides by the size of the gradient: rounding noise gives steps of full size.

@@ -23,12 +23,14 @@ SPINS = "1000"
 
 # Modules of the extras in pyproject.toml: the package that has the module, and the extra.
 EXTRAS = {
-    "PIL": ("pillow", "data"), "av": ("av", "data"), "matplotlib": ("matplotlib", "bench"),
+    "PIL": ("pillow", "data"), "av": ("av", "data"), "datasets": ("datasets", "datasets"),
+    "matplotlib": ("matplotlib", "bench"),
     "huggingface_hub": ("huggingface_hub", "hub"), "pyarrow": ("pyarrow", "data"),
-    "safetensors": ("safetensors", "train"),
+    "ray": ("ray", "ray"), "safetensors": ("safetensors", "train"),
     "shtab": ("shtab", "completion"), "timm": ("timm", "timm"),
     "tensorboard": ("tensorboard", "trackers"), "mlflow": ("mlflow-skinny", "trackers"),
-    "tokenizers": ("tokenizers", "data"), "wandb": ("wandb", "trackers"),
+    "tokenizers": ("tokenizers", "data"), "torchvision": ("torchvision", "augment"),
+    "wandb": ("wandb", "trackers"),
     "transformers": ("transformers", "hf"), "webdataset": ("webdataset", "shards"),
 }  # fmt: skip
 
@@ -425,6 +427,8 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     add(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)"
     )
+    add("--ray", metavar="ADDRESS", help="write on the nodes of this Ray cluster, such as auto or "
+        "local, in place of --workers; all nodes need the same folders")  # fmt: skip
     part.set_defaults(run=_data_shard)
 
 
@@ -479,7 +483,8 @@ def _data_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> in
 def _data_shard(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from vidl.data import commands
 
-    options = {name: getattr(args, name) for name in ("per_shard", "seed", "workers", "outside")}
+    names = ("per_shard", "seed", "workers", "ray", "outside")
+    options = {name: getattr(args, name) for name in names}
     short = None if args.copy else args.short
     return 1 if commands.shard(args.file, args.media, args.out, short=short, **options) else 0
 

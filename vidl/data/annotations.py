@@ -7,6 +7,7 @@ pages that are read, once per machine. `vidl data convert` writes it, or vidl do
 import bisect
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,10 @@ READER = 3
 # Files that FFmpeg would take for a URL or a protocol, and files outside the folder of the media.
 URL = r"^([A-Za-z][A-Za-z0-9+.-]+:|subfile,)"
 OUTSIDE = r"^[/~]|^\.\.$|^\.\./|/\.\./|/\.\.$"
+REFUSED = (
+    (URL, "vidl opens no URLs: download the files first"),
+    (OUTSIDE, "if you trust this file, set data.outside=true or --outside"),
+)
 
 
 class Annotations(Sequence[Row]):
@@ -114,11 +119,7 @@ def _only_files(file: Path, table: pa.Table, outside: bool) -> None:
     Raises:
         ValueError: names the first such row.
     """
-    checks = (
-        (URL, "vidl opens no URLs: download the files first"),
-        (OUTSIDE, "if you trust this file, set data.outside=true or --outside"),
-    )
-    for name, (pattern, remedy) in itertools.product(("media", "second"), checks):
+    for name, (pattern, remedy) in itertools.product(("media", "second"), REFUSED):
         if outside and pattern == OUTSIDE:
             continue
         media = table.column(name)
@@ -128,6 +129,17 @@ def _only_files(file: Path, table: pa.Table, outside: bool) -> None:
                 f"{file}: need files below the folder of the media, got {media[row].as_py()!r} in "
                 f"row {row}; {remedy}"
             )
+
+
+def check_media(name: str, outside: bool) -> None:
+    """Refuse a file name that reaches the network or, unless allowed, other files of this machine.
+
+    Raises:
+        ValueError: names the file.
+    """
+    for pattern, remedy in REFUSED:
+        if re.search(pattern, name) and not (outside and pattern == OUTSIDE):
+            raise ValueError(f"need a file below the folder of the media, got {name!r}; {remedy}")
 
 
 def convert(

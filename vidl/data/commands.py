@@ -74,13 +74,14 @@ def _inspect(name: str) -> video.Facts | BrokenClip:
 
 
 def shard(file: Path, media: Path | None, to: Path, *, short: int | None, per_shard: int,
-          seed: int, workers: int, outside: bool = False) -> int:  # fmt: skip
+          seed: int, workers: int, ray: str | None = None,
+          outside: bool = False) -> int:  # fmt: skip
     """Write webdataset shards; returns the number of broken clips."""
     rows = annotations.load((file, media), outside=outside)
     if rows.pairs().any():
         raise ValueError(f"need rows of one clip to write shards, got rows with second: {file}")
     begin = time.perf_counter()
-    written = write_shards(rows, to, Sharding(short, per_shard, seed), workers=workers)
+    written = write_shards(rows, to, Sharding(short, per_shard, seed), workers=workers, ray=ray)
     for name, reason in written.broken:
         print(f"broken     {name}: {reason}")
     size, seconds = written.size / 1e6, time.perf_counter() - begin

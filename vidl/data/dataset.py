@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vidl.data import crops, video
+from vidl.data.augment import augmentation, augmented
 from vidl.data.formats import Row
 from vidl.data.sampler import Key
 from vidl.data.sampling import SPANS, Sampling
@@ -58,6 +59,15 @@ class Batch:
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
         """The batch with its tensors on a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def split(self, size: int) -> list["Batch"]:
+        """Batches of `size` samples each; the last one has the rest."""
+        names = ("video", "index", "text", "rows", "ids", "attention_mask")
+        fields = {name: x for name in names if (x := getattr(self, name)) is not None}
+        return [
+            dataclasses.replace(self, **{name: x[i : i + size] for name, x in fields.items()})
+            for i in range(0, len(self), size)
+        ]
 
     def pin_memory(self) -> "Batch":
         """The batch in pinned memory; the loader calls this."""
@@ -164,6 +174,7 @@ class Clips(ClipSet):
             span, centre crops, no flip and the first caption.
         flip: flip half of the clips, except those whose text says left or right.
         scale: smallest and largest area of a random crop.
+        augment: see `vidl.data.augment.augmentation`; in training only.
         decoder: see `read_clip`.
         sampling: how the frames of a video are chosen.
         if_broken: see `ClipSet`; default: "replace" for training, else "count".
@@ -179,6 +190,7 @@ class Clips(ClipSet):
         train: bool,
         flip: bool = True,
         scale: tuple[float, float] = (0.5, 1.0),
+        augment: str = "none",
         decoder: str = "auto",
         sampling: Sampling = SPANS,
         seed: int = 0,
@@ -191,6 +203,7 @@ class Clips(ClipSet):
         self.rows, self.frames, self.size, self.train = rows, frames, size, train
         self.flip, self.scale, self.decoder = flip, scale, video.choose_decoder(decoder)
         self.sampling = sampling
+        self.augmentation = augmentation(augment)
         self._images = kinds(rows)
 
     def __len__(self) -> int:
@@ -214,6 +227,8 @@ class Clips(ClipSet):
         if row.second is not None:
             other = self.pictures(dataclasses.replace(row, media=row.second), rng)
             pictures = torch.cat([pictures, self._cropped(other, rng, flip)])
+        if rng is not None and self.augmentation is not None:
+            pictures = augmented(pictures, self.augmentation, rng)
         return Sample(pictures, key.index, row, text)
 
     def _cropped(self, pictures: Tensor, rng: random.Random | None, flip: bool) -> Tensor:

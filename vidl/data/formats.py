@@ -82,10 +82,15 @@ def common(file: Path) -> Iterator[Row]:
         entries = json_lines(file)
     else:
         entries = ((line, entry) for line, _, entry in members(file))
-    return checked(file, entries, _common_row)
+    return checked(file, entries, common_row)
 
 
-def _common_row(entry: dict[str, Any]) -> Row:
+def common_row(entry: dict[str, Any]) -> Row:
+    """The row of one object of `common`.
+
+    Raises:
+        KeyError, ValueError: a field is missing or has another type.
+    """
     name = next((name for name in NAMES if name in entry), None)
     if name is not None and "video" not in entry and "image" not in entry:
         entry = entry | {kind_of(text_field(entry, name)): entry[name]}
@@ -173,7 +178,7 @@ def columns(file: Path, columns: Mapping[str, str] | None = None) -> Iterator[Ro
         for field in ("id", "second"):
             if not entry.get(field, "x").strip():
                 del entry[field]
-        return _common_row(entry)
+        return common_row(entry)
 
     return checked(file, table(file, list(names.values()), delimiter), row)
 

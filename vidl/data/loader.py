@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from vidl.data.dataset import Batch, ClipSet, TooManyBroken
 from vidl.data.sampler import EpochSampler, InOrder
-from vidl.data.shards import ShardStream
+from vidl.data.stream import Stream
 
 # The share of broken clips is relative to at least so many: the first clip may be broken.
 GRACE = 100
@@ -25,12 +25,12 @@ GRACE = 100
 class Loader:
     """Batches of a data set, prefetched by worker processes.
 
-    With an `EpochSampler` or a `ShardStream` the loader never ends. `state_dict` is the position
+    With an `EpochSampler` or a `Stream` the loader never ends. `state_dict` is the position
     after the last batch that was returned, not after the batches that workers have prefetched.
 
     Args:
-        dataset: a `ClipSet` or a `ShardStream`.
-        sampler: the rows of each batch; None for a `ShardStream`.
+        dataset: a `ClipSet` or a `Stream`.
+        sampler: the rows of each batch; None for a `Stream`.
         workers: worker processes; 0: read in the calling process.
         prefetch: batches that each worker reads ahead.
         pin: whether batches are in pinned memory; default: if CUDA is available.
@@ -38,12 +38,12 @@ class Loader:
         context: start method of workers: "fork", "spawn" or "forkserver"; default: Python's.
 
     Raises:
-        ValueError: a `ClipSet` without a sampler, or a `ShardStream` with one.
+        ValueError: a `ClipSet` without a sampler, or a `Stream` with one.
     """
 
     def __init__(
         self,
-        dataset: ClipSet | ShardStream,
+        dataset: ClipSet | Stream,
         sampler: EpochSampler | InOrder | None = None,
         *,
         workers: int = 0,
@@ -52,9 +52,9 @@ class Loader:
         limit: float = 0.1,
         context: str | None = None,
     ):
-        streams = isinstance(dataset, ShardStream)
+        streams = isinstance(dataset, Stream)
         if streams == (sampler is not None):
-            raise ValueError("need a sampler with a ClipSet, and no sampler with a ShardStream")
+            raise ValueError("need a sampler with a ClipSet, and no sampler with a Stream")
         self.dataset, self.sampler, self.limit = dataset, sampler, limit
         self.step = 0  # batches returned
         self.seen = 0  # clips, including broken ones
@@ -70,7 +70,7 @@ class Loader:
             options |= {"prefetch_factor": prefetch, "persistent_workers": not streams}
             options |= {"worker_init_fn": functools.partial(_begin_worker, ending)}
         self._loader: DataLoader[Any] = DataLoader(
-            _Stream(dataset) if isinstance(dataset, ShardStream) else _Rows(dataset),
+            _Stream(dataset) if isinstance(dataset, Stream) else _Rows(dataset),
             num_workers=workers,
             collate_fn=_identity,
             pin_memory=torch.cuda.is_available() if pin is None else pin,
@@ -80,7 +80,7 @@ class Loader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        if isinstance(self.dataset, ShardStream):
+        if isinstance(self.dataset, Stream):
             self.dataset.begin(self.step, self._workers)
         elif isinstance(self.sampler, EpochSampler):
             self.sampler.step = self.step
@@ -95,7 +95,7 @@ class Loader:
                 raise batch.error from batch.cause
             self._count(batch)
             self.step += 1
-            if isinstance(self.dataset, ShardStream):
+            if isinstance(self.dataset, Stream):
                 self.dataset.returned(batch)
             yield batch
 
@@ -118,7 +118,7 @@ class Loader:
         """The position for a checkpoint: plain numbers and strings."""
         state: dict[str, Any] = {"step": self.step, "seen": self.seen}
         state |= {"broken": dict(self.broken), "broken_count": self.broken_count}
-        if isinstance(self.dataset, ShardStream):
+        if isinstance(self.dataset, Stream):
             state["stream"] = self.dataset.state_dict()
         elif isinstance(self.sampler, EpochSampler):
             state["sampler"] = self.sampler.state_dict(self.step)
@@ -130,7 +130,7 @@ class Loader:
         Raises:
             ValueError: the data, the seed or the global batch size differ.
         """
-        if isinstance(self.dataset, ShardStream):
+        if isinstance(self.dataset, Stream):
             self.dataset.load_state_dict(state["stream"])
         elif isinstance(self.sampler, EpochSampler):
             self.sampler.load_state_dict(state["sampler"])
@@ -173,9 +173,9 @@ class _Rows(Dataset[Any]):
 
 
 class _Stream(IterableDataset[Any]):
-    """The batches of a `ShardStream`, ended by its error if there is one."""
+    """The batches of a `Stream`, ended by its error if there is one."""
 
-    def __init__(self, dataset: ShardStream):
+    def __init__(self, dataset: Stream):
         self.dataset = dataset
 
     def __iter__(self) -> Iterator[Any]:

@@ -1,20 +1,23 @@
 """Writing webdataset shards: clips are decoded once, made smaller, and stored with their captions.
 
 A shard is a tar file of samples, in random order. `ShardStream` reads it, and so does any program
-that reads webdataset. Shards are written by several processes. A shard gets its name when it is
-complete, so an interrupted run continues with the shards that are missing.
+that reads webdataset. Shards are written by several processes, or by the nodes of a Ray cluster. A
+shard gets its name when it is complete, so an interrupted run continues with the shards that are
+missing.
 """
 
 import dataclasses
+import errno
 import fractions
 import hashlib
 import io
 import json
 import math
 import multiprocessing
+import os
 import tarfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -71,7 +74,12 @@ class Written:
 
 
 def write_shards(
-    rows: Sequence[Row], to: Path, options: Sharding | None = None, *, workers: int = 1
+    rows: Sequence[Row],
+    to: Path,
+    options: Sharding | None = None,
+    *,
+    workers: int = 1,
+    ray: str | None = None,
 ) -> Written:
     """Write rows to shards `video-000000.tar`, ... and `image-000000.tar`, ... in a folder.
 
@@ -82,12 +90,15 @@ def write_shards(
         to: the folder; one with some of these shards is continued.
         options: see `Sharding`; default: as there.
         workers: processes.
+        ray: address of a Ray cluster whose nodes write the shards, in place of `workers`; "auto":
+            the cluster of this machine; "local": a new one on this machine. All nodes need vidl,
+            the clips and the folder under the same names.
 
     Raises:
-        ValueError: there are no rows, workers < 1, or the folder has shards of other rows or
-            options.
-        ModuleNotFoundError, NoDecoder: PyAV cannot run here.
-        OSError: a shard cannot be written.
+        ValueError: there are no rows, workers < 1, there is no such cluster, or the folder has
+            shards of other rows or options.
+        ModuleNotFoundError, NoDecoder: PyAV cannot run here, or Ray is not installed.
+        OSError: a shard cannot be written, or the nodes do not share the folder.
     """
     options = options or Sharding()
     if workers < 1:
@@ -100,7 +111,15 @@ def write_shards(
         left.unlink()
     missing = [(name, part) for name, part in parts if _report(to / f"{name}.tar") is None]
     job = _Job(rows, to, options)
-    if workers == 1:
+    if ray is not None:
+        for _ in progress(_on_cluster(job, missing, ray), "writing shards", len(missing)):
+            pass
+        lost = [name for name, _ in parts if _report(to / f"{name}.tar") is None]
+        if lost:
+            raise OSError(
+                errno.ENOENT, f"{lost[0]} is missing: need a folder that all nodes share", str(to)
+            )
+    elif workers == 1:
         for item in progress(missing, "writing shards"):
             job(item)
     elif missing:
@@ -116,6 +135,51 @@ def write_shards(
         size=sum(file.stat().st_size for file in files),
         broken=[(name, reason) for report in reports for name, reason in report["broken"]],
     )
+
+
+def _on_cluster(job: "_Job", items: list[tuple[str, list[int]]], address: str) -> Iterator[None]:
+    """Write shards as tasks of a Ray cluster; yields when one is complete."""
+    import ray
+
+    new = not ray.is_initialized()
+    if new:
+        try:
+            ray.init(address, log_to_driver=False, configure_logging=False)
+        except Exception as error:  # Ray raises many classes
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"need ray (--ray) as the address of a Ray cluster, got {address!r}: {reason}"
+            ) from error
+    try:
+        write = ray.remote(_write)
+        waiting, running = deque(items), list[Any]()
+        most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        while waiting or running:
+            while waiting and len(running) < most:
+                name, part = waiting.popleft()
+                running.append(write.remote(_moved(job, part), (name, part)))
+            complete, running = ray.wait(running)
+            yield ray.get(complete[0])
+    finally:
+        if new:
+            ray.shutdown()
+
+
+def _moved(job: "_Job", part: list[int]) -> "_Job":
+    """A job with some rows, whose files have absolute names.
+
+    Other nodes have other current folders, and the table of the rows may be in the cache of this
+    machine.
+    """
+    rows = {
+        index: dataclasses.replace(row, media=os.path.abspath(row.media))
+        for index, row in ((index, job.rows[index]) for index in part)
+    }
+    return dataclasses.replace(job, rows=rows, to=job.to.absolute())
+
+
+def _write(job: "_Job", item: tuple[str, list[int]]) -> None:
+    job(item)
 
 
 def _parts(rows: Sequence[Row], options: Sharding) -> list[tuple[str, list[int]]]:
@@ -164,7 +228,7 @@ def _report(shard: Path) -> dict[str, Any] | None:
 class _Job:
     """Writes a shard, given its name and rows; sent to other processes."""
 
-    rows: Sequence[Row]
+    rows: Sequence[Row] | Mapping[int, Row]
     to: Path
     options: Sharding
 

@@ -1,7 +1,5 @@
 """Clips in webdataset shards: tar files of (clip, caption), read sequentially, for large data."""
 
-import functools
-import hashlib
 import json
 import os
 import random
@@ -12,45 +10,37 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from torch.utils.data import IterableDataset, get_worker_info
-
-from vidl.data.dataset import IN_A_ROW, Batch, Clips, Sample, TooManyBroken, batch_of
+from vidl.data.dataset import Clips, Sample
 from vidl.data.folders import matching
 from vidl.data.formats import IMAGES, VIDEOS, Row
 from vidl.data.parsing import without_surrogates
 from vidl.data.sampler import Key
+from vidl.data.stream import Stream
 from vidl.data.video import BrokenClip
 
 # webdataset puts a URL into a shell command: only characters that end no quote.
 PROTOCOL, URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|-$"), re.compile(r"https?://[^\s'\"`\\]+")
 
 
-class ShardStream(IterableDataset[Batch]):
+class ShardStream(Stream):
     """Endless shuffled batches from tar shards; needs the package `webdataset`.
 
     A sample is a clip (mp4, webm, ...) or image (jpg, ...) with its caption: a text or a list of
     texts in `json` under "caption", or else `txt`. A sample without a caption is broken. In every
-    epoch the shards are distributed anew over the workers of all ranks; each worker starts its next
-    epoch independently. Broken samples are skipped. A damaged shard is read up to the damage, and
-    its samples that are lost are listed as broken.
-
-    A resumed run gets the same batches in the same order if the shards and the number of ranks and
-    workers are the same. It reads the shards again from the beginning of the epoch, without
-    decoding the samples that were used.
+    epoch the shards are distributed anew over the workers of all ranks. A damaged shard is read up
+    to the damage, and its samples that are lost are listed as broken.
 
     Args:
         shards: files, globs of files or http(s) URLs of the shards.
-        clips: the sample options: frames, size, crops, tokens; its rows are not used.
-        batch_size: clips of a batch on one rank.
         kind: content of the shards: "video" or "image".
-        buffer: size of the shuffle buffer, in compressed samples.
-        rank: rank of this process.
-        world_size: number of ranks.
+        clips, batch_size, options: see `Stream`, which also says how a run resumes.
 
     Raises:
         ValueError: there are fewer shards than workers of all ranks, no file matches a glob, or a
             shard is neither a file nor an http(s) URL, such as "pipe:command".
     """
+
+    NOUN = "shards"
 
     def __init__(
         self,
@@ -59,9 +49,7 @@ class ShardStream(IterableDataset[Batch]):
         batch_size: int,
         *,
         kind: str = "video",
-        buffer: int = 1000,
-        rank: int = 0,
-        world_size: int = 1,
+        **options: Any,
     ):
         names: list[str] = []
         for shard in map(str, shards):
@@ -69,82 +57,17 @@ class ShardStream(IterableDataset[Batch]):
             if remote and not URL.fullmatch(shard):
                 raise ValueError(f"need shards as files or http(s) URLs, got {shard!r}")
             names += [shard] if remote else matching(shard)
-        self.shards, self.clips, self.batch_size = sorted(names), clips, batch_size
-        self.kind, self.buffer = kind, buffer
-        self.rank, self.world_size = rank, world_size
-        self._places: dict[int, tuple[int, int]] = {}  # of each worker: epoch, samples read in it
-        self._resumed: int | None = None  # number of workers of the resumed run
-        self.begin(0, 1)
+        self.kind = kind
+        super().__init__(names, clips, batch_size, **options)
 
     def begin(self, step: int, workers: int) -> None:
         """Start after `step` batches, which the workers returned in turns."""
-        if self._resumed not in (None, workers):
-            raise ValueError(f"need {self._resumed} workers, as before, got {workers}")
-        self._step, self._workers = step, workers
+        super().begin(step, workers)
         needed = workers * self.world_size
-        if len(self.shards) < needed:
+        if len(self.files) < needed:
             raise ValueError(
-                f"need at least {needed} shards, one per worker and rank, got {len(self.shards)}"
+                f"need at least {needed} shards, one per worker and rank, got {len(self.files)}"
             )
-
-    def returned(self, batch: Batch) -> None:
-        """Record the position of a batch's worker; the loader calls this."""
-        if batch.place is not None:
-            worker, epoch, drawn = batch.place
-            self._places[worker] = (epoch, drawn)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position of each worker: [worker, epoch, samples read in it]."""
-        places = [[worker, *place] for worker, place in sorted(self._places.items())]
-        state = {"ranks": self.world_size, "workers": self._workers, "places": places}
-        return state | {"shards": list(self._contents)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from `state_dict`.
-
-        Raises:
-            ValueError: the number of ranks or the shards differ.
-        """
-        count, digest = self._contents
-        if state.get("shards", [count, digest]) != [count, digest]:
-            raise ValueError(
-                f"need the {state['shards'][0]} shards of the interrupted run, with the same names "
-                f"and sizes, got {count} shards: begin a new run"
-            )
-        if state["ranks"] != self.world_size:
-            raise ValueError(f"need {state['ranks']} ranks, as before, got {self.world_size}")
-        self._places = {worker: (epoch, drawn) for worker, epoch, drawn in state["places"]}
-        self._resumed = state["workers"]
-
-    def __iter__(self) -> Iterator[Batch]:
-        info = get_worker_info()
-        # workers take turns; the loader asks its first worker for the batch of this step
-        worker = ((info.id if info else 0) + self._step) % self._workers
-        epoch, drawn = self._places.get(worker, (0, 0))
-        samples: list[Sample] = []
-        broken: list[tuple[str, str]] = []
-        while True:
-            number = -1
-            for number, raw in enumerate(self._epoch(epoch, worker, broken)):
-                if number < drawn:
-                    continue
-                try:
-                    samples.append(self._sample(raw, epoch))
-                except BrokenClip as error:
-                    broken.append((error.name, error.reason))
-                    if len(broken) > IN_A_ROW + len(samples):
-                        raise TooManyBroken(
-                            f"{len(broken)} clips cannot be read; {error}"
-                        ) from None
-                if len(samples) == self.batch_size:
-                    place = (worker, epoch, number + 1)
-                    words, tokenizer = self.clips.words, self.clips.tokenizer
-                    yield batch_of(samples, list(broken), tokenizer, words, place)
-                    samples.clear()
-                    broken.clear()
-            if number < 0:
-                raise TooManyBroken(f"worker {worker} got no sample from its shards: {broken}")
-            epoch, drawn = epoch + 1, 0
 
     def _epoch(
         self, epoch: int, worker: int, broken: list[tuple[str, str]]
@@ -153,7 +76,7 @@ class ShardStream(IterableDataset[Batch]):
         import webdataset
 
         rng = random.Random(f"{self.clips.seed} {epoch} shards")
-        shards = rng.sample(self.shards, len(self.shards))
+        shards = rng.sample(self.files, len(self.files))
         mine = shards[self.rank * self._workers + worker :: self.world_size * self._workers]
 
         return iter(
@@ -162,15 +85,6 @@ class ShardStream(IterableDataset[Batch]):
                 webdataset.shuffle(self.buffer, initial=self.buffer, rng=rng),
             )
         )
-
-    @functools.cached_property
-    def _contents(self) -> tuple[int, str]:
-        """Number of shards, and a digest of their names and sizes; the folder may change."""
-        folder = os.path.commonprefix(self.shards).rpartition("/")[0]
-        sizes = [os.path.getsize(name) if os.path.isfile(name) else None for name in self.shards]
-        names = [name.removeprefix(folder) for name in self.shards]
-        content = json.dumps(list(zip(names, sizes, strict=True)))
-        return len(names), hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def _sample(self, raw: dict[str, Any], epoch: int) -> Sample:
         name = f"{raw['__url__']}/{raw['__key__']}"

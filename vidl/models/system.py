@@ -1,7 +1,7 @@
 """The base of all models: losses by name, and what a run changes between steps."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -94,6 +94,7 @@ class System(nn.Module, ABC):
         *,
         clip_ids: Tensor | None = None,
         words: int | None = None,
+        losses: Collection[str] | None = None,
     ) -> dict[str, Tensor]:
         """The losses of a batch.
 
@@ -105,22 +106,27 @@ class System(nn.Module, ABC):
             step: training step; masks and negatives depend on `step` and `samples`.
             clip_ids: [B] int64, the clip of each sample; None: all differ.
             words: an upper bound of the words in `ids`; see `vidl.nn.Bert`.
+            losses: names of the losses to compute; None: all that have a weight.
 
         Returns:
-            "loss", the weighted sum, and each loss by its name: float32 scalars.
+            "loss", the weighted sum, and each loss by its name: float32 scalars. With `losses`,
+            these without their sum, and the features `v` and `t` of `Seen`.
 
         Raises:
             TypeError, ValueError, RuntimeError: from the ops and modules that the model calls.
         """
         self.check_batch(video, ids, attention_mask, samples, clip_ids)
         seen = self.see(Inputs(video, ids, attention_mask, samples, step, clip_ids, words))
-        losses = {}
+        computed = {}
         for name, objective in self.objectives.items():
-            loss = objective(self, seen) if self.weight(name) else None
+            wanted = self.weight(name) and (losses is None or name in losses)
+            loss = objective(self, seen) if wanted else None
             if loss is not None:
-                losses[name] = loss
-        total: Any = sum(self.weight(name) * loss for name, loss in losses.items())
-        return {"loss": total, **losses}
+                computed[name] = loss
+        if losses is not None:
+            return {"v": seen.v, "t": seen.t, **computed}
+        total: Any = sum(self.weight(name) * loss for name, loss in computed.items())
+        return {"loss": total, **computed}
 
     def weight(self, objective: str) -> float:
         """The weight of a loss; a loss with weight 0 is not computed."""

@@ -282,7 +282,7 @@ class Beit(nn.Module):
         """
         for layer in self.prune_layers:
             block: Any = self.blocks[layer]
-            block.pruning = replace(block.pruning, keep_rate=keep_rate)
+            block.set_keep_rate(keep_rate)
 
     def load_pretrained(
         self,
@@ -415,6 +415,18 @@ class BeitBlock(nn.Module):
     def _mlp(self, x: Tensor) -> Tensor:
         out = self.mlp(self.norm2(x))
         return x + self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
+
+    def set_keep_rate(self, keep_rate: float) -> None:
+        """Set the keep rate of a block that prunes.
+
+        A method, because a module that wraps the block passes on calls, but keeps attributes.
+
+        Raises:
+            ValueError: keep_rate is not in (0, 1], or the block does not prune.
+        """
+        if self.pruning is None:
+            raise ValueError("need a block with pruning to set its keep rate")
+        self.pruning = replace(self.pruning, keep_rate=keep_rate)
 
     def extra_repr(self) -> str:
         return f"pruning={self.pruning}, backend={self.backend!r}"

@@ -1,6 +1,7 @@
 """A transformer block that can prune its tokens."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -186,6 +187,18 @@ class Block(nn.Module):
             raise ValueError(f"need x [B, N, C] with CLS first, or groups, got {tuple(x.shape)}")
         if x.shape[-1] != self.dim:
             raise ValueError(f"need x of {self.dim} channels, got {tuple(x.shape)}")
+
+    def set_keep_rate(self, keep_rate: float) -> None:
+        """Set the keep rate of a block that prunes.
+
+        A method, because a module that wraps the block passes on calls, but keeps attributes.
+
+        Raises:
+            ValueError: keep_rate is not in (0, 1], or the block does not prune.
+        """
+        if self.pruning is None:
+            raise ValueError("need a block with pruning to set its keep rate")
+        self.pruning = replace(self.pruning, keep_rate=keep_rate)
 
     def extra_repr(self) -> str:
         return f"pruning={self.pruning}, backend={self.backend!r}"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -187,7 +187,7 @@ class ViT(nn.Module):
         """
         for layer in self.prune_layers:
             block: Any = self.blocks[layer]
-            block.pruning = replace(block.pruning, keep_rate=keep_rate)
+            block.set_keep_rate(keep_rate)
 
     def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> list[str]:
         """Load the weights of a ViT, DeiT, MAE or CLIP visual tower.

@@ -1,4 +1,7 @@
-"""Atomic checkpoints: weights in safetensors, the other state without pickled code."""
+"""Atomic checkpoints: weights in safetensors, the other state without pickled code.
+
+The weights are one file, or one of each rank if the model is sharded; see `vidl.training.sharded`.
+"""
 
 import errno
 import hashlib
@@ -21,6 +24,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from vidl.files import named
+from vidl.training import sharded
+from vidl.training.parallel import Ranks, is_sharded
 
 NAME = re.compile(r"step-(\d{8,})")
 # What a run that was killed may leave: a checkpoint that it was writing or removing.
@@ -69,14 +74,23 @@ def chosen(folder: Path, step: int | None = None) -> Path | None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
     try:
-        for name in (WEIGHTS, STATE):
-            _check(checkpoint / name)
+        for name in _names(checkpoint):
+            _check(checkpoint, name)
         if not (checkpoint / CHECKSUMS).is_file():  # written by an older version
             for name in (WEIGHTS, STATE):
                 _read(checkpoint / name, "cpu")
     except (OSError, ValueError) as error:
         return str(error)
     return None
+
+
+def _names(checkpoint: Path) -> list[str]:
+    """The files that a checkpoint must have."""
+    if not (checkpoint / sharded.WEIGHTS).is_dir():
+        return [WEIGHTS, STATE]
+    if not (checkpoint / CHECKSUMS).is_file():
+        raise ValueError(f"{CHECKSUMS} is missing")
+    return list(json.loads((checkpoint / CHECKSUMS).read_text()))
 
 
 def abandon(folder: Path, step: int) -> list[Path]:
@@ -99,13 +113,13 @@ def save(
     state: Mapping[str, Any],
     *,
     keep: int,
-    write: bool = True,
+    ranks: Ranks,
 ) -> None:
     """Write a checkpoint, then remove the oldest ones.
 
-    A checkpoint has the full weights and optimizer state under the parameter names of the model,
-    however the model is sharded. Every rank must call this; one rank writes, and holds a copy of
-    both in memory.
+    Weights and optimizer state have the parameter names of the model. If FSDP2 shards the model,
+    each rank writes its own part; otherwise the first rank writes all of them. Every rank must call
+    this, and all of them must see the same folder.
 
     Args:
         folder: folder of the run.
@@ -113,40 +127,54 @@ def save(
         model, optimizer: of the run.
         state: other state; types that `torch.load(weights_only=True)` accepts.
         keep: number of checkpoints to keep.
-        write: whether this rank writes.
+        ranks: this rank.
 
     Raises:
         OSError: a file cannot be written, as on a full disk; names it, and leaves nothing behind.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: Any = get_model_state_dict(model, options=options)
-    optimizer_state = get_optimizer_state_dict(model, optimizer, options=options)
-    if not write:
-        return
-    from safetensors.torch import save as to_bytes
-
     checkpoints = folder / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
     unfinished = checkpoints / f".step-{step:08}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    final = checkpoints / f"step-{step:08}"
+    whole = {**state, "step": step}
     try:
-        unfinished.mkdir()
-        content = to_bytes({name: x.contiguous() for name, x in weights.items()})
-        _write(unfinished / WEIGHTS, lambda file: file.write(content))
-        whole = {**state, "step": step, "optimizer": optimizer_state}
+        if ranks.first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        ranks.wait()
+        if is_sharded(model):
+            sharded.save(unfinished, model, optimizer)
+            own = sharded.files(unfinished, ranks.rank)
+            sums = {str(path.relative_to(unfinished)): _checksum(path) for path in own}
+            sums = dict(item for part in ranks.gathered(sums) for item in part.items())
+        elif ranks.first:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            whole["optimizer"] = get_optimizer_state_dict(model, optimizer, options=options)
+            sums = _write_weights(unfinished, get_model_state_dict(model, options=options))
+        if not ranks.first:
+            return
         _write(unfinished / STATE, lambda file: torch.save(whole, file))
-        sums = {name: _checksum(unfinished / name) for name in (WEIGHTS, STATE)}
+        sums[STATE] = _checksum(unfinished / STATE)
         _write(unfinished / CHECKSUMS, lambda file: file.write(json.dumps(sums).encode()))
-        _folder_to_disk(unfinished)
+        for path in (*unfinished.glob("*/"), unfinished):
+            _folder_to_disk(path)
+        final = checkpoints / f"step-{step:08}"
         if final.exists():  # the same run at the same step: identical
             shutil.rmtree(final)
         unfinished.rename(final)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if ranks.first:
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise
     _folder_to_disk(checkpoints)
     _remove_old(folder, keep)
+
+
+def _write_weights(checkpoint: Path, weights: Any) -> dict[str, str]:
+    """Write the whole weights to one file; returns its checksum by its name."""
+    from safetensors.torch import save as to_bytes
+
+    content = to_bytes({name: x.contiguous() for name, x in weights.items()})
+    _write(checkpoint / WEIGHTS, lambda file: file.write(content))
+    return {WEIGHTS: _checksum(checkpoint / WEIGHTS)}
 
 
 def load(
@@ -157,10 +185,13 @@ def load(
     Returns:
         The other state.
     """
+    state = torch.load(checkpoint / STATE, map_location=device, weights_only=True)
+    if (checkpoint / sharded.WEIGHTS).is_dir():
+        sharded.load(checkpoint, model, optimizer)
+        return state
     options = StateDictOptions(full_state_dict=True)
     weights: Any = weights_of(checkpoint, device)
     set_model_state_dict(model, weights, options=options)
-    state = torch.load(checkpoint / STATE, map_location=device, weights_only=True)
     set_optimizer_state_dict(model, optimizer, state.pop("optimizer"), options=options)
     return state
 
@@ -178,11 +209,15 @@ def weights_of(path: str | Path, device: torch.device | str = "cpu") -> dict[str
     """
     path = Path(path)
     checkpoint = newest(path) or path
+    if (checkpoint / sharded.WEIGHTS).is_dir():
+        if (problem := damage(checkpoint)) is not None:
+            raise ValueError(f"the checkpoint {checkpoint} is damaged ({problem})")
+        return sharded.weights(checkpoint, device)
     file = checkpoint / WEIGHTS if checkpoint.is_dir() else checkpoint
     if not file.is_file():
         without = f" without {file}" if checkpoint.is_dir() else ""
         raise ValueError(f"need a run, a checkpoint or a file of weights, got {path}{without}")
-    _check(file)
+    _check(file.parent, file.name)
     state = _read(file, device)
     for nested in ("model", "state_dict"):
         if isinstance(state.get(nested), dict):
@@ -206,18 +241,19 @@ def _read(file: Path, device: torch.device | str) -> dict[str, Any]:
         raise ValueError(f"cannot read {file}: {' '.join(str(error).split())[:300]}") from error
 
 
-def _check(file: Path) -> None:
-    """Compare a file with its checksum, if it has one.
+def _check(checkpoint: Path, name: str) -> None:
+    """Compare a file of a checkpoint with its checksum, if it has one.
 
     Raises:
         ValueError: the file is missing or damaged.
     """
+    file = checkpoint / name
     if not file.is_file():
-        raise ValueError(f"{file.name} is missing")
-    sums = file.parent / CHECKSUMS
+        raise ValueError(f"{name} is missing")
+    sums = checkpoint / CHECKSUMS
     if sums.is_file():
         known = json.loads(sums.read_text())
-        if known.get(file.name, digest := _checksum(file)) != digest:
+        if known.get(name, digest := _checksum(file)) != digest:
             raise ValueError(f"{file} is not as it was written: its checksum differs")
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from vidl import models
 from vidl import overrides as grammar
+from vidl.data.augment import Augment
 from vidl.files import replaced
 from vidl.models import Recipe
 from vidl.models.recipe import types_of
@@ -62,11 +63,15 @@ class Start:
 class Data:
     """Training data. model.frames and model.image_size set the size of a clip."""
 
-    source: Literal["clips", "shards", "moving_shapes"] = _field(
-        "clips", "clips (annotation files), shards (webdataset) or moving_shapes (synthetic)"
+    source: Literal["clips", "shards", "datasets", "moving_shapes"] = _field(
+        "clips",
+        "clips (annotation files), shards (webdataset), datasets (tables streamed by Hugging Face "
+        "datasets) or moving_shapes (synthetic)",
     )
     files: list[str] = _field(
-        [], "annotations (.arrow, .json, .csv, folders), or shards (.tar); globs of them"
+        [],
+        "annotations (.arrow, .json, .csv, folders), shards (.tar) or tables of datasets "
+        "(.parquet, .arrow, .jsonl, .csv); globs of them",
     )
     media: str | None = _field(None, "folder of the clips; default: beside each annotation file")
     outside: bool = _field(
@@ -93,6 +98,11 @@ class Data:
         True, "flip half of the clips, except those whose caption says left or right"
     )
     scale: tuple[float, float] = _field((0.5, 1.0), "smallest and largest area of a random crop")
+    augment: Augment = _field(
+        "none",
+        "randaugment, trivialaugment or jitter (torchvision), the same for all frames of a clip; "
+        "none",
+    )
     broken: float = _field(0.1, "stop if a larger share of the clips cannot be read")
     match: Literal["clip", "caption"] = _field(
         "clip", "samples with the same clip, or caption, are not negatives of each other"
@@ -119,6 +129,11 @@ class Optimizer:
     clip: float = _field(1.0, "maximal gradient norm; 0: no clipping")
     accumulate: int = _field(
         1, "batches of a step; contrastive negatives come from one batch of all ranks"
+    )
+    chunk: int = _field(
+        0,
+        "clips encoded at a time, for contrastive batches larger than the memory: the same "
+        "gradients for a second forward pass; 0: all of data.batch_size",
     )
 
 
@@ -186,6 +201,8 @@ SECTIONS: dict[str, type] = {
     "evaluation": Evaluation,
     "run": Run,
 }
+# Sources that are read as a stream, so that their captions are not known in advance.
+STREAMS = ("shards", "datasets")
 # Fields that may change when a run resumes: they do not affect what is computed.
 FREE = ("run.", "evaluation.", "data.workers", "data.broken", "data.media", "data.outside")
 NOT_FREE = ("run.seed", "run.precision")
@@ -215,6 +232,7 @@ class Config:
             "data.words": 3, "data.batch_size": 1, "data.workers": 0, "data.clips": 1,
             "data.looks": 0,
             "optimizer.lr": 0, "optimizer.clip": 0, "optimizer.accumulate": 1,
+            "optimizer.chunk": 0,
             "schedule.steps": 1, "schedule.warmup": 0, "schedule.prune_over": 0,
             "run.threads": 0, "run.log_every": 1, "run.save_every": 1, "run.keep": 1,
             "evaluation.every": 0, "evaluation.rerank": 0, "evaluation.pairs": 1,
@@ -232,6 +250,12 @@ class Config:
                 f"need data.scale as two ascending shares of the area above 0, up to 1, got "
                 f"{list(self.data.scale)}"
             )
+        chunk = self.optimizer.chunk
+        if chunk and self.data.batch_size % chunk:
+            raise ValueError(
+                f"need data.batch_size as a multiple of optimizer.chunk={chunk}, got "
+                f"{self.data.batch_size}"
+            )
         if self.data.source != "moving_shapes" and not self.data.files:
             raise ValueError(f"need data.files with data.source {self.data.source!r}, got none")
         if not self.data.rate > 0:
@@ -240,6 +264,11 @@ class Config:
             raise ValueError(
                 "need data.sampling=spans with data.source=moving_shapes, whose frames are drawn, "
                 f"got {self.data.sampling}"
+            )
+        if self.data.source == "moving_shapes" and self.data.augment != "none":
+            raise ValueError(
+                "need data.augment=none with data.source moving_shapes, whose captions name "
+                f"colours, got {self.data.augment}"
             )
         if self.start.text and not self.data.tokenizer:
             raise ValueError("need data.tokenizer, the tokenizer of start.text")

@@ -33,6 +33,8 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
         problem = ranks.gathered(problem)[0]
         if problem is not None:
             raise ValueError(f"{folder} is in use by {problem}: need another run.folder, or wait")
+        if int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)) < ranks.world_size:
+            check_shared(folder, ranks)
         yield
     finally:
         if file is not None:
@@ -41,6 +43,26 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
                 (folder / NAME).unlink()
                 folder.rmdir()
             file.close()
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Check that all ranks write to the same folder; all of them must call this.
+
+    Raises:
+        ValueError: the first rank does not see what another one writes.
+    """
+    marks = [folder / f".rank-{rank}" for rank in range(ranks.world_size)]
+    folder.mkdir(parents=True, exist_ok=True)
+    marks[ranks.rank].touch()
+    ranks.wait()
+    unseen = [rank for rank, mark in enumerate(marks) if not mark.exists()]
+    unseen = ranks.gathered(unseen)[0]
+    marks[ranks.rank].unlink()
+    if unseen:
+        raise ValueError(
+            "need run.folder on a file system that all nodes share: rank 0 does not see what rank "
+            f"{', '.join(map(str, unseen))} writes to {folder.absolute()}"
+        )
 
 
 def _lock(file: TextIO) -> str | None:

@@ -7,20 +7,29 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 
 from vidl import models
 from vidl.data.dataset import Batch
 from vidl.data.text import load_tokenizer
 from vidl.data.video import generator
 from vidl.nn.checkpoints import load_or_explain
-from vidl.training import checkpoints, measures, names, optimizer, parallel, sources, trackers
-from vidl.training.config import Config
+from vidl.training import (
+    checkpoints,
+    chunks,
+    measures,
+    names,
+    optimizer,
+    parallel,
+    sources,
+    trackers,
+)
+from vidl.training.config import STREAMS, Config
 from vidl.training.frozen import frozen
 from vidl.training.frozen import save as save_choices
 from vidl.training.inputs import arguments
@@ -116,7 +125,7 @@ class Training:
         file = self.folder / "config.yaml"
         resumes = self.checkpoint is not None and file.exists()
         changed = self.config.changed(Config.read(file)) if resumes else []
-        if "data.batch_size" in changed and self.config.data.source != "shards":
+        if "data.batch_size" in changed and self.config.data.source not in STREAMS:
             # the global batch must be the same: the sampler compares it
             changed.remove("data.batch_size")
         if changed:
@@ -145,6 +154,8 @@ class Training:
         run, start = self.config.run, self.config.start
         torch.manual_seed(run.seed)
         model = self.new_model()
+        if self.config.optimizer.chunk:
+            chunks.check(model)
         if self.checkpoint is None:
             if start.model is not None:
                 file = names.local(start.model, "start.model", names.WEIGHTS, marked=True)
@@ -167,10 +178,10 @@ class Training:
         if teacher is not None:
             models.abilities.need(model, models.Taught, to="for start.teacher")
             self._check_system(teacher, "start.teacher")
-            if self.config.data.source == "shards":
+            if self.config.data.source in STREAMS:
                 raise ValueError(
                     "need data.source clips or moving_shapes with start.teacher, which reads all "
-                    "captions in advance, got shards"
+                    f"captions in advance, got {self.config.data.source}"
                 )
             tokenizer = load_tokenizer(folder_of(teacher))
             captions = itertools.islice(sources.captions(self.config), sources.CAPTIONS)
@@ -217,7 +228,7 @@ class Training:
 
     def whole_model(self) -> Any:
         """The model with all weights on this rank; under FSDP2 a copy."""
-        if not isinstance(self.model, FSDPModule):
+        if not parallel.is_sharded(self.model):
             return self.model
         weights = get_model_state_dict(
             self.parallel, options=StateDictOptions(full_state_dict=True)
@@ -245,7 +256,7 @@ class Training:
             self.optimizer,
             state,
             keep=self.config.run.keep,
-            write=self.ranks.first,
+            ranks=self.ranks,
         )
         self.ranks.wait()
 
@@ -317,15 +328,10 @@ class Training:
         self._keep_rate(schedule.prune_over)
         losses: dict[str, Tensor] = {}
         for part in range(options.accumulate):
-            inputs = self._inputs(next(batches))
             # dropout depends on the step only, so its generator need not be saved
             place = self.step * options.accumulate + part
             random = generator(self.config.run.seed, place, self.ranks.rank, "dropout")
-            torch.manual_seed(random.getrandbits(63))
-            with parallel.synced(self.parallel, part == options.accumulate - 1):
-                with self._autocast():
-                    outputs = self.parallel(**inputs)
-                (outputs["loss"] / options.accumulate).backward()
+            outputs = self._backward(next(batches), random, part == options.accumulate - 1)
             for name, loss in outputs.items():
                 losses[name] = losses.get(name, 0) + loss.detach() / options.accumulate
         norm = parallel.clip(self.parallel, self.ranks, options.clip)
@@ -335,6 +341,23 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return losses, norm
+
+    def _backward(self, batch: Batch, random: Random, last: bool) -> dict[str, Tensor]:
+        """Add the gradients of a batch; returns its losses."""
+        options = self.config.optimizer
+        if options.chunk:
+            inputs = [self._inputs(part) for part in batch.split(options.chunk)]
+            seeds = [random.getrandbits(63) for _ in inputs]
+            return chunks.backward(
+                self.model, self.parallel, inputs, seeds, self._autocast,
+                scale=1 / options.accumulate, last=last,
+            )  # fmt: skip
+        torch.manual_seed(random.getrandbits(63))
+        with parallel.synced(self.parallel, last):
+            with self._autocast():
+                outputs = self.parallel(**self._inputs(batch))
+            (outputs["loss"] / options.accumulate).backward()
+        return outputs
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         return arguments(

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from vidl.evaluation.encoding import of_all_ranks
 
@@ -111,6 +113,11 @@ def wrap(model: nn.Module, kind: str, ranks: Ranks) -> nn.Module:
     return model
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards the model, so that a rank has a part of each weight only."""
+    return isinstance(model, FSDPModule)
+
+
 def whole(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that FSDP2 does not shard."""
     named = model.named_parameters()
@@ -149,7 +156,7 @@ def clip(model: nn.Module, ranks: Ranks, most: float) -> Tensor:
 
     Also averages the gradients of the parameters that FSDP2 does not shard.
     """
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         for parameter in whole(model).values():
             if parameter.grad is not None:
                 ranks.mean(parameter.grad)
@@ -172,17 +179,10 @@ def _without(tensors: list[Tensor], others: list[Tensor]) -> list[Tensor]:
 
 
 def recompute(model: nn.Module) -> None:
-    """Checkpoint the activations of transformer blocks; parameter names do not change.
+    """Checkpoint the activations of transformer blocks; names in a state_dict do not change.
 
     The ops are deterministic, so a pruning block selects the same tokens when it is recomputed.
     """
-    for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
-        for block in blocks:
-            block.forward = _recomputed(block.forward)
-
-
-def _recomputed(forward: Any) -> Any:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = {block for blocks in lists for block in blocks}
+    apply_activation_checkpointing(model, check_fn=blocks.__contains__)

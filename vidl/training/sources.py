@@ -15,7 +15,7 @@ from vidl.data.shards import ShardStream
 from vidl.data.text import Tokenizer, load_tokenizer, train_tokenizer
 from vidl.masking import Vocabulary
 from vidl.models import Recipe
-from vidl.training.config import Config
+from vidl.training.config import STREAMS, Config
 from vidl.training.names import TOKENIZER, local
 
 # Captions from which a vocabulary is built, at most.
@@ -33,7 +33,8 @@ def open_tokenizer(config: Config, resumed: Path | None) -> Tokenizer:
         resumed: folder of the run that is resumed; None: a new run.
 
     Raises:
-        ValueError: there is none, and the data are shards, whose captions are not read in advance.
+        ValueError: there is none, and the data are a stream, whose captions are not read in
+            advance.
     """
     data = config.data
     if resumed is not None:
@@ -42,8 +43,8 @@ def open_tokenizer(config: Config, resumed: Path | None) -> Tokenizer:
         return load_tokenizer(local(data.tokenizer, "data.tokenizer", TOKENIZER))
     if config.start.model is not None and (Path(config.start.model) / "tokenizer.json").is_file():
         return load_tokenizer(config.start.model)
-    if data.source == "shards":
-        raise ValueError("need data.tokenizer with data.source 'shards'")
+    if data.source in STREAMS:
+        raise ValueError(f"need data.tokenizer with data.source {data.source!r}")
     return train_tokenizer(itertools.islice(captions(config), CAPTIONS))
 
 
@@ -61,9 +62,14 @@ def open_loader(
     data = config.data
     dataset = open_clips(config, recipe, tokenizer)
     options: dict[str, Any] = dict(workers=data.workers, limit=data.broken)
-    if isinstance(dataset, Clips) and data.source == "shards":
-        stream = ShardStream(data.files, dataset, data.batch_size, rank=rank, world_size=world_size)
-        return Loader(stream, **options)
+    if isinstance(dataset, Clips) and data.source in STREAMS:
+        place: dict[str, Any] = dict(rank=rank, world_size=world_size)
+        if data.source == "shards":
+            return Loader(ShardStream(data.files, dataset, data.batch_size, **place), **options)
+        from vidl.data.tables import TableStream
+
+        place |= dict(media=data.media, outside=data.outside)
+        return Loader(TableStream(data.files, dataset, data.batch_size, **place), **options)
     sampler = EpochSampler(
         dataset.kinds(), data.batch_size, seed=config.run.seed, rank=rank, world_size=world_size
     )
@@ -71,19 +77,20 @@ def open_loader(
 
 
 def open_clips(config: Config, recipe: Recipe, tokenizer: Tokenizer | None) -> ClipSet:
-    """The training clips; for shards, the sample options without rows."""
+    """The training clips; for a stream, the sample options without rows."""
     data = config.data
     sizes: dict[str, Any] = dict(frames=recipe.training_frames, size=recipe.image_size)
     words: dict[str, Any] = dict(seed=config.run.seed, tokenizer=tokenizer, words=data.words)
     if data.source == "moving_shapes":
         sizes |= dict(task=data.task, difficulty=data.difficulty, looks=data.looks)
         return MovingShapes("train", data.clips, **sizes, **words)
-    rows = [] if data.source == "shards" else annotated(config)
+    rows = [] if data.source in STREAMS else annotated(config)
     _require_pairs(rows, data.task == "pair", "data.files")
     kind = CachedClips if data.cache else Clips
     return kind(
-        rows, train=True, flip=data.flip, scale=data.scale, decoder=data.decoder,
-        sampling=_sampling(config, recipe, recipe.training_frames), **sizes, **words,
+        rows, train=True, flip=data.flip, scale=data.scale, augment=data.augment,
+        decoder=data.decoder, sampling=_sampling(config, recipe, recipe.training_frames),
+        **sizes, **words,
     )  # fmt: skip
 
 
