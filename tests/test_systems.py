@@ -35,6 +35,7 @@ OWN = {
     "alpro": dict(text_layers=1, merge_layers=1, entities=4),
     "vindlu": dict(prune_layers=(0,), text_layers=1, fusion_layers=1),
     "svitt": dict(prune_layers=(0,), text_layers=1, fusion_layers=2, block=4, random_blocks=1),
+    "omnivl": dict(text_layers=1, fusion_layers=1, writer_layers=1, queue=8),
 }  # fmt: skip
 RUN = [
     "data.source=moving_shapes", "data.clips=16", "data.words=12", "data.batch_size=4",

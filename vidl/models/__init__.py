@@ -21,6 +21,7 @@ from vidl.models.cards import Card
 from vidl.models.finetuned import FineTuned
 from vidl.models.fusing import FusionRecipe
 from vidl.models.mac import Mac, MacRecipe
+from vidl.models.omnivl import Omnivl, OmnivlRecipe
 from vidl.models.ranking import Ranking
 from vidl.models.recipe import Recipe, VitRecipe, types_of
 from vidl.models.simvtp import SimVtp, SimVtpRecipe
@@ -34,7 +35,7 @@ from vidl.models.vindlu import Vindlu, VindluRecipe
 from vidl.models.vlc import Vlc, VlcRecipe
 from vidl.overrides import convert
 
-from . import alpro, mac, simvtp, singularity, smaug, svitt, vindlu, vlc
+from . import alpro, mac, omnivl, simvtp, singularity, smaug, svitt, vindlu, vlc
 
 __all__ = [
     "MODELS",
@@ -57,6 +58,8 @@ __all__ = [
     "Mac",
     "MacRecipe",
     "Matches",
+    "Omnivl",
+    "OmnivlRecipe",
     "Ranking",
     "Recipe",
     "Seen",
@@ -116,6 +119,7 @@ MODELS: dict[str, Entry] = {
     "simvtp": Entry(SimVtp, simvtp.PRESETS),
     "vlc": Entry(Vlc, vlc.PRESETS),
     "alpro": Entry(Alpro, alpro.PRESETS),
+    "omnivl": Entry(Omnivl, omnivl.PRESETS),
 }
 
 

@@ -101,15 +101,16 @@ class Fusing(TwoTowers):
         r = recipe
         self.text = Bert(
             r.vocabulary.size, r.text_width, r.text_layers, r.fusion_layers, r.text_heads,
-            visual_width=r.width, dropout=r.dropout, mlm_head=r.mlm > 0, backend=r.backend,
+            visual_width=r.width, dropout=r.dropout, backend=r.backend,
+            mlm_head="mlm" in self.objectives and r.mlm > 0,
         )  # fmt: skip
 
-    def add_heads(self, recipe: Any) -> None:
-        """Create the projections, the contrastive loss and the classifier of pairs."""
+    def add_heads(self, recipe: Any, contrast: ContrastiveLoss | None = None) -> None:
+        """Create the projections, the contrastive loss unless given, and the classifier of pairs."""
         r = recipe
         self.project_clip = Projection(r.width, r.embed_dim)
         self.project_text = Projection(r.text_width, r.embed_dim)
-        self.contrast = ContrastiveLoss(r.temperature, gather=r.gather)
+        self.contrast = contrast or ContrastiveLoss(r.temperature, gather=r.gather)
         self.matches = nn.Linear(r.text_width, 2)
 
     def see(self, inputs: Inputs) -> Seen:

@@ -11,6 +11,7 @@ from vidl.nn.frames_in_time import BertInTime, FramesInTime, groups_in_time
 from vidl.nn.joint_vit import JointViT
 from vidl.nn.keys_of_text import KeysOfText
 from vidl.nn.merged import Merged
+from vidl.nn.momentum import Momentum
 from vidl.nn.patch_embed import MaskedPatchEmbed
 from vidl.nn.positions import inflate_table, resize_table
 from vidl.nn.projection import Projection
@@ -36,6 +37,7 @@ __all__ = [
     "MaeDecoder",
     "MaskedPatchEmbed",
     "Merged",
+    "Momentum",
     "Projection",
     "Pruning",
     "SelectedFrames",
