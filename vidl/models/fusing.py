@@ -106,7 +106,7 @@ class Fusing(TwoTowers):
         )  # fmt: skip
 
     def add_heads(self, recipe: Any, contrast: ContrastiveLoss | None = None) -> None:
-        """Create the projections, the contrastive loss unless given, and the classifier of pairs."""
+        """Create projections, the classifier of pairs, and the contrastive loss if not given."""
         r = recipe
         self.project_clip = Projection(r.width, r.embed_dim)
         self.project_text = Projection(r.text_width, r.embed_dim)

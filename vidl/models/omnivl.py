@@ -221,10 +221,9 @@ class Omnivl(Fusing):
 
         See `TimeSformer.resized`. The queue is empty again.
         """
-        vision = {
-            n.removeprefix("vision."): x for n, x in weights.items() if n.startswith("vision.")
-        }
-        moved = {f"vision.{name}": x for name, x in self.vision.resized(vision).items()}
+        part = "vision."
+        vision = {n.removeprefix(part): x for n, x in weights.items() if n.startswith(part)}
+        moved = {f"{part}{name}": x for name, x in self.vision.resized(vision).items()}
         new = ("momentum.", "contrast.queue.")
         own = {name: x for name, x in self.state_dict().items() if name.startswith(new)}
         return {**weights, **moved, **own}
@@ -236,11 +235,10 @@ class _Texts:
     def __init__(self, model: Omnivl) -> None:
         self.model = model
 
-    def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> list[str]:
+    def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> None:
         """See `Bert.load_pretrained`."""
-        skipped = self.model.text.load_pretrained(state_dict)
+        self.model.text.load_pretrained(state_dict)
         self.model.decoder.start_from(self.model.text)
-        return skipped
 
 
 def clip_encoder(recipe: Any) -> TimeSformer:

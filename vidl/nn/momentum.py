@@ -1,7 +1,7 @@
 """Copies of modules that follow them slowly."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vidl.kernels.arguments import finite
 
@@ -29,6 +29,8 @@ class Momentum(nn.Module):
             raise ValueError(f"need rate in [0, 1], got {rate}")
         self.rate = rate
         for name, copy in copies.items():
+            if not isinstance(copy, nn.Module):
+                raise TypeError(f"need {name} as a module, got {type(copy).__name__}")
             self.add_module(name, copy)
         self.requires_grad_(False)
         self.eval()
@@ -39,15 +41,28 @@ class Momentum(nn.Module):
 
     @torch.no_grad()
     def start(self, model: nn.Module) -> None:
-        """Set the copies equal to the parts of a model."""
-        for name, parameter in self.named_parameters():
-            parameter.copy_(model.get_parameter(name))
+        """Set the copies equal to the parts of a model.
+
+        Raises:
+            TypeError, ValueError: the model is no module, or lacks a part.
+        """
+        for own, part in self._pairs(model):
+            own.copy_(part)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the copies towards the parts of a model."""
-        for name, parameter in self.named_parameters():
-            parameter.lerp_(model.get_parameter(name), 1 - self.rate)
+        """Move the copies towards the parts of a model; errors are those of `start`."""
+        for own, part in self._pairs(model):
+            own.lerp_(part, 1 - self.rate)
+
+    def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"need model as a module, got {type(model).__name__}")
+        parts = dict(model.named_parameters())
+        own = dict(self.named_parameters())
+        if missing := [name for name in own if name not in parts]:
+            raise ValueError(f"need model with the parameters {', '.join(missing)}")
+        return [(parameter, parts[name]) for name, parameter in own.items()]
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

@@ -271,6 +271,7 @@ class TimeSformer(nn.Module):
         Embeddings of time are resampled (nearest). With `stills`, weights of `num_frames=1` saw
         images only: the patch embedding of clips becomes that of images, inflated as in ViViT.
         """
+        check_state(state_dict)
         state = dict(state_dict)
         if "time_embed" not in state or state["time_embed"].shape[1] == self.num_frames:
             return state

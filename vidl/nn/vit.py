@@ -278,9 +278,10 @@ def encoder_weights(
 
 
 def inflated(weight: Tensor, tubelet: Sequence[int]) -> Tensor:
-    """The patch embedding of images, [C, C_in, h, w], for tubelets of (t,) frames; () is unchanged.
+    """The patch embedding of images, [C, C_in, h, w], for tubelets of (t,) frames; (): unchanged.
 
-    Each of the t frames gets the image's weights divided by t. Source: ViViT, arXiv 2103.15691, 3.4.
+    Each of the t frames gets the weights of images divided by t. Source: ViViT, arXiv 2103.15691,
+    3.4.
     """
     if not tubelet:
         return weight

@@ -1,4 +1,4 @@
-"""Losses: contrastive (VTC, UniVLC), matching (VTM), masked words (MLM) and pixels (MVM), and WPA."""
+"""Losses: contrastive (VTC, UniVLC), matching (VTM), masked words and pixels (MLM, MVM), WPA."""
 
 from vidl.objectives.contrastive import ContrastiveLoss, gather_with_gradient
 from vidl.objectives.masked import MaskedPatchLoss, masked_word_loss

@@ -4,10 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidl.kernels.arguments import check_count, check_dtype, check_shape
+from vidl.kernels.arguments import (
+    check_count,
+    check_dtype,
+    check_floating,
+    check_shape,
+    check_tensors,
+)
 from vidl.objectives.contrastive import (
     ContrastiveLoss,
-    check_clip_ids,
     check_features,
     direction,
     gather_with_gradient,
@@ -59,6 +64,8 @@ class Queue(nn.Module):
         Raises:
             ValueError: the shapes do not fit, or the batch of all ranks is larger than the queue.
         """
+        check_tensors(video=video, text=text, ids=ids, queue=self.video)
+        check_floating(video=video, text=text)
         check_shape("video", video, "B", self.video.shape[1])
         check_shape("text", text, *video.shape)
         check_dtype("ids", ids, torch.int64)
@@ -134,15 +141,19 @@ class UnifiedContrastiveLoss(ContrastiveLoss):
         """
         if self.queue is None:
             return super().forward(video, text, clip_ids)
-        check_features(video, text)
+        check_features(video, text, clip_ids)
         if keys is None or clip_ids is None:
             raise ValueError("need keys and clip_ids with a queue, got None")
-        check_features(*keys)
-        check_clip_ids(clip_ids, text.shape[0])
-        for name, x in (("video", video), ("keys", keys[0]), ("keys", keys[1])):
+        if not isinstance(keys, tuple) or len(keys) != 2:
+            raise TypeError(f"need keys as the two features (video, text), got {keys!r}")
+        for name, x in (("keys of video", keys[0]), ("keys of text", keys[1])):
+            check_tensors(**{name: x, "text": text})
+            check_floating(**{name: x})
             check_shape(name, x, *text.shape)
-        self._clamp()
+        check_shape("video", video, *text.shape)
         own = clip_ids if clip_ids.ndim == 2 else clip_ids[:, None]
+        check_shape("clip_ids", own, text.shape[0], self.queue.ids.shape[1])
+        self._clamp()
         video, text = direction(video), direction(text)
         of_video, of_text = (direction(x.detach()) for x in keys)
         exist = torch.cat([self._gathered(own.new_ones(len(own))) > 0, self.queue.filled])

@@ -121,8 +121,8 @@ def whole(model: nn.Module) -> dict[str, nn.Parameter]:
 def freeze_unused(model: nn.Module, inputs: dict[str, Any]) -> None:
     """Freeze parameters without a gradient, such as heads whose loss has weight 0.
 
-    DDP would wait for their gradients, and the optimizer would have no state for them. Buffers, such
-    as a queue, keep their values.
+    DDP would wait for their gradients, and the optimizer would have no state for them. Buffers,
+    such as a queue, keep their values.
 
     Args:
         model: in training mode.

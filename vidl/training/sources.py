@@ -75,8 +75,8 @@ def _check_queue(recipe: Recipe, samples: int, batch: int) -> None:
     queue = getattr(recipe, "queue", 0)
     if queue and not batch <= queue <= samples:
         raise ValueError(
-            f"need model.queue=0, or from {batch}, the batch of all ranks, to {samples}, the samples "
-            f"of an epoch, got {queue}"
+            f"need model.queue=0, or from {batch}, the batch of all ranks, to {samples}, the "
+            f"samples of an epoch, got {queue}"
         )
 
 
