@@ -146,10 +146,8 @@ def test_a_step_with_a_queue_equals_plain_pytorch():
     inputs = batch(model)
     words = numbers_of(inputs["ids"], inputs["attention_mask"])
     # The first has the text of the samples 0 and 3, the second the clip of 1 and 4.
-    ids = torch.stack(
-        [torch.tensor([1, 6, 2]), torch.stack([words[0], words[2] + 1, words[2] + 2])]
-    )
-    queue.push(v, t, ids.T)
+    ids = torch.stack([torch.tensor([1, 6, 2]), words[[0, 2, 2]] + torch.tensor([0, 1, 2])], 1)
+    queue.push(v, t, ids)
     earlier = (v, t, [[0], [1], [], [0], [1]])
     plain.assert_same_step(model, inputs, lambda w: plain_losses(model, inputs, w, earlier))
     assert int(queue.pushed) == 3 + B and queue.ids[3:, 0].tolist() == [5, 6, 7, 8]
@@ -308,13 +306,7 @@ def test_ranks_may_see_images_and_clips_in_one_step(tmp_path):
 
 def test_base_is_the_reported_one():
     r = models.recipe("omnivl")
-    assert (r.frames, r.image_size, r.grid, r.mask_ratio, r.stills) == (
-        8,
-        224,
-        (8, 14, 14),
-        0,
-        "one",
-    )
+    assert (r.frames, r.image_size, r.grid, r.mask_ratio) == (8, 224, (8, 14, 14), 0)
     assert (r.width, r.depth, r.heads, r.text_width) == (768, 12, 12, 768)
     assert (r.vtc, r.vtm, r.lm, r.queue, r.momentum, r.temperature) == (1, 1, 1, 0, 0.995, 0.07)
 
