@@ -147,7 +147,7 @@ class UnifiedContrastiveLoss(ContrastiveLoss):
         if not isinstance(keys, tuple) or len(keys) != 2:
             raise TypeError(f"need keys as the two features (video, text), got {keys!r}")
         for name, x in (("keys of video", keys[0]), ("keys of text", keys[1])):
-            check_tensors(**{name: x, "text": text})
+            check_tensors((), **{name: x, "text": text})
             check_floating(**{name: x})
             check_shape(name, x, *text.shape)
         check_shape("video", video, *text.shape)
