@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidl.kernels.arguments import check_shape
 from vidl.masking import VisualKind, VisualMask
 from vidl.models.cards import Card
 from vidl.models.fusing import Fusing
@@ -133,6 +132,7 @@ class Omnivl(Fusing):
     objectives = {"vtc": unify, "vtm": match_hard, "lm": write_words}
     pretraining_only = ("decoder.", "momentum.", "contrast.queue.")
     not_joining = (*Fusing.not_joining, *pretraining_only)
+    axes = ("B", "N")
     contrast: UnifiedContrastiveLoss
 
     def __init__(self, recipe: OmnivlRecipe) -> None:
@@ -189,9 +189,6 @@ class Omnivl(Fusing):
         """
         self.check_clips(video, mask)
         return self.vision(video, None if mask is None else mask.ids_keep)
-
-    def _check_tokens(self, clips: Tensor) -> None:
-        check_shape("clips", clips, "B", "N", self.recipe.width)
 
     @property
     def writer(self) -> WordsDecoder:
