@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,8 @@ from vidl.nn.block import LAYER_NORM, Attention, Mlp, attend
 from vidl.nn.checkpoints import load_or_explain
 from vidl.nn.frames_in_time import zero_of
 from vidl.nn.patch_embed import MaskedPatchEmbed
-from vidl.nn.vit import encoder_weights, frame_ids, frames_of, grid_of, inflated, initialise
-
-# Parameters that image models do not have.
-TIME = ("temporal_", "time_embed")
+from vidl.nn.space_time import SpaceTimeEncoder
+from vidl.nn.vit import encoder_weights, frame_ids, inflated
 
 
 class TimeSformerBlock(nn.Module):
@@ -112,7 +109,7 @@ class TimeSformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class TimeSformer(nn.Module):
+class TimeSformer(SpaceTimeEncoder):
     """Divided space-time transformer whose CLS is in every frame, on the visible patches of clips.
 
     A patch attends to the patches at its place in the other frames, then to its frame and CLS; see
@@ -136,6 +133,9 @@ class TimeSformer(nn.Module):
         ValueError: options do not fit together.
     """
 
+    TIME = ("temporal_", "time_embed")
+    time_embed: Tensor
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -156,36 +156,17 @@ class TimeSformer(nn.Module):
         std: Sequence[float] | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        check_count("num_frames", num_frames, 1)
-        check_count("depth", depth)
+        super().__init__(
+            TimeSformerBlock, img_size, patch_size, in_chans, embed_dim, depth, num_heads,
+            mlp_ratio, qkv_bias, act_layer, norm_layer, num_frames=num_frames,
+            tubelet_size=tubelet_size, mean=mean, std=std, backend=backend,
+        )  # fmt: skip
         check_flag("stills", stills)
-        layer: Any = (num_heads, mlp_ratio, qkv_bias, act_layer, norm_layer, backend)
-        check_layer(embed_dim, *layer, width="embed_dim")
-        self.grid = grid_of(img_size, patch_size)
-        self.embed_dim, self.num_frames = embed_dim, num_frames
-        self.patch_embed = MaskedPatchEmbed(
-            patch_size, in_chans, embed_dim, tubelet_size, mean=mean, std=std, backend=backend
-        )
         self.image_embed = None
         if stills:
             self.image_embed = MaskedPatchEmbed(
                 patch_size, in_chans, embed_dim, mean=mean, std=std, backend=backend
             )
-        patches = self.grid[0] * self.grid[1]
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, embed_dim))
-        self.time_embed = nn.Parameter(torch.zeros(1, num_frames, embed_dim))
-        options: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, backend=backend)
-        blocks = [
-            TimeSformerBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, **options)
-            for _ in range(depth)
-        ]
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = norm_layer(embed_dim)
-        initialise(self)
-        for block in blocks:
-            block.reset_time()
         if stills and num_frames == 1:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(not _of_clips(name))
@@ -207,35 +188,29 @@ class TimeSformer(nn.Module):
             ValueError: the clip or the ids have another shape.
             RuntimeError: frames show different places (on CUDA as a device-side assertion).
         """
-        check_tensors(("ids_keep",), video=video, ids_keep=ids_keep, model=self.cls_token)
-        if video.ndim == 4:
-            video = video.unsqueeze(2)
-        embed: MaskedPatchEmbed = self.patch_embed
-        unused = self.image_embed
-        if still := self.image_embed is not None and video.ndim == 5 and video.shape[2] == 1:
-            embed, unused = self.image_embed, self.patch_embed
-        B, T = video.shape[0], frames_of(video, ids_keep, self.grid, embed)
-        if self.num_frames < T:
-            raise ValueError(f"need video of at most num_frames={self.num_frames} frames, got {T}")
-        ids = frame_ids(B, T, self.grid[0] * self.grid[1], ids_keep, video.device)
+        x, T = self.embed(video, ids_keep)
+        B = x.shape[0]
+        ids = frame_ids(B, T, self.grid[0] * self.grid[1], ids_keep, x.device)
         if ids_keep is not None:
             of_frames = ids.unflatten(0, (B, T))
             require(
                 (of_frames == of_frames[:, :1]).all(),
                 "need ids_keep with the same places in every frame: a mask of kind 'tube'",
             )
-        places = self.pos_embed[0, 1:]
-        position = places if still else (self.time_embed[0, :T], places)
-        x = embed(video, ids_keep, position=position)  # [B, K, C]
-        if unused is not None:
+        still = self.embedding(video) is self.image_embed
+        if self.image_embed is not None:
+            unused = self.patch_embed if still else self.image_embed
             x = x + zero_of([*unused.parameters(), self.time_embed])
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
-        x = torch.cat([cls, x], 1)
         space = Groups.equal(B * T, 1 + ids.shape[1], device=x.device)
         time = None if still else _through_time(B, T, ids.shape[1], x.device)
         for block in self.blocks:
             x = block(x, T, space, time)
         return self.norm(x)
+
+    def embedding(self, video: Tensor) -> MaskedPatchEmbed:
+        """See `SpaceTimeEncoder.embedding`."""
+        still = video.ndim == 4 or video.shape[2:3] == (1,)
+        return self.image_embed if self.image_embed is not None and still else self.patch_embed
 
     def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> list[str]:
         """Load the weights of a TimeSformer, of the authors or of Hugging Face, or of an image ViT.
@@ -256,13 +231,11 @@ class TimeSformer(nn.Module):
         """
         check_state(state_dict)
         state, skipped = encoder_weights({_name(n): x for n, x in state_dict.items()}, self)
-        own = [name for name in self.state_dict() if any(part in name for part in TIME)]
-        image = not any(name in state for name in own)
         for part in ("weight", "bias"):
             clips, images = f"patch_embed.proj.{part}", f"image_embed.proj.{part}"
             if self.image_embed is not None and clips in state:
                 state.setdefault(images, _of_frames(state[clips]))
-        load_or_explain(self, self.resized(state), may_miss=own if image else ())
+        load_or_explain(self, self.resized(state), may_miss=self.of_time(state))
         return skipped
 
     def resized(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -287,7 +260,7 @@ class TimeSformer(nn.Module):
 
 def _of_clips(name: str) -> bool:
     """Whether a parameter is not used for images, if there are `stills`."""
-    return name.startswith("patch_embed.") or any(part in name for part in TIME)
+    return name.startswith("patch_embed.") or any(part in name for part in TimeSformer.TIME)
 
 
 def _of_frames(parameter: Tensor) -> Tensor:
