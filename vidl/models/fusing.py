@@ -92,7 +92,7 @@ class Fusing(TwoTowers, Joining):
         "contrast.",
         "text.cls.",
     )
-    axes = ("B", "T", "N")
+    axes: ClassVar[tuple[str, ...]] = ("B", "T", "N")
     keys: KeysOfText | None = None  # the tokens that captions keep within the fusion
 
     def add_text(self, recipe: Any) -> None:
