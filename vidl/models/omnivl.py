@@ -31,7 +31,8 @@ class OmnivlRecipe(VitRecipe):
     frames of 224 pixels, ViT-B/16, 9 text layers, 3 layers of the alignment decoder and 3 of the
     generation decoder, the features of CLS, a temperature of 0.07 that is learned, no queue, a
     momentum of 0.995, all weights 1, masks (`mask_ratio`; 0 in the preset base), and the tiny and
-    small presets. Also ours: the queue has features of a momentum encoder, as in ALBEF.
+    small presets. Also ours: the queue has features of a momentum encoder, as in ALBEF, which sees
+    the same patches and has no dropout.
 
     Attributes:
         frames: 1 in the first stage, which trains on images, or on one frame of a clip. A run with
