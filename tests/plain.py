@@ -68,6 +68,44 @@ def blocks(w: Weights, x: Tensor, heads: int, seen: Tensor | None = None) -> Ten
     return x
 
 
+def attention(w: Weights, x: Tensor, heads: int) -> Tensor:
+    """Self-attention with the names of timm."""
+    q, k, v = linear(w.of("qkv"), x).chunk(3, -1)
+    return linear(w.of("proj"), softmax_attention(q, k, v, heads))
+
+
+def timesformer(
+    w: Weights, heads: int, pixels: Tensor, ids_keep: Tensor | None = None, still: bool = False
+) -> Tensor:
+    """CLS and patches frame by frame; `still`: images with their own embedding, without time."""
+    places = w["pos_embed"][0, 1:]
+    x = embedded(w.of("image_embed.proj" if still else "patch_embed.proj"), pixels)
+    B, T = len(x), x.shape[1] // len(places)
+    x = x + places.repeat(T, 1)
+    if not still:
+        x = x + w["time_embed"][0, :T].repeat_interleave(len(places), 0)
+    x = x if ids_keep is None else rows(x, ids_keep)
+    cls = (w["cls_token"] + w["pos_embed"][:, :1]).expand(B, -1, -1)
+    for number in range(len({name.split(".")[0] for name in w.of("blocks")})):
+        block = w.of(f"blocks.{number}")
+        if not still:
+            y = x.unflatten(1, (T, -1)).transpose(1, 2)  # [B, n, T, C]
+            of_places = norm(block.of("temporal_norm1"), y, 1e-6).flatten(0, 1)
+            moved = attention(block.of("temporal_attn"), of_places, heads).view_as(y)
+            x = x + linear(block.of("temporal_fc"), moved).transpose(1, 2).flatten(1, 2)
+        averages, frames = [], []
+        for frame in x.unflatten(1, (T, -1)).unbind(1):
+            y = norm(block.of("norm1"), torch.cat([cls, frame], 1), 1e-6)
+            out = attention(block.of("attn"), y, heads)
+            averages.append(out[:, :1])
+            frames.append(frame + out[:, 1:])
+        x = torch.cat([cls + sum(averages) / T, *frames], 1)
+        hidden = F.gelu(linear(block.of("mlp.fc1"), norm(block.of("norm2"), x, 1e-6)))
+        x = x + linear(block.of("mlp.fc2"), hidden)
+        cls, x = x[:, :1], x[:, 1:]
+    return norm(w.of("norm"), torch.cat([cls, x], 1), 1e-6)
+
+
 def relative_rows(ids: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """The rows of BEiT's table for CLS and patches ids [N] of a clip, [1 + N, 1 + N].
 

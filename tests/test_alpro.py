@@ -43,39 +43,6 @@ def batch(model, B=6, words=7):
     return inputs
 
 
-def timesformer(w, r, pixels, ids_keep=None):
-    """CLS and patches frame by frame."""
-    B, T, places = len(pixels), r.frames, (r.image_size // r.patch_size) ** 2
-    x = plain.embedded(w.of("patch_embed.proj"), pixels)
-    x = x + w["pos_embed"][0, 1:].repeat(T, 1) + w["time_embed"][0].repeat_interleave(places, 0)
-    x = x if ids_keep is None else plain.rows(x, ids_keep)
-    cls = (w["cls_token"] + w["pos_embed"][:, :1]).expand(B, -1, -1)
-
-    def attention(part, y):
-        q, k, v = plain.linear(part.of("qkv"), y).chunk(3, -1)
-        return plain.linear(part.of("proj"), plain.softmax_attention(q, k, v, r.heads))
-
-    for number in range(r.depth):
-        block = w.of(f"blocks.{number}")
-        y = x.unflatten(1, (T, -1)).transpose(1, 2)  # [B, n, T, C]
-        moved = attention(
-            block.of("temporal_attn"),
-            plain.norm(block.of("temporal_norm1"), y, 1e-6).flatten(0, 1),
-        ).view_as(y)
-        x = x + plain.linear(block.of("temporal_fc"), moved).transpose(1, 2).flatten(1, 2)
-        averages, patches = [], []
-        for frame in x.unflatten(1, (T, -1)).unbind(1):
-            y = plain.norm(block.of("norm1"), torch.cat([cls, frame], 1), 1e-6)
-            out = attention(block.of("attn"), y)
-            averages.append(out[:, :1])
-            patches.append(frame + out[:, 1:])
-        x = torch.cat([cls + sum(averages) / T, *patches], 1)
-        hidden = F.gelu(plain.linear(block.of("mlp.fc1"), plain.norm(block.of("norm2"), x, 1e-6)))
-        x = x + plain.linear(block.of("mlp.fc2"), hidden)
-        cls, x = x[:, :1], x[:, 1:]
-    return plain.norm(w.of("norm"), torch.cat([cls, x], 1), 1e-6)
-
-
 def merged(w, r, text, words, clips):
     """The words and patches after the merge layers, words first as in the authors' code."""
     seen = torch.cat([words, torch.ones(clips.shape[:2], dtype=torch.bool)], 1)
@@ -107,9 +74,8 @@ def entity_loss(w, r, pixels, mask, clips, counts):
         shown = black[:, None, None, None].expand_as(pixels[b : b + 1]).clone()
         down, across = (slice(x * size, (x + n) * size) for x, n in ((top, height), (left, width)))
         shown[..., down, across] = pixels[b : b + 1, ..., down, across]
-        v = plain.linear(
-            w.of("prompter.project_clip"), timesformer(w.of("prompter.vision"), r, shown)[:, 0]
-        )
+        x = plain.timesformer(w.of("prompter.vision"), r.heads, shown)
+        v = plain.linear(w.of("prompter.project_clip"), x[:, 0])
         similar = F.normalize(v, dim=1) @ w["prompter.prompts"].T / w["prompter.temperature"]
         target = similar[0].softmax(0).detach()
         places = range(side * side)
@@ -133,7 +99,8 @@ def plain_losses(model, inputs, w, counts):
     mask = r.visual_mask(inputs["samples"], STEP)
     words, own = inputs["attention_mask"] != 0, torch.arange(len(ids))
     pixels = plain.normalised(inputs["video"], r.mean, r.std)
-    x = timesformer(w.of("vision"), r, pixels, None if mask is None else mask.ids_keep)
+    visible = None if mask is None else mask.ids_keep
+    x = plain.timesformer(w.of("vision"), r.heads, pixels, visible)
     clips = torch.cat([x[:, :1], x[:, 1:].unflatten(1, (r.frames, -1)).mean(1)], 1)
     text = plain.captions(w, r, ids, words)
     v = plain.linear(w.of("project_clip"), clips[:, 0])

@@ -493,6 +493,38 @@ OBJECTIVES = {
         features,
         {"video": FLOATS | cut(2), "text": FLOATS | cut(1)},
     ),
+    "UnifiedContrastiveLoss": Call(
+        objectives.UnifiedContrastiveLoss,
+        lambda: dict(queue=4, dim=3, numbers=1),
+        {"queue": COUNT, "dim": POSITIVE, "numbers": POSITIVE},
+    ),
+    "UnifiedContrastiveLoss.forward": Call(
+        lambda **a: objectives.UnifiedContrastiveLoss(queue=4, dim=3)(**a),
+        lambda: dict(
+            video=torch.rand(2, 3), text=torch.rand(2, 3), clip_ids=SAMPLES,
+            keys=(torch.rand(2, 3), torch.rand(2, 3)),
+        ),
+        {
+            "video": FLOATS | cut(0, 1),
+            "text": FLOATS | cut(0, 1),
+            "clip_ids": IDS | cut(0),
+            "keys": values(
+                none=None, number=3, one=(torch.rand(2, 3),), texts=("a", "b"),
+                short=(torch.rand(1, 3), torch.rand(2, 3)),
+                narrow=(torch.rand(2, 3), torch.rand(2, 2)),
+            ),
+        },
+    ),
+    "Queue": Call(
+        objectives.Queue,
+        lambda: dict(size=4, dim=3, numbers=2),
+        {"size": POSITIVE, "dim": POSITIVE, "numbers": POSITIVE},
+    ),
+    "Queue.push": Call(
+        lambda **a: objectives.Queue(4, 3).push(**a),
+        lambda: dict(video=torch.rand(2, 3), text=torch.rand(2, 3), ids=SAMPLES[:, None]),
+        {"video": FLOATS | cut(0, 1), "text": FLOATS | cut(0, 1), "ids": IDS | cut(0, 1)},
+    ),
     "gather_with_gradient": Call(
         objectives.gather_with_gradient,
         lambda: dict(x=torch.rand(2, 3)),
@@ -652,6 +684,10 @@ def divided():
 @functools.cache
 def timesformer():
     return nn.TimeSformer(**ENCODER, num_frames=2)
+
+
+def momentum():
+    return nn.Momentum(0.9, vision=nn.Projection(8, 4))
 
 
 @functools.cache
@@ -1110,7 +1146,12 @@ NN = {
     "TimeSformer": Call(
         nn.TimeSformer,
         lambda: dict(ENCODER),
-        ENCODERS | {"num_frames": POSITIVE, "backend": OPTION},
+        ENCODERS | {"num_frames": POSITIVE, "stills": FLAG, "backend": OPTION},
+    ),
+    "TimeSformer.resized": Call(
+        lambda **a: timesformer().resized(**a),
+        lambda: dict(state_dict=timesformer().state_dict()),
+        {"state_dict": without(STATE, "missing", "shape")},
     ),
     "TimeSformer.forward": Call(
         lambda **a: timesformer()(**a),
@@ -1138,8 +1179,23 @@ NN = {
             "x": FLOATS | cut(0, 1, 2),
             "frames": POSITIVE | values(many=3),
             "space": GROUPS | values(rows=ops.Groups.equal(2, 4)),
-            "time": GROUPS | values(rows=ops.Groups.equal(2, 5)),
+            "time": optional(GROUPS) | values(rows=ops.Groups.equal(2, 5)),
         },
+    ),
+    "Momentum": Call(
+        nn.Momentum,
+        lambda: dict(rate=0.9, vision=nn.Projection(8, 4)),
+        {"rate": RATE, "vision": MODULE},
+    ),
+    "Momentum.start": Call(
+        lambda **a: momentum().start(**a),
+        lambda: dict(model=torch.nn.ModuleDict({"vision": nn.Projection(8, 4)})),
+        {"model": MODULE | values(other=nn.Projection(8, 4))},
+    ),
+    "Momentum.update": Call(
+        lambda **a: momentum().update(**a),
+        lambda: dict(model=torch.nn.ModuleDict({"vision": nn.Projection(8, 4)})),
+        {"model": MODULE | values(other=nn.Projection(8, 4))},
     ),
     "SpaceTimeTransformer.load_pretrained": Call(
         lambda **a: divided().load_pretrained(**a),
@@ -1367,6 +1423,9 @@ OWN_FIELDS = {
     "vindlu": FUSION,
     "svitt": FUSION | dict(fusion_layers=2, block=4, random_blocks=1),
     "alpro": dict(mask_ratio=0.5, mask="tube", merge_layers=1, text_layers=1, entities=3),
+    "omnivl": dict(
+        frames=4, mask_ratio=0.5, mask="tube", fusion_layers=1, text_layers=1, writer_layers=1
+    ),
 }
 
 
@@ -1391,7 +1450,7 @@ def of_systems():
         calls[f"{kind}.forward"] = Call(lambda m=model, **a: m()(**a), batch, BATCH)
         width = 8 if name == "simvtp" else 4
         calls |= encoders(kind, model, width if models.can(entry.model, models.Aligns) else None)
-        clips = CLIPS[:, 0] if name in ("simvtp", "svitt", "vlc", "alpro") else CLIPS
+        clips = CLIPS[:, 0] if name in ("simvtp", "svitt", "vlc", "alpro", "omnivl") else CLIPS
         fuse = FUSE | {"clips": FLOATS | cut(clips.ndim - 1)}
         join = lambda c=clips: dict(  # noqa: E731
             clips=c, text=TEXT, attention_mask=PRESENT, partner=PARTNER
@@ -1541,6 +1600,9 @@ OWN_RECIPE = {
     | {"pem": LOSSES["vtc"], "mask": values(frame="frame"), "merge_layers": POSITIVE,
        "entities": POSITIVE, "threshold": RATE, "text_width": values(other=16),
        "text_layers": POSITIVE},
+    "omnivl": {name: x for name, x in LOSSES.items() if name != "mlm"}
+    | {"lm": LOSSES["vtc"], "mask": values(frame="frame"), "fusion_layers": POSITIVE,
+       "writer_layers": POSITIVE, "queue": COUNT, "momentum": RATE},
 }  # fmt: skip
 RECIPE = {
     **{name: POSITIVE for name in ("frames", "image_size", "tubelet_size")},

@@ -139,6 +139,10 @@ def test_errors(good, tmp_path):
     (tmp_path / "u.jsonl").write_text('{"video": "http://host/a.mp4", "text": "a"}\n')
     with pytest.raises(ValueError, match="vidl opens no URLs"):
         take(Loader(stream_of([str(tmp_path / "u.jsonl")], outside=True), limit=1), 1)
+    pair = {"video": "a.mp4", "second": "/etc/hostname", "label": True, "text": "a"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(pair) + "\n")
+    with pytest.raises(ValueError, match="need rows of one clip in tables, got one with second"):
+        take(Loader(stream_of([str(tmp_path / "p.jsonl")]), limit=1), 1)
     rows = [{"path": "a.mp4", "text": "a"}, {"path": "a.png", "text": "a"}, {"path": "a.mp4"}]
     (tmp_path / "k.jsonl").write_text("\n".join(map(json.dumps, rows * 20)))
     with pytest.raises(TooManyBroken) as raised:

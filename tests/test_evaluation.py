@@ -87,6 +87,7 @@ OWN = {
     "vlc": dict(text_layers=0, decoder_width=16, decoder_depth=1, decoder_heads=1),
     "alpro": dict(merge_layers=1, entities=4),
     "simvtp": dict(embed_dim=64, text_layers=0, decoder_width=16, decoder_depth=1, decoder_heads=1),
+    "omnivl": dict(fusion_layers=1, writer_layers=1),
 }
 
 

@@ -39,6 +39,7 @@ VARIANTS = [
     *(("vlc", SMALL | {"frames": frames, "text_layers": 0, "decoder_width": 64,
                        "decoder_depth": 1, "decoder_heads": 2}) for frames in (1, 2)),
     ("alpro", SMALL | {"frames": 3, "merge_layers": 1, "entities": 4, "mask_ratio": 0.5}),
+    ("omnivl", SMALL | {"fusion_layers": 1, "writer_layers": 1, "mask_ratio": 0.5}),
     ("singularity", BEIT | {"frames": 1}),
     ("singularity", BEIT | {"frames": 2, "frames_tested": 0, "time_layers": 1}),
     ("vindlu", BEIT), ("vindlu", BEIT | {"time": "first", "mask": "frame"}),

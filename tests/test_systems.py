@@ -37,6 +37,7 @@ OWN = {
     "vindlu": dict(prune_layers=(0,), text_layers=1, fusion_layers=1),
     "svitt": dict(prune_layers=(0,), text_layers=1, fusion_layers=2, block=4, random_blocks=1),
     "clipbert": dict(frames=1, views=2, views_tested=3, text_layers=2),
+    "omnivl": dict(text_layers=1, fusion_layers=1, writer_layers=1, queue=8),
 }  # fmt: skip
 RUN = [
     "data.source=moving_shapes", "data.clips=16", "data.words=12", "data.batch_size=4",

@@ -129,3 +129,59 @@ def test_weights_for_other_sizes():
     del weights["encoder.layer.1.temporal_dense.weight"]
     with pytest.raises(ValueError, match=r"missing: blocks.1.temporal_fc.weight"):
         ours.load_pretrained(weights)
+
+
+def with_stills(frames=T, tubelet=None):
+    torch.manual_seed(1)
+    ours = TimeSformer(
+        SIZE, PATCH, embed_dim=WIDTH, depth=2, num_heads=2, num_frames=frames, stills=True,
+        tubelet_size=tubelet,
+    )  # fmt: skip
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return ours
+
+
+@pytest.mark.parametrize("tubelet", [None, 2])
+def test_a_still_is_an_image_of_a_vit(tubelet):
+    """With its own patch embedding, whatever attention over time does; masked too."""
+    ours, vit = (
+        with_stills(tubelet=tubelet),
+        ViT(SIZE, PATCH, embed_dim=WIDTH, depth=2, num_heads=2),
+    )
+    weights = ours.state_dict()
+    for name in vit.state_dict():
+        image = weights[name.replace("patch_embed", "image_embed")]
+        vit.get_parameter(name).data.copy_(image)
+    image = torch.randn(B, 3, SIZE, SIZE)
+    ids = torch.stack([torch.randperm(PLACES)[:5].sort().values for _ in range(B)])
+    for kept in (None, ids):
+        out, truth = ours(image, kept), vit(image, kept).tokens
+        torch.testing.assert_close(out, truth, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(image[:, :, None], kept), out)
+    out.sum().backward()
+    unused = [p for n, p in ours.named_parameters() if "temporal" in n or "time_embed" in n
+              or n.startswith("patch_embed")]  # fmt: skip
+    assert all(p.grad is not None and not p.grad.any() for p in unused)
+    assert ours.image_embed.proj.weight.grad.any()
+    ours.zero_grad()
+    ours(torch.randn(B, 3, 2, SIZE, SIZE)).sum().backward()
+    assert not ours.image_embed.proj.weight.grad.any() and ours.patch_embed.proj.weight.grad.any()
+
+
+def test_weights_of_images_and_of_other_frames_with_stills():
+    images, clips = with_stills(frames=1), with_stills(frames=4, tubelet=2)
+    assert {n for n, p in images.named_parameters() if not p.requires_grad} == {
+        n for n in images.state_dict()
+        if n.startswith(("patch_embed", "time_embed")) or "temporal" in n
+    }  # fmt: skip
+    clips.load_pretrained(images.state_dict())
+    image = images.image_embed.proj.weight
+    torch.testing.assert_close(clips.image_embed.proj.weight, image)
+    torch.testing.assert_close(clips.patch_embed.proj.weight.sum(2), image)
+    # Weights of clips only: the embedding of images is that of a clip of equal frames.
+    video = torch.nn.Conv3d(3, WIDTH, (2, PATCH, PATCH)).weight.detach()
+    alone = {n: x for n, x in clips.state_dict().items() if not n.startswith("image_embed")}
+    clips.load_pretrained(alone | {"patch_embed.proj.weight": video})
+    torch.testing.assert_close(clips.image_embed.proj.weight, video.sum(2))
+    torch.testing.assert_close(clips.image_embed.proj.bias, clips.patch_embed.proj.bias)

@@ -25,6 +25,7 @@ from vidl.kernels import choices
 from vidl.kernels.choices import Table
 from vidl.training import Config, Diverged, checkpoints, optimizer, pretrain
 from vidl.training.config import Schedule, explain, explain_recipe
+from vidl.training.finetune import configuration, finetune
 from vidl.training.lock import locked
 from vidl.training.muon import Muon, orthogonalise
 from vidl.training.parallel import Ranks
@@ -113,6 +114,11 @@ def test_config_reads_files_and_overrides(tmp_path):
         ("model.name=clip", "need a model among smaug, mac, singularity"),
         ("model.mask_ratio=2", "need mask_ratio in [0, 1), got 2.0"),
         ("schedule.steps=0", "need schedule.steps >= 1, got 0"),
+        ("schedule.shape=square", "got 'square'; did you mean 'linear'?"),
+        ("schedule.power=0", "need schedule.power > 0, got 0.0"),
+        ("optimizer.factors={text: -1}", "need optimizer.factors >= 0, got -1.0 for text"),
+        ("optimizer.factors={text: fast}", "need optimizer.factors as dict"),
+        ("optimizer.factors=2", "need optimizer.factors as dict"),
         ("data.source=clips", "need data.files"),
         ("run", "need section.field=value, got 'run'"),
     ],
@@ -200,7 +206,9 @@ def test_parameters_of_muon():
             model, Config.read(None, [*MAC, "optimizer.name=muon"]).optimizer
         )
         words, others, matrices = optimized.param_groups
-        assert words["params"] == [model.text.embeddings.word_embeddings.weight]
+        own = [model.text, *([model.decoder] if name == "omnivl" else [])]
+        tables = {id(part.embeddings.word_embeddings.weight) for part in own}
+        assert {id(parameter) for parameter in words["params"]} == tables
         assert [group["orthogonal"] for group in optimized.param_groups] == [False, False, True]
         assert others["weight_decay"] == 0 < matrices["weight_decay"]
         assert all(p.ndim >= 2 for p in matrices["params"])
@@ -267,6 +275,61 @@ def test_schedules():
     assert rates[60] == pytest.approx(1.1) and rates[110] == pytest.approx(0.2)
     kept = [optimizer.keep_rate(step, 0.5, schedule) for step in (0, 25, 50, 99)]
     assert kept == pytest.approx([1, 0.75, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("shape, power, half", [
+    ("linear", 2.0, 0.5), ("poly", 1.0, 0.5), ("poly", 2.0, 0.25), ("poly", 0.5, 0.5**0.5),
+])  # fmt: skip
+def test_shapes_of_schedules(shape, power, half):
+    schedule = Schedule(steps=110, warmup=10, final=0.2, shape=shape, power=power)
+    rates = [optimizer.learning_rate(step, 2.0, schedule) for step in range(150)]
+    assert rates[:11] == pytest.approx([0.2 * step for step in range(1, 11)] + [2.0])
+    assert rates[60] == pytest.approx(2.0 * (0.2 + 0.8 * half))
+    assert rates[110:] == pytest.approx([0.4] * 40)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_factors_of_learning_rates(tmp_path):
+    """A part with factor 0 stays, one with 0.1 gets a tenth of the rate, also after resumption."""
+    options = [*MAC, "optimizer.weight_decay=0.3", "schedule.steps=4", "run.save_every=1",
+               "optimizer.factors={vision: 0, text: 0.5, text.encoder.layer.0.output: 0.1}",
+               "run.keep=9"]  # fmt: skip
+    rates = {}
+
+    def keep(training):
+        for group in training.optimizer.param_groups:
+            for parameter in group["params"]:
+                name = next(n for n, p in training.model.named_parameters() if p is parameter)
+                rates[name] = group["lr"] / training.rate
+        if training.step == 2 and not stopped:
+            stopped.append(True)
+            raise RuntimeError("stop")
+        return {}
+
+    stopped: list[bool] = []
+    with pytest.raises(RuntimeError, match="stop"):
+        train(tmp_path / "run", options, "evaluation.every=1", evaluate=keep)
+    result = train(tmp_path / "run", options, "evaluation.every=1", evaluate=keep)
+    lowest = 1e-3 * 0.01
+    assert result["lr"] == pytest.approx(lowest + (1e-3 - lowest) * (1 + math.cos(math.pi / 2)) / 2)
+    for name, rate in rates.items():
+        assert not name.startswith("vision.")
+        expected = 0.1 if name.startswith("text.encoder.layer.0.output.") else 0.5
+        assert rate == pytest.approx(expected if name.startswith("text.") else 1.0), name
+    assert {0.1, 0.5, 1.0} == {round(rate, 6) for rate in rates.values()}
+    saved = list(checkpoints.steps(tmp_path / "run").values())
+    first, last = (checkpoints.weights_of(path) for path in (saved[0], saved[-1]))
+    changed = {name for name in first if not torch.equal(first[name], last[name])}
+    assert changed and not any(name.startswith("vision.") for name in changed)
+    assert any(name.startswith("text.") for name in changed)
+    with pytest.raises(ValueError, match="optimizer.factors of parts that learn, .*, got 'visio'"):
+        train(tmp_path / "other", [*MAC, "optimizer.factors={visio: 0.1}"])
+
+
+def test_factors_are_those_of_the_longest_name():
+    factors = {"text": 2.0, "text.cls": 3.0}
+    names = ("text.encoder.weight", "text.cls.bias", "text.clsx.bias", "module.text.a", "texts.a")
+    assert [optimizer.factor_of(n, factors) for n in names] == [2.0, 3.0, 2.0, 2.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -651,6 +714,57 @@ def test_two_ranks_equal_one_with_twice_the_batch(tmp_path):
             torch.testing.assert_close(two[key], one[key], rtol=0, atol=4e-3)
 
 
+def _caption_rank(rank, port, weights, options):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    finetune("caption", configuration(weights, None, options, task="caption"), layers=1)
+
+
+@pytest.mark.slow
+def test_two_ranks_write_captions_as_one_with_twice_the_batch(tmp_path):
+    """All captions have the same number of words: the mean over ranks is that over words."""
+    rows = json.loads((EXAMPLES / "clips.json").read_text())[:16]
+    texts = [f"{one} {other}" for one in ("red", "blue", "green", "grey")
+             for other in ("dog", "ring", "ball", "hat")]  # fmt: skip
+    for row, text in zip(rows, texts, strict=True):
+        row.update(video=str(EXAMPLES / "clips" / row["video"]), caption=[text])
+    file = tmp_path / "clips.json"
+    file.write_text(json.dumps(rows))
+    data = ["data.source=clips", f"data.files={file}", "data.outside=true"]
+    train(tmp_path / "start", SMAUG, *data, "schedule.steps=1", evaluate=lambda training: {})
+    tokenizer = load_tokenizer(tmp_path / "start")
+    assert len(set(tokenizer(texts, 12)[1].sum(1).tolist())) == 1
+    options = [*data, "model.dropout=0", "model.mask_ratio=0.4", "schedule.steps=4"]
+    start = tmp_path / "start"
+    two = [*options, "data.batch_size=4", f"run.folder={tmp_path / 'two'}"]
+    mp.spawn(_caption_rank, (free_port(), start, two), nprocs=2)
+    one = [*options, "data.batch_size=8", f"run.folder={tmp_path / 'one'}"]
+    finetune("caption", configuration(start, None, one, task="caption"), layers=1)
+    logs = [[r for r in records(tmp_path / n) if "loss" in r] for n in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) == 4
+    for a, b in zip(*logs, strict=True):
+        for key in ("loss", "caption", "grad_norm", "lr"):
+            assert b[key] == pytest.approx(a[key], rel=1e-4), key
+
+
+@pytest.mark.slow
+def test_two_ranks_train_alpro_as_one_with_twice_the_batch(tmp_path):
+    """For VTC over all ranks and PEM in which all clips count: their means over ranks are exact."""
+    alpro = [*TINY, "model.name=alpro", "model.merge_layers=1", "model.entities=4",
+             "model.vtm=0", "model.mlm=0", "model.dropout=0", "schedule.steps=4"]  # fmt: skip
+    train(tmp_path / "teacher", alpro, "model.pem=0", evaluate=lambda training: {})
+    taught = [f"start.teacher={tmp_path / 'teacher'}", "model.threshold=0", "model.mask_ratio=0"]
+    train(tmp_path / "one", alpro, *taught, "data.batch_size=8", evaluate=lambda training: {})
+    for kind in ("ddp", "fsdp"):
+        options = [*alpro, *taught, f"run.parallel={kind}", f"run.folder={tmp_path / kind}"]
+        mp.spawn(_rank, ([(free_port(), options)],), nprocs=2)
+        logs = [[r for r in records(tmp_path / n) if "loss" in r] for n in ("one", kind)]
+        assert len(logs[0]) == len(logs[1]) == 4
+        for a, b in zip(*logs, strict=True):
+            for key in ("loss", "vtc", "pem", "grad_norm", "lr"):
+                assert b[key] == pytest.approx(a[key], rel=1e-4), (kind, key)
+
+
 def test_a_run_resumes_on_another_number_of_ranks(tmp_path):
     """Two ranks, one, two, with the same global batch: the losses of one rank throughout."""
     options = [*MAC, "model.dropout=0"]
@@ -747,6 +861,7 @@ def stills_and_clips(folder, count):
 @pytest.mark.parametrize("name, fields", [
     ("vindlu", ["model.prune_layers=[0]", "model.mask_ratio=0.4", "model.fusion_layers=1"]),
     ("vlc", ["model.text_layers=0", "model.decoder_depth=1"]),
+    ("omnivl", ["model.fusion_layers=1", "model.writer_layers=1", "model.queue=6"]),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
 def test_stills_beside_clips_on_two_ranks(name, fields, kind, tmp_path):
     """Stills leave parameters of time unused: no rank waits for gradients that never come."""

@@ -100,6 +100,11 @@ def _cast(value: Any, hint: Any) -> Any:
             parts = (parts[0],) * len(values)
         items = [_cast(item, part) for item, part in zip(values, parts, strict=False)]
         return _WRONG if len(values) != len(parts) or _WRONG in items else origin(items)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            return _WRONG
+        pairs = {_cast(key, parts[0]): _cast(item, parts[1]) for key, item in value.items()}
+        return _WRONG if _WRONG in (*pairs, *pairs.values()) else pairs
     if isinstance(value, bool):  # Python counts it as an int
         return value if hint is bool else _WRONG
     if hint is int and isinstance(value, int):  # exact, however large

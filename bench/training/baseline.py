@@ -19,7 +19,6 @@ from vidl.nn import Bert, KeysOfText
 from vidl.nn.bert import BertAttention
 from vidl.nn.divided import DividedBlock, SpaceTimeTransformer
 from vidl.nn.pruning import Scores
-from vidl.nn.vit import frames_of
 
 
 def baseline_of(model: nn.Module) -> nn.Module:
@@ -115,13 +114,7 @@ class BaselineSpaceTime(SpaceTimeTransformer):
     """The encoder of Frozen in Time, on batches instead of packed rows."""
 
     def forward(self, video: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        video = video.unsqueeze(2) if video.ndim == 4 else video
-        B, T = video.shape[0], frames_of(video, ids_keep, self.grid, self.patch_embed)
-        x = self.patch_embed(
-            video, ids_keep, position=(self.temporal_embed[0, :T], self.pos_embed[0, 1:])
-        )
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
-        x = torch.cat([cls, x], 1)
+        x, T = self.embed(video, ids_keep)
         space, time = self._cut(T, ids_keep)
         for block in self.blocks:
             x = block(x, space, time)

@@ -125,6 +125,11 @@ class TableStream(Stream):
         if content is None:
             check_media(name, self.outside)
         media = name if content is not None else str(self.media / name)
+        if "second" in entry:
+            raise ValueError(
+                f"need rows of one clip in tables, got one with second: {name}; pairs of clips are "
+                "read from annotation files (data.source=clips)"
+            )
         try:
             row = common_row(entry | {kind: media})
         except (KeyError, ValueError) as error:

@@ -22,6 +22,7 @@ from vidl.models.clipbert import ClipBert, ClipBertRecipe
 from vidl.models.finetuned import FineTuned
 from vidl.models.fusing import FusionRecipe
 from vidl.models.mac import Mac, MacRecipe
+from vidl.models.omnivl import Omnivl, OmnivlRecipe
 from vidl.models.pairing import Pairing
 from vidl.models.ranking import Ranking
 from vidl.models.recipe import Recipe, VitRecipe, types_of
@@ -36,7 +37,7 @@ from vidl.models.vindlu import Vindlu, VindluRecipe
 from vidl.models.vlc import Vlc, VlcRecipe
 from vidl.overrides import convert
 
-from . import alpro, clipbert, mac, simvtp, singularity, smaug, svitt, vindlu, vlc
+from . import alpro, clipbert, mac, omnivl, simvtp, singularity, smaug, svitt, vindlu, vlc
 
 __all__ = [
     "MODELS",
@@ -61,6 +62,8 @@ __all__ = [
     "Mac",
     "MacRecipe",
     "Matches",
+    "Omnivl",
+    "OmnivlRecipe",
     "Pairing",
     "Ranking",
     "Recipe",
@@ -123,6 +126,7 @@ MODELS: dict[str, Entry] = {
     "vlc": Entry(Vlc, vlc.PRESETS),
     "alpro": Entry(Alpro, alpro.PRESETS),
     "clipbert": Entry(ClipBert, clipbert.PRESETS),
+    "omnivl": Entry(Omnivl, omnivl.PRESETS),
 }
 
 

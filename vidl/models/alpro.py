@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidl.kernels.arguments import check_floating, check_shape, check_tensors
 from vidl.masking import VisualKind, VisualMask
 from vidl.models.abilities import Joint
 from vidl.models.cards import Card
+from vidl.models.joining import Joining
 from vidl.models.learning import contrast, fill_words
 from vidl.models.prompting import (
     Prompter,
@@ -147,7 +147,7 @@ def predict_entities(model: "Alpro", seen: Seen) -> Tensor:
     return losses.where(counts, 0).sum() / counts.sum().clamp(min=1)
 
 
-class Alpro(TwoTowers):
+class Alpro(TwoTowers, Joining):
     """Pre-training that aligns clips and captions before it merges them, with prompted entities.
 
         clip -> TimeSformer -> mean over time -+- VTC -+- BERT, text layers <- caption
@@ -229,11 +229,6 @@ class Alpro(TwoTowers):
         T = video.shape[2] // self.recipe.tubelet_size
         return torch.cat([x[:, :1], x[:, 1:].unflatten(1, (T, -1)).mean(1)], 1)
 
-    @property
-    def joined_width(self) -> int:
-        """Channels of `Joint.pooled`."""
-        return self.recipe.width
-
     def join(
         self,
         clips: Tensor,
@@ -243,31 +238,9 @@ class Alpro(TwoTowers):
         words: int | None = None,
     ) -> Joint:
         """Captions merged with clips, and the first word of each; see `vidl.models.Joins`."""
+        self.check_pairs(clips, text, attention_mask, partner)
         rows, _ = self.text.merge(text, attention_mask, clips, partner=partner, words=words)
         return Joint(rows[:, 0], rows)
-
-    def match(
-        self,
-        clips: Tensor,
-        text: Tensor,
-        attention_mask: Tensor,
-        partner: Tensor | None = None,
-        words: int | None = None,
-    ) -> Tensor:
-        """The logits of "does not match" and "matches", [S, 2]; see `vidl.models.Matches`."""
-        return self.matches(self.join(clips, text, attention_mask, partner, words).pooled)
-
-    @property
-    def described_width(self) -> int:
-        """Channels of `described`."""
-        return self.recipe.width
-
-    def described(self, clips: Tensor) -> Tensor:
-        """CLS and patches, [B, 1 + n, C]: the rows that a decoder of words attends to."""
-        check_tensors(clips=clips, model=self.matches.weight)
-        check_floating(clips=clips)
-        check_shape("clips", clips, "B", "N", self.recipe.width)
-        return clips
 
     @property
     def taught(self) -> bool:

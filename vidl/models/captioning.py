@@ -3,13 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vidl.kernels.arguments import check_count
 from vidl.models.abilities import Describes, need
 from vidl.models.finetuned import FineTuned
+from vidl.models.learning import next_word_loss
 from vidl.nn import WordsDecoder
 from vidl.nn.beam_search import Special, Written, beam_search, greedy_search
 
@@ -70,8 +69,8 @@ class Captioning(FineTuned):
         self.special = Special(begin, end, int(ids[0, -1]), never)
 
     def start_decoder(self) -> None:
-        """Copy the weights of the model's text encoder; see `vidl.nn.WordsDecoder.start_from`."""
-        self.decoder.start_from(self.model.text)
+        """Copy the weights of the model's `writer`; see `vidl.nn.WordsDecoder.start_from`."""
+        self.decoder.start_from(self.model.writer)
 
     @property
     def longest(self) -> int:
@@ -113,14 +112,7 @@ class Captioning(FineTuned):
                 raise ValueError(f"need words from 0 to {ids.numel()} (B * L), got {words}")
         mask = self.recipe.visual_mask(samples, step, video.shape[2])
         rows = self.model.described(self.encode_clips(video, mask))
-        # A word is predicted wherever another one follows.
-        before, after, follows = ids[:, :-1], ids[:, 1:], attention_mask[:, 1:] != 0
-        most = None if words is None else min(words, before.numel())
-        logits = self.decoder(before, follows, rows, words=most)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits.flatten(0, 1), after.flatten(), reduction="none")
-        losses = losses.where(follows.flatten(), 0)
-        loss = losses.sum() / follows.sum().clamp(min=1)
+        loss = next_word_loss(self.decoder, rows, ids, attention_mask, words)
         return {"loss": loss, "caption": loss}
 
     def generate(

@@ -12,7 +12,6 @@ from vidl.models.system import check_model
 from vidl.models.two_towers import TwoTowers
 from vidl.nn import Bert, SpaceTimeTransformer, ViT
 from vidl.nn.bert import EPS
-from vidl.nn.divided import TIME
 
 # From our parameter names (those of BERT) to those of DistilBERT, which has no segments.
 _DISTILBERT = {
@@ -49,7 +48,11 @@ def vision_weights(model: TwoTowers) -> dict[str, Tensor]:
     """
     _check_encoders(model)
     state = model.vision.state_dict()
-    return {name: x for name, x in state.items() if not any(part in name for part in TIME)}
+    return {
+        name: x
+        for name, x in state.items()
+        if not any(part in name for part in SpaceTimeTransformer.TIME)
+    }
 
 
 def text_weights(model: TwoTowers) -> dict[str, Tensor]:

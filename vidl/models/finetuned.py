@@ -67,6 +67,14 @@ class FineTuned(nn.Module):
         others = {n: x for n, x in weights.items() if not n.startswith("model.")}
         return others | {f"model.{name}": x for name, x in self.model.resized(own).items()}
 
+    def begin(self) -> None:
+        """See `System.begin`."""
+        self.model.begin()
+
+    def after_step(self) -> None:
+        """See `System.after_step`."""
+        self.model.after_step()
+
     def encode_clips(self, video: Tensor, mask: VisualMask | None = None) -> Tensor:
         """See `Encodes.encode_clips`."""
         return self.model.encode_clips(video, mask)

@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from vidl.kernels.arguments import check_dtype, check_floating, check_shape, check_tensors
 from vidl.kernels.select_tokens import kept_count
 from vidl.masking import VisualMask
 from vidl.models.abilities import Joint
+from vidl.models.joining import Joining
 from vidl.models.recipe import VitRecipe
 from vidl.models.system import Inputs, Seen
 from vidl.models.two_towers import TwoTowers
@@ -79,7 +78,7 @@ class FusionRecipe(VitRecipe):
         }
 
 
-class Fusing(TwoTowers):
+class Fusing(TwoTowers, Joining):
     """A clip encoder, and BERT whose last layers fuse captions with the clip.
 
     A subclass creates `vision`, calls `add_text` and `add_heads`, and implements `encode_clips`.
@@ -93,7 +92,7 @@ class Fusing(TwoTowers):
         "contrast.",
         "text.cls.",
     )
-    matches: nn.Linear
+    axes: ClassVar[tuple[str, ...]] = ("B", "T", "N")
     keys: KeysOfText | None = None  # the tokens that captions keep within the fusion
 
     def add_text(self, recipe: Any) -> None:
@@ -101,15 +100,16 @@ class Fusing(TwoTowers):
         r = recipe
         self.text = Bert(
             r.vocabulary.size, r.text_width, r.text_layers, r.fusion_layers, r.text_heads,
-            visual_width=r.width, dropout=r.dropout, mlm_head=r.mlm > 0, backend=r.backend,
+            visual_width=r.width, dropout=r.dropout, backend=r.backend,
+            mlm_head="mlm" in self.objectives and r.mlm > 0,
         )  # fmt: skip
 
-    def add_heads(self, recipe: Any) -> None:
-        """Create the projections, the contrastive loss and the classifier of pairs."""
+    def add_heads(self, recipe: Any, contrast: ContrastiveLoss | None = None) -> None:
+        """Create projections, the classifier of pairs, and the contrastive loss if not given."""
         r = recipe
         self.project_clip = Projection(r.width, r.embed_dim)
         self.project_text = Projection(r.text_width, r.embed_dim)
-        self.contrast = ContrastiveLoss(r.temperature, gather=r.gather)
+        self.contrast = contrast or ContrastiveLoss(r.temperature, gather=r.gather)
         self.matches = nn.Linear(r.text_width, 2)
 
     def see(self, inputs: Inputs) -> Seen:
@@ -124,11 +124,6 @@ class Fusing(TwoTowers):
         text = self.encode_text(inputs.ids, inputs.attention_mask, words=inputs.words)
         v, t = self.clip_features(clips), self.text_features(text)
         return Seen(inputs, mask, clips, text, v, t, more)
-
-    @property
-    def joined_width(self) -> int:
-        """Channels of `Joint.pooled`."""
-        return self.recipe.text_width
 
     @contextmanager
     def unpruned(self) -> Iterator[None]:
@@ -148,18 +143,6 @@ class Fusing(TwoTowers):
         """The tokens [S, N, C] that captions attend to, and the row of each caption among them."""
         return clips.flatten(1, -2), partner
 
-    @property
-    def described_width(self) -> int:
-        """Channels of `described`."""
-        return self.recipe.width
-
-    def described(self, clips: Tensor) -> Tensor:
-        """The tokens of all frames, [B, N, C]: the rows that a decoder of words attends to."""
-        check_tensors(clips=clips, model=self.matches.weight)
-        check_floating(clips=clips)
-        self._check_tokens(clips)
-        return clips.flatten(1, -2)
-
     def fuse(
         self,
         clips: Tensor,
@@ -176,25 +159,11 @@ class Fusing(TwoTowers):
             partner: the clip of each caption, [S] int64; None: caption b has clip b (S = B).
             words: an upper bound of the words in the captions; see `vidl.nn.Bert`.
         """
-        tensors = dict(clips=clips, text=text, attention_mask=attention_mask, partner=partner)
-        check_tensors(("attention_mask", "partner"), **tensors)
-        check_floating(clips=clips, text=text)
-        self._check_tokens(clips)
-        check_shape("text", text, "S", "L", self.recipe.text_width)
-        if partner is not None:
-            check_dtype("partner", partner, torch.int64)
-            check_shape("partner", partner, text.shape[0])
-        elif clips.shape[0] != text.shape[0]:
-            raise ValueError(
-                f"need partner for {text.shape[0]} captions in text and {clips.shape[0]} clips"
-            )
+        self.check_pairs(clips, text, attention_mask, partner)
         visual, partner = self.tokens_of(clips, text, partner)
         return self.text.fuse(
             text, attention_mask, visual, partner=partner, words=words, keys=self.keys
         )
-
-    def _check_tokens(self, clips: Tensor) -> None:
-        check_shape("clips", clips, "B", "T", "N", self.recipe.width)
 
     def join(
         self,
@@ -207,17 +176,3 @@ class Fusing(TwoTowers):
         """Captions fused with clips, and CLS of each; arguments are those of `fuse`."""
         rows = self.fuse(clips, text, attention_mask, partner, words)
         return Joint(rows[:, 0], rows)
-
-    def match(
-        self,
-        clips: Tensor,
-        text: Tensor,
-        attention_mask: Tensor,
-        partner: Tensor | None = None,
-        words: int | None = None,
-    ) -> Tensor:
-        """The logits of "does not match" and "matches" for each caption and its clip, [S, 2].
-
-        Arguments are those of `fuse`.
-        """
-        return self.matches(self.join(clips, text, attention_mask, partner, words).pooled)

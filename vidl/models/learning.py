@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vidl.masking import mask_words, uniform
 from vidl.models.system import Inputs, Seen
+from vidl.nn import WordsDecoder
 from vidl.objectives import hard_negatives, masked_word_loss, matching_loss
 
 # Stream of `uniform` for the samples whose clip is swapped; those of vidl.masking and
@@ -72,6 +73,35 @@ def fill_words(model: Any, seen: Seen) -> Tensor:
     joint = model.join(seen.clips, text, inputs.attention_mask, words=inputs.words)
     logits = model.text.predict_words(joint.text, hidden.positions)
     return masked_word_loss(logits, hidden.labels)
+
+
+def next_word_loss(
+    decoder: WordsDecoder, rows: Tensor, ids: Tensor, attention_mask: Tensor, words: int | None
+) -> Tensor:
+    """Cross-entropy of each word of a text after the first, given the words before it and a clip.
+
+    Args:
+        rows: of the clips, [B, N, visual_width].
+        ids, attention_mask, words: see `vidl.nn.WordsDecoder`.
+
+    Returns:
+        The mean over the words, zero if there are none; a scalar, float32 or better.
+    """
+    # A word is predicted wherever another one follows.
+    before, after, follows = ids[:, :-1], ids[:, 1:], attention_mask[:, 1:] != 0
+    most = None if words is None else min(words, before.numel())
+    logits = decoder(before, follows, rows, words=most)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits.flatten(0, 1), after.flatten(), reduction="none")
+    losses = losses.where(follows.flatten(), 0)
+    return losses.sum() / follows.sum().clamp(min=1)
+
+
+def write_words(model: Any, seen: Seen) -> Tensor:
+    """LM: the model's decoder writes the caption, word by word, from the rows of the clip."""
+    inputs = seen.inputs
+    rows = model.described(seen.clips)
+    return next_word_loss(model.decoder, rows, inputs.ids, inputs.attention_mask, inputs.words)
 
 
 def reconstruct_pixels(model: Any, seen: Seen) -> Tensor | None:

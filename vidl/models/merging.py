@@ -4,16 +4,15 @@ import dataclasses
 from abc import abstractmethod
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vidl.kernels.arguments import check_dtype, check_floating, check_shape, check_tensors
 from vidl.kernels.groups import Grid
 from vidl.kernels.masked_patch_loss.op import Target
 from vidl.masking import VisualMask
 from vidl.models.abilities import Joint
+from vidl.models.joining import Joining
 from vidl.models.recipe import VitRecipe
-from vidl.models.system import Seen, System
+from vidl.models.system import Seen
 from vidl.nn import Captions, JointViT, MaeDecoder, Merged, Words
 from vidl.objectives import MaskedPatchLoss, masked_word_loss
 
@@ -64,7 +63,7 @@ def fill_words_together(model: Any, seen: Seen) -> Tensor:
     return masked_word_loss(logits, hidden.labels)
 
 
-class Merging(System):
+class Merging(Joining):
     """A transformer whose rows are the patches of clips and the words of captions.
 
     A subclass creates `vision`, `text` and `matches`, and implements `encode_clips`, `pool` and
@@ -75,7 +74,6 @@ class Merging(System):
     not_joining: ClassVar[tuple[str, ...]] = ("decoder.", "matches.")
     vision: JointViT
     text: Words
-    matches: nn.Linear
 
     def add_decoder(self, recipe: Any, grid: Grid, target: Target, **options: Any) -> None:
         """Create the decoder of pixels and its loss, if the recipe has masks and `mvm`.
@@ -122,26 +120,13 @@ class Merging(System):
         merged = Merged(clips, Captions(text, attention_mask, words))
         return merged, self.vision(merged.rows(clips, text), merged.joint())
 
-    @property
-    def described_width(self) -> int:
-        """Channels of `described`."""
-        return self.recipe.width
-
     def described(self, clips: Tensor) -> Tensor:
         """Clips encoded without words, [B, N, C]: the rows that a decoder of words attends to."""
-        check_tensors(clips=clips, model=self.matches.weight)
-        check_floating(clips=clips)
-        check_shape("clips", clips, "B", "N", self.recipe.width)
-        return self.vision(clips)
+        return self.vision(super().described(clips))
 
     @abstractmethod
     def pool(self, merged: Merged, x: Tensor) -> Tensor:
         """One vector for each pair, [S, C], from the encoded rows."""
-
-    @property
-    def joined_width(self) -> int:
-        """Channels of `Joint.pooled`."""
-        return self.recipe.width
 
     def join(
         self,
@@ -152,24 +137,6 @@ class Merging(System):
         words: int | None = None,
     ) -> Joint:
         """Captions encoded beside clips, and a vector for each pair; see `vidl.models.Joins`."""
-        tensors = dict(clips=clips, text=text, attention_mask=attention_mask, partner=partner)
-        check_tensors(("attention_mask", "partner"), **tensors)
-        check_floating(clips=clips, text=text)
-        check_shape("clips", clips, "B", "N", self.recipe.width)
-        check_shape("text", text, "S", "L", self.recipe.width)
-        if partner is not None:
-            check_dtype("partner", partner, torch.int64)
-            check_shape("partner", partner, text.shape[0])
+        self.check_pairs(clips, text, attention_mask, partner)
         merged, x = self.together(clips, text, attention_mask, partner, words)
         return Joint(self.pool(merged, x), merged.split(x)[1])
-
-    def match(
-        self,
-        clips: Tensor,
-        text: Tensor,
-        attention_mask: Tensor,
-        partner: Tensor | None = None,
-        words: int | None = None,
-    ) -> Tensor:
-        """The logits of "does not match" and "matches", [S, 2]; see `vidl.models.Matches`."""
-        return self.matches(self.join(clips, text, attention_mask, partner, words).pooled)

@@ -85,8 +85,8 @@ class Ranking(Answers):
             self.register_buffer(name, tensor, persistent=False)
 
     def start_decoder(self) -> None:
-        """Copy the weights of the model's text encoder; see `vidl.nn.WordsDecoder.start_from`."""
-        self.decoder.start_from(self.model.text)
+        """Copy the weights of the model's `writer`; see `vidl.nn.WordsDecoder.start_from`."""
+        self.decoder.start_from(self.model.writer)
 
     def answer(
         self,

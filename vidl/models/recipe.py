@@ -126,6 +126,10 @@ class Recipe(ABC):
         """Frames of a clip in evaluation."""
         return self.frames
 
+    def tubelets(self, frames: int) -> int:
+        """The tubelets of a clip of so many frames; an image that is seen as one frame has one."""
+        return 1 if self.stills == "one" and frames == 1 else frames // self.tubelet_size
+
     @property
     def visible(self) -> int:
         """Number of visible patches of a clip, as `visual_mask` draws them."""
@@ -144,7 +148,7 @@ class Recipe(ABC):
         """
         if self.mask_ratio == 0:
             return None
-        T = self.grid[0] if frames is None else frames // self.tubelet_size
+        T = self.grid[0] if frames is None else self.tubelets(frames)
         grid = (T, *self.grid[1:])
         return visual_mask(
             self.seed, step, samples, grid, self.mask_ratio,

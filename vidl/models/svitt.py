@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vidl.kernels.arguments import check_shape
 from vidl.kernels.select_tokens import kept_count
 from vidl.masking import VisualKind, VisualMask
 from vidl.models.cards import Card
@@ -100,6 +99,7 @@ class Svitt(Fusing):
         "mask_ratio (0 in the preset base)",
     )  # fmt: skip
     objectives = {"vtc": contrast, "vtm": match_hard, "mlm": fill_words}
+    axes = ("B", "N")
 
     def __init__(self, recipe: SvittRecipe) -> None:
         super().__init__()
@@ -142,9 +142,6 @@ class Svitt(Fusing):
     ) -> tuple[Tensor, Tensor | None]:
         """The tokens that captions attend to, and the row of each caption among them."""
         return clips, partner
-
-    def _check_tokens(self, clips: Tensor) -> None:
-        check_shape("clips", clips, "B", "N", self.recipe.width)
 
     def resized(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights of a run with fewer frames: tables of positions are inflated in time."""

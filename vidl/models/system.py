@@ -146,6 +146,18 @@ class System(nn.Module, ABC):
         """The weights of another run of this model, for this number of frames and this grid."""
         return dict(weights)
 
+    @property
+    def writer(self) -> Any:
+        """The module whose weights a decoder of words starts with."""
+        own: Any = self
+        return own.text
+
+    def begin(self) -> None:
+        """Called once in a new run, after the weights it starts with are loaded."""
+
+    def after_step(self) -> None:
+        """Called after each step of the optimizer."""
+
     @contextmanager
     def unpruned(self) -> Iterator[None]:
         """A context in which all visible tokens and all frames are kept."""
@@ -187,7 +199,8 @@ class System(nn.Module, ABC):
             max(self.recipe.training_frames, self.recipe.evaluation_frames),
         )
         check_shape("video", video, "B", 3, "T", size, size)
-        if video.shape[2] > frames or video.shape[2] % self.recipe.tubelet_size:
+        still = self.recipe.stills == "one" and video.shape[2] == 1
+        if video.shape[2] > frames or (video.shape[2] % self.recipe.tubelet_size and not still):
             raise ValueError(
                 f"need video of at most {frames} frames, in whole tubelets of "
                 f"{self.recipe.tubelet_size}, got {video.shape[2]}"
@@ -195,7 +208,7 @@ class System(nn.Module, ABC):
         if mask is not None:
             check_mask(mask)
             check_tensors(video=video, mask=mask.ids_keep)
-            grid = (video.shape[2] // self.recipe.tubelet_size, *self.recipe.grid[1:])
+            grid = (self.recipe.tubelets(video.shape[2]), *self.recipe.grid[1:])
             if tuple(mask.grid) != grid:
                 raise ValueError(f"need mask of {grid} patches as video has, got {mask.grid}")
 

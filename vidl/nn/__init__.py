@@ -12,6 +12,7 @@ from vidl.nn.grid_features import GridFeatures
 from vidl.nn.joint_vit import JointViT
 from vidl.nn.keys_of_text import KeysOfText
 from vidl.nn.merged import Merged
+from vidl.nn.momentum import Momentum
 from vidl.nn.patch_embed import MaskedPatchEmbed
 from vidl.nn.positions import inflate_table, resize_table
 from vidl.nn.projection import Projection
@@ -38,6 +39,7 @@ __all__ = [
     "MaeDecoder",
     "MaskedPatchEmbed",
     "Merged",
+    "Momentum",
     "Projection",
     "Pruning",
     "SelectedFrames",

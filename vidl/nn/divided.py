@@ -1,22 +1,21 @@
 """Frozen in Time's video encoder, divided space-time attention, on visible patches."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidl.kernels.arguments import check_count, check_floating, check_shape, check_tensors
+from vidl.kernels.arguments import check_floating, check_shape, check_tensors
 from vidl.kernels.groups import Groups
 from vidl.nn.arguments import check_groups, check_layer, check_state
 from vidl.nn.block import LAYER_NORM, Attention, Mlp, attend
 from vidl.nn.checkpoints import load_or_explain
-from vidl.nn.patch_embed import MaskedPatchEmbed
-from vidl.nn.vit import encoder_weights, frame_ids, frames_of, grid_of, initialise
+from vidl.nn.space_time import SpaceTimeEncoder
+from vidl.nn.vit import encoder_weights, frame_ids
 
 TimeGroups = Literal["slot", "position", "joint"]
-TIME = ("timeattn.", "norm3.", "temporal_embed")  # parameters that image models do not have
 
 
 class DividedBlock(nn.Module):
@@ -87,7 +86,7 @@ class DividedBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class SpaceTimeTransformer(nn.Module):
+class SpaceTimeTransformer(SpaceTimeEncoder):
     """Divided space-time transformer with one global CLS token, on the visible patches of a clip.
 
     In both attentions CLS attends to all tokens of the clip, and a patch attends to its group and
@@ -118,6 +117,9 @@ class SpaceTimeTransformer(nn.Module):
         ValueError: options do not fit together.
     """
 
+    TIME = ("timeattn.", "norm3.", "temporal_embed")
+    temporal_embed: Tensor
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -138,31 +140,14 @@ class SpaceTimeTransformer(nn.Module):
         std: Sequence[float] | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
         if time not in get_args(TimeGroups):
             raise ValueError(f"need time among {', '.join(get_args(TimeGroups))}, got {time!r}")
-        check_count("num_frames", num_frames, 1)
-        check_count("depth", depth)
-        layer: Any = (num_heads, mlp_ratio, qkv_bias, act_layer, norm_layer, backend)
-        check_layer(embed_dim, *layer, width="embed_dim")
-        self.grid = grid_of(img_size, patch_size)
-        self.embed_dim, self.num_frames, self.time = embed_dim, num_frames, time
-        self.patch_embed = MaskedPatchEmbed(
-            patch_size, in_chans, embed_dim, tubelet_size, mean=mean, std=std, backend=backend
-        )
-        patches = self.grid[0] * self.grid[1]
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, embed_dim))
-        self.temporal_embed = nn.Parameter(torch.zeros(1, num_frames, embed_dim))
-        options: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, backend=backend)
-        blocks = [
-            DividedBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, **options) for _ in range(depth)
-        ]
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = norm_layer(embed_dim)
-        initialise(self)
-        for block in blocks:
-            block.reset_time()
+        super().__init__(
+            DividedBlock, img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio,
+            qkv_bias, act_layer, norm_layer, num_frames=num_frames, tubelet_size=tubelet_size,
+            mean=mean, std=std, backend=backend,
+        )  # fmt: skip
+        self.time = time
 
     def forward(self, video: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Encode the visible patches of a clip.
@@ -180,18 +165,9 @@ class SpaceTimeTransformer(nn.Module):
             RuntimeError: with time "slot", frames differ in their number of visible patches (on
                 CUDA as a device-side assertion).
         """
-        check_tensors(("ids_keep",), video=video, ids_keep=ids_keep, model=self.cls_token)
-        if video.ndim == 4:
-            video = video.unsqueeze(2)
-        B, T = video.shape[0], frames_of(video, ids_keep, self.grid, self.patch_embed)
-        if self.num_frames < T:
-            raise ValueError(f"need video of at most num_frames={self.num_frames} frames, got {T}")
-        position = (self.temporal_embed[0, :T], self.pos_embed[0, 1:])
-        x = self.patch_embed(video, ids_keep, position=position)  # [B, K, C]
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
-        x = torch.cat([cls, x], 1)
+        x, T = self.embed(video, ids_keep)
         shape = x.shape
-        space, time = self._groups(B, T, ids_keep, x.device)
+        space, time = self._groups(x.shape[0], T, ids_keep, x.device)
         x = x.flatten(0, 1)
         for block in self.blocks:
             x = block(x, space, time)
@@ -247,13 +223,11 @@ class SpaceTimeTransformer(nn.Module):
             raise ValueError(f"need frames 'zeros' or 'interpolate', got {frames!r}")
         check_state(state_dict)
         state, skipped = encoder_weights(state_dict, self)
-        own = [name for name in self.state_dict() if any(part in name for part in TIME)]
-        image = not any(name in state for name in own)
         if "temporal_embed" in state:
             state["temporal_embed"] = _other_frames(
                 state["temporal_embed"], self.num_frames, frames
             )
-        load_or_explain(self, state, may_miss=own if image else ())
+        load_or_explain(self, state, may_miss=self.of_time(state))
         return skipped
 
 

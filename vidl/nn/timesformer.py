@@ -2,22 +2,27 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidl.kernels.arguments import check_count, check_floating, check_shape, check_tensors, require
+from vidl.kernels.arguments import (
+    check_count,
+    check_flag,
+    check_floating,
+    check_shape,
+    check_tensors,
+    require,
+)
 from vidl.kernels.groups import Groups
 from vidl.nn.arguments import check_groups, check_layer, check_state
 from vidl.nn.block import LAYER_NORM, Attention, Mlp, attend
 from vidl.nn.checkpoints import load_or_explain
+from vidl.nn.frames_in_time import zero_of
 from vidl.nn.patch_embed import MaskedPatchEmbed
-from vidl.nn.vit import encoder_weights, frame_ids, frames_of, grid_of, initialise
-
-# Parameters that image models do not have.
-TIME = ("temporal_", "time_embed")
+from vidl.nn.space_time import SpaceTimeEncoder
+from vidl.nn.vit import encoder_weights, frame_ids, inflated
 
 
 class TimeSformerBlock(nn.Module):
@@ -65,14 +70,14 @@ class TimeSformerBlock(nn.Module):
         for parameter in self.temporal_fc.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, frames: int, space: Groups, time: Groups) -> Tensor:
+    def forward(self, x: Tensor, frames: int, space: Groups, time: Groups | None) -> Tensor:
         """Transform the tokens of clips.
 
         Args:
             x: CLS and the patches of each clip, frame by frame, [B, 1 + T K, C].
             frames: T.
             space: groups of the B T (1 + K) rows of CLS and patches of each frame.
-            time: groups of the B T K patches.
+            time: groups of the B T K patches; None: without attention over time.
 
         Returns:
             [B, 1 + T K, C].
@@ -84,10 +89,16 @@ class TimeSformerBlock(nn.Module):
         if (x.shape[1] - 1) % frames:
             raise ValueError(f"need x as CLS and patches of {frames} frames, got {tuple(x.shape)}")
         cls, patches = x[:, :1], x[:, 1:]
-        rows = patches.flatten(0, 1)
-        check_groups("time", time, rows)
-        moved, _ = attend(self.temporal_attn, self.temporal_norm1(rows), time, None, self.backend)
-        patches = patches + self.temporal_fc(moved).view_as(patches)
+        if time is None:
+            parts = (self.temporal_norm1, self.temporal_attn, self.temporal_fc)
+            patches = patches + zero_of(p for part in parts for p in part.parameters())
+        else:
+            rows = patches.flatten(0, 1)
+            check_groups("time", time, rows)
+            moved, _ = attend(
+                self.temporal_attn, self.temporal_norm1(rows), time, None, self.backend
+            )
+            patches = patches + self.temporal_fc(moved).view_as(patches)
         of_frames = patches.unflatten(1, (frames, -1))
         y = torch.cat([cls[:, None].expand(-1, frames, -1, -1), of_frames], 2)  # [B, T, 1 + K, C]
         rows = y.flatten(0, 2)
@@ -98,13 +109,13 @@ class TimeSformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class TimeSformer(nn.Module):
+class TimeSformer(SpaceTimeEncoder):
     """Divided space-time transformer whose CLS is in every frame, on the visible patches of clips.
 
     A patch attends to the patches at its place in the other frames, then to its frame and CLS; see
     `TimeSformerBlock`. All frames of a clip must show the same places, as with a tube mask.
     Parameters are named as in the authors' code, and those of the spatial part as in timm. Sources:
-    TimeSformer, arXiv 2102.05095; ALPRO, arXiv 2112.09583, 3.1.
+    TimeSformer, arXiv 2102.05095; ALPRO, arXiv 2112.09583, 3.1; `stills`: OmniVL, arXiv 2209.07526.
 
     Args:
         img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias: as in
@@ -112,12 +123,18 @@ class TimeSformer(nn.Module):
         act_layer, norm_layer: as in `ViT`.
         num_frames: the largest number of frames; clips may have fewer.
         tubelet_size: as in `ViT`.
+        stills: whether images and clips of one frame have a patch embedding of their own,
+            `image_embed`, and skip attention over time. With `num_frames=1` there is nothing else
+            to train: the other patch embedding and attention over time are frozen.
         mean, std: normalisation of uint8 clips, as in `MaskedPatchEmbed`.
         backend: of all ops.
 
     Raises:
         ValueError: options do not fit together.
     """
+
+    TIME = ("temporal_", "time_embed")
+    time_embed: Tensor
 
     def __init__(
         self,
@@ -134,34 +151,25 @@ class TimeSformer(nn.Module):
         *,
         num_frames: int = 4,
         tubelet_size: int | None = None,
+        stills: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        check_count("num_frames", num_frames, 1)
-        check_count("depth", depth)
-        layer: Any = (num_heads, mlp_ratio, qkv_bias, act_layer, norm_layer, backend)
-        check_layer(embed_dim, *layer, width="embed_dim")
-        self.grid = grid_of(img_size, patch_size)
-        self.embed_dim, self.num_frames = embed_dim, num_frames
-        self.patch_embed = MaskedPatchEmbed(
-            patch_size, in_chans, embed_dim, tubelet_size, mean=mean, std=std, backend=backend
-        )
-        patches = self.grid[0] * self.grid[1]
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, embed_dim))
-        self.time_embed = nn.Parameter(torch.zeros(1, num_frames, embed_dim))
-        options: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer, backend=backend)
-        blocks = [
-            TimeSformerBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, **options)
-            for _ in range(depth)
-        ]
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = norm_layer(embed_dim)
-        initialise(self)
-        for block in blocks:
-            block.reset_time()
+        super().__init__(
+            TimeSformerBlock, img_size, patch_size, in_chans, embed_dim, depth, num_heads,
+            mlp_ratio, qkv_bias, act_layer, norm_layer, num_frames=num_frames,
+            tubelet_size=tubelet_size, mean=mean, std=std, backend=backend,
+        )  # fmt: skip
+        check_flag("stills", stills)
+        self.image_embed = None
+        if stills:
+            self.image_embed = MaskedPatchEmbed(
+                patch_size, in_chans, embed_dim, mean=mean, std=std, backend=backend
+            )
+        if stills and num_frames == 1:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(not _of_clips(name))
 
     def forward(self, video: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Encode the visible patches of clips.
@@ -180,28 +188,29 @@ class TimeSformer(nn.Module):
             ValueError: the clip or the ids have another shape.
             RuntimeError: frames show different places (on CUDA as a device-side assertion).
         """
-        check_tensors(("ids_keep",), video=video, ids_keep=ids_keep, model=self.cls_token)
-        if video.ndim == 4:
-            video = video.unsqueeze(2)
-        B, T = video.shape[0], frames_of(video, ids_keep, self.grid, self.patch_embed)
-        if self.num_frames < T:
-            raise ValueError(f"need video of at most num_frames={self.num_frames} frames, got {T}")
-        ids = frame_ids(B, T, self.grid[0] * self.grid[1], ids_keep, video.device)
+        x, T = self.embed(video, ids_keep)
+        B = x.shape[0]
+        ids = frame_ids(B, T, self.grid[0] * self.grid[1], ids_keep, x.device)
         if ids_keep is not None:
-            places = ids.unflatten(0, (B, T))
+            of_frames = ids.unflatten(0, (B, T))
             require(
-                (places == places[:, :1]).all(),
+                (of_frames == of_frames[:, :1]).all(),
                 "need ids_keep with the same places in every frame: a mask of kind 'tube'",
             )
-        position = (self.time_embed[0, :T], self.pos_embed[0, 1:])
-        x = self.patch_embed(video, ids_keep, position=position)  # [B, K, C]
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
-        x = torch.cat([cls, x], 1)
+        still = self.embedding(video) is self.image_embed
+        if self.image_embed is not None:
+            unused = self.patch_embed if still else self.image_embed
+            x = x + zero_of([*unused.parameters(), self.time_embed])
         space = Groups.equal(B * T, 1 + ids.shape[1], device=x.device)
-        time = _through_time(B, T, ids.shape[1], x.device)
+        time = None if still else _through_time(B, T, ids.shape[1], x.device)
         for block in self.blocks:
             x = block(x, T, space, time)
         return self.norm(x)
+
+    def embedding(self, video: Tensor) -> MaskedPatchEmbed:
+        """See `SpaceTimeEncoder.embedding`."""
+        still = video.ndim == 4 or video.shape[2:3] == (1,)
+        return self.image_embed if self.image_embed is not None and still else self.patch_embed
 
     def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> list[str]:
         """Load the weights of a TimeSformer, of the authors or of Hugging Face, or of an image ViT.
@@ -222,14 +231,41 @@ class TimeSformer(nn.Module):
         """
         check_state(state_dict)
         state, skipped = encoder_weights({_name(n): x for n, x in state_dict.items()}, self)
-        own = [name for name in self.state_dict() if any(part in name for part in TIME)]
-        image = not any(name in state for name in own)
-        if "time_embed" in state and state["time_embed"].shape[1] != self.num_frames:
-            time = state["time_embed"].float().mT
-            resized = F.interpolate(time, self.num_frames, mode="nearest").mT
-            state["time_embed"] = resized.to(state["time_embed"].dtype)
-        load_or_explain(self, state, may_miss=own if image else ())
+        for part in ("weight", "bias"):
+            clips, images = f"patch_embed.proj.{part}", f"image_embed.proj.{part}"
+            if self.image_embed is not None and clips in state:
+                state.setdefault(images, _of_frames(state[clips]))
+        load_or_explain(self, self.resized(state), may_miss=self.of_time(state))
         return skipped
+
+    def resized(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a TimeSformer with another number of frames, for this one.
+
+        Embeddings of time are resampled (nearest). With `stills`, weights of `num_frames=1` saw
+        images only: the patch embedding of clips becomes that of images, inflated as in ViViT.
+        """
+        check_state(state_dict)
+        state = dict(state_dict)
+        if "time_embed" not in state or state["time_embed"].shape[1] == self.num_frames:
+            return state
+        time = state["time_embed"]
+        resized = F.interpolate(time.float().mT, self.num_frames, mode="nearest").mT
+        state["time_embed"] = resized.to(time.dtype)
+        if time.shape[1] == 1 and "image_embed.proj.weight" in state:
+            tubelet = self.patch_embed.proj.kernel_size[:-2]
+            state["patch_embed.proj.weight"] = inflated(state["image_embed.proj.weight"], tubelet)
+            state["patch_embed.proj.bias"] = state["image_embed.proj.bias"]
+        return state
+
+
+def _of_clips(name: str) -> bool:
+    """Whether a parameter is not used for images, if there are `stills`."""
+    return name.startswith("patch_embed.") or any(part in name for part in TimeSformer.TIME)
+
+
+def _of_frames(parameter: Tensor) -> Tensor:
+    """A parameter of a patch embedding for one frame in place of a tubelet of equal frames."""
+    return parameter.sum(2) if parameter.ndim == 5 else parameter
 
 
 def _through_time(B: int, T: int, n: int, device: torch.device) -> Groups:

@@ -263,8 +263,7 @@ def encoder_weights(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The weights of an encoder like this one under timm's names, and the names of all others.
 
-    Patch embeddings of images are inflated to tubelets as in ViViT: each of the t frames gets the
-    image's weights divided by t. Source: ViViT, arXiv 2103.15691, 3.4.
+    Patch embeddings of images are inflated to tubelets, see `inflated`.
     """
     state, skipped = timm_names(state_dict)
     for name in [n for n in state if n.startswith(NOT_ENCODER)]:
@@ -273,9 +272,20 @@ def encoder_weights(
     if "pos_embed" in state:
         state["pos_embed"] = resample_position(state["pos_embed"], encoder.grid)
     name, tubelet = "patch_embed.proj.weight", encoder.patch_embed.proj.kernel_size[:-2]
-    if tubelet and name in state and state[name].ndim == 4:
-        state[name] = state[name].unsqueeze(2).repeat(1, 1, *tubelet, 1, 1) / tubelet[0]
+    if name in state and state[name].ndim == 4:
+        state[name] = inflated(state[name], tubelet)
     return state, skipped
+
+
+def inflated(weight: Tensor, tubelet: Sequence[int]) -> Tensor:
+    """The patch embedding of images, [C, C_in, h, w], for tubelets of (t,) frames; (): unchanged.
+
+    Each of the t frames gets the weights of images divided by t. Source: ViViT, arXiv 2103.15691,
+    3.4.
+    """
+    if not tubelet:
+        return weight
+    return weight.unsqueeze(2).repeat(1, 1, *tubelet, 1, 1) / tubelet[0]
 
 
 def initialise(model: nn.Module) -> None:

@@ -81,7 +81,8 @@ class ContrastiveLoss(nn.Module):
         Args:
             video: [B, C], or [B, T, C] with features of each frame; floating point, any norm.
             text: [B, C].
-            clip_ids: [B] int64, the clip of each sample; None: all differ.
+            clip_ids: [B] int64, the clip of each sample, or [B, K] with K numbers, of which equal
+                samples share one at least; None: all differ.
 
         Returns:
             A scalar, float32 (float64 for float64 features).
@@ -89,16 +90,14 @@ class ContrastiveLoss(nn.Module):
         Raises:
             ValueError: the shapes do not fit.
         """
-        _check(video, text, clip_ids)
+        check_features(video, text, clip_ids)
         if video.shape[0] != text.shape[0]:
             raise ValueError(
                 "need a caption for each clip, got video and text of shapes "
                 f"{tuple(video.shape)} and {tuple(text.shape)}"
             )
-        if isinstance(self.temperature, nn.Parameter) and self.training:
-            with torch.no_grad():
-                self.temperature.clamp_(*self.bounds)
-        video, text = _direction(video), _direction(text)
+        self._clamp()
+        video, text = direction(video), direction(text)
         all_video, all_text = self._gathered(video), self._gathered(text)
         target = self._target(clip_ids, text)
         with torch.autocast(text.device.type, enabled=False):
@@ -117,9 +116,14 @@ class ContrastiveLoss(nn.Module):
         Returns:
             [S, B], float32 (float64 for float64 features).
         """
-        _check(video, text)
+        check_features(video, text)
         with torch.autocast(text.device.type, enabled=False):
-            return _direction(video) @ _direction(text).T / self.temperature
+            return direction(video) @ direction(text).T / self.temperature
+
+    @torch.no_grad()
+    def _clamp(self) -> None:
+        if isinstance(self.temperature, nn.Parameter) and self.training:
+            self.temperature.clamp_(*self.bounds)
 
     def _gathered(self, x: Tensor) -> Tensor:
         return gather_with_gradient(x) if self.gather else x
@@ -133,12 +137,23 @@ class ContrastiveLoss(nn.Module):
             own = everyone[rank * B : (rank + 1) * B]
         else:
             own, everyone = clip_ids, self._gathered(clip_ids)
-        same = (own[:, None] == everyone).to(text.dtype)
+        same = shared(own, everyone).to(text.dtype)
         return same / same.sum(1, keepdim=True)
 
     def extra_repr(self) -> str:
         learned = isinstance(self.temperature, nn.Parameter)
         return f"learned={learned}, bounds={self.bounds}, form={self.form!r}, gather={self.gather}"
+
+
+def shared(own: Tensor, others: Tensor) -> Tensor:
+    """Which samples are equal by their numbers, [B] and [N] or [B, K] and [N, K]: [B, N] bool."""
+    return own[:, None] == others if own.ndim == 1 else (own[:, None] == others).any(2)
+
+
+def check_clip_ids(clip_ids: Tensor, B: int) -> None:
+    """Raise unless these are numbers of B samples, [B] or [B, K] int64."""
+    check_dtype("clip_ids", clip_ids, torch.int64)
+    check_shape("clip_ids", clip_ids, *((B,) if clip_ids.ndim < 2 else (B, "K")))
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
@@ -182,7 +197,7 @@ def rank_and_size() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _direction(x: Tensor) -> Tensor:
+def direction(x: Tensor) -> Tensor:
     """Rows normalised to length 1, at least in float32; [B, T, C] is then averaged over frames.
 
     The dot product with a mean of unit rows is the mean of the cosines, so frames need not be
@@ -192,7 +207,8 @@ def _direction(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.mean(1)
 
 
-def _check(video: Tensor, text: Tensor, clip_ids: Tensor | None = None) -> None:
+def check_features(video: Tensor, text: Tensor, clip_ids: Tensor | None = None) -> None:
+    """Raise unless these are features of clips, of captions, and numbers of the clips."""
     check_tensors(optional=("clip_ids",), video=video, text=text, clip_ids=clip_ids)
     check_floating(video=video, text=text)
     if video.ndim not in (2, 3) or text.ndim != 2 or video.shape[-1] != text.shape[1]:
@@ -201,5 +217,4 @@ def _check(video: Tensor, text: Tensor, clip_ids: Tensor | None = None) -> None:
             f"{tuple(video.shape)} and {tuple(text.shape)}"
         )
     if clip_ids is not None:
-        check_dtype("clip_ids", clip_ids, torch.int64)
-        check_shape("clip_ids", clip_ids, text.shape[0])
+        check_clip_ids(clip_ids, text.shape[0])

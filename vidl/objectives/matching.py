@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidl.kernels.arguments import check_dtype, check_floating, check_shape, check_tensors
+from vidl.kernels.arguments import check_floating, check_tensors
 from vidl.masking.draws import uniform
+from vidl.objectives.contrastive import check_clip_ids, shared
 
 # Streams of `uniform` for negative captions and negative clips; callers do not use them.
 CAPTIONS, CLIPS = 4 << 58, 5 << 58
@@ -55,7 +56,7 @@ def hard_negatives(
     Args:
         seed, step, samples: as in `vidl.masking.uniform`; samples [B] int64.
         similarity: [B, B], clips x captions, over the temperature; `ContrastiveLoss.similarity`.
-        clip_ids: [B] int64, the clip of each sample; None: all differ.
+        clip_ids: [B] or [B, K] int64, the clip of each sample; see `ContrastiveLoss.forward`.
 
     Raises:
         ValueError: the shapes do not fit, or there is only one sample.
@@ -73,9 +74,8 @@ def hard_negatives(
         raise ValueError("need at least 2 samples to find negatives, got 1")
     if clip_ids is None:
         clip_ids = torch.arange(B, device=similarity.device)
-    check_dtype("clip_ids", clip_ids, torch.int64)
-    check_shape("clip_ids", clip_ids, B)
-    matched = clip_ids[:, None] == clip_ids
+    check_clip_ids(clip_ids, B)
+    matched = shared(clip_ids, clip_ids)
 
     def drawn(logits: Tensor, stream: int) -> Tensor:
         # Gumbel-max trick: the argmax of logit + Gumbel noise is a draw from the softmax. An offset

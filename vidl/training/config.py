@@ -23,7 +23,7 @@ Text = Literal["caption", "question", "choice", "pair"]
 
 
 def _field(default: Any, about: str) -> Any:
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata={"about": about})
     return dataclasses.field(default=default, metadata={"about": about})
 
@@ -127,6 +127,11 @@ class Optimizer:
     eps: float = _field(1e-8, "of AdamW")
     weight_decay: float = _field(0.05, "of the parameters that decay")
     clip: float = _field(1.0, "maximal gradient norm; 0: no clipping")
+    factors: dict[str, float] = _field(
+        {},
+        "learning rates of parts of the model, as factors of lr by the beginnings of the names of "
+        "parameters, e.g. {vision: 0.1, matches: 5}; 0 freezes a part; the longest name counts",
+    )
     accumulate: int = _field(
         1, "batches of a step; contrastive negatives come from one batch of all ranks"
     )
@@ -143,10 +148,14 @@ class Schedule:
 
     steps: int = _field(1000, "optimizer steps")
     warmup: int = _field(100, "steps of linear learning rate warm-up")
-    final: float = _field(0.01, "learning rate at the end of the cosine, as a share of the peak")
+    final: float = _field(0.01, "learning rate at the end, as a share of the peak")
     prune_over: int = _field(
         0, "steps in which the keep rate falls from 1 to model.keep_rate, as in EViT; 0: none"
     )
+    shape: Literal["cosine", "linear", "poly"] = _field(
+        "cosine", "decay of the learning rate: cosine, linear, or poly: (1 - progress)^power"
+    )
+    power: float = _field(1.0, "of shape=poly; 1 is linear")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -272,6 +281,11 @@ class Config:
             )
         if self.start.text and not self.data.tokenizer:
             raise ValueError("need data.tokenizer, the tokenizer of start.text")
+        if self.schedule.power <= 0:
+            raise ValueError(f"need schedule.power > 0, got {self.schedule.power}")
+        for name, factor in self.optimizer.factors.items():
+            if factor < 0:
+                raise ValueError(f"need optimizer.factors >= 0, got {factor} for {name}")
         if self.optimizer.name == "muon" and self.run.parallel == "fsdp":
             raise ValueError(
                 "need run.parallel=ddp with optimizer.name=muon: its update needs whole matrices"
@@ -366,7 +380,7 @@ def explain() -> str:
         for field in dataclasses.fields(kind):
             if "about" in field.metadata:
                 name, default = f"{section}.{field.name}", getattr(defaults, field.name)
-                shown = "" if default in (None, []) else f" (default {_shown(default)})"
+                shown = "" if default in (None, [], {}) else f" (default {_shown(default)})"
                 lines += [_paragraph(name, field.metadata["about"] + shown)]
         if section == "model":
             lines += ["  fields of every recipe (`vidl recipe NAME` prints those of one):"]

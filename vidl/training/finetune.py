@@ -32,7 +32,11 @@ TASKS = ("retrieval", "qa", "caption", "pair")
 # Defaults that differ from the pre-training run: no visual mask, and the learning rate of
 # Singularity (arXiv 2206.03428, appendix).
 DEFAULTS = {"model.mask_ratio": 0.0, "optimizer.lr": 1e-5, "run.folder": "finetuned"}
-DEFAULTS_OF = {"mac": {"model.word_ratio": 0.0}, "alpro": {"model.pem": 0.0}}
+DEFAULTS_OF: dict[str, dict[str, Any]] = {
+    "mac": {"model.word_ratio": 0.0},
+    "alpro": {"model.pem": 0.0},
+    "omnivl": {"model.queue": 0},
+}
 # Fields that a run never hands on: the run of a stranger must not choose what is read here.
 SOURCES = (
     "data.source", "data.files", "data.media", "data.outside", "evaluation.files",

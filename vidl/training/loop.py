@@ -112,7 +112,7 @@ class Training:
         self.model = self._model()
         self.parallel = parallel.wrap(self.model, config.run.parallel, ranks)
         self.optimizer = optimizer.make(self.parallel, config.optimizer)
-        self.step = 0
+        self.step, self.rate = 0, 0.0
         self.record: dict[str, Any] = {}
         self.losses = Losses()
         self.abandoned: list[Path] = []
@@ -166,8 +166,10 @@ class Training:
                     file = names.local(source, f"start.{part}", names.WEIGHTS)
                     model.starts()[part].load_pretrained(checkpoints.weights_of(file))
             self._teach(model)
+            model.begin()
         model = model.to(self.ranks.device).train()
         parallel.freeze_unused(model, self._example())
+        optimizer.freeze(model, self.config.optimizer.factors)
         if run.checkpoint_activations:
             parallel.recompute(model)
         return model
@@ -335,11 +337,11 @@ class Training:
             for name, loss in outputs.items():
                 losses[name] = losses.get(name, 0) + loss.detach() / options.accumulate
         norm = parallel.clip(self.parallel, self.ranks, options.clip)
-        rate = optimizer.learning_rate(self.step, options.lr, schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.rate = optimizer.learning_rate(self.step, options.lr, schedule)
+        optimizer.set_rate(self.optimizer, self.rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.model.after_step()
         return losses, norm
 
     def _backward(self, batch: Batch, random: Random, last: bool) -> dict[str, Tensor]:
@@ -393,8 +395,7 @@ class Training:
     def _log(self, norm: Tensor, watch: "_Watch", progress: Progress | None) -> None:
         means = self.losses.means(self.ranks)
         self._check_loss(means["loss"])
-        rate = self.optimizer.param_groups[0]["lr"]
-        self.record = {**means, "lr": rate, "grad_norm": float(norm), **watch.read(self)}
+        self.record = {**means, "lr": self.rate, "grad_norm": float(norm), **watch.read(self)}
         self.record["losses"] = [name for name in means if name != "loss"]
         self.losses = Losses()
         if progress is not None:

@@ -105,7 +105,8 @@ def wrap(model: nn.Module, kind: str, ranks: Ranks) -> nn.Module:
     if ranks.world_size == 1:
         return model
     if kind == "ddp":
-        return DistributedDataParallel(model)
+        # All ranks compute the same buffers, such as a queue.
+        return DistributedDataParallel(model, broadcast_buffers=False)
     for blocks in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
         for block in blocks:
             fully_shard(block)
@@ -127,13 +128,17 @@ def whole(model: nn.Module) -> dict[str, nn.Parameter]:
 def freeze_unused(model: nn.Module, inputs: dict[str, Any]) -> None:
     """Freeze parameters without a gradient, such as heads whose loss has weight 0.
 
-    DDP would wait for their gradients, and the optimizer would have no state for them.
+    DDP would wait for their gradients, and the optimizer would have no state for them. Buffers,
+    such as a queue, keep their values.
 
     Args:
         model: in training mode.
         inputs: arguments of its forward for any batch.
     """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model(**inputs)["loss"].backward()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     model.zero_grad()

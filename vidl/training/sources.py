@@ -73,7 +73,18 @@ def open_loader(
     sampler = EpochSampler(
         dataset.kinds(), data.batch_size, seed=config.run.seed, rank=rank, world_size=world_size
     )
+    _check_queue(recipe, len(dataset), data.batch_size * world_size)
     return Loader(dataset, sampler, **options)
+
+
+def _check_queue(recipe: Recipe, samples: int, batch: int) -> None:
+    """Raise if a model's queue of earlier samples does not fit the data."""
+    queue = getattr(recipe, "queue", 0)
+    if queue and not batch <= queue <= samples:
+        raise ValueError(
+            f"need model.queue=0, or from {batch}, the batch of all ranks, to {samples}, the "
+            f"samples of an epoch, got {queue}"
+        )
 
 
 def open_clips(config: Config, recipe: Recipe, tokenizer: Tokenizer | None) -> ClipSet:
