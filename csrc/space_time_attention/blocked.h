@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   const int lane = lane_id(), first = work.start + threadIdx.x / 32 * 16;
   T* const q = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
   T* const grad_out = q + kTile;
-  copy_rows<T, D>(q, 16, a.q, work.h, queries, first, lane, 32);
-  copy_rows<T, D>(grad_out, 16, {b.grad_out, a.H * D, D}, work.h, queries, first, lane, 32);
+  copy_rows<T, D>({q, grad_out}, 16, {a.q, {b.grad_out, a.H * D, D}}, work.h, queries, first, lane,
+                  32);
   cp_async_commit();
   cp_async_wait();
   __syncwarp();
@@ -260,8 +260,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   const int lane = lane_id(), first = work.start + threadIdx.x / 32 * 16;
   T* const k = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
   T* const v = k + kTile;
-  copy_rows<T, D>(k, 16, a.k, work.h, keys, first, lane, 32);
-  copy_rows<T, D>(v, 16, a.v, work.h, keys, first, lane, 32);
+  copy_rows<T, D>({k, v}, 16, {a.k, a.v}, work.h, keys, first, lane, 32);
   cp_async_commit();
   cp_async_wait();
   __syncwarp();

@@ -29,8 +29,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kSquares == 4 && D <= 64 ?
       reinterpret_cast<float*>(v + (most + 16 * warps) * kStride<D>);
   const KeyTerms terms(columns + warps * most, most);
   if (Kind::kBiased) terms.store(a.bias, keys, real, threadIdx.x, blockDim.x);
-  copy_rows<T, D>(k, real, a.k, h, keys, 0, threadIdx.x, blockDim.x);
-  copy_rows<T, D>(v, real, a.v, h, keys, 0, threadIdx.x, blockDim.x);
+  copy_rows<T, D>({k, v}, real, {a.k, a.v}, h, keys, 0, threadIdx.x, blockDim.x);
   copy_rows<T, D>(q, 16, a.q, h, queries, 16 * warp, lane_id(), 32);
   cp_async_commit();
   if (f.scores != nullptr) {
@@ -128,11 +127,9 @@ __global__ void __launch_bounds__(32 * kSquares, 1)
     terms.store(a.bias, keys, round_up_16(keys.count), threadIdx.x, blockDim.x);
   }
   const Strided grads_of_out = {b.grad_out, a.H * D, D};
-  copy_rows<T, D>(q, round_up_16(queries.count), a.q, h, queries, 0, threadIdx.x, blockDim.x);
-  copy_rows<T, D>(k, round_up_16(keys.count), a.k, h, keys, 0, threadIdx.x, blockDim.x);
-  copy_rows<T, D>(grad_out, round_up_16(queries.count), grads_of_out, h, queries, 0, threadIdx.x,
-                  blockDim.x);
-  copy_rows<T, D>(v, round_up_16(keys.count), a.v, h, keys, 0, threadIdx.x, blockDim.x);
+  copy_rows<T, D>({q, grad_out}, round_up_16(queries.count), {a.q, grads_of_out}, h, queries, 0,
+                  threadIdx.x, blockDim.x);
+  copy_rows<T, D>({k, v}, round_up_16(keys.count), {a.k, a.v}, h, keys, 0, threadIdx.x, blockDim.x);
   cp_async_commit();
   cp_async_wait();
   __syncthreads();
