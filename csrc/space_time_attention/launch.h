@@ -143,8 +143,9 @@ int backward(const SpaceTimeAttention& a, const Backward& b, void* stream) {
     error = launch(packed_backward_kernel<T, D, Kind>, packed_blocks(groups, a.H),
                    32 * kPackedWarps, kPackedWarps * 4 * 16 * kRow, stream, a, b);
   } else if (size == Size::kWhole) {
-    const auto kernel =
-        most <= 64 ? whole_backward_kernel<T, D, 4, Kind> : whole_backward_kernel<T, D, 8, Kind>;
+    const auto kernel = most <= 64   ? whole_backward_kernel<T, D, 4, Kind>
+                        : most <= 80 ? whole_backward_kernel<T, D, 5, Kind>
+                                     : whole_backward_kernel<T, D, 8, Kind>;
     error = launch(kernel, groups.G * a.H, 2 * most, bytes, stream, a, b);
   } else if (size == Size::kWide) {
     if constexpr (D <= 64) {
