@@ -53,12 +53,11 @@ int64_t packed_blocks(const Groups& groups, int64_t H) {
   return slot == 0 ? 0 : div_up(div_up(groups.G, 16 / slot) * H, kPackedWarps);
 }
 
-// So many heads of a group a block of the forward computes: with more, a multiprocessor would have
-// less than eight blocks.
+// So many heads of a group a block of the forward computes: all, unless a multiprocessor would have
+// less than about eight blocks.
 int64_t heads_of_block(int64_t G, int64_t H) {
   const int64_t few = 8 * int64_t{device_attribute(cudaDevAttrMultiProcessorCount)};
-  const int64_t parts = std::min(H, div_up(few, std::max<int64_t>(G, 1)));
-  return div_up(H, std::max<int64_t>(parts, 1));
+  return div_up(H, std::clamp<int64_t>(few / std::max<int64_t>(G, 1), 1, H));
 }
 
 // `size`, or the class for any length if its blocks, of so many bytes, do not fit into this GPU.

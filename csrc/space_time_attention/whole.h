@@ -173,22 +173,22 @@ constexpr int64_t whole_backward_bytes(int64_t queries, int64_t keys) {
          (Kind::kBiased ? keys * KeyTerms::kBytes : 0);
 }
 
-template <class Kind>
+// The blocks of a multiprocessor: with 128 registers a thread it has 16 warps, with 168 it has 12.
+// Of more than 80 rows there is one: without the number ptxas aims at more, and spills.
+template <int D, int kSquares, class Kind>
+constexpr int whole_backward_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kFiveBlocks = 2;  // with 128 registers ptxas spills
+  constexpr bool kFits = false;  // five squares with 128 registers
 #else
-constexpr int kFiveBlocks = Kind::kLimited ? 2 : 3;
+  constexpr bool kFits = !Kind::kLimited;
 #endif
+  if (D > 64 || kSquares > 5) return 1;
+  return kSquares == 4 ? 4 : kFits ? 3 : 2;
+}
 
 // There is a warp for every 16 queries and 16 keys. It computes its queries first, then its keys.
-// Of 65 to 80 rows, three blocks of five warps fit into the registers of a multiprocessor with 128
-// a thread, two with 168. Of more rows there is one: without the number ptxas aims at more, and
-// spills.
 template <class T, int D, int kSquares, class Kind>
-__global__ void __launch_bounds__(32 * (kSquares == 5 && kFiveBlocks<Kind> == 2 ? 6 : kSquares),
-                                  D > 64          ? 1
-                                  : kSquares == 5 ? kFiveBlocks<Kind>
-                                                  : 1)
+__global__ void __launch_bounds__(32 * kSquares, whole_backward_blocks<D, kSquares, Kind>())
     whole_backward_kernel(SpaceTimeAttention a, Backward b) {
   DYNAMIC_SHARED(T, memory);
   const int64_t g = blockIdx.x / a.H;
