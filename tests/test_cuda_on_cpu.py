@@ -131,6 +131,24 @@ BUGS = {
             "__syncthreads();  // the block is there, and nobody reads the one before any more",
             "__syncwarp();",
         ),
+        "a head is read before it is there": (
+            "__syncthreads();  // this head is there, and nobody reads the one before any more",
+            "",
+        ),
+        "a head is overwritten while it is read": (
+            "__syncthreads();  // nobody reads this head any more",
+            "",
+        ),
+        "scores are read before they are written": (
+            "__syncthreads();  // the sums of all warps are there",
+            "",
+        ),
+        "sums stay relative to a smaller maximum": ("sum[i] *= factor[i];", ""),
+        "the queries of another head are used": (
+            "fetch(h + 1, next);\n    T *const q",
+            "fetch(h, next);\n    T *const q",
+        ),
+        "rows out of range are copied": ("within(row[n], group.total - 1)", "row[n]"),
         "keys are overwritten by weights while they are read": (
             "__syncthreads();  // nobody reads keys and values any more",
             "",

@@ -139,6 +139,7 @@ template <class T, int D, class RowOf>
 __device__ __forceinline__ void store_rows(T* x, int64_t H, int h, T* tile,
                                            const Square (&sums)[D / 16], float top, float bottom,
                                            RowOf row_of) {
+  T* const head = x + int64_t{h} * D;
 #pragma unroll
   for (int n = 0; n < D / 16; n++) {
     uint32_t a[4];
@@ -149,9 +150,10 @@ __device__ __forceinline__ void store_rows(T* x, int64_t H, int h, T* tile,
 #pragma unroll
   for (int n = 0; n < D / 16; n++) {
     const int i = 32 * n + int(lane_id()), r = i / (D / 8), unit = i % (D / 8);
-    const int64_t row = row_of(r);
+    const int row = static_cast<int>(row_of(r));
     const uint4 words = *reinterpret_cast<const uint4*>(tile + r * kStride<D> + unit * 8);
-    if (row >= 0) store_16(x + (row * H + h) * D + unit * 8, words);
+    // Not negative: a product of 32 and 64 bits is half of one of 64.
+    if (row >= 0) store_16(head + static_cast<uint32_t>(row) * (H * D) + unit * 8, words);
   }
   __syncwarp();
 }

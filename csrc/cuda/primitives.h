@@ -36,6 +36,18 @@ __device__ __forceinline__ int within(int x, int64_t end) {
 // In one-dimensional blocks.
 __device__ __forceinline__ unsigned lane_id() { return threadIdx.x % 32; }
 
+// threadIdx.x, read again: a compiler keeps nothing that follows from it in registers through a
+// loop around the call.
+__device__ __forceinline__ int thread_id() {
+#ifdef __CUDACC__
+  int id;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
+  return id;
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
+}
+
 // Two 16-bit numbers in a register; the first argument is the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float lo, float hi);
@@ -323,19 +335,39 @@ __device__ __forceinline__ float exp2_approx(float x) {  // 2^x to about 2 ulp; 
   return y < 0x1p-126f ? 0.0f : y;
 #endif
 }
+__device__ __forceinline__ float log2_approx(float x) {  // to about 2^-22, also relative to x > 2
+#ifdef __CUDACC__
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::log2(x);
+#endif
+}
+__device__ __forceinline__ float reciprocal_approx(float x) {  // 1 / x to 1 ulp
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int d = 16; d; d /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, d);
   return x;
 }
 
-// The bytes of shared memory, static and dynamic together, that a block of this GPU can have. 0
-// after an error, which the next launch returns.
-inline int64_t most_shared_bytes() {
-  int device = 0, most = 0;
+// A property of this GPU. 0 after an error, which the next launch returns.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  const cudaDeviceAttr limit = cudaDevAttrMaxSharedMemoryPerBlockOptin;
-  return cudaDeviceGetAttribute(&most, limit, device) == cudaSuccess ? most : 0;
+  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
+}
+// The bytes of shared memory, static and dynamic together, that a block can have.
+inline int64_t most_shared_bytes() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 // A kernel gets more than 48 KB of shared memory, static and dynamic together, only if it asked for

@@ -80,9 +80,11 @@ __device__ __forceinline__ void stream(T* memory, const Strided& x, const Stride
   const auto fetch = [&](int start) {
     const int parity = start / kBlock % 2;
     T* const to = memory + parity * tiles * kTile;
-    copy_rows<T, D>(to, kBlock, x, h, group, start, threadIdx.x, kBlockThreads);
     if (y != nullptr) {
-      copy_rows<T, D>(to + kTile, kBlock, *y, h, group, start, threadIdx.x, kBlockThreads);
+      copy_rows<T, D>({to, to + kTile}, kBlock, {x, *y}, h, group, start, threadIdx.x,
+                      kBlockThreads);
+    } else {
+      copy_rows<T, D>(to, kBlock, x, h, group, start, threadIdx.x, kBlockThreads);
     }
     also(start, parity);
     cp_async_commit();

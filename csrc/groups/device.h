@@ -44,31 +44,48 @@ __device__ __forceinline__ int64_t group_of(const Groups& groups, int64_t entry)
   return low;
 }
 
-// Starts to copy `rows` rows of a group, from member `start` on; zeros beyond the group's end. Four
-// addresses are computed before their copies start: each needs an index from memory, and a copy
-// would wait for it.
+// Starts to copy `rows` rows of a group of one tensor or more, from member `start` on; zeros beyond
+// the group's end. A thread copies the same unit of 16 bytes of every row. Four indices are loaded
+// before the first copy: a chain of loads would wait for each.
+template <class T, int D, int kTensors>
+__device__ __forceinline__ void copy_rows(T* const (&tiles)[kTensors], int rows,
+                                          const Strided (&tensors)[kTensors], int h,
+                                          const Members& group, int start, int thread,
+                                          int threads) {
+  constexpr int kUnits = D / 8, kAtOnce = 4;
+  const int step = threads / kUnits, first = thread / kUnits, d = thread % kUnits * 8;
+  if (first >= step) return;  // threads that are too few for one row more
+  for (int r = first; r < rows; r += kAtOnce * step) {
+    int row[kAtOnce];
+#pragma unroll
+    for (int n = 0; n < kAtOnce; n++) {
+      const int member = start + r + n * step;
+      row[n] = group.first + member;
+      if (group.rows != nullptr) row[n] = member < group.count ? group.rows[row[n]] : 0;
+    }
+#pragma unroll
+    for (int n = 0; n < kAtOnce; n++) {
+      const int to = r + n * step;
+      // Not negative: a product of 32 and 64 bits is half of one of 64.
+      const uint32_t from = static_cast<uint32_t>(within(row[n], group.total - 1));
+#pragma unroll
+      for (int t = 0; t < kTensors; t++) {
+        const T* const head = static_cast<const T*>(tensors[t].data) + h * tensors[t].head + d;
+        if (to < rows) {
+          cp_async_16(tiles[t] + to * kStride<D> + d, head + int64_t{from} * tensors[t].row,
+                      start + to < group.count);
+        }
+      }
+    }
+  }
+}
 template <class T, int D>
 __device__ __forceinline__ void copy_rows(T* tile, int rows, const Strided& x, int h,
                                           const Members& group, int start, int thread,
                                           int threads) {
-  constexpr int kUnits = D / 8, kAtOnce = 4;
-  const T* const head = static_cast<const T*>(x.data) + h * x.head;
-  for (int first = thread; first < rows * kUnits; first += kAtOnce * threads) {
-    const T* from[kAtOnce];
-#pragma unroll
-    for (int n = 0; n < kAtOnce; n++) {
-      const int i = first + n * threads, member = start + i / kUnits;
-      const bool real = i < rows * kUnits && member < group.count;
-      from[n] = real ? head + group.row(member) * x.row + i % kUnits * 8 : nullptr;
-    }
-#pragma unroll
-    for (int n = 0; n < kAtOnce; n++) {
-      const int i = first + n * threads;
-      if (i >= rows * kUnits) break;
-      cp_async_16(tile + i / kUnits * kStride<D> + i % kUnits * 8, from[n] ? from[n] : head,
-                  from[n] != nullptr);
-    }
-  }
+  T* const tiles[1] = {tile};
+  const Strided tensors[1] = {x};
+  copy_rows<T, D>(tiles, rows, tensors, h, group, start, thread, threads);
 }
 
 }  // namespace

@@ -63,6 +63,13 @@ struct KeyTerms {
       : codes(static_cast<int*>(memory)), bias(reinterpret_cast<float*>(codes + keys)) {}
   static constexpr int64_t kBytes = sizeof(int) + sizeof(float);  // of a key
 
+  // Those of keys from `start` on.
+  __device__ __forceinline__ KeyTerms from(int start) const {
+    KeyTerms moved = *this;
+    moved.codes += start, moved.bias += start;
+    return moved;
+  }
+
   // Writes those of `count` keys, zeros beyond the group's end.
   __device__ __forceinline__ void store(const Bias& given, const Members& keys, int count,
                                         int thread, int threads) const {

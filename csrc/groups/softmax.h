@@ -35,9 +35,8 @@ __device__ __forceinline__ void scale_logits(Square (&logits)[kSquares], int cou
     for (int e = 0; e < 8; e++) {
       const int j = e / 4, i = e / 2 % 2, column = 16 * n + column_of_lane(j) + e % 2;
       float& x = logits[n][j][e % 4];
-      if (Logit::kLimited && any) x = logit.scaled(i, column, x);
-      const bool seen = any && logit.sees(i, column);
-      x = !seen ? -INFINITY : Logit::kLimited ? x : logit.scaled(i, column, x);
+      if (any) x = logit.scaled(i, column, x);
+      x = any && logit.sees(i, column) ? x : -INFINITY;
       most[i] = fmaxf(most[i], x);
     }
   }
@@ -64,6 +63,30 @@ __device__ __forceinline__ void exponentiate(Square (&logits)[kSquares], int cou
   }
 }
 
+// Turns the products of 16 queries with a block of keys into exponentials. Those of earlier blocks,
+// of which `sum` and `out` hold sums, were relative to a smaller maximum.
+template <int kSquares, int kSums, class Logit>
+__device__ __forceinline__ void add_block(Square (&logits)[kSquares], int count, bool is_first,
+                                          float (&most)[2], float (&sum)[2], Square (&out)[kSums],
+                                          const Logit& logit) {
+  const float before[2] = {most[0], most[1]};
+  scale_logits(logits, count, most, logit);
+  if (!is_first) {
+    float factor[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      factor[i] = exp2_approx(before[i] - (most[i] == -INFINITY ? 0.0f : most[i]));
+      sum[i] *= factor[i];
+    }
+#pragma unroll
+    for (int n = 0; n < kSums; n++) {
+#pragma unroll
+      for (int e = 0; e < 8; e++) out[n][e / 4][e % 4] *= factor[e / 2 % 2];
+    }
+  }
+  exponentiate(logits, count, most, sum);
+}
+
 // 1 / the sum of the weights, and the log-sum-exp, of the lane's rows; 0 and -inf without keys.
 struct Normaliser {
   float inverse[2], lse[2];
@@ -72,8 +95,8 @@ struct Normaliser {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const float total = sum_of_row(sum[i]);
-      inverse[i] = total == 0.0f ? 0.0f : 1.0f / total;
-      lse[i] = total == 0.0f ? -INFINITY : most[i] * kLn2 + logf(total);
+      inverse[i] = total == 0.0f ? 0.0f : reciprocal_approx(total);
+      lse[i] = total == 0.0f ? -INFINITY : (most[i] + log2_approx(total)) * kLn2;
     }
   }
 };

@@ -45,25 +45,12 @@ __global__ void __launch_bounds__(kBlockThreads)
       [&](const T* k, const T* v, int start) {
         const QueryLogits<Kind> logit = all.from(start, terms_behind<T, D>(memory, 5, start));
         const int count = min(seen - start, kBlock);
-        const float before[2] = {most[0], most[1]};
         Square weights[kBlock / 16];
 #pragma unroll
         for (int n = 0; n < kBlock / 16; n++) {
           if (16 * n < count) multiply_transposed<T, D>(weights[n], rows, k, 16 * n);
         }
-        scale_logits(weights, count, most, logit);
-        float factor[2];  // rescales the sums so far, which are relative to a smaller maximum
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          factor[i] = exp2_approx(before[i] - (most[i] == -INFINITY ? 0.0f : most[i]));
-          sum[i] *= factor[i];
-        }
-#pragma unroll
-        for (int n = 0; n < D / 16; n++) {
-#pragma unroll
-          for (int e = 0; e < 8; e++) out[n][e / 4][e % 4] *= factor[e / 2 % 2];
-        }
-        exponentiate(weights, count, most, sum);
+        add_block(weights, count, start == 0, most, sum, out, logit);
         add_values<T, D>(out, weights, v, count);
       });
   const Normaliser row(most, sum);
@@ -147,8 +134,8 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   const int lane = lane_id(), first = work.start + threadIdx.x / 32 * 16;
   T* const q = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
   T* const grad_out = q + kTile;
-  copy_rows<T, D>(q, 16, a.q, work.h, queries, first, lane, 32);
-  copy_rows<T, D>(grad_out, 16, {b.grad_out, a.H * D, D}, work.h, queries, first, lane, 32);
+  copy_rows<T, D>({q, grad_out}, 16, {a.q, {b.grad_out, a.H * D, D}}, work.h, queries, first, lane,
+                  32);
   cp_async_commit();
   cp_async_wait();
   __syncwarp();
@@ -260,8 +247,7 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
   const int lane = lane_id(), first = work.start + threadIdx.x / 32 * 16;
   T* const k = memory + threadIdx.x / 32 * 16 * kStride<D>;  // of this warp
   T* const v = k + kTile;
-  copy_rows<T, D>(k, 16, a.k, work.h, keys, first, lane, 32);
-  copy_rows<T, D>(v, 16, a.v, work.h, keys, first, lane, 32);
+  copy_rows<T, D>({k, v}, 16, {a.k, a.v}, work.h, keys, first, lane, 32);
   cp_async_commit();
   cp_async_wait();
   __syncwarp();

@@ -53,6 +53,13 @@ int64_t packed_blocks(const Groups& groups, int64_t H) {
   return slot == 0 ? 0 : div_up(div_up(groups.G, 16 / slot) * H, kPackedWarps);
 }
 
+// So many heads of a group a block of the forward computes: all, unless a multiprocessor would have
+// less than about eight blocks.
+int64_t heads_of_block(int64_t G, int64_t H) {
+  const int64_t few = 8 * int64_t{device_attribute(cudaDevAttrMultiProcessorCount)};
+  return div_up(H, std::clamp<int64_t>(few / std::max<int64_t>(G, 1), 1, H));
+}
+
 // `size`, or the class for any length if its blocks, of so many bytes, do not fit into this GPU.
 Size fitting(Size size, int64_t bytes) {
   return size == Size::kPacked || bytes <= most_shared_bytes() ? size : Size::kBlocked;
@@ -65,26 +72,26 @@ int forward(const SpaceTimeAttention& a, const Forward& f, void* stream) {
   constexpr int64_t kRow = kStride<D> * sizeof(T);
   const Groups& groups = a.groups;
   const int64_t keys = round_up_16(groups.max_keys);
-  const int64_t squares = round_up_16(groups.max_queries) / 16;
-  const int64_t warps = std::clamp<int64_t>(squares, 1, kForwardWarps);
-  const int64_t bytes = (2 * keys + 16 * warps) * kRow + warps * keys * sizeof(float) +
-                        (Kind::kBiased ? keys * KeyTerms::kBytes : 0);
+  const int queries = round_up_16(std::max<int64_t>(groups.max_queries, 1));
+  const int64_t heads = heads_of_block(groups.G, a.H);
+  WholeForward<T, D, Kind> plan = {queries, static_cast<int>(keys), heads > 1 ? 2 : 1};
+  const bool scores = f.scores != nullptr;
+  if (plan.bytes(scores) > most_shared_bytes()) plan.stages = 1;
   constexpr int64_t kBlockedBytes = 5 * kBlock * kRow + (Kind::kBiased ? kTermsBytes : 0);
-  // With limits alone, the kernel of 256 keys does not fit into the registers.
-  constexpr bool kManyKeys = D == 32 || Kind::kBiased || !Kind::kLimited;
-  const Size by_length = size_of(groups.max_queries, groups.max_keys);
-  const Size size = kManyKeys || keys <= 128 ? fitting(by_length, bytes) : Size::kBlocked;
+  // A block of more than kMostWarps warps would not fit into the registers.
+  const bool many = queries > 16 * plan.kMostWarps;
+  const Size size = many
+                        ? Size::kBlocked
+                        : fitting(size_of(groups.max_queries, groups.max_keys), plan.bytes(scores));
   int error = 0;
   if (size == Size::kPacked) {
     error = launch(packed_forward_kernel<T, D, Kind>, packed_blocks(groups, a.H), 32 * kPackedWarps,
                    kPackedWarps * 3 * 16 * kRow, stream, a, f);
   } else if (size != Size::kBlocked) {
-    auto kernel =
-        keys <= 64 ? whole_forward_kernel<T, D, 4, Kind> : whole_forward_kernel<T, D, 8, Kind>;
-    if constexpr (kManyKeys) {
-      if (keys > 128) kernel = whole_forward_kernel<T, D, 16, Kind>;
-    }
-    error = launch(kernel, groups.G * a.H, 32 * warps, bytes, stream, a, f);
+    const auto kernel =
+        scores ? whole_forward_kernel<T, D, Kind, true> : whole_forward_kernel<T, D, Kind, false>;
+    error = launch(kernel, groups.G * div_up(a.H, heads), 2 * queries, plan.bytes(scores), stream,
+                   a, f, plan, static_cast<int>(heads));
   } else {
     const Blocks blocks = blocks_of(groups, a.H, groups.max_queries, groups.num_queries);
     const Blocks key_blocks = blocks_of(groups, a.H, groups.max_keys, groups.E);
@@ -135,8 +142,9 @@ int backward(const SpaceTimeAttention& a, const Backward& b, void* stream) {
     error = launch(packed_backward_kernel<T, D, Kind>, packed_blocks(groups, a.H),
                    32 * kPackedWarps, kPackedWarps * 4 * 16 * kRow, stream, a, b);
   } else if (size == Size::kWhole) {
-    const auto kernel =
-        most <= 64 ? whole_backward_kernel<T, D, 4, Kind> : whole_backward_kernel<T, D, 8, Kind>;
+    const auto kernel = most <= 64   ? whole_backward_kernel<T, D, 4, Kind>
+                        : most <= 80 ? whole_backward_kernel<T, D, 5, Kind>
+                                     : whole_backward_kernel<T, D, 8, Kind>;
     error = launch(kernel, groups.G * a.H, 2 * most, bytes, stream, a, b);
   } else if (size == Size::kWide) {
     if constexpr (D <= 64) {

@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     if (work.start >= queries.count) continue;
     const Members keys = seen_keys(a.groups, queries, keys_of(a.groups, work.g), work.start);
     const int first = work.start + 16 * warp;
-    copy_rows<T, D>(q, 16, a.q, h, queries, first, lane, 32);
-    copy_rows<T, D>(grad_out, 16, {b.grad_out, a.H * D, D}, h, queries, first, lane, 32);
+    copy_rows<T, D>({q, grad_out}, 16, {a.q, {b.grad_out, a.H * D, D}}, h, queries, first, lane,
+                    32);
     cp_async_commit();
     cp_async_wait();
     __syncwarp();

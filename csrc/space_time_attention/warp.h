@@ -25,18 +25,11 @@ template <class T, int D, int kSquares, class Logit>
 __device__ __forceinline__ Normaliser weigh_keys(const T* q, const T* k, int count,
                                                  Square (&weights)[kSquares], const Logit& logit) {
   float most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  Rows16<D> rows;
+  rows.load(q);
 #pragma unroll
-  for (int e = 0; e < 8 * kSquares; e++) weights[e / 8][e / 4 % 2][e % 4] = 0.0f;
-#pragma unroll
-  for (int d = 0; d < D; d += 16) {  // outermost: only 16 channels of the queries are in registers
-    uint32_t left[4], right[4];
-    load_square<true, false>(left, q, kStride<D>, 0, d);
-#pragma unroll
-    for (int n = 0; n < kSquares; n++) {
-      if (16 * n >= count) continue;
-      load_square<false, false>(right, k, kStride<D>, 16 * n, d);
-      multiply<T>(weights[n], left, right);
-    }
+  for (int n = 0; n < kSquares; n++) {
+    if (16 * n < count) multiply_transposed<T, D>(weights[n], rows, k, 16 * n);
   }
   scale_logits(weights, count, most, logit);
   exponentiate(weights, count, most, sum);

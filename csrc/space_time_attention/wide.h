@@ -105,10 +105,9 @@ __global__ void __launch_bounds__(2 * kWideRows)
                                     round_up_16(a.groups.max_keys));
   const int query_rows = round_up_16(queries.count), key_rows = round_up_16(keys.count);
   const Strided grads_of_out = {b.grad_out, a.H * D, D};
-  copy_rows<T, D>(group.q, query_rows, a.q, h, queries, 0, threadIdx.x, blockDim.x);
-  copy_rows<T, D>(group.grad_out, query_rows, grads_of_out, h, queries, 0, threadIdx.x, blockDim.x);
-  copy_rows<T, D>(group.k, key_rows, a.k, h, keys, 0, threadIdx.x, blockDim.x);
-  copy_rows<T, D>(group.v, key_rows, a.v, h, keys, 0, threadIdx.x, blockDim.x);
+  copy_rows<T, D>({group.q, group.grad_out}, query_rows, {a.q, grads_of_out}, h, queries, 0,
+                  threadIdx.x, blockDim.x);
+  copy_rows<T, D>({group.k, group.v}, key_rows, {a.k, a.v}, h, keys, 0, threadIdx.x, blockDim.x);
   cp_async_commit();
   if (Kind::kBiased) group.terms.store(a.bias, keys, key_rows, threadIdx.x, blockDim.x);
   cp_async_wait();

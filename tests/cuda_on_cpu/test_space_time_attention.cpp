@@ -292,6 +292,10 @@ int main() {
       {{17, 0, 5}, {17, 3, 0}, 2, 32, kBFloat16, kCls, kInOrder, 0.3f},
       {{70, 33}, {81, 20}, 1, 32, kBFloat16, kMean, kGathered, -0.2f},
       {{20, 50}, {100, 7}, 1, 32, kFloat16, kMean, kShared, 0.3f},
+      {{70, 33}, {75, 20}, 1, 32, kFloat16, kMean, kGathered, 0.3f},
+      // several heads of a block of the forward
+      {{33, 40, 17}, {30, 100, 20}, 5, 32, kBFloat16, kMean, kGathered, 0.3f},
+      {{20, 5, 17}, {90, 100, 17}, 5, 32, kFloat16, kNone, kInOrder, 0.3f, kDrawn, 40, true},
       // wide: more queries than keys, fewer, none
       {{129, 64, 0}, {50, 128, 3}, 2, 32, kBFloat16, kCls, kInOrder, 0.3f},
       {{40, 17, 5}, {197, 40, 0}, 1, 32, kFloat16, kMean, kShared, -0.2f},
@@ -311,6 +315,7 @@ int main() {
       {{16, 1, 5}, {9, 16, 5}, 1, 32, kFloat16, kCls, kInOrder, -0.2f, kDrawn},
       {{70, 33}, {81, 20}, 1, 32, kFloat16, kMean, kGathered, -0.2f, kDrawn},
       {{50, 50}, {49, 49}, 1, 32, kBFloat16, kNone, kShared, 0.3f, kCausal},
+      {{80, 5}, {66, 7}, 1, 32, kBFloat16, kNone, kShared, 0.3f, kCausal},
       {{17, 0, 5}, {100, 3, 0}, 2, 32, kBFloat16, kCls, kInOrder, 0.3f, kPadded},
       {{140, 64, 0}, {150, 128, 3}, 1, 32, kFloat16, kMean, kInOrder, 0.3f, kCausal},
       {{40, 137}, {197, 40}, 1, 32, kBFloat16, kCls, kShared, -0.2f, kDrawn},
@@ -333,6 +338,9 @@ int main() {
   };
   count_seeds(2, [&] {
     for (const Case& c : cases) check(c);
+    setenv("CUDA_ON_CPU_MAX_SHARED", "49152", 1);  // not enough to copy the next head early
+    check({{140, 129, 20}, {17, 60, 144}, 4, 32, kBFloat16, kNone, kGathered, 0.3f});
+    unsetenv("CUDA_ON_CPU_MAX_SHARED");
     check_poison({{5, 3, 4}, {5, 3, 4}, 1, 32, kBFloat16, kNone, kGathered, 0.3f});
     check_poison({{5, 7, 8}, {2, 7, 8}, 1, 32, kFloat16, kMean, kInOrder, 0.3f});
     check_poison({{5, 7, 8}, {2, 7, 8}, 1, 32, kFloat16, kMean, kInOrder, 0.3f, kCausal, 9, true});
