@@ -74,7 +74,7 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 
 
 def _report(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    from vidl.bench.report import digest, markdown, page, records
+    from vidl.bench.report import bounds, digest, markdown, page, records
 
     results = Path(args.results or records.ROOT / records.RESULTS)
     folder = results if results.is_dir() else results.parent
@@ -96,7 +96,8 @@ def _report(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     else:
         pictures = plots.draw(devices, out)
     (folder / "README.md").write_text(markdown.details(devices))
-    files = [page.write(devices, out, pictures), folder / "README.md"] + [readme] * bool(readme)
+    index = page.write(devices, out, pictures, records.ROOT / bounds.PAGE)
+    files = [index, folder / "README.md"] + [readme] * bool(readme)
     print("\n".join(f"wrote {file}" for file in files))
     return 0
 
@@ -210,14 +211,16 @@ def _add_estimate(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "estimate",
         help="estimate step time, memory and GPU-hours of a recipe on a GPU that is not there",
-        description="Estimate the time of pre-training steps, dense and sparse, on a GPU, from the "
-        "FLOPs and bytes of a step on the CPU and published rates. Prints ranges and assumptions; "
-        "nothing is measured on a GPU.",
+        description="Estimate the time of pre-training steps, {dense, sparse} x {torch, vidl}, on "
+        "a GPU, from the FLOPs and bytes of a step on the CPU and the rates of the GPU. Prints "
+        "ranges and assumptions; no step runs on the GPU.",
     )
     add = command.add_argument
     add("model", help="a model of `vidl systems`")
     add("overrides", nargs="*", metavar="FIELD=VALUE", help="recipe fields, as in mask_ratio=0.5")
-    add("--gpu", required=True, choices=("h200", "h100", "a100", "a6000"), help="the card")
+    gpus = ("h200", "h100", "a100", "v100", "a6000", "this")
+    about = "the card; this: the one at hand or else the CPU, whose rates are measured first"
+    add("--gpu", required=True, choices=gpus, help=about)
     add("--gpus", type=int, default=1, help="GPUs of one machine (default 1)")
     add("--preset", default="base", help="a preset of the model (default base)")
     add("--batch", type=int, default=64, help="clips per step and GPU (default 64)")
@@ -228,8 +231,10 @@ def _add_estimate(commands: argparse._SubParsersAction) -> None:
 
 def _estimate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from vidl import overrides
-    from vidl.bench.training import estimate, savings
+    from vidl.bench.training import cards, estimate, savings
 
+    if args.gpus > 1 and args.gpu == "this":
+        parser.error(f"need --gpus 1 with --gpu this: no link is measured; got {args.gpus}")
     if args.gpus < 1:
         parser.error(f"need gpus >= 1, got {args.gpus}")
     try:
@@ -245,8 +250,8 @@ def _estimate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    card = estimate.CARDS[args.gpu]
-    rows = list(estimate.rows(plan))
+    card = cards.this() if args.gpu == "this" else cards.CARDS[args.gpu]
+    rows = list(estimate.rows(plan, card))
     estimates = [estimate.estimate(row, card, plan, args.gpus) for row in rows]
     print(estimate.table(plan, card, args.gpus, estimates))
     return 0

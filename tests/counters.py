@@ -143,6 +143,9 @@ _LSE = "a number of 4 bytes per row: in gathered groups neighbours lie in other 
 _CODES = "neighbouring keys read the table in lines of a frame; the L1 cache keeps it"
 _PAIRS = "8 bytes of 4 queries, the same for all rows of the warp: counted for both halves of it"
 _COPY = "float32 of a query are 8 bytes per lane with 8 rows in the same banks"
+_DIGITS = "digits of keys are random: some of a warp meet in a bank"
+_CHANNELS = "16 bytes that all lanes read, once: a quarter of the warp at a time"
+_ODD = "samples of an odd number of tokens begin within a sector of 8 numbers"
 _TABLE = "neighbouring keys have neighbouring rows, but lines of a frame meet in a bank"
 ACCEPTED: tuple[Accepted, ...] = (
     Accepted("softmax.lse[i];", "global write", 8, _LSE),
@@ -169,6 +172,19 @@ ACCEPTED: tuple[Accepted, ...] = (
     Accepted("static_cast<const uint8_t*>(p)[i]", "global read", 4, "patches of 14 bytes a line"),
     Accepted("*>(row + c * pixels + p) = result;", "global write", 1.6, "patches of 196 numbers"),
     Accepted("weight[n * weights.token]", "global read", 3.5, "weights of every 32nd token; in L1"),
+    Accepted("atomicAdd(&bins[key >> shift", "shared write", 1.6, _DIGITS),
+    Accepted("channel[j] = channels[c + j];", "shared read", 4, _CHANNELS),
+    Accepted("return to_float(pixels[task", "shared read", 3, "one pixel of a channel, once"),
+    Accepted("to[j] = x;", "global write", 1.4, _ODD),
+    Accepted("weights[j] * (grads[j] - delta)", "global read", 1.4, _ODD),
+    Accepted("f.by_head[h * s.groups.E + keys.first + j]", "global read", 1.25, _ODD),
+    Accepted("f.norms[keys.row(j)]", "global read", 1.25, _ODD),
+    Accepted("b.weights[h * s.groups.E + keys.first + j]", "global read", 1.25, _ODD),
+    Accepted("b.norms[keys.row(j)];", "global read", 1.25, _ODD),
+    Accepted("fabsf(grads[keys.first + j])", "global read", 1.25, _ODD),
+    Accepted("cp_async_4(numbers + (2 * n + parity)", "global read", 1.25, _ODD),
+    Accepted("[unit * 8 + i] = grad_q[i];", "shared write", 2, "once for a block"),
+    Accepted("grad_q[i] += sums[w][unit * 8 + i];", "shared read", 2, "once for a block"),
     Accepted("mine[e] = sum[e];", "shared write", 2, "once for a block"),
     Accepted("__ldg(rows + within(wrapping_sum(code", "global read", 4, _CODES),
     Accepted("grads[r * kGradStride + column] = grad;", "shared write", 2, _COPY),

@@ -27,6 +27,7 @@ FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread", "
 FLAGS += ["-fvisibility=hidden", f"-I{ROOT / 'csrc'}", f"-I{EMULATOR}"]
 # Programs are compiled for one head size only, in a fraction of the time.
 FEW = ["-DVIDL_HEAD_SIZES=32"]
+ONE_HEAD_SIZE = "-DVIDL_HEAD_SIZES=64"  # that of the profiles
 KINDS = {
     "library": ["-O1"],  # compiled faster than with -O2
     "plain": ["-O2"],
@@ -112,6 +113,8 @@ def profiler(op: str, kind: str = "Plain") -> Path:
         kernels = [unit_of_attention("bf16", 64, kind)]
         watched += ["-DVIDL_PROFILE_BIASED"] if kind == "Biased" else []
         name += f"-{kind}"
+    if op == "token_scores":
+        watched += [ONE_HEAD_SIZE]
     # Not optimised, so that an access of the source is one access. Without -fsanitize=thread for
     # the linker: profile.cpp takes the place of its library.
     sources: list[tuple[Path, list[str]]] = [(EMULATOR / "profile.cpp", ["-O2"])]

@@ -20,8 +20,14 @@ import test_nvcc
 import torch
 from occupancy import MULTIPROCESSORS
 
-from vidl.bench.measure.cases import Work
-from vidl.bench.ops import masked_patch_embed, relative_positions, select_tokens
+from vidl.bench.measure.cases import OVERHEAD, Work
+from vidl.bench.ops import (
+    masked_patch_embed,
+    masked_patch_loss,
+    relative_positions,
+    select_tokens,
+    token_scores,
+)
 from vidl.bench.ops import space_time_attention as attention
 from vidl.bench.ops.clips import Clips
 from vidl.kernels.select_tokens.op import kept_count
@@ -67,7 +73,7 @@ class Case:
     phase: str
     work: Work  # the least that any implementation does
     runs: Sequence[Run]
-    matmul: Work | None = None  # of torch, between the kernels
+    torch: Work | None = None  # of torch, beside the kernels: a matmul, or zeros
 
 
 @dataclass(frozen=True)
@@ -140,14 +146,14 @@ def launches(run: Run) -> list[counters.Launch]:
 
 
 def bounds(case: Case, card: Card = H200) -> list[Bound]:
-    """Those of the launches of a case, and of the matmul between them."""
+    """Those of the launches of a case, and of what torch does beside them."""
     every = [
         bound(launch, _kernels(run.op, run.kind)[launch.kernel], card)
         for run in case.runs
         for launch in launches(run)
     ]
-    if case.matmul is not None:
-        time = card.limit(case.matmul)
+    if case.torch is not None:
+        time = card.limit(case.torch)
         every.append(Bound(time, 0.0, 0.0, 0.0, time, time))
     return every
 
@@ -212,6 +218,12 @@ def bias_cases() -> Iterator[Case]:
             yield Case(name, phase, work[phase], runs)
 
 
+def _clips(clips: Clips, kept: int) -> dict[str, int]:
+    """The arguments of cuda_on_cpu/profile_clips.h."""
+    sizes = dict(B=clips.B, T=clips.T, tubelet=clips.tubelet_size, side=clips.patch_size)
+    return sizes | dict(kept=kept)
+
+
 def embed_cases() -> Iterator[Case]:
     op = "masked_patch_embed"
     dense = masked_patch_embed.sizes(64, 8, T=8) | dict(C=768, kept=None)
@@ -227,8 +239,7 @@ def embed_cases() -> Iterator[Case]:
         work = masked_patch_embed.work(**sizes, dtype=torch.bfloat16)
         clips = Clips(**{x: sizes[x] for x in Clips.__dataclass_fields__})
         kept, C = sizes["kept"] or clips.P, sizes["C"]
-        given = dict(B=clips.B, T=clips.T, tubelet=clips.tubelet_size, side=clips.patch_size)
-        given |= dict(kept=kept, C=C)
+        given = _clips(clips, kept) | dict(C=C)
         rows = clips.B * clips.slices * kept
         weight, patches, tokens = C * clips.pixels * 2, rows * clips.pixels * 2, rows * C * 2
         flops = 2 * rows * clips.pixels * C
@@ -243,6 +254,38 @@ def embed_cases() -> Iterator[Case]:
             size = 2 * (patches // 2 + clips.B * clips.T * 3 * clips.image_size**2)
             runs = [Run(op, 3, given | dict(kernel=4))]
             yield Case(name, "gradient of pixels", Work(size, 0), runs)
+
+
+def loss_cases() -> Iterator[Case]:
+    for name, sizes in masked_patch_loss.SHAPES.items():
+        if name == OVERHEAD:
+            continue
+        sizes = sizes | {"B": sizes["B"]["cuda"]}
+        work = masked_patch_loss.work(**sizes, dtype=torch.bfloat16)
+        clips = Clips(**{x: sizes[x] for x in Clips.__dataclass_fields__})
+        statistics = {"mae": 1, "videomae": 2}[sizes["target"]]
+        given = _clips(clips, sizes["masked"]) | dict(statistics=statistics)
+        for phase in ("forward", "backward"):
+            run = given | dict(backward=int(phase == "backward"))
+            yield Case(f"{name}, loss", phase, work[phase], [Run("masked_patch_loss", 8, run)])
+
+
+def score_cases() -> Iterator[Case]:
+    for name, sizes in token_scores.SHAPES.items():
+        if name.startswith(OVERHEAD):
+            continue
+        sizes = sizes | {"B": sizes["B"]["cuda"]}
+        work = token_scores.work(**sizes, dtype=torch.bfloat16)
+        kind = ("cls", "mean", "value").index(sizes["kind"])
+        given = {x: sizes[x] for x in ("B", "N", "H")} | dict(score=kind)
+        # Blocks of "mean" differ: all those of a head of a sample.
+        blocks = math.ceil(sizes["N"] / 64) if kind == 1 else 24
+        # Gradients that no kernel writes: of q but for the first query, and of v.
+        zeros = (2, 1, 1)[kind] * sizes["B"] * sizes["N"] * sizes["H"] * sizes["D"] * 2
+        for phase, torch_work in (("forward", None), ("backward", Work(zeros, 0))):
+            run = given | dict(backward=int(phase == "backward"))
+            runs = [Run("token_scores", blocks, run)]
+            yield Case(f"{name} scores", phase, work[phase], runs, torch_work)
 
 
 def select_cases() -> Iterator[Case]:
@@ -264,6 +307,8 @@ def cases() -> Iterator[Case]:
     yield from bias_cases()
     yield from embed_cases()
     yield from select_cases()
+    yield from loss_cases()
+    yield from score_cases()
 
 
 def microseconds(seconds: float) -> str:
@@ -379,7 +424,8 @@ instructions in a cycle; mma.sync at 60 % of the rate of the tensor cores. Launc
 
 Counts of attention are those of two blocks, or of the blocks of one head of a group; those of other
 kernels, of up to 64 blocks of a launch. All times are in microseconds, in bfloat16 with a head size
-of 64. A phase with several kernels is their sum; embeddings include torch's matmul at its limit.
+of 64. A phase with several kernels is their sum; embeddings include torch's matmul at its limit,
+gradients of scores the zeros that torch writes.
 
 ## Bounds, not measured
 

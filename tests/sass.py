@@ -225,11 +225,11 @@ def _key(
 
 
 def kernels(op: str, kind: str = "Plain") -> dict[str, Kernel]:
-    """The kernels of an op, or of attention in bfloat16 with a head size of 64, by name."""
+    """The kernels of an op by name: of attention in bfloat16, and with a head size of 64."""
     source = emulated.ROOT / f"csrc/{op}/cuda.cu"
     if op == "space_time_attention":
         source = emulated.unit_of_attention("bf16", 64, kind)
-    cubin = _compiled(source)
+    cubin = _compiled(source, [emulated.ONE_HEAD_SIZE] if op == "token_scores" else [])
     listing = _run("nvdisasm", "-gi", "-c", cubin)
     usage = _run("cuobjdump", "-res-usage", cubin)
     used = {
@@ -271,10 +271,10 @@ def _places(comment: str) -> list[str]:
     ]
 
 
-def _compiled(source: Path) -> Path:
+def _compiled(source: Path, macros: Sequence[str] = ()) -> Path:
     compiler = test_nvcc.nvcc()
     assert compiler is not None
-    flags = ["-std=c++17", "-O3", f"-arch={ARCHITECTURE}", "-lineinfo", "-cubin"]
+    flags = ["-std=c++17", "-O3", f"-arch={ARCHITECTURE}", "-lineinfo", "-cubin", *macros]
     flags += [f"-I{emulated.ROOT / 'csrc'}", f"-I{emulated.EMULATOR}"]
     contents = [file.read_bytes() for file in sorted(emulated.with_headers(source))]
     key = hashlib.sha256(b"".join([repr([flags, test_nvcc.version()]).encode(), *contents]))

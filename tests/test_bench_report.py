@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vidl.bench.report import digest, markdown, page, records
+from vidl.bench.report import bounds, digest, markdown, page, records
 from vidl.bench.report.verdict import in_words
 from vidl.cli import main
 
@@ -188,8 +188,31 @@ def test_command(tmp_path, capsys):
 
 
 def test_the_page_needs_no_plots(tmp_path):
-    file = page.write(digest.devices([record(), *SCALING]), tmp_path, [])
-    assert SHAPE in file.read_text() and "<img" not in file.read_text()
+    file = page.write(digest.devices([record(), *SCALING]), tmp_path, [], tmp_path / "none.md")
+    text = file.read_text()
+    assert SHAPE in text and "<img" not in text and "not measured</h2>" not in text
+
+
+def test_the_page_labels_the_bounds_of_the_kernels(tmp_path):
+    predicted = tmp_path / "predicted.md"
+    predicted.write_text(
+        "# CUDA\n\n| a | b |\n|---|---:|\n| model | 1 |\n\n## Bounds, not measured\n\n"
+        "| shape | bound |\n|---|---:|\n| A5 <spatial> | 503 |\n\n## Counts\n\n| no |\n"
+    )
+    text = page.write(digest.devices([record()]), tmp_path, [], predicted).read_text()
+    _, label, section = text.partition("bounds, not measured</h2>")
+    assert label and "No GPU was used" in section
+    assert "<tr><th>shape</th><th>bound</th></tr>" in section
+    assert "<tr><td>A5 &lt;spatial&gt;</td><td>503</td></tr></table>" in section.replace("\n", "")
+    assert "model<" not in section and "<td>no<" not in section
+    predicted.write_text("# CUDA\n")
+    with pytest.raises(ValueError, match="need a table under '## Bounds, not measured' in"):
+        bounds.table(predicted)
+
+
+def test_the_committed_bounds_can_be_read():
+    head, *rows = bounds.table(ROOT / bounds.PAGE)
+    assert head[:2] == ["shape", "phase"] and len(rows) > 60
 
 
 def test_nothing_to_report_is_an_error(tmp_path, capsys):

@@ -39,8 +39,11 @@ def test_known_patterns():
     assert launch.barriers == 2 * 2 * 2 and launch.multiplications == 8 * 5
 
 
-# Attention in groups of 8, 69 and 197, in a few seconds; the other cases are slow.
-QUICK = ("A1 SMAUG frames, mask 0.65", "A5 spatial, 8 frames", "A6 temporal, 8 frames")
+# Attention in groups of 8, 69 and 197, and a loss, in a few seconds; the other cases are slow.
+QUICK = (
+    *("A1 SMAUG frames, mask 0.65", "A5 spatial, 8 frames", "A6 temporal, 8 frames"),
+    "SMAUG, 4 frames, mask 0.65, loss",
+)
 CASES = [
     pytest.param(case, marks=[] if case.shape in QUICK else [pytest.mark.slow], id=name)
     for case in predicted.cases()
@@ -56,10 +59,10 @@ def test_kernels_ask_for_no_more_than_they_may(case):
     complaints = [text for launch in launches for text in counters.excesses(launch)]
     assert not complaints, "\n".join(complaints)
     page = predicted.committed()[case.shape, case.phase]
-    matmul = predicted.H200.limit(case.matmul) if case.matmul else 0.0
+    torch = predicted.H200.limit(case.torch) if case.torch else 0.0
     resources = [predicted.resources(launch) for launch in launches]
     for name, times in zip(("memory", "shared", "mma"), zip(*resources, strict=True), strict=True):
-        now = 1e6 * (sum(times) + matmul * (name == "memory"))
+        now = 1e6 * (sum(times) + torch * (name == "memory"))
         assert now <= WORSE * page[name] + 0.06, f"{name}: {REGENERATE}"
 
 

@@ -26,6 +26,14 @@ BUGS = {
             "c < position.C; c += 32 * n",
             "c < position.C - 1; c += 32 * n",
         ),
+        "rows of a warp share the time of the first": ("own != time", "time < 0"),
+        "a warp packs rows of the next": ("+ warp) * task.rows_of_warp;", "+ warp);"),
+        "pixels of a channel are those of another": ("to_float(x[i][c])", "to_float(x[i][0])"),
+        "rows of a patch are read before all warps have them": (
+            "__syncthreads();  // all warps' matches are there",
+            "",
+        ),
+        "rows of a patch are those of the first warp": ("m + 32 * w + __ffs", "m + __ffs"),
         "ids of the next step arrive too early": (
             "      __syncthreads();\n    }\n  }\n  if (n >= rows.N)",
             "    }\n  }\n  if (n >= rows.N)",
@@ -77,7 +85,14 @@ BUGS = {
         ),
     },
     "select_tokens": {
-        "keys are read before they are written": ("__syncthreads();  // the keys are there", ""),
+        "keys are read before they are written": (
+            "__syncthreads();  // the keys are there",
+            "",
+        ),
+        "digits are counted before the counts are zero": (
+            "__syncthreads();  // nothing is counted",
+            "",
+        ),
         "places are read too early": (
             "__syncthreads();  // the places are there",
             "",
@@ -100,9 +115,19 @@ BUGS = {
         ),
         "0.0 is better than -0.0": ("score == 0.0f ? 0u : __float_as_uint", "__float_as_uint"),
         "NaN is the best": ("if (score != score) return 0;", "if (score != score) return ~1u;"),
+        "digits are read before all are counted": (
+            "__syncthreads();  // the digits of all keys are counted",
+            "",
+        ),
+        "keys with other digits are counted": ("(key ^ cut.key) & known", "0u & known"),
+        "larger digits do not count": ("rank -= digit.above;", ""),
+        "the upper half of the digits does not count": (
+            "above += __shfl_sync(kAllLanes, sum, 0);",
+            "",
+        ),
         "too many equal scores are kept": (
-            "if (count == K) return cut;",
-            "return cut;",
+            "if (digit.count == rank) return cut;",
+            "if (digit.count == rank || i == kDigits - 1) return cut;",
         ),
         "the last of equal scores is better": ("(j < first)", "(j > first)"),
         "neighbours with equal scores share a place": ("better[u] += own[v] == own[u];", ";"),

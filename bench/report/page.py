@@ -4,7 +4,7 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from vidl.bench.report import markdown
+from vidl.bench.report import bounds, markdown
 from vidl.bench.report.digest import MODES, Device, comparisons, times
 from vidl.bench.report.verdict import in_words
 from vidl.bench.training import scaling, summary
@@ -30,9 +30,16 @@ HEAD = """<!doctype html>
 
 
 def write(
-    devices: Sequence[Device], folder: Path, pictures: Iterable[tuple[Device, str, str]]
+    devices: Sequence[Device],
+    folder: Path,
+    pictures: Iterable[tuple[Device, str, str]],
+    predicted: Path,
 ) -> Path:
-    """Write the page next to the pictures of `plots.draw`."""
+    """Write the page next to the pictures of `plots.draw`.
+
+    Args:
+        predicted: the page with the bounds of the CUDA kernels, if it exists.
+    """
     pictures = list(pictures)
     parts = [HEAD, f"<style>{STYLE}</style><h1>Results</h1><p>{_text(markdown.WHAT)}</p>"]
     if not any(device.kind == "cuda" for device in devices):
@@ -49,6 +56,7 @@ def write(
             parts += [f"<img src='{name}.png' alt='{title}'></a></div></figure>"]
         parts += _operations(device) + _steps(device)
         parts += [f"<details><summary>Commits</summary>{html.escape(commits)}</details>"]
+    parts += bounds.as_html(predicted)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "index.html"
     file.write_text("\n".join(parts) + "\n")

@@ -1,8 +1,8 @@
-"""Step time, memory and GPU-hours of a recipe on a card, estimated without the card.
+"""Step time, memory and GPU-hours of a recipe on a card, estimated without training on it.
 
-A step of two clips runs on the CPU. Every operation of its forward and backward contributes FLOPs
-and bytes to its part of the model; published rates of the card, with a range of efficiencies, turn
-them into a range of times. Nothing is measured on a GPU.
+A step of two clips runs on the CPU, in plain PyTorch and with vidl. Every operation of its forward
+and backward contributes FLOPs and bytes to its part of the model; the rates of the card
+(`bench/training/cards.py`), with a range of efficiencies, turn them into a range of times.
 """
 
 import dataclasses
@@ -15,50 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from vidl import models
 from vidl.bench.training import savings
+from vidl.bench.training.baseline import baseline_of
 from vidl.bench.training.breakdown import PARTS, Clock, marked
+from vidl.bench.training.cards import Card, Efficiency, is_view
 from vidl.bench.training.steps import batch_of
 from vidl.models.summary import flop_counter, saved_bytes
 from vidl.progress import Bar
 
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """Published rates of a GPU.
-
-    Attributes:
-        matmul: FLOP/s in bfloat16 on the tensor cores, without sparsity.
-        bandwidth: bytes per second of its memory.
-        memory: bytes.
-        link: bytes per second to other GPUs of the machine, in one direction.
-    """
-
-    name: str
-    matmul: float
-    bandwidth: float
-    memory: float
-    link: float
-
-
-CARDS = {
-    "h200": Card("H200 SXM", 989e12, 4.8e12, 141e9, 450e9),
-    "h100": Card("H100 SXM", 989e12, 3.35e12, 80e9, 450e9),
-    "a100": Card("A100 SXM 80 GB", 312e12, 2.039e12, 80e9, 300e9),
-    "a6000": Card("RTX A6000", 154.8e12, 0.768e12, 48e9, 32e9),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Efficiency:
-    """What a run reaches: parts of the published rates, and seconds of the host per operation."""
-
-    matmul: float
-    bandwidth: float
-    link: float
-    host: float
-
-
-BEST = Efficiency(0.7, 0.9, 0.8, 0.0)
-WORST = Efficiency(0.35, 0.6, 0.4, 8e-6)
+COLUMNS = ("torch", "vidl")
 COUNTED = 2  # clips of the counted step
 # Bytes of the optimizer per parameter in float32: AdamW reads four numbers and writes three, and
 # clipping reads and writes the gradient.
@@ -71,6 +35,7 @@ class Count:
     """An operation: its part of the model, FLOPs, and bytes of activations and of weights."""
 
     part: str
+    attention: bool
     flops: float
     activations: float
     weights: float
@@ -108,9 +73,9 @@ class _Part(Clock):
 class _Meter(TorchDispatchMode):
     """Counts FLOPs and bytes of every operation."""
 
-    def __init__(self, model: Any, clock: _Part) -> None:
+    def __init__(self, model: Any, clock: _Part, number: int) -> None:
         super().__init__()
-        self.clock, self.counts = clock, list[Count]()
+        self.clock, self.number, self.counts = clock, number, list[Count]()
         self.formulas = flop_counter().flop_registry
         # A tensor of these shapes is a weight, its transpose or its gradient: its bytes do not grow
         # with the batch.
@@ -120,16 +85,15 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        aliases = [r.alias_info for r in func._schema.returns]
-        if any(alias is not None and not alias.is_write for alias in aliases):
-            return out  # a view
+        if is_view(func):
+            return out
         formula = self.formulas.get(func._overloadpacket)
         flops = 0 if formula is None else formula(*args, **(kwargs or {}), out_val=out)
-        count = Count(self.clock.part, flops, 0, 0)
+        count = Count(self.clock.part, "attention" in func.name(), flops, 0, 0)
         for x in tree_leaves((args, kwargs, out)):
             if not isinstance(x, Tensor):
                 continue
-            size = x.numel() * (2 if x.is_floating_point() else x.element_size())
+            size = x.numel() * (self.number if x.is_floating_point() else x.element_size())
             if x.shape in self.shapes:
                 count.weights += size
             else:
@@ -138,12 +102,19 @@ class _Meter(TorchDispatchMode):
         return out
 
 
-def count(name: str, recipe: Any) -> Row:
-    """Count a step of a recipe on the CPU."""
+def count(name: str, recipe: Any, column: str, number: int) -> Row:
+    """Count a step of a recipe on the CPU.
+
+    Args:
+        column: "torch", the baseline in plain PyTorch, or "vidl".
+        number: bytes of a floating-point number.
+    """
     model: Any = models.MODELS[models.name_of(recipe)].model(recipe).train()
+    if column == "torch":
+        model = baseline_of(model)
     inputs = batch_of(recipe, COUNTED, "cpu")
     clock = _Part("cpu")
-    meter = _Meter(model, clock)
+    meter = _Meter(model, clock, number)
     with saved_bytes(model) as saved, marked(model, clock), meter:
         loss = model(**inputs)["loss"]
         clock.enter("losses")
@@ -155,46 +126,51 @@ def count(name: str, recipe: Any) -> Row:
 def estimate(row: Row, card: Card, plan: savings.Plan, gpus: int) -> Estimate:
     """The range of times, memory and GPU-hours of a row."""
     clips = plan.batch / COUNTED
-    parts = {
-        part: (_seconds(row, part, card, BEST, clips), _seconds(row, part, card, WORST, clips))
-        for part in PARTS
-    }
+    reached = (card.best, card.worst)
+    parts = {part: _pair(_seconds(row, part, card, e, clips) for e in reached) for part in PARTS}
     update = row.parameters * UPDATE_BYTES / card.bandwidth
-    parts["optimizer"] = (update / BEST.bandwidth, update / WORST.bandwidth)
-    gradients = 4 * row.parameters * 2 * (gpus - 1) / gpus / card.link
-    # At best the exchange of gradients is hidden behind the backward.
-    best = sum(best for best, _ in parts.values())
-    worst = sum(worst for _, worst in parts.values()) + gradients / WORST.link
-    step = (max(best, gradients / BEST.link), worst)
+    parts["optimizer"] = _pair(update / e.bandwidth for e in reached)
+    best, worst = (sum(times) for times in zip(*parts.values(), strict=True))
+    if gpus > 1:
+        gradients = 4 * row.parameters * 2 * (gpus - 1) / gpus / card.link
+        # At best the exchange of gradients is hidden behind the backward.
+        best, worst = max(best, gradients / card.best.link), worst + gradients / card.worst.link
     state = row.parameters * STATE_BYTES
     saved = row.saved * clips
-    # In bfloat16 half of the saved float32; at worst all, and as much again for temporary tensors.
-    memory = (state + saved / 2, state + 2 * saved)
+    # Saved in the dtype of the card; at worst all in float32, and as much again for temporaries.
+    memory = (state + saved * card.number / 4, state + 2 * saved)
     scale = plan.epochs * plan.clips / plan.batch / 3600
-    return Estimate(row, parts, step, memory, (scale * step[0], scale * step[1]))
+    return Estimate(row, parts, (best, worst), memory, (scale * best, scale * worst))
 
 
-def _seconds(row: Row, part: str, card: Card, efficiency: Efficiency, clips: float) -> float:
+def _pair(values: Iterator[float]) -> tuple[float, float]:
+    best, worst = values
+    return best, worst
+
+
+def _seconds(row: Row, part: str, card: Card, e: Efficiency, clips: float) -> float:
     total = 0.0
     for x in row.operations:
         if x.part == part:
-            compute = x.flops * clips / (card.matmul * efficiency.matmul)
+            flops = card.attention * e.attention if x.attention else card.matmul * e.matmul
             size = x.activations * clips + x.weights
-            memory = size / (card.bandwidth * efficiency.bandwidth)
-            total += max(compute, memory, efficiency.host)
+            times = (x.flops * clips / flops, size / (card.bandwidth * e.bandwidth), e.host)
+            total += sum(times) if card.waits else max(times)
     return total
 
 
-def rows(plan: savings.Plan) -> Iterator[Row]:
-    """The dense recipe and, unless it is the same, the sparse one, counted."""
+def rows(plan: savings.Plan, card: Card) -> Iterator[Row]:
+    """The dense recipe and, unless it is the same, the sparse one, counted in both columns."""
     variants = list(plan.recipe.variants().values())
     named = {"dense": variants[0]}
     if variants[-1] != variants[0]:
         named["sparse"] = variants[-1]
-    with Bar(len(named)) as bar:
-        for number, (name, variant) in enumerate(named.items(), 1):
+    cells = [(row, column) for row in named for column in COLUMNS]
+    with Bar(len(cells)) as bar:
+        for number, (row, column) in enumerate(cells, 1):
+            name = f"{row}, {column}"
             bar.begin(number, f"{plan.shape}: counting a step, {name}")
-            yield count(name, variant)
+            yield count(name, named[row], column, card.number)
 
 
 def table(plan: savings.Plan, card: Card, gpus: int, estimates: Sequence[Estimate]) -> str:
@@ -205,7 +181,7 @@ def table(plan: savings.Plan, card: Card, gpus: int, estimates: Sequence[Estimat
         return f"{label:32}" + "".join(f"{cell:>24}" for cell in cells)
 
     lines = [
-        f"{plan.shape} per GPU · {gpus} x {card.name} · an ESTIMATE: nothing was measured on a GPU",
+        f"{plan.shape} per GPU · {gpus} x {card.name} · an ESTIMATE: no step ran on it",
         "",
         f"{'best - worst':32}" + "".join(f"{e.row.name:>24}" for e in estimates),
     ]
@@ -225,19 +201,28 @@ def table(plan: savings.Plan, card: Card, gpus: int, estimates: Sequence[Estimat
 
 
 def _assumptions(card: Card, gpus: int) -> Iterator[str]:
+    best, worst = card.best, card.worst
     yield "assumptions:"
     yield (
-        f"  published rates: {card.matmul / 1e12:g} TFLOP/s in bfloat16, "
-        f"{card.bandwidth / 1e12:g} TB/s, {card.link / 1e9:g} GB/s to other GPUs"
+        f"  {card.source} rates: {card.matmul / 1e12:.3g} TFLOP/s of matmuls and "
+        f"{card.attention / 1e12:.3g} of attention in {8 * card.number} bits, "
+        f"{card.bandwidth / 1e12:.3g} TB/s of memory"
     )
     yield (
-        f"  reached: {WORST.matmul:.0%} to {BEST.matmul:.0%} of the FLOP/s, {WORST.bandwidth:.0%} "
-        f"to {BEST.bandwidth:.0%} of the bandwidth"
+        f"  reached: {worst.matmul:.0%} to {best.matmul:.0%} of the FLOP/s of matmuls, "
+        f"{worst.attention:.0%} to {best.attention:.0%} of those of attention, "
+        f"{worst.bandwidth:.0%} to {best.bandwidth:.0%} of the bandwidth"
     )
-    yield "  every operation takes the longer of its FLOPs and its bytes; none is fused with others"
-    yield f"  the host needs 0 to {WORST.host * 1e6:g} us for an operation"
-    yield "  floating-point tensors have 2 bytes a number; weights are read in 2 bytes"
+    yield f"  the host needs {best.host * 1e6:.2g} to {worst.host * 1e6:.2g} us for an operation"
+    yield (
+        f"  every operation takes the {'sum' if card.waits else 'longest'} of its FLOPs, its bytes "
+        "and the host; none is fused with others"
+    )
+    yield f"  floating-point tensors and weights have {card.number} bytes a number"
     yield f"  AdamW and clipping move {UPDATE_BYTES} bytes per parameter; 16 bytes are its state"
     if gpus > 1:
-        yield "  gradients are exchanged in float32 by a ring, at best behind the backward"
+        yield (
+            f"  gradients are exchanged in float32 by a ring at {worst.link:.0%} to "
+            f"{best.link:.0%} of {card.link / 1e9:g} GB/s, at best behind the backward"
+        )
     yield "  no waiting for data, evaluation, checkpoints or compilation; captions of 8 to 24 words"

@@ -3,8 +3,8 @@
 //
 // Limits, for 17408 rows of 768 uint8 pixels and C = 768 in bf16:
 //   pack      reads 13.4 MB of visible pixels (31.5 MB in 64-byte sectors), writes 26.7 MB of
-//             patches and 26.7 MB of positions, 18 us on an H200; for a planar or channels-last
-//             clip a warp reads and writes 16 neighbouring bytes per lane
+//             patches and 26.7 MB of positions, 18 us on an H200; a warp writes 16 neighbouring
+//             bytes per lane, and reads the pixels for them together if there are three channels
 //   fold      reads and writes the weight once: 2.4 MB
 //   position  reads grad_out once, 26.7 MB, and the ids N / 8 * C / 256 times from L2
 //   unpack    reads grad_patches once, writes the clip once
@@ -22,6 +22,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kUnpackThreads = 128;
 constexpr int64_t kSharedBytes = 48 * 1024;  // of a packing block
+constexpr int kPackingWarps = 4;             // of a block: a few rows of each, in many blocks
+constexpr int kMostRows = 4;                 // that a warp packs
 
 // One block per output channel. The sum has a fixed order.
 template <class T>
@@ -57,6 +59,7 @@ struct Packing {
   Affine affine;
   Position position;
   bool wide_patches, wide_position;  // whether rows can be written 16 bytes at a time
+  int32_t rows_of_warp;
 
   __device__ __forceinline__ int32_t pixels() const { return clip.t * clip.h * clip.w; }
   // Only float clips have more than kMaxChannels channels, with the same numbers for all.
@@ -86,20 +89,35 @@ __device__ __forceinline__ void add_numbers(const void* table, Dtype dtype, int6
   }
 }
 
-// A warp writes the position of a patch to its row of `out`, n columns per lane.
-template <int n, class T>
-__device__ __forceinline__ void write_position(const Position& position, int64_t id, T* out) {
-  const uint32_t frame = static_cast<uint32_t>(position.P), patch = static_cast<uint32_t>(id);
-  const int64_t space = patch % frame * position.C, time = patch / frame * position.C;
+// A warp writes the positions of `count` patches to their rows of `out`, n columns per lane. Bias
+// and time are added once for all of them, unless the time changes. Rows without a patch are left.
+template <int n, int kRows, class T>
+__device__ __forceinline__ void write_positions(const Position& position,
+                                                const int32_t (&patches)[kRows], int count,
+                                                T* out) {
+  const int32_t frame = static_cast<int32_t>(position.P);
   for (int64_t c = lane_id() * n; c < position.C; c += 32 * n) {
-    float sum[n] = {};
-    add_numbers(position.bias, Dtype::kFloat32, c, sum);
-    add_numbers(position.space, position.space_dtype, space + c, sum);
-    add_numbers(position.time, position.time_dtype, time + c, sum);
-    Chunk<T, n> result;
+    int32_t time = -1;
+    float shared[n];
 #pragma unroll
-    for (int i = 0; i < n; i++) result.x[i] = from_float<T>(sum[i]);
-    *reinterpret_cast<Chunk<T, n>*>(out + c) = result;
+    for (int r = 0; r < kRows; r++) {
+      if (r >= count || patches[r] < 0) continue;
+      if (const int32_t own = patches[r] / frame; own != time) {
+        time = own;
+#pragma unroll
+        for (int i = 0; i < n; i++) shared[i] = 0.0f;
+        add_numbers(position.bias, Dtype::kFloat32, c, shared);
+        add_numbers(position.time, position.time_dtype, time * position.C + c, shared);
+      }
+      float sum[n];
+#pragma unroll
+      for (int i = 0; i < n; i++) sum[i] = shared[i];
+      add_numbers(position.space, position.space_dtype, patches[r] % frame * position.C + c, sum);
+      Chunk<T, n> result;
+#pragma unroll
+      for (int i = 0; i < n; i++) result.x[i] = from_float<T>(sum[i]);
+      *reinterpret_cast<Chunk<T, n>*>(out + r * position.C + c) = result;
+    }
   }
 }
 
@@ -126,6 +144,25 @@ __device__ __forceinline__ void write_patch(const Packing& task, const Pixel* pa
   }
 }
 
+// The same for three channels, of which a lane reads its n pixels together.
+template <int n, class Pixel, class T>
+__device__ __forceinline__ void write_colours(const Packing& task, const Pixel* patch, T* row) {
+  const int32_t pixels = task.pixels();
+  for (int32_t p = static_cast<int32_t>(lane_id()) * n; p < pixels; p += 32 * n) {
+    Pixel x[n][3];
+    pixels_of<n, 3>(patch, task.walk, 3, p, 0, x);
+#pragma unroll
+    for (int c = 0; c < 3; c++) {
+      Chunk<T, n> result;
+#pragma unroll
+      for (int i = 0; i < n; i++) {
+        result.x[i] = from_float<T>(task.affine_of(c, to_float(x[i][c])));
+      }
+      *reinterpret_cast<Chunk<T, n>*>(row + c * pixels + p) = result;
+    }
+  }
+}
+
 // The row of an id or an offset that is out of range: NaN, so that its token is NaN.
 template <class T>
 __device__ void write_nan_row(const Packing& task, int64_t m, T* patches, T* out) {
@@ -134,39 +171,64 @@ __device__ void write_nan_row(const Packing& task, int64_t m, T* patches, T* out
   if (out != nullptr) write_nan(out + m * C, C, lane_id(), 32);
 }
 
-// A warp packs one row. Its pixels pass through shared memory: they are read in the order of the
-// clip's memory and written in that of the weight (C_in, t, h, w), 16 bytes per lane if possible.
+// A warp packs `task.rows_of_warp` rows. Their pixels pass through shared memory: they are read in
+// the order of the clip's memory and written in that of the weight (C_in, t, h, w), 16 bytes per
+// lane if possible.
 template <class Pixel, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(32 * kPackingWarps)
     pack_kernel(const __grid_constant__ Packing task,
                 T* __restrict__ patches,  // [total, numbers]
                 T* __restrict__ out) {    // [total, C] or null
   constexpr int kWide = 16 / sizeof(T);
   const bool fits = offsets_fit(task.rows);
-  const int warp = threadIdx.x / 32;
-  const int64_t m = blockIdx.x * int64_t{blockDim.x / 32} + warp;
-  if (m >= task.rows.total) return;
+  const int64_t warp = threadIdx.x / 32;
+  const int64_t first = (blockIdx.x * int64_t{blockDim.x / 32} + warp) * task.rows_of_warp;
+  if (first >= task.rows.total) return;
   DYNAMIC_SHARED(Pixel, memory);
-  Pixel* const patch = memory + warp * task.clip.C * task.walk.pitch;
-  const Place place = locate(task.rows, m);
-  if (!fits || place.patch < 0) return write_nan_row(task, m, patches, out);
-  stage(task.clip, task.walk, corner(task.clip, place), patch);
+  const int32_t size = task.clip.C * task.walk.pitch;
+  Pixel* const staged = memory + warp * task.rows_of_warp * size;
+  const int64_t left = task.rows.total - first;
+  const int count = left < task.rows_of_warp ? static_cast<int>(left) : task.rows_of_warp;
+  // Lane r finds the place of row r: their ids are loaded together.
+  Place place = {0, -1};
+  if (fits && static_cast<int>(lane_id()) < count) place = locate(task.rows, first + lane_id());
+  const int64_t begin = place.patch < 0 ? 0 : corner(task.clip, place);
+  const bool is_bad = static_cast<int>(lane_id()) < count && place.patch < 0;
+  uint32_t bad = __ballot_sync(0xFFFFFFFFu, is_bad);
+  int32_t ids[kMostRows];
+#pragma unroll
+  for (int r = 0; r < kMostRows; r++) {
+    ids[r] = __shfl_sync(0xFFFFFFFFu, static_cast<int32_t>(place.patch), r);
+    const int64_t from = __shfl_sync(0xFFFFFFFFu, begin, r);
+    if (ids[r] >= 0) stage(task.clip, task.walk, from, staged + r * size);
+  }
   cp_async_commit();
   if (out != nullptr) {
-    T* const row = out + m * task.position.C;
+    T* const rows = out + first * task.position.C;
     if (task.wide_position) {
-      write_position<kWide>(task.position, place.patch, row);
+      write_positions<kWide>(task.position, ids, count, rows);
     } else {
-      write_position<1>(task.position, place.patch, row);
+      write_positions<1>(task.position, ids, count, rows);
     }
   }
   cp_async_wait();
   __syncwarp();  // all lanes' pixels are there
-  T* const row = patches + m * task.pixels() * task.clip.C;
-  if (task.wide_patches) {
-    write_patch<kWide>(task, patch, row);
-  } else {
-    write_patch<1>(task, patch, row);
+#pragma unroll
+  for (int r = 0; r < kMostRows; r++) {
+    if (ids[r] < 0) continue;
+    __syncwarp();  // the lanes of a row stay together
+    T* const row = patches + (first + r) * task.pixels() * task.clip.C;
+    const Pixel* const patch = staged + r * size;
+    if (!task.wide_patches) {
+      write_patch<1>(task, patch, row);
+    } else if (task.clip.C == 3) {
+      write_colours<kWide>(task, patch, row);
+    } else {
+      write_patch<kWide>(task, patch, row);
+    }
+  }
+  for (; bad != 0; bad &= bad - 1) {
+    write_nan_row(task, first + __ffs(static_cast<int>(bad)) - 1, patches, out);
   }
 }
 
@@ -182,7 +244,10 @@ __global__ void __launch_bounds__(kThreads)
   if (m >= task.rows.total) return;
   const Place place = locate(task.rows, m);
   if (!fits || place.patch < 0) return write_nan_row(task, m, patches, out);
-  if (out != nullptr) write_position<1>(task.position, place.patch, out + m * task.position.C);
+  if (out != nullptr) {
+    const int32_t ids[1] = {static_cast<int32_t>(place.patch)};
+    write_positions<1>(task.position, ids, 1, out + m * task.position.C);
+  }
   const int64_t start = corner(clip, place);
   const int32_t pixels = task.pixels();
   for (int32_t c = 0; c < clip.C; c++) {
@@ -196,35 +261,62 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One block per patch of the clip. It visits the rows of its sample in order, so that the sum for a
-// patch that several rows show is deterministic.
-template <class T>
+// One block per patch of the clip, n neighbouring numbers of a line per thread. The block selects
+// the rows of the patch among those of its sample, 128 at a time, and adds them in order, so that
+// the sum for a patch that several rows show is deterministic.
+template <int n, class T>
 __global__ void __launch_bounds__(kUnpackThreads)
     unpack_kernel(const T* __restrict__ grad_patches,  // [total, numbers]
                   Clip clip, Rows rows,
                   void* __restrict__ video) {  // [B, C, T, H, W], contiguous
+  constexpr int kWarps = kUnpackThreads / 32;
+  SHARED(uint32_t, matches, [2][kWarps]);
   const unsigned N = static_cast<unsigned>(rows.N);
-  const int64_t b = blockIdx.x / N, n = blockIdx.x % N;
+  const int64_t b = blockIdx.x / N;
+  const int64_t id = blockIdx.x % N;
   int64_t begin = b * rows.K, end = begin + rows.K;
   if (rows.cu_seqlens != nullptr) {
     begin = within(rows.cu_seqlens[b], rows.total);
     end = within(rows.cu_seqlens[b + 1], rows.total);
   }
-  const int64_t to = corner(clip, {b, n});
+  const int64_t to = corner(clip, {b, id});
   const int32_t plane = clip.h * clip.w, channel = clip.t * plane, patch = clip.C * channel;
-  for (int32_t i = threadIdx.x; i < patch; i += kUnpackThreads) {
-    float sum = 0.0f;
-    if (rows.ids == nullptr) {
-      sum = to_float(grad_patches[(begin + n) * patch + i]);
-    } else {
-      for (int64_t m = begin; m < end; m++) {
-        if (rows.ids[m] == n) sum += to_float(grad_patches[m * patch + i]);
+  int parity = 0;
+  for (int32_t start = 0; start < patch; start += kUnpackThreads * n) {
+    const int32_t at = start + static_cast<int32_t>(threadIdx.x) * n;
+    float sum[n] = {};
+    const auto add = [&](int64_t m) {
+      if (at >= patch) return;
+      const auto part = *reinterpret_cast<const Chunk<T, n>*>(grad_patches + m * patch + at);
+#pragma unroll
+      for (int i = 0; i < n; i++) sum[i] += to_float(part.x[i]);
+    };
+    if (rows.ids == nullptr) add(begin + id);
+    for (int64_t m = begin; m < end && rows.ids != nullptr; m += kUnpackThreads) {
+      const int64_t mine = m + threadIdx.x;
+      const uint32_t found = __ballot_sync(0xFFFFFFFFu, mine < end && rows.ids[mine] == id);
+      if (lane_id() == 0) matches[parity][threadIdx.x / 32] = found;
+      __syncthreads();  // all warps' matches are there
+#pragma unroll
+      for (int w = 0; w < kWarps; w++) {
+        for (uint32_t rest = matches[parity][w]; rest != 0; rest &= rest - 1) {
+          add(m + 32 * w + __ffs(static_cast<int>(rest)) - 1);
+        }
       }
+      parity ^= 1;
     }
-    store_any(video, clip.dtype,
-              to + i / channel * clip.stride_c + int64_t{i % channel / plane} * clip.stride_t +
-                  int64_t{i % plane / clip.w} * clip.stride_h + i % clip.w,
-              sum);
+    if (at >= patch) continue;
+    const int64_t target = to + at / channel * clip.stride_c +
+                           int64_t{at % channel / plane} * clip.stride_t +
+                           int64_t{at % plane / clip.w} * clip.stride_h + at % clip.w;
+    if constexpr (n == 1) {
+      store_any(video, clip.dtype, target, sum[0]);
+    } else {
+      Chunk<T, n> result;
+#pragma unroll
+      for (int i = 0; i < n; i++) result.x[i] = from_float<T>(sum[i]);
+      *reinterpret_cast<Chunk<T, n>*>(static_cast<T*>(video) + target) = result;
+    }
   }
 }
 
@@ -281,19 +373,21 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-int pack(const Packing& task, T* patches, T* out, void* stream) {
+int pack(Packing task, T* patches, T* out, void* stream) {
   const int64_t itemsize = task.clip.dtype == Dtype::kUInt8 ? 1 : 4;
   const int64_t bytes = task.clip.C * task.walk.pitch * itemsize;
-  const bool fits = bytes <= kSharedBytes;
-  const int64_t most = fits ? kSharedBytes / std::max<int64_t>(bytes, 1) : kThreads / 32;
-  const int64_t warps = std::min<int64_t>(most, kThreads / 32);
-  const int64_t blocks = (task.rows.total + warps - 1) / warps;
+  const int64_t fitting = kSharedBytes / std::max<int64_t>(bytes, 1);  // rows
+  task.rows_of_warp =
+      static_cast<int32_t>(std::clamp<int64_t>(fitting / kPackingWarps, 1, kMostRows));
+  const int64_t warps = std::min<int64_t>(fitting > 0 ? fitting : kPackingWarps, kPackingWarps);
+  const int64_t rows = warps * (fitting > 0 ? task.rows_of_warp : 1);  // of a block
+  const int64_t blocks = (task.rows.total + rows - 1) / rows;
   const auto start = [&](auto kernel, int64_t shared) {
     return launch(kernel, blocks, 32 * warps, shared, stream, task, patches, out);
   };
-  if (!fits) return start(pack_large_kernel<T>, 0);
-  if (itemsize == 1) return start(pack_kernel<uint8_t, T>, warps * bytes);
-  return start(pack_kernel<float, T>, warps * bytes);
+  if (fitting == 0) return start(pack_large_kernel<T>, 0);
+  if (itemsize == 1) return start(pack_kernel<uint8_t, T>, rows * bytes);
+  return start(pack_kernel<float, T>, rows * bytes);
 }
 
 bool multiples_of_16(std::initializer_list<const void*> pointers) {
@@ -337,7 +431,8 @@ int vidl_masked_patch_embed_pack_cuda(const Clip* clip, const Rows* rows, const 
         *position,
         pixels % kWide == 0 && vidl::multiples_of_16({patches}),
         position->C % kWide == 0 &&
-            vidl::multiples_of_16({position->bias, position->space, position->time, out})};
+            vidl::multiples_of_16({position->bias, position->space, position->time, out}),
+        1};
     return vidl::pack(task, static_cast<T*>(patches), static_cast<T*>(out), stream);
   });
 }
@@ -347,8 +442,14 @@ int vidl_masked_patch_embed_unpack_cuda(const void* grad_patches, Dtype dtype, c
   const int64_t blocks = rows->B * rows->N;
   return vidl::with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return launch(vidl::unpack_kernel<T>, blocks, vidl::kUnpackThreads, 0, stream,
-                  static_cast<const T*>(grad_patches), *clip, *rows, video);
+    constexpr int kWide = 16 / sizeof(T);
+    const auto start = [&](auto kernel) {
+      return launch(kernel, blocks, vidl::kUnpackThreads, 0, stream,
+                    static_cast<const T*>(grad_patches), *clip, *rows, video);
+    };
+    const bool wide = clip->dtype == dtype && clip->w % kWide == 0 &&
+                      vidl::multiples_of_16({grad_patches, video});
+    return wide ? start(vidl::unpack_kernel<kWide, T>) : start(vidl::unpack_kernel<1, T>);
   });
 }
 

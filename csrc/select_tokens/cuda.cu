@@ -6,8 +6,9 @@
 //   pack  32 to 128 tokens of a sample: copies the kept ones, and never reads the others
 //   fuse  a slice of columns of a sample: sums the dropped rows, in a fixed order
 // A score becomes an integer key in the order of the contract. For the order of indices, and to
-// fuse, a search for the K-th largest key, one bit at a time, gives the kept tokens. In the order
-// of scores the place of a token is the number of better ones: a block compares its tokens with all
+// fuse, a search for the K-th largest key, eight bits at a time, gives the kept tokens: it counts
+// the digits that the keys have there, with one barrier for each of the four. In the order of
+// scores the place of a token is the number of better ones: a block compares its tokens with all
 // tokens of a short sample, or with the kept ones of a long sample, which the search gives.
 //
 // Limits, with rows of R bytes: the forward reads K + 1 rows, or all of them if it fuses, and
@@ -36,6 +37,8 @@ constexpr int kCached = 16384, kCachedPacked = 4096;
 constexpr int64_t kManyBlocks = 768;  // about six per multiprocessor of an H200
 constexpr int kChunk = 1024;          // units of a row that a block packs, at most
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
+constexpr int kDigits = 4, kBins = 256;  // of a key, eight bits each, the highest first
+static_assert(kBins == kThreads);
 
 // A thread loads one unit at a time: 16 bytes, or one element if rows are not aligned.
 template <class T, int kVec>
@@ -153,6 +156,7 @@ struct Keys {
   const float* scores;
   int64_t stride;
   uint32_t* cache;
+  int* bins;  // [kDigits][kBins], for find_cut
   int cached, N;
 
   __device__ __forceinline__ uint32_t at(int n) const {
@@ -186,25 +190,73 @@ __device__ __forceinline__ int count_tokens(int end, F f) {
   return sum;
 }
 
-// The cut after which exactly K tokens stay.
+// The largest digit that `rank` counted digits reach: so many are above it, and so many equal it.
+struct Digit {
+  int value, above, count;
+};
+
+// Every warp searches for itself, so that the block needs no barrier. `rank` is at least 1.
+__device__ Digit find_digit(const int* bins, int rank) {
+  const int lane = static_cast<int>(lane_id());
+  int above = 0;
+  for (int first = kBins / 2;; first = 0) {  // the upper half, then the lower one
+    int counts[4];
+    const uint4 bits = load_16(bins + first + 4 * lane);
+    memcpy(counts, &bits, 16);
+    const int mine = counts[0] + counts[1] + counts[2] + counts[3];
+    int sum = mine;  // of this lane and those after it
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_down_sync(kAllLanes, sum, d);
+      sum += lane + d < 32 ? other : 0;
+    }
+    const uint32_t reach = __ballot_sync(kAllLanes, above + sum >= rank);
+    if (reach == 0 && first != 0) {
+      above += __shfl_sync(kAllLanes, sum, 0);
+      continue;
+    }
+    Digit digit = {first + 4 * lane + 3, above + sum - mine, counts[3]};
+#pragma unroll
+    for (int i = 2; i >= 0; i--) {
+      if (digit.above + digit.count >= rank) continue;
+      digit = {first + 4 * lane + i, digit.above + digit.count, counts[i]};
+    }
+    const int owner = 31 - __clz(static_cast<int>(reach));
+    return {__shfl_sync(kAllLanes, digit.value, owner), __shfl_sync(kAllLanes, digit.above, owner),
+            __shfl_sync(kAllLanes, digit.count, owner)};
+  }
+}
+
+// The cut after which exactly K tokens stay. Called at most once, by all threads of the block.
 __device__ Cut find_cut(const Keys& keys, int K) {
   const int N = keys.N;
-  const auto kept = [&](Cut cut) {
-    return count_tokens(N, [&](int n) { return cut.stays(keys.at(n), n); });
-  };
+  if (K == N) return {0, N};
+  if (K == 0) return {~0u, 0};
+#pragma unroll
+  for (int i = 0; i < kDigits; i++) keys.bins[i * kBins + threadIdx.x] = 0;
+  __syncthreads();  // nothing is counted
   Cut cut = {0, N};
-  int count = N;  // kept tokens: K or more
-  for (int bit = 31; bit >= 0 && count != K; bit--) {
-    const Cut higher = {cut.key | 1u << bit, N};
-    const int fewer = kept(higher);
-    if (fewer >= K) cut = higher, count = fewer;
+  int rank = K;  // of the K-th largest key, among those that begin with the digits so far
+  for (int i = 0; i < kDigits; i++) {
+    const int shift = 8 * (kDigits - 1 - i);
+    const uint32_t known = i == 0 ? 0u : ~0u << (shift + 8);
+    int* const bins = keys.bins + i * kBins;
+    for (int n = threadIdx.x; n < N; n += kThreads) {
+      const uint32_t key = keys.at(n);
+      if (((key ^ cut.key) & known) == 0) atomicAdd(&bins[key >> shift & (kBins - 1)], 1);
+    }
+    __syncthreads();  // the digits of all keys are counted
+    const Digit digit = find_digit(bins, rank);
+    cut.key |= static_cast<uint32_t>(digit.value) << shift;
+    rank -= digit.above;
+    if (digit.count == rank) return cut;
   }
-  if (count == K) return cut;
   // Too many tokens have the K-th largest key: the last ones are dropped.
   cut.bound = 0;
   for (int bit = 31 - __clz(N); bit >= 0; bit--) {
     const Cut wider = {cut.key, cut.bound | 1 << bit};
-    if (kept(wider) <= K) cut = wider;
+    const int kept = count_tokens(N, [&](int n) { return wider.stays(keys.at(n), n); });
+    if (kept <= K) cut = wider;
   }
   return cut;
 }
@@ -337,7 +389,7 @@ struct Plan {
 template <class T, int kVec>
 __device__ void pack_block(const Samples& s, const Plan& plan, const TokenRows& x,
                            const Numbers& ranks, bool by_score, const Selection& out, int64_t block,
-                           bool fits, uint32_t* cache, int* places, int* counts) {
+                           bool fits, uint32_t* cache, int* bins, int* places, int* counts) {
   const bool packed = s.cu_seqlens != nullptr;
   const int64_t item = block / plan.chunks, chunk = block % plan.chunks;
   int64_t b, part;
@@ -358,7 +410,7 @@ __device__ void pack_block(const Samples& s, const Plan& plan, const TokenRows& 
   }
   if (part != 0 && (part < 0 || part * plan.rows >= sample.N)) return;  // the whole block
   const int start = static_cast<int>(part) * plan.rows;
-  Keys keys = {sample.numbers(ranks, packed), ranks.token, cache, plan.cached, sample.N};
+  Keys keys = {sample.numbers(ranks, packed), ranks.token, cache, bins, plan.cached, sample.N};
   keys.fill();
   if (by_score) {
     places_by_score(keys, sample.K, start, plan.rows, places, counts);
@@ -408,13 +460,13 @@ constexpr int kSharing = kVec == 1 ? 32 : 8;
 template <class T, int kVec>
 __device__ void fuse_block(const Samples& s, const Plan& plan, const TokenRows& x,
                            const Numbers& ranks, const Numbers& weights, const Selection& out,
-                           int64_t block, bool fits, uint32_t* cache, float* partial) {
+                           int64_t block, bool fits, uint32_t* cache, int* bins, float* partial) {
   constexpr int kColumns = kSharing<kVec> * kVec, kGroups = kThreads / kSharing<kVec>;
   const bool packed = s.cu_seqlens != nullptr;
   const int64_t b = block / plan.slices, slice = block % plan.slices;
   Sample sample = sample_at(s, b);
   sample.fits = sample.fits && fits;
-  Keys keys = {sample.numbers(ranks, packed), ranks.token, cache, plan.cached, sample.N};
+  Keys keys = {sample.numbers(ranks, packed), ranks.token, cache, bins, plan.cached, sample.N};
   keys.fill();
   const Cut cut = find_cut(keys, sample.K);
 
@@ -490,15 +542,17 @@ __global__ void __launch_bounds__(kThreads, kResident)
                   bool by_score, Selection out) {
   SHARED(int, places, [kMostRows]);
   SHARED(int, counts, [kWarps]);
+  SHARED(int, bins, [kDigits * kBins]);
   SHARED(float, partial, [kWarps * (kSharing<kVec> * kVec + 1)]);
   DYNAMIC_SHARED(uint32_t, cache);
   const bool fits = offsets_fit(samples);
   const int64_t fused = samples.B * plan.slices;
   if (blockIdx.x < fused) {
-    fuse_block<T, kVec>(samples, plan, x, ranks, weights, out, blockIdx.x, fits, cache, partial);
+    fuse_block<T, kVec>(samples, plan, x, ranks, weights, out, blockIdx.x, fits, cache, bins,
+                        partial);
   } else {
     pack_block<T, kVec>(samples, plan, x, ranks, by_score, out, blockIdx.x - fused, fits, cache,
-                        places, counts);
+                        bins, places, counts);
   }
 }
 

@@ -145,7 +145,8 @@ T atomic_update(T* p, F f) {
 }
 }  // namespace cuda_on_cpu
 template <class T>
-T atomicAdd(T* p, std::type_identity_t<T> v) {
+__attribute__((noinline)) T atomicAdd(T* p, std::type_identity_t<T> v) {
+  PROFILE(update(p, sizeof(T), __builtin_return_address(0)));
   return cuda_on_cpu::atomic_update(p, [v](T o) { return T(o + v); });
 }
 template <class T>

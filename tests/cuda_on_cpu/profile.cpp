@@ -289,6 +289,7 @@ void copy(const void* to, const void* from, unsigned bytes, bool valid, const vo
   if (valid && buffer_of(uintptr_t(from)) != nullptr) note(from, bytes, kGlobalRead, site);
 }
 void load_matrix(const void* row, const void* site) { note(row, 16, kSharedRead, site); }
+void update(const void* p, unsigned bytes, const void* site) { on_access(p, bytes, true, site); }
 void multiply(bool copying, const void* site) {
   if (lane != 0) return;
   launch.multiplications[site]++;
@@ -315,13 +316,18 @@ using cuda_on_cpu::profile::on_access;
   void __tsan_write##n(void* p) { on_access(p, n, true, SITE); }           \
   void __tsan_unaligned_read##n(void* p) { on_access(p, n, false, SITE); } \
   void __tsan_unaligned_write##n(void* p) { on_access(p, n, true, SITE); }
-#define ATOMICS(T, n)                                                \
-  T __tsan_atomic##n##_load(const volatile T* p, int) { return *p; } \
-  void __tsan_atomic##n##_store(volatile T* p, T x, int) { *p = x; } \
-  T __tsan_atomic##n##_fetch_add(volatile T* p, T x, int) {          \
-    const T before = *p;                                             \
-    *p = before + x;                                                 \
-    return before;                                                   \
+#define ATOMICS(T, n)                                                                       \
+  T __tsan_atomic##n##_load(const volatile T* p, int) { return *p; }                        \
+  void __tsan_atomic##n##_store(volatile T* p, T x, int) { *p = x; }                        \
+  T __tsan_atomic##n##_fetch_add(volatile T* p, T x, int) {                                 \
+    const T before = *p;                                                                    \
+    *p = before + x;                                                                        \
+    return before;                                                                          \
+  }                                                                                         \
+  int __tsan_atomic##n##_compare_exchange_weak(volatile T* p, T* expected, T x, int, int) { \
+    if (*p == *expected) return *p = x, 1;                                                  \
+    *expected = *p;                                                                         \
+    return 0;                                                                               \
   }
 extern "C" {
 ACCESSES(1)

@@ -27,6 +27,7 @@ void join_lanes(const char* name, unsigned warp, uint32_t lanes, uint32_t all);
 // an address in the kernel. `copying`: it has copies that it has not waited for.
 void copy(const void* to, const void* from, unsigned bytes, bool valid, const void* site);
 void load_matrix(const void* row, const void* site);
+void update(const void* p, unsigned bytes, const void* site);  // an atomic operation: a write
 void multiply(bool copying, const void* site);
 
 // The address of a buffer of global memory, filled with zeros as it is touched.

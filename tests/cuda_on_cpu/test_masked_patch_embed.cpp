@@ -120,6 +120,16 @@ void check_many_rows() {
   std::vector<float> sums(kN * kD);
   for (int64_t i = 0; i < kM * kD; i++) sums[ids[i / kD] * kD + i % kD] += grad_out[i];
   for (int64_t i = 0; i < kN * kD; i++) CHECK(grad_position[i] == sums[i]);
+  // The same sums as the gradient of a clip of one line of kD pixels per patch.
+  constexpr int64_t kLine = kGridW * kD, kFrame = kGridH * kLine, kSample = kGridT * kFrame;
+  const Clip clip{nullptr, Dtype::kFloat32, kSample, kSample, kFrame, kLine, 1, 1, 1, 1,
+                  kD,      kGridT,          kGridH,  kGridW};
+  Tensor grad_video(Dtype::kFloat32, kSample);
+  watched(grad_video, "grad_video", [&] {
+    return vidl_masked_patch_embed_unpack_cuda(grad_out.data(), Dtype::kFloat32, &clip, &rows,
+                                               grad_video.data(), nullptr);
+  });
+  for (int64_t i = 0; i < kSample; i++) CHECK(grad_video[i] == sums[i]);
 }
 
 void check_fold(Dtype dtype) {
@@ -209,6 +219,7 @@ int main() {
       {kPlanar, kDense, kFloat16, kFloat16, 1, 8, 8, 1},
       {kPadded, kUniform, kFloat32, kBFloat16, 1, 3, 7, 9},
       {kChannelsLast, kRagged, kFloat16, kFloat32, 2, 2, 3, 5},
+      {kChannelsLast, kUniform, kUInt8, kFloat16, 1, 3, 3, 5},  // a number at a time
   };
   count_seeds(3, [&] {
     for (const Case& c : cases) check(c);
