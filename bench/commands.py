@@ -139,7 +139,7 @@ def _summary(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 def _add_savings(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "savings",
-        help="time whole training steps: {dense, sparse} x {eager PyTorch, torch.compile, vidl}",
+        help="time whole training steps: {dense, sparse} x {PyTorch, vidl}",
         description="Time whole pre-training steps, dense and sparse, in PyTorch and in vidl, "
         "after comparing losses and gradients. The baseline is the same model in plain PyTorch.",
     )
@@ -150,7 +150,11 @@ def _add_savings(commands: argparse._SubParsersAction) -> None:
     add("--batch", type=int, help="clips per step (default 4 on a CPU, 64 on a GPU)")
     add("--steps", type=int, default=20, help="steps of each cell (default 20)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--compile", action="store_true", help="also time torch.compile; it compiles for minutes")
+    add(
+        "--compile",
+        action="store_true",
+        help="also time PyTorch and vidl with torch.compile; it compiles for minutes",
+    )
     add("--epochs", type=float, default=10, help="epochs of the projected schedule (default 10)")
     add("--clips", type=int, default=5_440_000, help="clips per epoch (default 5,440,000)")
     add("--budget", type=float, metavar="SECONDS", help="start no further round after this time")

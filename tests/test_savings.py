@@ -107,13 +107,33 @@ def test_the_baseline_says_what_it_does_not_have():
         bert.fuse(torch.zeros(1, 2, 8), None, torch.zeros(2, 8), cu_visual=torch.tensor([0, 2]))
 
 
-@pytest.mark.parametrize("name, fields", [VARIANTS[0], VARIANTS[5], VARIANTS[6]])
-def test_the_baseline_compiles_without_graph_breaks(name, fields):
-    cell = cells(name, fields)["sparse, pytorch"]
+@pytest.mark.parametrize("column", ["pytorch", "vidl"])
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        pytest.param(name, fields, id=f"{name}{number}", marks=pytest.mark.slow if number else ())
+        for number, (name, fields) in enumerate(VARIANTS)
+        if not fields.get("random_blocks")  # drawn on the host at each step
+    ],
+)
+def test_both_compile_without_graph_breaks(name, fields, column):
+    cell = cells(name, fields)[f"sparse, {column}"]
     inputs = cell.inputs | {"step": torch.zeros((), dtype=torch.int64)}
+    torch._dynamo.reset()
     run = torch.compile(cell.model, fullgraph=True, dynamic=False, backend="eager")
     with steps.without_dropout(cell.model):
         torch.testing.assert_close(run(**inputs), cell.model(**inputs))
+
+
+def test_compiled_cells_come_after_those_that_they_compile(capsys):
+    recipe = models.recipe("mac", "tiny", **SMALL)
+    names = [cell.name for cell in steps.cells(recipe, 4, "cpu", compiled=True)]
+    columns = ["pytorch", "torch.compile", "vidl", "vidl, torch.compile"]
+    assert names == [f"{row}, {column}" for row in ("dense", "sparse") for column in columns]
+    command = ["savings", "mac", "--preset", "tiny", "--device", "cpu", "--compile", "--dry-run"]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].strip() for line in lines if "tokens per clip" in line] == names
 
 
 def test_flops_of_both_are_alike_where_nothing_is_needless():
@@ -205,7 +225,7 @@ def test_a_planted_wrong_kernel_gets_no_time(quick, monkeypatch, capsys, tmp_pat
     assert bad["status"] == "wrong" and "gradients of vision" in bad["reason"]
     assert not {"median_ms", "clips_per_s", "hours", "realised_saving"} & set(bad)
     assert all(r["status"] == "ok" and "median_ms" in r for r in records.values())
-    assert "sparse, vidl             wrong: errors of" in summary.table([bad])
+    assert "sparse, vidl                 wrong: errors of" in summary.table([bad])
 
 
 def test_a_cell_that_fails_leaves_the_others(quick, monkeypatch):

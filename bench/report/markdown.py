@@ -6,9 +6,9 @@ from pathlib import Path
 
 from vidl.bench.measure.cases import operations
 from vidl.bench.report import digest
-from vidl.bench.report.digest import COLUMNS, MODES, Device, Spread, Step, times
+from vidl.bench.report.digest import MODES, Device, Spread, Step, times
 from vidl.bench.report.records import Record
-from vidl.bench.report.verdict import in_words, recall
+from vidl.bench.report.verdict import in_words, learning_in_words, recall
 from vidl.bench.training.scaling import fit
 from vidl.bench.training.summary import flop_ratio
 
@@ -46,9 +46,9 @@ def section_of(text: str) -> str:
 
 
 def summary(devices: Sequence[Device]) -> str:
-    """The section of README: one table per device, and the verdict in words."""
-    lines = []
-    for device in devices:
+    """The section of README: the CPU and the GPU measured last, each with a verdict in words."""
+    lines, last = [], {d.kind: d for d in sorted(devices, key=lambda d: d.measured)}
+    for device in sorted(last.values(), key=lambda d: d.kind):
         lines += [f"### {device.title}", "", *(f"- {text}" for text in in_words(device)),
                   "", f"{_circumstances(device)} Baselines: the same "
                   f"computation in {device.dtype} in eager PyTorch and, where measured, with "
@@ -59,12 +59,18 @@ def summary(devices: Sequence[Device]) -> str:
         lines += ["", *_table(("", *_column_names(), SPEEDUP), rows), ""]
     if not any(device.kind == "cuda" for device in devices):
         lines += ["### GPU", "", NO_GPU, ""]
-    return "\n".join([*lines, "All shapes, dtypes and details: [`bench/results/`]"
+    if others := [learned for d in devices if d not in last.values() for learned in _on_another(d)]:
+        lines += [*others, ""]
+    return "\n".join([*lines, "All devices, shapes, dtypes and details: [`bench/results/`]"
                       "(bench/results/README.md)."])  # fmt: skip
 
 
+def _on_another(device: Device) -> list[str]:
+    return [f"On another {device.title}: {text}" for text in learning_in_words(device)]
+
+
 def _column_names() -> list[str]:
-    return [f"`{name}`" if "." in name else name for name in COLUMNS.values()]
+    return ["eager PyTorch", "`torch.compile`", "vidl"]
 
 
 def _table(names: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
@@ -83,8 +89,9 @@ def _circumstances(device: Device) -> str:
 
 
 def _step_cells(step: Step) -> list[str]:
-    cells = [_time(step.cells.get(column)) for column in COLUMNS]
-    return [f"{step.row} step, {step.shape}", *cells, _ratio(step.speedup)]
+    cells = [_time(step.cells.get(column)) for column in ("pytorch", "torch.compile")]
+    ours = _time(step.best) + ", with `torch.compile`" * ("compile" in step.best["column"])
+    return [f"{step.row} step, {step.shape}", *cells, ours, _ratio(step.speedup)]
 
 
 def _time(record: Record | None) -> str:
@@ -144,7 +151,7 @@ def _operations(device: Device) -> list[str]:
 def _steps(device: Device) -> list[str]:
     table = []
     for step in digest.steps(device):
-        ours = step.cells["vidl"]
+        ours = step.best
         ratio = flop_ratio(r for r in device.savings if r["shape"] == step.shape)
         realised = ours.get("realised_saving") if step.row == "sparse" else None
         share = "" if realised is None or ratio is None else f"{realised:.0%} of {times(ratio)}"

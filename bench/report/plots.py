@@ -23,7 +23,12 @@ COLORS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F",
     "#882255",
 )  # fmt: skip
-COLUMN_COLORS = {"pytorch": COLORS[4], "torch.compile": COLORS[3], "vidl": COLORS[0]}
+COLUMN_COLORS = {
+    "pytorch": COLORS[4],
+    "torch.compile": COLORS[3],
+    "vidl": COLORS[0],
+    "vidl, torch.compile": COLORS[5],
+}
 ROW_COLORS = {"dense": COLORS[1], "sparse": COLORS[2]}
 MODE_STYLES = {"forward": ("o", COLORS[0], -0.17), "full": ("s", COLORS[1], 0.17)}
 
@@ -143,7 +148,7 @@ def _steps(device: Device, timed: Sequence[Step]) -> Figure:
         _tidy(axes, "x")
     axes.set_xlabel("ms per step, median; line: 20 to 80 % quantiles")
     handles = [Patch(color=COLUMN_COLORS[column], label=COLUMNS[column]) for column in used]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Whole training steps: {dense, sparse} x {eager PyTorch, torch.compile, vidl}.
+"""Whole training steps: {dense, sparse} x {PyTorch, vidl} x {eager, torch.compile}.
 
 *Dense* processes all patches and tokens; *sparse* is the recipe with its masks and pruning. Eager
 PyTorch is `bench/training/baseline.py`. The table separates token-reduction gains (dense to sparse)
@@ -23,7 +23,7 @@ from vidl.bench.measure.record import circumstances
 from vidl.bench.report.records import Record
 from vidl.bench.training import loading
 from vidl.bench.training.breakdown import breakdown
-from vidl.bench.training.steps import Agreement, Cell, agreement_of, cells, flops, loss_of
+from vidl.bench.training.steps import COMPILED, Agreement, Cell, agreement_of, cells, flops, loss_of
 from vidl.progress import Bar
 
 # GPU-hours are projected for the schedule of Singularity, on which SMAUG builds; the SMAUG and MAC
@@ -96,7 +96,7 @@ def plan(
 
 def dry_run(plan: Plan) -> Iterator[str]:
     """The lines that `--dry-run` prints."""
-    columns = ["pytorch", *(["torch.compile"] if plan.compiled else []), "vidl"]
+    columns = [c for pair in COMPILED.items() for c in pair[: 1 + plan.compiled]]
     yield f"{plan.shape} · {plan.device} · {plan.steps} steps of each, interleaved"
     variants = list(plan.recipe.variants().values())
     for row, variant in (("dense", variants[0]), ("sparse", variants[-1])):
@@ -185,7 +185,7 @@ def _compare(measured: list[Measured]) -> None:
 
         for m in members:
             _attempt(m, compare)
-            if m.cell.column != "torch.compile":  # compiled code is not counted
+            if not m.cell.compiled:  # compiled code is not counted
                 _attempt(m, _count)
         check_counts({m.cell.column: m.flops for m in members if m.flops})
 
@@ -241,7 +241,7 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 
 def _look_inside(m: Measured) -> None:
-    if m.cell.column != "torch.compile":  # a compiled model has no modules to mark
+    if not m.cell.compiled:  # a compiled model has no modules to mark
         m.parts = breakdown(m.cell)
     m.joules = energy.joules(m.cell.step, m.cell.device)
 
