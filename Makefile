@@ -28,7 +28,7 @@ DEPS := $(VENV)/installed
 READY := $(VENV)/ready-$(VIDL_BUILD)
 TORCH_VENV := .venv-torch-$(TORCH)
 SOURCES := CMakeLists.txt setup.py vidl/__init__.py $(wildcard csrc/*.h csrc/*/*)
-# Install packages (all but the extra `peers`), or vidl itself, into the environment $(1).
+# Install packages (all but the extras `peers` and `ray`), or vidl itself, into the environment $(1).
 packages = $(1)/bin/uv pip install --quiet --python $(1)/bin/python -r pyproject.toml \
   $(foreach extra,all test lint release docs,--extra $(extra))
 vidl = VIDL_BUILD=$(VIDL_BUILD) $(1)/bin/uv pip install --quiet --python $(1)/bin/python \
