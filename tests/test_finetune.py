@@ -132,15 +132,17 @@ def test_finetuning_for_question_answering(pretrained, clips, form, tmp_path, ca
         "finetune", "qa", "--weights", str(pretrained["smaug"]), "--answers", "1", "--form", form,
         f"run.folder={tmp_path}/qa", "data.source=clips", f"data.files=[{clips}/questions.json]",
         "data.broken=1", "data.batch_size=2", f"evaluation.files=[{clips}/questions.json]",
-        "schedule.steps=2",
+        "schedule.steps=2", "--layers", "1", "--top", "7",
     ]  # fmt: skip
     assert main(command) == 0
     stored = json.loads((tmp_path / "qa/answers.json").read_text())
-    assert stored == {"form": form, "answers": ["red"]}
+    assert stored == {"form": {"name": form, "layers": 1, "top": 7}, "answers": ["red"]}
     if form == "ranking":  # the decoder starts with the text encoder of the pre-training run
         name = "embeddings.word_embeddings.weight"
         before = open_run(pretrained["smaug"]).model.text.state_dict()[name]
-        after = open_run(tmp_path / "qa").model.decoder.state_dict()[name]
+        model = open_run(tmp_path / "qa").model
+        assert (len(model.decoder.encoder.layer), model.top) == (1, 7)
+        after = model.decoder.state_dict()[name]
         torch.testing.assert_close(after, before, rtol=0, atol=5e-5)  # after two steps of 1e-5
     result = tmp_path / "qa.json"
     arguments = ["--weights", f"{tmp_path}/qa", "--json", str(result)]
@@ -180,7 +182,10 @@ def test_questions_about_moving_shapes(pretrained, form, tmp_path, capsys):
     shutil.rmtree(folder / "checkpoints/step-00000002")
     other = [f"--form={other}" for other in runs.FORMS if other != form]
     assert main([*command, *other]) == 1
-    assert f"has a run with form {form}: need the same to resume" in capsys.readouterr().err
+    assert f"has a run with form {form}" in capsys.readouterr().err
+    if form == "ranking":
+        assert main([*command, "--top", "9"]) == 1
+        assert "and top=128: need the same to resume" in capsys.readouterr().err
     assert main(command) == 0
     again = open_run(folder).model.state_dict()
     for name, weight in trained.model.state_dict().items():
@@ -264,13 +269,21 @@ def test_a_task_needs_its_text(pretrained, tmp_path, capsys):
     config = configuration(pretrained["smaug"], task="qa")
     with pytest.raises(ValueError, match="need a form among classifier, ranking, got 'both'"):
         finetune("qa", config, form="both")
+    with pytest.raises(ValueError, match="need top >= 1 of the ranking decoder, got 0"):
+        finetune("qa", config, form="ranking", top=0)
     ranks = runs.parallel.Ranks(0, 1, torch.device("cpu"))
     with pytest.raises(ValueError, match="need a task among .*mc, qa, caption, pair, got 'vqa'"):
         runs.evaluate(pretrained["smaug"], "vqa", None, ranks, runs.Options())
 
 
 def test_answers_of_a_stranger(tmp_path):
-    for text in ('["red"]', '{"form": "both", "answers": ["red"]}', '{"form": "ranking"}'):
+    form = {"name": "ranking", "layers": 3, "top": 128}
+    for kept in (
+        ["red"], {"form": "ranking", "answers": ["red"]}, {"form": form},
+        *({"form": form | wrong, "answers": ["red"]}
+          for wrong in ({"name": "both"}, {"top": 0}, {"layers": True})),
+    ):  # fmt: skip
+        text = json.dumps(kept)
         (tmp_path / "answers.json").write_text(text)
         with pytest.raises(ValueError, match="need an object of form .* and answers in .*, got"):
             runs.read_answers(tmp_path)

@@ -588,8 +588,11 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
             add("--answers", type=int, default=1500, help="size of the answer set (default: 1500)")
             about = "classifier of answers, or ranking by a decoder (default: classifier)"
             add("--form", choices=("classifier", "ranking"), default="classifier", help=about)
-        if task == "caption":
-            add("--layers", type=int, default=3, help="layers of the decoder (default: 3)")
+            about = "answers that a ranking scores by all of their words (default: 128)"
+            add("--top", type=int, default=128, help=about)
+        if task in ("qa", "caption"):
+            whose = "decoder" if task == "caption" else "decoder of a ranking"
+            add("--layers", type=int, default=3, help=f"layers of the {whose} (default: 3)")
         part.set_defaults(run=_finetune, task=task)
 
 
@@ -602,7 +605,7 @@ def _finetune(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     except ValueError as error:
         parser.error(str(error))
     tuning.before_training(config, args.tune)
-    names = {"qa": ("answers", "form"), "caption": ("layers",)}.get(args.task, ())
+    names = {"qa": ("answers", "form", "layers", "top"), "caption": ("layers",)}.get(args.task, ())
     options = {name: getattr(args, name) for name in names}
     return _status(finetune(args.task, config, **options))
 

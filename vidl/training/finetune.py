@@ -17,8 +17,8 @@ from vidl.training.loop import Training
 from vidl.training.runs import (
     ANSWERS,
     DECODER,
-    FORMS,
     TEXTS,
+    AnswerForm,
     answering,
     folder_of,
     read_answers,
@@ -79,7 +79,13 @@ def configuration(
 
 
 def finetune(
-    task: str, config: Config, *, answers: int = 1500, form: str = "classifier", layers: int = 3
+    task: str,
+    config: Config,
+    *,
+    answers: int = 1500,
+    form: str = "classifier",
+    layers: int = 3,
+    top: int = 128,
 ) -> dict[str, Any]:
     """Fine-tune the model at `config.start.model`.
 
@@ -94,18 +100,19 @@ def finetune(
         config: from `configuration`.
         answers: size of the answer set of "qa".
         form: how "qa" answers: "classifier" or "ranking".
-        layers: layers of the decoder of "caption".
+        layers: layers of the decoder of "caption", and of "qa" with the form "ranking".
+        top: number of answers that a ranking scores by all of their words.
 
     Returns:
         See `pretrain`.
 
     Raises:
         ValueError: unknown task or form, the model does not support it, the run that is resumed has
-            another form or other layers, captions are longer than the decoder, or see `pretrain`.
+            another form, other layers or top, captions are longer than the decoder, or see
+            `pretrain`.
     """
     _check_task(task)
-    if form not in FORMS:
-        raise ValueError(f"need a form among {', '.join(FORMS)}, got {form!r}")
+    asked = AnswerForm(form, layers, top) if task == "qa" else AnswerForm()
     sources.require_text(config, TEXTS[task])
     folder = Path(config.run.folder)
     with parallel.ranks(config.run.device) as ranks, locked(folder, ranks), frozen(folder, ranks):
@@ -115,7 +122,7 @@ def finetune(
             return Captions(config, ranks, layers).run()
         if task == "pair":
             return Pairs(config, ranks).run()
-        return Questions(config, ranks, answers, form).run()
+        return Questions(config, ranks, answers, asked).run()
 
 
 def _check_task(task: str) -> None:
@@ -137,14 +144,14 @@ class Heads(Training):
 class Questions(Heads):
     """A fine-tuning run for question answering."""
 
-    def __init__(self, config: Config, ranks: parallel.Ranks, most: int, form: str) -> None:
+    def __init__(self, config: Config, ranks: parallel.Ranks, most: int, form: AnswerForm) -> None:
         folder = Path(config.run.folder)
         kept = (folder / ANSWERS).is_file()
         if kept:
             self.form, self.answers = read_answers(folder)
         else:
             self.form, self.answers = form, frequent_answers(sources.training_answers(config), most)
-        if self.form != form:
+        if str(self.form) != str(form):
             raise ValueError(
                 f"{folder} has a run with form {self.form}: need the same to resume it, or another "
                 f"run.folder, got {form}"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,36 @@ TEXTS: dict[str, Text] = {
 }  # fmt: skip
 # The models of tasks with layers of their own, which `vidl finetune` adds.
 FINETUNED: dict[str, Any] = {"qa": Answers, "caption": Captioning, "pair": Pairing}
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """How a model answers questions.
+
+    Attributes:
+        name: "classifier" or "ranking".
+        layers, top: of `vidl.models.Ranking`; a classifier has neither.
+
+    Raises:
+        ValueError: unknown name, or layers or top is not a positive integer.
+    """
+
+    name: str = "classifier"
+    layers: int = 3
+    top: int = 128
+
+    def __post_init__(self) -> None:
+        if self.name not in FORMS:
+            raise ValueError(f"need a form among {', '.join(FORMS)}, got {self.name!r}")
+        for name in ("layers", "top"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"need {name} >= 1 of the ranking decoder, got {value!r}")
+
+    def __str__(self) -> str:
+        if self.name == "classifier":
+            return self.name
+        return f"{self.name}, layers={self.layers} and top={self.top}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,36 +137,34 @@ def open_run(path: str | Path, device: torch.device | str = "cpu") -> Trained:
     return Trained(model.to(device).eval(), tokenizer, config)
 
 
-def answering(model: Any, form: str, answers: list[str], tokenizer: Tokenizer) -> Answers:
-    """The model with the layers that give an answer, in one of `FORMS`."""
-    if form == "ranking":
-        return Ranking(model, answers, tokenizer)
+def answering(model: Any, form: AnswerForm, answers: list[str], tokenizer: Tokenizer) -> Answers:
+    """The model with the layers that give an answer."""
+    if form.name == "ranking":
+        return Ranking(model, answers, tokenizer, layers=form.layers, top=form.top)
     return Answering(model, answers)
 
 
-def read_answers(folder: Path) -> tuple[str, list[str]]:
+def read_answers(folder: Path) -> tuple[AnswerForm, list[str]]:
     """The form and the answers of a run for question answering, as `write_answers` stored them.
 
     Raises:
         ValueError: the file has something else.
     """
     kept = json.loads((folder / ANSWERS).read_text())
-    if (
-        not isinstance(kept, dict)
-        or kept.keys() != {"form", "answers"}
-        or kept["form"] not in FORMS
-    ):
+    try:
+        form = kept["form"]
+        return AnswerForm(form["name"], form["layers"], form["top"]), kept["answers"]
+    except (KeyError, TypeError, ValueError):
         raise ValueError(
-            f"need an object of form ({' or '.join(FORMS)}) and answers in {folder / ANSWERS}, got "
-            f"{kept!r:.80}"
-        )
-    return kept["form"], kept["answers"]
+            f"need an object of form (name {' or '.join(FORMS)}, layers and top) and answers in "
+            f"{folder / ANSWERS}, got {kept!r:.80}"
+        ) from None
 
 
-def write_answers(folder: Path, form: str, answers: list[str]) -> None:
+def write_answers(folder: Path, form: AnswerForm, answers: list[str]) -> None:
     """Store the form and the answers of a run, atomically."""
     with replaced(folder / ANSWERS) as unfinished:
-        unfinished.write_text(json.dumps({"form": form, "answers": answers}))
+        unfinished.write_text(json.dumps({"form": asdict(form), "answers": answers}))
 
 
 def read_layers(folder: Path) -> int:
