@@ -161,6 +161,8 @@ def test_two_ranks_in_chunks_equal_one_with_the_whole_batch(tmp_path):
         ([*SMAUG, "optimizer.chunk=2"], "need model.vtm=0 model.mlm=0 with optimizer.chunk"),
         ([*TINY, "model.name=vlc", "model.text_layers=0", "optimizer.chunk=2"],
          "need optimizer.chunk=0, or a model .* vtc .*mac.* got Vlc"),
+        ([*TINY, "model.name=omnivl", "model.queue=0", "optimizer.chunk=2"],
+         "need optimizer.chunk=0, or a model .* vtc .*alpro.* got Omnivl"),
         ([*SMAUG, "optimizer.chunk=2", "model.vtc=0"], "need optimizer.chunk=0, or .* got Smaug"),
         ([*MAC, "optimizer.chunk=3"], "need data.batch_size as a multiple of optimizer.chunk=3"),
         ([*MAC, "optimizer.chunk=-1"], "need optimizer.chunk >= 0, got -1"),

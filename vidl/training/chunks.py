@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vidl.models import MODELS, System
+from vidl.models.learning import contrast
 from vidl.training import parallel
 
 CONTRASTIVE = "vtc"
@@ -28,8 +29,8 @@ def check(model: nn.Module) -> None:
     Raises:
         ValueError: the model has no contrastive loss, or another loss that needs the whole batch.
     """
-    if not isinstance(model, System) or not _weight(model, CONTRASTIVE):
-        able = ", ".join(name for name, x in MODELS.items() if CONTRASTIVE in x.model.objectives)
+    if not isinstance(model, System) or not _contrasts(model) or not _weight(model, CONTRASTIVE):
+        able = ", ".join(name for name, x in MODELS.items() if _contrasts(x.model))
         raise ValueError(
             f"need optimizer.chunk=0, or a model with a weight for its contrastive loss, "
             f"{CONTRASTIVE} ({able}), got {type(model).__name__}"
@@ -115,6 +116,11 @@ def _contrasted(
     sizes = [len(part) for part, _ in features]
     of_learned = list(zip(learned, grads[2:], strict=True))
     return loss.detach(), grads[0].split(sizes), grads[1].split(sizes), of_learned
+
+
+def _contrasts(model: System | type[System]) -> bool:
+    """Whether the contrastive loss depends on `v` and `t` of the batch only, not on a queue."""
+    return model.objectives.get(CONTRASTIVE) is contrast
 
 
 def _weight(model: System, objective: str) -> float:
