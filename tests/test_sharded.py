@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.multiprocessing as mp
-from test_training import MAC, SMAUG, _rank, free_port, records, same_weights, train
+from test_training import MAC, SMAUG, TINY, _rank, free_port, records, same_weights, train
 
 from vidl import cli
 from vidl.training import Config, checkpoints, optimizer, parallel, sharded
@@ -20,21 +20,38 @@ FSDP += ["schedule.steps=4", "run.threads=1"]
 def runs(tmp_path_factory):
     """Two ranks: an uninterrupted run, and one that SIGTERM stopped after step 2 and resumed."""
     folder = tmp_path_factory.mktemp("runs")
-    whole, moved = ([*FSDP, f"run.folder={folder / name}"] for name in ("whole", "moved"))
-    options = [[*whole, "run.save_every=2"], [*moved, "evaluation.every=2"], moved]
-    mp.spawn(_rank, ([(free_port(), fields) for fields in options],), nprocs=2)
+    two_runs(folder, FSDP)
     return folder
 
 
-def test_a_sharded_run_resumes_exactly(runs):
-    whole, moved = ([r for r in records(runs / name) if "loss" in r] for name in ("whole", "moved"))
+def two_runs(folder, base):
+    whole, moved = ([*base, f"run.folder={folder / name}"] for name in ("whole", "moved"))
+    options = [[*whole, "run.save_every=2"], [*moved, "evaluation.every=2"], moved]
+    mp.spawn(_rank, ([(free_port(), fields) for fields in options],), nprocs=2)
+
+
+def assert_resumed_exactly(folder):
+    whole, moved = ([r for r in records(folder / x) if "loss" in r] for x in ("whole", "moved"))
     assert whole == moved and [r["step"] for r in whole] == [1, 2, 3, 4]
-    assert same_weights(runs / "whole", runs / "moved")
+    assert same_weights(folder / "whole", folder / "moved")
+
+
+def test_a_sharded_run_resumes_exactly(runs):
+    assert_resumed_exactly(runs)
     assert sorted(checkpoints.steps(runs / "moved")) == [2, 4]
     newest = checkpoints.newest(runs / "whole")
     assert not (newest / checkpoints.WEIGHTS).exists()
     sizes = [path.stat().st_size for path in sorted((newest / "weights").iterdir())]
     assert len(sizes) == 2 and max(sizes) < 1.5 * min(sizes)  # each rank has about a half
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_queue_and_momentum_copies_resume_exactly(kind, tmp_path):
+    own = ("name=omnivl", "text_layers=1", "fusion_layers=1", "writer_layers=1", "queue=8")
+    more = [f"run.parallel={kind}", "schedule.steps=4", "run.threads=1"]
+    two_runs(tmp_path, [*TINY, *(f"model.{field}" for field in own), *more])
+    assert_resumed_exactly(tmp_path)
 
 
 def test_one_rank_resumes_a_sharded_run(runs, tmp_path):
