@@ -18,7 +18,7 @@ BUGS = {
     "masked_patch_embed": {
         "copies are not waited for": ("cp_async_wait();", ""),
         "pixels are read before other lanes have them": (
-            "__syncwarp();  // all lanes' pixels are there",
+            "__syncwarp();  // all lanes' pixels are there, and the lanes of a row stay together",
             "",
         ),
         "interleaved channels are read as planes": ("patch[(p + i) * C + c]", "patch[p + i]"),

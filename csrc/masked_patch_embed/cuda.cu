@@ -212,11 +212,10 @@ __global__ void __launch_bounds__(32 * kPackingWarps)
     }
   }
   cp_async_wait();
-  __syncwarp();  // all lanes' pixels are there
 #pragma unroll
   for (int r = 0; r < kMostRows; r++) {
     if (ids[r] < 0) continue;
-    __syncwarp();  // the lanes of a row stay together
+    __syncwarp();  // all lanes' pixels are there, and the lanes of a row stay together
     T* const row = patches + (first + r) * task.pixels() * task.clip.C;
     const Pixel* const patch = staged + r * size;
     if (!task.wide_patches) {
