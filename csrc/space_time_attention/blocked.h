@@ -14,8 +14,16 @@
 namespace vidl {
 namespace {
 
+// The blocks of a multiprocessor, by registers: 3 with 168 a thread. Without the number ptxas aims
+// at more for some kinds, and spills.
+template <int D, class Kind>
+constexpr int forward_blocks() {
+  if (D <= 32) return Kind::kLimited ? 3 : 4;
+  return D <= (Kind::kLimited ? 80 : 96) ? 3 : 2;
+}
+
 template <class T, int D, class Kind>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, forward_blocks<D, Kind>())
     blocked_forward_kernel(SpaceTimeAttention a, Forward f, int64_t blocks) {
   DYNAMIC_SHARED(T, memory);
   const Work work = find_work(a.groups.query_offsets, a.groups, blocks, a.H);
@@ -228,9 +236,21 @@ __global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
                    [&](int r) { return first + r < queries.count ? queries.row(first + r) : -1; });
 }
 
+// As `forward_blocks`. Heads of 64 with limits do not fit into 168 registers on sm_80; on sm_90
+// they do with a bias.
+template <int D, class Kind>
+constexpr int key_backward_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  constexpr bool kFits = !Kind::kLimited;
+#else
+  constexpr bool kFits = !Kind::kLimited || Kind::kBiased;
+#endif
+  return D < 64 || (D == 64 && kFits) ? 3 : 2;
+}
+
 // A warp computes 16 keys: weights and their gradients are transposed.
 template <class T, int D, class Kind>
-__global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 3 : 2)
+__global__ void __launch_bounds__(kBlockThreads, key_backward_blocks<D, Kind>())
     key_backward_kernel(SpaceTimeAttention a, Backward b, int64_t blocks) {
   constexpr int kTile = kBlock * kStride<D>;
   DYNAMIC_SHARED(T, memory);

@@ -67,8 +67,15 @@ __device__ __forceinline__ void load_rows(Rows16<D>& rows, T* tile, const Stride
   rows.load(tile);
 }
 
+// The blocks of a multiprocessor, by registers: without the number ptxas aims at more, and spills.
+template <int D, class Kind>
+constexpr int mean_lse_blocks() {
+  if (D <= 32) return Kind::kBiased ? 4 : 5;
+  return D > 96 && Kind::kBiased ? 3 : 4;
+}
+
 template <class T, int D, class Kind>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, mean_lse_blocks<D, Kind>())
     mean_lse_kernel(TokenScores s, float* lse, int64_t blocks) {
   DYNAMIC_SHARED(T, memory);
   const Work work = find_work(s.groups.query_offsets, s.groups, blocks, s.H);
