@@ -79,7 +79,9 @@ __global__ void __launch_bounds__(kRowThreads) directions_kernel(TokenScores s, 
 // Minus the greatest cosine of each even key: a warp computes 16. Without the number ptxas
 // aims at more blocks a multiprocessor for heads of 32, and spills.
 template <int D>
-__global__ void __launch_bounds__(kBlockThreads, D <= 64 ? 7 : D <= 96 ? 5 : 4)
+__global__ void __launch_bounds__(kBlockThreads, D <= 32   ? 7
+                                                 : D <= 64 ? 5
+                                                           : 4)
     similarity_kernel(TokenScores s, ScoresForward f, int64_t blocks) {
   constexpr int kTile = kBlock * kStride<D>;
   DYNAMIC_SHARED(fp16, memory);
