@@ -48,11 +48,6 @@ class Device:
     def records(self) -> list[Record]:
         return [*self.ops, *self.savings, *self.scaling, *self.quality]
 
-    @property
-    def measured(self) -> str:
-        """When the newest of the records was written."""
-        return str(max((r.get("timestamp", "") for r in self.records), default=""))
-
     def versions(self, name: str) -> str:
         """The versions of a package in the records."""
         return " and ".join(sorted({str(r["versions"].get(name)) for r in self.records}))

@@ -8,7 +8,7 @@ from vidl.bench.measure.cases import operations
 from vidl.bench.report import digest
 from vidl.bench.report.digest import MODES, Device, Spread, Step, times
 from vidl.bench.report.records import Record
-from vidl.bench.report.verdict import in_words, learning_in_words, recall
+from vidl.bench.report.verdict import in_words, recall
 from vidl.bench.training.scaling import fit
 from vidl.bench.training.summary import flop_ratio
 
@@ -46,9 +46,9 @@ def section_of(text: str) -> str:
 
 
 def summary(devices: Sequence[Device]) -> str:
-    """The section of README: the CPU and the GPU measured last, each with a verdict in words."""
-    lines, last = [], {d.kind: d for d in sorted(devices, key=lambda d: d.measured)}
-    for device in sorted(last.values(), key=lambda d: d.kind):
+    """The section of README: one table per device, and the verdict in words."""
+    lines = []
+    for device in devices:
         lines += [f"### {device.title}", "", *(f"- {text}" for text in in_words(device)),
                   "", f"{_circumstances(device)} Baselines: the same "
                   f"computation in {device.dtype} in eager PyTorch and, where measured, with "
@@ -59,14 +59,8 @@ def summary(devices: Sequence[Device]) -> str:
         lines += ["", *_table(("", *_column_names(), SPEEDUP), rows), ""]
     if not any(device.kind == "cuda" for device in devices):
         lines += ["### GPU", "", NO_GPU, ""]
-    if others := [learned for d in devices if d not in last.values() for learned in _on_another(d)]:
-        lines += [*others, ""]
-    return "\n".join([*lines, "All devices, shapes, dtypes and details: [`bench/results/`]"
+    return "\n".join([*lines, "All shapes, dtypes and details: [`bench/results/`]"
                       "(bench/results/README.md)."])  # fmt: skip
-
-
-def _on_another(device: Device) -> list[str]:
-    return [f"On another {device.title}: {text}" for text in learning_in_words(device)]
 
 
 def _column_names() -> list[str]:

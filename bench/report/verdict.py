@@ -27,7 +27,7 @@ def least_share(op: str) -> float:
 
 def in_words(device: Device) -> list[str]:
     """Sentences about a device: what is faster, what is slower, and by how much."""
-    return [*_ops_in_words(device), *_steps_in_words(device), *learning_in_words(device)]
+    return [*_ops_in_words(device), *_steps_in_words(device), *_learning_in_words(device)]
 
 
 def _ops_in_words(device: Device) -> list[str]:
@@ -63,8 +63,7 @@ def _steps_in_words(device: Device) -> list[str]:
     return [text]
 
 
-def learning_in_words(device: Device) -> list[str]:
-    """Sentences about models that were trained for the same time."""
+def _learning_in_words(device: Device) -> list[str]:
     parts, alike = [], True
     for shape in dict.fromkeys(r["shape"] for r in device.quality):
         rows = {r["row"]: recall(r) for r in device.quality if r["shape"] == shape}
