@@ -6,7 +6,9 @@ instructions and ran D times ran D / S times in each. Blocks without any take th
 neighbours. It is a rough estimate of the issued instructions, not a count.
 """
 
+import contextlib
 import hashlib
+import os
 import re
 import statistics
 import subprocess
@@ -280,9 +282,12 @@ def _compiled(source: Path, macros: Sequence[str] = ()) -> Path:
     key = hashlib.sha256(b"".join([repr([flags, test_nvcc.version()]).encode(), *contents]))
     cubin = emulated.BUILD / f"{source.parent.name}-{source.stem}-{key.hexdigest()[:16]}.cubin"
     if not cubin.exists():
-        unfinished = cubin.with_suffix(".unfinished")
+        # Another process may compile it too, with other names of symbols: the first file stays.
+        unfinished = cubin.with_name(f"{os.getpid()}-{cubin.name}")
         subprocess.run([compiler, *flags, source, "-o", unfinished], check=True)
-        unfinished.replace(cubin)
+        with contextlib.suppress(FileExistsError):
+            cubin.hardlink_to(unfinished)
+        unfinished.unlink()
     return cubin
 
 
