@@ -23,6 +23,7 @@ NO_GPU = (
     '`vidl tune` has measured the kernels there; `backend="native"` (CUDA) and '
     '`backend="triton"` select them.'
 )
+STEP_COLUMNS = ("eager PyTorch", "`torch.compile`", "vidl")
 LABELS = {"pruning": "a layer that prunes", "swapped": "timm and transformers models, swapped"}
 
 
@@ -56,15 +57,11 @@ def summary(devices: Sequence[Device]) -> str:
                   "quantiles). An operation is "
                   "forward/backward: median of its shapes (lowest to highest)."]  # fmt: skip
         rows = [_step_cells(step) for step in digest.steps(device)] + _op_cells(device)
-        lines += ["", *_table(("", *_column_names(), SPEEDUP), rows), ""]
+        lines += ["", *_table(("", *STEP_COLUMNS, SPEEDUP), rows), ""]
     if not any(device.kind == "cuda" for device in devices):
         lines += ["### GPU", "", NO_GPU, ""]
     return "\n".join([*lines, "All shapes, dtypes and details: [`bench/results/`]"
                       "(bench/results/README.md)."])  # fmt: skip
-
-
-def _column_names() -> list[str]:
-    return ["eager PyTorch", "`torch.compile`", "vidl"]
 
 
 def _table(names: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
@@ -152,7 +149,7 @@ def _steps(device: Device) -> list[str]:
         table += [[*_step_cells(step), _ratio(ours.get("speed_up")), share]]
     if not table:
         return []
-    names = ("training step", *_column_names(), SPEEDUP, "Speedup over dense eager PyTorch",
+    names = ("training step", *STEP_COLUMNS, SPEEDUP, "Speedup over dense eager PyTorch",
              "Saving realised")  # fmt: skip
     return ["", "### Training steps", "", "Forward, backward and AdamW: median (20 to 80 % "
             "quantiles). *Saving realised* is the speedup over dense eager PyTorch, relative to "
