@@ -595,7 +595,8 @@ from vidl.data.sampler import EpochSampler
 clips = MovingShapes("train", 64, frames=1, size=16)
 loader = Loader(clips, EpochSampler(clips.kinds(), batch_size=2), workers=2)
 batches = iter(loader)
-next(batches)
+for _ in range(2):  # one of each worker, so that both have begun
+    next(batches)
 workers = [str(process.pid) for process in multiprocessing.active_children()]
 for name in ("-INT", "-TERM"):
     subprocess.run(["kill", name, *workers], check=True)
