@@ -8,8 +8,7 @@ import statistics
 import numpy
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo import on_two_ranks
 from tiny import fitting
 
 from vidl import models
@@ -504,9 +503,7 @@ def test_answers():
     assert model(batch.video, ids, ids, batch.index, answers=unknown)["loss"] == 0
 
 
-def _rank(rank, rendezvous, out):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+def _rank(rank, out):
     model, data = tiny("smaug"), Stored(captioned(7, 2), broken=["3.mp4"])
     result = retrieval(model, data, QUIET, rerank=4)
     assert len(data.reads) in (3, 4)  # half of the clips
@@ -514,11 +511,10 @@ def _rank(rank, rendezvous, out):
     chosen = multiple_choice(model, Stored(choices(9), broken=["2.mp4"]), QUIET)
     with open(f"{out}/{rank}.json", "w") as file:
         file.write(f"[{result.to_json()}, {matched.to_json()}, {chosen.to_json()}]")
-    dist.destroy_process_group()
 
 
 def test_two_ranks_equal_one(tmp_path):
-    mp.spawn(_rank, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
+    on_two_ranks(_rank, tmp_path)
     data = Stored(captioned(7, 2), broken=["3.mp4"])
     result = retrieval(tiny("smaug"), data, QUIET, rerank=4)
     matched = retrieval(OnlyMatches(tiny("smaug")), data, QUIET)

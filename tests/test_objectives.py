@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo import on_two_ranks
 from torch import nn
 
 from vidl.masking import uniform
@@ -127,9 +126,7 @@ def _batch():
     return torch.randn(B, T, C, generator=generator), torch.randn(B, C, generator=generator)
 
 
-def _rank(rank, rendezvous, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+def _rank(rank, folder):
     own = slice(rank * B // 2, (rank + 1) * B // 2)
     video, text = _batch()
     results = {}
@@ -146,11 +143,10 @@ def _rank(rank, rendezvous, folder):
     (whole * (rank + 1) * torch.arange(B)[:, None, None]).sum().backward()
     results["gathered"] = [whole.detach(), x.grad]
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_ranks_equal_one_with_twice_the_batch(tmp_path):
-    mp.spawn(_rank, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
+    on_two_ranks(_rank, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     video, text = _batch()
     for form in ("mean", "sum"):

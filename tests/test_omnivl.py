@@ -3,9 +3,8 @@
 import plain
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from gloo import on_two_ranks
 from safetensors.torch import load_file
 
 from vidl import models
@@ -295,20 +294,17 @@ def kinds_of(model):
     return [x | {"video": x["video"].float()} for x in (clips, images)]
 
 
-def _rank(rank, rendezvous, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+def _rank(rank, folder):
     model = model_of(queue=12)
     clips, images = kinds_of(model)
     ddp = torch.nn.parallel.DistributedDataParallel(Losses(model), broadcast_buffers=False)
     shared_steps(ddp, [clips, images, images] if rank == 0 else [images, clips, images])
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_ranks_may_see_images_and_clips_in_one_step(tmp_path):
     """Two ranks with other kinds of batches do not wait for ever, and stay equal."""
-    mp.spawn(_rank, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
+    on_two_ranks(_rank, tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert one.keys() == other.keys()
     assert not [name for name in one if not torch.equal(one[name], other[name])]

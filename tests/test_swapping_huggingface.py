@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from compare import assert_model_as_accurate
+from gloo import on_two_ranks
 from tiny import token_importance
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -176,21 +175,18 @@ def outputs_of_layers(model, case):
     return flat
 
 
-def _rank(rank, rendezvous, folder):
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _rank(rank, folder):
     model = PRETRAINING.model()
     vidl.swap(model)
     inputs = {name: x[rank : rank + 1] for name, x in PRETRAINING.inputs().items()}
     parallel = nn.parallel.DistributedDataParallel(model)
     parallel(**inputs).loss.backward()
     torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_data_parallel(tmp_path):
-    mp.spawn(_rank, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
+    on_two_ranks(_rank, tmp_path)
     ours = [torch.load(f"{tmp_path}/{rank}.pt") for rank in range(2)]
     model = PRETRAINING.model()
     model(**PRETRAINING.inputs()).loss.backward()

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo import on_two_ranks
 from torch import nn
 
 from vidl.nn import Momentum
@@ -126,16 +125,13 @@ def steps(model, rows):
     return losses, grads, inner.loss.queue.state_dict()
 
 
-def _rank(rank, rendezvous, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+def _rank(rank, folder):
     model = nn.parallel.DistributedDataParallel(Slow(QUEUE, True), broadcast_buffers=False)
     torch.save(steps(model, slice(2 * rank, 2 * rank + 2)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_ranks_equal_one_with_twice_the_batch(tmp_path):
-    mp.spawn(_rank, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
+    on_two_ranks(_rank, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     losses, grads, queue = steps(Slow(QUEUE, False), slice(None))
     for step, loss in enumerate(losses):
