@@ -119,6 +119,11 @@ def devices(records: Iterable[Record]) -> list[Device]:
     return result
 
 
+def coverage(device: Device) -> int:
+    """The number of shapes of operations and of training steps that were measured on a device."""
+    return len({(r["op"], r["shape"]) for r in [*device.ops, *device.savings]})
+
+
 def comparisons(device: Device, most_threads: bool = True) -> list[Comparison]:
     """The comparisons of a device, in the order of the descriptions.
 

@@ -47,21 +47,53 @@ def section_of(text: str) -> str:
 
 
 def summary(devices: Sequence[Device]) -> str:
-    """The section of README: one table per device, and the verdict in words."""
+    """The section of README: tables of the CPU and GPU with the most results, others in words."""
+    shown = [max((d for d in devices if d.kind == kind), key=digest.coverage)
+             for kind in dict.fromkeys(d.kind for d in devices)]  # fmt: skip
     lines = []
-    for device in devices:
+    for device in shown:
         lines += [f"### {device.title}", "", *(f"- {text}" for text in in_words(device)),
-                  "", f"{_circumstances(device)} Baselines: the same "
-                  f"computation in {device.dtype} in eager PyTorch and, where measured, with "
-                  "`torch.compile`. A step is forward, backward and AdamW: median (20 to 80 % "
-                  "quantiles). An operation is "
-                  "forward/backward: median of its shapes (lowest to highest)."]  # fmt: skip
-        rows = [_step_cells(step) for step in digest.steps(device)] + _op_cells(device)
-        lines += ["", *_table(("", *STEP_COLUMNS, SPEEDUP), rows), ""]
+                  "", _circumstances(device)]  # fmt: skip
+        lines += _short_steps(device) + _short_operations(device) + [""]
+        others = [d for d in devices if d.kind == device.kind and d is not device]
+        if others:
+            lines += [f"### Other {'GPUs' if device.kind == 'cuda' else 'CPUs'}", ""]
+            lines += [f"- {d.name}. {' '.join(in_words(d))}" for d in others] + [""]
     if not any(device.kind == "cuda" for device in devices):
         lines += ["### GPU", "", NO_GPU, ""]
-    return "\n".join([*lines, "All shapes, dtypes and details: [`bench/results/`]"
+    return "\n".join([*lines, "All shapes, dtypes, ranges and details: [`bench/results/`]"
                       "(bench/results/README.md)."])  # fmt: skip
+
+
+def _short_steps(device: Device) -> list[str]:
+    by_shape: dict[str, dict[str, Step]] = {}
+    for step in digest.steps(device):
+        by_shape.setdefault(step.shape, {})[step.row] = step
+    table = []
+    for shape, rows in by_shape.items():
+        if "sparse" in rows:
+            sparse = rows["sparse"]
+            dense = rows["dense"].cells.get("pytorch") if "dense" in rows else None
+            cells = [dense, sparse.cells.get("pytorch"), sparse.cells.get("torch.compile"),
+                     sparse.best]  # fmt: skip
+            table += [[shape, *(_time(cell, quantiles=False) for cell in cells),
+                       _ratio(sparse.best.get("speed_up")), _ratio(sparse.speedup)]]  # fmt: skip
+    if not table:
+        return []
+    names = ("training step", "dense, eager PyTorch", *(f"sparse, {c}" for c in STEP_COLUMNS),
+             "speedup over dense", "speedup over sparse")  # fmt: skip
+    return ["", "A training step is forward, backward and AdamW; times are medians. *Speedup over "
+            "dense* is relative to dense eager PyTorch, *speedup over sparse* to the faster of the "
+            "two sparse baselines.", "", *_table(names, table)]  # fmt: skip
+
+
+def _short_operations(device: Device) -> list[str]:
+    table = _op_cells(device)
+    if not table:
+        return []
+    return ["", f"An operation is forward/backward in {device.dtype}: median of its shapes (lowest "
+            f"to highest). The baselines compute the same.", "",
+            *_table(("operation", *STEP_COLUMNS, SPEEDUP), table)]  # fmt: skip
 
 
 def _table(names: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
@@ -85,11 +117,11 @@ def _step_cells(step: Step) -> list[str]:
     return [f"{step.row} step, {step.shape}", *cells, ours, _ratio(step.speedup)]
 
 
-def _time(record: Record | None) -> str:
+def _time(record: Record | None, quantiles: bool = True) -> str:
     if record is None:
         return "not measured"
     low, high = record["p20_ms"], record["p80_ms"]
-    return f"{_ms(record['median_ms'])} ms ({_ms(low)} to {_ms(high)})"
+    return f"{_ms(record['median_ms'])} ms" + f" ({_ms(low)} to {_ms(high)})" * quantiles
 
 
 def _ms(value: float) -> str:

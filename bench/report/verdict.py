@@ -38,7 +38,8 @@ def _ops_in_words(device: Device) -> list[str]:
     lowest, highest = ordered[0], ordered[-1]
     faster = sum((c.speedup or 0) > 1 + NOISE for c in rows)
     slower = sum((c.speedup or 0) < 1 - NOISE for c in rows)
-    return [f"Operations in {rows[0].dtype}, {len(rows)} shapes: vidl is faster than the fastest "
+    shapes = f"{len(rows)} shape{'s' * (len(rows) > 1)}"
+    return [f"Operations in {rows[0].dtype}, {shapes}: vidl is faster than the fastest "
             f"PyTorch baseline at {faster}, within {100 * NOISE:.0f} % of it at "
             f"{len(rows) - faster - slower} and slower at {slower}. The median speedup is "
             f"{times(overall.median)}; the lowest is {times(overall.lowest)} (`{lowest.op}`, "
