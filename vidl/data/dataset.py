@@ -179,6 +179,9 @@ class Clips(ClipSet):
         sampling: how the frames of a video are chosen.
         if_broken: see `ClipSet`; default: "replace" for training, else "count".
         seed, tokenizer, words: see `ClipSet`.
+
+    Raises:
+        ValueError: some rows have one clip, others have two.
     """
 
     def __init__(
@@ -205,6 +208,9 @@ class Clips(ClipSet):
         self.sampling = sampling
         self.augmentation = augmentation(augment)
         self._images = kinds(rows)
+        double = pairs(rows)
+        if double.any() and not double.all():
+            require_single(rows, "or of two clips, not both")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -259,6 +265,23 @@ def kinds(rows: Sequence[Row]) -> numpy.ndarray:
     if isinstance(rows, Annotations):
         return rows.kinds()
     return numpy.array([row.kind == "image" for row in rows], bool)
+
+
+def pairs(rows: Sequence[Row]) -> numpy.ndarray:
+    """True for rows of two clips: bool [rows]."""
+    from vidl.data.annotations import Annotations
+
+    if isinstance(rows, Annotations):
+        return rows.pairs()
+    return numpy.array([row.second is not None for row in rows], bool)
+
+
+def require_single(rows: Sequence[Row], purpose: str) -> None:
+    """Raise a ValueError that names the first row of two clips, if there is one."""
+    double = pairs(rows)
+    if double.any():
+        name = rows[int(double.argmax())].media
+        raise ValueError(f"need rows of one clip {purpose}, got one with second: {name}")
 
 
 def text_of(row: Row, rng: Any = None) -> str:

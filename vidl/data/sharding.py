@@ -25,7 +25,7 @@ from typing import Any
 import numpy
 
 from vidl.data import video
-from vidl.data.dataset import kinds
+from vidl.data.dataset import kinds, require_single
 from vidl.data.formats import IMAGES, VIDEOS, Row
 from vidl.data.video import BrokenClip
 from vidl.files import replaced
@@ -95,14 +95,15 @@ def write_shards(
             the clips and the folder under the same names.
 
     Raises:
-        ValueError: there are no rows, workers < 1, there is no such cluster, or the folder has
-            shards of other rows or options.
+        ValueError: there are no rows, a row has two clips, workers < 1, there is no such cluster,
+            or the folder has shards of other rows or options.
         ModuleNotFoundError, NoDecoder: PyAV cannot run here, or Ray is not installed.
         OSError: a shard cannot be written, or the nodes do not share the folder.
     """
     options = options or Sharding()
     if workers < 1:
         raise ValueError(f"need workers >= 1, got {workers}")
+    require_single(rows, "to write shards")
     video.choose_decoder("pyav")
     parts = _parts(rows, options)
     to.mkdir(parents=True, exist_ok=True)

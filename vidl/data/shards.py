@@ -109,12 +109,16 @@ def captions_of(raw: dict[str, Any], name: str) -> list[str]:
         name: the sample, for the error.
 
     Raises:
-        BrokenClip: there is neither a non-blank text nor a non-empty list of non-blank texts.
+        BrokenClip: there is neither a non-blank text nor a non-empty list of non-blank texts, or
+            the text is about two clips.
     """
     reasons = []
     try:
         entry = json.loads(raw["json"]) if "json" in raw else {}
-        captions = entry.get("caption") if isinstance(entry, dict) else None
+        entry = entry if isinstance(entry, dict) else {}
+        if "label" in entry and _is_text(entry.get("second")):
+            raise BrokenClip(name, "need a sample of one clip, got json with second")
+        captions = entry.get("caption")
         captions = [captions] if isinstance(captions, str) else captions
         if isinstance(captions, list) and captions and all(map(_is_text, captions)):
             return [without_surrogates(text) for text in captions]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vidl.data.cache import CachedClips
-from vidl.data.dataset import Clips, ClipSet
+from vidl.data.dataset import Clips, ClipSet, pairs
 from vidl.data.loader import Loader
 from vidl.data.moving_shapes import MovingShapes, motions, words_of_questions
 from vidl.data.sampler import EpochSampler
@@ -156,7 +156,7 @@ def _require_pairs(rows: Any, wanted: bool, field: str) -> None:
     """Raise a ValueError if rows have two clips where they need one, or the reverse."""
     if not len(rows):
         return
-    wrong = rows.pairs() != wanted
+    wrong = pairs(rows) != wanted
     if wrong.any():
         row = rows[int(wrong.argmax())]
         needed = "with second and label, for pairs of clips" if wanted else "of one clip"
