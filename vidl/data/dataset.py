@@ -51,7 +51,8 @@ class Batch:
     ids: Tensor | None = None  # tokens of the texts, int64 [B, L]
     attention_mask: Tensor | None = None  # int64 [B, L], 1 at tokens, 0 at padding
     broken: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # name, reason
-    place: tuple[int, int, int] | None = None  # in shards: worker, epoch, samples read in it
+    # Of a stream: worker, epoch, samples read in it, mark.
+    place: tuple[int, int, int, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.text)
@@ -296,7 +297,7 @@ def batch_of(
     broken: list[tuple[str, str]],
     tokenizer: Tokenizer | None,
     words: int,
-    place: tuple[int, int, int] | None = None,
+    place: tuple[int, int, int, Any] | None = None,
 ) -> Batch:
     """Stack samples; the batch is empty if all clips were broken."""
     text = [sample.text for sample in samples]

@@ -65,13 +65,21 @@ class Data:
 
     source: Literal["clips", "shards", "datasets", "moving_shapes"] = _field(
         "clips",
-        "clips (annotation files), shards (webdataset), datasets (tables streamed by Hugging Face "
+        "clips (annotation files), shards (webdataset), datasets (streamed by Hugging Face "
         "datasets) or moving_shapes (synthetic)",
     )
     files: list[str] = _field(
         [],
-        "annotations (.arrow, .json, .csv, folders), shards (.tar) or tables of datasets "
-        "(.parquet, .arrow, .jsonl, .csv); globs of them",
+        "annotations (.arrow, .json, .csv, folders), shards (.tar), or for datasets: tables "
+        "(.parquet, .arrow, .jsonl, .csv, .tar), a folder, or hf-hub:USER/NAME; globs of files",
+    )
+    subset: str | None = _field(None, "datasets: subset (configuration) of a folder or repository")
+    split: str | None = _field(None, "datasets: split of a folder or repository; default: train")
+    columns: dict[str, str] = _field(
+        {}, "datasets: the columns of fields, e.g. {video: clip, caption: description}"
+    )
+    buffer: int = _field(
+        1000, "shards and datasets: encoded clips that a worker keeps in memory to shuffle them"
     )
     media: str | None = _field(None, "folder of the clips; default: beside each annotation file")
     outside: bool = _field(

@@ -63,12 +63,15 @@ def open_loader(
     dataset = open_clips(config, recipe, tokenizer)
     options: dict[str, Any] = dict(workers=data.workers, limit=data.broken)
     if isinstance(dataset, Clips) and data.source in STREAMS:
-        place: dict[str, Any] = dict(rank=rank, world_size=world_size)
+        if data.buffer < 1:
+            raise ValueError(f"need data.buffer >= 1, got {data.buffer}")
+        place: dict[str, Any] = dict(rank=rank, world_size=world_size, buffer=data.buffer)
         if data.source == "shards":
             return Loader(ShardStream(data.files, dataset, data.batch_size, **place), **options)
         from vidl.data.tables import TableStream
 
-        place |= dict(media=data.media, outside=data.outside)
+        place |= dict(media=data.media, outside=data.outside, columns=data.columns)
+        place |= dict(subset=data.subset, split=data.split)
         return Loader(TableStream(data.files, dataset, data.batch_size, **place), **options)
     sampler = EpochSampler(
         dataset.kinds(), data.batch_size, seed=config.run.seed, rank=rank, world_size=world_size
