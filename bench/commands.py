@@ -214,7 +214,7 @@ def _savings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 def _add_estimate(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "estimate",
-        help="estimate step time, memory and GPU-hours of a recipe on a GPU that is not there",
+        help="estimate step time, memory and GPU-hours of a recipe on a GPU that you name",
         description="Estimate the time of pre-training steps, {dense, sparse} x {torch, vidl}, on "
         "a GPU, from the FLOPs and bytes of a step on the CPU and the rates of the GPU. Prints "
         "ranges and assumptions; no step runs on the GPU.",
@@ -223,7 +223,7 @@ def _add_estimate(commands: argparse._SubParsersAction) -> None:
     add("model", help="a model of `vidl systems`")
     add("overrides", nargs="*", metavar="FIELD=VALUE", help="recipe fields, as in mask_ratio=0.5")
     gpus = ("h200", "h100", "a100", "v100", "a6000", "this")
-    about = "the card; this: the one at hand or else the CPU, whose rates are measured first"
+    about = "model of GPU; this: the GPU of this machine, or its CPU; its rates are measured first"
     add("--gpu", required=True, choices=gpus, help=about)
     add("--gpus", type=int, default=1, help="GPUs of one machine (default 1)")
     add("--preset", default="base", help="a preset of the model (default base)")

@@ -172,6 +172,19 @@ def test_cuda_without_a_device(capsys):
     assert "need a CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("columns", [60, 80, 130])
+def test_help_is_as_wide_as_the_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in (["pretrain", "--help"], ["finetune", "qa", "--help"]):
+        with pytest.raises(SystemExit):
+            main(command)
+        text = capsys.readouterr().out
+        widths = [len(line) for line in text.splitlines()]
+        assert columns - 20 < max(widths) <= columns
+        assert "bert-base-uncased" in text, "names are not broken at hyphens"
+        assert "data.flip: " in text and "(default: true)" in " ".join(text.split())
+
+
 def test_help_does_not_import_torch(tmp_path):
     """`python -m vidl --help` works without importing torch."""
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")

@@ -456,7 +456,7 @@ def test_ranks_share_the_shards(shards):
     for rank in (0, 1):
         stream = stream_of(shards, rank=rank, world_size=2)
         stream.begin(0, 1)
-        seen.append({raw["__key__"] for raw in stream._epoch(0, 0, [])})
+        seen.append({read.raw["__key__"] for read in stream._epoch(0, 0, [], None)})
     assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == FILES
 
 

@@ -1,9 +1,11 @@
 """Writing webdataset shards: the same clips and captions, continued after an interruption."""
 
 import json
+import socket
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +203,42 @@ def test_a_cluster_writes_what_a_process_writes(folder, monkeypatch, capsys):
             write_shards(rows, folder / "two", Sharding(short=16, per_shard=2), ray="auto")
     finally:
         ray.shutdown()
+
+
+@pytest.mark.parametrize("address, complaint", [
+    ("127.0.0.1:{port}", "nothing answers at port .* of 127.0.0.1 .*refused"),
+    ("ray://localhost:{port}", "nothing answers at port .* of localhost .*refused"),
+    ("ray://host.invalid", "nothing answers at port 10001 of host.invalid"),
+    ("127.0.0.1", "need ray .* as auto, local, HOST:PORT or ray://HOST, got '127.0.0.1'"),
+    ("host:many", "need ray .* as auto, local, HOST:PORT or ray://HOST, got 'host:many'"),
+    ("", "need ray .* as auto, local, HOST:PORT or ray://HOST, got ''"),
+])  # fmt: skip
+def test_a_cluster_that_does_not_answer_is_named_at_once(folder, address, complaint, monkeypatch):
+    """Before Ray is imported, and before anything is written."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with socket.socket() as free:  # bound, not listening
+        free.bind(("127.0.0.1", 0))
+        address = address.format(port=free.getsockname()[1])
+        with pytest.raises(ValueError, match=complaint):
+            write_shards(annotations.load(folder / "clips.json"), folder / "out", ray=address)
+    assert not (folder / "out").exists()
+
+
+def test_a_cluster_that_answers_is_asked(folder, monkeypatch):
+    asked = []
+
+    def init(address, **options):
+        asked.append(address)
+        raise ConnectionError("no\n Ray")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=bool, init=init))
+    rows = annotations.load(folder / "clips.json")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        given = f"ray://127.0.0.1:{server.getsockname()[1]}", "auto", "local", "other://cluster"
+        for address in given:
+            with pytest.raises(ValueError, match=f"Ray cluster, got '{address}': no Ray"):
+                write_shards(rows, folder / "out", ray=address)
+    assert asked == list(given)
 
 
 def test_ray_that_is_not_installed_is_named(folder, monkeypatch, capsys):

@@ -1,8 +1,11 @@
 """Clips in tables that Hugging Face datasets streams."""
 
 import collections
+import io
 import json
+import shutil
 import sys
+import tarfile
 
 import pytest
 
@@ -38,16 +41,36 @@ def good(folder):  # noqa: F811
     return folder / "good"
 
 
+def write_shard(name, rows, content):
+    """A tar file whose samples do not all have the same facts."""
+    with tarfile.open(name, "w") as tar:
+        for n, clip in zip(rows, content, strict=True):
+            facts = {"caption": [f"clip {n}"] * (1 + n % 2)} | ({"id": n} if n > 6 else {})
+            for suffix, data in (("mp4", clip), ("json", json.dumps(facts).encode())):
+                member = tarfile.TarInfo(f"{n:05}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
 def written(good, form, to, files=4):
     """Tables of the same clips in several forms."""
     to.mkdir()
+    if form.startswith("folder"):
+        (to / "train").mkdir()
+        for n in range(FILES):
+            shutil.copy(good / f"{n}.mp4", to / "train")
+        rows = [{"file_name": f"{n}.mp4", "text": f"clip {n}"} for n in range(FILES)]
+        (to / "train/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return [str(to)]
     names = []
     for number in range(files):
         rows = list(range(FILES))[number::files]
         content = [(good / f"{n}.mp4").read_bytes() for n in rows]
         texts = [f"clip {n}" for n in rows]
         names.append(str(to / f"{number}.{form.partition(' ')[2] or form}"))
-        if form == "features parquet":
+        if form == "tar":
+            write_shard(names[-1], rows, content)
+        elif form == "features parquet":
             clips = [{"path": f"{n}.mp4", "bytes": x} for n, x in zip(rows, content, strict=True)]
             kinds = {"video": datasets.Video(decode=False), "text": datasets.Value("string")}
             table = datasets.Dataset.from_dict({"video": clips, "text": texts})
@@ -75,7 +98,12 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "form",
-    ["features parquet", *(pytest.param(x, marks=SLOW) for x in ("bytes parquet", "jsonl", "csv"))],
+    [
+        "features parquet",
+        "tar",
+        "folder",
+        *(pytest.param(x, marks=SLOW) for x in ("bytes parquet", "jsonl", "csv")),
+    ],
 )
 def test_clips_keep_their_captions(good, form, tmp_path):
     tables = written(good, form, tmp_path / "tables")
@@ -90,39 +118,124 @@ def test_clips_keep_their_captions(good, form, tmp_path):
     assert len(loader.broken) == 2
 
 
+FORMS = ["bytes parquet", "jsonl", "tar", "folder"]
+
+
 @pytest.mark.parametrize(
-    "files, workers",  # files are a multiple of the workers, or not
-    [(3, 2), *(pytest.param(*x, marks=SLOW) for x in ((4, 2), (4, 0), (3, 0)))],
+    "form, files, workers",  # files are a multiple of the workers, or not
+    [
+        ("bytes parquet", 3, 2),
+        ("tar", 4, 2),
+        ("folder", 1, 0),
+        *(pytest.param(form, n, w, marks=SLOW) for form in FORMS for n in (4, 3) for w in (2, 0)),
+    ],
 )
-def test_a_resumed_stream_equals_an_uninterrupted_one(good, files, workers, tmp_path):
-    tables = written(good, "bytes parquet", tmp_path / "tables", files)
-    whole = take(Loader(stream_of(tables), workers=workers, limit=1), 12)
-    assert len({str(batch) for batch in whole}) == 12  # epochs differ
-    for step in (1, 9):
-        first = Loader(stream_of(tables), workers=workers, limit=1)
+def test_a_resumed_stream_equals_an_uninterrupted_one(good, form, files, workers, tmp_path):
+    tables = written(good, form, tmp_path / "tables", files)
+    options = dict(outside=True) if form == "jsonl" else {}
+
+    def loader():
+        return Loader(stream_of(tables, **options), workers=workers, limit=1)
+
+    whole = take(loader(), 12)
+    assert whole[:6] != whole[6:]  # epochs differ
+    for step in (1, 5, 9):
+        first = loader()
         begun = take(first, step)
-        second = Loader(stream_of(tables), workers=workers, limit=1)
+        second = loader()
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert begun + take(second, 12 - step) == whole
 
 
-@pytest.mark.parametrize("files", [4, 3])
-def test_ranks_and_workers_share_the_rows(good, files, tmp_path):
-    tables = written(good, "jsonl", tmp_path / "tables", files)
-    seen = []
-    for rank in (0, 1):
-        stream = stream_of(tables, rank=rank, world_size=2)
-        stream.begin(0, 2)
-        seen += [[raw["text"] for raw in stream._epoch(3, worker, [])] for worker in (0, 1)]
-    assert sorted(sum(seen, [])) == sorted(f"clip {n}" for n in range(FILES))
-    assert all(seen)
+def test_a_resumed_stream_reads_on_at_its_block(good, tmp_path, monkeypatch):
+    tables = written(good, "jsonl", tmp_path / "tables", 2)
+    loader = Loader(stream_of(tables, outside=True), limit=1)
+    batches = take(loader, 5)
+    state = loader.state_dict()
+    ((_, epoch, drawn, (begin, _, position)),) = state["stream"]["places"]
+    assert epoch == 0 and 5 < begin <= drawn and position is not None
+    count = 0
+    reads = TableStream._reads
+
+    def counted(self, table, position, rows=1):
+        nonlocal count
+        for read in reads(self, table, position, rows):
+            count += len(read[1])
+            yield read
+
+    monkeypatch.setattr(TableStream, "_reads", counted)
+    resumed = Loader(stream_of(tables, outside=True), limit=1)
+    resumed.load_state_dict(state)
+    after = take(resumed, 1)
+    assert count <= 1 + 2 * 5 and after[0] not in batches  # of 24 rows
+
+
+def test_a_position_that_gives_other_rows_is_found(good, tmp_path):
+    """Releases of datasets may count differently; then the epoch is read from its beginning."""
+    tables = written(good, "jsonl", tmp_path / "tables", 2)
+    whole = take(Loader(stream_of(tables, outside=True), limit=1), 7)
+    loader = Loader(stream_of(tables, outside=True), limit=1)
+    take(loader, 4)
+    state = json.loads(json.dumps(loader.state_dict()))
+    mark = state["stream"]["places"][0][3]
+    begin, digest, position = mark
+    assert begin > 0
+    mark[2] = None  # the first row of the epoch, which is another one
+    resumed = Loader(stream_of(tables, outside=True), limit=1)
+    resumed.load_state_dict(state)
+    assert take(resumed, 3) == whole[4:]
+    before = {**state, "stream": state["stream"] | {"places": [[0, 0, 12]]}}
+    with pytest.raises(
+        ValueError, match="got one of an earlier version, which shuffled in another"
+    ):
+        Loader(stream_of(tables, outside=True), limit=1).load_state_dict(before)
+    mark[:] = [begin, digest + 1, position]
+    resumed = Loader(stream_of(tables, outside=True), limit=1)
+    resumed.load_state_dict(state)
+    with pytest.raises(ValueError, match="need the rows of the interrupted run .* same release"):
+        take(resumed, 1)
+
+
+@pytest.mark.parametrize("form, files", [("jsonl", 4), ("jsonl", 3), ("tar", 2), ("folder", 1)])
+@pytest.mark.parametrize("buffer", [1, 4, 100])
+def test_ranks_and_workers_share_the_rows(good, form, files, buffer, tmp_path):
+    tables = written(good, form, tmp_path / "tables", files)
+    for epoch in (0, 3):
+        seen = []
+        for rank in (0, 1):
+            clips = Clips([], frames=2, size=8, train=True, seed=4)
+            stream = TableStream(tables, clips, 3, buffer=buffer, rank=rank, world_size=2)
+            stream.begin(0, 2)
+            for worker in (0, 1):
+                rows = list(stream._epoch(epoch, worker, [], None))
+                assert [row.number for row in rows] == list(range(len(rows)))
+                entries = [stream._entry(row.raw) for row in rows]
+                seen.append([(x.get("text") or x["caption"][0]) for x in entries])
+        assert sorted(sum(seen, [])) == sorted(f"clip {n}" for n in range(FILES))
+        assert all(seen)
+
+
+def test_columns_have_other_names(good, tmp_path):
+    rows = [{"clip": f"{n}.mp4", "description": f"clip {n}", "caption": 7} for n in range(6)]
+    rows[5]["clip"] = None
+    (good / "columns.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    names = {"video": "clip", "caption": "description"}
+    loader = Loader(stream_of([str(good / "columns.jsonl")], columns=names), limit=1)
+    batch = next(iter(loader))
+    assert [int(text.split()[1]) for text in batch.text] == numbers(
+        batch.video[:, :, 0].movedim(1, -1)
+    )
+    with pytest.raises(ValueError, match="need fields among .* in data.columns, got sound"):
+        stream_of([str(good / "columns.jsonl")], columns={"sound": "clip"})
+    with pytest.raises(ValueError, match="got clip, description, caption; data.columns names"):
+        stream_of([str(good / "columns.jsonl")])
 
 
 def test_errors(good, tmp_path):
     tables = written(good, "jsonl", tmp_path / "tables")
-    with pytest.raises(ValueError, match=r"need tables \(data.files\) as local files, got none"):
+    with pytest.raises(ValueError, match=r"need data.files as local tables, .*, got none"):
         stream_of([])
-    with pytest.raises(ValueError, match=r"as local files, got hf://datasets/a/b.parquet"):
+    with pytest.raises(ValueError, match=r"hf-hub:USER/NAME, .*, got hf://datasets/a/b.parquet"):
         stream_of(["hf://datasets/a/b.parquet"])
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match=r"of one format among .*, got .jsonl, .txt"):
@@ -139,6 +252,12 @@ def test_errors(good, tmp_path):
     (tmp_path / "u.jsonl").write_text('{"video": "http://host/a.mp4", "text": "a"}\n')
     with pytest.raises(ValueError, match="vidl opens no URLs"):
         take(Loader(stream_of([str(tmp_path / "u.jsonl")], outside=True), limit=1), 1)
+    write_shard(tmp_path / "a.tar", [0], [b"no video" * 999])
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
+    with pytest.raises(
+        ValueError, match="cannot read .*a.tar: .*; data.source=shards reads tar files"
+    ):
+        take(Loader(stream_of([str(tmp_path / "a.tar")]), limit=1), 1)
     pair = {"video": "a.mp4", "second": "/etc/hostname", "label": True, "text": "a"}
     (tmp_path / "p.jsonl").write_text(json.dumps(pair) + "\n")
     with pytest.raises(ValueError, match="need rows of one clip in tables, got one with second"):

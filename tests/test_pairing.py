@@ -17,8 +17,11 @@ from vidl.data.dataset import Clips
 from vidl.data.formats import Row
 from vidl.data.moving_shapes import MOTIONS, MovingShapes, caption_of
 from vidl.data.sampler import Key
+from vidl.data.sharding import write_shards
+from vidl.data.shards import captions_of
 from vidl.data.text import train_tokenizer
-from vidl.evaluation import Options, pairs_of_clips
+from vidl.data.video import BrokenClip
+from vidl.evaluation import Options, multiple_choice, pairs_of_clips, retrieval
 from vidl.masking import VisualMask, Vocabulary
 from vidl.models import Joins, Pairing, can
 from vidl.training import Config, open_run, pretrain
@@ -226,6 +229,39 @@ def test_both_clips_are_read_and_a_broken_one_is_named(tmp_path):
         pairs_of_clips(model, data, Options(masked=True))
     with pytest.raises(ValueError, match="need a caption, second and label in each row of pairs"):
         pairs_of_clips(model, Clips([Row("a.mp4", captions=["x"])], train=False, **options), QUIET)
+
+
+def test_pairs_are_refused_where_one_clip_is_needed(tmp_path):
+    """Only the first clip would be read, with a sentence about both."""
+    pytest.importorskip("av")
+    one, both = Row("a.png", "image", captions=["x"]), Row("b.png", "image", captions=["y"],
+                                                           second="c.png", label=True)  # fmt: skip
+    with pytest.raises(ValueError, match="of one clip to write shards, got .* second: b.png"):
+        write_shards([one, both], tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+    options = dict(frames=2, size=32, train=False, tokenizer=train_tokenizer(["x"]))
+    with pytest.raises(ValueError, match="of one clip or of two clips, not both, got .*: b.png"):
+        Clips([one, both], **options)
+    model = tiny("vlc").model
+    for evaluate in (retrieval, multiple_choice):
+        with pytest.raises(ValueError, match="need rows of one clip, got one with second .*b.png"):
+            evaluate(model, Clips([both], **options), QUIET)
+    raw = {"json": json.dumps({"caption": "y", "second": "c.png", "label": True}), "txt": b"y"}
+    with pytest.raises(BrokenClip, match="need a sample of one clip, got json with second"):
+        captions_of(raw, "b")
+
+
+def test_a_preview_shows_both_clips(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("av")
+    for name in "ab":
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{name}.png")
+    entry = {"image": "a.png", "second": "b.png", "caption": "both", "label": True}
+    (tmp_path / "pairs.json").write_text(json.dumps([entry]))
+    out = tmp_path / "preview.png"
+    sizes = ["--frames", "1", "--size", "32", "--out", str(out)]
+    assert main(["data", "preview", str(tmp_path / "pairs.json"), *sizes]) == 0
+    assert Image.open(out).size == (36, 16 + 2 * 36)
 
 
 TINY = [

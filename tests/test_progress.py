@@ -48,10 +48,24 @@ def test_a_run_fits_a_terminal_of_80_columns(terminal, tmp_path):
     bars = [line for line in lines if line not in said]
     assert all(line.startswith("ETA ") and len(line) <= 80 for line in bars), bars
     assert re.match(r"ETA \d+:\d\d:\d\d \S+ +130/100000 +loss 12.346  1234.5 clips/s", bars[-1])
-    assert bars[-1].endswith("…"), "cut off, and it shows"
+    assert bars[-1].endswith("data wait 3%…"), "whole parts, and it shows that there are more"
     assert re.findall(r"\x1b\[\?25[hl]", terminal.getvalue())[-1].endswith("h"), "no hidden cursor"
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [120, 130]
+
+
+@pytest.mark.parametrize("columns, end", [
+    (43, "loss 12.346…"), (60, "clips/s…"), (80, "data wait 3%…"), (90, "tokens/s…"),
+    (102, "(vtc 4.500…"), (120, "(vtc 4.500, mlm 7.846)"),
+])  # fmt: skip
+def test_a_narrow_terminal_gets_whole_parts(terminal, tmp_path, monkeypatch, columns, end):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    progress = Progress(tmp_path, 0, 99, out=terminal)
+    progress.record(9, VALUES)
+    progress.step(99)  # the text stays
+    progress.close()
+    for line in terminal.drawn():
+        assert len(line) <= columns and line.endswith(end)
 
 
 def test_other_outputs_get_lines(tmp_path):

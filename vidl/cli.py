@@ -40,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vidl", description="Fast training of masked and token-pruned video models."
     )
-    parser.add_argument("--version", action="version", version=f"vidl {vidl.__version__}")
+    parser.add_argument("--version", action="version", version=f"vidl {vidl.__version__}",
+                        help="show the version of vidl and exit")  # fmt: skip
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_info(commands)
     _add_init(commands)
@@ -331,7 +332,7 @@ def _summary(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
-    about = "convert annotations, find broken clips, preview clips, time video decoders"
+    about = "convert annotations, check and preview clips, write shards, time video decoders"
     data = commands.add_parser("data", help=about, description=about.capitalize() + ".")
     parts = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -373,7 +374,9 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         "damaged.",
     )
     _add_source(part)
-    part.add_argument("--workers", type=int, default=os.cpu_count(), help="default: all cores")
+    part.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="threads (default: one per core)"
+    )
     part.set_defaults(run=_data_check)
 
     part = parts.add_parser(
@@ -633,11 +636,11 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     add("--media", type=Path, help="folder of the clips; default: as for `vidl data check`")
     _add_outside(command)
     add("--rerank", type=int, default=0, metavar="K", help="re-rank the top K (default: 0)")
-    about = "caption: beginnings that are followed; 1: greedy (default: 5)"
+    about = "caption: beams of beam search; 1: greedy (default: 5)"
     add("--beams", type=int, metavar="K", help=about)
     about = "caption: scores are log p / words^X (default: 1)"
     add("--length-penalty", type=float, metavar="X", help=about)
-    about = "caption: the longest, in words and [SEP] (default: as in training)"
+    about = "caption: tokens of a caption at most, with [SEP] (default: as in training)"
     add("--words", type=int, help=about)
     add("--batch", type=int, default=32, help="batch size (default: 32)")
     add("--workers", type=int, default=0, help="processes that read clips (default: 0)")
@@ -645,7 +648,8 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     add("--unpruned", action="store_true", help="keep all tokens and frames")
     about = "auto: cuda if available (default: auto)"
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help=about)
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matmuls")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="precision of matmuls (default: float32)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="also write the result to this file")
     command.set_defaults(run=_eval)
 

@@ -1,5 +1,6 @@
 """Progress of counted work: one bar for training, data and benchmarks."""
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,6 +9,7 @@ from typing import Any, TextIO, TypeVar
 Item = TypeVar("Item")
 
 PAUSE = 0.2  # seconds between two drawings of the bar
+BLOCKS = 10  # width of the bar
 
 
 class Bar:
@@ -31,6 +33,7 @@ class Bar:
         self.start, self._drawn = time.monotonic(), 0.0
         self._lines = _lines(self.out) if self.out.isatty() else None
         self._task: Any = None
+        self._text = ""
         if self._lines is not None:
             self._task = self._lines.add_task(
                 "", total=total or None, completed=done, left="", text=""
@@ -77,10 +80,12 @@ class Bar:
         ):
             return
         self._drawn = now
-        given: dict[str, Any] = {} if text is None else {"text": text}
-        self._lines.update(
-            self._task, completed=done, left=f"ETA {self.left}", description=self.count, **given
-        )
+        self._text = self._text if text is None else text
+        left, count = f"ETA {self.left}", self.count
+        # a space follows each of the first three columns
+        room = self._lines.console.width - len(left) - BLOCKS - len(count) - 3
+        shown = _shortened(self._text, room)
+        self._lines.update(self._task, completed=done, left=left, description=count, text=shown)
         if not self._lines.live.is_started:
             self._lines.start()
             self._lines.console.show_cursor(True)  # a process that is killed leaves it visible
@@ -113,6 +118,14 @@ def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iter
             bar.update(number)
 
 
+def _shortened(text: str, room: int) -> str:
+    """The parts of a text, divided by two spaces or a comma, that fit; "…" stands for the rest."""
+    if len(text) <= room:
+        return text
+    ends = [part.start() for part in re.finditer("  |, ", text) if part.start() < room]
+    return f"{text[: ends[-1]]}…" if ends else text
+
+
 def _lines(out: TextIO) -> Any:
     """The bar of rich; None if it is not installed.
 
@@ -126,7 +139,7 @@ def _lines(out: TextIO) -> Any:
         return None
     return progress.Progress(
         progress.TextColumn("{task.fields[left]}", markup=False),
-        progress.BarColumn(bar_width=10),
+        progress.BarColumn(bar_width=BLOCKS),
         progress.TextColumn("{task.description}", markup=False),
         progress.TextColumn(
             "{task.fields[text]}",

@@ -20,13 +20,15 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Add the parser of the command."""
     command = commands.add_parser(
         "tune",
-        help="measure the backends on this device, so that 'auto' takes the fastest right one",
+        help="measure the backends on this device, so that 'auto' takes the fastest correct one",
         description="Measure the backends of the ops on this device, each checked against the "
-        "reference in a process of its own, and store the fastest right one of every shape. "
+        "reference in a process of its own, and store the fastest correct one for every shape. "
         "backend='auto' then takes it, in all processes of this user.",
     )
     add = command.add_argument
-    about = "a model of `vidl systems`, or a file for `vidl pretrain`; default: shapes of the bench"
+    about = (
+        "a model of `vidl systems`, or a file for `vidl pretrain`; default: shapes of `vidl bench`"
+    )
     add("target", nargs="?", metavar="MODEL|CONFIG", help=about)
     add("overrides", nargs="*", metavar="FIELD=VALUE", help="recipe fields, or section.field=value")
     add("--ops", metavar="LIST", help="only these ops")
@@ -35,8 +37,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--batch", type=int, help="of a model: clips of a step (default: that of vidl savings)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on CUDA, else float32")
-    add("--budget", type=float, metavar="SECONDS", help="begin no measurement after so long")
-    add("--again", action="store_true", help="measure also what was measured before")
+    about = "start no further measurement after this time"
+    add("--budget", type=float, metavar="SECONDS", help=about)
+    add("--again", action="store_true", help="repeat earlier measurements")
     add("--quick", action="store_true", help="without a model: one sample of each shape")
     add("--dry-run", action="store_true", help="list the calls and what 'auto' takes now")
     add("--json", action="store_true", help="print JSON lines in place of a table")

@@ -78,8 +78,6 @@ def shard(file: Path, media: Path | None, to: Path, *, short: int | None, per_sh
           outside: bool = False) -> int:  # fmt: skip
     """Write webdataset shards; returns the number of broken clips."""
     rows = annotations.load((file, media), outside=outside)
-    if rows.pairs().any():
-        raise ValueError(f"need rows of one clip to write shards, got rows with second: {file}")
     begin = time.perf_counter()
     written = write_shards(rows, to, Sharding(short, per_shard, seed), workers=workers, ray=ray)
     for name, reason in written.broken:
@@ -119,16 +117,21 @@ def preview(
     for index in torch.randperm(len(rows), generator=generator)[:clips].tolist():
         row = rows[index]
         try:
-            pictures = video.read_clip(row.media, frames, start=row.start, end=row.end)
+            both = [
+                video.read_clip(name, frames, start=row.start, end=row.end)
+                for name in (row.media, row.second)
+                if name is not None
+            ]
         except BrokenClip as error:
             print(f"broken     {error}")
             broken += 1
             continue
-        pictures = crops.centre_crop(pictures, size)
         strips.append(_title(_texts(row), frames * (size + 4)))
-        strips.append(_strip(pictures))
-        if mask_ratio is not None:
-            strips.append(_strip(hide(pictures, mask_ratio, patch, generator)))
+        for pictures in both:
+            pictures = crops.centre_crop(pictures, size)
+            strips.append(_strip(pictures))
+            if mask_ratio is not None:
+                strips.append(_strip(hide(pictures, mask_ratio, patch, generator)))
     if not strips:
         raise ValueError(f"none of {broken} clips of {file} can be read")
     picture = io.BytesIO()

@@ -51,7 +51,8 @@ class Batch:
     ids: Tensor | None = None  # tokens of the texts, int64 [B, L]
     attention_mask: Tensor | None = None  # int64 [B, L], 1 at tokens, 0 at padding
     broken: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # name, reason
-    place: tuple[int, int, int] | None = None  # in shards: worker, epoch, samples read in it
+    # Of a stream: worker, epoch, samples read in it, mark.
+    place: tuple[int, int, int, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.text)
@@ -179,6 +180,9 @@ class Clips(ClipSet):
         sampling: how the frames of a video are chosen.
         if_broken: see `ClipSet`; default: "replace" for training, else "count".
         seed, tokenizer, words: see `ClipSet`.
+
+    Raises:
+        ValueError: some rows have one clip, others have two.
     """
 
     def __init__(
@@ -205,6 +209,9 @@ class Clips(ClipSet):
         self.sampling = sampling
         self.augmentation = augmentation(augment)
         self._images = kinds(rows)
+        double = pairs(rows)
+        if double.any() and not double.all():
+            require_single(rows, "or of two clips, not both")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -261,6 +268,23 @@ def kinds(rows: Sequence[Row]) -> numpy.ndarray:
     return numpy.array([row.kind == "image" for row in rows], bool)
 
 
+def pairs(rows: Sequence[Row]) -> numpy.ndarray:
+    """True for rows of two clips: bool [rows]."""
+    from vidl.data.annotations import Annotations
+
+    if isinstance(rows, Annotations):
+        return rows.pairs()
+    return numpy.array([row.second is not None for row in rows], bool)
+
+
+def require_single(rows: Sequence[Row], purpose: str) -> None:
+    """Raise a ValueError that names the first row of two clips, if there is one."""
+    double = pairs(rows)
+    if double.any():
+        name = rows[int(double.argmax())].media
+        raise ValueError(f"need rows of one clip {purpose}, got one with second: {name}")
+
+
 def text_of(row: Row, rng: Any = None) -> str:
     """The question of a row, or its first caption; with `rng` a random caption."""
     if row.question is not None or not row.captions:
@@ -273,7 +297,7 @@ def batch_of(
     broken: list[tuple[str, str]],
     tokenizer: Tokenizer | None,
     words: int,
-    place: tuple[int, int, int] | None = None,
+    place: tuple[int, int, int, Any] | None = None,
 ) -> Batch:
     """Stack samples; the batch is empty if all clips were broken."""
     text = [sample.text for sample in samples]

@@ -15,7 +15,9 @@ import json
 import math
 import multiprocessing
 import os
+import socket
 import tarfile
+import urllib.parse
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from typing import Any
 import numpy
 
 from vidl.data import video
-from vidl.data.dataset import kinds
+from vidl.data.dataset import kinds, require_single
 from vidl.data.formats import IMAGES, VIDEOS, Row
 from vidl.data.video import BrokenClip
 from vidl.files import replaced
@@ -36,6 +38,8 @@ SETTINGS, SECOND = "shards.json", 90_000
 # Quality and speed of the encoder, and the distance of key frames: a reader that needs a few frames
 # decodes little more than those. Without B-frames, packets are in the order of their frames.
 ENCODER = {"crf": "23", "preset": "veryfast", "g": "16", "bf": "0"}
+# Port of Ray's client server, and how long a cluster may take to accept a connection, in seconds.
+CLIENT_PORT, PATIENCE = 10001, 5.0
 
 
 @dataclass(frozen=True)
@@ -95,14 +99,17 @@ def write_shards(
             the clips and the folder under the same names.
 
     Raises:
-        ValueError: there are no rows, workers < 1, there is no such cluster, or the folder has
-            shards of other rows or options.
+        ValueError: there are no rows, a row has two clips, workers < 1, there is no such cluster,
+            or the folder has shards of other rows or options.
         ModuleNotFoundError, NoDecoder: PyAV cannot run here, or Ray is not installed.
         OSError: a shard cannot be written, or the nodes do not share the folder.
     """
     options = options or Sharding()
     if workers < 1:
         raise ValueError(f"need workers >= 1, got {workers}")
+    if ray is not None:
+        _check_reachable(ray)
+    require_single(rows, "to write shards")
     video.choose_decoder("pyav")
     parts = _parts(rows, options)
     to.mkdir(parents=True, exist_ok=True)
@@ -135,6 +142,32 @@ def write_shards(
         size=sum(file.stat().st_size for file in files),
         broken=[(name, reason) for report in reports for name, reason in report["broken"]],
     )
+
+
+def _check_reachable(address: str) -> None:
+    """Raise a ValueError unless a server listens at the address: Ray would try for minutes."""
+    scheme, _, place = address.rpartition("://")
+    # Ray finds or starts these clusters itself; other schemes belong to programs that extend it.
+    if address in ("auto", "local") or scheme not in ("", "ray"):
+        return
+    try:
+        parts = urllib.parse.urlsplit(f"//{place}")
+        host, port = parts.hostname, parts.port or (CLIENT_PORT if scheme else None)
+    except ValueError:
+        host = port = None
+    if not host or port is None:
+        raise ValueError(
+            f"need ray (--ray) as auto, local, HOST:PORT or ray://HOST, got {address!r}"
+        )
+    try:
+        socket.create_connection((host, port), timeout=PATIENCE).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(
+            f"need ray (--ray) as the address of a running Ray cluster, got {address!r}: nothing "
+            f"answers at port {port} of {host} ({reason}). `ray start --head` starts one; `ray "
+            "status` there tells if it runs"
+        ) from None
 
 
 def _on_cluster(job: "_Job", items: list[tuple[str, list[int]]], address: str) -> Iterator[None]:

@@ -15,7 +15,7 @@ from vidl.data.folders import matching
 from vidl.data.formats import IMAGES, VIDEOS, Row
 from vidl.data.parsing import without_surrogates
 from vidl.data.sampler import Key
-from vidl.data.stream import Stream
+from vidl.data.stream import Read, Stream
 from vidl.data.video import BrokenClip
 
 # webdataset puts a URL into a shell command: only characters that end no quote.
@@ -70,8 +70,8 @@ class ShardStream(Stream):
             )
 
     def _epoch(
-        self, epoch: int, worker: int, broken: list[tuple[str, str]]
-    ) -> Iterator[dict[str, Any]]:
+        self, epoch: int, worker: int, broken: list[tuple[str, str]], mark: Any
+    ) -> Iterator[Read]:
         """The compressed samples of one worker in one epoch."""
         import webdataset
 
@@ -79,12 +79,11 @@ class ShardStream(Stream):
         shards = rng.sample(self.files, len(self.files))
         mine = shards[self.rank * self._workers + worker :: self.world_size * self._workers]
 
-        return iter(
-            webdataset.DataPipeline(
-                lambda: (sample for shard in mine for sample in _samples(shard, broken)),
-                webdataset.shuffle(self.buffer, initial=self.buffer, rng=rng),
-            )
+        samples = webdataset.DataPipeline(
+            lambda: (sample for shard in mine for sample in _samples(shard, broken)),
+            webdataset.shuffle(self.buffer, initial=self.buffer, rng=rng),
         )
+        return (Read(sample, number) for number, sample in enumerate(samples))
 
     def _sample(self, raw: dict[str, Any], epoch: int) -> Sample:
         name = f"{raw['__url__']}/{raw['__key__']}"
@@ -109,12 +108,16 @@ def captions_of(raw: dict[str, Any], name: str) -> list[str]:
         name: the sample, for the error.
 
     Raises:
-        BrokenClip: there is neither a non-blank text nor a non-empty list of non-blank texts.
+        BrokenClip: there is neither a non-blank text nor a non-empty list of non-blank texts, or
+            the text is about two clips.
     """
     reasons = []
     try:
         entry = json.loads(raw["json"]) if "json" in raw else {}
-        captions = entry.get("caption") if isinstance(entry, dict) else None
+        entry = entry if isinstance(entry, dict) else {}
+        if "label" in entry and _is_text(entry.get("second")):
+            raise BrokenClip(name, "need a sample of one clip, got json with second")
+        captions = entry.get("caption")
         captions = [captions] if isinstance(captions, str) else captions
         if isinstance(captions, list) and captions and all(map(_is_text, captions)):
             return [without_surrogates(text) for text in captions]

@@ -64,15 +64,17 @@ class Gallery(ClipSet):
 
     Args:
         dataset: a data set for evaluation (`train=False`).
+        pairs: whether its rows have two clips.
 
     Raises:
-        ValueError: the data set draws random frames and crops, has no tokenizer, or is empty.
+        ValueError: the data set draws random frames and crops, has no tokenizer, or is empty; a row
+            has two clips and should have one.
 
     Attributes:
         rows: the rows of each clip.
     """
 
-    def __init__(self, dataset: ClipSet) -> None:
+    def __init__(self, dataset: ClipSet, *, pairs: bool = False) -> None:
         if getattr(dataset, "train", False):
             raise ValueError("need a data set made with train=False to evaluate")
         if dataset.tokenizer is None:
@@ -82,6 +84,11 @@ class Gallery(ClipSet):
         numbers: dict[tuple[Any, ...], list[int]] = {}
         for index in range(len(dataset)):
             row = dataset.row(index)
+            if row.second is not None and not pairs:
+                raise ValueError(
+                    "need rows of one clip, got one with second (`pairs_of_clips` reads them): "
+                    f"{row.media}"
+                )
             key = (row.media, row.second, row.kind, row.start, row.end)
             numbers.setdefault(key, []).append(index)
         self.rows = list(numbers.values())

@@ -46,4 +46,4 @@ def pairs_of_clips(
             )
         return True
 
-    return answer_all(model, dataset, options, right, check)
+    return answer_all(model, dataset, options, right, check, pairs=True)

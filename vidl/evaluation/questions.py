@@ -166,6 +166,8 @@ def answer_all(
     options: Options,
     right: Callable[[Tensor, Sequence[Row], Tensor, Gallery], Tensor],
     check: Callable[[Row], bool],
+    *,
+    pairs: bool = False,
 ) -> Accuracy:
     """Encode each clip once and answer all questions about it.
 
@@ -174,8 +176,9 @@ def answer_all(
         right: from the tokens of some clips, some rows, the clip of each row and the gallery to a
             bool tensor on the CPU: which rows are answered correctly.
         check: whether the model can give the row's answer; raises if the row is not a question.
+        pairs: whether the rows have two clips.
     """
-    gallery = Gallery(dataset)
+    gallery = Gallery(dataset, pairs=pairs)
     answerable = sum(check(dataset.row(index)) for index in range(len(dataset)))
     broken: dict[str, str] = {}
     count = 0

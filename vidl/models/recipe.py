@@ -25,19 +25,24 @@ class Recipe(ABC):
     tuple, 3.0 the integer 3.
 
     Attributes:
-        frames, image_size: number and size of the frames.
+        frames: number of frames of a clip.
+        image_size: height and width of a frame, in pixels.
         tubelet_size: frames in a patch. 1 (the papers' choice): a patch is part of one frame; above
             1 the model sees motion within a patch and treats the tubelet as one frame.
         mask: kind of the visual mask; see `vidl.masking.visual_mask`.
         mask_ratio: share of masked patches, in [0, 1); 0: no mask.
-        text_width, text_layers, text_heads, dropout: of the text encoder.
+        text_width: width of the text encoder.
+        text_layers: number of layers of the text encoder.
+        text_heads: number of attention heads of the text encoder.
+        dropout: dropout of the text encoder.
         vocabulary: vocabulary of the captions' tokenizer.
         word_ratio: share of masked words, in [0, 1].
         embed_dim: width of the features that compare clips and captions.
         temperature: temperature of the contrastive loss.
-        mean, std: normalisation of pixels in 0 to 1.
+        mean: mean that is subtracted from the pixels, in 0 to 1.
+        std: standard deviation by which the pixels are divided.
         seed: seed of masks and negatives.
-        gather: contrast with the features of all ranks.
+        gather: whether samples are contrasted with those of all ranks.
         backend: backend of all ops; see `vidl info`.
 
     Raises:
@@ -173,7 +178,9 @@ class VitRecipe(Recipe):
 
     Attributes:
         patch_size: size of the patches of a frame.
-        width, depth, heads: of the vision encoder.
+        width: width of the vision encoder.
+        depth: number of layers of the vision encoder.
+        heads: number of attention heads of the vision encoder.
 
     The other fields and the errors are those of `vidl.models.Recipe`.
     """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import shutil
 import textwrap
 import types
 from collections.abc import Mapping, Sequence
@@ -65,13 +66,21 @@ class Data:
 
     source: Literal["clips", "shards", "datasets", "moving_shapes"] = _field(
         "clips",
-        "clips (annotation files), shards (webdataset), datasets (tables streamed by Hugging Face "
+        "clips (annotation files), shards (webdataset), datasets (streamed by Hugging Face "
         "datasets) or moving_shapes (synthetic)",
     )
     files: list[str] = _field(
         [],
-        "annotations (.arrow, .json, .csv, folders), shards (.tar) or tables of datasets "
-        "(.parquet, .arrow, .jsonl, .csv); globs of them",
+        "annotations (.arrow, .json, .csv, folders), shards (.tar), or for datasets: tables "
+        "(.parquet, .arrow, .jsonl, .csv, .tar), a folder, or hf-hub:USER/NAME; globs of files",
+    )
+    subset: str | None = _field(None, "datasets: subset (configuration) of a folder or repository")
+    split: str | None = _field(None, "datasets: split of a folder or repository; default: train")
+    columns: dict[str, str] = _field(
+        {}, "datasets: the columns of fields, e.g. {video: clip, caption: description}"
+    )
+    buffer: int = _field(
+        1000, "shards and datasets: encoded clips that a worker keeps in memory to shuffle them"
     )
     media: str | None = _field(None, "folder of the clips; default: beside each annotation file")
     outside: bool = _field(
@@ -123,9 +132,9 @@ class Optimizer:
         "adamw", "adamw; muon: Muon for weight matrices, AdamW for embeddings and the rest"
     )
     lr: float = _field(1e-4, "peak learning rate")
-    betas: tuple[float, float] = _field((0.9, 0.98), "of AdamW")
-    eps: float = _field(1e-8, "of AdamW")
-    weight_decay: float = _field(0.05, "of the parameters that decay")
+    betas: tuple[float, float] = _field((0.9, 0.98), "betas of AdamW")
+    eps: float = _field(1e-8, "eps of AdamW")
+    weight_decay: float = _field(0.05, "weight decay, of the parameters that decay")
     clip: float = _field(1.0, "maximal gradient norm; 0: no clipping")
     factors: dict[str, float] = _field(
         {},
@@ -155,18 +164,18 @@ class Schedule:
     shape: Literal["cosine", "linear", "poly"] = _field(
         "cosine", "decay of the learning rate: cosine, linear, or poly: (1 - progress)^power"
     )
-    power: float = _field(1.0, "of shape=poly; 1 is linear")
+    power: float = _field(1.0, "exponent of shape=poly; 1 is linear")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """Output, device and precision. A run resumes from the newest checkpoint in its folder."""
 
-    folder: str = _field("run", "for checkpoints, log.jsonl, config.yaml and tokenizer.json")
+    folder: str = _field("run", "folder of checkpoints, log.jsonl, config.yaml and tokenizer.json")
     seed: int = _field(0, "seed of weights, data, masks and dropout")
     device: Literal["auto", "cpu", "cuda"] = _field("auto", "cpu, cuda, or auto: cuda if available")
     precision: Literal["auto", "float32", "bfloat16"] = _field(
-        "auto", "of matmuls; auto: bfloat16 by autocast on cuda, else float32"
+        "auto", "precision of matmuls; auto: bfloat16 by autocast on cuda, else float32"
     )
     parallel: Literal["ddp", "fsdp"] = _field(
         "ddp", "how the ranks of torchrun share the work; fsdp is FSDP2"
@@ -195,7 +204,7 @@ class Evaluation:
     every: int = _field(0, "steps between evaluations; 0: only at the end")
     files: list[str] = _field([], "annotations of the evaluation set, as in data.files")
     media: str | None = _field(None, "folder of its clips; default: beside each annotation file")
-    rerank: int = _field(0, "re-rank so many top results with the fusion encoder; 0: none")
+    rerank: int = _field(0, "top results to re-rank with the fusion encoder; 0: none")
     pairs: int = _field(
         100, "moving_shapes: clips of its val set; captions of retrieval differ in the motion only"
     )
@@ -375,15 +384,16 @@ def explain() -> str:
     """Every section and field with its meaning and default, for --help."""
     lines = []
     for section, kind in SECTIONS.items():
-        lines += [f"{section}: {inspect.getdoc(kind)}"]
+        lines += [_filled(f"{section}: {inspect.getdoc(kind)}", "", "  ")]
         defaults = kind()
         for field in dataclasses.fields(kind):
             if "about" in field.metadata:
                 name, default = f"{section}.{field.name}", getattr(defaults, field.name)
-                shown = "" if default in (None, [], {}) else f" (default {_shown(default)})"
+                shown = "" if default in (None, [], {}) else f" (default: {_shown(default)})"
                 lines += [_paragraph(name, field.metadata["about"] + shown)]
         if section == "model":
-            lines += ["  fields of every recipe (`vidl recipe NAME` prints those of one):"]
+            about = "fields of every recipe (`vidl recipe NAME` prints those of one):"
+            lines += [_filled(about, "  ", "  ")]
             lines += explain_recipe(Recipe)
         lines += [""]
     return "\n".join(lines)
@@ -391,9 +401,13 @@ def explain() -> str:
 
 def explain_recipe(recipe: Recipe | type[Recipe]) -> list[str]:
     """The fields of a recipe that a configuration may set: meaning and value, or default."""
+    of_class = isinstance(recipe, type)
     about = meanings(recipe if isinstance(recipe, type) else type(recipe))
     return [
-        _paragraph(f"model.{field.name}", f"{about[field.name]} ({_shown(value)})")
+        _paragraph(
+            f"model.{field.name}",
+            f"{about[field.name].removesuffix('.')} ({'default: ' * of_class}{_shown(value)})",
+        )
         for field in dataclasses.fields(recipe)
         if field.name not in GIVEN and (value := getattr(recipe, field.name)) is not None
     ]
@@ -411,10 +425,20 @@ def meanings(kind: type) -> dict[str, str]:
 
 
 def _paragraph(name: str, text: str) -> str:
-    return textwrap.fill(f"{name}: {text}", 90, initial_indent="  ", subsequent_indent="      ")
+    return _filled(f"{name}: {text}", "  ", "      ")
+
+
+def _filled(text: str, first: str, others: str) -> str:
+    """A paragraph with these indents that is as wide as the terminal, as those of argparse are."""
+    width = max(40, shutil.get_terminal_size().columns - 2)
+    return textwrap.fill(
+        text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False
+    )
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, bool):  # as in YAML
+        return str(value).lower()
     return str(list(value) if isinstance(value, tuple) else value)
 
 

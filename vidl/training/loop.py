@@ -285,7 +285,8 @@ class Training:
         if self.ranks.first:
             values = self.config.values()
             progress = Progress(self.folder, self.step, steps, trackers=run.trackers, values=values)
-            about = f"{self.config.model.name}, {self.ranks.world_size} rank(s)"
+            ranks = self.ranks.world_size
+            about = f"{self.config.model.name}, {ranks} rank{'s' * (ranks > 1)}"
             progress.say(f"{self.folder}: {about}, from step {self.step} to {steps}")
             for path in self.abandoned:
                 progress.say(f"renamed a later checkpoint: {path}")

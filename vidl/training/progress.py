@@ -77,7 +77,7 @@ class Progress:
 def _text(values: Mapping[str, Any]) -> str:
     """Loss, speed, share of time spent waiting for data, and the parts of the loss.
 
-    What matters least comes last: a narrow terminal cuts it off.
+    What matters least comes last: a narrow terminal leaves it out.
     """
     parts = [f"loss {values['loss']:.3f}", f"{values['clips_per_second']:.1f} clips/s"]
     parts += [f"data wait {values['data_wait']:.0%}"]

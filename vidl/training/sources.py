@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vidl.data.cache import CachedClips
-from vidl.data.dataset import Clips, ClipSet
+from vidl.data.dataset import Clips, ClipSet, pairs
 from vidl.data.loader import Loader
 from vidl.data.moving_shapes import MovingShapes, motions, words_of_questions
 from vidl.data.sampler import EpochSampler
@@ -63,12 +63,15 @@ def open_loader(
     dataset = open_clips(config, recipe, tokenizer)
     options: dict[str, Any] = dict(workers=data.workers, limit=data.broken)
     if isinstance(dataset, Clips) and data.source in STREAMS:
-        place: dict[str, Any] = dict(rank=rank, world_size=world_size)
+        if data.buffer < 1:
+            raise ValueError(f"need data.buffer >= 1, got {data.buffer}")
+        place: dict[str, Any] = dict(rank=rank, world_size=world_size, buffer=data.buffer)
         if data.source == "shards":
             return Loader(ShardStream(data.files, dataset, data.batch_size, **place), **options)
         from vidl.data.tables import TableStream
 
-        place |= dict(media=data.media, outside=data.outside)
+        place |= dict(media=data.media, outside=data.outside, columns=data.columns)
+        place |= dict(subset=data.subset, split=data.split)
         return Loader(TableStream(data.files, dataset, data.batch_size, **place), **options)
     sampler = EpochSampler(
         dataset.kinds(), data.batch_size, seed=config.run.seed, rank=rank, world_size=world_size
@@ -156,7 +159,7 @@ def _require_pairs(rows: Any, wanted: bool, field: str) -> None:
     """Raise a ValueError if rows have two clips where they need one, or the reverse."""
     if not len(rows):
         return
-    wrong = rows.pairs() != wanted
+    wrong = pairs(rows) != wanted
     if wrong.any():
         row = rows[int(wrong.argmax())]
         needed = "with second and label, for pairs of clips" if wanted else "of one clip"
