@@ -191,7 +191,7 @@ setup(
     packages=find_namespace_packages(
         include=["vidl*"], exclude=["*.__pycache__", "vidl.bench.results*"]
     ),
-    package_data={"vidl": ["py.typed", "kernels/shipped.json"]},
+    package_data={"vidl": ["py.typed", "kernels/shipped.json", "models/flops.json"]},
     include_package_data=False,
     ext_modules=[Extension("vidl._C", [])],
     cmdclass={"build_py": BuildPython, "build_ext": BuildLibrary, "bdist_wheel": Wheel},

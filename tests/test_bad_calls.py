@@ -1652,13 +1652,18 @@ def encoders(name, model, embed_dim=4):
     }
 
 
+SEVERAL = values(
+    none=None, text="yes", number=3, numbers=[1], lists=[[3]], none_of=[[]], deep=[[["yes"]]]
+)
+
+
 def answers(name, model):
     """The calls that all models which answer questions have."""
     return {
         f"{name}.forward": Call(
             lambda **a: model()(**a),
             lambda: batch(answers=torch.tensor([0, -1])),
-            BATCH | {"answers": optional(IDS) | cut(0)},
+            BATCH | {"answers": optional(IDS) | cut(0) | values(weights=torch.zeros(2, 9))},
         ),
         f"{name}.answer": Call(
             lambda **a: model().answer(**a),
@@ -1669,6 +1674,16 @@ def answers(name, model):
             lambda **a: model().numbers(**a),
             lambda: dict(answers=["yes", None, "other"]),
             {"answers": values(none=None, text="yes", number=3, numbers=[1], lists=[["yes"]])},
+        ),
+        f"{name}.targets": Call(
+            lambda **a: model().targets(**a),
+            lambda: dict(answers=["yes", None, ["yes", "other"]]),
+            {"answers": SEVERAL},
+        ),
+        f"{name}.knows": Call(
+            lambda **a: model().knows(**a),
+            lambda: dict(answers=["yes", "no"]),
+            {"answers": values(number=3, numbers=[1], empty=[], set={"yes"})},
         ),
     }
 
@@ -1813,9 +1828,7 @@ MODELS = {
         models.frequent_answers,
         lambda: dict(answers=["yes", None, "no"], most=1),
         {
-            "answers": values(
-                none=None, text="yes", number=3, empty=[], numbers=[1], lists=[["yes"]]
-            ),
+            "answers": SEVERAL | values(empty=[]),
             "most": POSITIVE,
         },
     ),

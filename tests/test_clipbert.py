@@ -161,6 +161,64 @@ def test_weights_of_torchvision_load(name):
         ours.load_pretrained({n: x for n, x in without.items() if n != "conv1.weight"})
 
 
+@pytest.mark.parametrize("head", [False, True])
+def test_bert_loads_with_its_pooler(head):
+    transformers = pytest.importorskip("transformers")
+    sizes = transformers.BertConfig(
+        vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=256, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    whole = transformers.BertForPreTraining(sizes).eval()
+    bert = whole.bert
+    for parameter in bert.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model = model_of(mlm=0).eval()
+    state = (whole if head else bert).state_dict()
+    skipped = model.starts()["text"].load_pretrained(state)
+    prefixes = tuple({name.split(".")[0] for name in skipped})
+    assert prefixes == (("cls",) if head else ()) and not [n for n in skipped if "pooler" in n]
+    clips = torch.randn(2, 2, 5, 64)  # [B, views, N, C]
+    ids = torch.randint(5, 60, (2, 7))
+    words = torch.ones_like(ids)
+    words[1, 4:] = 0
+    with torch.no_grad():
+        pooled = model.join(clips, model.encode_text(ids, words), words).pooled
+        text = bert.embeddings(input_ids=ids)
+        for view in range(2):
+            x = torch.cat([text, clips[:, view]], 1)
+            unseen = torch.cat([words, torch.ones(2, 5, dtype=torch.int64)], 1) == 0
+            added = torch.zeros(2, 1, 1, 12).masked_fill(unseen[:, None, None], -1e9)
+            for layer in bert.encoder.layer:
+                x = layer(x, added)
+                x = x[0] if isinstance(x, tuple) else x
+            torch.testing.assert_close(pooled[:, view], bert.pooler(x), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_without_a_pooler_keep_its_own():
+    model = model_of(mlm=0)
+    start, pooler = model.starts()["text"], model.pooler.weight.detach().clone()
+    state = {name: x + 1 for name, x in model.text.state_dict().items()}
+    assert start.load_pretrained(state) == []
+    assert torch.equal(model.pooler.weight, pooler)
+    name = "embeddings.LayerNorm.bias"
+    assert torch.equal(model.text.state_dict()[name], state[name])
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    more = {name: x + 1 for name, x in state.items()}
+    for wrong, message in (
+        ({"pooler.dense.weight": torch.zeros(64, 64)}, "do not fit Linear; missing: bias"),
+        ({"pooler.dense.weight": torch.zeros(3, 64), "pooler.dense.bias": torch.zeros(3)},
+         r"of another shape: bias \[3\], not \[64\], weight \[3, 64\]"),
+        ({"pooler.other": torch.zeros(3)}, "unexpected: pooler.other"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            start.load_pretrained(more | wrong)
+    with pytest.raises(ValueError, match="missing: embeddings.LayerNorm.bias"):
+        fitting = {"pooler.dense.weight": torch.zeros(64, 64), "pooler.dense.bias": torch.zeros(64)}
+        start.load_pretrained({n: x for n, x in more.items() if n != name} | fitting)
+    after = model.state_dict()
+    assert not [name for name, x in before.items() if not torch.equal(after[name], x)]
+
+
 def test_bytes_are_normalised():
     model = model_of()
     video = batch(model)["video"]

@@ -48,7 +48,7 @@ def test_common(tmp_path):
         Row("2.jpg", kind="image", captions=["two"]),
         Row("3.mp4", captions=["three"], start=1.5, end=4),
         Row("4.mp4", id="7", question="how many?", answer="two"),
-        Row("5.jpg", kind="image", question="what?", answer="this"),
+        Row("5.jpg", kind="image", question="what?", answers=["this", "that"]),
         Row("6.mp4", options=["a", "b", "c"], correct=2),
         Row("7.mp4", question="which?", options=["x", "y"], correct=0),
     ]

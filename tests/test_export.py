@@ -6,15 +6,15 @@ import sys
 
 import pytest
 import torch
-from tiny import randomise
+from tiny import fitting, randomise
 
 from vidl import models
 from vidl.data.text import train_tokenizer
 from vidl.masking import Vocabulary
-from vidl.models.export import export, text_weights, vision_weights
+from vidl.models.export import export, text_weights, vision_options, vision_weights
 
 SMALL = dict(image_size=32, width=64, heads=2, text_width=64, text_heads=2, dropout=0.0)
-NAMES = ["mac", "smaug"]  # others have encoders without a class in timm or transformers
+NAMES = ["mac", "smaug"]
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +184,143 @@ def test_exported_weights_load_again(exported, name):
         other.text.load_pretrained(text_weights(model))
         for key, value in model.text.state_dict().items():
             assert torch.equal(other.text.state_dict()[key], value)
+
+
+# ALPRO and ClipBERT see several frames; OmniVL sees images or clips.
+OF_CLIPS = [("alpro", 4), ("omnivl", 4), ("omnivl", 1), ("clipbert", 2)]
+TINY = SMALL | dict(cnn="resnet18", stride=32, image_size=64)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    pytest.importorskip("safetensors")
+    pytest.importorskip("timm")
+    exported = {}
+    for name, frames in OF_CLIPS:
+        folder = tmp_path_factory.mktemp(name)
+        model = models.create(name, "tiny", **fitting(name, TINY), frames=frames)
+        exported[name, frames] = randomise(model).eval(), folder
+        export(model, folder, tokenizer())
+    return exported
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, frames", OF_CLIPS[:2])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_transformers_equals_the_clip_encoder(others, name, frames, batch):
+    """The order of tokens differs: CLS, then frame by frame, or place by place."""
+    transformers = pytest.importorskip("transformers")
+    model, folder = others[name, frames]
+    theirs = transformers.AutoModel.from_pretrained(folder / "vision").eval()
+    assert type(theirs).__name__ == "TimesformerModel"
+    torch.manual_seed(1)
+    video = torch.randint(256, (batch, 3, frames, 64, 64), dtype=torch.uint8)
+    mean, std = (torch.tensor(x).view(3, 1, 1, 1) for x in (model.recipe.mean, model.recipe.std))
+    expected = theirs(((video / 255 - mean) / std).transpose(1, 2)).last_hidden_state
+    ours = model.vision(video)
+    patches = ours[:, 1:].unflatten(1, (frames, -1)).transpose(1, 2).flatten(1, 2)
+    ours = torch.cat([ours[:, :1], patches], 1)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder / "vision")
+    pixels = processor(list(video[0].permute(1, 2, 3, 0).numpy()), return_tensors="pt")
+    normalised = ((video[0] / 255 - mean) / std).transpose(0, 1)
+    torch.testing.assert_close(pixels["pixel_values"][0], normalised)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_timm_equals_the_encoder_of_images(others, batch):
+    """OmniVL after its first stage."""
+    import timm
+
+    model, folder = others["omnivl", 1]
+    vit, mean, std = timm_of(folder)
+    loaded = timm.create_model(f"local-dir:{folder}/vision", pretrained=True).eval()
+    images = torch.randint(256, (batch, 3, 64, 64), dtype=torch.uint8)
+    ours = model.vision(images)
+    for theirs in (vit, loaded):
+        expected = theirs.forward_features((images / 255 - mean) / std)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_timm_equals_the_cnn_of_clipbert(others, batch):
+    import timm
+
+    model, folder = others["clipbert", 2]
+    cnn = timm.create_model(f"local-dir:{folder}/vision", pretrained=True).eval()
+    assert not (folder / "vision/timm.json").exists()
+    facts = timm.data.resolve_model_data_config(cnn)
+    assert tuple(facts["input_size"]) == (3, 64, 64)
+    assert tuple(facts["mean"]) == model.recipe.mean
+    frames = torch.randn(batch, 3, 64, 64)
+    ours = model.vision.cnn.forward_features(frames)
+    torch.testing.assert_close(ours, cnn.forward_features(frames), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, frames", OF_CLIPS[:3])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_transformers_equals_the_text_layers(others, name, frames, batch):
+    transformers = pytest.importorskip("transformers")
+    model, folder = others[name, frames]
+    bert = transformers.AutoModel.from_pretrained(folder / "text", add_pooling_layer=False).eval()
+    assert len(bert.encoder.layer) == model.text.text_layers
+    ids = torch.randint(1000, 2000, (batch, 6))
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    ours = model.encode_text(ids, mask)[mask.bool()]
+    hidden = bert(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+    torch.testing.assert_close(ours, hidden, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_transformers_equals_the_encoder_of_words_and_places(others, batch):
+    """BERT of ClipBERT on embedded words and the places of a view, with its pooler."""
+    transformers = pytest.importorskip("transformers")
+    model, folder = others["clipbert", 2]
+    bert = transformers.AutoModel.from_pretrained(folder / "text").eval()
+    places = torch.randn(batch, 1, 4, model.recipe.text_width)
+    ids = torch.randint(1000, 2000, (batch, 6))
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    joint = model.join(places, model.encode_text(ids, mask), mask)
+    x = torch.cat([bert.embeddings(input_ids=ids), places[:, 0]], 1)
+    unseen = torch.cat([mask, torch.ones(batch, 4, dtype=torch.int64)], 1) == 0
+    added = torch.zeros(batch, 1, 1, 10).masked_fill(unseen[:, None, None], -1e9)
+    for layer in bert.encoder.layer:
+        x = layer(x, added)
+        x = x[0] if isinstance(x, tuple) else x
+    torch.testing.assert_close(joint.pooled[:, 0], bert.pooler(x), rtol=1e-4, atol=1e-4)
+    words = mask.bool()
+    torch.testing.assert_close(joint.text[words], x[:, :6][words], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_system_is_exported_or_says_why_not(name, tmp_path):
+    pytest.importorskip("safetensors")
+    own = dict(embed_dim=64) if name == "simvtp" else {}
+    model = models.create(name, "tiny", **fitting(name, TINY), **own)
+    if name in NAMES or name in dict(OF_CLIPS):
+        files = {file.relative_to(tmp_path) for file in export(model, tmp_path, tokenizer())}
+        written = {file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()}
+        assert files == written and len([f for f in files if f.suffix == ".safetensors"]) == 2
+        return
+    kind = type(model.vision).__name__
+    with pytest.raises(
+        ValueError, match=f"cannot export .*, got {kind}, .*; vidl.training.open_run"
+    ):
+        export(model, tmp_path, tokenizer())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["alpro", "omnivl"])
+def test_tubelets_of_a_timesformer_are_not_exported(name, tmp_path):
+    model = models.create(name, "tiny", **fitting(name, TINY), tubelet_size=2)
+    with pytest.raises(ValueError, match="need tubelet_size 1: .*TimesformerModel have one frame"):
+        export(model, tmp_path, tokenizer())
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="need a vision encoder for timm's VisionTransformer, got"):
+        vision_options(model)

@@ -136,7 +136,10 @@ def test_finetuning_for_question_answering(pretrained, clips, form, tmp_path, ca
     ]  # fmt: skip
     assert main(command) == 0
     stored = json.loads((tmp_path / "qa/answers.json").read_text())
-    assert stored == {"form": {"name": form, "layers": 1, "top": 7}, "answers": ["red"]}
+    assert stored == {
+        "form": {"name": form, "layers": 1, "top": 7, "soft": False},
+        "answers": ["red"],
+    }
     if form == "ranking":  # the decoder starts with the text encoder of the pre-training run
         name = "embeddings.word_embeddings.weight"
         before = open_run(pretrained["smaug"]).model.text.state_dict()[name]

@@ -8,7 +8,7 @@ from tiny import fitting
 
 from vidl import models
 from vidl.cli import main
-from vidl.models.summary import flop_counter
+from vidl.models.summary import Skipping, count, flop_counter, saved_bytes
 from vidl.nn import Bert, ViT
 
 SMALL = dict(image_size=32, width=64, heads=2, text_width=64, text_heads=2, dropout=0.0)
@@ -187,6 +187,36 @@ def test_initial_features_of_similar_captions_differ(width):
     ids[:, 5] = torch.arange(190)
     cls = text.encode(ids)[:, 0]
     assert (cls - cls.mean(0)).norm(dim=1).mean() / cls.norm(dim=1).mean() > 0.01
+
+
+@pytest.mark.parametrize("name", ["smaug", "svitt", "vlc", "alpro", "clipbert", "omnivl"])
+def test_a_count_without_arithmetic_is_that_of_a_step(name):
+    model = tiny(name)
+    torch.manual_seed(3)
+    cost = count(model, 3, 8)
+    torch.manual_seed(3)
+    inputs = model.recipe.example(3, 8)
+    with flop_counter() as flops, saved_bytes(model) as sizes:
+        model(**inputs)["loss"].backward()
+    assert cost.forward_flops + cost.backward_flops == pytest.approx(
+        flops.get_total_flops() / 3, abs=2
+    )
+    assert cost.activations == sum(sizes.values()) // 3
+    assert cost.tokens == model.recipe.tokens()
+
+
+def test_operations_that_are_counted_are_skipped():
+    x = torch.ones(2, 3, requires_grad=True)
+    counter = flop_counter()
+    with Skipping(counter), counter:
+        y = x @ torch.ones(3, 4)
+        z = (y + 1).sum()
+        z.backward()
+        out = torch.ones(2, 4)
+        torch.mm(torch.ones(2, 3), torch.ones(3, 4), out=out)  # the given tensor is written
+    assert not y.any() and z == 8 and not x.grad.any() and (out == 3).all()
+    assert counter.get_total_flops() == 3 * 2 * 2 * 3 * 4
+    assert ((torch.ones(2, 3) @ torch.ones(3, 4)) == 3).all()  # as before
 
 
 def test_summary():

@@ -250,7 +250,7 @@ def test_the_generation_decoder_begins_with_bert_and_writes_captions():
     bert = Bert(words.size, 64, 3, 0, 2)
     for parameter in bert.parameters():
         torch.nn.init.normal_(parameter)
-    model.starts()["text"].load_pretrained(bert.state_dict())
+    assert model.starts()["text"].load_pretrained(bert.state_dict()) == []
     query = "encoder.layer.{}.attention.self.query.weight"
     own, theirs = model.state_dict(), bert.state_dict()
     assert torch.equal(own[f"text.{query.format(2)}"], theirs[query.format(2)])

@@ -168,9 +168,9 @@ def test_wheel_holds_vidl_alone(wheel):
     files = files_of(wheel)
     assert {"vidl/py.typed", "vidl/_build.json", "vidl/kernels/library.py"} <= files
     assert "vidl/kernels/masked_patch_embed/op.py" in files
-    data = ("py.typed", "_build.json", "kernels/shipped.json")
+    data = ("py.typed", "_build.json", "kernels/shipped.json", "models/flops.json")
     assert not [file for file in files if not file.endswith((".py", *data))]
-    assert "vidl/kernels/shipped.json" in files
+    assert {"vidl/kernels/shipped.json", "vidl/models/flops.json"} <= set(files)
     modules = {file for file in files if file.endswith(".py")}
     sources = (
         file.relative_to(ROOT).as_posix()

@@ -127,6 +127,36 @@ def test_unknown_answers_are_ignored():
     assert all((p.grad == 0).all() for p in model.decoder.parameters())
 
 
+@pytest.mark.parametrize("words", [None, 24])
+def test_the_soft_loss_is_that_of_plain_pytorch(words):
+    """Each distinct answer of several people counts by its share."""
+    model, inputs = tiny(layers=2), batch()
+    people = [["up left", "Up, left!", "left", "no idea"], "red", ["unheard of"] * 2, None]
+    targets = model.targets(people)
+    assert targets[0].nonzero().flatten().tolist() == [0, 1] and targets[1, 3] == 1
+    assert targets[0, :2].tolist() == [0.25, 0.5] and not targets[2:].any()
+    loss = model(**inputs, answers=targets, words=words)["loss"]
+    rows = rows_of(model, inputs)
+    first = 0.5 * plain_log_p(model.decoder, "up left", rows[0])
+    first = first + 0.25 * plain_log_p(model.decoder, "left", rows[0])
+    expected = -(first + plain_log_p(model.decoder, "red", rows[1])) / 2
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    ours, plain = (
+        torch.autograd.grad(x, learning, allow_unused=True, retain_graph=True)
+        for x in (loss, expected)
+    )
+    scale = max(float(gradient.abs().max()) for gradient in plain if gradient is not None)
+    for name, one, other in zip(names, ours, plain, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * scale, msg=name)
+    none = model(**inputs, answers=torch.zeros(4, len(ANSWERS)))["loss"]
+    none.backward()
+    assert none == 0
+    assert all((p.grad == 0).all() for p in model.decoder.parameters())
+
+
 @pytest.mark.parametrize("top", [7, 128])
 @pytest.mark.parametrize("logits", [1, ranking.LOGITS])
 def test_all_answers_are_ranked_as_by_brute_force(top, logits, monkeypatch):

@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+import flops
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from tiny import fitting
 from vidl import models
 from vidl.cli import main
 from vidl.evaluation import Options, multiple_choice, retrieval
+from vidl.kernels import library
 from vidl.models import Aligns, Joins, Matches, Taught, can, cards
 from vidl.training import Config, checkpoints, open_run, pretrain
 
@@ -201,10 +203,23 @@ def test_the_tables_of_systems_are_current():
         assert match and match[1] == table, f"run `vidl systems --write {page.relative_to(ROOT)}`"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_flops_of_systems_are_current(name):
+    op = ("space_time_attention", "cpu", torch.float32)
+    if reason := library.why_not("native", *op):
+        pytest.skip(f"the backend torch counts padding, too; native: {reason}")
+    (numbers,) = flops.counted_apart([name]).values()
+    assert numbers == pytest.approx(cards.counted()[name], rel=1e-3), (
+        "run `PYTHONPATH=. python tests/flops.py > vidl/models/flops.json`"
+    )
+
+
 def test_systems_on_the_command_line(capsys, tmp_path):
     assert main(["systems"]) == 0
     shown = capsys.readouterr().out
     assert all(f"{name}: {models.MODELS[name].model.card.title}" in shown for name in NAMES)
+    assert shown.count("GFLOP:") == len(NAMES) and cards.counted().keys() == set(NAMES)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- systems -->\nold\n<!-- /systems -->\nafter\n")
     assert main(["systems", "--write", str(page)]) == 0

@@ -350,7 +350,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         help="common (JSON list of {video or image, caption}, also questions and multiple choice; "
         "default), csv (see --columns; default for .csv, .tsv), webvid (CSV), cc3m (TSV), msrvtt "
         "(JSON, or the CSV of the 1k-A test), didemo, activitynet (paragraphs), msrvtt-qa, "
-        "activitynet-qa (*_q.json), nlvr2 (JSON lines)",
+        "activitynet-qa (*_q.json), nlvr2 (JSON lines), vqa (*OpenEnded_*_questions.json)",
     )
     about = "folder of the clips; file names in the table get the suffixes of its files"
     part.add_argument("--media", type=Path, help=about)

@@ -35,11 +35,12 @@ SCHEMA = pa.schema(
         ("end", pa.float64()),
         ("second", pa.string()),
         ("label", pa.bool_()),
+        ("answers", pa.list_(pa.string())),
     ]
 )
 ROWS_AT_A_TIME = 100_000
 # Increased when the same file gives other rows, so that cached tables are not used any more.
-READER = 3
+READER = 4
 # Files that FFmpeg would take for a URL or a protocol, and files outside the folder of the media.
 URL = r"^([A-Za-z][A-Za-z0-9+.-]+:|subfile,)"
 OUTSIDE = r"^[/~]|^\.\.$|^\.\./|/\.\./|/\.\.$"

@@ -221,7 +221,8 @@ def hide(pictures: Tensor, ratio: float, patch: int, generator: torch.Generator)
 def _texts(row: Row) -> str:
     text = f"{Path(row.media).name}: {text_of(row)}"
     choices = f" [{' | '.join(row.options)}]" if row.options else ""
-    return text + choices + (f" - {row.answer}" if row.answer else "")
+    answers = dict.fromkeys(row.answers or filter(None, [row.answer]))
+    return text + choices + (f" - {', '.join(answers)}" if answers else "")
 
 
 def _strip(pictures: Tensor) -> Tensor:

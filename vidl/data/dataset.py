@@ -229,7 +229,7 @@ class Clips(ClipSet):
         """The sample of a row, read from `source` if given, else from the row's media file."""
         rng = video.generator(self.seed, key.epoch, key.index) if self.train else None
         text = text_of(row, rng)
-        flip = self.flip and not re.search(r"\b(left|right)", f"{text} {row.answer}".lower())
+        flip = self.flip and not re.search(r"\b(left|right)", f"{text} {row.given}".lower())
         pictures = self._cropped(self.pictures(row, rng, source), rng, flip)
         if row.second is not None:
             other = self.pictures(dataclasses.replace(row, media=row.second), rng)

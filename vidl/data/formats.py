@@ -1,6 +1,7 @@
 """Readers of annotation formats; each docstring describes its format."""
 
 import csv
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +41,8 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 class Row:
     """One annotation of a video or image.
 
-    Retrieval: `captions`. Open-ended questions: `question` and `answer`. Multiple choice: `options`
+    Retrieval: `captions`. Open-ended questions: `question` and `answer`, or `answers`, those of
+    several people. Multiple choice: `options`
     with the index `correct`, and optionally a `question`. A sentence about two clips: `captions`,
     the other clip, `second`, and whether the sentence holds, `label`.
     """
@@ -57,10 +59,16 @@ class Row:
     end: float | None = None
     second: str | None = None  # another file, of the same kind
     label: bool | None = None
+    answers: Sequence[str] = ()  # of two or more people; then there is no `answer`
 
     def __post_init__(self) -> None:
-        for name in ("captions", "options"):  # tuples are hashable
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("captions", "options", "answers"):  # tuples are hashable
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+
+    @property
+    def given(self) -> str | Sequence[str] | None:
+        """The answer, or those of several people; None: there is none."""
+        return self.answers or self.answer
 
 
 def kind_of(name: str) -> str:
@@ -72,11 +80,12 @@ def common(file: Path) -> Iterator[Row]:
     """The JSON format of Singularity, VindLU and UMT; or one such object per line (.jsonl).
 
     A list of {"video" or "image": file, "caption": text or [text, ...]}; for questions
-    {..., "question": text, "answer": text or [text]}; for multiple choice {..., "caption":
-    [text, ...], "answer": index} or {..., "question": text, "options": [text, ...], "answer":
-    index}; for a sentence about two clips {..., "second": file, "caption": text, "label": true or
-    false}. Optional: "id" or "question_id", and "start" and "end" in seconds. A file may also be
-    named by "file_name" or "path", and a caption by "text", as in metadata.jsonl of Hugging Face.
+    {..., "question": text, "answer": text}, or a list of the answers of several people; for
+    multiple choice {..., "caption": [text, ...], "answer": index} or {..., "question": text,
+    "options": [text, ...], "answer": index}; for a sentence about two clips {..., "second": file,
+    "caption": text, "label": true or false}. Optional: "id" or "question_id", and "start" and
+    "end" in seconds. A file may also be named by "file_name" or "path", and a caption by "text",
+    as in metadata.jsonl of Hugging Face.
     """
     if file.suffix == ".jsonl":
         entries = json_lines(file)
@@ -103,6 +112,7 @@ def common_row(entry: dict[str, Any]) -> Row:
         raise ValueError(f"need {kind} as a file name, got {entry[kind]!r}")
     captions, options = texts_field(entry, "caption"), texts_field(entry, "options")
     answer, correct = entry.get("answer"), None
+    answers: Sequence[str] = ()
     if isinstance(answer, int) and not options:
         captions, options = [], captions
     if options:
@@ -110,8 +120,8 @@ def common_row(entry: dict[str, Any]) -> Row:
         if type(correct) is not int or not 0 <= correct < len(options):
             raise ValueError(f"need answer as an index into {len(options)} options, got {correct}")
     elif answer is not None:
-        answer = next(iter(texts_field(entry, "answer")), None)
-    if not captions and not options and answer is None:
+        answer, answers = _answers(entry)
+    if not captions and not options and not answers and answer is None:
         raise KeyError("caption")
     question = entry.get("question")
     second, label = _second(entry, captions)
@@ -128,7 +138,16 @@ def common_row(entry: dict[str, Any]) -> Row:
         end=number_field(entry, "end"),
         second=second,
         label=label,
+        answers=answers,
     )
+
+
+def _answers(entry: dict[str, Any]) -> tuple[str | None, Sequence[str]]:
+    """The answer of one person, or those of several."""
+    answers = texts_field(entry, "answer")
+    if not answers:
+        raise ValueError("need answer as a text or a list of texts, got []")
+    return (answers[0], ()) if len(answers) == 1 else (None, answers)
 
 
 def _second(entry: dict[str, Any], captions: Sequence[str]) -> tuple[str | None, bool | None]:
@@ -371,6 +390,42 @@ def _answer(entry: dict[str, Any]) -> tuple[str, str]:
     return name_field(entry, "question_id"), name_field(entry, "answer")
 
 
+def vqa(file: Path) -> Iterator[Row]:
+    """VQA on images of COCO: `*OpenEnded_mscoco_SPLIT_questions.json`, with a list "questions".
+
+    It has {"image_id", "question", "question_id"}. The answers are in
+    `*mscoco_SPLIT_annotations.json` beside it, in a list "annotations" of {"question_id",
+    "answers": [{"answer"}, ...]}. Media: COCO_{SPLIT}_{image_id}.jpg, the number with 12 digits.
+    """
+    name = re.fullmatch(r"(.*)OpenEnded_mscoco_(\w+)_questions\.json", file.name)
+    if name is None:
+        raise ValueError(f"{file}: need the file *OpenEnded_mscoco_SPLIT_questions.json")
+    split = name[2]
+    answers_file = file.with_name(f"{name[1]}mscoco_{split}_annotations.json")
+    given = ((line, entry) for line, _, entry in members(answers_file, "annotations"))
+    answers = dict(checked(answers_file, given, _answers_of_people))
+
+    def row(entry: dict[str, Any]) -> Row:
+        image, name = entry["image_id"], name_field(entry, "question_id")
+        if type(image) is not int or image < 0:
+            raise ValueError(f"need image_id as a number, got {image!r:.80}")
+        if name not in answers:
+            raise ValueError(f"{answers_file} has no answers to {name}")
+        answer, several = _answers({"answer": answers[name]})
+        question, media = text_field(entry, "question"), f"COCO_{split}_{image:012d}.jpg"
+        return Row(media, "image", name, question=question, answer=answer, answers=several)
+
+    entries = ((line, entry) for line, _, entry in members(file, "questions"))
+    return checked(file, entries, row)
+
+
+def _answers_of_people(entry: dict[str, Any]) -> tuple[str, list[str]]:
+    answers = entry["answers"]
+    if not isinstance(answers, list) or not all(isinstance(one, dict) for one in answers):
+        raise ValueError(f"need answers as a list of objects, got {answers!r:.80}")
+    return name_field(entry, "question_id"), [text_field(one, "answer") for one in answers]
+
+
 def nlvr2(file: Path) -> Iterator[Row]:
     """NLVR2: one {"identifier", "sentence", "label": "True" or "False"} a line, about two images.
 
@@ -401,4 +456,5 @@ FORMATS: dict[str, Callable[..., Iterator[Row]]] = {
     "msrvtt-qa": msrvtt_qa,
     "activitynet-qa": activitynet_qa,
     "nlvr2": nlvr2,
+    "vqa": vqa,
 }

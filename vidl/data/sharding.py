@@ -314,6 +314,8 @@ def _facts(row: Row) -> bytes:
     for name in ("id", "question", "answer", "start", "end"):
         if getattr(row, name) not in (None, ""):
             facts[name] = getattr(row, name)
+    if row.answers:
+        facts["answer"] = list(row.answers)
     return json.dumps(facts, ensure_ascii=False).encode()
 
 

@@ -7,6 +7,7 @@ from vidl.evaluation.pairs import pairs_of_clips
 from vidl.evaluation.questions import Accuracy, multiple_choice, question_answering
 from vidl.evaluation.ranks import RankStatistics, rank_statistics, ranks, reranked
 from vidl.evaluation.retrieval import Retrieval, retrieval
+from vidl.models.vqa import vqa_accuracy
 
 __all__ = [
     "Accuracy",
@@ -26,4 +27,5 @@ __all__ = [
     "reranked",
     "retrieval",
     "rouge_l",
+    "vqa_accuracy",
 ]

@@ -29,7 +29,8 @@ from vidl.evaluation.retrieval import (
     matches,
 )
 from vidl.models.abilities import Aligns, need
-from vidl.models.answering import UNKNOWN, Answers
+from vidl.models.answering import Answers
+from vidl.models.vqa import vqa_accuracy
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,18 @@ class Accuracy:
 
     Attributes:
         questions: number of questions.
-        right: number of correct answers.
-        answerable: number of questions whose answer is among the model's answers.
+        right: number of correct answers; an answer to a question that several people answered
+            counts as its accuracy in VQA.
+        answerable: number of questions whose answer, or one of several, is among the model's.
         broken: clips that could not be read, and why; questions about them count as wrong.
+        soft: number of questions that several people answered.
     """
 
     questions: int
-    right: int
+    right: float
     answerable: int
     broken: dict[str, str] = dataclasses.field(default_factory=dict)
+    soft: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -58,7 +62,10 @@ class Accuracy:
         return json.dumps({"accuracy": self.accuracy} | dataclasses.asdict(self), indent=2)
 
     def __str__(self) -> str:
-        lines = [f"{self.questions} questions, {self.right} correct: {self.accuracy:.1f} %"]
+        right = f"{self.right:.1f}" if self.soft else f"{self.right}"
+        lines = [f"{self.questions} questions, {right} correct: {self.accuracy:.1f} %"]
+        if self.soft:
+            lines.append(f"{self.soft} have answers of several people: their accuracy is VQA's")
         if self.answerable < self.questions:
             unknown = self.questions - self.answerable
             lines.append(f"{unknown} have an answer outside the model's answer set")
@@ -134,7 +141,8 @@ def question_answering(
     """Open-ended question answering with the known answers of a model.
 
     The answer with the highest score is given, the first of those with equal scores. It is correct
-    if it equals the answer of the row exactly. Runs over all ranks.
+    if it equals the answer of the row exactly. In a row with the answers of several people it
+    counts as its `vidl.models.vqa.vqa_accuracy`. Runs over all ranks.
 
     Args:
         model: `vidl.models.Answering` or `vidl.models.Ranking`, fine-tuned; otherwise see
@@ -150,14 +158,26 @@ def question_answering(
         texts = encode_texts(model.model, gallery, [row.question or "" for row in rows])
         partner = partner.to(clips.device)
         scores = model.answer(clips, texts.tokens, texts.attention_mask, partner)
-        return scores.argmax(1).cpu() == model.numbers(row.answer for row in rows)
+        numbers = scores.argmax(1).cpu()
+        exact = numbers == model.numbers(row.answer for row in rows)
+        if not any(row.answers for row in rows):
+            return exact
+        accuracies = exact.double()
+        for place, row in enumerate(rows):
+            if row.answers:
+                accuracies[place] = vqa_accuracy(model.answers[int(numbers[place])], row.answers)
+        return accuracies
+
+    soft = 0
 
     def check(row: Row) -> bool:
-        if not row.question or row.answer is None:
+        nonlocal soft
+        if not row.question or row.given is None:
             raise ValueError(f"need a question and an answer in each row, got none for {row.media}")
-        return bool(model.numbers([row.answer])[0] != UNKNOWN)
+        soft += bool(row.answers)
+        return model.knows(row.given)
 
-    return answer_all(model, dataset, options, right, check)
+    return dataclasses.replace(answer_all(model, dataset, options, right, check), soft=soft)
 
 
 def answer_all(
@@ -174,14 +194,14 @@ def answer_all(
     Args:
         model, dataset, options: see above.
         right: from the tokens of some clips, some rows, the clip of each row and the gallery to a
-            bool tensor on the CPU: which rows are answered correctly.
+            tensor on the CPU: which rows are answered correctly (bool), or how well, from 0 to 1.
         check: whether the model can give the row's answer; raises if the row is not a question.
         pairs: whether the rows have two clips.
     """
     gallery = Gallery(dataset, pairs=pairs)
     answerable = sum(check(dataset.row(index)) for index in range(len(dataset)))
     broken: dict[str, str] = {}
-    count = 0
+    count: float = 0
     with evaluating(model, options):
         for numbers, clips in encoded_clips(model, gallery, options, broken):
             own = [gallery.rows[number] for number in numbers]
@@ -189,6 +209,6 @@ def answer_all(
             partner = torch.arange(len(own)).repeat_interleave(torch.tensor([*map(len, own)]))
             for at in range(0, len(rows), options.text_batch):
                 part = slice(at, at + options.text_batch)
-                count += int(right(clips, rows[part], partner[part], gallery).sum())
+                count += right(clips, rows[part], partner[part], gallery).sum().item()
     broken = {name: why for part in of_all_ranks(broken) for name, why in part.items()}
     return Accuracy(len(dataset), sum(of_all_ranks(count)), answerable, broken)

@@ -12,6 +12,7 @@ from torch import Tensor
 from vidl.kernels.arguments import check_count, check_dtype, check_shape, check_tensors
 from vidl.models.abilities import Joint
 from vidl.models.finetuned import FineTuned, classifier, prepare_to_join
+from vidl.models.vqa import check_answers, normalised, soft_scores
 
 UNKNOWN = -1
 
@@ -41,6 +42,9 @@ class Answers(FineTuned, ABC):
             raise ValueError(f"need answers that differ, got {len(answers)}: {list(answers)[:5]}")
         self.answers = list(answers)
         self._numbers = {answer: number for number, answer in enumerate(answers)}
+        self._normalised: dict[str, int] = {}
+        for number, answer in enumerate(answers):
+            self._normalised.setdefault(normalised(answer), number)
 
     @abstractmethod
     def answer(
@@ -73,6 +77,22 @@ class Answers(FineTuned, ABC):
             words: an upper bound of the words in the questions.
         """
 
+    @abstractmethod
+    def soft_loss(
+        self, joint: Joint, attention_mask: Tensor, targets: Tensor, words: int | None = None
+    ) -> Tensor:
+        """The loss of each question that several people answered, [B] float32.
+
+        Args:
+            targets: weights of all answers, [B, answers] float32, from `targets`; that of a
+                question whose weights are all 0 is unused.
+            joint, attention_mask, words: see `loss`.
+        """
+
+    @abstractmethod
+    def weigh(self, answers: Sequence[str]) -> dict[str, float]:
+        """The weights of the answers of several people, by their normalised texts."""
+
     def forward(
         self,
         video: Tensor,
@@ -89,8 +109,9 @@ class Answers(FineTuned, ABC):
 
         Args:
             video, ids, attention_mask, samples, step, words: see `System.forward`.
-            answers: [B] int64, from `numbers`; unknown answers are ignored. None: the first answer
-                for every question, for a trial run.
+            answers: [B] int64, from `numbers`, or weights of all answers, [B, answers] floating
+                point, from `targets`; questions without a known answer are ignored. None: the first
+                answer for every question, for a trial run.
             clip_ids: not used.
 
         Returns:
@@ -100,14 +121,22 @@ class Answers(FineTuned, ABC):
         if answers is None:
             answers = ids.new_zeros(ids.shape[0])
         check_tensors(ids=ids, answers=answers)
-        check_dtype("answers", answers, torch.int64)
-        check_shape("answers", answers, ids.shape[0])
+        soft = answers.ndim == 2 and answers.is_floating_point()
+        if soft:
+            check_shape("answers", answers, ids.shape[0], len(self.answers))
+        else:
+            check_dtype("answers", answers, torch.int64)
+            check_shape("answers", answers, ids.shape[0])
         mask = self.recipe.visual_mask(samples, step, video.shape[2])
         clips = self.encode_clips(video, mask)
         text = self.encode_text(ids, attention_mask, words=words)
         joint = self.model.join(clips, text, attention_mask, words=words)
-        known = answers != UNKNOWN
-        losses = self.loss(joint, attention_mask, answers.where(known, 0), words)
+        if soft:
+            known = (answers > 0).any(1)
+            losses = self.soft_loss(joint, attention_mask, answers.float(), words)
+        else:
+            known = answers != UNKNOWN
+            losses = self.loss(joint, attention_mask, answers.where(known, 0), words)
         # If no answer of the batch is known, the loss and its gradients are 0.
         loss = losses.where(known, 0).sum() / known.sum().clamp(min=1)
         return {"loss": loss, "qa": loss}
@@ -123,6 +152,33 @@ class Answers(FineTuned, ABC):
         answers = _checked(answers)
         return torch.tensor([self._numbers.get(answer or "", UNKNOWN) for answer in answers])
 
+    def targets(self, answers: Iterable[str | Sequence[str] | None]) -> Tensor:
+        """The weights of all answers to questions, [B, answers] float32 in [0, 1].
+
+        Args:
+            answers: the answer to each question, which has the weight 1, or the answers of several
+                people, which `weigh` weighs; those are compared without case, punctuation and
+                articles (`vidl.models.vqa.normalised`). None: no answer.
+        """
+        answers = _checked(answers, several=True)
+        targets = torch.zeros(len(answers), len(self.answers))
+        for own, given in zip(targets, answers, strict=True):
+            for number, weight in self._known(given).items():
+                own[number] = weight
+        return targets
+
+    def knows(self, answers: str | Sequence[str] | None) -> bool:
+        """Whether this answer, or that of one of several people, is among the answers."""
+        return any(self._known(given) for given in _checked([answers], several=True))
+
+    def _known(self, answer: Any) -> dict[int, float]:
+        """The weights of the known ones among the answers to a question, by their numbers."""
+        if isinstance(answer, str) or answer is None:
+            number = self._numbers.get(answer or "", UNKNOWN)
+            return {} if number == UNKNOWN else {number: 1.0}
+        numbers = self._normalised
+        return {numbers[text]: x for text, x in self.weigh(answer).items() if text in numbers}
+
 
 class Answering(Answers):
     """A pre-trained model with a classifier of answers on its fusion encoder.
@@ -130,8 +186,11 @@ class Answering(Answers):
         logits = Linear(GELU(Linear(the pooled question and clip)))
 
     Questions replace captions, and answers are classes. The hidden layer is twice as wide as its
-    input, as in ALPRO and VIOLET; VLC has a LayerNorm before GELU. Sources: ALPRO, arXiv
-    2112.09583, 4; VIOLET, arXiv 2111.12681; VLC, arXiv 2205.09256.
+    input, as in ALPRO and VIOLET; VLC has a LayerNorm before GELU. With one answer a question the
+    loss is the cross-entropy. With those of several people it is the binary cross-entropy of every
+    answer with its accuracy in VQA, summed over answers, as in UNITER and ViLT. Sources: ALPRO,
+    arXiv 2112.09583, 4; VIOLET, arXiv 2111.12681; VLC, arXiv 2205.09256; UNITER, arXiv 1909.11740;
+    ViLT, arXiv 2102.03334.
 
     Args:
         model, answers: see `Answers`; the answers are the classes.
@@ -164,12 +223,24 @@ class Answering(Answers):
         logits = self.model.over_views(self.head(joint.pooled).float())
         return F.cross_entropy(logits, answers, reduction="none")
 
+    def soft_loss(
+        self, joint: Joint, attention_mask: Tensor, targets: Tensor, words: int | None = None
+    ) -> Tensor:
+        """The binary cross-entropies of each question, summed over answers, [B] float32."""
+        logits = self.model.over_views(self.head(joint.pooled).float())
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
 
-def frequent_answers(answers: Iterable[str | None], most: int) -> list[str]:
+    def weigh(self, answers: Sequence[str]) -> dict[str, float]:
+        """The accuracy of each answer in VQA; see `vidl.models.vqa.vqa_accuracy`."""
+        return soft_scores(answers)
+
+
+def frequent_answers(answers: Iterable[str | Sequence[str] | None], most: int) -> list[str]:
     """The most frequent answers of a training set; ties are in alphabetical order.
 
     Args:
-        answers: the answers to all questions.
+        answers: the answer to each question, or those of several people, each of which counts, as
+            `vidl.models.vqa.normalised`.
         most: number of answers; published systems use 1000 to 2000 for MSRVTT-QA and
             ActivityNet-QA.
 
@@ -177,17 +248,23 @@ def frequent_answers(answers: Iterable[str | None], most: int) -> list[str]:
         ValueError: there are no answers, or most < 1.
     """
     check_count("most", most, 1)
-    counts = Counter(answer for answer in _checked(answers) if answer)
+    counts: Counter[str] = Counter()
+    for answer in _checked(answers, several=True):
+        counts.update([answer] if isinstance(answer, str) else map(normalised, answer or ()))
+    counts.pop("", None)
     if not counts:
         raise ValueError("need answers, got none")
     return sorted(counts, key=lambda answer: (-counts[answer], answer))[:most]
 
 
-def _checked(answers: Iterable[str | None]) -> list[str | None]:
+def _checked(answers: Iterable[Any], *, several: bool = False) -> list[Any]:
+    """The answers as a list; with `several`, an answer may be a list of those of people."""
     if isinstance(answers, str) or not isinstance(answers, Iterable):
         raise TypeError(f"need answers as a list of str or None, got {type(answers).__name__}")
     answers = list(answers)
     for answer in answers:
-        if answer is not None and not isinstance(answer, str):
+        if several and isinstance(answer, (list, tuple)):
+            check_answers(answer)
+        elif answer is not None and not isinstance(answer, str):
             raise TypeError(f"need answers as a list of str or None, got {answer!r} in it")
     return answers

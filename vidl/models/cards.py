@@ -1,11 +1,19 @@
 """What the paper of a system states, and the table of all systems."""
 
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vidl.files import replaced
+
+# GFLOP of a training step, forward and backward, per clip with a caption of 32 words; written by
+# tests/flops.py. "dense" is the preset base without masks and pruning, "sparse" the preset sparse,
+# or base where the published model is sparse.
+COUNTED = Path(__file__).with_name("flops.json")
+KINDS = ("dense", "sparse")
 
 
 @dataclass(frozen=True)
@@ -31,15 +39,24 @@ class Card:
     ours: str
 
 
+@functools.cache
+def counted() -> dict[str, dict[str, float]]:
+    """The numbers of `COUNTED`, by system and kind."""
+    numbers: dict[str, dict[str, float]] = json.loads(COUNTED.read_text())
+    return numbers
+
+
 def markdown(models: Mapping[str, Any]) -> str:
     """The table of all systems."""
-    titles = ("system", "features", "architecture", "objectives", "data", "tasks")
+    titles = ("system", "features", "architecture", "objectives", "data", "GFLOP, dense / sparse",
+              "tasks")  # fmt: skip
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, entry in models.items():
         card = entry.model.card
         objectives = ", ".join(x.upper() for x in entry.model.objectives)
         link = f"[{card.title}](https://arxiv.org/abs/{card.arxiv}) `{name}`"
-        cells = (link, card.features, card.architecture, objectives, card.data)
+        flops = " / ".join(f"{counted()[name][kind]:,.0f}" for kind in KINDS)
+        cells = (link, card.features, card.architecture, objectives, card.data, flops)
         lines.append(f"| {' | '.join(cells)} | {', '.join(entry.tasks())} |")
     return "\n".join(lines)
 
@@ -52,6 +69,7 @@ def text(models: Mapping[str, Any]) -> str:
 def describe(name: str, entry: Any) -> str:
     """One system, for a terminal."""
     card = entry.model.card
+    flops = ", ".join(f"{counted()[name][kind]:,.1f} {kind}" for kind in KINDS)
     rows = {
         "features": card.features,
         "architecture": card.architecture,
@@ -60,6 +78,7 @@ def describe(name: str, entry: Any) -> str:
         "tasks": ", ".join(entry.tasks()),
         "stated": card.stated,
         "our choice": card.ours,
+        "GFLOP": f"{flops} (a training step of base, per clip with 32 words)",
         "presets": ", ".join(entry.presets),
     }
     lines = [f"{name}: {card.title}, https://arxiv.org/abs/{card.arxiv}"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,9 @@ from vidl.models.merging import fill_words_together
 from vidl.models.recipe import Recipe
 from vidl.models.system import Inputs, Seen, System
 from vidl.nn import Bert, GridFeatures
+from vidl.nn.arguments import check_state
+from vidl.nn.bert import bert_name
+from vidl.nn.checkpoints import check_fit
 from vidl.nn.grid_features import check_stride
 
 
@@ -202,6 +206,10 @@ class ClipBert(System):
         self.pooler = nn.Linear(r.text_width, r.text_width)
         self.matches = nn.Linear(r.text_width, 2)
 
+    def starts(self) -> dict[str, Any]:
+        """See `System.starts`; the weights of BERT's pooler are loaded, too."""
+        return {"vision": self.vision, "text": _Texts(self)}
+
     def see(self, inputs: Inputs) -> Seen:
         """Encode captions with masked words beside the views of their clips, or of others."""
         r = self.recipe
@@ -333,3 +341,32 @@ class ClipBert(System):
             grid = (r.views_of(frames), *r.grid[1:])
             if tuple(mask.grid) != grid:
                 raise ValueError(f"need mask of {grid} places as video has, got {mask.grid}")
+
+
+class _Texts:
+    """What weights of BERT are loaded into: the encoder of clip and words, and the pooler."""
+
+    def __init__(self, model: ClipBert) -> None:
+        self.model = model
+
+    def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> list[str]:
+        """Load the weights of BERT; see `Bert.load_pretrained`.
+
+        The weights of the pooler may be missing, as in a BERT for masked words and in DistilBERT:
+        it keeps its initial weights.
+
+        Returns:
+            The names of weights that were skipped.
+
+        Raises:
+            ValueError: see `Bert.load_pretrained`, or those of the pooler have another shape.
+        """
+        check_state(state_dict)
+        named = {name: bert_name(name) for name in state_dict}
+        own = {name: ours for name, ours in named.items() if ours.startswith("pooler.")}
+        pooler = {ours.removeprefix("pooler.dense."): state_dict[n] for n, ours in own.items()}
+        if pooler:
+            check_fit(self.model.pooler, pooler)
+        skipped = self.model.text.load_pretrained(state_dict)
+        self.model.pooler.load_state_dict(pooler, strict=bool(pooler))
+        return [name for name in skipped if name not in own]

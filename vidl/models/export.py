@@ -2,15 +2,15 @@
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from vidl.files import replaced
-from vidl.models.system import check_model
-from vidl.models.two_towers import TwoTowers
-from vidl.nn import Bert, SpaceTimeTransformer, ViT
+from vidl.models.system import System, check_model
+from vidl.nn import Bert, GridFeatures, SpaceTimeTransformer, TimeSformer, ViT
 from vidl.nn.bert import EPS
 
 # From our parameter names (those of BERT) to those of DistilBERT, which has no segments.
@@ -27,62 +27,119 @@ _DISTILBERT = {
 }
 
 
+# From the names of our TimeSformer, those of its authors, to those of transformers.
+_TIMESFORMER = {
+    r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
+    r"^cls_token$": "embeddings.cls_token",
+    r"^pos_embed$": "embeddings.position_embeddings",
+    r"^time_embed$": "embeddings.time_embeddings",
+    r"^norm\.": "layernorm.",
+    r"^blocks\.": "encoder.layer.",
+    r"\.temporal_norm1\.": ".temporal_layernorm.",
+    r"\.temporal_attn\.qkv\.": ".temporal_attention.attention.qkv.",
+    r"\.temporal_attn\.proj\.": ".temporal_attention.output.dense.",
+    r"\.temporal_fc\.": ".temporal_dense.",
+    r"\.norm1\.": ".layernorm_before.",
+    r"\.attn\.qkv\.": ".attention.attention.qkv.",
+    r"\.attn\.proj\.": ".attention.output.dense.",
+    r"\.norm2\.": ".layernorm_after.",
+    r"\.mlp\.fc1\.": ".intermediate.dense.",
+    r"\.mlp\.fc2\.": ".output.dense.",
+}
+
+
 def _check_encoders(model: Any) -> None:
     """Raise unless timm and transformers have classes for both encoders."""
     check_model(model)
-    for name, kinds in (("vision", (ViT, SpaceTimeTransformer)), ("text", (Bert,))):
+    visions = (ViT, SpaceTimeTransformer, TimeSformer, GridFeatures)
+    for name, kinds in (("vision", visions), ("text", (Bert,))):
         part = getattr(model, name, None)
         if not isinstance(part, kinds):
             known = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(
                 f"cannot export {type(model).__name__}: need {name} as {known}, got "
-                f"{type(part).__name__}"
+                f"{type(part).__name__}, which we do not map to a class of timm or transformers; "
+                "vidl.training.open_run loads the run, whose model encodes clips and captions"
             )
 
 
-def vision_weights(model: TwoTowers) -> dict[str, Tensor]:
-    """The frame encoder under the parameter names of timm's `VisionTransformer(num_classes=0)`.
+def vision_weights(model: System) -> dict[str, Tensor]:
+    """The clip encoder, or its part that timm or transformers has, under their parameter names.
 
-    For `vidl.nn.ViT` these are all weights: without mask and pruning, timm computes the same. For
-    `vidl.nn.SpaceTimeTransformer` these are the spatial layers.
+    - `vidl.nn.ViT`: all weights, for timm's `VisionTransformer(num_classes=0)`, which computes the
+      same without mask and pruning.
+    - `vidl.nn.SpaceTimeTransformer`: the spatial layers, for the same class.
+    - `vidl.nn.TimeSformer`: all weights, for transformers' `TimesformerModel`, without the patch
+      embedding of images if it has one; of a model that sees images only, those that images use,
+      for timm's `VisionTransformer`.
+    - `vidl.nn.GridFeatures`: the CNN, for the ResNet of timm with its name, without classifier.
     """
     _check_encoders(model)
-    state = model.vision.state_dict()
-    return {
-        name: x
-        for name, x in state.items()
-        if not any(part in name for part in SpaceTimeTransformer.TIME)
-    }
+    own: Any = model
+    vision = own.vision
+    if isinstance(vision, GridFeatures):
+        return vision.cnn.state_dict()
+    state = vision.state_dict()
+    if not isinstance(vision, TimeSformer):
+        return _without(state, SpaceTimeTransformer.TIME)
+    if _images_only(vision):
+        images = _without(state, (*TimeSformer.TIME, "patch_embed."))
+        return {name.replace("image_embed.", "patch_embed."): x for name, x in images.items()}
+    clips = _without(state, ("image_embed.",))
+    return {_renamed(name, _TIMESFORMER): x for name, x in clips.items()}
 
 
-def text_weights(model: TwoTowers) -> dict[str, Tensor]:
+def _without(state: Mapping[str, Tensor], parts: Sequence[str]) -> dict[str, Tensor]:
+    return {name: x for name, x in state.items() if not any(part in name for part in parts)}
+
+
+def _images_only(vision: Any) -> bool:
+    """Whether an encoder was trained on images, with their own patch embedding."""
+    return vision.image_embed is not None and vision.num_frames == 1
+
+
+def text_weights(model: System) -> dict[str, Tensor]:
     """The text layers under the parameter names of transformers' `BertModel` without a pooler.
 
-    Without segments, under those of `DistilBertModel`. Fusion layers and heads are left out.
+    Without segments, under those of `DistilBertModel`. Fusion layers, merge layers and heads are
+    left out; of ClipBERT, which has merge layers only, they are exported, with its pooler.
     """
     _check_encoders(model)
-    text = model.text
-    fusion = tuple(
-        f"encoder.layer.{text.text_layers + layer}." for layer in range(text.fusion_layers)
-    )
-    state = text.state_dict()
-    weights = {name: x for name, x in state.items() if not name.startswith(("cls.", *fusion))}
+    own: Any = model
+    text = own.text
+    kept = tuple(f"encoder.layer.{layer}." for layer in range(_layers(text)))
+    weights = {
+        name: x for name, x in text.state_dict().items() if name.startswith(("embeddings.", *kept))
+    }
+    if _is_merged(text):
+        pooler = own.pooler.state_dict()
+        weights |= {f"pooler.dense.{name}": x for name, x in pooler.items()}
     if _has_segments(text):
         return weights
-    return {_renamed(name): x for name, x in weights.items()}
+    return {_renamed(name, _DISTILBERT): x for name, x in weights.items()}
 
 
-def text_config(model: TwoTowers) -> dict[str, Any]:
+def _is_merged(text: Bert) -> bool:
+    """Whether words have no layers of their own: all of them see clips, too."""
+    return text.text_layers == 0
+
+
+def _layers(text: Bert) -> int:
+    return text.merge_layers if _is_merged(text) else text.text_layers
+
+
+def text_config(model: System) -> dict[str, Any]:
     """The config.json for `text_weights`, as transformers reads it."""
     _check_encoders(model)
-    text = model.text
+    own: Any = model
+    text = own.text
     recipe, embeddings = model.recipe, text.embeddings
-    first: Any = text.encoder.layer[0]  # type: ignore[index]
+    first: Any = text.encoder.layer[0]
     mlp, positions = first.intermediate.dense.out_features, embeddings.max_positions
     if not _has_segments(text):
         return {
             "architectures": ["DistilBertModel"], "model_type": "distilbert",
-            "vocab_size": recipe.vocabulary.size, "dim": text.width, "n_layers": text.text_layers,
+            "vocab_size": recipe.vocabulary.size, "dim": text.width, "n_layers": _layers(text),
             "n_heads": recipe.text_heads, "hidden_dim": mlp, "max_position_embeddings": positions,
             "dropout": recipe.dropout, "attention_dropout": 0.0, "activation": "gelu",
             "sinusoidal_pos_embds": False, "pad_token_id": 0,
@@ -91,7 +148,7 @@ def text_config(model: TwoTowers) -> dict[str, Any]:
     return {
         "architectures": ["BertModel"], "model_type": "bert",
         "vocab_size": recipe.vocabulary.size, "hidden_size": text.width,
-        "num_hidden_layers": text.text_layers, "num_attention_heads": recipe.text_heads,
+        "num_hidden_layers": _layers(text), "num_attention_heads": recipe.text_heads,
         "intermediate_size": mlp, "max_position_embeddings": positions,
         "type_vocab_size": segments.num_embeddings, "hidden_dropout_prob": recipe.dropout,
         "attention_probs_dropout_prob": 0.0, "hidden_act": "gelu", "layer_norm_eps": EPS,
@@ -99,56 +156,116 @@ def text_config(model: TwoTowers) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def vision_options(model: TwoTowers) -> dict[str, Any]:
+def vision_options(model: System) -> dict[str, Any]:
     """The arguments of timm's `VisionTransformer` for `vision_weights`, and "mean" and "std".
 
     "mean" and "std" normalise pixels in 0 to 1; they are not arguments of `VisionTransformer`.
 
     Raises:
-        ValueError: tubelet_size > 1, which timm's `VisionTransformer` does not support.
+        ValueError: the weights are not for this class, or tubelet_size > 1, which it does not
+            support.
     """
     _check_encoders(model)
-    r = model.recipe
-    if r.tubelet_size > 1:
+    own: Any = model
+    if vision_class(model) != "VisionTransformer":
         raise ValueError(
-            "need tubelet_size 1: patches of timm's VisionTransformer have one frame, got "
-            f"{r.tubelet_size}"
+            f"need a vision encoder for timm's VisionTransformer, got {type(own.vision).__name__}, "
+            f"whose class is {vision_class(model)}"
         )
+    r = model.recipe
+    _check_patches(r)
     sizes = dict(img_size=r.image_size, patch_size=r.patch_size, embed_dim=r.width, depth=r.depth)
     return {**sizes, "num_heads": r.heads, "num_classes": 0, "mean": r.mean, "std": r.std}
 
 
-def vision_config(model: TwoTowers) -> dict[str, Any]:
-    """The config.json for `vision_weights`, as `timm.create_model("local-dir:...")` reads it.
+def _check_patches(recipe: Any) -> None:
+    if recipe.tubelet_size > 1:
+        raise ValueError(
+            "need tubelet_size 1: patches of timm's VisionTransformer and of transformers' "
+            f"TimesformerModel have one frame, got {recipe.tubelet_size}"
+        )
+
+
+def vision_class(model: System) -> str:
+    """The class that `vision_weights` are for.
+
+    Returns:
+        "VisionTransformer" or "ResNet" of timm, or "TimesformerModel" of transformers.
+    """
+    _check_encoders(model)
+    own: Any = model
+    if isinstance(own.vision, GridFeatures):
+        return "ResNet"
+    clips = isinstance(own.vision, TimeSformer) and not _images_only(own.vision)
+    return "TimesformerModel" if clips else "VisionTransformer"
+
+
+def vision_config(model: System) -> dict[str, Any]:
+    """The config.json for `vision_weights`.
+
+    `timm.create_model("local-dir:...")` reads it, or `transformers.AutoModel` if `vision_class` is
+    "TimesformerModel".
 
     Raises:
-        ValueError: see `vision_options`.
+        ValueError: tubelet_size > 1; see `vision_options`.
     """
-    options = vision_options(model)
-    mean, std = options.pop("mean"), options.pop("std")
-    size = options["img_size"]
-    return {
+    kind = vision_class(model)
+    own: Any = model
+    r = own.recipe
+    if kind == "TimesformerModel":
+        _check_patches(r)
+        return {
+            "architectures": [kind], "model_type": "timesformer", "image_size": r.image_size,
+            "patch_size": r.patch_size, "num_channels": 3, "num_frames": r.frames,
+            "hidden_size": r.width, "num_hidden_layers": r.depth, "num_attention_heads": r.heads,
+            "intermediate_size": 4 * r.width, "hidden_act": "gelu", "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0, "layer_norm_eps": 1e-6, "qkv_bias": True,
+            "attention_type": "divided_space_time", "drop_path_rate": 0,
+        }  # fmt: skip
+    if kind == "ResNet":
+        architecture, options = r.cnn, {"output_stride": r.stride}
+        width, pool = own.vision.cnn.num_features, "avg"
+        ends = {"first_conv": own.vision.cnn.default_cfg["first_conv"], "classifier": "fc"}
+    else:
         # any architecture of VisionTransformer: model_args override its sizes
-        "architecture": "vit_base_patch16_224", "model_args": options, "num_classes": 0,
-        "num_features": model.recipe.width, "global_pool": "token",
+        architecture, options = "vit_base_patch16_224", vision_options(model)
+        del options["mean"], options["std"]
+        width, pool = r.width, "token"
+        ends = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    return {
+        "architecture": architecture, "model_args": options, "num_classes": 0,
+        "num_features": width, "global_pool": pool,
         "pretrained_cfg": {
-            "input_size": [3, size, size], "fixed_input_size": True, "num_classes": 0,
-            "crop_pct": 1.0, "interpolation": "bilinear", "mean": mean, "std": std,
-            "first_conv": "patch_embed.proj", "classifier": "head", "custom_load": False,
+            "input_size": [3, r.image_size, r.image_size], "fixed_input_size": kind != "ResNet",
+            "num_classes": 0, "crop_pct": 1.0, "interpolation": "bilinear", "mean": r.mean,
+            "std": r.std, "custom_load": False, **ends,
         },
     }  # fmt: skip
 
 
-def tokenizer_config(model: TwoTowers) -> dict[str, Any]:
+def _preprocessor(recipe: Any) -> dict[str, Any]:
+    """The preprocessor_config.json beside the config.json of `TimesformerModel`."""
+    side = recipe.image_size
+    return {
+        "image_processor_type": "VideoMAEImageProcessor", "do_resize": True,
+        "size": {"shortest_edge": side}, "do_center_crop": True,
+        "crop_size": {"height": side, "width": side}, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": recipe.mean,
+        "image_std": recipe.std,
+    }  # fmt: skip
+
+
+def tokenizer_config(model: System) -> dict[str, Any]:
     """The tokenizer_config.json beside tokenizer.json, as transformers reads it."""
     check_model(model)
+    own: Any = model
     inputs = ["input_ids", "attention_mask"]
-    if _has_segments(model.text):
+    if _has_segments(own.text):
         inputs.insert(1, "token_type_ids")
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs,
-        "model_max_length": model.text.embeddings.max_positions, **names,
+        "model_max_length": own.text.embeddings.max_positions, **names,
     }  # fmt: skip
 
 
@@ -163,11 +280,13 @@ class Tokenizer(Protocol):
     def save(self, file: str | Path) -> None: ...
 
 
-def export(model: TwoTowers, folder: str | Path, tokenizer: Tokenizer) -> list[Path]:
+def export(model: System, folder: str | Path, tokenizer: Tokenizer) -> list[Path]:
     """Write both encoders and the tokenizer.
 
     `vision/` has model.safetensors, config.json for `timm.create_model("local-dir:...",
-    pretrained=True)`, and timm.json, the arguments of `timm.models.VisionTransformer`. `text/` has
+    pretrained=True)`, and timm.json, the arguments of `timm.models.VisionTransformer`, if
+    `vision_class` is that. For "TimesformerModel" config.json and preprocessor_config.json are
+    those of transformers. `text/` has
     model.safetensors and config.json for `transformers.AutoModel`, and tokenizer.json and
     tokenizer_config.json for `AutoTokenizer`.
 
@@ -180,8 +299,8 @@ def export(model: TwoTowers, folder: str | Path, tokenizer: Tokenizer) -> list[P
         The files.
 
     Raises:
-        ValueError: the vocabulary of the tokenizer is larger than that of the model, or see
-            `vision_options`; nothing is written.
+        ValueError: the vocabulary of the tokenizer is larger than that of the model, there is no
+            class for an encoder, or tubelet_size > 1; nothing is written.
         OSError: a file cannot be written; names it.
     """
     check_model(model)
@@ -196,7 +315,7 @@ def export(model: TwoTowers, folder: str | Path, tokenizer: Tokenizer) -> list[P
         raise ValueError(f"need a tokenizer of at most {known} tokens, got {len(tokenizer)}")
     text_facts = text_config(model) | {"pad_token_id": tokenizer.pad_id}
     facts = {
-        "vision": {"config.json": vision_config(model), "timm.json": vision_options(model)},
+        "vision": {"config.json": vision_config(model), **_more_of_vision(model)},
         "text": {"config.json": text_facts, "tokenizer_config.json": tokenizer_config(model)},
     }
     files = []
@@ -216,11 +335,19 @@ def export(model: TwoTowers, folder: str | Path, tokenizer: Tokenizer) -> list[P
     return files
 
 
+def _more_of_vision(model: System) -> dict[str, Any]:
+    """The other files of `vision/`."""
+    kind = vision_class(model)
+    if kind == "TimesformerModel":
+        return {"preprocessor_config.json": _preprocessor(model.recipe)}
+    return {"timm.json": vision_options(model)} if kind == "VisionTransformer" else {}
+
+
 def _has_segments(text: Bert) -> bool:
     return text.embeddings.token_type_embeddings is not None
 
 
-def _renamed(name: str) -> str:
-    for pattern, theirs in _DISTILBERT.items():
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    for pattern, theirs in names.items():
         name = re.sub(pattern, theirs, name)
     return name

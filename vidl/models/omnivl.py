@@ -233,10 +233,11 @@ class _Texts:
     def __init__(self, model: Omnivl) -> None:
         self.model = model
 
-    def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> None:
+    def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> list[str]:
         """See `Bert.load_pretrained`."""
-        self.model.text.load_pretrained(state_dict)
+        skipped = self.model.text.load_pretrained(state_dict)
         self.model.decoder.start_from(self.model.text)
+        return skipped
 
 
 def clip_encoder(recipe: Any) -> TimeSformer:

@@ -10,6 +10,7 @@ from torch import Tensor
 from vidl.kernels.arguments import check_count
 from vidl.models.abilities import Joint
 from vidl.models.answering import Answers
+from vidl.models.vqa import shares
 from vidl.nn import Captions, WordsDecoder
 
 # Logits of words that are computed at once, at most: 512 MiB in float32.
@@ -22,11 +23,13 @@ class Ranking(Answers):
         log p(answer) = sum over its words, and the end, of log p(word | words before it, rows)
 
     The decoder reads the rows of the question fused with its clip. The training loss is -log p of
-    the right answer. To answer a question, the `top` answers whose first word is the most probable
-    are ranked by log p; ties are broken by the order of the answers. Answers whose words are equal,
-    such as "Dog" and "dog" to a tokenizer that ignores case, have equal scores. The decoder starts
-    with the weights of the text encoder, see `start_decoder`. Sources: ALBEF, arXiv 2107.07651,
-    3.4; Singularity, arXiv 2206.03428, with 3 layers and `top` 128.
+    the right answer; with the answers of several people, the sum over distinct answers of -log p
+    times the share of people who gave it, as in ALBEF. To answer a question, the `top` answers
+    whose first word is the most probable are ranked by log p; ties are broken by the order of the
+    answers. Answers whose words are equal, such as "Dog" and "dog" to a tokenizer that ignores
+    case, have equal scores. The decoder starts with the weights of the text encoder, see
+    `start_decoder`. Sources: ALBEF, arXiv 2107.07651, 3.4; Singularity, arXiv 2206.03428, with 3
+    layers and `top` 128.
 
     Args:
         model, answers: see `Answers`.
@@ -122,6 +125,27 @@ class Ranking(Answers):
         return -self._log_likelihood(
             joint.text, attention_mask, self.rows[answers], questions, words
         )
+
+    def soft_loss(
+        self, joint: Joint, attention_mask: Tensor, targets: Tensor, words: int | None = None
+    ) -> Tensor:
+        """The weighted sum of -log p of the answers to each question, [B]; see `Answers.soft_loss`.
+
+        The number of answers is read on the host.
+        """
+        used = targets > 0
+        used[:, 0] |= ~used.any(1)  # with its weight of 0: every question has a pair
+        questions, answers = used.nonzero(as_tuple=True)
+        log_p = self._log_likelihood(
+            joint.text, attention_mask, self.rows[answers], questions, words
+        )
+        weighted = -targets[questions, answers] * log_p
+        losses = torch.zeros_like(targets, dtype=weighted.dtype)
+        return losses.index_put((questions, answers), weighted).sum(1)
+
+    def weigh(self, answers: Sequence[str]) -> dict[str, float]:
+        """The share of people who gave each answer."""
+        return shares(answers)
 
     def _likely(self, fused: Tensor, attention_mask: Tensor, top: int) -> Tensor:
         """The distinct answers whose first words are the most probable, [questions, top]."""

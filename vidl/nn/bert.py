@@ -275,26 +275,30 @@ class Bert(PredictsWords):
         clips, text = merged.split(x)
         return text, clips
 
-    def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> None:
+    def load_pretrained(self, state_dict: Mapping[str, Tensor]) -> list[str]:
         """Load the weights of Hugging Face's BERT or DistilBERT, with or without its heads.
 
         Names may begin with `bert.` or `distilbert.`. The weights of the pooler, of next-sentence
         prediction and, without `mlm_head`, of word prediction are skipped. The cross-attention of
         fusion layers may be missing, as in BERT itself: it keeps its initial weights.
 
+        Returns:
+            The names of weights that were skipped.
+
         Raises:
             ValueError: weights are missing, unexpected or of another shape (all are named), or the
                 checkpoint's output layer is not its word embedding.
         """
         check_state(state_dict)
-        weights = {bert_name(name): weight for name, weight in state_dict.items()}
-        skipped = ["pooler.", "cls.seq_relationship.", "embeddings.position_ids"]
-        skipped += [] if hasattr(self, "cls") else ["cls."]
-        weights = {n: w for n, w in weights.items() if not n.startswith(tuple(skipped))}
+        unused = ["pooler.", "cls.seq_relationship.", "embeddings.position_ids"]
+        unused += [] if hasattr(self, "cls") else ["cls."]
+        skipped = [name for name in state_dict if bert_name(name).startswith(tuple(unused))]
+        weights = {bert_name(n): w for n, w in state_dict.items() if n not in skipped}
         weights = with_tied_head(weights)
         crossing = [name for name in self.state_dict() if ".crossattention." in name]
         fresh = not any(".crossattention." in name for name in weights)
         load_or_explain(self, weights, may_miss=crossing if fresh else ())
+        return skipped
 
     def _layers(self) -> nn.ModuleList:
         layers = self.encoder.layer

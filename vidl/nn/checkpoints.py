@@ -111,6 +111,14 @@ def load_or_explain(
     Raises:
         ValueError: weights are missing, unexpected, or of another shape.
     """
+    check_fit(module, state_dict, may_miss)
+    module.load_state_dict(dict(state_dict), strict=False)
+
+
+def check_fit(
+    module: nn.Module, state_dict: Mapping[str, Tensor], may_miss: Iterable[str] = ()
+) -> None:
+    """Raise the error of `load_or_explain`, and load nothing; arguments are its own."""
     own = module.state_dict()
     missing = sorted(own.keys() - state_dict.keys() - set(may_miss))
     unexpected = sorted(state_dict.keys() - own.keys())
@@ -125,4 +133,3 @@ def load_or_explain(
             f"these weights do not fit {type(module).__name__}; {'; '.join(misfits)}. Nothing was "
             "loaded: build the module with the options of the model that the weights come from"
         )
-    module.load_state_dict(dict(state_dict), strict=False)

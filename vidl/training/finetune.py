@@ -1,6 +1,7 @@
 """Fine-tuning of a pre-trained model for retrieval, questions, captions or pairs of clips."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def finetune(
 
     The loop is that of `pretrain`, and so is resumption. For "qa" the rows are questions, and the
     model becomes a `vidl.models.Answering` or a `vidl.models.Ranking` with the most frequent
-    answers; the form and the answers are saved in the run's answers.json. For "caption" it becomes
+    answers; the form and the answers are saved in the run's answers.json. If some rows have the
+    answers of several people, the targets are soft; see `Answers.targets`. For "caption" it becomes
     a `vidl.models.Captioning`, whose number of layers is saved in the run's decoder.json. For
     "pair" the rows have two clips, a caption and a label, and it becomes a `vidl.models.Pairing`.
 
@@ -150,7 +152,16 @@ class Questions(Heads):
         if kept:
             self.form, self.answers = read_answers(folder)
         else:
-            self.form, self.answers = form, frequent_answers(sources.training_answers(config), most)
+            soft = False
+
+            def given() -> Iterator[Any]:
+                nonlocal soft
+                for answer in sources.training_answers(config):
+                    soft = soft or isinstance(answer, tuple)
+                    yield answer
+
+            self.answers = frequent_answers(given(), most)
+            self.form = dataclasses.replace(form, soft=soft)
         if str(self.form) != str(form):
             raise ValueError(
                 f"{folder} has a run with form {self.form}: need the same to resume it, or another "
@@ -158,15 +169,16 @@ class Questions(Heads):
             )
         super().__init__(config, ranks, accuracy if evaluated(config) else None)
         if ranks.first and not kept:
-            write_answers(folder, form, self.answers)
+            write_answers(folder, self.form, self.answers)
         ranks.wait()
 
     def new_model(self) -> Answers:
         return answering(super().new_model(), self.form, self.answers, self.tokenizer)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        numbers = self.model.numbers(row.answer for row in batch.rows)
-        return super()._inputs(batch) | {"answers": numbers.to(self.ranks.device)}
+        wanted = self.model.targets if self.form.soft else self.model.numbers
+        answers = wanted(row.given for row in batch.rows)
+        return super()._inputs(batch) | {"answers": answers.to(self.ranks.device)}
 
 
 class Captions(Heads):

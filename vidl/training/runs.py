@@ -48,14 +48,17 @@ class AnswerForm:
     Attributes:
         name: "classifier" or "ranking".
         layers, top: of `vidl.models.Ranking`; a classifier has neither.
+        soft: whether several people answered some of the training questions, so that the targets
+            are soft; a run finds it in its data.
 
     Raises:
-        ValueError: unknown name, or layers or top is not a positive integer.
+        ValueError: unknown name, layers or top is not a positive integer, or soft no boolean.
     """
 
     name: str = "classifier"
     layers: int = 3
     top: int = 128
+    soft: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in FORMS:
@@ -64,6 +67,8 @@ class AnswerForm:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"need {name} >= 1 of the ranking decoder, got {value!r}")
+        if not isinstance(self.soft, bool):
+            raise ValueError(f"need soft as true or false, got {self.soft!r}")
 
     def __str__(self) -> str:
         if self.name == "classifier":
@@ -153,8 +158,9 @@ def read_answers(folder: Path) -> tuple[AnswerForm, list[str]]:
     kept = json.loads((folder / ANSWERS).read_text())
     try:
         form = kept["form"]
-        return AnswerForm(form["name"], form["layers"], form["top"]), kept["answers"]
-    except (KeyError, TypeError, ValueError):
+        soft = form.get("soft", False)
+        return AnswerForm(form["name"], form["layers"], form["top"], soft), kept["answers"]
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(
             f"need an object of form (name {' or '.join(FORMS)}, layers and top) and answers in "
             f"{folder / ANSWERS}, got {kept!r:.80}"

@@ -1,7 +1,7 @@
 """Create the data sets and the tokenizer of a run from its configuration."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,12 +167,12 @@ def _require_pairs(rows: Any, wanted: bool, field: str) -> None:
         raise ValueError(f"need rows in {field} {needed}, got {given}: {row.media}")
 
 
-def training_answers(config: Config) -> Iterator[str | None]:
-    """The answers of the training rows."""
+def training_answers(config: Config) -> Iterator[str | Sequence[str] | None]:
+    """The answers of the training rows; several for a question that several people answered."""
     if config.data.source == "moving_shapes":
         dataset = open_clips(config, config.recipe(), None)
-        return (dataset.row(index).answer for index in range(len(dataset)))
-    return (row.answer for row in annotated(config))
+        return (dataset.row(index).given for index in range(len(dataset)))
+    return (row.given for row in annotated(config))
 
 
 def _load(files: list[str], media: str | None, outside: bool) -> Any:
