@@ -37,6 +37,50 @@ struct Backward {
   int64_t parts;
 };
 
+// How the CUDA kernel of the table's gradient divides its work. A tile is up to kTableRows queries
+// and keys of a group. If the groups are about as long as the longest, a block takes one tile of
+// many groups; else it takes blocks of kTableRows queries, as groups/blocks.h does for 64.
+constexpr int32_t kTableSquares = 5, kTableRows = 16 * kTableSquares;
+
+struct TablePlan {
+  bool tiled;
+  int32_t query_squares, key_squares;  // of 16 rows, of the longest group
+  int32_t query_tiles, key_tiles;      // of a group; without `tiled` one
+  int32_t queries, keys;               // rows of the largest tile
+  int64_t items;                       // pairs of tile and group, or blocks of queries
+  int64_t parts;                       // of the items, a block for each head
+};
+
+constexpr TablePlan table_plan(const Groups& groups) {
+  constexpr int64_t kMost = 64;  // parts
+  const auto squares = [](int64_t rows) { return static_cast<int32_t>((rows + 15) / 16); };
+  const auto over = [](int32_t n, int32_t by) { return by == 0 ? 0 : (n + by - 1) / by; };
+  const int64_t G = groups.G;
+  TablePlan plan = {};
+  plan.query_squares = squares(groups.max_queries), plan.key_squares = squares(groups.max_keys);
+  plan.query_tiles = over(plan.query_squares, kTableSquares);
+  plan.key_tiles = over(plan.key_squares, kTableSquares);
+  plan.queries = 16 * over(plan.query_squares, plan.query_tiles);
+  plan.keys = 16 * over(plan.key_squares, plan.key_tiles);
+  const int64_t queries = groups.num_queries / kTableRows + G, keys = groups.E / kTableRows + G;
+  plan.tiled = G * plan.query_tiles <= 2 * queries && G * plan.key_tiles <= 2 * keys;
+  if (!plan.tiled) {
+    plan.queries = plan.query_tiles > 1 ? kTableRows : plan.queries;
+    plan.keys = plan.key_tiles > 1 ? kTableRows : plan.keys;
+    plan.query_tiles = plan.key_tiles = 1;
+    plan.items = queries;
+    plan.parts = queries < kMost ? queries : kMost;
+    return plan;
+  }
+  const int64_t all = int64_t{plan.query_tiles} * plan.key_tiles;
+  plan.items = all * G;
+  // A part has one tile if there are not more tiles than parts.
+  plan.parts = plan.items == 0 ? 0
+               : all > kMost   ? kMost
+                               : all * (kMost / all < G ? kMost / all : G);
+  return plan;
+}
+
 constexpr int64_t kMostBiased = 64;  // the largest head size with kernels for Biased
 
 // Which CUDA kernels a call launches, by its longest group and the shared memory of a block.

@@ -44,10 +44,7 @@ struct Problem : Lists {
     }
   }
 
-  int64_t parts() const {
-    const int64_t blocks = int64_t(c.queries.size()) * ((longest(c.queries) + 63) / 64);
-    return std::min<int64_t>((blocks + 3) / 4 * 4, 64);
-  }
+  int64_t parts() const { return vidl::table_plan(groups()).parts; }
 
   void fill(Tensor& x, int which) {
     const int64_t rows = int64_t(x.bytes()) / 2 / line;
