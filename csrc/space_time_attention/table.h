@@ -96,6 +96,7 @@ struct TableTiles {
 // computes, and computed before. Copies arrive in the background.
 struct TableNumbers {
   int64_t part;
+  bool has_bias, has_scores;
   TableTiles tiles;  // from the next to look up on
   TableTile tile[4];
   int query_codes[4][kTableRows], key_codes[4][kTableRows];
@@ -105,7 +106,7 @@ struct TableNumbers {
 
   // Whether two tiles have the same rows of the table: their codes differ by one number. All lanes
   // call it.
-  __device__ __forceinline__ bool same_rows(int x, int y) const {
+  __device__ __forceinline__ bool same_rows(unsigned x, unsigned y) const {
     bool same = tile[x].queries == tile[y].queries && tile[x].keys == tile[y].keys;
     const unsigned more = static_cast<unsigned>(key_codes[x][0]) - key_codes[y][0];
     for (int i = lane_id(); i < tile[x].queries; i += 32) {
@@ -134,13 +135,13 @@ struct TableMemory {
     const int64_t rows = 2 * (plan.queries + int64_t{plan.keys});
     return 2 * rows * kStride<D> * int64_t{sizeof(T)} + int64_t{sizeof(TableNumbers)};
   }
-  __device__ __forceinline__ T* stage(int n) const {
+  __device__ __forceinline__ T* stage(unsigned n) const {
     return memory + n * 2 * (queries + keys) * kStride<D>;
   }
-  __device__ __forceinline__ T* q(int slot, int warp) const {
+  __device__ __forceinline__ T* q(unsigned slot, int warp) const {
     return stage(slot % 2) + warp * 32 * kStride<D>;
   }
-  __device__ __forceinline__ T* k(int slot) const {
+  __device__ __forceinline__ T* k(unsigned slot) const {
     return stage(slot % 2) + 2 * queries * kStride<D>;
   }
   __device__ __forceinline__ TableNumbers& numbers() const {
@@ -152,7 +153,7 @@ struct TableMemory {
 
   // Starts to copy a tile.
   __device__ __forceinline__ void fetch(const SpaceTimeAttention& a, const Backward& b, int h,
-                                        int slot) const {
+                                        unsigned slot) const {
     TableNumbers& to = numbers();
     const TableTile& t = to.tile[slot];
     const Groups& groups = a.groups;
@@ -194,11 +195,16 @@ struct TableMemory {
 
 // The lane's two queries of a tile.
 struct TableQueries {
+  const TableNumbers& numbers;
+  unsigned slot;
+  Table table;
+  float scale;
   float lse[2], delta[2], share[2];  // share: of the gradient of a score
   int limit[2], offset[2];           // limit: keys of the tile that a query sees
 
-  __device__ __forceinline__ TableQueries(const SpaceTimeAttention& a, const TableNumbers& numbers,
-                                          int slot, int first) {
+  __device__ __forceinline__ TableQueries(const SpaceTimeAttention& a, int h,
+                                          const TableNumbers& numbers, unsigned slot, int first)
+      : numbers(numbers), slot(slot), table(a.bias, h), scale(a.scale * kLog2E) {
     const TableTile& t = numbers.tile[slot];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -214,6 +220,32 @@ struct TableQueries {
       if (lse[i] == -INFINITY) limit[i] = 0;  // key_bias hides all keys
       share[i] = share_of(a.scores, t.first_query + query, t.group_queries);
       share[i] /= static_cast<float>(a.H);
+    }
+  }
+
+  // Adds the gradients of the logits with 16 keys from `start` on, of which `products` are those of
+  // queries and keys, and `grads` those of gradients of the outputs and values.
+  __device__ __forceinline__ void add(Square& sums, const Square& products, const Square& grads,
+                                      int start) const {
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const int column = start + column_of_lane(j);
+      const int2 codes = *reinterpret_cast<const int2*>(&numbers.key_codes[slot][column]);
+      float2 bias = make_float2(0.0f, 0.0f), score = bias;
+      if (numbers.has_bias)
+        bias = *reinterpret_cast<const float2*>(&numbers.bias[slot % 2][column]);
+      if (numbers.has_scores)
+        score = *reinterpret_cast<const float2*>(&numbers.scores[slot % 2][column]);
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int i = e / 2, l = e % 2;
+        const int row = wrapping_sum(l == 0 ? codes.x : codes.y, offset[i]);
+        const float added =
+            __ldg(table.rows + within(row, table.last)) + (l == 0 ? bias.x : bias.y);
+        const float logit = products[j][e] * scale + (added * kLog2E - lse[i]);
+        const float grad = grads[j][e] + ((l == 0 ? score.x : score.y) * share[i] - delta[i]);
+        sums[j][e] += column + l < limit[i] ? exp2_approx(logit) * grad : 0.0f;
+      }
     }
   }
 };
@@ -238,6 +270,7 @@ __global__ void __launch_bounds__(32 * kTableSquares, 2)
   };
   if (threadIdx.x == 0) {
     numbers.part = part;
+    numbers.has_bias = a.bias.key_bias != nullptr, numbers.has_scores = b.grad_scores != nullptr;
     numbers.tiles = TableTiles(a.groups, plan, part);
     for (TableTile& tile : numbers.tile) tile = {};
   }
@@ -245,8 +278,6 @@ __global__ void __launch_bounds__(32 * kTableSquares, 2)
   for (int64_t i = threadIdx.x; i < max(tables, 1) * a.bias.rows; i += blockDim.x) {
     tables_of_block()[i] = 0.0f;
   }
-  const Table logits(a.bias, h);
-  const bool has_bias = a.bias.key_bias != nullptr, has_scores = b.grad_scores != nullptr;
   Square sums[kTableSquares];
   const auto clear_sums = [&] {
 #pragma unroll
@@ -256,8 +287,8 @@ __global__ void __launch_bounds__(32 * kTableSquares, 2)
 
   // Tile n is looked up, the one before copied, the one before that computed.
 #pragma unroll 1
-  for (int n = 0;; n++) {
-    const int copied = (n + 3) % 4, now = (n + 2) % 4, held = (n + 1) % 4;
+  for (unsigned n = 0;; n++) {
+    const unsigned copied = (n + 3) % 4, now = (n + 2) % 4, held = (n + 1) % 4;
     cp_async_wait();
     __syncthreads();  // the tile is there, and nobody reads the one before any more
     const int queries_held = numbers.tile[held].queries, keys_held = numbers.tile[held].keys;
@@ -294,42 +325,23 @@ __global__ void __launch_bounds__(32 * kTableSquares, 2)
       const TableTile tile = tiles.next(a.groups, plan);
       if (lane_id() == 0) numbers.tiles = tiles, numbers.tile[n % 4] = tile;
     }
-    if (first >= numbers.tile[now].queries) continue;
-
-    T *const q = memory.q(now, warp), *const k = memory.k(now),
-             *const v = k + plan.keys * kStride<D>;
-    Rows16<D> query_rows, grad_rows;
-    query_rows.load(q);
-    grad_rows.load(q + 16 * kStride<D>);
-    const TableQueries queries(a, numbers, now, first);
-    const float scale = a.scale * kLog2E;
+    if (first < numbers.tile[now].queries) {
+      const T *const q = memory.q(now, warp), *const k = memory.k(now);
+      Rows16<D> query_rows, grad_rows;
+      query_rows.load(q);
+      grad_rows.load(q + 16 * kStride<D>);
+      const TableQueries queries(a, h, numbers, now, first);
 #pragma unroll
-    for (int s = 0; s < kTableSquares; s++) {
-      if (16 * s >= count) continue;
-      Square weights, grads;
-      multiply_transposed<T, D>(weights, query_rows, k, 16 * s);
-      multiply_transposed<T, D>(grads, grad_rows, v, 16 * s);
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        const int column = 16 * s + column_of_lane(j);
-        const int2 codes = *reinterpret_cast<const int2*>(&numbers.key_codes[now][column]);
-        float2 bias = make_float2(0.0f, 0.0f), score = bias;
-        if (has_bias) bias = *reinterpret_cast<const float2*>(&numbers.bias[now % 2][column]);
-        if (has_scores) score = *reinterpret_cast<const float2*>(&numbers.scores[now % 2][column]);
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int i = e / 2, l = e % 2;
-          const int row = wrapping_sum(l == 0 ? codes.x : codes.y, queries.offset[i]);
-          const float added = logits.rows[within(row, logits.last)] + (l == 0 ? bias.x : bias.y);
-          const float logit = weights[j][e] * scale + (added * kLog2E - queries.lse[i]);
-          const float more = (l == 0 ? score.x : score.y) * queries.share[i] - queries.delta[i];
-          const float grad = exp2_approx(logit) * (grads[j][e] + more);
-          sums[s][j][e] += column + l < queries.limit[i] ? grad : 0.0f;
+      for (int s = 0; s < kTableSquares; s++) {
+        if (16 * s < count) {
+          Square products, grads;
+          multiply_transposed<T, D>(products, query_rows, k, 16 * s);
+          multiply_transposed<T, D>(grads, grad_rows, k + plan.keys * kStride<D>, 16 * s);
+          queries.add(sums[s], products, grads, 16 * s);
         }
       }
     }
   }
-
   if (tables > 0) {
     sum_tables(memory.tables(), tables, a.bias.rows,
                b.bias_parts + (numbers.part * a.H + h) * a.bias.rows);
