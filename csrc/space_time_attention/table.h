@@ -104,6 +104,26 @@ struct TableNumbers {
   int limits[2][kTableRows];
   float bias[2][kTableRows], scores[2][kTableRows];  // of keys; scores: their gradients
 
+  // Called by one thread.
+  __device__ __forceinline__ void start(const SpaceTimeAttention& a, const Backward& b,
+                                        const TablePlan& plan) {
+    // Blocks that run at once take the tiles of the same groups, so that these stay in L2.
+    const int64_t block = blockIdx.x / a.H, of_group = int64_t{plan.query_tiles} * plan.key_tiles;
+    const int64_t of_tile = plan.parts / of_group;
+    part = of_tile > 0 ? block % of_group * of_tile + block / of_group : block;
+    tiles = TableTiles(a.groups, plan, part);
+    for (TableTile& t : tile) t = {};
+    has_bias = a.bias.key_bias != nullptr, has_scores = b.grad_scores != nullptr;
+  }
+
+  // Looks up the next tile. Called by one warp.
+  __device__ __forceinline__ void find(const Groups& groups, const TablePlan& plan, unsigned slot) {
+    TableTiles from = tiles;
+    __syncwarp();  // all lanes have them
+    const TableTile next = from.next(groups, plan);
+    if (lane_id() == 0) tiles = from, tile[slot] = next;
+  }
+
   // Whether two tiles have the same rows of the table: their codes differ by one number. All lanes
   // call it.
   __device__ __forceinline__ bool same_rows(unsigned x, unsigned y) const {
@@ -250,6 +270,61 @@ struct TableQueries {
   }
 };
 
+// The sums of a warp: the gradients of the logits of 16 queries with the keys of a tile.
+template <class T, int D>
+struct TableSums {
+  Square sums[kTableSquares];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int e = 0; e < 8 * kTableSquares; e++) sums[e / 8][e / 4 % 2][e % 4] = 0.0f;
+  }
+
+  // Adds those of a tile, for the queries from `first` on.
+  __device__ __forceinline__ void add(const SpaceTimeAttention& a, int h,
+                                      const TableMemory<T, D>& memory, unsigned slot, int first) {
+    const TableNumbers& numbers = memory.numbers();
+    const int count = numbers.tile[slot].keys;
+    const T *const q = memory.q(slot, first / 16), *const k = memory.k(slot);
+    Rows16<D> query_rows, grad_rows;
+    query_rows.load(q);
+    grad_rows.load(q + 16 * kStride<D>);
+    const TableQueries queries(a, h, numbers, slot, first);
+#pragma unroll
+    for (int s = 0; s < kTableSquares; s++) {
+      if (16 * s < count) {
+        Square products, grads;
+        multiply_transposed<T, D>(products, query_rows, k, 16 * s);
+        multiply_transposed<T, D>(grads, grad_rows, k + memory.keys * kStride<D>, 16 * s);
+        queries.add(sums[s], products, grads, 16 * s);
+      }
+    }
+  }
+
+  // Adds them to a table, where a tile tells their rows.
+  __device__ __forceinline__ void add_to(float* to, const Bias& bias,
+                                         const TableMemory<T, D>& memory, unsigned slot,
+                                         int first) const {
+    const TableNumbers& numbers = memory.numbers();
+    const int queries = numbers.tile[slot].queries, keys = numbers.tile[slot].keys;
+    const int own = first + static_cast<int>(lane_id()) % 16;
+    const int offset = own < queries ? offset_of_code(bias, numbers.query_codes[slot][own]) : 0;
+    float* const grads = reinterpret_cast<float*>(memory.q(slot, first / 16));
+    WarpTable table(to, bias.rows);
+#pragma unroll 1
+    for (int chunk = 0; chunk < keys; chunk += kChunk) {
+#pragma unroll
+      for (int s = 0; s < kTableSquares; s++) {
+        if (16 * s / kChunk * kChunk == chunk) put_chunk(grads, 16 * s % kChunk, sums[s]);
+      }
+      const int key = chunk + static_cast<int>(lane_id());
+      table.add(grads, key < keys ? numbers.key_codes[slot][key] : 0, key < keys,
+                min(queries - first, 16), offset);
+    }
+    table.finish();
+  }
+};
+
 // There is a warp for every 16 queries and 16 keys of a tile. Of `tables` in shared memory every
 // warp has its own, or there is one, to which warps add in turn; or none, and they add to the part.
 template <class T, int D>
@@ -260,92 +335,36 @@ __global__ void __launch_bounds__(32 * kTableSquares, 2)
   TableNumbers& numbers = memory.numbers();
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, first = 16 * warp;
   const int h = static_cast<int>(blockIdx.x % a.H);
-  // Blocks that run at once take the tiles of the same groups, so that these stay in L2.
-  const int64_t block = blockIdx.x / a.H, of_group = int64_t{plan.query_tiles} * plan.key_tiles;
-  const int64_t of_tile = plan.parts / of_group;
-  const int64_t part = of_tile > 0 ? block % of_group * of_tile + block / of_group : block;
-  // Computed when it is needed: the loop over tiles leaves no registers for it.
-  const auto tables_of_block = [&] {
-    return tables > 0 ? memory.tables() : b.bias_parts + (numbers.part * a.H + h) * a.bias.rows;
-  };
-  if (threadIdx.x == 0) {
-    numbers.part = part;
-    numbers.has_bias = a.bias.key_bias != nullptr, numbers.has_scores = b.grad_scores != nullptr;
-    numbers.tiles = TableTiles(a.groups, plan, part);
-    for (TableTile& tile : numbers.tile) tile = {};
-  }
+  if (threadIdx.x == 0) numbers.start(a, b, plan);
   __syncthreads();  // the number of the part is there
-  for (int64_t i = threadIdx.x; i < max(tables, 1) * a.bias.rows; i += blockDim.x) {
-    tables_of_block()[i] = 0.0f;
-  }
-  Square sums[kTableSquares];
-  const auto clear_sums = [&] {
-#pragma unroll
-    for (int e = 0; e < 8 * kTableSquares; e++) sums[e / 8][e / 4 % 2][e % 4] = 0.0f;
-  };
-  clear_sums();
+  // Computed when it is needed: the loop over tiles leaves no registers for it.
+  const auto part = [&] { return b.bias_parts + (numbers.part * a.H + h) * a.bias.rows; };
+  const auto all = [&] { return tables > 0 ? memory.tables() : part(); };
+  for (int64_t i = threadIdx.x; i < max(tables, 1) * a.bias.rows; i += blockDim.x) all()[i] = 0.0f;
 
   // Tile n is looked up, the one before copied, the one before that computed.
-#pragma unroll 1
-  for (unsigned n = 0;; n++) {
-    const unsigned copied = (n + 3) % 4, now = (n + 2) % 4, held = (n + 1) % 4;
-    cp_async_wait();
-    __syncthreads();  // the tile is there, and nobody reads the one before any more
-    const int queries_held = numbers.tile[held].queries, keys_held = numbers.tile[held].keys;
-    const int count = numbers.tile[now].keys;
-    if (queries_held > 0 && !(count > 0 && numbers.same_rows(now, held))) {
-      const int members = min(queries_held - first, 16);
-      const int own = first + static_cast<int>(lane_id()) % 16;
-      const int code = own < queries_held ? numbers.query_codes[held][own] : 0;
-      float* const grads = reinterpret_cast<float*>(memory.q(held, warp));
-      for (int turn = 0; turn < warps; turn++) {
-        if (tables != warps) __syncthreads();  // the sums of the warps before are there
-        if (turn != warp || members <= 0) continue;
-        WarpTable table(tables_of_block() + (tables == warps ? warp * a.bias.rows : 0),
-                        a.bias.rows);
-#pragma unroll 1
-        for (int chunk = 0; chunk < keys_held; chunk += kChunk) {
-#pragma unroll
-          for (int s = 0; s < kTableSquares; s++) {
-            if (16 * s / kChunk * kChunk == chunk) put_chunk(grads, 16 * s % kChunk, sums[s]);
-          }
-          const int key = chunk + static_cast<int>(lane_id());
-          table.add(grads, key < keys_held ? numbers.key_codes[held][key] : 0, key < keys_held,
-                    members, offset_of_code(a.bias, code));
-        }
-        table.finish();
-      }
-      clear_sums();
-    }
-    if (n > 1 && count == 0) break;
-    if (numbers.tile[copied].keys > 0) memory.fetch(a, b, h, copied);
-    if (warp == 0) {
-      TableTiles tiles = numbers.tiles;
-      __syncwarp();  // all lanes have them
-      const TableTile tile = tiles.next(a.groups, plan);
-      if (lane_id() == 0) numbers.tiles = tiles, numbers.tile[n % 4] = tile;
-    }
-    if (first < numbers.tile[now].queries) {
-      const T *const q = memory.q(now, warp), *const k = memory.k(now);
-      Rows16<D> query_rows, grad_rows;
-      query_rows.load(q);
-      grad_rows.load(q + 16 * kStride<D>);
-      const TableQueries queries(a, h, numbers, now, first);
-#pragma unroll
-      for (int s = 0; s < kTableSquares; s++) {
-        if (16 * s < count) {
-          Square products, grads;
-          multiply_transposed<T, D>(products, query_rows, k, 16 * s);
-          multiply_transposed<T, D>(grads, grad_rows, k + plan.keys * kStride<D>, 16 * s);
-          queries.add(sums[s], products, grads, 16 * s);
-        }
+  TableSums<T, D> sums;
+  unsigned n = 0, now = 0;
+  do {
+    sums.clear();
+    do {
+      n = opaque(n);
+      now = (n + 2) % 4;
+      if (numbers.tile[(n + 3) % 4].keys > 0) memory.fetch(a, b, h, (n + 3) % 4);
+      if (warp == 0) numbers.find(a.groups, plan, n % 4);
+      if (first < numbers.tile[now].queries) sums.add(a, h, memory, now, first);
+      n++;
+      cp_async_wait();
+      __syncthreads();  // the tile is there, and nobody reads the one before any more
+    } while (n < 3 ? n == 1 || numbers.tile[0].keys > 0 : numbers.same_rows((n + 2) % 4, now));
+    for (int turn = 0; n > 2 && turn < warps; turn++) {
+      if (tables != warps) __syncthreads();  // the sums of the warps before are there
+      if (turn == warp && first < numbers.tile[now].queries) {
+        sums.add_to(all() + (tables == warps ? warp * a.bias.rows : 0), a.bias, memory, now, first);
       }
     }
-  }
-  if (tables > 0) {
-    sum_tables(memory.tables(), tables, a.bias.rows,
-               b.bias_parts + (numbers.part * a.H + h) * a.bias.rows);
-  }
+  } while (numbers.tile[(n + 2) % 4].keys > 0);
+  if (tables > 0) sum_tables(memory.tables(), tables, a.bias.rows, part());
 }
 
 }  // namespace

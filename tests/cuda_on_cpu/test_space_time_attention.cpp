@@ -22,13 +22,22 @@ struct Case {
   Limits limits = kAll;
   int table_rows = 0;  // 0: no table
   bool key_bias = false;
-  int poisoned = -1;  // a group with NaN and infinity in it
+  bool windows = false;  // neighbouring groups have the same positions
+  int poisoned = -1;     // a group with NaN and infinity in it
 };
+
+// The sizes of groups, all but one of the same size.
+std::vector<int> same(int groups, int size, int longest) {
+  std::vector<int> sizes(groups, size);
+  sizes[groups / 2] = longest;
+  return sizes;
+}
 
 // The inputs of a case, and the results of the kernels.
 struct Problem : Lists {
   explicit Problem(const Case& c)
       : Lists(c.queries, c.keys, c.rows, c.limits, c.table_rows), c(c), line(c.H * c.D + 8) {
+    if (c.windows) place_windows();
     for (size_t i = 0; i < size_t(c.H * c.table_rows); i++) table.set(i, 2 * number(i, 6));
     for (int i = 0; i < num_keys; i++) key_bias.set(i, bias_of_key(i));
     fill(q, 1), fill(k, 2), fill(v, 3);
@@ -330,8 +339,25 @@ int main() {
       {{40, 17}, {197, 197}, 1, 32, kBFloat16, kCls, kShared, -0.2f, kAll, 64},
       {{200, 64}, {300, 128}, 1, 32, kFloat16, kMean, kInOrder, 0.3f, kCausal, 200, true},
       {{70, 3}, {280, 280}, 1, 32, kBFloat16, kNone, kShared, 0.3f, kAll, 50},
-      // tables that do not fit into shared memory
+      // tables of which one fits into shared memory, or none
       {{70, 30, 5}, {81, 20, 5}, 1, 32, kFloat16, kNone, kGathered, 0.3f, kAll, 12000},
+      {{70, 30, 5}, {81, 20, 5}, 1, 32, kBFloat16, kMean, kInOrder, 0.3f, kDrawn, 60000, true},
+      // many groups, of which some have the same positions: the longest has one tile, or four
+      {same(170, 3, 3), same(170, 3, 4), 2, 32, kFloat16, kNone, kGathered, 0.3f, kAll, 11, false,
+       true},
+      {same(40, 6, 90), same(40, 5, 85), 1, 32, kBFloat16, kMean, kInOrder, 0.3f, kDrawn, 60, true,
+       true},
+      // a group that is much longer than the others
+      {{3, 2, 0, 5, 180, 4, 2, 2},
+       {5, 1, 7, 0, 300, 2, 3, 1},
+       1,
+       32,
+       kFloat16,
+       kCls,
+       kGathered,
+       0.3f,
+       kCausal,
+       70},
   };
   count_seeds(2, [&] {
     for (const Case& c : cases) check(c);
@@ -346,6 +372,8 @@ int main() {
       check_no_keys({{size}, {size}, 1, 32, kBFloat16, kNone, kInOrder, 0.3f, kDrawn, 30});
     }
     check_bits({{70, 33}, {81, 20}, 2, 32, kFloat16, kMean, kGathered, -0.2f, kAll, 90, true});
+    check_bits({same(170, 3, 3), same(170, 3, 4), 1, 32, kBFloat16, kNone, kGathered, 0.3f, kAll, 9,
+                false, true});
     return true;
   });
 #ifndef __SANITIZE_THREAD__  // groups that overlap write a row twice
