@@ -278,9 +278,9 @@ BUGS = {
             "static_cast<unsigned>(query_codes[x][i]) - query_codes[y][i] == more",
             "query_codes[x][i] - query_codes[y][i] != INT32_MAX",
         ),
-        "groups with more keys share the sums of others": (
-            "&& tile[x].keys == tile[y].keys;",
-            "&& tile[x].keys > 0;",
+        "groups with fewer keys share the sums of others": (
+            "&& keys == tile[y].keys;",
+            "&& keys <= tile[y].keys;",
         ),
         "sums are added again": (
             "    sums.clear();\n",

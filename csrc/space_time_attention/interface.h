@@ -42,37 +42,42 @@ struct Backward {
 // many groups; else it takes blocks of kTableRows queries, as groups/blocks.h does for 64.
 constexpr int32_t kTableSquares = 5, kTableRows = 16 * kTableSquares;
 
+// The tiles of a group: so many, each of `squares` of 16 rows or, the first `more` of them, of one
+// square more.
+struct TableAxis {
+  int32_t tiles, squares, more, most;  // most: rows of the largest
+};
+
 struct TablePlan {
   bool tiled;
-  int32_t query_squares, key_squares;  // of 16 rows, of the longest group
-  int32_t query_tiles, key_tiles;      // of a group; without `tiled` one
-  int32_t queries, keys;               // rows of the largest tile
-  int64_t items;                       // pairs of tile and group, or blocks of queries
-  int64_t parts;                       // of the items, a block for each head
+  TableAxis queries, keys;  // of the longest group; without `tiled` one tile, the longest
+  int64_t items;            // pairs of tile and group, or blocks of queries
+  int64_t parts;            // of the items, a block for each head
 };
+
+constexpr TableAxis table_axis(int64_t rows) {
+  const auto squares = static_cast<int32_t>((rows + 15) / 16);
+  const int32_t tiles = (squares + kTableSquares - 1) / kTableSquares;
+  if (tiles == 0) return {0, 0, 0, 0};
+  const int32_t more = squares % tiles;
+  return {tiles, squares / tiles, more, 16 * (squares / tiles + (more > 0 ? 1 : 0))};
+}
 
 constexpr TablePlan table_plan(const Groups& groups) {
   constexpr int64_t kMost = 64;  // parts
-  const auto squares = [](int64_t rows) { return static_cast<int32_t>((rows + 15) / 16); };
-  const auto over = [](int32_t n, int32_t by) { return by == 0 ? 0 : (n + by - 1) / by; };
-  const int64_t G = groups.G;
+  const int64_t G = groups.G, queries = groups.num_queries / kTableRows + G;
   TablePlan plan = {};
-  plan.query_squares = squares(groups.max_queries), plan.key_squares = squares(groups.max_keys);
-  plan.query_tiles = over(plan.query_squares, kTableSquares);
-  plan.key_tiles = over(plan.key_squares, kTableSquares);
-  plan.queries = 16 * over(plan.query_squares, plan.query_tiles);
-  plan.keys = 16 * over(plan.key_squares, plan.key_tiles);
-  const int64_t queries = groups.num_queries / kTableRows + G, keys = groups.E / kTableRows + G;
-  plan.tiled = G * plan.query_tiles <= 2 * queries && G * plan.key_tiles <= 2 * keys;
+  plan.queries = table_axis(groups.max_queries), plan.keys = table_axis(groups.max_keys);
+  plan.tiled = G * plan.queries.tiles <= 2 * queries &&
+               G * plan.keys.tiles <= 2 * (groups.E / kTableRows + G);
   if (!plan.tiled) {
-    plan.queries = plan.query_tiles > 1 ? kTableRows : plan.queries;
-    plan.keys = plan.key_tiles > 1 ? kTableRows : plan.keys;
-    plan.query_tiles = plan.key_tiles = 1;
+    plan.queries = table_axis(groups.max_queries < kTableRows ? groups.max_queries : kTableRows);
+    plan.keys = table_axis(groups.max_keys < kTableRows ? groups.max_keys : kTableRows);
     plan.items = queries;
     plan.parts = queries < kMost ? queries : kMost;
     return plan;
   }
-  const int64_t all = int64_t{plan.query_tiles} * plan.key_tiles;
+  const int64_t all = int64_t{plan.queries.tiles} * plan.keys.tiles;
   plan.items = all * G;
   // A part has one tile if there are not more tiles than parts.
   plan.parts = plan.items == 0 ? 0

@@ -123,7 +123,7 @@ int64_t shared_tables(int64_t bytes, int64_t rows, int64_t warps) {
 template <class T, int D>
 int table_backward(const SpaceTimeAttention& a, const Backward& b, void* stream) {
   const TablePlan plan = table_plan(a.groups);
-  const int64_t threads = 2 * std::max(plan.queries, plan.keys);
+  const int64_t threads = int64_t{2} * std::max(plan.queries.most, plan.keys.most);
   const int64_t bytes = TableMemory<T, D>::bytes(plan);
   const int64_t tables = shared_tables(bytes, a.bias.rows, threads / 32);
   const int error = launch(table_backward_kernel<T, D>, b.parts * a.H, threads,

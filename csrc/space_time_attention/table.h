@@ -8,9 +8,9 @@
 // other positions follows, as after pruning, does it add them to a table (groups/table.h). The
 // order of all sums follows from the sizes of the groups.
 //
-// Limit: shared memory. For 16 x 16 pairs of query and key and a head size of D it has D / 2
-// wavefronts for keys and values, D / 5 for copies of a tile's rows, and about 45 to add to a table
-// if every group has other positions, beside 4 D FLOPs a pair.
+// Limit: shared memory. For 16 x 16 pairs of query and key and a head size of D: D / 2 wavefronts
+// for keys and values, D / 10 for queries and their gradients, D / 5 to copy all of them, and about
+// 45 to add to a table if every group has other positions; beside them 4 D FLOPs a pair.
 #pragma once
 #include "groups/table.h"
 #include "space_time_attention/warp.h"
@@ -29,28 +29,27 @@ struct TableTile {
 // The tiles of a part, one after another.
 struct TableTiles {
   int64_t item, end;
-  int g, tile, key;  // of the next tile: its group, its place there, its first key
+  int g, x, y, key;  // of the next tile: its group, its place there, its first key
 
-  // All lanes call these.
   __device__ __forceinline__ TableTiles(const Groups& groups, const TablePlan& plan, int64_t part)
       : item(plan.items * part / plan.parts),
         end(plan.items * (part + 1) / plan.parts),
-        g(plan.tiled ? static_cast<int>(item % groups.G) : 0),
-        tile(plan.tiled ? static_cast<int>(item / groups.G) : 0),
+        g(static_cast<int>(item % groups.G)),
+        x(static_cast<int>(item / groups.G / max(plan.keys.tiles, 1))),
+        y(static_cast<int>(item / groups.G % max(plan.keys.tiles, 1))),
         key(0) {}
 
-  // The next tile with queries and keys.
+  // The next tile with queries and keys. All lanes call it.
   __device__ __forceinline__ TableTile next(const Groups& groups, const TablePlan& plan) {
     while (item < end) {
       TableTile t;
       if (plan.tiled) {
-        const int x = tile / plan.key_tiles, y = tile % plan.key_tiles;
-        const int query = begin(x, plan.query_squares, plan.query_tiles);
-        const int first_key = begin(y, plan.key_squares, plan.key_tiles);
-        t = take(groups, g, query, begin(x + 1, plan.query_squares, plan.query_tiles) - query,
-                 first_key, begin(y + 1, plan.key_squares, plan.key_tiles) - first_key);
+        const int query = begin(x, plan.queries), first_key = begin(y, plan.keys);
+        t = take(groups, g, query, begin(x + 1, plan.queries) - query, first_key,
+                 begin(y + 1, plan.keys) - first_key);
         item++;
-        if (++g == groups.G) g = 0, tile++;
+        if (++g == groups.G) g = 0, y++;
+        if (y == plan.keys.tiles) y = 0, x++;
       } else {
         const Work work = find_work<kTableRows>(groups.query_offsets, groups, 0, item, 0);
         t = take(groups, work.g, work.start, kTableRows, key, kTableRows);
@@ -63,8 +62,8 @@ struct TableTiles {
   }
 
  private:
-  static __device__ __forceinline__ int begin(int64_t tile, int squares, int tiles) {
-    return static_cast<int>(tile * squares / tiles) * 16;
+  static __device__ __forceinline__ int begin(int tile, const TableAxis& axis) {
+    return 16 * (tile * axis.squares + min(tile, axis.more));
   }
 
   // Up to so many queries and keys of a group, from these on; of the keys those that any of the
@@ -108,7 +107,8 @@ struct TableNumbers {
   __device__ __forceinline__ void start(const SpaceTimeAttention& a, const Backward& b,
                                         const TablePlan& plan) {
     // Blocks that run at once take the tiles of the same groups, so that these stay in L2.
-    const int64_t block = blockIdx.x / a.H, of_group = int64_t{plan.query_tiles} * plan.key_tiles;
+    const int64_t block = blockIdx.x / a.H;
+    const int64_t of_group = plan.tiled ? int64_t{plan.queries.tiles} * plan.keys.tiles : 1;
     const int64_t of_tile = plan.parts / of_group;
     part = of_tile > 0 ? block % of_group * of_tile + block / of_group : block;
     tiles = TableTiles(a.groups, plan, part);
@@ -127,13 +127,14 @@ struct TableNumbers {
   // Whether two tiles have the same rows of the table: their codes differ by one number. All lanes
   // call it.
   __device__ __forceinline__ bool same_rows(unsigned x, unsigned y) const {
-    bool same = tile[x].queries == tile[y].queries && tile[x].keys == tile[y].keys;
+    const int queries = tile[x].queries, keys = tile[x].keys;
+    bool same = queries == tile[y].queries && keys == tile[y].keys;
     const unsigned more = static_cast<unsigned>(key_codes[x][0]) - key_codes[y][0];
-    for (int i = lane_id(); i < tile[x].queries; i += 32) {
-      same = same && static_cast<unsigned>(query_codes[x][i]) - query_codes[y][i] == more;
-    }
-    for (int i = lane_id(); i < tile[x].keys; i += 32) {
-      same = same && static_cast<unsigned>(key_codes[x][i]) - key_codes[y][i] == more;
+#pragma unroll
+    for (int i = lane_id(); i < (kTableRows + 31) / 32 * 32; i += 32) {
+      if (i < queries)
+        same = same && static_cast<unsigned>(query_codes[x][i]) - query_codes[y][i] == more;
+      if (i < keys) same = same && static_cast<unsigned>(key_codes[x][i]) - key_codes[y][i] == more;
     }
     return __all_sync(kAllLanes, same);
   }
@@ -149,10 +150,10 @@ struct TableMemory {
   int queries, keys;  // rows of a stage
 
   __device__ __forceinline__ TableMemory(T* memory, const TablePlan& plan)
-      : memory(memory), queries(plan.queries), keys(plan.keys) {}
+      : memory(memory), queries(plan.queries.most), keys(plan.keys.most) {}
 
   static int64_t bytes(const TablePlan& plan) {
-    const int64_t rows = 2 * (plan.queries + int64_t{plan.keys});
+    const int64_t rows = 2 * (int64_t{plan.queries.most} + plan.keys.most);
     return 2 * rows * kStride<D> * int64_t{sizeof(T)} + int64_t{sizeof(TableNumbers)};
   }
   __device__ __forceinline__ T* stage(unsigned n) const {
@@ -217,6 +218,7 @@ struct TableMemory {
 struct TableQueries {
   const TableNumbers& numbers;
   unsigned slot;
+  bool has_bias, has_scores;  // read for every tile: a copy of the loop for each would be larger
   Table table;
   float scale;
   float lse[2], delta[2], share[2];  // share: of the gradient of a score
@@ -224,8 +226,15 @@ struct TableQueries {
 
   __device__ __forceinline__ TableQueries(const SpaceTimeAttention& a, int h,
                                           const TableNumbers& numbers, unsigned slot, int first)
-      : numbers(numbers), slot(slot), table(a.bias, h), scale(a.scale * kLog2E) {
-    const TableTile& t = numbers.tile[slot];
+      : numbers(numbers),
+        slot(slot),
+        has_bias(numbers.has_bias),
+        has_scores(numbers.has_scores),
+        table(a.bias, h),
+        scale(a.scale * kLog2E) {
+    const TableTile t = numbers.tile[slot];
+    const float rows = a.scores == Scores::kMean ? static_cast<float>(t.group_queries) : 1.0f;
+    const float part = reciprocal_approx(rows * static_cast<float>(a.H));
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int query = first + row_of_lane(i);
@@ -238,8 +247,7 @@ struct TableQueries {
         limit[i] = within(max(numbers.limits[slot % 2][query], 0) - t.first_key, t.keys);
       }
       if (lse[i] == -INFINITY) limit[i] = 0;  // key_bias hides all keys
-      share[i] = share_of(a.scores, t.first_query + query, t.group_queries);
-      share[i] /= static_cast<float>(a.H);
+      share[i] = a.scores == Scores::kMean || t.first_query + query == 0 ? part : 0.0f;
     }
   }
 
@@ -252,10 +260,8 @@ struct TableQueries {
       const int column = start + column_of_lane(j);
       const int2 codes = *reinterpret_cast<const int2*>(&numbers.key_codes[slot][column]);
       float2 bias = make_float2(0.0f, 0.0f), score = bias;
-      if (numbers.has_bias)
-        bias = *reinterpret_cast<const float2*>(&numbers.bias[slot % 2][column]);
-      if (numbers.has_scores)
-        score = *reinterpret_cast<const float2*>(&numbers.scores[slot % 2][column]);
+      if (has_bias) bias = *reinterpret_cast<const float2*>(&numbers.bias[slot % 2][column]);
+      if (has_scores) score = *reinterpret_cast<const float2*>(&numbers.scores[slot % 2][column]);
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int i = e / 2, l = e % 2;
