@@ -186,6 +186,7 @@ ACCEPTED: tuple[Accepted, ...] = (
     Accepted("grad_q[i] += sums[w][unit * 8 + i];", "shared read", 2, "once for a block"),
     Accepted("mine[e] = sum[e];", "shared write", 2, "once for a block"),
     Accepted("__ldg(rows + within(wrapping_sum(code", "global read", 4, _CODES),
+    Accepted("__ldg(table.rows + within(row", "global read", 4, _CODES),
     Accepted("codes = *reinterpret_cast<const int2*>", "shared read", 2, _PAIRS),
     Accepted("cp_async_4(&to.lse[slot % 2][i]", "global read", 4, _LSE),
     Accepted("cp_async_4(&to.delta[slot % 2][i]", "global read", 4, _LSE),

@@ -232,19 +232,20 @@ struct TableQueries {
         has_scores(numbers.has_scores),
         table(a.bias, h),
         scale(a.scale * kLog2E) {
-    const TableTile t = numbers.tile[slot];
+    const TableTile& t = numbers.tile[slot];
+    const int keys = t.keys, count = t.queries;
     const float rows = a.scores == Scores::kMean ? static_cast<float>(t.group_queries) : 1.0f;
     const float part = reciprocal_approx(rows * static_cast<float>(a.H));
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int query = first + row_of_lane(i);
-      const bool real = query < t.queries;
+      const bool real = query < count;
       lse[i] = real ? numbers.lse[slot % 2][query] * kLog2E : -INFINITY;
       delta[i] = real ? numbers.delta[slot % 2][query] : 0.0f;
       offset[i] = real ? offset_of_code(a.bias, numbers.query_codes[slot][query]) : 0;
-      limit[i] = t.keys;
+      limit[i] = keys;
       if (a.groups.query_limits != nullptr && real) {
-        limit[i] = within(max(numbers.limits[slot % 2][query], 0) - t.first_key, t.keys);
+        limit[i] = within(max(numbers.limits[slot % 2][query], 0) - t.first_key, keys);
       }
       if (lse[i] == -INFINITY) limit[i] = 0;  // key_bias hides all keys
       share[i] = a.scores == Scores::kMean || t.first_query + query == 0 ? part : 0.0f;
