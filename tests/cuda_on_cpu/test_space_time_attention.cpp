@@ -266,6 +266,25 @@ void check_poison(Case c) {
   CHECK(std::isnan(poisoned.out[clean.query_rows[clean.query_offsets[1]] * c.H * c.D]));
 }
 
+// The parts of the table's gradient: at most 64, and the tiles of a group cover it.
+void check_plans() {
+  for (const int64_t G : {0, 1, 3, 70, 5000}) {
+    for (const int64_t n : {0, 1, 16, 80, 81, 160, 161, 500, 1569}) {
+      for (const bool equal : {true, false}) {
+        vidl::Groups groups = {};
+        groups.G = G, groups.max_queries = groups.max_keys = n;
+        groups.num_queries = groups.E = equal ? G * n : std::min(n, G);
+        const vidl::TablePlan plan = vidl::table_plan(groups);
+        const auto& axis = plan.queries;
+        CHECK(plan.parts <= 64 && plan.parts <= plan.items && (plan.parts > 0) == (plan.items > 0));
+        CHECK(axis.most <= vidl::kTableRows);
+        CHECK(!plan.tiled || 16 * (axis.tiles * axis.squares + axis.more) == (n + 15) / 16 * 16);
+        CHECK(plan.tiled || n > 2 * vidl::kTableRows);
+      }
+    }
+  }
+}
+
 // Lists that `Groups` would refuse: kernels stay within their buffers, as AddressSanitizer shows.
 void check_bad_lists() {
   const int32_t bad[] = {-1, INT32_MIN, INT32_MAX, 1 << 20, 0};
@@ -376,6 +395,7 @@ int main() {
                 false, true});
     return true;
   });
+  check_plans();
 #ifndef __SANITIZE_THREAD__  // groups that overlap write a row twice
   check_bad_lists();
 #endif
