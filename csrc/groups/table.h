@@ -4,8 +4,8 @@
 // A warp takes its queries one after another and adds the gradients of 32 keys at once, one a lane.
 // Keys of one query have the same row only if they have the same code; such keys are added one
 // after another. So no addition needs to be atomic, and the sums have the same bits in every run.
-// Gradients of the first and the last row, which many keys have, are summed in registers. A block
-// writes one table, and a second kernel adds the tables of all blocks in their order.
+// Gradients of the first and the last row, which many keys have, are summed in registers. A second
+// kernel adds the tables of all blocks in their order.
 #pragma once
 #include "groups/blocks.h"
 
