@@ -65,6 +65,18 @@ Size fitting(Size size, int64_t bytes) {
   return size == Size::kPacked || bytes <= most_shared_bytes() ? size : Size::kBlocked;
 }
 
+// So many tables of the gradient a block has in shared memory: one for every warp, or one if two
+// blocks would not fit into a multiprocessor else; none if that does not fit either.
+[[maybe_unused]] int64_t shared_tables(int64_t bytes, int64_t rows, int64_t warps) {
+  constexpr int64_t kOfSystem = 1024;  // bytes of a block
+  const int64_t most = most_shared_bytes(), two = most / 2 - kOfSystem;
+  const auto fit = [&](int64_t tables, int64_t limit) {
+    return bytes + tables * rows * int64_t{sizeof(float)} <= limit;
+  };
+  if (fit(warps, two) || (fit(warps, most) && !fit(1, two))) return warps;
+  return fit(1, most) ? 1 : 0;
+}
+
 }  // namespace
 
 template <class T, int D, class Kind>
@@ -105,18 +117,6 @@ int forward(const SpaceTimeAttention& a, const Forward& f, void* stream) {
   if (error != 0 || f.scores == nullptr) return error;
   return launch(mean_scores_kernel, div_up(groups.E, kSumThreads), kSumThreads, 0, stream, f, a.H,
                 groups.E);
-}
-
-// So many tables of the gradient a block has in shared memory: one for every warp, or one if two
-// blocks would not fit into a multiprocessor else; none if that does not fit either.
-int64_t shared_tables(int64_t bytes, int64_t rows, int64_t warps) {
-  constexpr int64_t kOfSystem = 1024;  // bytes of a block
-  const int64_t most = most_shared_bytes(), two = most / 2 - kOfSystem;
-  const auto fit = [&](int64_t tables, int64_t limit) {
-    return bytes + tables * rows * int64_t{sizeof(float)} <= limit;
-  };
-  if (fit(warps, two) || (fit(warps, most) && !fit(1, two))) return warps;
-  return fit(1, most) ? 1 : 0;
 }
 
 // The gradient of the table, after the other gradients.
