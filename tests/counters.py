@@ -142,7 +142,6 @@ LITTLE = 0.01  # of all units of a launch: fewer too many do not matter
 _LSE = "a number of 4 bytes per row: in gathered groups neighbours lie in other sectors"
 _CODES = "neighbouring keys read the table in lines of a frame; the L1 cache keeps it"
 _PAIRS = "8 bytes of 4 queries, the same for all rows of the warp: counted for both halves of it"
-_COPY = "float32 of a query are 8 bytes per lane with 8 rows in the same banks"
 _DIGITS = "digits of keys are random: some of a warp meet in a bank"
 _CHANNELS = "16 bytes that all lanes read, once: a quarter of the warp at a time"
 _ODD = "samples of an odd number of tokens begin within a sector of 8 numbers"
@@ -187,9 +186,14 @@ ACCEPTED: tuple[Accepted, ...] = (
     Accepted("grad_q[i] += sums[w][unit * 8 + i];", "shared read", 2, "once for a block"),
     Accepted("mine[e] = sum[e];", "shared write", 2, "once for a block"),
     Accepted("__ldg(rows + within(wrapping_sum(code", "global read", 4, _CODES),
-    Accepted("grads[r * kGradStride + column] = grad;", "shared write", 2, _COPY),
-    Accepted("table[row] += grad;", "shared read", 2.6, _TABLE),
-    Accepted("table[row] += grad;", "shared write", 2.6, _TABLE),
+    Accepted("__ldg(table.rows + within(row", "global read", 4, _CODES),
+    Accepted("codes = *reinterpret_cast<const int2*>", "shared read", 2, _PAIRS),
+    Accepted("cp_async_4(&to.lse[slot % 2][i]", "global read", 4, _LSE),
+    Accepted("cp_async_4(&to.delta[slot % 2][i]", "global read", 4, _LSE),
+    Accepted("cp_async_4(&to.query_codes[slot][i]", "global read", 4, _LSE),
+    Accepted("cp_async_4(&to.key_codes[slot][i]", "global read", 4, _LSE),
+    Accepted("table[row[n]] += own[n];", "shared read", 2.6, _TABLE),
+    Accepted("table[row[n]] += own[n];", "shared write", 2.6, _TABLE),
     Accepted("+= by_part[part * numbers", "global read", 1.2, "tables of any number of rows"),
 )
 

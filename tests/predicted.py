@@ -211,9 +211,11 @@ def bias_cases() -> Iterator[Case]:
             **_windows(grid, window or grid),
             **dict(scores=0, height=height, width=width, prefix=prefix, patches=patches),
         )
-        blocks = math.ceil(rows / 64) if rows > 256 else 2
         for phase in ("forward", "backward"):
             run = shared | dict(backward=int(phase == "backward"))
+            blocks = math.ceil(rows / 64) if rows > 256 else 2
+            if phase == "backward" and 80 < rows <= 256:
+                blocks = 9  # of all tiles of the gradient of the table
             runs = [Run("space_time_attention", blocks, run, "Biased")]
             yield Case(name, phase, work[phase], runs)
 

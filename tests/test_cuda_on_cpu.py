@@ -249,22 +249,58 @@ BUGS = {
             "offset[i] = query < queries.count ? offset_of(a.bias, queries.row(first)) : 0;",
         ),
         "gradients of the first row are forgotten": ("table[0] += first_row;", ""),
-        "the table of a warp is forgotten": ("w < kTableWarps; w++", "w < kTableWarps - 1; w++"),
+        "gradients of the last row count twice": (
+            "row[n] > 0 && row[n] >= last ? own[n]",
+            "row[n] >= last ? own[n]",
+        ),
+        "the table of a warp is forgotten": ("n < tables; n++) x +=", "n < tables - 1; n++) x +="),
         "a part of the table is forgotten": (
             "part < parts; part++",
             "part < parts - 1; part++",
         ),
         "later keys of one code are forgotten": (
-            "const int rounds = max_of_warp(max(rank[0], rank[1])) + 1;",
+            "const int rounds = max_of_warp(rank) + 1;",
             "const int rounds = 1;",
-        ),
-        "ranks are read before they are written": (
-            "__syncthreads();  // the ranks are there",
-            "",
         ),
         "tables are read before they are complete": (
             "__syncthreads();  // the tables of all warps are there",
             "",
+        ),
+        "warps add to one table at once": (
+            "__syncthreads();  // the sums of the warps before are there",
+            "",
+        ),
+        "groups with other keys share their sums": (
+            "static_cast<unsigned>(key_codes[x][i]) - key_codes[y][i] == more",
+            "key_codes[x][i] - key_codes[y][i] != INT32_MAX",
+        ),
+        "groups with other queries share their sums": (
+            "static_cast<unsigned>(query_codes[x][i]) - query_codes[y][i] == more",
+            "query_codes[x][i] - query_codes[y][i] != INT32_MAX",
+        ),
+        "groups with fewer keys share the sums of others": (
+            "&& keys == tile[y].keys;",
+            "&& keys <= tile[y].keys;",
+        ),
+        "sums are added again": (
+            "    sums.clear();\n",
+            "    if (n == 0) sums.clear();\n",
+        ),
+        "a tile is read before all warps have copied it": (
+            "__syncthreads();  // the tile is there, and nobody reads the one before any more",
+            "__syncwarp();",
+        ),
+        "the tile behind the first has the rows of the first": (
+            "t.query_place += query, t.key_place += key;",
+            "t.query_place += query;",
+        ),
+        "limits count from the first key of a tile": (
+            "max(numbers.limits[slot % 2][query], 0) - t.first_key",
+            "max(numbers.limits[slot % 2][query], 0)",
+        ),
+        "a part of the tiles is forgotten": (
+            "end(plan.items * (part + 1) / plan.parts)",
+            "end(plan.items * (part + 1) / plan.parts - (part > 0))",
         ),
         "the last query of a group is forgotten": (
             "if (member < group.count) row =",

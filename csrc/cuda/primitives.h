@@ -48,6 +48,14 @@ __device__ __forceinline__ int thread_id() {
 #endif
 }
 
+// x, of which a compiler then knows nothing: it keeps nothing that follows from it in registers.
+__device__ __forceinline__ unsigned opaque(unsigned x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // Two 16-bit numbers in a register; the first argument is the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float lo, float hi);

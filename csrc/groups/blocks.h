@@ -16,17 +16,18 @@ struct Work {
   int h, start;
 };
 
-// Every group has `blocks` blocks; or, if that is 0, group g has those from offsets[g] / kBlock + g
+// Every group has `blocks` blocks; or, if that is 0, group g has those from offsets[g] / kSize + g
 // on, which always suffices and wastes at most one block per group, however unequal the groups are.
+template <int kSize = kBlock>
 __device__ __forceinline__ Work find_work(const int32_t* offsets, const Groups& groups,
                                           int64_t blocks, int64_t item, int h) {
-  if (blocks > 0) return {item / blocks, h, static_cast<int>(item % blocks) * kBlock};
+  if (blocks > 0) return {item / blocks, h, static_cast<int>(item % blocks) * kSize};
   int64_t low = 0, high = groups.G;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    (offsets[middle] / kBlock + middle <= item ? low : high) = middle;
+    (offsets[middle] / kSize + middle <= item ? low : high) = middle;
   }
-  const int64_t start = (item - low - offsets[low] / kBlock) * kBlock;
+  const int64_t start = (item - low - offsets[low] / kSize) * kSize;
   return {low, h, start < 0 || start > INT32_MAX ? INT32_MAX : static_cast<int>(start)};
 }
 // The same for a grid of `heads` blocks of threads for every block of members.

@@ -48,10 +48,12 @@ struct Table {
   }
 };
 
+__device__ __forceinline__ int offset_of_code(const Bias& bias, int code) {
+  return static_cast<int>(static_cast<unsigned>(bias.shift) - static_cast<unsigned>(code));
+}
 __device__ __forceinline__ int offset_of(const Bias& bias, int64_t query_row) {
   if (bias.table == nullptr) return 0;
-  return static_cast<int>(static_cast<unsigned>(bias.shift) -
-                          static_cast<unsigned>(bias.query_codes[query_row]));
+  return offset_of_code(bias, bias.query_codes[query_row]);
 }
 
 // The codes of keys, and the numbers that are added to their logits.

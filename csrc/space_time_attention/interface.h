@@ -37,6 +37,55 @@ struct Backward {
   int64_t parts;
 };
 
+// How the CUDA kernel of the table's gradient divides its work. A tile is up to kTableRows queries
+// and keys of a group. If the groups are about as long as the longest, a block takes one tile of
+// many groups; else it takes blocks of kTableRows queries, as groups/blocks.h does for 64.
+constexpr int32_t kTableSquares = 5, kTableRows = 16 * kTableSquares;
+
+// The tiles of a group: so many, each of `squares` of 16 rows or, the first `more` of them, of one
+// square more.
+struct TableAxis {
+  int32_t tiles, squares, more, most;  // most: rows of the largest
+};
+
+struct TablePlan {
+  bool tiled;
+  TableAxis queries, keys;  // of the longest group; without `tiled` one tile, the longest
+  int64_t items;            // pairs of tile and group, or blocks of queries
+  int64_t parts;            // of the items, a block for each head
+};
+
+constexpr TableAxis table_axis(int64_t rows) {
+  const auto squares = static_cast<int32_t>((rows + 15) / 16);
+  const int32_t tiles = (squares + kTableSquares - 1) / kTableSquares;
+  if (tiles == 0) return {0, 0, 0, 0};
+  const int32_t more = squares % tiles;
+  return {tiles, squares / tiles, more, 16 * (squares / tiles + (more > 0 ? 1 : 0))};
+}
+
+constexpr TablePlan table_plan(const Groups& groups) {
+  constexpr int64_t kMost = 64;  // parts
+  const int64_t G = groups.G, queries = groups.num_queries / kTableRows + G;
+  TablePlan plan = {};
+  plan.queries = table_axis(groups.max_queries), plan.keys = table_axis(groups.max_keys);
+  plan.tiled = G * plan.queries.tiles <= 2 * queries &&
+               G * plan.keys.tiles <= 2 * (groups.E / kTableRows + G);
+  if (!plan.tiled) {
+    plan.queries = table_axis(groups.max_queries < kTableRows ? groups.max_queries : kTableRows);
+    plan.keys = table_axis(groups.max_keys < kTableRows ? groups.max_keys : kTableRows);
+    plan.items = queries;
+    plan.parts = queries < kMost ? queries : kMost;
+    return plan;
+  }
+  const int64_t all = int64_t{plan.queries.tiles} * plan.keys.tiles;
+  plan.items = all * G;
+  // A part has one tile if there are not more tiles than parts.
+  plan.parts = plan.items == 0 ? 0
+               : all > kMost   ? kMost
+                               : all * (kMost / all < G ? kMost / all : G);
+  return plan;
+}
+
 constexpr int64_t kMostBiased = 64;  // the largest head size with kernels for Biased
 
 // Which CUDA kernels a call launches, by its longest group and the shared memory of a block.

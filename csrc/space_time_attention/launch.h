@@ -65,6 +65,18 @@ Size fitting(Size size, int64_t bytes) {
   return size == Size::kPacked || bytes <= most_shared_bytes() ? size : Size::kBlocked;
 }
 
+// So many tables of the gradient a block has in shared memory: one for every warp, or one if two
+// blocks would not fit into a multiprocessor else; none if that does not fit either.
+[[maybe_unused]] int64_t shared_tables(int64_t bytes, int64_t rows, int64_t warps) {
+  constexpr int64_t kOfSystem = 1024;  // bytes of a block
+  const int64_t most = most_shared_bytes(), two = most / 2 - kOfSystem;
+  const auto fit = [&](int64_t tables, int64_t limit) {
+    return bytes + tables * rows * int64_t{sizeof(float)} <= limit;
+  };
+  if (fit(warps, two) || (fit(warps, most) && !fit(1, two))) return warps;
+  return fit(1, most) ? 1 : 0;
+}
+
 }  // namespace
 
 template <class T, int D, class Kind>
@@ -110,14 +122,13 @@ int forward(const SpaceTimeAttention& a, const Forward& f, void* stream) {
 // The gradient of the table, after the other gradients.
 template <class T, int D>
 int table_backward(const SpaceTimeAttention& a, const Backward& b, void* stream) {
-  const Blocks blocks = blocks_of(a.groups, a.H, a.groups.max_queries, a.groups.num_queries);
-  const int64_t tables = kTableWarps * a.bias.rows * int64_t{sizeof(float)};
-  const int64_t bytes = table_backward_bytes<T, D>();
-  const bool shared = bytes + tables <= most_shared_bytes();
-  const int64_t parts = shared ? b.parts : b.parts / kTableWarps;
-  const int error =
-      launch(table_backward_kernel<T, D>, parts * a.H, kBlockThreads, bytes + (shared ? tables : 0),
-             stream, a, b, blocks.of_group, blocks.all / a.H, shared);
+  const TablePlan plan = table_plan(a.groups);
+  const int64_t threads = int64_t{2} * std::max(plan.queries.most, plan.keys.most);
+  const int64_t bytes = TableMemory<T, D>::bytes(plan);
+  const int64_t tables = shared_tables(bytes, a.bias.rows, threads / 32);
+  const int error = launch(table_backward_kernel<T, D>, b.parts * a.H, threads,
+                           bytes + tables * a.bias.rows * int64_t{sizeof(float)}, stream, a, b,
+                           plan, static_cast<int>(tables));
   if (error != 0) return error;
   const int64_t numbers = a.H * a.bias.rows;
   return launch(sum_parts_kernel, div_up(numbers, kPartThreads), kPartThreads, 0, stream,

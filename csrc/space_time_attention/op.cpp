@@ -103,11 +103,7 @@ struct Cuda {
     check_cuda(vidl_space_time_attention_bwd_cuda(&a, &b, current_stream(q)));
   }
 
-  // A block of threads takes a part; or each of its four warps, if their tables do not fit into it.
-  static int64_t parts(const SpaceTimeAttention& a) {
-    const int64_t blocks = a.groups.G * ((a.groups.max_queries + 63) / 64);
-    return std::min<int64_t>((blocks + 3) / 4 * 4, kMostParts);
-  }
+  static int64_t parts(const SpaceTimeAttention& a) { return table_plan(a.groups).parts; }
 };
 #endif
 

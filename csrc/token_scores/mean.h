@@ -397,14 +397,30 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-// The gradient of the table. The tables lie in shared memory, or each is one of `b.parts`.
+template <class T, int D>
+constexpr int64_t kTilesBytes = 3 * kBlock * kStride<D> * int64_t{sizeof(T)};
+
+constexpr int kTableWarps = kBlockThreads / 32;
+// The shared memory of a block of mean_table_kernel without its tables.
+template <class T, int D>
+constexpr int64_t kMeanTableBytes =
+    kTilesBytes<T, D> + kTermsBytes + kTableWarps * int64_t{kChunkBytes};
+
+// The gradient of the table. A warp has a table of its own, in shared memory or one of `b.parts`.
 template <class T, int D>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     mean_table_kernel(TokenScores s, ScoresBackward b, int64_t blocks, int64_t items, bool shared) {
   DYNAMIC_SHARED(T, memory);
   const int warp = threadIdx.x / 32, h = static_cast<int>(blockIdx.x % s.H);
-  const int64_t part = blockIdx.x / s.H, parts = gridDim.x / s.H;
-  Tables tables(memory + 3 * kBlock * kStride<D>, b.bias_parts, part, s.H, h, s.bias.rows, shared);
+  const int64_t part = blockIdx.x / s.H, parts = gridDim.x / s.H, rows_of_table = s.bias.rows;
+  char* const behind = reinterpret_cast<char*>(memory) + kTilesBytes<T, D> + kTermsBytes;
+  float* const grads = reinterpret_cast<float*>(behind + warp * kChunkBytes);
+  float* const tables = reinterpret_cast<float*>(behind + kTableWarps * kChunkBytes);
+  const int64_t own = shared ? part : part * kTableWarps + warp;
+  float* const to = b.bias_parts + (own * s.H + h) * rows_of_table;
+  WarpTable table(shared ? tables + warp * rows_of_table : to, rows_of_table);
+  for (int64_t i = lane_id(); i < rows_of_table; i += 32) table.table[i] = 0.0f;
+  __syncwarp();
   for (int64_t item = items * part / parts; item < items * (part + 1) / parts; item++) {
     const Work work = find_work(s.groups.query_offsets, s.groups, blocks, item, h);
     const Members queries = queries_of(s.groups, work.g), all_keys = keys_of(s.groups, work.g);
@@ -438,31 +454,37 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
           terms_behind<T, D>(memory, 3, start).template copy<kBlock>(s, keys, start);
         },
         [&](const T* k, const T*, int start) {
-          const KeyTerms terms = terms_behind<T, D>(memory, 3, start);
-          tables.rank(terms);
           if (start >= seen) return;
+          const KeyTerms terms = terms_behind<T, D>(memory, 3, start);
           const QueryLogits<Biased> logit = all.from(start, terms);
 #pragma unroll 1
-          for (int n = 0; n < kBlock; n += 16) {
-            Square weights;
-            multiply_transposed<T, D>(weights, rows, k, n);
+          for (int chunk = 0; chunk < kBlock; chunk += kChunk) {
+#pragma unroll 1
+            for (int n = chunk; n < chunk + kChunk; n += 16) {
+              Square x;
+              multiply_transposed<T, D>(x, rows, k, n);
 #pragma unroll
-            for (int e = 0; e < 8; e++) {
-              const int i = e / 2 % 2, column = n + column_of_lane(e / 4) + e % 2;
-              float grad = 0.0f;
-              if (logit.sees(i, column)) {
-                grad = b.grad_scores[keys.first + start + column] * scale.up - delta[i];
-                grad *= exp2_approx(logit.scaled(i, column, weights[e / 4][e % 4]) - lse[i]);
-                grad *= all.limit[i] == 1 ? 0.0f : inverse[i] * share;
+              for (int e = 0; e < 8; e++) {
+                const int i = e / 2 % 2, column = n + column_of_lane(e / 4) + e % 2;
+                const float scaled = logit.scaled(i, column, x[e / 4][e % 4]);
+                float grad = 0.0f;
+                if (logit.sees(i, column)) {
+                  grad = b.grad_scores[keys.first + start + column] * scale.up - delta[i];
+                  grad *= exp2_approx(scaled - lse[i]);
+                  grad *= all.limit[i] == 1 ? 0.0f : inverse[i] * share;
+                }
+                x[e / 4][e % 4] = grad;
               }
-              tables.grads[row_of_lane(i) * kGradStride + column] = grad;
+              put_chunk(grads, n - chunk, x);
             }
+            const int key = chunk + lane_id();
+            table.add(grads, terms.codes[key], start + key < keys.count, members, own_offset);
           }
-          tables.add(terms, keys.count - start, members, own_offset);
         });
     __syncthreads();  // the buffers are filled again
   }
-  tables.finish(b.bias_parts + (part * s.H + h) * s.bias.rows, shared);
+  table.finish();
+  if (shared) sum_tables(tables, kTableWarps, rows_of_table, to);
 }
 
 // A thread sums two neighbouring channels of a row over its entries.
@@ -483,8 +505,6 @@ __global__ void __launch_bounds__(kPartThreads)
   *reinterpret_cast<uint32_t*>(grads + row * channels + channel) = pack2<T>(sum.x, sum.y);
 }
 
-template <class T, int D>
-constexpr int64_t kTilesBytes = 3 * kBlock * kStride<D> * int64_t{sizeof(T)};
 template <class Kind>
 constexpr int64_t kKeyTermsBytes = Kind::kBiased ? kTermsBytes : 0;
 
@@ -523,11 +543,12 @@ int mean_backward(const TokenScores& s, const ScoresBackward& b, void* stream) {
   if constexpr (Kind::kBiased) {
     if (error != 0 || b.grad_bias == nullptr) return error;
     const int64_t tables = kTableWarps * s.bias.rows * int64_t{sizeof(float)};
-    const bool shared = kTiles + kTableBytes + tables <= most_shared_bytes();
+    const int64_t bytes = kMeanTableBytes<T, D>;
+    const bool shared = bytes + tables <= most_shared_bytes();
     const int64_t parts = shared ? b.parts : b.parts / kTableWarps;
-    error = launch(mean_table_kernel<T, D>, parts * s.H, kBlockThreads,
-                   kTiles + kTableBytes + (shared ? tables : 0), stream, s, b,
-                   query_blocks.of_group, query_blocks.all / s.H, shared);
+    error =
+        launch(mean_table_kernel<T, D>, parts * s.H, kBlockThreads, bytes + (shared ? tables : 0),
+               stream, s, b, query_blocks.of_group, query_blocks.all / s.H, shared);
     if (error != 0) return error;
     const int64_t numbers = s.H * s.bias.rows;
     error = launch(sum_parts_kernel, div_up(numbers, kPartThreads), kPartThreads, 0, stream,

@@ -106,6 +106,20 @@ struct Lists {
       key_codes.push_back(i % 16 == 11 ? 50000 + i : i % 16 == 3 ? INT32_MIN + i : near);
     }
   }
+  // Every three groups have the same positions at other places, but the queries of some third
+  // groups are one place further.
+  void place_windows() {
+    for (size_t g = 0; g < query_sizes.size(); g++) {
+      const uint32_t place = uint32_t(g) * 1000000007u, step = g / 3 % 2 + 1;
+      for (int i = 0; i < query_sizes[g]; i++) {
+        query_codes[query_rows[query_offsets[g] + i]] =
+            int32_t(place + 2 * uint32_t(i) + (g % 6 == 2));
+      }
+      for (int i = 0; i < key_sizes[g]; i++) {
+        key_codes[key_rows[key_offsets[g] + i]] = int32_t(place + step * uint32_t(i));
+      }
+    }
+  }
   int row_of(int query, int key) const {
     const int64_t row = int32_t(uint32_t(key_codes[key]) - uint32_t(query_codes[query]) + shift());
     return int(std::clamp<int64_t>(row, 0, table_rows - 1));

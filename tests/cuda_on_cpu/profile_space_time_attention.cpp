@@ -2,8 +2,8 @@
 // Arguments: G groups of `rows` queries and keys, H heads; scores=1: their mean, and their
 // gradient; gathered=1: the groups are windows of window_t x window_h x window_w rows of clips of T
 // x Y x X, else they follow each other; height and width: of the frames of patches whose relative
-// positions have a table, or 0, with `prefix` rows before them; patches: of a group of which `rows`
-// are kept; backward=0 or 1.
+// positions have a table, or 0, with `prefix` rows before them; patches: of a group, of which
+// `rows` without the prefix are kept, others in each group; backward=0 or 1.
 #include "profile_inputs.h"
 #include "space_time_attention/interface.h"
 
@@ -53,10 +53,22 @@ int main(int count, char** texts) {
   vidl::Bias bias = {};
   if (biased) {
     auto* const codes = array<int32_t>("codes", rows);
+    const auto code = [&](int64_t frame, int64_t y, int64_t x) {
+      return int32_t((frame * (2 * height - 1) + y) * (2 * width - 1) + x);
+    };
+    const int64_t T = given["T"], Y = given["Y"], X = given["X"], kept = n - prefix;
     for (int64_t i = 0; i < rows; i++) {
-      const int64_t patch = (i % n - prefix) * patches / (n - prefix), frame = height * width;
-      const int64_t y = patch % frame / width + patch / frame * (2 * height - 1);
-      codes[i] = int32_t(i % n < prefix ? INT32_MAX / 2 : y * (2 * width - 1) + patch % width);
+      if (list != nullptr) {
+        codes[i] = code(i / (Y * X) % T, i / X % Y, i % X);
+      } else if (i % n < prefix) {
+        codes[i] = INT32_MAX / 2;
+      } else {
+        const int64_t begin = (i % n - prefix) * patches / kept;
+        const int64_t end = (i % n - prefix + 1) * patches / kept;
+        const int64_t patch = begin + int64_t(draw() * float(end - begin));
+        const int64_t frame = height * width;
+        codes[i] = code(patch / frame, patch % frame / width, patch % width);
+      }
     }
     bias = {floats("table", H * table_rows), codes, codes, nullptr, table_rows,
             int32_t(table_rows / 2)};
@@ -80,7 +92,7 @@ int main(int count, char** texts) {
                              scored ? floats("mean_scores", rows) : nullptr};
     return expect_success(vidl::forward<bf16, D, Kind>(a, f, nullptr));
   }
-  const int64_t blocks = G * ((n + 63) / 64), parts = std::min<int64_t>((blocks + 3) / 4 * 4, 64);
+  const int64_t parts = vidl::table_plan(a.groups).parts;
   const vidl::Backward b = {tensor("grad_out"),
                             out,
                             lse,

@@ -22,13 +22,22 @@ struct Case {
   Limits limits = kAll;
   int table_rows = 0;  // 0: no table
   bool key_bias = false;
-  int poisoned = -1;  // a group with NaN and infinity in it
+  bool windows = false;  // neighbouring groups have the same positions
+  int poisoned = -1;     // a group with NaN and infinity in it
 };
+
+// The sizes of groups, all but one of the same size.
+std::vector<int> same(int groups, int size, int longest) {
+  std::vector<int> sizes(groups, size);
+  sizes[groups / 6 * 3] = longest;
+  return sizes;
+}
 
 // The inputs of a case, and the results of the kernels.
 struct Problem : Lists {
   explicit Problem(const Case& c)
       : Lists(c.queries, c.keys, c.rows, c.limits, c.table_rows), c(c), line(c.H * c.D + 8) {
+    if (c.windows) place_windows();
     for (size_t i = 0; i < size_t(c.H * c.table_rows); i++) table.set(i, 2 * number(i, 6));
     for (int i = 0; i < num_keys; i++) key_bias.set(i, bias_of_key(i));
     fill(q, 1), fill(k, 2), fill(v, 3);
@@ -44,10 +53,7 @@ struct Problem : Lists {
     }
   }
 
-  int64_t parts() const {
-    const int64_t blocks = int64_t(c.queries.size()) * ((longest(c.queries) + 63) / 64);
-    return std::min<int64_t>((blocks + 3) / 4 * 4, 64);
-  }
+  int64_t parts() const { return vidl::table_plan(groups()).parts; }
 
   void fill(Tensor& x, int which) {
     const int64_t rows = int64_t(x.bytes()) / 2 / line;
@@ -260,6 +266,25 @@ void check_poison(Case c) {
   CHECK(std::isnan(poisoned.out[clean.query_rows[clean.query_offsets[1]] * c.H * c.D]));
 }
 
+// The parts of the table's gradient: at most 64, and the tiles of a group cover it.
+void check_plans() {
+  for (const int64_t G : {0, 1, 3, 70, 5000}) {
+    for (const int64_t n : {0, 1, 16, 80, 81, 160, 161, 500, 1569}) {
+      for (const bool equal : {true, false}) {
+        vidl::Groups groups = {};
+        groups.G = G, groups.max_queries = groups.max_keys = n;
+        groups.num_queries = groups.E = equal ? G * n : std::min(n, G);
+        const vidl::TablePlan plan = vidl::table_plan(groups);
+        const auto& axis = plan.queries;
+        CHECK(plan.parts <= 64 && plan.parts <= plan.items && (plan.parts > 0) == (plan.items > 0));
+        CHECK(axis.most <= vidl::kTableRows);
+        CHECK(!plan.tiled || 16 * (axis.tiles * axis.squares + axis.more) == (n + 15) / 16 * 16);
+        CHECK(plan.tiled || n > 2 * vidl::kTableRows);
+      }
+    }
+  }
+}
+
 // Lists that `Groups` would refuse: kernels stay within their buffers, as AddressSanitizer shows.
 void check_bad_lists() {
   const int32_t bad[] = {-1, INT32_MIN, INT32_MAX, 1 << 20, 0};
@@ -333,8 +358,25 @@ int main() {
       {{40, 17}, {197, 197}, 1, 32, kBFloat16, kCls, kShared, -0.2f, kAll, 64},
       {{200, 64}, {300, 128}, 1, 32, kFloat16, kMean, kInOrder, 0.3f, kCausal, 200, true},
       {{70, 3}, {280, 280}, 1, 32, kBFloat16, kNone, kShared, 0.3f, kAll, 50},
-      // tables that do not fit into shared memory
+      // tables of which one fits into shared memory, or none
       {{70, 30, 5}, {81, 20, 5}, 1, 32, kFloat16, kNone, kGathered, 0.3f, kAll, 12000},
+      {{70, 30, 5}, {81, 20, 5}, 1, 32, kBFloat16, kMean, kInOrder, 0.3f, kDrawn, 60000, true},
+      // many groups, of which some have the same positions: the longest has one tile, or four
+      {same(160, 3, 3), same(160, 3, 4), 2, 32, kFloat16, kNone, kGathered, 0.3f, kAll, 11, false,
+       true},
+      {same(40, 6, 90), same(40, 5, 85), 1, 32, kBFloat16, kMean, kInOrder, 0.3f, kDrawn, 60, true,
+       true},
+      // a group that is much longer than the others
+      {{3, 2, 0, 5, 180, 4, 2, 2},
+       {5, 1, 7, 0, 300, 2, 3, 1},
+       1,
+       32,
+       kFloat16,
+       kCls,
+       kGathered,
+       0.3f,
+       kCausal,
+       70},
   };
   count_seeds(2, [&] {
     for (const Case& c : cases) check(c);
@@ -349,8 +391,11 @@ int main() {
       check_no_keys({{size}, {size}, 1, 32, kBFloat16, kNone, kInOrder, 0.3f, kDrawn, 30});
     }
     check_bits({{70, 33}, {81, 20}, 2, 32, kFloat16, kMean, kGathered, -0.2f, kAll, 90, true});
+    check_bits({same(160, 3, 3), same(160, 3, 4), 1, 32, kBFloat16, kNone, kGathered, 0.3f, kAll, 9,
+                false, true});
     return true;
   });
+  check_plans();
 #ifndef __SANITIZE_THREAD__  // groups that overlap write a row twice
   check_bad_lists();
 #endif
