@@ -420,6 +420,13 @@ def test_planted_bugs_are_detected(kind):
     assert_passes(emulated.program("bugs", kind))
 
 
+@pytest.mark.parametrize(
+    "kind", ["plain", *(pytest.param(x, marks=pytest.mark.slow) for x in ("trace", "address"))]
+)
+def test_bugs_with_products_of_warpgroups_are_detected(kind):
+    assert_passes(emulated.program("warpgroups", kind))
+
+
 @pytest.mark.slow
 def test_a_read_past_a_shared_array_ends_the_program():
     done = run(emulated.program("bugs", "address"), "overrun")
