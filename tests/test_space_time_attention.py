@@ -297,6 +297,23 @@ def test_any_groups_emulated(seed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_any_groups_with_wgmma(seed, monkeypatch):
+    """Groups of 129 to 256 rows, in order, gathered or with shared keys; any scale."""
+    where, dtype = Where("emulated", "cpu"), torch.bfloat16 if seed % 2 else torch.float16
+    where.skip_unless_runs(OP, dtype)
+    monkeypatch.setenv("CUDA_ON_CPU_MULTIPROCESSORS", str(seed % 4 + 1))
+    generator, results = random.Random(seed), []
+    while len(results) < 5:
+        groups = random_groups(generator, 3, 200)
+        if not 128 < max(groups.max_queries, groups.max_keys) <= 256:
+            continue
+        H, scale = generator.choice([1, 2, 3]), generator.choice([None, 0.0, -0.2, 0.5])
+        results.append(list(precisions(groups, H, 64, dtype, where, scale=scale)))
+    assert_right(dtype, *results)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10, 20))
 def test_thousands_of_groups(seed):
     where = Where("native", "cpu")
