@@ -138,7 +138,7 @@ gpu-run:
 GPU_PREBUILT ?= build/gpu
 GPU_CMAKE ?= build/cmake-gpu
 GPU_PREFIX ?= vidl
-GPU_ARCHITECTURES := $(or $(CMAKE_CUDA_ARCHITECTURES),$(CUDAARCHS),90)
+GPU_ARCHITECTURES := $(or $(CMAKE_CUDA_ARCHITECTURES),$(CUDAARCHS),90a)
 gpu_key = { cat $(sort $(SOURCES)); echo "$(GPU_ARCHITECTURES)"; \
   $(GPU_PYTHON) -c 'import torch; print(torch.__version__)'; } | sha256sum | cut -d ' ' -f 1
 
@@ -164,7 +164,8 @@ gpu-triton:
 	@rm -rf $(GPU_TRITON) && mkdir -p $(GPU_TRITON)
 	for module in $(patsubst %/triton_kernels.py,vidl.kernels.%.triton_kernels,$(patsubst \
 	  kernels/%,%,$(wildcard kernels/*/triton_kernels.py))); do \
-	  for arch in $(filter 80 90,$(subst ;, ,$(GPU_ARCHITECTURES))); do echo --arch=$$arch $$module; done; \
+	  for arch in $(sort $(filter 80 90,$(patsubst 90a%,90,$(subst ;, ,$(GPU_ARCHITECTURES))))); do \
+	    echo --arch=$$arch $$module; done; \
 	done | PYTHONPATH=$(CURDIR) TRITON_CACHE_DIR=$(GPU_TRITON) \
 	  xargs -L 1 -P "$$(nproc)" $(GPU_PYTHON) tests/test_triton_aot.py > $(GPU_TRITON)/variants
 	@find $(GPU_TRITON) -type f ! -name '*.cubin' ! -name '*.json' ! -name variants \

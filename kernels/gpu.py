@@ -35,14 +35,17 @@ class Gpu:
         """Whether this GPU runs kernels that were built for these architectures.
 
         Machine code (80-real, and a part of 80) runs on later GPUs of the same major version, PTX
-        (80-virtual, and a part of 80) on all later ones.
+        (80-virtual, and a part of 80) on all later ones. Both run on one GPU only with its own
+        instructions (90a).
         """
-        parts = [re.fullmatch(r"(\d+)(\d)(-real|-virtual)?", x) for x in architectures.split(";")]
+        pattern = r"(\d+)(\d)(a?)(-real|-virtual)?"
+        parts = [re.fullmatch(pattern, x) for x in architectures.split(";")]
         if None in parts:  # names as "all", or features of one GPU only: let CUDA say
             return True
         return any(
-            (int(part[1]), int(part[2])) <= self.capability
-            and (int(part[1]) == self.capability[0] or part[3] != "-real")
+            (least := (int(part[1]), int(part[2]))) <= self.capability
+            and (least[0] == self.capability[0] or part[4] != "-real")
+            and (least == self.capability or not part[3])
             for part in parts
             if part is not None
         )

@@ -18,11 +18,12 @@ import emulated
 import test_nvcc
 
 SECTOR = 32  # bytes of global memory that are read or written together
+EMULATED = ("cuda/primitives.h", "cuda/wgmma.h", "cuda_on_cpu", "warpgroups.h")
 
 
 def in_kernel(where: Sequence[str]) -> tuple[str, ...]:
     """The lines of a place without those of primitives and of the emulator."""
-    return tuple(x for x in where if not x.startswith(("cuda/primitives.h", "cuda_on_cpu")))
+    return tuple(x for x in where if not x.startswith(EMULATED))
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,11 @@ class Launch:
     static_shared: int
     places: tuple[Place, ...]
     mma: dict[tuple[str, ...], int]  # m16n8k16 of warps, by place
-    copying: int  # mma while the warp has cp.async copies under way
+    wgmma: dict[tuple[str, ...], int]  # instructions of warps, by place
+    squares: int  # m16n8k16 that a warp's share of all wgmma is worth
+    copying: int  # mma, and squares, while the warp has cp.async copies under way
     fetched: int  # sectors, distinct in every block
-    slowest: int  # the most mma of a warp of every block, times the warps of a block
+    slowest: int  # the most mma and squares of a warp of every block, times the warps of a block
     collectives: dict[str, int]  # of warps, by name
     buffers: dict[str, tuple[int, int, int]]  # bytes, and distinct sectors read and written
 
@@ -98,7 +101,12 @@ class Launch:
 
     @property
     def multiplications(self) -> float:
-        return self.scale * sum(self.mma.values())
+        return self.scale * self.multiplied
+
+    @property
+    def multiplied(self) -> int:
+        """mma and squares of the blocks that ran."""
+        return sum(self.mma.values()) + self.squares
 
     @property
     def bytes(self) -> float:
@@ -123,8 +131,7 @@ class Launch:
     @property
     def balance(self) -> float:
         """The mma of the busiest warp of a block in relation to the mean; 1 without any."""
-        total = sum(self.mma.values())
-        return self.slowest / total if total else 1.0
+        return self.slowest / self.multiplied if self.multiplied else 1.0
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,7 @@ _DIGITS = "digits of keys are random: some of a warp meet in a bank"
 _CHANNELS = "16 bytes that all lanes read, once: a quarter of the warp at a time"
 _ODD = "samples of an odd number of tokens begin within a sector of 8 numbers"
 _TABLE = "neighbouring keys have neighbouring rows, but lines of a frame meet in a bank"
+_FOURS = "16 bytes, the same for the eight lanes of a column: four wavefronts fill the registers"
 ACCEPTED: tuple[Accepted, ...] = (
     Accepted("softmax.lse[i];", "global write", 8, _LSE),
     Accepted("= row.lse[i];", "global write", 8, _LSE),
@@ -155,6 +163,7 @@ ACCEPTED: tuple[Accepted, ...] = (
     Accepted(": within(rows[first + i], total", "global read", 1.5, _LSE),
     Accepted("(grad_out + lane / 2 * kStride<D>", "shared read", 2, "two lanes share a row; once"),
     Accepted("known = group.known[column];", "shared read", 2, _PAIRS),
+    Accepted("known[j] = *reinterpret_cast<const float4*>(stage", "shared read", 4, _FOURS),
     Accepted("place = group.places[column];", "shared read", 2, _PAIRS),
     Accepted(
         "(to + d + column_of_lane(i / 2)) = packed[i];",
@@ -237,7 +246,8 @@ def count(op: str, kind: str = "Plain", *, blocks: int, **sizes: int) -> list[La
 
 
 def _launch(program: Path, given: dict) -> Launch:
-    addresses = {place[1] for place in given["places"]} | {site for site, _ in given["mma"]}
+    addresses = {place[1] for place in given["places"]}
+    addresses |= {site for kind in ("mma", "wgmma") for site, _ in given[kind]}
     where = _lines(program, sorted(addresses))
     places: dict[tuple[str, tuple[str, ...]], list[int]] = {}
     for kind, address, requests, lanes, width, units, ideal in given["places"]:
@@ -245,22 +255,23 @@ def _launch(program: Path, given: dict) -> Launch:
         for i, n in enumerate((requests, lanes, units, ideal)):
             sums[i] += n
         sums[4] = max(sums[4], width)
-    mma: Counter[tuple[str, ...]] = Counter()
-    for address, n in given["mma"]:
-        mma[where[address]] += n
+    products: dict[str, Counter[tuple[str, ...]]] = {"mma": Counter(), "wgmma": Counter()}
+    for kind, counts in products.items():
+        for address, n in given[kind]:
+            counts[where[address]] += n
     return Launch(
         kernel=_symbols(program)[given["kernel"]],
         places=tuple(
             Place(kind, lines, requests, lanes, width, units, ideal)
             for (kind, lines), (requests, lanes, units, ideal, width) in places.items()
         ),
-        mma=dict(mma),
+        **{kind: dict(counts) for kind, counts in products.items()},
         buffers={name: (size, read, written) for name, size, read, written in given["buffers"]},
         **{
             name: given[name]
             for name in (
                 *("blocks", "ran", "threads", "shared", "static_shared"),
-                *("copying", "fetched", "slowest", "collectives"),
+                *("squares", "copying", "fetched", "slowest", "collectives"),
             )
         },
     )

@@ -25,8 +25,6 @@ CXX = os.environ.get("CXX", "g++")
 
 FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread", "-fPIC"]
 FLAGS += ["-fvisibility=hidden", f"-I{ROOT / 'csrc'}", f"-I{EMULATOR}"]
-# Programs are compiled for one head size only, in a fraction of the time.
-FEW = ["-DVIDL_HEAD_SIZES=32"]
 ONE_HEAD_SIZE = "-DVIDL_HEAD_SIZES=64"  # that of the profiles
 KINDS = {
     "library": ["-O1"],  # compiled faster than with -O2
@@ -35,7 +33,10 @@ KINDS = {
     "quick": ["-O0"],
     "address": ["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
+    "trace": ["-O1", "-g"],
 }
+# The kernels of a trace build; trace.cpp takes the place of ThreadSanitizer's library.
+TRACED = ["-fsanitize=thread", "-DCUDA_ON_CPU_TRACE"]
 
 
 @functools.cache
@@ -87,17 +88,24 @@ def unit_of_attention(T: str, D: int, kind: str) -> Path:
     return file
 
 
-def program(name: str, kind: str = "plain", bug: tuple[str, str] | None = None) -> Path:
+def program(
+    name: str, kind: str = "plain", bug: tuple[str, str] | None = None, head_size: int = 32
+) -> Path:
     """The program of cuda_on_cpu/test_<name>.cpp, with the kernels of the op `name`, if any.
 
     Args:
         kind: a key of `KINDS`: an ordinary build, or one with sanitizers.
         bug: a part of the source of the kernels, which occurs once, and its replacement.
+        head_size: the only one of the kernels, which compile in a fraction of the time then.
     """
-    sources: list[tuple[Path, list[str]]] = [(EMULATOR / f"test_{name}.cpp", [])]
+    extra = TRACED if kind == "trace" else []
+    extra = [*extra, f"-DVIDL_HEAD_SIZES={head_size}"]
+    sources = [(EMULATOR / f"test_{name}.cpp", extra)]
     if (kernels := ROOT / f"csrc/{name}/cuda.cu").is_file():
-        sources.append((_planted(kernels, *bug) if bug else kernels, FEW))
-    return _link(f"{name}-{kind}", sources, KINDS[kind], [])
+        sources.append((_planted(kernels, *bug) if bug else kernels, extra))
+    if kind == "trace":
+        sources.append((EMULATOR / "trace.cpp", []))
+    return _link(f"{name}-{head_size}-{kind}", sources, KINDS[kind], [])
 
 
 def profiler(op: str, kind: str = "Plain") -> Path:

@@ -47,16 +47,19 @@ class Multiprocessor:
         return min(self.blocks, self.threads // (warps * 32), by_registers, by_shared)
 
 
-MULTIPROCESSORS = {"sm_80": Multiprocessor(164 * 1024), "sm_90": Multiprocessor(228 * 1024)}
+MULTIPROCESSORS = {"sm_80": Multiprocessor(164 * 1024), "sm_90a": Multiprocessor(228 * 1024)}
 
 
-def attention(size: int, shared: bool = False, causal: bool = False, reach: int = 0) -> None:
-    """Forward and backward in groups of `size` rows, of one head of 64, with scores.
+def attention(
+    size: int, shared: bool = False, causal: bool = False, reach: int = 0, scored: bool = True
+) -> None:
+    """Forward and backward in groups of `size` rows, of one head of 64.
 
     Args:
         shared: with a global key.
         causal: a row sees those before it.
         reach: greatest distance of rows in a table of relative positions; 0 for none.
+        scored: with scores.
     """
     groups = Groups.equal(2, size)
     groups = groups.with_global() if shared else groups.causal() if causal else groups
@@ -65,13 +68,11 @@ def attention(size: int, shared: bool = False, causal: bool = False, reach: int 
     if reach:
         positions = Positions.sequence(groups.query_offsets, groups.num_queries, reach)
         bias = torch.zeros(positions.rows, 1, requires_grad=True)
-    out, scores = space_time_attention(
-        *(q, k, v, groups),
-        bias=bias,
-        positions=positions,
-        return_scores="mean",
-        backend="emulated",
-    )
+    options = {"bias": bias, "positions": positions, "backend": "emulated"}
+    if not scored:
+        space_time_attention(q, k, v, groups, **options).float().sum().backward()
+        return
+    out, scores = space_time_attention(q, k, v, groups, return_scores="mean", **options)
     (out.float().sum() + scores.square().sum()).backward()
 
 
@@ -135,6 +136,7 @@ EXAMPLES: dict[str, Callable[[], None]] = {
     "groups of 69": lambda: attention(69),
     "groups of 128": lambda: attention(128),
     "groups of 197": lambda: attention(197),
+    "groups of 197, without scores": lambda: attention(197, scored=False),
     "groups of 256": lambda: attention(256),
     "groups of 273": lambda: attention(273),
     "groups of 69 and a global key": lambda: attention(69, shared=True),
@@ -213,13 +215,16 @@ def rows() -> Iterator[str]:
             cells = [f"`{launch.kernel.replace('__nv_bfloat16', 'bf16')}`", name]
             cells += [str(launch.threads)]
             for architecture, multiprocessor in MULTIPROCESSORS.items():
-                kernel = kernels[architecture][launch.kernel]
+                kernel = kernels[architecture].get(launch.kernel)
+                if kernel is None:
+                    cells += ["-"] * 4
+                    continue
                 shared = kernel.shared + launch.shared
                 blocks = multiprocessor.resident(launch.threads, kernel.registers, shared)
                 warps = blocks * -(-launch.threads // 32)
                 cells += [str(kernel.registers), str(shared), str(blocks), f"{warps / 64:.0%}"]
             yield " | ".join(cells)
-    families = {name.split("<")[0] for name in kernels["sm_90"]}
+    families = {name.split("<")[0] for name in kernels["sm_90a"]}
     missing = families - {launch.kernel.split("<")[0] for launch in seen}
     assert not missing, f"no example launches {sorted(missing)}"
 
@@ -228,8 +233,8 @@ HEAD = """# CUDA kernels: registers, shared memory and occupancy
 
 Compiled, not measured: the registers that ptxas reports, the shared memory of a launch, and the
 number of blocks that then run at once on a multiprocessor; occupancy is their warps out of 64. No
-kernel spills. Attention is shown for a head size of 64 in bfloat16 with scores, other kernels for
-one of their dtypes.
+kernel spills. Attention is shown for a head size of 64 in bfloat16 with scores unless it says
+otherwise, other kernels for one of their dtypes. sm_90a is sm_90 with wgmma, which one kernel uses.
 
 `python tests/occupancy.py > docs/contributors/occupancy.md` writes this page ({compiler}).
 """

@@ -45,14 +45,16 @@ class Card:
     matmul: float  # FLOPs of a large matmul in bfloat16
     l2: float  # bytes from L2
     mma: float  # the part of the tensor cores' rate that mma.sync reaches
+    wgmma: float  # the same for wgmma
 
     def limit(self, work: Work) -> float:
         return max(work.size / self.copy, work.flops / self.matmul)
 
 
-H200 = Card(132, 1.755e9, 4.3e12, 790e12, 5120 * 1.755e9, 0.6)
+# A large matmul uses wgmma: it reaches 83 % of 2048 multiply-adds in a cycle.
+H200 = Card(132, 1.755e9, 4.3e12, 790e12, 5120 * 1.755e9, 0.6, 0.83)
 SCHEDULERS = 4  # of a multiprocessor; each issues an instruction per cycle
-MULTIPROCESSOR = MULTIPROCESSORS["sm_90"]
+MULTIPROCESSOR = MULTIPROCESSORS["sm_90a"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def resources(launch: counters.Launch, card: Card = H200) -> tuple[float, float,
     cycles = card.multiprocessors * card.clock
     memory = max(launch.bytes / card.copy, launch.from_l2 / card.l2)
     shared = launch.units("shared") / cycles * tail(launch, card)
-    mma = launch.multiplications / (cycles * card.mma) * tail(launch, card)
+    mma = sum(launch.mma.values()) / card.mma + launch.squares / card.wgmma
+    mma *= launch.scale / cycles * tail(launch, card)
     return memory, shared, mma
 
 
@@ -125,8 +128,7 @@ def bound(launch: counters.Launch, kernel: sass.Kernel, card: Card = H200) -> Bo
     compute = max(needs) + (sum(needs) - max(needs)) / max(warps, 1)
     # Without barriers of the block, every warp waits for its own copies only.
     parts = resident if launch.barriers else resident * launch.warps
-    mma_count = sum(launch.mma.values())
-    hidden = launch.copying / mma_count if mma_count else 0.0
+    hidden = launch.copying / launch.multiplied if launch.multiplied else 0.0
     time = max(memory, compute) + (1 - hidden) * min(memory, compute) / parts
     return Bound(memory, *pipes, max(memory, *pipes), time, launch, kernel, resident)
 
@@ -173,12 +175,12 @@ def _attention(
     sizes |= _windows(grid, window)
     sizes |= dict(scores=scores, height=0, width=0, prefix=0, patches=0)
     # Blocks of long groups differ: all those of a head of a group.
-    blocks = math.ceil(rows / 64) if rows > 256 else 2
-    runs = [
-        Run("space_time_attention", min(blocks, 7), {k: int(v) for k, v in sizes.items()} | phase)
-        for phase in (dict(backward=0), dict(backward=1))
-    ]
-    return runs[0], runs[1]
+    blocks = min(math.ceil(rows / 64), 7) if rows > 256 else 2
+    # A block of the backward with wgmma computes its share of all heads.
+    blocks_backward = 1 if 128 < rows <= 256 and not scores else blocks
+    given = {k: int(v) for k, v in sizes.items()}
+    forward = Run("space_time_attention", blocks, given | dict(backward=0))
+    return forward, Run("space_time_attention", blocks_backward, given | dict(backward=1))
 
 
 def attention_cases() -> Iterator[Case]:
@@ -394,7 +396,7 @@ def rows_of_exceptions() -> Iterator[str]:
 HEAD = """# CUDA kernels: predicted limits
 
 **Bounds, not measured.** No GPU was used. The emulator counts what the kernels ask of the memory
-and of the tensor cores, nvcc compiles them for sm_90, and a model with the rates of an H200 turns
+and of the tensor cores, nvcc compiles them for sm_90a, and a model with the rates of an H200 turns
 the counts into times. If the rates are right, a kernel is not faster than the longest of memory,
 shared and mma; "bound" adds instructions, of which the number is an estimate, and the overlap that
 blocks allow. `vidl bench` on a GPU replaces this page. `auto` does not use it.
@@ -406,12 +408,14 @@ blocks allow. `vidl bench` on a GPU replaces this page. `auto` does not use it.
 
 Assumed rates: 132 multiprocessors at 1.755 GHz; a copy at 4.3 TB/s; a large matmul at 790 TFLOP/s;
 5120 bytes a cycle from L2; for each multiprocessor one wavefront of shared memory and four
-instructions in a cycle; mma.sync at 60 % of the rate of the tensor cores. Launches cost nothing.
+instructions in a cycle; mma.sync at 60 % of the rate of the tensor cores, wgmma at 83 %, the rate
+of the large matmul. Launches cost nothing.
 
 - **limit**: the least bytes of any implementation at the rate of a copy, or the useful FLOPs at the
   rate of a matmul, whichever takes longer (`work()` of `bench/ops/`).
 - **memory**: the distinct 32-byte sectors of every buffer at the rate of a copy, or those of every
-  block, summed, at the rate of L2. **shared**: wavefronts, with bank conflicts. **mma**: m16n8k16.
+  block, summed, at the rate of L2. **shared**: wavefronts, with bank conflicts, and operands that
+  wgmma reads. **mma**: m16n8k16, or what a wgmma is worth in them.
 - **issue**: instructions. The basic blocks of the machine code are weighted with how often the
   emulator ran their loads, stores and mma; a rough estimate: other ways to weight the blocks
   without any differ by a third.
@@ -424,10 +428,10 @@ instructions in a cycle; mma.sync at 60 % of the rate of the tensor cores. Launc
   two is divided by that number and added to the longer. What is multiplied while copies are under
   way is overlapped and not added.
 
-Counts of attention are those of two blocks, or of the blocks of one head of a group; those of other
-kernels, of up to 64 blocks of a launch. All times are in microseconds, in bfloat16 with a head size
-of 64. A phase with several kernels is their sum; embeddings include torch's matmul at its limit,
-gradients of scores the zeros that torch writes.
+Counts of attention are those of two blocks, of the blocks of one head of a group, or with wgmma of
+a block that computes many heads; those of other kernels, of up to 64 blocks of a launch. All times
+are in microseconds, in bfloat16 with a head size of 64. A phase with several kernels is their sum;
+embeddings include torch's matmul at its limit, gradients of scores the zeros that torch writes.
 
 ## Bounds, not measured
 

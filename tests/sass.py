@@ -1,7 +1,7 @@
 """The machine code of the CUDA kernels: opcodes, widths, loops, and how often instructions run.
 
-nvcc compiles for sm_90, and Triton brings nvdisasm. How often a basic block runs follows from the
-counts of the emulator (counters.py): an mma, ldmatrix or copy of the source that became S
+nvcc compiles for sm_90a, and Triton brings nvdisasm. How often a basic block runs follows from the
+counts of the emulator (counters.py): an mma, wgmma, ldmatrix or copy of the source that became S
 instructions and ran D times ran D / S times in each. Blocks without any take the mean of their
 neighbours. It is a rough estimate of the issued instructions, not a count.
 """
@@ -22,13 +22,13 @@ import counters
 import emulated
 import test_nvcc
 
-ARCHITECTURE = "sm_90"
+ARCHITECTURE = "sm_90a"
 SYSTEM_SHARED = 1024  # bytes of a block that cuobjdump counts too
-MATMUL = "HMMA"
+MATMULS = ("HMMA", "HGMMA")  # mma and wgmma
 STORES = ("STG", "STS", "LDGSTS")
 DIVISION = ("FCHK", "CALL", "I2F", "F2I")
 # Of instructions that the compiler neither repeats nor removes; of others.
-SURE = (MATMUL, "LDSM", "LDGSTS", "STG")
+SURE = (*MATMULS, "LDSM", "LDGSTS", "STG")
 OTHERS = ("LDG", "LDS", "STS")
 
 
@@ -94,7 +94,10 @@ class Kernel:
 
     @cached_property
     def matmul_loops(self) -> list[tuple[int, int]]:
-        return [(a, b) for a, b in self.loops if self.names(a, b + 1)[MATMUL]]
+        return [(a, b) for a, b in self.loops if self.matmuls(a, b + 1)]
+
+    def matmuls(self, start: int, end: int) -> int:
+        return sum(self.names(start, end)[name] for name in MATMULS)
 
     def waits(self) -> tuple[int, int]:
         """The copy loop with the most loads in a chain: how often it waits for one, its loads.
@@ -106,7 +109,7 @@ class Kernel:
         for a, b in self.loops:
             body = self.instructions[a : b + 1]
             names = self.names(a, b + 1)
-            if not names["LDGSTS"] or names[MATMUL]:
+            if not names["LDGSTS"] or self.matmuls(a, b + 1):
                 continue
             pending: set[str] = set()
             waits = 0
@@ -129,7 +132,7 @@ class Kernel:
             if any((a, b) != (c, d) and a <= c and d <= b for c, d in self.matmul_loops):
                 continue
             names = self.names(a, b + 1)
-            most = max(most, sum(names[x] for x in DIVISION) / names[MATMUL])
+            most = max(most, sum(names[x] for x in DIVISION) / self.matmuls(a, b + 1))
         return most
 
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -197,9 +200,12 @@ def _by_name(launch: counters.Launch) -> dict[str, dict[tuple[str, ...], int]]:
         place = counters.in_kernel(where)
         counted[name][place] = counted[name].get(place, 0) + n
 
-    for where, n in launch.mma.items():
-        add(MATMUL, where, n)
+    for name, products in zip(MATMULS, (launch.mma, launch.wgmma), strict=True):
+        for where, n in products.items():
+            add(name, where, n)
     for p in launch.places:
+        if p.where in launch.wgmma:  # operands
+            continue
         inside = p.where[0].startswith("cuda/primitives.h")
         if p.kind == "shared write":
             add("LDGSTS" if inside else "STS", p.where, p.requests)
@@ -277,6 +283,7 @@ def _compiled(source: Path, macros: Sequence[str] = ()) -> Path:
     compiler = test_nvcc.nvcc()
     assert compiler is not None
     flags = ["-std=c++17", "-O3", f"-arch={ARCHITECTURE}", "-lineinfo", "-cubin", *macros]
+    flags += ["-DVIDL_SM_90A"]
     flags += [f"-I{emulated.ROOT / 'csrc'}", f"-I{emulated.EMULATOR}"]
     contents = [file.read_bytes() for file in sorted(emulated.with_headers(source))]
     key = hashlib.sha256(b"".join([repr([flags, test_nvcc.version()]).encode(), *contents]))

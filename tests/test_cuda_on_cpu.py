@@ -342,6 +342,101 @@ BUGS = {
             "int64_t{groups.entries[n]} * channels",
         ),
     },
+    # Its kernels for a head size of 64.
+    "space_time_attention 64": {
+        "a stage is read before it is there": (
+            "cp_async_wait();\n      prepare_stage",
+            "prepare_stage",
+        ),
+        "a stage is read before all warps have it": (
+            "__syncthreads();  // the stage is there",
+            "//",
+        ),
+        "wgmma does not see a stage": (
+            "fence_proxy_async();\n      __syncthreads();  // the stage",
+            "__syncthreads();  // the stage",
+        ),
+        "gradients are read before all warps have them": (
+            "__syncthreads();  // the gradients of the logits are there",
+            "",
+        ),
+        "wgmma does not see the gradients": (
+            "fence_proxy_async();\n      __syncthreads();  // the gradients",
+            "__syncthreads();  // the gradients",
+        ),
+        "products have registers that were not handed over": (
+            "wgmma_fence(weights, grads);",
+            "",
+        ),
+        "products are weighed before they are there": (
+            "wgmma_wait<1>(sums.weights, sums.grads);",
+            "",
+        ),
+        "left operands are overwritten while they are read": (
+            "sums.finish_sums(step - 1);\n    sums.pack(memory.grads, thread, step);",
+            "sums.pack(memory.grads, thread, step);\n    sums.finish_sums(step - 1);",
+        ),
+        "a group of products is not waited for": (
+            "wgmma_wait<0>(grad_v[tile]",
+            "wgmma_wait<1>(grad_v[tile]",
+        ),
+        "the first product is added to what was there": (
+            "advance(keys, 32 * d), advance(queries, 32 * d),\n"
+            "                                     d > 0);",
+            "advance(keys, 32 * d), advance(queries, 32 * d),\n"
+            "                                     true);",
+        ),
+        "the sums of a head are added to those of the last": ("sums.clear();", ""),
+        "queries are taken 8 at a time": (
+            "advance(queries, n * 16 * kSwizzledRow)",
+            "advance(queries, n * 8 * kSwizzledRow)",
+        ),
+        "keys are taken as K-major": (
+            "wgmma<T, Major::kMN, Major::kMN>(sums,",
+            "wgmma<T, Major::kMN, Major::kK>(sums,",
+        ),
+        "rows are copied without a swizzle": (
+            "swizzled(row * kSwizzledRow + 2 * d)",
+            "(row * kSwizzledRow + 2 * d)",
+        ),
+        "gradients are stored without a swizzle": ("(start ^ 16 * unit)", "(start + 16 * unit)"),
+        "keys beyond the last have weights": (
+            "key + 8 * (e / 2) < count;",
+            "key + 8 * (e / 2) <= count;",
+        ),
+        "the last query is forgotten": (
+            "r < count ? memory.lse[r] * kLog2E",
+            "r < count - 1 ? memory.lse[r] * kLog2E",
+        ),
+        "delta is a part of the sum": ("d < 8; d *= 2) dot +=", "d < 4; d *= 2) dot +="),
+        "a half has the log-sum-exp of the first": (
+            "stage += step / kTiles * kHalfQueries + thread % 4 * 2;",
+            "stage += thread % 4 * 2;",
+        ),
+        "warpgroups have the same keys": (
+            "advance(keys, warpgroup * 2 * kTileKeys * kSwizzledRow)",
+            "keys",
+        ),
+        "the next head has the keys of this one": ("keys_slot ^= 1) {", "keys_slot ^= 0) {"),
+        "the last keys of the next head are forgotten": (
+            "is_last ? kHopperKeys - first : kTileKeys",
+            "kTileKeys",
+        ),
+        "the next head has the queries of this one": (
+            "const HopperTask task(a, is_last ? next_index : index);",
+            "const HopperTask task(a, index);",
+        ),
+        "stages share a slot": ("stage++, slot ^= 1) {", "stage++) {"),
+        "a stage is one half": ("query_count - first > kHalfQueries", "false"),
+        "groups without queries give no zeros": (
+            "kStageQueries, 1);",
+            "kStageQueries, 0);",
+        ),
+        "lanes exchange the wrong columns": (
+            "is_upper ? x : y, kDistance",
+            "is_upper ? y : x, kDistance",
+        ),
+    },
     "token_scores": {
         "sums are read before they are written": (
             "__syncthreads();  // the numbers of all warps are there",
@@ -419,6 +514,17 @@ BUGS = {
         "a group is longer than its bound": ("within(end - begin, longest)", "end - begin"),
     },
 }
+# Bugs that only a trace build detects.
+TRACED_BUGS = {
+    "a stage is fenced by other threads than those that copied it": (
+        "fence_proxy_async();\n      __syncthreads();  // the stage",
+        "__syncthreads();\n      fence_proxy_async();  // the stage",
+    ),
+    "gradients are fenced by other threads than those that wrote them": (
+        "fence_proxy_async();\n      __syncthreads();  // the gradients",
+        "__syncthreads();\n      fence_proxy_async();  // the gradients",
+    ),
+}
 RACES = ["syncthreads", "syncwarp", "two_blocks", "two_warps"]
 
 
@@ -456,6 +562,13 @@ def test_planted_bugs_are_detected(kind):
     assert_passes(emulated.program("bugs", kind))
 
 
+@pytest.mark.parametrize(
+    "kind", ["plain", *(pytest.param(x, marks=pytest.mark.slow) for x in ("trace", "address"))]
+)
+def test_bugs_with_products_of_warpgroups_are_detected(kind):
+    assert_passes(emulated.program("warpgroups", kind))
+
+
 @pytest.mark.slow
 def test_a_read_past_a_shared_array_ends_the_program():
     done = run(emulated.program("bugs", "address"), "overrun")
@@ -485,7 +598,21 @@ def test_kernels_under_sanitizers(op, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["address", "thread", "trace"])
+def test_wgmma_under_sanitizers(kind):
+    assert_passes(emulated.program("space_time_attention", kind, head_size=64))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("op, bug", [(op, bug) for op, bugs in BUGS.items() for bug in bugs])
 def test_a_bug_in_a_kernel_is_detected(op, bug):
-    done = run(emulated.program(op, "quick", BUGS[op][bug]))
+    name, _, head_size = op.partition(" ")
+    done = run(emulated.program(name, "quick", BUGS[op][bug], int(head_size or 32)))
     assert done.returncode != 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", TRACED_BUGS)
+def test_a_trace_detects_a_missing_fence(bug):
+    done = run(emulated.program("space_time_attention", "trace", TRACED_BUGS[bug], head_size=64))
+    assert done.returncode != 0 and "no fence.proxy.async" in done.stdout + done.stderr

@@ -15,7 +15,7 @@ def card(monkeypatch):
     monkeypatch.setattr(library, "_has_kernel", lambda name, backend, device: device == "cuda")
     monkeypatch.setattr(library, "interpreting", lambda: False)
 
-    def make(capability, architectures="80-real;90"):
+    def make(capability, architectures="80-real;90a-real;90-virtual"):
         card = gpu.Gpu(capability, SHARED[capability] * 1024)
         monkeypatch.setattr(gpu, "current", lambda: card)
         monkeypatch.setattr(library, "build_record", lambda: {"cuda_architectures": architectures})
@@ -51,6 +51,8 @@ def test_every_op_runs_on_later_gpus(op, capability, card):
         ("90", {(9, 0), (12, 0)}),
         ("90-real", {(9, 0)}),
         ("80-real;90", {(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)}),
+        ("80-real;90a-real;90-virtual", {(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)}),
+        ("90a", {(9, 0)}),
         ("86-real", {(8, 6), (8, 9)}),
         ("80-virtual", {(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)}),
         ("120", {(12, 0)}),

@@ -134,6 +134,82 @@ def test_blocks_of_less_shared_memory(D, sizes, monkeypatch):
     assert_right(torch.bfloat16, *results)
 
 
+def ragged(queries, keys, gathered=False):
+    """Groups of these sizes, in order or with rows in a random order."""
+    offsets = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (queries, keys)]
+    rows = [torch.randperm(int(x[-1])).int() for x in offsets] if gathered else [None, None]
+    sizes = {"max_queries": max(queries), "max_keys": max(keys)}
+    totals = {"num_queries": sum(queries), "num_keys": sum(keys)}
+    return Groups(*offsets, *rows, **sizes, **totals)
+
+
+# Groups of 129 to 256 rows; of odd lengths, empty, gathered, and with a key that they share.
+WIDE = {
+    "frames": lambda: Groups.equal(2, 197),
+    "longest": lambda: Groups.equal(1, 256),
+    "more queries": lambda: ragged([225, 0, 31, 1], [7, 100, 0, 33]),
+    "more keys": lambda: ragged([33, 64, 65], [255, 129, 2], gathered=True),
+    "a shared key": lambda: Groups.equal(3, 150).with_global(),
+}
+
+
+@pytest.mark.parametrize(
+    "dtype, capability", [(torch.float16, "90"), (torch.bfloat16, "90"), (torch.bfloat16, "80")]
+)
+def test_wide_groups_with_and_without_wgmma(dtype, capability, monkeypatch):
+    monkeypatch.setenv("CUDA_ON_CPU_CAPABILITY", capability)
+    monkeypatch.setenv("CUDA_ON_CPU_MULTIPROCESSORS", "2")
+    where = Where("emulated", "cpu")
+    where.skip_unless_runs(OP, dtype)
+    layouts = [layout() for layout in WIDE.values()]
+    results = (list(precisions(x, 2, 64, dtype, where, scale=0.2)) for x in layouts)
+    assert_right(dtype, *results)
+
+
+def test_wgmma_gives_the_same_bits_on_any_gpu(monkeypatch):
+    """A block computes one head of a group, several, or all of them."""
+    Where("emulated", "cpu").skip_unless_runs(OP, torch.bfloat16)
+    groups, runs = WIDE["more keys"](), []
+    for multiprocessors in ("1", "4", "132"):
+        monkeypatch.setenv("CUDA_ON_CPU_MULTIPROCESSORS", multiprocessors)
+        runs.append(run(groups, 2, 64, torch.bfloat16, "cpu", "emulated"))
+    for other in runs[1:]:
+        assert all(map(torch.equal, runs[0], other))
+
+
+@pytest.mark.parametrize(
+    "capability, size, options, kernel",
+    [
+        ("90", 129, {}, "hopper"),
+        ("90", 256, {}, "hopper"),
+        *((capability, 129, {}, "wide") for capability in ("80", "89", "100", "120")),
+        ("90", 129, {"D": 32}, "wide"),
+        ("90", 129, {"scores": "mean"}, "wide"),
+        ("90", 129, {"causal": True}, "wide"),
+        ("90", 128, {}, "whole"),
+        ("90", 257, {}, "query"),
+    ],
+)
+def test_where_wgmma_is_used(capability, size, options, kernel, monkeypatch):
+    """By capability 9.0 for a head size of 64, without gradients of scores and limits."""
+    from occupancy import launches
+
+    Where("emulated", "cpu").skip_unless_runs(OP, torch.bfloat16)
+    monkeypatch.setenv("CUDA_ON_CPU_CAPABILITY", capability)
+    groups = Groups.equal(1, size)
+    groups = groups.causal() if options.get("causal") else groups
+    D, scores = options.get("D", 64), options.get("scores")
+    inputs = [x.requires_grad_() for x in torch.randn(3, size, 1, D).bfloat16()]
+
+    def example():
+        results = space_time_attention(*inputs, groups, return_scores=scores, backend="emulated")
+        sum(x.sum() for x in (results if scores else [results])).backward()
+
+    names = {launch.kernel.split("<")[0] for launch in launches(example)}
+    backward = {"hopper", "wide", "whole", "query"}
+    assert {x for x in backward if f"{x}_backward_kernel" in names} == {kernel}
+
+
 @pytest.mark.parametrize("size", [1, 17, 130, 260])
 def test_more_groups_than_a_grid_has_rows(size, where):
     """66,000 groups, all with members, or only the last one."""
@@ -218,6 +294,23 @@ def test_any_groups_emulated(seed):
     where, dtype = Where("emulated", "cpu"), torch.bfloat16 if seed % 2 else torch.float16
     where.skip_unless_runs(OP, dtype)
     fuzz(seed, 4, dtype, where, most=3, longest=257)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_any_groups_with_wgmma(seed, monkeypatch):
+    """Groups of 129 to 256 rows, in order, gathered or with shared keys; any scale."""
+    where, dtype = Where("emulated", "cpu"), torch.bfloat16 if seed % 2 else torch.float16
+    where.skip_unless_runs(OP, dtype)
+    monkeypatch.setenv("CUDA_ON_CPU_MULTIPROCESSORS", str(seed % 4 + 1))
+    generator, results = random.Random(seed), []
+    while len(results) < 5:
+        groups = random_groups(generator, 3, 200)
+        if not 128 < max(groups.max_queries, groups.max_keys) <= 256:
+            continue
+        H, scale = generator.choice([1, 2, 3]), generator.choice([None, 0.0, -0.2, 0.5])
+        results.append(list(precisions(groups, H, 64, dtype, where, scale=scale)))
+    assert_right(dtype, *results)
 
 
 @pytest.mark.slow

@@ -44,10 +44,16 @@ __device__ __forceinline__ int64_t group_of(const Groups& groups, int64_t entry)
   return low;
 }
 
+// Tiles whose rows have kStride numbers.
+template <int D>
+struct Padded {
+  static __device__ __forceinline__ int at(int row, int d) { return row * kStride<D> + d; }
+};
+
 // Starts to copy `rows` rows of a group of one tensor or more, from member `start` on; zeros beyond
 // the group's end. A thread copies the same unit of 16 bytes of every row. Four indices are loaded
 // before the first copy: a chain of loads would wait for each.
-template <class T, int D, int kTensors>
+template <class T, int D, class Layout = Padded<D>, int kTensors>
 __device__ __forceinline__ void copy_rows(T* const (&tiles)[kTensors], int rows,
                                           const Strided (&tensors)[kTensors], int h,
                                           const Members& group, int start, int thread,
@@ -72,7 +78,7 @@ __device__ __forceinline__ void copy_rows(T* const (&tiles)[kTensors], int rows,
       for (int t = 0; t < kTensors; t++) {
         const T* const head = static_cast<const T*>(tensors[t].data) + h * tensors[t].head + d;
         if (to < rows) {
-          cp_async_16(tiles[t] + to * kStride<D> + d, head + int64_t{from} * tensors[t].row,
+          cp_async_16(tiles[t] + Layout::at(to, d), head + int64_t{from} * tensors[t].row,
                       start + to < group.count);
         }
       }

@@ -1,7 +1,7 @@
 // space_time_attention on the tensor cores of sm_80 and later, forward and backward. Every size
-// class has its file (packed.h, whole.h, wide.h, blocked.h); launch.h chooses the class of a call.
-// logits.h has limits and biases, table.h the gradient of a table. Schema:
-// kernels/space_time_attention/op.py.
+// class has its file (packed.h, whole.h, wide.h, blocked.h), and hopper.h a kernel for sm_90a;
+// launch.h chooses the class of a call. logits.h has limits and biases, table.h the gradient of a
+// table. Schema: kernels/space_time_attention/op.py.
 //
 // Rows are gathered as they are loaded. A row beyond the end of its group is never read but counts
 // as zeros, so that NaN in the neighbouring group has no effect. There are no atomic additions: a

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "space_time_attention/blocked.h"
+#include "space_time_attention/hopper.h"
 #include "space_time_attention/packed.h"
 #include "space_time_attention/table.h"
 #include "space_time_attention/whole.h"
@@ -119,6 +120,24 @@ int forward(const SpaceTimeAttention& a, const Forward& f, void* stream) {
                 groups.E);
 }
 
+// The backward of a wide class: by wgmma if the GPU has it and the kernel supports the call.
+template <class T, int D, class Kind>
+int wide_backward(const SpaceTimeAttention& a, const Backward& b, int64_t threads, int64_t bytes,
+                  void* stream) {
+  const int64_t tasks = a.groups.G * a.H;
+#ifdef VIDL_WGMMA
+  if constexpr (D == kHopperD && !Kind::kLimited) {
+    if (b.grad_scores == nullptr && tasks <= INT32_MAX && runs_hopper<T>()) {
+      const int64_t most = std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1);
+      const int64_t blocks = std::min(tasks, most);
+      return launch(hopper_backward_kernel<T>, blocks, kHopperThreads, HopperMemory<T>::kBytes,
+                    stream, a, b, static_cast<unsigned>(tasks));
+    }
+  }
+#endif
+  return launch(wide_backward_kernel<T, D, Kind>, tasks, threads, bytes, stream, a, b);
+}
+
 // The gradient of the table, after the other gradients.
 template <class T, int D>
 int table_backward(const SpaceTimeAttention& a, const Backward& b, void* stream) {
@@ -159,8 +178,7 @@ int backward(const SpaceTimeAttention& a, const Backward& b, void* stream) {
     error = launch(kernel, groups.G * a.H, 2 * most, bytes, stream, a, b);
   } else if (size == Size::kWide) {
     if constexpr (D <= 64) {
-      error =
-          launch(wide_backward_kernel<T, D, Kind>, groups.G * a.H, 2 * most, bytes, stream, a, b);
+      error = wide_backward<T, D, Kind>(a, b, 2 * most, bytes, stream);
     }
   } else {
     const Blocks query_blocks = blocks_of(groups, a.H, groups.max_queries, groups.num_queries);

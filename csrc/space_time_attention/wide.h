@@ -1,7 +1,8 @@
 // space_time_attention on CUDA, backward of groups of 129 to 256 queries or keys with a head size
 // of at most 64. A block computes one head of one group, with all its rows in shared memory; a warp
 // sums the gradients of 16 keys in registers. The queries are taken 32 at a time: the gradients of
-// their logits go through shared memory to the warps that multiply them with the keys.
+// their logits go through shared memory to the warps that multiply them with the keys. hopper.h
+// has a faster kernel for some of these calls.
 //
 // Limit: bytes. For N rows in all, n in a group, in 16 bits: 16 N H D bytes for 10 n N H D FLOPs,
 // which is 123 FLOPs per byte at n = 197; an H200 balances at 184. The gradient of the scores adds

@@ -21,13 +21,15 @@
 // - Output elements that no block writes, or two blocks: Watch.
 // - Races in shared and global memory, a missing __syncwarp: -fsanitize=thread, where every CUDA
 //   thread is a fiber of its own to ThreadSanitizer.
+// - Products of warpgroups: operands and registers that are touched in flight, missing fences and
+//   waits, warps that disagree: an Error (warpgroups.h).
 // An Error is a C++ exception thrown out of launch().
 //
 // A profile build (profile.h) counts bank conflicts, sectors and instructions of the tensor cores.
 //
-// Not emulated: timing, the weak memory model, wgmma, TMA, clusters, blocks that
-// wait for one another. A thread that spins on memory must call __nanosleep() in the loop, or the
-// block never makes progress.
+// Not emulated: timing, the weak memory model, TMA, clusters, blocks that wait for one another. A
+// thread that spins on memory must call __nanosleep() in the loop, or the block never makes
+// progress.
 #pragma once
 #ifdef __CUDACC__
 #error "cuda_on_cpu.h is for host compilers; include cuda/primitives.h instead"
@@ -141,6 +143,8 @@ enum cudaError_t {
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
@@ -299,6 +303,17 @@ struct Launch {
   char begun = 0, ended = 0;   // for TSan: before every block, and after every block
 };
 
+// What works beside the threads of a block: products that an instruction only starts. warpgroups.h
+// is one.
+struct Beside {
+  virtual ~Beside() = default;
+  virtual void begin() = 0;  // a block begins
+  virtual void leave() = 0;  // the current thread returns from the kernel
+  virtual void end() = 0;    // all threads have returned
+  virtual void wrote(const void* p, size_t bytes) = 0;  // the current thread, by cp.async
+};
+inline std::unique_ptr<Beside> (*make_beside)() = nullptr;
+
 struct Block;
 inline constinit thread_local Block* block = nullptr;
 inline constinit thread_local Fiber* self = nullptr;
@@ -306,6 +321,9 @@ inline constinit thread_local Fiber* self = nullptr;
 
 struct Block {
   static constexpr size_t guard = 128;  // bytes of canary around every shared array
+  // Arrays start at multiples of 1024 bytes: the low bits of an address are those of the shared
+  // window, on which swizzles depend.
+  static constexpr size_t align = 1024;
   static constexpr size_t arena_bytes = 512 * 1024;
   static constexpr unsigned char canary = 0xFD;
   struct Array {
@@ -335,6 +353,7 @@ struct Block {
   char* arena;
   size_t arena_used = 0, shared_used = 0;
   std::vector<Array> arrays;
+  std::unique_ptr<Beside> beside = make_beside != nullptr ? make_beside() : nullptr;
 
   Block() { arena = map(arena_bytes); }
   ~Block() { unmap(); }
@@ -429,6 +448,7 @@ struct Block {
   void leave() {  // the current thread returns from the kernel
     Fiber& me = *self;
     if (!me.copies.empty()) fail("thread exits with cp.async copies it never waited for");
+    if (beside) beside->leave();
     exited[me.warp] |= 1u << me.lane;
     live--;
     if (live && barriers[0].waiting == live && !barriers[0].expected) release(barriers[0]);
@@ -465,6 +485,7 @@ struct Block {
 #if defined(__SANITIZE_THREAD__)
     static std::vector<void*> sets[4];
     static unsigned turn = 0;
+    if (i == 0 && abandoned) sets[turn].clear();  // TSan believes that these threads still run
     auto& set = sets[i ? turn : turn = (turn + 1) % 4];
     if (set.size() <= i) set.push_back(__tsan_create_fiber(0));
     return set[i];
@@ -514,12 +535,13 @@ struct Block {
       start(f);
     }
     for (Barrier& b : barriers) b = {};
-    arena_used = guard, shared_used = 0;
+    arena_used = align, shared_used = 0;
     arrays.clear();
-    std::memset(arena, canary, guard);
+    std::memset(arena, canary, align);
     error = nullptr;
     add_array(nullptr, l.shared, "dynamic shared memory", Site::current());
     block = this;
+    if (beside) beside->begin();
     blockIdx = index, blockDim = l.block, gridDim = l.grid;
     host.size = 0;
 #if defined(__SANITIZE_THREAD__)
@@ -536,6 +558,7 @@ struct Block {
     __asan_unpoison_memory_region(arena, arena_bytes);
 #endif
     if (error) std::rethrow_exception(error);
+    if (beside) beside->end();
     for (Array& a : arrays)
       for (size_t i = 0; i < guard; i++)
         if (a.data[i - guard] != (char)canary || a.data[a.bytes + i] != (char)canary)
@@ -546,7 +569,7 @@ struct Block {
 
   // Shared memory: [canary] array [canary] array [canary] ...
   char* add_array(const void* tag, size_t bytes, const char* name, Site site) {
-    size_t end = (arena_used + bytes + guard + 127) / 128 * 128;
+    size_t end = (arena_used + bytes + 2 * guard + align - 1) / align * align;
     if ((shared_used += bytes) > launch->most_shared || end > arena_bytes)
       fail("shared memory of " + std::to_string(shared_used) + " bytes is more than the " +
            std::to_string(launch->most_shared) + " bytes that a block of this kernel has");
@@ -670,6 +693,7 @@ inline void finish_copies(unsigned pending) {  // cp.async.wait_group
   for (const PendingCopy& c : due) {
     std::memset(c.to, 0, c.bytes);
     std::memcpy(c.to, c.from, c.valid);
+    if (block->beside) block->beside->wrote(c.to, c.bytes);
   }
 }
 inline void* shared_array(const void* tag, size_t bytes, const char* name, Site site) {
@@ -889,9 +913,13 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = static_cast<int>(attribute == cudaDevAttrMultiProcessorCount
-                                ? cuda_on_cpu::Options::env("CUDA_ON_CPU_MULTIPROCESSORS", 1)
-                                : cuda_on_cpu::max_shared());
+  using cuda_on_cpu::Options;
+  const auto capability = Options::env("CUDA_ON_CPU_CAPABILITY", 90);
+  *value = static_cast<int>(
+      attribute == cudaDevAttrMultiProcessorCount ? Options::env("CUDA_ON_CPU_MULTIPROCESSORS", 1)
+      : attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10
+      : attribute == cudaDevAttrComputeCapabilityMinor ? capability % 10
+                                                       : cuda_on_cpu::max_shared());
   return cudaSuccess;
 }
 // The emulator knows a static array only once a block has declared it.

@@ -73,10 +73,12 @@ struct Launch {
   unsigned threads = 0;
   std::map<Place, Counts> places;
   std::map<const void*, uint64_t> multiplications;  // mma of a warp, by place
+  std::map<const void*, uint64_t> tiles;            // wgmma of a warp
   std::map<std::string, uint64_t> collectives;      // of a warp, by name
-  uint64_t copying = 0;                             // mma while copies are under way
-  uint64_t fetched = 0;                             // distinct sectors of every block
-  uint64_t slowest = 0;  // the most mma of a warp, summed over blocks, times the warps
+  uint64_t squares = 0;  // 16 x 8 x 16 multiplications of a warp's share of all wgmma
+  uint64_t copying = 0;  // those of mma and wgmma while copies are under way
+  uint64_t fetched = 0;  // distinct sectors of every block
+  uint64_t slowest = 0;  // the most of a warp, summed over blocks, times the warps
 };
 
 std::vector<Buffer> buffers;
@@ -211,7 +213,7 @@ void print() {
               offset_of(launch.kernel, 0), launch.blocks, launch.ran, launch.threads);
   std::printf("\"shared\": %zu, \"static_shared\": %zu, \"copying\": %lu, \"slowest\": %lu, ",
               launch.shared, launch.static_shared, launch.copying, launch.slowest);
-  std::printf("\"fetched\": %lu, ", launch.fetched);
+  std::printf("\"fetched\": %lu, \"squares\": %lu, ", launch.fetched, launch.squares);
   const char* comma = "";
   std::printf("\"places\": [");
   for (const auto& [place, c] : launch.places) {
@@ -219,11 +221,14 @@ void print() {
                 offset_of(place.site, 1), c.requests, c.lanes, c.width, c.units, c.ideal);
     comma = ", ";
   }
-  std::printf("], \"mma\": [");
-  comma = "";
-  for (const auto& [site, n] : launch.multiplications) {
-    std::printf("%s[%zu, %lu]", comma, offset_of(site, 1), n);
-    comma = ", ";
+  for (const auto& [name, counts] :
+       {std::pair("mma", &launch.multiplications), std::pair("wgmma", &launch.tiles)}) {
+    std::printf("], \"%s\": [", name);
+    comma = "";
+    for (const auto& [site, n] : *counts) {
+      std::printf("%s[%zu, %lu]", comma, offset_of(site, 1), n);
+      comma = ", ";
+    }
   }
   std::printf("], \"collectives\": {");
   comma = "";
@@ -295,6 +300,22 @@ void multiply(bool copying, const void* site) {
   launch.multiplications[site]++;
   launch.copying += copying;
   multiplied[warp]++;
+}
+// The operands of a warpgroup are read once for its four warps: a warp counts 16 rows of the left
+// one and a quarter of the right one.
+void multiply_tile(int n, bool shared, bool copying, const void* site) {
+  if (lane != 0) return;
+  constexpr unsigned kUnit = 16, kColumns = 8, kWarps = 4;
+  const uint64_t squares = unsigned(n) / kColumns;
+  launch.tiles[site]++;
+  launch.squares += squares;
+  launch.copying += copying ? squares : 0;
+  multiplied[warp] += squares;
+  Counts& counts = launch.places[{site, kSharedRead}];
+  const uint64_t rows = (shared ? 16 : 0) + unsigned(n) / kWarps;
+  const uint64_t units = rows * 2 * kUnit / kWavefront;
+  counts.requests++, counts.lanes += kLanes, counts.width = kUnit;
+  counts.units += units, counts.ideal += units;
 }
 
 void* buffer(const char* name, size_t bytes) {

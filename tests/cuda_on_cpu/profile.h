@@ -29,6 +29,8 @@ void copy(const void* to, const void* from, unsigned bytes, bool valid, const vo
 void load_matrix(const void* row, const void* site);
 void update(const void* p, unsigned bytes, const void* site);  // an atomic operation: a write
 void multiply(bool copying, const void* site);
+// A wgmma of the lane's warpgroup with n columns, and whether both operands are in shared memory.
+void multiply_tile(int n, bool shared, bool copying, const void* site);
 
 // The address of a buffer of global memory, filled with zeros as it is touched.
 void* buffer(const char* name, size_t bytes);

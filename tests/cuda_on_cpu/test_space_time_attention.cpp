@@ -12,6 +12,8 @@ using vidl::Scores;
 using vidl::Size;
 using vidl::SpaceTimeAttention;
 
+constexpr int64_t kD = VIDL_HEAD_SIZES;  // the kernels are compiled for one head size
+
 struct Case {
   std::vector<int> queries, keys;  // of every group
   int64_t H, D;
@@ -286,12 +288,12 @@ void check_plans() {
 }
 
 // Lists that `Groups` would refuse: kernels stay within their buffers, as AddressSanitizer shows.
-void check_bad_lists() {
+void check_bad_lists(Scores scores, std::initializer_list<int> sizes) {
   const int32_t bad[] = {-1, INT32_MIN, INT32_MAX, 1 << 20, 0};
-  for (const int size : {7, 30, 140, 270}) {  // of every class
+  for (const int size : sizes) {
     for (const Rows rows : {kShared, kInOrder}) {
       for (const int32_t x : bad) {
-        Problem p({{size, 5, 6}, {size, 4, 7}, 1, 32, Dtype::kBFloat16, Scores::kMean, rows, 0.3f});
+        Problem p({{size, 5, 6}, {size, 4, 7}, 1, kD, Dtype::kBFloat16, scores, rows, 0.3f});
         p.query_offsets[1] = p.key_offsets[2] = p.key_offsets[0] = x;
         p.query_offsets[3] = x;
         for (auto* list : {&p.query_rows, &p.key_rows, &p.entries, &p.entry_offsets}) {
@@ -303,9 +305,38 @@ void check_bad_lists() {
   }
 }
 
+// The calls that wgmma computes with a head size of 64: groups of 129 to 256 rows without scores.
+int check_wgmma() {
+  using enum Dtype;
+  constexpr Scores kNone = Scores::kNone;
+  const Case cases[] = {
+      // several stages of queries, or one; other numbers of keys, none; shared keys
+      {{197}, {197}, 1, kD, kBFloat16, kNone, kInOrder, 0.125f},
+      {{129, 64, 0}, {50, 128, 3}, 2, kD, kBFloat16, kNone, kInOrder, 0.3f},
+      {{40, 17, 5}, {197, 40, 0}, 1, kD, kFloat16, kNone, kShared, -0.2f},
+      {{256, 1, 33}, {1, 256, 130}, 2, kD, kFloat16, kNone, kGathered, 0.3f},
+  };
+  count_seeds(2, [&] {
+    for (const Case& c : cases) check(c);
+    for (const char* multiprocessors : {"2", "5"}) {  // several heads of a block, or one
+      setenv("CUDA_ON_CPU_MULTIPROCESSORS", multiprocessors, 1);
+      check({{100, 33}, {70, 181}, 2, kD, kBFloat16, kNone, kGathered, 0.3f});
+    }
+    unsetenv("CUDA_ON_CPU_MULTIPROCESSORS");
+    check_poison({{135, 7, 8}, {132, 7, 8}, 1, kD, kFloat16, kNone, kInOrder, 0.3f});
+    check_bits({{170, 33}, {181, 20}, 2, kD, kFloat16, kNone, kGathered, -0.2f});
+    return true;
+  });
+#ifndef __SANITIZE_THREAD__  // groups that overlap write a row twice
+  check_bad_lists(kNone, {140});
+#endif
+  return report("wgmma");
+}
+
 }  // namespace
 
 int main() {
+  if (kD == 64) return check_wgmma();
   using enum Dtype;
   using enum Scores;
   const Case cases[] = {
@@ -396,8 +427,8 @@ int main() {
     return true;
   });
   check_plans();
-#ifndef __SANITIZE_THREAD__  // groups that overlap write a row twice
-  check_bad_lists();
+#ifndef __SANITIZE_THREAD__                   // groups that overlap write a row twice
+  check_bad_lists(kMean, {7, 30, 140, 270});  // every class
 #endif
   return report("space_time_attention");
 }
