@@ -283,8 +283,8 @@ BUGS = {
             "&& keys <= tile[y].keys;",
         ),
         "sums are added again": (
-            "    sums.clear();\n",
-            "    if (n == 0) sums.clear();\n",
+            "    sums.clear();\n    do {",
+            "    if (n == 0) sums.clear();\n    do {",
         ),
         "a tile is read before all warps have copied it": (
             "__syncthreads();  // the tile is there, and nobody reads the one before any more",
@@ -386,7 +386,10 @@ BUGS = {
             "advance(keys, 32 * d), advance(queries, 32 * d),\n"
             "                                     true);",
         ),
-        "the sums of a head are added to those of the last": ("sums.clear();", ""),
+        "the sums of a head are added to those of the last": (
+            "HopperSums<T> sums;\n    sums.clear();",
+            "HopperSums<T> sums;",
+        ),
         "queries are taken 8 at a time": (
             "advance(queries, n * 16 * kSwizzledRow)",
             "advance(queries, n * 8 * kSwizzledRow)",

@@ -380,7 +380,7 @@ int main() {
       {{70, 20}, {280, 260}, 1, 32, kBFloat16, kNone, kGathered, 0.2f, kPadded},
       // a table, numbers for the keys, or both
       {{8, 7, 8, 0, 3}, {8, 8, 5, 4, 0}, 2, 32, kFloat16, kMean, kGathered, 0.3f, kDrawn, 31, true},
-      {{1, 2, 3, 3, 2}, {3, 2, 1, 3, 3}, 1, 32, kBFloat16, kNone, kInOrder, 0.3f, kDrawn, 1},
+      {{1, 2, 3, 3, 20}, {3, 2, 1, 3, 30}, 1, 32, kBFloat16, kNone, kInOrder, 0.3f, kAll, 1},
       {{16, 1}, {9, 16}, 1, 32, kFloat16, kCls, kInOrder, -0.2f, kAll, 0, true},
       {{70, 33}, {81, 20}, 2, 32, kFloat16, kMean, kGathered, -0.2f, kDrawn, 90, true},
       {{40, 50}, {49, 49}, 1, 32, kBFloat16, kNone, kShared, 0.3f, kCausal, 30},
