@@ -531,9 +531,9 @@ TRACED_BUGS = {
 RACES = ["syncthreads", "syncwarp", "two_blocks", "two_warps"]
 
 
-def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(program: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     # Leak detection needs ptrace, which containers forbid.
-    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"} | more
     command = [str(program), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     # Old versions of ThreadSanitizer do not support all randomised addresses.
@@ -610,7 +610,8 @@ def test_wgmma_under_sanitizers(kind):
 @pytest.mark.parametrize("op, bug", [(op, bug) for op, bugs in BUGS.items() for bug in bugs])
 def test_a_bug_in_a_kernel_is_detected(op, bug):
     name, _, head_size = op.partition(" ")
-    done = run(emulated.program(name, "quick", BUGS[op][bug], int(head_size or 32)))
+    program = emulated.program(name, "quick", BUGS[op][bug], int(head_size or 32))
+    done = run(program, STOP_AT_FAILURE="1")
     assert done.returncode != 0, done.stdout
 
 

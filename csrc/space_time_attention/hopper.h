@@ -14,6 +14,8 @@
 // Limit: bytes, as in wide.h: for N rows in all, n in a group, 16 N H D bytes for 10 n N H D FLOPs.
 // At n = 197, tensor cores and the operands of wgmma in shared memory need about as long.
 #pragma once
+#include <cstdlib>
+
 #include "cuda/wgmma.h"
 #include "space_time_attention/warp.h"
 
@@ -412,17 +414,17 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       store_key_sums<T>(a, b, index, first, sums.grad_k[tile], sums.grad_v[tile]);
     }
   }
-#else
-  __trap();  // of other architectures in the same binary, which never launch it
-#endif
+#endif  // other architectures in the same binary never launch it
 }
 
-// Whether this GPU has wgmma, and the shared memory of a block.
+// Whether this GPU has wgmma, and the shared memory of a block. With CUDA_FORCE_PTX_JIT the driver
+// compiles PTX in place of the machine code of sm_90a; PTX has no such kernel.
 template <class T>
 bool runs_hopper() {
   return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
          device_attribute(cudaDevAttrComputeCapabilityMinor) == 0 &&
-         HopperMemory<T>::kBytes <= most_shared_bytes();
+         HopperMemory<T>::kBytes <= most_shared_bytes() &&
+         std::getenv("CUDA_FORCE_PTX_JIT") == nullptr;
 }
 
 }  // namespace

@@ -7,9 +7,16 @@
 #include "cuda/primitives.h"
 
 inline int failures = 0;
+// Counts a failure that was printed. STOP_AT_FAILURE ends the program, too: the test of a planted
+// bug needs no more.
+inline void fail() {
+  failures++;
+  if (std::getenv("STOP_AT_FAILURE") == nullptr) return;
+  std::fflush(stdout);
+  std::_Exit(1);
+}
 #define CHECK(c) \
-  ((c) ? void(0) \
-       : (failures++, void(std::printf("%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #c))))
+  ((c) ? void(0) : (std::printf("%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #c), fail()))
 
 template <class F>
 bool raises(const char* text, F f) {

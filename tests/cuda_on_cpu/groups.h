@@ -188,9 +188,8 @@ void expect_close(const char* name, const Tensor& x, const Numbers& truth, Dtype
   const double allowed = most * (dtype == Dtype::kFloat16 ? 0.004 : 0.03);
   for (size_t i = 0; i < truth.size(); i++) {
     if (x[i] == truth[i] || std::abs(x[i] - truth[i]) <= allowed) continue;
-    failures++;
     std::printf("%s[%zu] is %g, not %g\n", name, i, x[i], truth[i]);
-    return;
+    return fail();
   }
 }
 

@@ -258,9 +258,8 @@ void expect_scores(const Problem& p, const Numbers& truth) {
   const double allowed = most * (p.c.kind == Score::kSimilarity ? 4e-7 : 1e-4);
   for (int e = 0; e < p.E; e++) {
     if (p.scores[e] == truth[e] || std::abs(p.scores[e] - truth[e]) <= allowed) continue;
-    failures++;
     std::printf("scores[%d] is %.9g, not %.9g\n", e, p.scores[e], truth[e]);
-    return;
+    return fail();
   }
 }
 
