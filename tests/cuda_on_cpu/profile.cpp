@@ -329,55 +329,6 @@ void* buffer(const char* name, size_t bytes) {
 
 }  // namespace cuda_on_cpu::profile
 
-// ThreadSanitizer's entry points. The return address is in the kernel, as it is not optimised.
+using cuda_on_cpu::profile::ignores;
 using cuda_on_cpu::profile::on_access;
-#define SITE __builtin_return_address(0)
-#define ACCESSES(n)                                                        \
-  void __tsan_read##n(void* p) { on_access(p, n, false, SITE); }           \
-  void __tsan_write##n(void* p) { on_access(p, n, true, SITE); }           \
-  void __tsan_unaligned_read##n(void* p) { on_access(p, n, false, SITE); } \
-  void __tsan_unaligned_write##n(void* p) { on_access(p, n, true, SITE); }
-#define ATOMICS(T, n)                                                                       \
-  T __tsan_atomic##n##_load(const volatile T* p, int) { return *p; }                        \
-  void __tsan_atomic##n##_store(volatile T* p, T x, int) { *p = x; }                        \
-  T __tsan_atomic##n##_fetch_add(volatile T* p, T x, int) {                                 \
-    const T before = *p;                                                                    \
-    *p = before + x;                                                                        \
-    return before;                                                                          \
-  }                                                                                         \
-  int __tsan_atomic##n##_compare_exchange_weak(volatile T* p, T* expected, T x, int, int) { \
-    if (*p == *expected) return *p = x, 1;                                                  \
-    *expected = *p;                                                                         \
-    return 0;                                                                               \
-  }
-extern "C" {
-ACCESSES(1)
-ACCESSES(2)
-ACCESSES(4)
-ACCESSES(8)
-ACCESSES(16)
-ATOMICS(uint8_t, 8)
-ATOMICS(uint32_t, 32)
-ATOMICS(uint64_t, 64)
-void __tsan_read_range(void* p, size_t n) { on_access(p, unsigned(n), false, SITE); }
-void __tsan_write_range(void* p, size_t n) { on_access(p, unsigned(n), true, SITE); }
-void __tsan_vptr_read(void*) {}
-void __tsan_vptr_update(void*, void*) {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_init() {}
-void __tsan_acquire(void*) {}
-void __tsan_release(void*) {}
-void __tsan_atomic_thread_fence(int) {}
-void __tsan_atomic_signal_fence(int) {}
-// A fiber is represented by the number of scopes in which its accesses do not count.
-void* __tsan_create_fiber(unsigned) { return new int(0); }
-void* __tsan_get_current_fiber() { return cuda_on_cpu::profile::ignores; }
-void __tsan_switch_to_fiber(void* fiber, unsigned) {
-  cuda_on_cpu::profile::ignores = static_cast<int*>(fiber);
-}
-void AnnotateIgnoreReadsBegin(const char*, int) { ++*cuda_on_cpu::profile::ignores; }
-void AnnotateIgnoreReadsEnd(const char*, int) { --*cuda_on_cpu::profile::ignores; }
-void AnnotateIgnoreWritesBegin(const char*, int) {}
-void AnnotateIgnoreWritesEnd(const char*, int) {}
-}
+#include "tsan.h"
