@@ -53,10 +53,11 @@ test-torch: $(TORCH_VENV)/bin/uv ## run the tests with another torch: make test-
 	$(call vidl,$(TORCH_VENV))
 	$(TORCH_VENV)/bin/python -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
 
-lint: $(DEPS) ## run ruff, mypy and clang-format, as CI does
+lint: $(DEPS) ## run ruff, mypy, clang-format and the checks of the manual, as CI does
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m sphinx -E -W --keep-going -q -b dummy docs build/docs
 	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*.h)
 
 format: $(DEPS) ## format the sources with ruff and clang-format

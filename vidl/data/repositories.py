@@ -60,8 +60,8 @@ def open_streaming(
 
     Args:
         names: files or globs of files of one format; or one folder; or one repository,
-            "hf-hub:USER/NAME" or "hf-hub:USER/NAME@REVISION", or some of its files, such as
-            "hf-hub:USER/NAME/data/train-*.parquet".
+            `hf-hub:USER/NAME` or `hf-hub:USER/NAME@REVISION`, or some of its files, such as
+            `hf-hub:USER/NAME/data/train-*.parquet`.
         subset: what the Hub calls the subset or configuration of a folder or repository.
         split: of a folder or repository; default: train.
         commit: of a repository, in place of its revision.
