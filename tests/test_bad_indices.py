@@ -52,12 +52,17 @@ def test_an_address_out_of_range_is_found():
     with checked("triton", "masked_patch_embed"):
         from vidl.kernels.masked_patch_embed.triton_kernels import position_kernel
 
-        grad, ids = torch.ones(4, 2), torch.tensor([0, 1, 2, 3])
-        position_kernel[(4,)](grad, ids, torch.empty(4, 2), 4, 4, 2, 2, 16)
+        grad, first = torch.ones(4, 2), torch.arange(4, dtype=torch.int32)
+        following = torch.full((4,), -1, dtype=torch.int32)
+
+        def launch(first, out):
+            position_kernel[(4,)](grad, first, following, out, 1, 4, 2, 1, 2)
+
+        launch(first, torch.empty(4, 2))
         with pytest.raises(Exception, match="an address is out of range"):
-            position_kernel[(4,)](grad, ids, torch.empty(3, 2), 4, 4, 2, 2, 16)
+            launch(first, torch.empty(3, 2))
         with pytest.raises(Exception, match="an address is out of range"):
-            position_kernel[(4,)](grad, ids[:3], torch.empty(4, 2), 4, 4, 2, 2, 16)
+            launch(first[:3], torch.empty(4, 2))
 
 
 def embed(ids, cu_seqlens, backend, dtype=torch.float32):

@@ -2,9 +2,9 @@
 
 Forward: fold the normalization into the weight (uint8 clips, 16-bit weights); write the patches as
 rows of a matrix and, in the same launch, bias + position as the initial value of the result; then
-multiply. Backward: pack the same rows again for the weight; for the video and the positions each
-program computes one part of the gradient and adds the rows of its patch in ascending order, so that
-the result is deterministic.
+multiply. Backward: pack the same rows again for the weight; for the video and the positions list
+the rows of each patch, and let a program sum those of one patch in a fixed order, so that the
+result is deterministic.
 """
 
 import itertools
@@ -16,16 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidl.kernels.patches.triton_ids import DTYPES, pick, visible
+from vidl.kernels.patches.triton_ids import DTYPES, pick, sample_of, visible
 from vidl.kernels.triton_launch import OPTIONS, block_size, on_device, strides_of
 from vidl.kernels.triton_offsets import ascend, within
 from vidl.kernels.triton_sums import add_compensated
 
 # Pixels or channels a program holds at a time; at 128 threads that is two 16-byte loads of uint8.
 TILE = 4096
-# Ids a program compares at a time: those of one sample, and those of all.
-IDS_PER_STEP = 256
-ALL_IDS_PER_STEP = 1024
+# Ids a program compares with so many patches, or other ids, at a time.
+IDS_PER_STEP = 64
+# Samples and channels whose gradients a program sums at a time.
+POSITION_TILE = (16, 256)
 # Packed rows that exist at a time for the gradient of the weight (96 MiB for ViT-B/16).
 ROWS_PER_STEP = 65536
 # A pixel x of channel c becomes (x - center[c]) * scale[c] + shift[c].
@@ -205,66 +206,88 @@ def fold_kernel(
 
 
 @triton.jit
-def _sum_rows(
-    x_ptr,
-    stride,
-    offset,
-    mask,
-    ids_ptr,
-    patch,
-    begin,
-    end,
-    step,
-    BLOCK_IDS: tl.constexpr,
-    COMPENSATE: tl.constexpr,
+def _visible_ids(ids_ptr, row, mask, N):
+    """The ids of rows; -1 where they are not in [0, N) or masked."""
+    number = tl.load(ids_ptr + row, mask=mask, other=-1)
+    return tl.where((number >= 0) & (number < N), number, -1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["K", "N", "total"])
+def first_kernel(
+    ids_ptr,  # [total]
+    cu_seqlens_ptr,  # [B + 1] or None: K rows a sample
+    first_ptr,  # [B, N], int32
+    K,
+    N,
+    total,
+    BLOCK: tl.constexpr,
 ):
-    """Sum of x[row, offset] over the rows in [begin, end) that show `patch`, in ascending order.
-
-    Without ids those are every `step`-th row. COMPENSATE is for sums over the rows of all samples:
-    it takes registers.
-    """
-    total = tl.zeros(offset.shape, tl.float32)
-    lost = tl.zeros(offset.shape, tl.float32)
-    if ids_ptr is None:
-        row = begin
-        while row < end:
-            x = tl.load(x_ptr + row * stride + offset, mask=mask, other=0).to(tl.float32)
-            if COMPENSATE:
-                total, lost = add_compensated(x, total, lost)
-            else:
-                total += x
-            row += step
+    """first[b, n] = the first row of sample b that shows patch n, -1 if there is none."""
+    NONE: tl.constexpr = 2**31 - 1
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(N, BLOCK)
+    sample = program // blocks
+    patch = (program % blocks * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
+    if cu_seqlens_ptr is None:
+        start = sample * K
+        end = start + K
     else:
-        i = tl.arange(0, BLOCK_IDS)
-        start = begin
-        while start < end:
-            shows = tl.load(ids_ptr + start + i, mask=start + i < end, other=-1) == patch
-            match = tl.min(tl.where(shows, i, BLOCK_IDS), 0)
-            while match < BLOCK_IDS:
-                row_ptr = x_ptr + (start + match) * stride
-                x = tl.load(row_ptr + offset, mask=mask, other=0).to(tl.float32)
-                if COMPENSATE:
-                    total, lost = add_compensated(x, total, lost)
-                else:
-                    total += x
-                match = tl.min(tl.where(shows & (i > match), i, BLOCK_IDS), 0)
-            start += BLOCK_IDS
-    return total
+        start = within(tl.load(cu_seqlens_ptr + sample), total).to(tl.int64)
+        end = within(tl.load(cu_seqlens_ptr + sample + 1), total).to(tl.int64)
+    first = tl.full([BLOCK], NONE, tl.int32)
+    while start < end:
+        row = (start + tl.arange(0, BLOCK)).to(tl.int32)
+        shows = _visible_ids(ids_ptr, row, row < end, N)[None, :] == patch[:, None]
+        first = tl.minimum(first, tl.min(tl.where(shows, row[None, :], NONE), 1))
+        start += BLOCK
+    first = tl.where(first == NONE, -1, first)
+    tl.store(first_ptr + sample * N + patch, first, mask=patch < N)
 
 
-@triton.jit(do_not_specialize=["K", "N", "total", "grid_h", "grid_w"])
+@triton.jit(do_not_specialize=["B", "K", "N", "total"])
+def next_kernel(
+    ids_ptr,  # [total]
+    cu_seqlens_ptr,  # [B + 1] or None: K rows a sample
+    next_ptr,  # [total], int32
+    B,
+    K,
+    N,
+    total,
+    BLOCK: tl.constexpr,
+):
+    """next[row] = the next row of its sample that shows its patch, -1 if there is none."""
+    NONE: tl.constexpr = 2**31 - 1
+    start = tl.program_id(0) * BLOCK
+    row = start + tl.arange(0, BLOCK)
+    inside = row < total
+    if cu_seqlens_ptr is None:
+        end = (row // K + 1) * K
+    else:
+        sample = sample_of(row, cu_seqlens_ptr, B, inside)
+        end = within(tl.load(cu_seqlens_ptr + sample + 1, mask=inside, other=0), total)
+    patch = _visible_ids(ids_ptr, row, inside, N)
+    last = tl.max(tl.where(inside, end, 0), 0)
+    following = tl.full([BLOCK], NONE, tl.int32)
+    while start < last:
+        other = start + tl.arange(0, BLOCK)
+        shows = _visible_ids(ids_ptr, other, other < last, N)[None, :] == patch[:, None]
+        shows &= (other[None, :] > row[:, None]) & (other[None, :] < end[:, None])
+        following = tl.minimum(following, tl.min(tl.where(shows, other[None, :], NONE), 1))
+        start += BLOCK
+    tl.store(next_ptr + row, tl.where(following == NONE, -1, following), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "grid_h", "grid_w"])
 def unpack_kernel(
     packed_ptr,  # [total, C_in * t * h * w]
-    ids_ptr,  # [total] or None
-    cu_seqlens_ptr,  # [B + 1] or None
+    first_ptr,  # [B, N] or None: all patches in order
+    next_ptr,  # [total] or None
     video_ptr,  # [B, C_in, T, H, W]
     stride_b,
     stride_c,
     stride_t,
     stride_h,
-    K,
     N,
-    total,
     grid_h,
     grid_w,
     C_in: tl.constexpr,
@@ -273,7 +296,6 @@ def unpack_kernel(
     PATCH_W: tl.constexpr,
     BLOCK_LINES: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    BLOCK_IDS: tl.constexpr,
 ):
     """video[patch] = sum of the packed rows that show it, in order; 0 if there are none."""
     LINES: tl.constexpr = C_in * PATCH_T * PATCH_H
@@ -282,23 +304,19 @@ def unpack_kernel(
     line = (program % BLOCKS * BLOCK_LINES + tl.arange(0, BLOCK_LINES)).to(tl.int32)
     patch = program // BLOCKS % N
     sample = program // BLOCKS // N
-    if ids_ptr is None:
-        begin = sample * N + patch
-        end = begin + 1
-    elif cu_seqlens_ptr is None:
-        begin = sample * K
-        end = begin + K
-    else:
-        begin = within(tl.load(cu_seqlens_ptr + sample), total).to(tl.int64)
-        end = within(tl.load(cu_seqlens_ptr + sample + 1), total).to(tl.int64)
     x = tl.arange(0, BLOCK_W)[None, :]
     mask = (line < LINES)[:, None]
     if PATCH_W < BLOCK_W:
         mask &= x < PATCH_W
-    total = _sum_rows(
-        *(packed_ptr, LINES * PATCH_W, line[:, None] * PATCH_W + x, mask),
-        *(ids_ptr, patch, begin, end, 1, BLOCK_IDS, False),
-    )
+    offset = line[:, None] * PATCH_W + x
+    total = tl.zeros([BLOCK_LINES, BLOCK_W], tl.float32)
+    row = sample * N + patch
+    if first_ptr is not None:
+        row = tl.load(first_ptr + row).to(tl.int64)
+    while row >= 0:
+        row_ptr = packed_ptr + row * (LINES * PATCH_W)
+        total += tl.load(row_ptr + offset, mask=mask, other=0).to(tl.float32)
+        row = row * 0 - 1 if next_ptr is None else tl.load(next_ptr + row).to(tl.int64)
     start = _line_starts(
         *(sample, patch.to(tl.int32), line, grid_h, grid_w),
         *(stride_b, stride_c, stride_t, stride_h, 1, PATCH_T, PATCH_H, PATCH_W),
@@ -306,29 +324,44 @@ def unpack_kernel(
     tl.store(video_ptr + start[:, None] + x, total.to(video_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["total", "N"])
+@triton.jit(do_not_specialize=["B", "N"])
 def position_kernel(
     grad_ptr,  # [total, C]
-    ids_ptr,  # [total] or None
+    first_ptr,  # [B, N] or None: all patches in order
+    next_ptr,  # [total] or None
     position_ptr,  # [N, C], float32
-    total,
+    B,
     N,
     C,
+    BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_IDS: tl.constexpr,
 ):
-    """position[n] = sum of the rows that show patch n, in order."""
+    """position[n] = sum of the rows that show patch n, in an order that depends on the ids only.
+
+    The rows of BLOCK_B samples are loaded and summed together.
+    """
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(C, BLOCK_C)
     patch = program // blocks
     c = (program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int32)
-    begin = patch * 0
-    if ids_ptr is None:
-        begin = patch
-    grad = _sum_rows(
-        grad_ptr, C, c, c < C, ids_ptr, patch, begin, total.to(tl.int64), N, BLOCK_IDS, True
-    )
-    tl.store(position_ptr + patch * C + c, grad, mask=c < C)
+    total = tl.zeros([BLOCK_C], tl.float32)
+    lost = tl.zeros([BLOCK_C], tl.float32)
+    start = patch * 0
+    while start < B:
+        sample = start + tl.arange(0, BLOCK_B)
+        row = tl.where(sample < B, sample * N + patch, -1)
+        if first_ptr is not None:
+            row = tl.load(first_ptr + row, mask=row >= 0, other=-1).to(tl.int64)
+        while tl.max(row, 0) >= 0:
+            mask = (row >= 0)[:, None] & (c < C)[None, :]
+            x = tl.load(grad_ptr + row[:, None] * C + c[None, :], mask=mask, other=0)
+            total, lost = add_compensated(tl.sum(x.to(tl.float32), 0), total, lost)
+            if next_ptr is None:
+                row = row * 0 - 1
+            else:
+                row = tl.load(next_ptr + row, mask=row >= 0, other=-1).to(tl.int64)
+        start += BLOCK_B
+    tl.store(position_ptr + patch * C + c, total, mask=c < C)
 
 
 def masked_patch_embed(
@@ -379,8 +412,9 @@ def masked_patch_embed_bwd(
     C = weight.shape[0]
     grad_video, grad_weight = video.new_empty(0), weight.new_empty(0)
     grad_position = grad.new_empty(0, dtype=torch.float32)
+    lists = clip.lists() if need_video or need_position else (None, None)
     if need_video:
-        grad_video = clip.unpack(grad @ weight.contiguous().flatten(1).to(grad.dtype))
+        grad_video = clip.unpack(lists, grad @ weight.contiguous().flatten(1).to(grad.dtype))
     if need_weight:
         affine = _normalization(mean, std)
         total = weight.new_zeros(C, prod(weight.shape[1:]), dtype=torch.float32)
@@ -392,11 +426,11 @@ def masked_patch_embed_bwd(
         grad_weight = total.to(weight.dtype).view(weight.shape)
     if need_position:
         grad_position = grad.new_empty(clip.N, C, dtype=torch.float32)
-        block = block_size(C, 1024)
+        sizes = (video.shape[0], C)
+        samples, channels = map(block_size, sizes, POSITION_TILE)
         with on_device(grad):
-            position_kernel[(clip.N * triton.cdiv(C, block),)](
-                *(grad, clip.ids, grad_position, clip.total, clip.N, C),
-                *(block, ALL_IDS_PER_STEP),
+            position_kernel[(clip.N * triton.cdiv(C, channels),)](
+                *(grad, *lists, grad_position, video.shape[0], clip.N, C, samples, channels),
                 **OPTIONS,
             )
     return grad_video, grad_weight, grad_position
@@ -492,7 +526,33 @@ class _Clip:
                 **OPTIONS,
             )
 
-    def unpack(self, packed: Tensor) -> Tensor:  # [total, C_in * t * h * w]
+    def lists(self) -> tuple[Tensor | None, Tensor | None]:
+        """The first row of every patch [B, N] and the one after each row [total]; -1: none."""
+        if self.total >= 2**31:
+            raise RuntimeError(f"masked_patch_embed: need fewer than 2^31 rows, got {self.total}")
+        if self.ids is None:
+            return None, None
+        B, K = self.video.shape[0], self.shape[-1]
+        first = self.ids.new_empty((B, self.N), dtype=torch.int32)
+        following = self.ids.new_empty(self.total, dtype=torch.int32)
+        rows = (self.ids, self.cu_seqlens)
+        with on_device(self.ids):
+            if first.numel():
+                programs = B * triton.cdiv(self.N, IDS_PER_STEP)
+                first_kernel[(programs,)](
+                    *(*rows, first, K, self.N, self.total, IDS_PER_STEP), **OPTIONS
+                )
+            if self.total:
+                next_kernel[(triton.cdiv(self.total, IDS_PER_STEP),)](
+                    *(*rows, following, B, K, self.N, self.total, IDS_PER_STEP), **OPTIONS
+                )
+        return first, following
+
+    def unpack(
+        self,
+        lists: tuple[Tensor | None, Tensor | None],
+        packed: Tensor,  # [total, C_in * t * h * w]
+    ) -> Tensor:
         """The gradient of the video from that of its patches."""
         grad_video = torch.empty(self.video.shape, dtype=self.video.dtype, device=packed.device)
         width = triton.next_power_of_2(self.patch[-1])
@@ -501,18 +561,14 @@ class _Clip:
         with on_device(packed):
             unpack_kernel[(programs,)](
                 packed,
-                self.ids,
-                self.cu_seqlens,
+                *lists,
                 grad_video,
                 *grad_video.stride()[:-1],
-                self.shape[-1],
                 self.N,
-                self.total,
                 *self.grid,
                 *self.patch,
                 BLOCK_LINES=lines,
                 BLOCK_W=width,
-                BLOCK_IDS=block_size(self.shape[-1], IDS_PER_STEP),
                 **OPTIONS,
             )
         return grad_video
