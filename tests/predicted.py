@@ -251,12 +251,14 @@ def embed_cases() -> Iterator[Case]:
             "forward": ((0, 1), Work(weight + patches + 2 * tokens, flops)),
             "backward": ((2, 3), Work(weight + patches + tokens, flops)),
         }
+        lists = [Run(op, 3, given | dict(kernel=5))] if kept < clips.P else []
         for phase, (wanted, matmul) in steps.items():
             runs = [Run(op, 8 if k < 3 else 3, given | dict(kernel=k)) for k in wanted]
+            runs += lists if phase == "backward" else []
             yield Case(name, phase, work[phase], runs, matmul)
         if name.startswith("G1"):
             size = 2 * (patches // 2 + clips.B * clips.T * 3 * clips.image_size**2)
-            runs = [Run(op, 3, given | dict(kernel=4))]
+            runs = [Run(op, 64, given | dict(kernel=4)), *lists]
             yield Case(name, "gradient of pixels", Work(size, 0), runs)
 
 

@@ -29,15 +29,28 @@ BUGS = {
         "rows of a warp share the time of the first": ("own != time", "time < 0"),
         "a warp packs rows of the next": ("+ warp) * task.rows_of_warp;", "+ warp);"),
         "pixels of a channel are those of another": ("to_float(x[i][c])", "to_float(x[i][0])"),
-        "rows of a patch are read before all warps have them": (
-            "__syncthreads();  // all warps' matches are there",
+        "first rows change before all lanes have read them": (
+            "__syncwarp();  // all lanes have read their heads",
             "",
         ),
-        "rows of a patch are those of the first warp": ("m + 32 * w + __ffs", "m + __ffs"),
-        "ids of the next step arrive too early": (
-            "      __syncthreads();\n    }\n  }\n  if (n >= rows.N)",
-            "    }\n  }\n  if (n >= rows.N)",
+        "first rows are read before they are written": (
+            "__syncwarp();  // the heads are written",
+            "",
         ),
+        "rows of a list do not ascend": ("same & ~((2u << lane) - 1)", "same & ((1u << lane) - 1)"),
+        "first rows stay in shared memory": ("if (heads == row) return;", "return;"),
+        "ids of a list are not checked": ("id >= 0 && id < rows.N", "id >= 0"),
+        "first rows are read before all warps have loaded them": (
+            "__syncthreads();  // the heads are there",
+            "",
+        ),
+        "first rows of the next samples arrive too early": (
+            "__syncthreads();  // and may be overwritten",
+            "",
+        ),
+        "later rows of a patch are not added to its position": ("inverse.next[own] >= 0", "false"),
+        "a batch of rows is added without its first": ("part[j].x[i])", "part[j | 1].x[i])"),
+        "later rows of a patch are not added to its pixels": ("m = second;", "m = -1;"),
         "offsets are not checked": ("rows.cu_seqlens == nullptr || blockIdx.x != 0", "true"),
         "ids are not checked": ("place.patch < rows.N", "true"),
     },
@@ -60,10 +73,14 @@ BUGS = {
             "",
         ),
         "a lane reads the pixels of its neighbour": (
-            "static_cast<int32_t>(lane_id()) * kPixels; p < count",
-            "static_cast<int32_t>(lane_id() ^ 1) * kPixels + 1; p < count",
+            "(pixels, task.walk, C, p, c, x)",
+            "(pixels, task.walk, C, p ^ kPixels, c, x)",
         ),
-        "bytes beyond the last pixel count": ("p + i < count ? x[i][j] : 0;", "x[i][j];"),
+        "bytes beyond the last pixel count": ("words.x[i] & first_bytes(", "words.x[i] | 0 & ("),
+        "bytes of interleaved channels are those of another": (
+            "bytes_of_channel(part * kPixels + 4 * i, j)",
+            "bytes_of_channel(4 * i, j)",
+        ),
         "numbers beyond the last pixel count": (
             "p + i < count ? x[i][j] - first[j] - mean[j] : 0.0f",
             "x[i][j] - first[j] - mean[j]",

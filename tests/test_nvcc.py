@@ -87,11 +87,12 @@ def demangled(symbol: str) -> str:
 
 
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda file: file.parent.name)
-def test_kernels_compile_and_do_not_spill(source):
+def test_kernels_compile_and_do_not_spill(source, architecture):
     if source.parent.name in ("space_time_attention", "token_scores"):
         pytest.skip("takes minutes: test_no_kernel_of_the_library_spills")
-    compiled = kernels(source, "sm_90")
+    compiled = kernels(source, architecture)
     assert compiled
     spilling = [kernel for kernel in compiled if kernel.stack or kernel.spills]
     assert not spilling

@@ -53,16 +53,6 @@ __device__ __forceinline__ float load_any(const void* p, Dtype dtype, int64_t i)
   }
 }
 
-__device__ __forceinline__ void store_any(void* p, Dtype dtype, int64_t i, float x) {
-  if (dtype == Dtype::kFloat32) {
-    static_cast<float*>(p)[i] = x;
-  } else if (dtype == Dtype::kFloat16) {
-    static_cast<fp16*>(p)[i] = from_float<fp16>(x);
-  } else {
-    static_cast<bf16*>(p)[i] = from_float<bf16>(x);
-  }
-}
-
 // Writes NaN to `count` numbers: the result of indices that are out of range. Kernels do not assert
 // them: an assertion ends the CUDA context of the process. Called by `threads` threads.
 template <class T>

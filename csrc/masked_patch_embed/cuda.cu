@@ -6,8 +6,9 @@
 //             patches and 26.7 MB of positions, 18 us on an H200; a warp writes 16 neighbouring
 //             bytes per lane, and reads the pixels for them together if there are three channels
 //   fold      reads and writes the weight once: 2.4 MB
-//   position  reads grad_out once, 26.7 MB, and the ids N / 8 * C / 256 times from L2
-//   unpack    reads grad_patches once, writes the clip once
+//   invert    reads the ids once, 0.1 MB, writes and reads a number per patch of the clips, 0.2 MB
+//   position  reads grad_out once, 26.7 MB
+//   unpack    reads grad_patches once, 26.7 MB, writes the clip once
 #include <algorithm>
 #include <cfloat>
 #include <initializer_list>
@@ -20,10 +21,12 @@ namespace vidl {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnpackThreads = 128;
 constexpr int64_t kSharedBytes = 48 * 1024;  // of a packing block
 constexpr int kPackingWarps = 4;             // of a block: a few rows of each, in many blocks
 constexpr int kMostRows = 4;                 // that a warp packs
+
+// Where launch bounds name the blocks of a multiprocessor, it is the number for 64 registers a
+// thread: without it ptxas prefers a few spills to more registers.
 
 // One block per output channel. The sum has a fixed order.
 template <class T>
@@ -58,7 +61,8 @@ struct Packing {
   Rows rows;
   Affine affine;
   Position position;
-  bool wide_patches, wide_position;  // whether rows can be written 16 bytes at a time
+  int32_t pixels_of_lane;  // that it writes together: 16 bytes, 8 bytes or one
+  bool wide_position;      // whether positions can be written 16 bytes at a time
   int32_t rows_of_warp;
 
   __device__ __forceinline__ int32_t pixels() const { return clip.t * clip.h * clip.w; }
@@ -69,24 +73,42 @@ struct Packing {
   }
 };
 
+// Calls f with a null pointer of the type that `dtype` names.
+template <class F>
+__device__ __forceinline__ void with_numbers(Dtype dtype, F f) {
+  if (dtype == Dtype::kFloat32) {
+    f(static_cast<float*>(nullptr));
+  } else if (dtype == Dtype::kFloat16) {
+    f(static_cast<fp16*>(nullptr));
+  } else {
+    f(static_cast<bf16*>(nullptr));
+  }
+}
+
 // sum[i] += table[at + i]; a null table counts as zeros.
 template <int n>
 __device__ __forceinline__ void add_numbers(const void* table, Dtype dtype, int64_t at,
                                             float (&sum)[n]) {
   if (table == nullptr) return;
-  const auto add = [&](const auto* numbers) {
-    using Part = Chunk<std::decay_t<decltype(*numbers)>, n>;
-    const Part part = *reinterpret_cast<const Part*>(numbers + at);
+  with_numbers(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto part = *reinterpret_cast<const Chunk<T, n>*>(static_cast<const T*>(table) + at);
 #pragma unroll
     for (int i = 0; i < n; i++) sum[i] += to_float(part.x[i]);
-  };
-  if (dtype == Dtype::kFloat32) {
-    add(static_cast<const float*>(table));
-  } else if (dtype == Dtype::kFloat16) {
-    add(static_cast<const fp16*>(table));
-  } else {
-    add(static_cast<const bf16*>(table));
-  }
+  });
+}
+
+// table[at + i] = x[i]
+template <int n>
+__device__ __forceinline__ void store_numbers(void* table, Dtype dtype, int64_t at,
+                                              const float (&x)[n]) {
+  with_numbers(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Chunk<T, n> part;
+#pragma unroll
+    for (int i = 0; i < n; i++) part.x[i] = from_float<T>(x[i]);
+    *reinterpret_cast<Chunk<T, n>*>(static_cast<T*>(table) + at) = part;
+  });
 }
 
 // A warp writes the positions of `count` patches to their rows of `out`, n columns per lane. Bias
@@ -98,7 +120,7 @@ __device__ __forceinline__ void write_positions(const Position& position,
   const int32_t frame = static_cast<int32_t>(position.P);
   for (int64_t c = lane_id() * n; c < position.C; c += 32 * n) {
     int32_t time = -1;
-    float shared[n];
+    float shared[n] = {};
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
       if (r >= count || patches[r] < 0) continue;
@@ -163,6 +185,15 @@ __device__ __forceinline__ void write_colours(const Packing& task, const Pixel* 
   }
 }
 
+template <int n, class Pixel, class T>
+__device__ __forceinline__ void write_wide(const Packing& task, const Pixel* patch, T* row) {
+  if (task.clip.C == 3) {
+    write_colours<n>(task, patch, row);
+  } else {
+    write_patch<n>(task, patch, row);
+  }
+}
+
 // The row of an id or an offset that is out of range: NaN, so that its token is NaN.
 template <class T>
 __device__ void write_nan_row(const Packing& task, int64_t m, T* patches, T* out) {
@@ -175,7 +206,7 @@ __device__ void write_nan_row(const Packing& task, int64_t m, T* patches, T* out
 // the order of the clip's memory and written in that of the weight (C_in, t, h, w), 16 bytes per
 // lane if possible.
 template <class Pixel, class T>
-__global__ void __launch_bounds__(32 * kPackingWarps)
+__global__ void __launch_bounds__(32 * kPackingWarps, 8)
     pack_kernel(const __grid_constant__ Packing task,
                 T* __restrict__ patches,  // [total, numbers]
                 T* __restrict__ out) {    // [total, C] or null
@@ -218,12 +249,12 @@ __global__ void __launch_bounds__(32 * kPackingWarps)
     __syncwarp();  // all lanes' pixels are there, and the lanes of a row stay together
     T* const row = patches + (first + r) * task.pixels() * task.clip.C;
     const Pixel* const patch = staged + r * size;
-    if (!task.wide_patches) {
-      write_patch<1>(task, patch, row);
-    } else if (task.clip.C == 3) {
-      write_colours<kWide>(task, patch, row);
+    if (task.pixels_of_lane == kWide) {
+      write_wide<kWide>(task, patch, row);
+    } else if (task.pixels_of_lane == kWide / 2) {
+      write_wide<kWide / 2>(task, patch, row);
     } else {
-      write_patch<kWide>(task, patch, row);
+      write_patch<1>(task, patch, row);
     }
   }
   for (; bad != 0; bad &= bad - 1) {
@@ -233,7 +264,7 @@ __global__ void __launch_bounds__(32 * kPackingWarps)
 
 // The same for patches that do not fit into shared memory, one pixel per lane.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     pack_large_kernel(const __grid_constant__ Packing task,
                       T* __restrict__ patches,  // [total, numbers]
                       T* __restrict__ out) {    // [total, C] or null
@@ -260,114 +291,168 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One block per patch of the clip, n neighbouring numbers of a line per thread. The block selects
-// the rows of the patch among those of its sample, 128 at a time, and adds them in order, so that
-// the sum for a patch that several rows show is deterministic.
-template <int n, class T>
-__global__ void __launch_bounds__(kUnpackThreads)
-    unpack_kernel(const T* __restrict__ grad_patches,  // [total, numbers]
-                  Clip clip, Rows rows,
-                  void* __restrict__ video) {  // [B, C, T, H, W], contiguous
-  constexpr int kWarps = kUnpackThreads / 32;
-  SHARED(uint32_t, matches, [2][kWarps]);
-  const unsigned N = static_cast<unsigned>(rows.N);
-  const int64_t b = blockIdx.x / N;
-  const int64_t id = blockIdx.x % N;
+// Whether the first rows of a sample's patches fit into the shared memory of `invert_kernel`.
+VIDL_HOST_DEVICE bool heads_fit(const Rows& rows) {
+  return rows.N <= kSharedBytes / int64_t{sizeof(int32_t)};
+}
+
+// One warp per sample lists the rows of each patch, from the last row to the first, so that every
+// list ascends.
+__global__ void __launch_bounds__(32) invert_kernel(Rows rows,
+                                                    int32_t* __restrict__ first,   // [B, N]
+                                                    int32_t* __restrict__ next) {  // [total]
+  constexpr uint32_t kAll = 0xFFFFFFFFu;
+  DYNAMIC_SHARED(int32_t, memory);
+  const int64_t b = blockIdx.x, lane = lane_id();
+  int32_t* const row = first + b * rows.N;
+  int32_t* const heads = heads_fit(rows) ? memory : row;
+  for (int64_t n = lane; n < rows.N; n += 32) heads[n] = -1;
+  __syncwarp();
   int64_t begin = b * rows.K, end = begin + rows.K;
   if (rows.cu_seqlens != nullptr) {
     begin = within(rows.cu_seqlens[b], rows.total);
     end = within(rows.cu_seqlens[b + 1], rows.total);
   }
-  const int64_t to = corner(clip, {b, id});
-  const int32_t plane = clip.h * clip.w, channel = clip.t * plane, patch = clip.C * channel;
-  int parity = 0;
-  for (int32_t start = 0; start < patch; start += kUnpackThreads * n) {
-    const int32_t at = start + static_cast<int32_t>(threadIdx.x) * n;
-    float sum[n] = {};
-    const auto add = [&](int64_t m) {
-      if (at >= patch) return;
-      const auto part = *reinterpret_cast<const Chunk<T, n>*>(grad_patches + m * patch + at);
-#pragma unroll
-      for (int i = 0; i < n; i++) sum[i] += to_float(part.x[i]);
-    };
-    if (rows.ids == nullptr) add(begin + id);
-    for (int64_t m = begin; m < end && rows.ids != nullptr; m += kUnpackThreads) {
-      const int64_t mine = m + threadIdx.x;
-      const uint32_t found = __ballot_sync(0xFFFFFFFFu, mine < end && rows.ids[mine] == id);
-      if (lane_id() == 0) matches[parity][threadIdx.x / 32] = found;
-      __syncthreads();  // all warps' matches are there
-#pragma unroll
-      for (int w = 0; w < kWarps; w++) {
-        for (uint32_t rest = matches[parity][w]; rest != 0; rest &= rest - 1) {
-          add(m + 32 * w + __ffs(static_cast<int>(rest)) - 1);
-        }
-      }
-      parity ^= 1;
+  const auto id_of = [&](int64_t m) { return m >= begin ? rows.ids[m] : -1; };
+  int64_t id = id_of(end - 32 + lane);
+  for (int64_t start = end - 32; start > begin - 32; start -= 32) {
+    const int64_t coming = id_of(start - 32 + lane);  // is loaded meanwhile
+    const bool real = id >= 0 && id < rows.N;
+    const uint32_t same = __match_any_sync(kAll, id), later = same & ~((2u << lane) - 1);
+    if (real) {
+      next[start + lane] =
+          later == 0 ? heads[id] : static_cast<int32_t>(start) + __ffs(static_cast<int>(later)) - 1;
     }
-    if (at >= patch) continue;
-    const int64_t target = to + at / channel * clip.stride_c +
-                           int64_t{at % channel / plane} * clip.stride_t +
-                           int64_t{at % plane / clip.w} * clip.stride_h + at % clip.w;
-    if constexpr (n == 1) {
-      store_any(video, clip.dtype, target, sum[0]);
-    } else {
-      Chunk<T, n> result;
+    __syncwarp();  // all lanes have read their heads
+    if (real && (same & ((1u << lane) - 1)) == 0) heads[id] = static_cast<int32_t>(start + lane);
+    __syncwarp();  // the heads are written
+    id = coming;
+  }
+  if (heads == row) return;
+  for (int64_t n = lane; n < rows.N; n += 32) row[n] = heads[n];
+}
+
+// sum[i] += x[i], with Kahan's compensation: rounding errors would grow with the rows that show a
+// patch, of which there are as many as samples. An infinite sum stays infinite.
+template <int n, class T>
+__device__ __forceinline__ void add_compensated(const Chunk<T, n>& x, float (&sum)[n],
+                                                float (&lost)[n]) {
 #pragma unroll
-      for (int i = 0; i < n; i++) result.x[i] = from_float<T>(sum[i]);
-      *reinterpret_cast<Chunk<T, n>*>(static_cast<T*>(video) + target) = result;
-    }
+  for (int i = 0; i < n; i++) {
+    const float term = to_float(x.x[i]) - lost[i], next = sum[i] + term;
+    const float rest = (next - sum[i]) - term;
+    lost[i] = fabsf(rest) <= FLT_MAX ? rest : 0.0f;
+    sum[i] = next;
   }
 }
 
-// A block sums 256 columns for eight neighbouring patches: one patch per warp, eight columns per
-// lane. The ids pass through shared memory; every warp selects its rows in ascending order.
-constexpr int kColumns = 8;
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
+// A block sums the rows of eight neighbouring patches: one patch per warp, n neighbouring columns
+// per lane. The rows of a patch in 32 samples are found together, and kInFlight of them are loaded
+// and summed together. The order of the sum is that of the rows.
+template <int n, class T>
+__global__ void __launch_bounds__(kThreads, 4)
     position_grad_kernel(const T* __restrict__ grad_out,  // [total, C]
-                         Rows rows,
+                         Rows rows, Inverse inverse,
                          float* __restrict__ grad_position,  // [N, C]
                          int64_t C, unsigned column_blocks) {
-  SHARED(int64_t, ids, [kThreads]);
+  constexpr int kPatches = kThreads / 32, kInFlight = 8;
+  constexpr uint32_t kAll = 0xFFFFFFFFu;
+  SHARED(int32_t, heads, [kPatches][32 + 4]);  // of all patches; the padding avoids bank conflicts
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t n = int64_t{blockIdx.x / column_blocks} * (kThreads / 32) + warp;
-  const int64_t column = int64_t{blockIdx.x % column_blocks} * (32 * kColumns) + lane;
-  // With Kahan's compensation: rounding errors would grow with the rows that show a patch. An
-  // infinite sum stays infinite.
-  float sum[kColumns] = {}, lost[kColumns] = {};
-  const auto add = [&](int64_t m) {
-#pragma unroll
-    for (int i = 0; i < kColumns; i++) {
-      const int64_t c = column + 32 * i;
-      if (c >= C) continue;
-      const float term = to_float(grad_out[m * C + c]) - lost[i], next = sum[i] + term;
-      const float rest = (next - sum[i]) - term;
-      lost[i] = fabsf(rest) <= FLT_MAX ? rest : 0.0f;
-      sum[i] = next;
-    }
+  const int64_t block = int64_t{blockIdx.x / column_blocks} * kPatches, patch = block + warp;
+  const int64_t column = (int64_t{blockIdx.x % column_blocks} * 32 + lane) * n;
+  const int64_t from = column < C ? column : 0;  // lanes without columns read those of lane 0
+  const auto load = [&](int64_t m) {
+    return *reinterpret_cast<const Chunk<T, n>*>(grad_out + m * C + from);
   };
-  if (rows.ids == nullptr) {
-    for (int64_t m = n; m < rows.total && n < rows.N; m += rows.N) add(m);
-  } else {
-    for (int64_t start = 0; start < rows.total; start += kThreads) {
-      const int64_t mine = start + threadIdx.x;
-      ids[threadIdx.x] = mine < rows.total ? rows.ids[mine] : -1;
-      __syncthreads();
-      for (int group = 0; group < kThreads; group += 32) {
-        uint32_t matches = __ballot_sync(0xFFFFFFFFu, ids[group + lane] == n);
-        for (; matches != 0; matches &= matches - 1) {
-          add(start + group + __ffs(static_cast<int>(matches)) - 1);
-        }
+  float sum[n] = {}, lost[n] = {};
+  for (int64_t start = 0; start < rows.B; start += 32) {
+    int32_t own = -1;  // the first row of this warp's patch in sample start + lane
+    if (rows.ids == nullptr) {
+      const int64_t row = (start + lane) * rows.N + patch;
+      if (row < rows.total && patch < rows.N) own = static_cast<int32_t>(row);
+    } else {
+      const int64_t b = start + threadIdx.x / kPatches, at = block + threadIdx.x % kPatches;
+      const bool real = b < rows.B && at < rows.N;
+      heads[threadIdx.x % kPatches][threadIdx.x / kPatches] =
+          real ? inverse.first[b * rows.N + at] : -1;
+      __syncthreads();  // the heads are there
+      own = heads[warp][lane];
+      __syncthreads();  // and may be overwritten
+    }
+    uint32_t matches = __ballot_sync(kAll, own >= 0);
+    if (__any_sync(kAll, own >= 0 && rows.ids != nullptr && inverse.next[own] >= 0)) {
+      for (; matches != 0; matches &= matches - 1) {
+        int32_t m = __shfl_sync(kAll, own, __ffs(static_cast<int>(matches)) - 1);
+        for (; m >= 0; m = inverse.next[m]) add_compensated(load(m), sum, lost);
       }
-      __syncthreads();
+    }
+    while (matches != 0) {
+      Chunk<T, n> part[kInFlight] = {};  // zeros where rows are missing
+#pragma unroll
+      for (int j = 0; j < kInFlight; j++) {
+        if (matches == 0) continue;
+        part[j] = load(__shfl_sync(kAll, own, __ffs(static_cast<int>(matches)) - 1));
+        matches &= matches - 1;
+      }
+      Chunk<float, n> batch = {};
+#pragma unroll
+      for (int j = 0; j < kInFlight; j++) {
+#pragma unroll
+        for (int i = 0; i < n; i++) batch.x[i] += to_float(part[j].x[i]);
+      }
+      add_compensated(batch, sum, lost);
     }
   }
-  if (n >= rows.N) return;
+  if (patch >= rows.N || column >= C) return;
+  Chunk<float, n> result;
 #pragma unroll
-  for (int i = 0; i < kColumns; i++) {
-    const int64_t c = column + 32 * i;
-    if (c < C) grad_position[n * C + c] = sum[i];
+  for (int i = 0; i < n; i++) result.x[i] = sum[i];
+  *reinterpret_cast<Chunk<float, n>*>(grad_position + patch * C + column) = result;
+}
+
+struct Unpacking {
+  Clip clip;  // of the gradient, contiguous
+  Rows rows;
+  Inverse inverse;
+  Divider chunks, lines, planes;  // of a line, a plane and a channel of a patch
+  int32_t size;                   // of a patch, in chunks
+};
+
+// One warp per patch of the clip, n neighbouring numbers of a line per lane. The sum over the rows
+// that show the patch has the order of the rows.
+template <int n, class T>
+__global__ void __launch_bounds__(kThreads)
+    unpack_kernel(const __grid_constant__ Unpacking task,
+                  const T* __restrict__ grad_patches,  // [total, numbers]
+                  void* __restrict__ video) {          // [B, C, T, H, W]
+  const Clip& clip = task.clip;
+  const int64_t at = blockIdx.x * int64_t{kThreads / 32} + threadIdx.x / 32;
+  if (at >= task.rows.B * task.rows.N) return;
+  const int64_t to = corner(clip, {at / task.rows.N, at % task.rows.N});
+  int64_t first = at, second = -1;  // rows of the patch
+  if (task.rows.ids != nullptr) {
+    first = task.inverse.first[at];
+    second = first < 0 ? -1 : task.inverse.next[first];
+  }
+  for (int32_t i = static_cast<int32_t>(lane_id()); i < task.size; i += 32) {
+    float sum[n] = {};
+    const auto add = [&](int64_t m) {
+      const auto part =
+          *reinterpret_cast<const Chunk<T, n>*>(grad_patches + (m * task.size + i) * n);
+#pragma unroll
+      for (int j = 0; j < n; j++) sum[j] += to_float(part.x[j]);
+    };
+    if (first >= 0) add(first);
+    for (int64_t m = second; m >= 0; m = task.inverse.next[m]) add(m);
+    const uint32_t line = task.chunks.quotient(i), plane = task.lines.quotient(line);
+    const uint32_t channel = task.planes.quotient(plane);
+    store_numbers(video, clip.dtype,
+                  to + channel * clip.stride_c +
+                      (plane - channel * task.planes.divisor) * clip.stride_t +
+                      (line - plane * task.lines.divisor) * clip.stride_h +
+                      (i - line * task.chunks.divisor) * n,
+                  sum);
   }
 }
 
@@ -400,6 +485,7 @@ bool multiples_of_16(std::initializer_list<const void*> pointers) {
 using vidl::Affine;
 using vidl::Clip;
 using vidl::Dtype;
+using vidl::Inverse;
 using vidl::Position;
 using vidl::Rows;
 
@@ -422,13 +508,15 @@ int vidl_masked_patch_embed_pack_cuda(const Clip* clip, const Rows* rows, const 
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int64_t kWide = 16 / sizeof(T);
     const int64_t pixels = int64_t{clip->t} * clip->h * clip->w;
+    int32_t together = vidl::multiples_of_16({patches}) ? kWide : 1;
+    if (together > 1 && pixels % kWide != 0) together = pixels % (kWide / 2) == 0 ? kWide / 2 : 1;
     const vidl::Packing task{
         *clip,
         vidl::walk_of(*clip),
         *rows,
         *affine,
         *position,
-        pixels % kWide == 0 && vidl::multiples_of_16({patches}),
+        together,
         position->C % kWide == 0 &&
             vidl::multiples_of_16({position->bias, position->space, position->time, out}),
         1};
@@ -436,31 +524,52 @@ int vidl_masked_patch_embed_pack_cuda(const Clip* clip, const Rows* rows, const 
   });
 }
 
+int vidl_masked_patch_embed_invert_cuda(const Rows* rows, int32_t* first, int32_t* next,
+                                        void* stream) {
+  const int64_t shared = vidl::heads_fit(*rows) ? rows->N * int64_t{sizeof(int32_t)} : 0;
+  return launch(vidl::invert_kernel, rows->B, 32, shared, stream, *rows, first, next);
+}
+
 int vidl_masked_patch_embed_unpack_cuda(const void* grad_patches, Dtype dtype, const Clip* clip,
-                                        const Rows* rows, void* video, void* stream) {
-  const int64_t blocks = rows->B * rows->N;
+                                        const Rows* rows, const Inverse* inverse, void* video,
+                                        void* stream) {
+  constexpr int64_t kPatches = vidl::kThreads / 32;
+  const int64_t blocks = (rows->B * rows->N + kPatches - 1) / kPatches;
   return vidl::with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kWide = 16 / sizeof(T);
+    const bool wide = clip->w % kWide == 0 && vidl::multiples_of_16({grad_patches, video});
+    const int32_t chunks = clip->w / (wide ? kWide : 1);
+    const vidl::Unpacking task{*clip,
+                               *rows,
+                               *inverse,
+                               vidl::Divider(chunks),
+                               vidl::Divider(clip->h),
+                               vidl::Divider(clip->t),
+                               clip->C * clip->t * clip->h * chunks};
     const auto start = [&](auto kernel) {
-      return launch(kernel, blocks, vidl::kUnpackThreads, 0, stream,
-                    static_cast<const T*>(grad_patches), *clip, *rows, video);
+      return launch(kernel, blocks, vidl::kThreads, 0, stream, task,
+                    static_cast<const T*>(grad_patches), video);
     };
-    const bool wide = clip->dtype == dtype && clip->w % kWide == 0 &&
-                      vidl::multiples_of_16({grad_patches, video});
     return wide ? start(vidl::unpack_kernel<kWide, T>) : start(vidl::unpack_kernel<1, T>);
   });
 }
 
 int vidl_masked_patch_embed_position_grad_cuda(const void* grad_out, Dtype dtype, const Rows* rows,
-                                               float* grad_position, int64_t C, void* stream) {
-  const int64_t column_blocks = (C + 32 * vidl::kColumns - 1) / (32 * vidl::kColumns);
-  const int64_t patches = vidl::kThreads / 32;
-  const int64_t blocks = (rows->N + patches - 1) / patches * column_blocks;
+                                               const Inverse* inverse, float* grad_position,
+                                               int64_t C, void* stream) {
   return vidl::with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return launch(vidl::position_grad_kernel<T>, blocks, vidl::kThreads, 0, stream,
-                  static_cast<const T*>(grad_out), *rows, grad_position, C,
-                  static_cast<unsigned>(column_blocks));
+    constexpr int kWide = 8 / sizeof(T);  // 16 bytes would leave too few blocks
+    const bool wide = C % kWide == 0 && vidl::multiples_of_16({grad_out, grad_position});
+    const int64_t columns = 32 * (wide ? kWide : 1), column_blocks = (C + columns - 1) / columns;
+    constexpr int64_t kPatches = vidl::kThreads / 32;
+    const int64_t blocks = (rows->N + kPatches - 1) / kPatches * column_blocks;
+    const auto start = [&](auto kernel) {
+      return launch(kernel, blocks, vidl::kThreads, 0, stream, static_cast<const T*>(grad_out),
+                    *rows, *inverse, grad_position, C, static_cast<unsigned>(column_blocks));
+    };
+    return wide ? start(vidl::position_grad_kernel<kWide, T>)
+                : start(vidl::position_grad_kernel<1, T>);
   });
 }

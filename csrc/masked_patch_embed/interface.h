@@ -21,6 +21,13 @@ struct Position {
   int64_t P, C;
 };
 
+// The rows that show each patch, as lists in ascending order: first[b * N + n] is the first row of
+// patch n of sample b, and next[m] the one after row m; -1 if there is none. Rows whose id is not
+// in [0, N) are in no list, and their `next` has no meaning.
+struct Inverse {
+  const int32_t *first, *next;
+};
+
 }  // namespace vidl
 
 // CUDA entry points. Pointers are device pointers, `stream` is a cudaStream_t, the result is a
@@ -41,14 +48,19 @@ int vidl_masked_patch_embed_pack_cuda(const vidl::Clip* clip, const vidl::Rows* 
                                       const vidl::Affine* affine, const vidl::Position* position,
                                       void* patches, void* out, vidl::Dtype dtype, void* stream);
 
-// The gradient of a clip, contiguous, in clip->dtype: every pixel is the sum of its numbers in the
-// rows of grad_patches that show it, zero if none does. Writes every element.
-int vidl_masked_patch_embed_unpack_cuda(const void* grad_patches, vidl::Dtype dtype,
-                                        const vidl::Clip* clip, const vidl::Rows* rows, void* video,
+// Writes first [B, N] and next [total] of the inverse of `rows`, which have ids.
+int vidl_masked_patch_embed_invert_cuda(const vidl::Rows* rows, int32_t* first, int32_t* next,
                                         void* stream);
+
+// The gradient of a clip, contiguous, in clip->dtype: every pixel is the sum of its numbers in the
+// rows of grad_patches that show it, zero if none does. Writes every element. The inverse of rows
+// without ids is not read, here and below.
+int vidl_masked_patch_embed_unpack_cuda(const void* grad_patches, vidl::Dtype dtype,
+                                        const vidl::Clip* clip, const vidl::Rows* rows,
+                                        const vidl::Inverse* inverse, void* video, void* stream);
 
 // grad_position[n] [C] = the sum of grad_out[m] over the rows m of patch n, in ascending order.
 int vidl_masked_patch_embed_position_grad_cuda(const void* grad_out, vidl::Dtype dtype,
-                                               const vidl::Rows* rows, float* grad_position,
-                                               int64_t C, void* stream);
+                                               const vidl::Rows* rows, const vidl::Inverse* inverse,
+                                               float* grad_position, int64_t C, void* stream);
 }

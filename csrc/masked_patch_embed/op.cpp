@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -99,9 +100,10 @@ Affine folding(const std::vector<double>& mean, const std::vector<double>& std) 
   return affine;
 }
 
-// `Cpu` and `Cuda` have the same steps: fold, check, pack, Embedding, Products, position_grad,
-// unpack. pack and unpack take `count` rows from row `first` on. An Embedding multiplies rows with
-// the weight, Products sum the gradient of the weight.
+// `Cpu` and `Cuda` have the same steps: fold, check, pack, Embedding, Products, Lists,
+// position_grad, unpack. pack and unpack take `count` rows from row `first` on. An Embedding
+// multiplies rows with the weight, Products sum the gradient of the weight, Lists are the rows of
+// each patch.
 #ifndef VIDL_EMULATED
 constexpr int64_t ceil_div(int64_t count, int64_t step) { return (count + step - 1) / step; }
 
@@ -261,9 +263,13 @@ struct Cpu {
     });
   }
 
+  struct Lists {  // position_grad makes its own, unpack needs none
+    Lists(const Rows&, const Tensor&) {}
+  };
+
   // Every thread sums a slice of columns, patch by patch, over the rows that show it, in order.
-  static void position_grad(const Tensor& grad_out, const Rows& rows, Tensor& grad_position,
-                            int64_t C) {
+  static void position_grad(const Tensor& grad_out, const Rows& rows, const Lists&,
+                            Tensor& grad_position, int64_t C) {
     const std::vector<Place> places = locate(kOp, rows, 0, rows.total);
     std::vector<int64_t> ends(rows.N + 1), starts(rows.total);
     for (const Place& place : places) ends[place.patch + 1]++;
@@ -283,8 +289,8 @@ struct Cpu {
   }
 
   // Adds rows of patches to the clip. Every thread takes a slice of the patch and visits all rows.
-  static void unpack(const Tensor& grad_patches, const Clip& clip, const Rows& rows, int64_t first,
-                     int64_t count, Tensor& video) {
+  static void unpack(const Tensor& grad_patches, const Clip& clip, const Rows& rows, const Lists&,
+                     int64_t first, int64_t count, Tensor& video) {
     const std::vector<Place> places = locate(kOp, rows, first, count);
     const Dtype from = dtype_of(grad_patches), to = clip.dtype;
     const int64_t lines = int64_t{clip.C} * clip.t * clip.h, numbers = lines * clip.w;
@@ -379,17 +385,38 @@ struct Cuda {
         out ? out->data_ptr() : nullptr, dtype_of(patches), current_stream(patches)));
   }
 
-  static void position_grad(const Tensor& grad_out, const Rows& rows, Tensor& grad_position,
-                            int64_t C) {
+  class Lists {
+   public:
+    Lists(const Rows& rows, const Tensor& like) {
+      STD_TORCH_CHECK(rows.total <= INT32_MAX, kOp, ": need fewer than 2^31 rows, got ",
+                      rows.total);
+      if (rows.ids == nullptr) return;
+      first_ = new_tensor(like, {rows.B, rows.N}, ScalarType::Int);
+      next_ = new_tensor(like, {rows.total}, ScalarType::Int);
+      int32_t* const first = static_cast<int32_t*>(first_->data_ptr());
+      int32_t* const next = static_cast<int32_t*>(next_->data_ptr());
+      inverse_ = {first, next};
+      check_cuda(vidl_masked_patch_embed_invert_cuda(&rows, first, next, current_stream(like)));
+    }
+
+    const Inverse* inverse() const { return &inverse_; }
+
+   private:
+    OptionalTensor first_, next_;
+    Inverse inverse_ = {};
+  };
+
+  static void position_grad(const Tensor& grad_out, const Rows& rows, const Lists& lists,
+                            Tensor& grad_position, int64_t C) {
     check_cuda(vidl_masked_patch_embed_position_grad_cuda(
-        grad_out.data_ptr(), dtype_of(grad_out), &rows,
+        grad_out.data_ptr(), dtype_of(grad_out), &rows, lists.inverse(),
         static_cast<float*>(grad_position.data_ptr()), C, current_stream(grad_out)));
   }
 
-  static void unpack(const Tensor& grad_patches, const Clip& clip, const Rows& rows, int64_t,
-                     int64_t, Tensor& video) {
+  static void unpack(const Tensor& grad_patches, const Clip& clip, const Rows& rows,
+                     const Lists& lists, int64_t, int64_t, Tensor& video) {
     check_cuda(vidl_masked_patch_embed_unpack_cuda(grad_patches.data_ptr(), dtype_of(grad_patches),
-                                                   &clip, &rows, video.data_ptr(),
+                                                   &clip, &rows, lists.inverse(), video.data_ptr(),
                                                    current_stream(video)));
   }
 };
@@ -489,10 +516,12 @@ std::tuple<Tensor, Tensor, Tensor> masked_patch_embed_bwd(Tensor grad_out, Tenso
                   "masked_patch_embed_bwd: need grad_out of ", rows.total, " rows of ", C);
   grad_out = contiguous_of(grad_out);
 
+  std::optional<typename Device::Lists> lists;
+  if (need_position || need_video) lists.emplace(rows, grad_out);
   Tensor grad_position = new_tensor(grad_out, {0}, ScalarType::Float);
   if (need_position) {
     grad_position = new_tensor(grad_out, {rows.N, C}, ScalarType::Float);
-    if (rows.N > 0 && C > 0) Device::position_grad(grad_out, rows, grad_position, C);
+    if (rows.N > 0 && C > 0) Device::position_grad(grad_out, rows, *lists, grad_position, C);
   }
 
   // Several chunks are summed in the dtype of the matmul, so only in float32.
@@ -533,7 +562,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_patch_embed_bwd(Tensor grad_out, Tenso
     in_chunks([&](int64_t first, const Tensor& grad) {
       Tensor part = matrix_of(grad_patches, grad.size(0), numbers);
       addmm(part, grad, matrix, 0.0);
-      Device::unpack(part, target, rows, first, grad.size(0), grad_video);
+      Device::unpack(part, target, rows, *lists, first, grad.size(0), grad_video);
     });
   }
   return {grad_video, grad_weight, grad_position};

@@ -53,10 +53,24 @@ int64_t bytes_of_warp(const Task& task, int64_t pixel, int64_t number) {
   return task.clip.C * (sizeof(Channel) + task.walk.pitch * (pixel + number));
 }
 
-__device__ __forceinline__ int32_t warp_sum_of_integers(int32_t x) {
+template <class T>
+__device__ __forceinline__ T warp_sum_of_integers(T x) {
 #pragma unroll
   for (int d = 16; d; d /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, d);
   return x;
+}
+
+// A word with ones in its first `count` bytes.
+__device__ __forceinline__ uint32_t first_bytes(int32_t count) {
+  return count >= 4 ? ~0u : (1u << 8 * max(count, 0)) - 1;
+}
+
+// A word with ones in the bytes of a channel, if the first byte is number `first` of three
+// interleaved channels.
+__device__ __forceinline__ constexpr uint32_t bytes_of_channel(int first, int channel) {
+  uint32_t bytes = 0;
+  for (int i = 0; i < 4; i++) bytes |= (first + i) % 3 == channel ? 0xFFu << 8 * i : 0;
+  return bytes;
 }
 
 // Copies a row from global to shared memory, 16 or 4 bytes at a time or one number. The warp can
@@ -142,21 +156,51 @@ struct Patch {
     }
   }
 
+  // Adds this lane's bytes of kC channels from c on, and their squares: four bytes per instruction
+  // if there are three channels.
+  __device__ __forceinline__ void add_bytes(int32_t c, uint32_t (&sum)[kC],
+                                            uint32_t (&square)[kC]) const {
+    if constexpr (kC == 1) {
+      for_pixels(c, [&](const auto& x, int32_t) {
+        sum[0] += x[0][0], square[0] += uint32_t{x[0][0]} * x[0][0];
+      });
+    } else {
+      constexpr uint32_t kOnes = 0x01010101u;
+      using Words = Chunk<uint32_t, kPixels / 4>;
+      const bool interleaved = task.walk.interleaved;
+      for (int32_t p = static_cast<int32_t>(lane_id()) * kPixels; p < count; p += 32 * kPixels) {
+#pragma unroll
+        for (int part = 0; part < 3; part++) {
+          const int32_t begin = interleaved ? 3 * p + part * kPixels : p;
+          const int32_t end = interleaved ? 3 * count : count;
+          const Words words = *reinterpret_cast<const Words*>(
+              pixels + begin + (interleaved ? 0 : part * task.walk.pitch));
+#pragma unroll
+          for (int i = 0; i < kPixels / 4; i++) {
+            const uint32_t word = words.x[i] & first_bytes(end - begin - 4 * i);
+            if (!interleaved) {
+              sum[part] = __dp4a(word, kOnes, sum[part]);
+              square[part] = __dp4a(word, word, square[part]);
+              continue;
+            }
+#pragma unroll
+            for (int j = 0; j < 3; j++) {
+              const uint32_t mine = bytes_of_channel(part * kPixels + 4 * i, j);
+              sum[j] = __dp4a(word, mine & kOnes, sum[j]);
+              square[j] = __dp4a(word, word & mine, square[j]);
+            }
+          }
+        }
+      }
+    }
+  }
+
   // Writes mean and sum of squares of kC channels from c on.
   __device__ __forceinline__ void measure(int32_t c) const {
     float mean[kC], squares[kC];
     if constexpr (kBytes) {
-      int32_t sum[kC] = {}, square[kC] = {};
-      for_pixels(c, [&](const auto& x, int32_t p) {
-#pragma unroll
-        for (int i = 0; i < kPixels; i++) {
-#pragma unroll
-          for (int j = 0; j < kC; j++) {
-            const int32_t here = p + i < count ? x[i][j] : 0;
-            sum[j] += here, square[j] += here * here;
-          }
-        }
-      });
+      uint32_t sum[kC] = {}, square[kC] = {};
+      add_bytes(c, sum, square);
 #pragma unroll
       for (int j = 0; j < kC; j++) {
         const int64_t s = warp_sum_of_integers(sum[j]), q = warp_sum_of_integers(square[j]);

@@ -40,8 +40,8 @@ struct Divider {
 };
 
 // The order in which a warp reads a patch, which is that of memory: planes of channels [C, t, h,
-// w], or interleaved channels [t, h, w, C]. A step is 16 bytes if all patches allow it, else one
-// number. In shared memory planes are `pitch` numbers apart.
+// w], or interleaved channels [t, h, w, C]. A step is as many numbers as all patches allow, of at
+// most 16 bytes. In shared memory planes are `pitch` numbers apart.
 struct Walk {
   bool interleaved;
   int32_t step, steps;   // numbers per step, steps per patch
@@ -50,7 +50,7 @@ struct Walk {
   int64_t stride[4];     // of all four dimensions in the clip, innermost first
 };
 
-[[maybe_unused]] int64_t itemsize_of(Dtype dtype) {
+[[maybe_unused]] VIDL_HOST_DEVICE int64_t itemsize_of(Dtype dtype) {
   return dtype == Dtype::kUInt8 ? 1 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
@@ -68,11 +68,15 @@ struct Walk {
     std::rotate(size, size + 3, size + 4);
     std::rotate(stride, stride + 3, stride + 4);
   }
-  const int64_t wide = 16 / itemsize_of(clip.dtype);
-  bool aligned = stride[0] == 1 && size[0] % wide == 0 &&
-                 reinterpret_cast<uintptr_t>(clip.data) % 16 == 0 && clip.stride_b % wide == 0;
-  for (int i = 1; i < 4; i++) aligned = aligned && stride[i] % wide == 0;
-  const int64_t step = aligned ? wide : 1;
+  const int64_t itemsize = itemsize_of(clip.dtype);
+  const auto fits = [&](int64_t step) {
+    bool aligned = size[0] % step == 0 && clip.stride_b % step == 0 &&
+                   reinterpret_cast<uintptr_t>(clip.data) % (step * itemsize) == 0;
+    for (int i = 1; i < 4; i++) aligned = aligned && stride[i] % step == 0;
+    return aligned;
+  };
+  int64_t step = stride[0] == 1 ? 16 / itemsize : 1;
+  while (!fits(step)) step /= 2;
   size[0] /= step, stride[0] *= step;
   return {interleaved,
           static_cast<int32_t>(step),
@@ -89,12 +93,34 @@ struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Chunk {
   T x[n];
 };
 
+// Copies n neighbouring numbers of the clip, as `stage` does.
+template <int n, class Pixel>
+__device__ __forceinline__ void copy_numbers(const Clip& clip, int64_t from, Pixel* to) {
+  using Numbers = Chunk<Pixel, n>;
+  Numbers numbers;
+  if (clip.dtype == Dtype::kUInt8 || clip.dtype == Dtype::kFloat32) {
+    numbers = *reinterpret_cast<const Numbers*>(static_cast<const Pixel*>(clip.data) + from);
+  } else {
+    const auto words = *reinterpret_cast<const Chunk<uint32_t, n / 2>*>(
+        static_cast<const uint16_t*>(clip.data) + from);
+#pragma unroll
+    for (int j = 0; j < n / 2; j++) {
+      const float2 pair =
+          clip.dtype == Dtype::kFloat16 ? unpack2<fp16>(words.x[j]) : unpack2<bf16>(words.x[j]);
+      numbers.x[2 * j] = static_cast<Pixel>(pair.x);
+      numbers.x[2 * j + 1] = static_cast<Pixel>(pair.y);
+    }
+  }
+  *reinterpret_cast<Numbers*>(to) = numbers;
+}
+
 // Copies the patch that begins at `corner` to `patch`, in the order of the walk: bytes unchanged,
 // other numbers in float32. The whole warp can read them after cp_async_commit, cp_async_wait and
 // __syncwarp.
 template <class Pixel>
 __device__ __forceinline__ void stage(const Clip& clip, const Walk& walk, int64_t corner,
                                       Pixel* patch) {
+  const bool whole = walk.step * itemsize_of(clip.dtype) == 16;
   for (int32_t i = static_cast<int32_t>(lane_id()); i < walk.steps; i += 32) {
     uint32_t rest = static_cast<uint32_t>(i);
     int64_t from = corner;
@@ -108,20 +134,14 @@ __device__ __forceinline__ void stage(const Clip& clip, const Walk& walk, int64_
     Pixel* const to = patch + i * walk.step + static_cast<int32_t>(rest) * walk.extra;
     if (walk.step == 1) {
       *to = static_cast<Pixel>(load_any(clip.data, clip.dtype, from));
-    } else if (walk.step * sizeof(Pixel) == 16) {
+    } else if (walk.step == 2) {
+      copy_numbers<2>(clip, from, to);
+    } else if (walk.step * sizeof(Pixel) == 16 && whole) {
       cp_async_16(to, static_cast<const Pixel*>(clip.data) + from);
-    } else {  // eight numbers of 16 bits
-      const uint4 words = load_16(static_cast<const uint16_t*>(clip.data) + from);
-      const uint32_t pairs[] = {words.x, words.y, words.z, words.w};
-      Chunk<Pixel, 8> numbers;
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const float2 pair =
-            clip.dtype == Dtype::kFloat16 ? unpack2<fp16>(pairs[j]) : unpack2<bf16>(pairs[j]);
-        numbers.x[2 * j] = static_cast<Pixel>(pair.x);
-        numbers.x[2 * j + 1] = static_cast<Pixel>(pair.y);
-      }
-      *reinterpret_cast<Chunk<Pixel, 8>*>(to) = numbers;
+    } else if (walk.step == 4) {
+      copy_numbers<4>(clip, from, to);
+    } else {
+      copy_numbers<8>(clip, from, to);
     }
   }
 }

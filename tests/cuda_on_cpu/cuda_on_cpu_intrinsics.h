@@ -111,6 +111,11 @@ inline int __any_sync(unsigned mask, int p, CUDA_ON_CPU_SITE) {
 inline int __all_sync(unsigned mask, int p, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::ballot("__all_sync", mask, p == 0, site) == 0;
 }
+// c + the sum of the products of the four bytes of a and b.
+inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
+  for (int i = 0; i < 32; i += 8) c += (a >> i & 0xFF) * (b >> i & 0xFF);
+  return c;
+}
 template <class T>
 unsigned __match_any_sync(unsigned mask, T v, CUDA_ON_CPU_SITE) {
   struct Pair {

@@ -1,7 +1,7 @@
 // Launches of masked_patch_embed in bfloat16, of uint8 clips. Arguments: those of profile_clips.h,
 // C, and kernel: 0 folds the normalisation into the weight, 1 packs the patches and writes their
 // positions, 2 packs the patches alone, 3 computes the gradient of the positions, 4 that of
-// bfloat16 clips.
+// bfloat16 clips, 5 lists the rows of each patch for both.
 #include "masked_patch_embed/interface.h"
 #include "profile_clips.h"
 
@@ -34,12 +34,24 @@ int main(int count, char** texts) {
         &clip, &rows, &affine, &position, tensor("patches", total * numbers),
         which == 1 ? tensor("out", total * C) : nullptr, dtype, nullptr));
   }
+  auto* const first = array<int32_t>("first", clips.B * N);
+  auto* const next = array<int32_t>("next", total);
+  if (which == 5) {
+    return expect_success(vidl_masked_patch_embed_invert_cuda(&rows, first, next, nullptr));
+  }
+  // Listed by the host: only some blocks of a launch run here.
+  std::fill_n(first, clips.B * N, -1);
+  std::fill_n(next, total, -1);
+  for (int64_t m = 0; m < total && rows.ids != nullptr; m++) {
+    first[m / rows.K * N + rows.ids[m]] = static_cast<int32_t>(m);
+  }
+  const vidl::Inverse inverse = {first, next};
   if (which == 3) {
     return expect_success(vidl_masked_patch_embed_position_grad_cuda(
-        tensor("grad_out", total * C), dtype, &rows, array<float>("grad_position", N * C), C,
-        nullptr));
+        tensor("grad_out", total * C), dtype, &rows, &inverse, array<float>("grad_position", N * C),
+        C, nullptr));
   }
-  return expect_success(
-      vidl_masked_patch_embed_unpack_cuda(tensor("grad_patches", total * numbers), dtype, &clip,
-                                          &rows, tensor("grad_video", clips.pixels), nullptr));
+  return expect_success(vidl_masked_patch_embed_unpack_cuda(
+      tensor("grad_patches", total * numbers), dtype, &clip, &rows, &inverse,
+      tensor("grad_video", clips.pixels), nullptr));
 }

@@ -6,9 +6,47 @@
 namespace {
 
 using vidl::Affine;
+using vidl::Inverse;
 using vidl::Position;
 
 constexpr int kC = 3;
+
+// The inverse of rows with ids, of which rows without ids have none.
+struct Lists {
+  explicit Lists(const Rows& rows) : first(rows.ids ? rows.B * rows.N : 0, 7), next(rows.total, 7) {
+    if (rows.ids == nullptr) return;
+    CHECK(vidl_masked_patch_embed_invert_cuda(&rows, first.data(), next.data(), nullptr) == 0);
+    inverse = {first.data(), next.data()};
+  }
+
+  std::vector<int32_t> first, next;
+  Inverse inverse{};
+};
+
+// Whether the lists hold rows [begin, end) of sample b, each in the list of its patch, in order.
+bool lists_rows(const Lists& lists, const Rows& rows, int64_t b, int64_t begin, int64_t end) {
+  std::vector<int32_t> expected(rows.N, -1);
+  bool good = true;
+  for (int64_t m = end - 1; m >= begin; m--) {
+    const int64_t id = rows.ids[m];
+    if (id < 0 || id >= rows.N) continue;
+    good = good && lists.next[m] == expected[id];
+    expected[id] = static_cast<int32_t>(m);
+  }
+  return good && std::equal(expected.begin(), expected.end(), lists.first.begin() + b * rows.N);
+}
+
+// More rows of a sample than a warp has lanes, and more patches than fit into shared memory.
+void check_lists() {
+  for (const int64_t N : {5, 12300}) {
+    constexpr int64_t kM = 75;
+    std::vector<int64_t> ids(2 * kM);
+    for (int64_t m = 0; m < 2 * kM; m++) ids[m] = m * m % 13 * (N / 5) - (m % 17 == 0);
+    const Rows rows{ids.data(), nullptr, 2, kM, 2 * kM, N};
+    const Lists lists(rows);
+    CHECK(lists_rows(lists, rows, 0, 0, kM) && lists_rows(lists, rows, 1, kM, 2 * kM));
+  }
+}
 
 struct Case {
   Layout layout;
@@ -66,11 +104,13 @@ void check(const Case& c) {
     }
   }
 
+  const Lists lists(rows);
   Tensor grad_out(c.dtype, rows.total * c.C), grad_position(Dtype::kFloat32, kN * c.C);
   grad_out.fill(17);
   watched(grad_position, "grad_position", [&] {
     return vidl_masked_patch_embed_position_grad_cuda(
-        grad_out.data(), c.dtype, &rows, static_cast<float*>(grad_position.data()), c.C, nullptr);
+        grad_out.data(), c.dtype, &rows, &lists.inverse, static_cast<float*>(grad_position.data()),
+        c.C, nullptr);
   });
   for (int64_t n = 0; n < kN; n++) {
     for (int64_t d = 0; d < c.C; d++) {
@@ -89,7 +129,7 @@ void check(const Case& c) {
   patches.fill(19);
   watched(grad_video, "grad_video", [&] {
     return vidl_masked_patch_embed_unpack_cuda(patches.data(), c.dtype, &dense, &rows,
-                                               grad_video.data(), nullptr);
+                                               &lists.inverse, grad_video.data(), nullptr);
   });
   for (int64_t b = 0; b < kB; b++) {
     for (int64_t n = 0; n < kN; n++) {
@@ -104,32 +144,28 @@ void check(const Case& c) {
   }
 }
 
-// More rows than the threads of a block hold ids.
-void check_many_rows() {
-  constexpr int64_t kM = 600, kD = 3;
+// Each patch has several rows in some samples and more than a warp loads together in others.
+void check_many_samples(bool repeat) {
+  constexpr int64_t kSamples = 70, kRows = 9, kM = kSamples * kRows, kD = 3;
   std::vector<int64_t> ids(kM);
-  for (int64_t m = 0; m < kM; m++) ids[m] = m * m % kN;
-  const Rows rows{ids.data(), nullptr, 1, kM, kM, kN};
+  for (int64_t m = 0; m < kM; m++) {
+    ids[m] = repeat ? m * m % kN : (m % kRows + m / kRows) % kN;
+    if (!repeat && m % kRows >= kN) ids[m] = -1;
+  }
+  const Rows rows{ids.data(), nullptr, kSamples, kRows, kM, kN};
+  const Lists lists(rows);
   Tensor grad_out(Dtype::kFloat32, kM * kD), grad_position(Dtype::kFloat32, kN * kD);
   grad_out.fill(17);
   watched(grad_position, "grad_position", [&] {
-    return vidl_masked_patch_embed_position_grad_cuda(grad_out.data(), Dtype::kFloat32, &rows,
-                                                      static_cast<float*>(grad_position.data()), kD,
-                                                      nullptr);
+    return vidl_masked_patch_embed_position_grad_cuda(
+        grad_out.data(), Dtype::kFloat32, &rows, &lists.inverse,
+        static_cast<float*>(grad_position.data()), kD, nullptr);
   });
   std::vector<float> sums(kN * kD);
-  for (int64_t i = 0; i < kM * kD; i++) sums[ids[i / kD] * kD + i % kD] += grad_out[i];
+  for (int64_t i = 0; i < kM * kD; i++) {
+    if (ids[i / kD] >= 0) sums[ids[i / kD] * kD + i % kD] += grad_out[i];
+  }
   for (int64_t i = 0; i < kN * kD; i++) CHECK(grad_position[i] == sums[i]);
-  // The same sums as the gradient of a clip of one line of kD pixels per patch.
-  constexpr int64_t kLine = kGridW * kD, kFrame = kGridH * kLine, kSample = kGridT * kFrame;
-  const Clip clip{nullptr, Dtype::kFloat32, kSample, kSample, kFrame, kLine, 1, 1, 1, 1,
-                  kD,      kGridT,          kGridH,  kGridW};
-  Tensor grad_video(Dtype::kFloat32, kSample);
-  watched(grad_video, "grad_video", [&] {
-    return vidl_masked_patch_embed_unpack_cuda(grad_out.data(), Dtype::kFloat32, &clip, &rows,
-                                               grad_video.data(), nullptr);
-  });
-  for (int64_t i = 0; i < kSample; i++) CHECK(grad_video[i] == sums[i]);
 }
 
 void check_fold(Dtype dtype) {
@@ -176,6 +212,15 @@ void check_bad_indices(int side) {
   const std::vector<int64_t> ids = p.ids;
   Tensor patches(Dtype::kFloat32, total * numbers), out(Dtype::kFloat32, total * kWidth);
   Tensor grad_position(Dtype::kFloat32, kN * kWidth), grad_video(Dtype::kFloat32, p.video.n);
+  const auto sum = [&](const Patches& of, Tensor& grad_patches, Tensor& grad_out) {
+    const Lists lists(of.rows);
+    CHECK(vidl_masked_patch_embed_position_grad_cuda(
+              grad_out.data(), grad_out.dtype, &of.rows, &lists.inverse,
+              static_cast<float*>(grad_position.data()), kWidth, nullptr) == 0);
+    CHECK(vidl_masked_patch_embed_unpack_cuda(grad_patches.data(), grad_patches.dtype, &of.clip,
+                                              &of.rows, &lists.inverse, grad_video.data(),
+                                              nullptr) == 0);
+  };
   for (const int64_t x : kBadIds) {
     p.ids = ids, p.ids[2] = p.ids[11] = x;
     pack(p, patches, out);
@@ -184,11 +229,8 @@ void check_bad_indices(int side) {
       CHECK(is_nan(patches, m * numbers, (m + 1) * numbers) == bad);
       CHECK(is_nan(out, m * kWidth, (m + 1) * kWidth) == bad);
     }
-    vidl_masked_patch_embed_position_grad_cuda(
-        out.data(), out.dtype, &p.rows, static_cast<float*>(grad_position.data()), kWidth, nullptr);
+    sum(p, patches, out);
     for (size_t i = 0; i < grad_position.n; i++) CHECK(grad_position[i] == 0);
-    vidl_masked_patch_embed_unpack_cuda(patches.data(), patches.dtype, &p.clip, &p.rows,
-                                        grad_video.data(), nullptr);
     for (size_t i = 0; i < grad_video.n; i++) CHECK(grad_video[i] == 0);
   }
   Patches ragged(kPlanar, kRagged, Dtype::kFloat32, kC, 1, side, side);
@@ -196,9 +238,15 @@ void check_bad_indices(int side) {
     ragged.offsets.assign(offsets, offsets + kB + 1);
     pack(ragged, patches, out);
     CHECK(is_nan(patches, 0, numbers) && is_nan(out, 0, kWidth));
-    vidl_masked_patch_embed_unpack_cuda(patches.data(), patches.dtype, &ragged.clip, &ragged.rows,
-                                        grad_video.data(), nullptr);
+    sum(ragged, patches, out);
   }
+  // No rows: torch gives empty ids a null pointer.
+  const Rows none{nullptr, nullptr, kB, 0, 0, kN};
+  const Inverse empty{};
+  CHECK(vidl_masked_patch_embed_position_grad_cuda(nullptr, Dtype::kFloat32, &none, &empty,
+                                                   static_cast<float*>(grad_position.data()),
+                                                   kWidth, nullptr) == 0);
+  for (size_t i = 0; i < grad_position.n; i++) CHECK(grad_position[i] == 0);
   // Rows of a clip without patches.
   p.rows.N = 0;
   pack(p, patches, out);
@@ -220,10 +268,17 @@ int main() {
       {kPadded, kUniform, kFloat32, kBFloat16, 1, 3, 7, 9},
       {kChannelsLast, kRagged, kFloat16, kFloat32, 2, 2, 3, 5},
       {kChannelsLast, kUniform, kUInt8, kFloat16, 1, 3, 3, 5},  // a number at a time
+      {kPlanar, kUniform, kUInt8, kBFloat16, 1, 14, 14, 4},     // 2 bytes, and 4 pixels
+      {kChannelsLast, kRagged, kUInt8, kFloat16, 1, 14, 14, 4},
+      {kPlanar, kRagged, kUInt8, kBFloat16, 1, 4, 8, 4},     // 8 bytes
+      {kPlanar, kUniform, kFloat32, kBFloat16, 1, 2, 6, 4},  // 2 numbers
+      {kPlanar, kRagged, kBFloat16, kBFloat16, 1, 2, 6, 4},
+      {kPlanar, kUniform, kFloat16, kFloat16, 1, 4, 12, 4},  // 4 numbers
   };
   count_seeds(3, [&] {
+    check_lists();  // first: wrong lists may have no end
     for (const Case& c : cases) check(c);
-    check_many_rows();
+    for (const bool repeat : {false, true}) check_many_samples(repeat);
     for (const Dtype dtype : {kFloat32, kFloat16, kBFloat16}) check_fold(dtype);
     return true;
   });

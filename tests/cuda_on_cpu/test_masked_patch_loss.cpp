@@ -160,6 +160,7 @@ int main() {
       {kChannelsLast, kUniform, kUInt8, kFloat32, 3, 2, 3, 16, kChannel, 4},
       {kPadded, kDense, kUInt8, kBFloat16, 3, 1, 14, 14, kPatch,
        0},  // every other row 4 bytes at a time
+      {kPlanar, kUniform, kUInt8, kBFloat16, 3, 1, 14, 14, kPatch, 0},  // 2 bytes of the clip
       {kChannelsLast, kRagged, kUInt8, kFloat16, 3, 1, 5, 7, kNone, 1},
       {kPlanar, kUniform, kFloat32, kFloat32, 3, 2, 4, 4, kPatch, 3},
       {kPlanar, kRagged, kBFloat16, kBFloat16, 3, 1, 8, 8, kChannel, 0},
