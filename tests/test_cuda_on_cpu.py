@@ -38,6 +38,10 @@ BUGS = {
             "",
         ),
         "rows of a list do not ascend": ("same & ~((2u << lane) - 1)", "same & ((1u << lane) - 1)"),
+        "offsets of lists are not checked": (
+            "__all_sync(kAll, offsets_ascend(rows, lane, 32))",
+            "true",
+        ),
         "first rows stay in shared memory": ("if (heads == row) return;", "return;"),
         "ids of a list are not checked": ("id >= 0 && id < rows.N", "id >= 0"),
         "first rows are read before all warps have loaded them": (

@@ -309,9 +309,10 @@ __global__ void __launch_bounds__(32) invert_kernel(Rows rows,
   for (int64_t n = lane; n < rows.N; n += 32) heads[n] = -1;
   __syncwarp();
   int64_t begin = b * rows.K, end = begin + rows.K;
-  if (rows.cu_seqlens != nullptr) {
-    begin = within(rows.cu_seqlens[b], rows.total);
-    end = within(rows.cu_seqlens[b + 1], rows.total);
+  if (rows.cu_seqlens != nullptr) {  // samples that overlap would write the same rows
+    const bool ascend = __all_sync(kAll, offsets_ascend(rows, lane, 32));
+    begin = ascend ? rows.cu_seqlens[b] : 0;
+    end = ascend ? rows.cu_seqlens[b + 1] : 0;
   }
   const auto id_of = [&](int64_t m) { return m >= begin ? rows.ids[m] : -1; };
   int64_t id = id_of(end - 32 + lane);

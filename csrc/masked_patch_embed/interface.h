@@ -48,7 +48,8 @@ int vidl_masked_patch_embed_pack_cuda(const vidl::Clip* clip, const vidl::Rows* 
                                       const vidl::Affine* affine, const vidl::Position* position,
                                       void* patches, void* out, vidl::Dtype dtype, void* stream);
 
-// Writes first [B, N] and next [total] of the inverse of `rows`, which have ids.
+// Writes first [B, N] and next [total] of the inverse of `rows`, which have ids. The lists are
+// empty if cu_seqlens do not ascend from 0 to the number of rows.
 int vidl_masked_patch_embed_invert_cuda(const vidl::Rows* rows, int32_t* first, int32_t* next,
                                         void* stream);
 

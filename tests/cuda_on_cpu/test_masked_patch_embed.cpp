@@ -239,6 +239,8 @@ void check_bad_indices(int side) {
     pack(ragged, patches, out);
     CHECK(is_nan(patches, 0, numbers) && is_nan(out, 0, kWidth));
     sum(ragged, patches, out);
+    for (size_t i = 0; i < grad_position.n; i++) CHECK(grad_position[i] == 0);
+    for (size_t i = 0; i < grad_video.n; i++) CHECK(grad_video[i] == 0);
   }
   // No rows: torch gives empty ids a null pointer.
   const Rows none{nullptr, nullptr, kB, 0, 0, kN};
