@@ -24,7 +24,7 @@ from vidl.kernels.triton_sums import add_compensated
 # Pixels or channels a program holds at a time; at 128 threads that is two 16-byte loads of uint8.
 TILE = 4096
 # Ids a program compares with so many patches, or other ids, at a time.
-IDS_PER_STEP = 64
+IDS_PER_STEP = 32
 # Samples and channels whose gradients a program sums at a time.
 POSITION_TILE = (16, 256)
 # Packed rows that exist at a time for the gradient of the weight (96 MiB for ViT-B/16).
