@@ -199,7 +199,8 @@ def _learned(device: Device) -> list[str]:
     if not table:
         return []
     return ["", "### Accuracy at equal training time", "", "Text-to-video R@1 with vidl: mean of "
-            "the seeds (lowest to highest).", "",
+            "the seeds (lowest to highest). The number of steps is that of a speed test before; a "
+            "busy machine takes longer for them.", "",
             *_table(("model, training time", "dense", "sparse", "chance"), table)]  # fmt: skip
 
 
@@ -207,7 +208,11 @@ def _recall(record: Record | None) -> str:
     if record is None:
         return ""
     r, steps = recall(record), record["runs"][0]["steps"]
-    return f"{r['mean']:.1f} % ({r['lowest']:.1f} to {r['highest']:.1f}), {steps} steps"
+    seconds = [run["seconds"] for run in record["runs"]]
+    return (
+        f"{r['mean']:.1f} % ({r['lowest']:.1f} to {r['highest']:.1f}), {steps} steps in "
+        f"{min(seconds):.0f} to {max(seconds):.0f} s"
+    )
 
 
 def _growth(device: Device) -> list[str]:

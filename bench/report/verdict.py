@@ -78,8 +78,8 @@ def _learning_in_words(device: Device) -> list[str]:
     if not parts:
         return []
     result = "dense and sparse models learn alike" if alike else "dense and sparse models differ"
-    return [f"In the same training time {result} at this size: text-to-video R@1 is "
-            f"{'; '.join(parts)}."]  # fmt: skip
+    return [f"With as many steps as fit into the same training time, {result} at this size: "
+            f"text-to-video R@1 is {'; '.join(parts)}."]  # fmt: skip
 
 
 def recall(record: Record) -> Record:

@@ -21,12 +21,12 @@ namespace vidl {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kSharedBytes = 48 * 1024;  // of a packing block
+constexpr int64_t kSharedBytes = 48 * 1024;  // of a block
 constexpr int kPackingWarps = 4;             // of a block: a few rows of each, in many blocks
 constexpr int kMostRows = 4;                 // that a warp packs
 
-// Where launch bounds name the blocks of a multiprocessor, it is the number for 64 registers a
-// thread: without it ptxas prefers a few spills to more registers.
+// The second number of launch bounds, blocks of a multiprocessor, allows 64 registers a thread:
+// without it ptxas keeps fewer registers and spills some values.
 
 // One block per output channel. The sum has a fixed order.
 template <class T>
@@ -73,7 +73,7 @@ struct Packing {
   }
 };
 
-// Calls f with a null pointer of the type that `dtype` names.
+// with_type for kernels: calls f with a null pointer of the type that `dtype` names.
 template <class F>
 __device__ __forceinline__ void with_numbers(Dtype dtype, F f) {
   if (dtype == Dtype::kFloat32) {
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t block = int64_t{blockIdx.x / column_blocks} * kPatches, patch = block + warp;
   const int64_t column = (int64_t{blockIdx.x % column_blocks} * 32 + lane) * n;
-  const int64_t from = column < C ? column : 0;  // lanes without columns read those of lane 0
+  const int64_t from = column < C ? column : 0;  // lanes past the last column read the first
   const auto load = [&](int64_t m) {
     return *reinterpret_cast<const Chunk<T, n>*>(grad_out + m * C + from);
   };

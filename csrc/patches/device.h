@@ -40,8 +40,9 @@ struct Divider {
 };
 
 // The order in which a warp reads a patch, which is that of memory: planes of channels [C, t, h,
-// w], or interleaved channels [t, h, w, C]. A step is as many numbers as all patches allow, of at
-// most 16 bytes. In shared memory planes are `pitch` numbers apart.
+// w], or interleaved channels [t, h, w, C]. A step is the most numbers, a power of two of at
+// most 16 bytes, that the alignment of all patches allows. In shared memory planes are `pitch`
+// numbers apart.
 struct Walk {
   bool interleaved;
   int32_t step, steps;   // numbers per step, steps per patch
@@ -120,7 +121,7 @@ __device__ __forceinline__ void copy_numbers(const Clip& clip, int64_t from, Pix
 template <class Pixel>
 __device__ __forceinline__ void stage(const Clip& clip, const Walk& walk, int64_t corner,
                                       Pixel* patch) {
-  const bool whole = walk.step * itemsize_of(clip.dtype) == 16;
+  const bool whole = walk.step * itemsize_of(clip.dtype) == 16;  // 16 bytes of the clip
   for (int32_t i = static_cast<int32_t>(lane_id()); i < walk.steps; i += 32) {
     uint32_t rest = static_cast<uint32_t>(i);
     int64_t from = corner;

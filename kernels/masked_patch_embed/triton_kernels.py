@@ -23,7 +23,7 @@ from vidl.kernels.triton_sums import add_compensated
 
 # Pixels or channels a program holds at a time; at 128 threads that is two 16-byte loads of uint8.
 TILE = 4096
-# Ids a program compares with so many patches, or other ids, at a time.
+# Ids that a program compares at a time, with as many patches or with as many other ids.
 IDS_PER_STEP = 32
 # Samples and channels whose gradients a program sums at a time.
 POSITION_TILE = (16, 256)

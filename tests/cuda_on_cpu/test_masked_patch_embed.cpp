@@ -144,7 +144,8 @@ void check(const Case& c) {
   }
 }
 
-// Each patch has several rows in some samples and more than a warp loads together in others.
+// More samples than a warp has lanes. With `repeat` a patch has several rows in a sample; without,
+// 32 samples have more rows of it than a warp loads together.
 void check_many_samples(bool repeat) {
   constexpr int64_t kSamples = 70, kRows = 9, kM = kSamples * kRows, kD = 3;
   std::vector<int64_t> ids(kM);
