@@ -271,10 +271,11 @@ def next_kernel(
     while start < last:
         other = start + tl.arange(0, BLOCK)
         shows = _visible_ids(ids_ptr, other, other < last, N)[None, :] == patch[:, None]
-        shows &= (other[None, :] > row[:, None]) & (other[None, :] < end[:, None])
+        shows &= other[None, :] > row[:, None]
         following = tl.minimum(following, tl.min(tl.where(shows, other[None, :], NONE), 1))
         start += BLOCK
-    tl.store(next_ptr + row, tl.where(following == NONE, -1, following), mask=inside)
+    # Compared once here: in the loop, the ends of all rows would need registers.
+    tl.store(next_ptr + row, tl.where(following < end, following, -1), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "grid_h", "grid_w"])
