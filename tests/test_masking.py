@@ -46,6 +46,25 @@ def test_draws_do_not_depend_on_batch_rank_or_length():
     assert uniform(3, 5, SAMPLES[:0], 7).shape == (0, 7)
 
 
+def test_compiled_draws_are_one_op_with_the_same_bits():
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def draw(step, samples):
+        return uniform(3, step, samples, 40, stream=2) < 0.5
+
+    compiled = torch.compile(draw, backend=keep, fullgraph=True)
+    for step in (5, torch.tensor(5)):
+        assert torch.equal(compiled(step, SAMPLES), draw(step, SAMPLES))
+    for graph in graphs:  # without the arithmetic of the mixer
+        assert not any("shift" in str(node.target) for node in graph.graph.nodes)
+    arguments = (3, torch.tensor(5), SAMPLES, 40, 2)
+    torch.library.opcheck(torch.ops.vidl.uniform.default, arguments)
+
+
 @pytest.mark.gpu
 def test_draws_are_the_same_on_cuda():
     if not torch.cuda.is_available():

@@ -17,7 +17,9 @@ from vidl.nn.captions import rounded_words
 
 # Words of a caption, with [CLS] and [SEP]; typical of WebVid and CC3M.
 SHORTEST, LONGEST = 8, 24
-CHECKED = 3  # clips of the batch on which losses and gradients are compared with float64
+# Clips on which losses and gradients are compared with float64: the default batch on a CPU, so that
+# torch.compile compiles one shape only.
+CHECKED = 4
 COMPILED = {"pytorch": "torch.compile", "vidl": "vidl, torch.compile"}
 PARTS = ("vision", "text")  # parts with their own comparison of gradients; the rest is "others"
 
@@ -106,7 +108,7 @@ def cells(recipe: Any, batch: int, device: str, compiled: bool = False) -> Itera
             if compiled:
                 # As a tensor, so that another step number does not recompile.
                 step = {"step": torch.zeros((), dtype=torch.int64, device=device)}
-                # Static shapes: the check has fewer clips, which would make the timed ones dynamic.
+                # Static shapes: a check of fewer clips would make the timed ones dynamic.
                 run: Any = torch.compile(module, dynamic=False)
                 column = COMPILED[name]
                 yield Cell(row, column, module, run, adam, given | step, dtype, kind)

@@ -46,6 +46,15 @@ def uniform(seed: int, step: int | Tensor, samples: Tensor, n: int, *, stream: i
     Source: counter-based generators, Salmon et al., SC 2011; the mixer: hash-prospector, lowbias32.
     """
     _check(seed, step, samples, n, stream)
+    if torch.compiler.is_compiling() and samples.device.type == "cpu":
+        # Inductor inlines both uses of `x` in each line of `_mix`, which costs it minutes. A GPU
+        # needs the fused code more.
+        step = step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64)
+        return _opaque(seed, step, samples, n, stream)
+    return _draw(seed, step, samples, n, stream)
+
+
+def _draw(seed: int, step: int | Tensor, samples: Tensor, n: int, stream: int) -> Tensor:
     # 64 bits of state: with 32, two of 2^16 samples would share their numbers.
     low: Word = 0x243F6A88
     high: Word = 0x13198A2E
@@ -55,6 +64,16 @@ def uniform(seed: int, step: int | Tensor, samples: Tensor, n: int, *, stream: i
     counter = torch.arange(n, dtype=torch.int64, device=samples.device) * GOLDEN
     drawn = _mix(_mix((counter + low[:, None]) & BITS) ^ high[:, None])
     return (drawn >> 8).float() * 2.0**-24
+
+
+@torch.library.custom_op("vidl::uniform", mutates_args=())
+def _opaque(seed: int, step: Tensor, samples: Tensor, n: int, stream: int) -> Tensor:
+    return _draw(seed, step, samples, n, stream)
+
+
+@_opaque.register_fake
+def _(seed: int, step: Tensor, samples: Tensor, n: int, stream: int) -> Tensor:
+    return samples.new_empty((samples.shape[0], n), dtype=torch.float32)
 
 
 def _words(number: Word) -> tuple[Word, Word]:
