@@ -47,8 +47,8 @@ def uniform(seed: int, step: int | Tensor, samples: Tensor, n: int, *, stream: i
     """
     _check(seed, step, samples, n, stream)
     if torch.compiler.is_compiling() and samples.device.type == "cpu":
-        # Inductor inlines both uses of `x` in each line of `_mix`, which costs it minutes. A GPU
-        # needs the fused code more.
+        # Inductor inlines both uses of `x` in each line of `_mix`: a fused kernel took it a minute.
+        # On a GPU the draws stay inlined, since a fused kernel is one launch.
         step = step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64)
         return _opaque(seed, step, samples, n, stream)
     return _draw(seed, step, samples, n, stream)
